@@ -1,0 +1,105 @@
+"""What every kind of image source promises to the rest of the library."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+
+from crate_mae.data.decode import UnreadableImage, decode
+
+NO_LABEL = -1
+
+
+class ImageSource(ABC):
+    """A fixed, numbered collection of images, with labels when they are there.
+
+    Sources can be pickled and used after a fork, so any number of `DataLoader` workers may share one.
+
+    Attributes:
+        name: what the user called it, for messages.
+        classes: names of the classes, `classes[label]`, or None.
+    """
+
+    def __init__(self, name: str, labels: Int[np.ndarray, "n"] | None = None, classes: Sequence[str] | None = None):
+        self.name = name
+        self.classes = list(classes) if classes is not None else None
+        self._labels = labels
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images, readable or not."""
+
+    @abstractmethod
+    def read(self, i: int) -> Image.Image | Tensor:
+        """Image i, upright and in its own mode, or a tensor c hh ww (uint8, or float in [0, 1]).
+
+        Raises:
+            UnreadableImage: if it cannot be decoded completely.
+        """
+
+    @abstractmethod
+    def location(self, i: int) -> str:
+        """Where image i is: something that the user can look up."""
+
+    @property
+    def labels(self) -> Int[np.ndarray, "n"] | None:
+        """The label of every image, or None if the source has none."""
+        return self._labels
+
+    def label(self, i: int) -> int:
+        """Label of image i; `NO_LABEL` (-1) without labels."""
+        return NO_LABEL if self._labels is None else int(self._labels[i])
+
+
+class EncodedSource(ImageSource):
+    """A source whose images are files, or bytes of files inside larger ones."""
+
+    @abstractmethod
+    def content(self, i: int) -> bytes:
+        """The encoded bytes of image i.
+
+        Raises:
+            UnreadableImage: if they cannot be read.
+        """
+
+    def read(self, i: int) -> Image.Image:
+        """Image i, decoded, upright and in its own mode."""
+        return decode(self.content(i), self.location(i))
+
+
+def read_file(path: Path, location: str) -> bytes:
+    """All bytes of an image file.
+
+    Raises:
+        UnreadableImage: with the operating system's reason.
+    """
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(location, (error.strerror or str(error)).lower()) from error
+
+
+def printable(path: Path) -> str:
+    """A path for messages and tables, also if its name is not valid Unicode."""
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:
+    """Labels and class names from labels as they were found: all integers, or all names.
+
+    Names are numbered in sorted order. A missing or negative label anywhere means that there are no labels.
+    """
+    if not len(found) or any(label is None for label in found):
+        return None, None
+    if all(isinstance(label, str) for label in found):
+        classes = sorted(set(found))
+        number = {name: i for i, name in enumerate(classes)}
+        return np.array([number[name] for name in found], dtype=np.int64), classes
+    if not all(isinstance(label, (int, np.integer)) and label >= 0 for label in found):
+        return None, None
+    return np.array(found, dtype=np.int64), None

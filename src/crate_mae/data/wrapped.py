@@ -1,0 +1,213 @@
+"""Any indexable data set of PyTorch or in its manner, and those of torchvision by name."""
+
+import difflib
+import inspect
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from PIL import Image
+from torch import Tensor
+
+from crate_mae.data.base import NO_LABEL, ImageSource, number_labels
+from crate_mae.data.decode import COLOUR_MODES, GREY_MODES, UnreadableImage, decode
+from crate_mae.data.files import cache_folder
+from crate_mae.errors import UserError
+
+_IMAGE_KEYS = ("image", "img", "images", "pixel_values", "jpg", "png", "x")
+_LABEL_KEYS = ("label", "labels", "class", "target", "cls", "fine_label", "y")
+
+
+@runtime_checkable
+class Indexable(Protocol):
+    """Anything with a length and numbered items: a list of images, a `datasets.Dataset`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class DatasetSource(ImageSource):
+    """A map-style data set whose items are images, `(image, label)` pairs, or dicts with an image and maybe a label.
+
+    An image is a Pillow image, a tensor (hh ww, or c hh ww), a NumPy array (hh ww, or hh ww c), or encoded bytes.
+    Arrays and tensors are uint8, uint16, or floats in [0, 1].
+    """
+
+    def __init__(self, dataset: Indexable, name: str | None = None) -> None:
+        classes = getattr(dataset, "classes", None)
+        super().__init__(name or type(dataset).__name__, classes=classes if isinstance(classes, list) else None)
+        if not len(dataset):
+            raise UserError(f"The data set {self.name} is empty.")
+        self._dataset = dataset
+        self._last: tuple[int, Any] | None = None
+        self._labels_known = False
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_last": None}
+
+    def read(self, i: int) -> Image.Image | Tensor:
+        """The image of item i."""
+        image = _image_of(self._item(i))
+        if isinstance(image, bytes):
+            return decode(image, self.location(i))
+        if isinstance(image, Image.Image):
+            return self._loaded(image, i)
+        if isinstance(image, np.ndarray):
+            image = _array_to_tensor(image)
+        if isinstance(image, Tensor):
+            return _unit_tensor(image, self.location(i))
+        raise UserError(
+            f"{self.location(i)} is a {type(image).__name__}, not an image.\n"
+            "Items are images (Pillow, tensor, array, bytes), (image, label) pairs, or dicts with the key image."
+        )
+
+    def location(self, i: int) -> str:
+        """The name of the data set and the item's number."""
+        return f"{self.name}[{i}]"
+
+    @property
+    def labels(self) -> Int[np.ndarray, "n"] | None:
+        """Labels of all items: from `targets` or `labels` of the data set, otherwise by reading every item once."""
+        if not self._labels_known:
+            self._labels = _listed_labels(self._dataset)
+            if self._labels is None:
+                self._labels = number_labels([_label_of(self._item(i)) for i in range(len(self))])[0]
+            self._labels_known = True
+        return self._labels
+
+    def label(self, i: int) -> int:
+        """Label of item i, without reading any other item."""
+        if self._labels_known:
+            return super().label(i)
+        label = _label_of(self._item(i))
+        return NO_LABEL if label is None else label
+
+    def _item(self, i: int) -> Any:
+        """Item i; the last one is kept, since its label is mostly asked for right after its image."""
+        if self._last is None or self._last[0] != i:
+            try:
+                self._last = (i, self._dataset[i])
+            except (OSError, SyntaxError) as error:  # Pillow's errors for damaged files
+                raise UnreadableImage(self.location(i), str(error).split("\n")[0]) from error
+        return self._last[1]
+
+    def _loaded(self, image: Image.Image, i: int) -> Image.Image:
+        try:
+            image.load()
+        except Exception as error:  # as in `decode`
+            raise UnreadableImage(self.location(i), str(error).split("\n")[0]) from error
+        if image.mode not in GREY_MODES and image.mode not in COLOUR_MODES:
+            raise UnreadableImage(self.location(i), f"pixels of mode {image.mode} are not supported")
+        return image
+
+
+def open_torchvision(name: str, split: str | None) -> DatasetSource:
+    """A data set of torchvision by its class name, downloaded at the first use into the user's cache folder.
+
+    Args:
+        name: class name, such as `CIFAR10`.
+        split: what the class calls its parts; `train` or `test` where it only has a switch `train`. Without it, the
+            class's own default, which nearly always is the training part.
+
+    Raises:
+        UserError: unknown name or split, or a download that failed.
+    """
+    from torchvision import datasets
+
+    known = [entry for entry in datasets.__all__ if isinstance(getattr(datasets, entry), type)]
+    if name not in known:
+        by_lower = {entry.lower(): entry for entry in known}
+        close = difflib.get_close_matches(name.lower(), by_lower, n=1)
+        hint = f"Did you mean torchvision:{by_lower[close[0]]}?" if close else f"It has: {', '.join(known)}."
+        raise UserError(f'torchvision has no data set "{name}". {hint}')
+    kind = getattr(datasets, name)
+    root = cache_folder() / "torchvision"
+    parameters = inspect.signature(kind).parameters
+    settings = _split_settings(name, split, parameters.keys())
+    if "download" in parameters:
+        settings["download"] = True
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        dataset = kind(root=str(root), **settings)
+    except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise UserError(
+            f"Cannot open torchvision:{name}{f':{split}' if split else ''}: {reason}\n"
+            f"It is downloaded into {root}: check the network, or put the files there by hand."
+        ) from error
+    return DatasetSource(dataset, f"torchvision:{name}{f':{split}' if split else ''}")
+
+
+def _split_settings(name: str, split: str | None, parameters: Any) -> dict[str, Any]:
+    if split is None:
+        return {}
+    if "split" in parameters:
+        return {"split": split}
+    if "train" in parameters and split in ("train", "test"):
+        return {"train": split == "train"}
+    choice = f"torchvision:{name}:train or torchvision:{name}:test" if "train" in parameters else f"torchvision:{name}"
+    raise UserError(f'torchvision:{name} has no split "{split}": use {choice}.')
+
+
+def _image_of(item: Any) -> Any:
+    if isinstance(item, (tuple, list)):
+        return item[0] if item else None
+    if isinstance(item, dict):
+        if isinstance(item.get("bytes"), bytes):
+            return item["bytes"]
+        key = next((key for key in _IMAGE_KEYS if key in item), None)
+        return _image_of(item[key]) if key is not None and not isinstance(item[key], (tuple, list)) else None
+    return item
+
+
+def _label_of(item: Any) -> int | None:
+    if isinstance(item, (tuple, list)):
+        label = item[1] if len(item) > 1 else None
+    elif isinstance(item, dict):
+        label = next((item[key] for key in _LABEL_KEYS if key in item), None)
+    else:
+        return None
+    if isinstance(label, (Tensor, np.ndarray)) and label.size and np.size(label) == 1:
+        label = label.item()
+    if isinstance(label, (int, np.integer)) and label >= 0:
+        return int(label)
+    return None
+
+
+def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
+    """The data set's own list of labels, unless it changes labels on the way out."""
+    if getattr(dataset, "target_transform", None) is not None:
+        return None
+    for attribute in ("targets", "labels"):
+        listed = getattr(dataset, attribute, None)
+        if isinstance(listed, (list, Tensor, np.ndarray)) and len(listed) == len(dataset):
+            labels = np.asarray(listed)
+            if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0:
+                return labels.astype(np.int64)
+    return None
+
+
+def _array_to_tensor(array: np.ndarray) -> Tensor:
+    if array.dtype == np.uint16:
+        array = array.astype(np.float32) / np.float32(65535)
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.permute(2, 0, 1).contiguous() if tensor.ndim == 3 else tensor
+
+
+def _unit_tensor(image: Tensor, location: str) -> Tensor:
+    if image.ndim == 2:
+        image = image[None]
+    if image.ndim != 3:
+        raise UserError(f"{location} has the shape {tuple(image.shape)}; an image is c hh ww, or hh ww.")
+    if image.dtype == torch.uint16:
+        return image.to(torch.float32) / 65535
+    if image.dtype == torch.uint8:
+        return image
+    if image.is_floating_point():
+        return image.to(torch.float32)
+    raise UserError(f"{location} has the type {image.dtype}; an image is uint8, uint16, or float in [0, 1].")

@@ -1,0 +1,174 @@
+"""The masked autoencoder: hide patches, encode, decode, compare."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from crate_mae.errors import UserError
+from crate_mae.models.config import CrateConfig, ModelConfig, ViTConfig
+from crate_mae.models.decoder import Decoder, crate_decoder_block, vit_decoder_block
+from crate_mae.models.encoder import MaskedEncoder, crate_block, vit_block
+from crate_mae.models.masking import patch_statistics, patchify, random_mask
+
+
+class MAEOutput(NamedTuple):
+    """What a masked autoencoder returns.
+
+    Attributes:
+        loss: mean squared error over the pixels of hidden patches.
+        prediction: predicted pixels of every patch, in the normalisation of the targets; q = patch_size^2 c.
+        mask: true = hidden.
+        latent: the encoder's normalised output, class token first; all patches with mask tokens at the encoder,
+            visible patches alone with mask tokens at the decoder.
+    """
+
+    loss: Float[Tensor, ""]
+    prediction: Float[Tensor, "b n q"]
+    mask: Bool[Tensor, "b n"]
+    latent: Float[Tensor, "b m d"]
+
+
+class MaskedAutoencoder(nn.Module):
+    """Masked completion by an encoder and a decoder: CRATE-MAE, or ViT-MAE behind the same contract.
+
+    Args:
+        encoder: a timm backbone with `forward_masked`.
+        decoder: predicts the pixels of every patch.
+        config: what both were built from; `build` makes all three fit.
+
+    Attributes:
+        mask_token: one learned token that stands in for hidden patches, at the encoder or at the decoder.
+    """
+
+    def __init__(self, encoder: MaskedEncoder, decoder: Decoder, config: ModelConfig) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+        self.config = config
+        at_encoder = config.mask_tokens == "encoder"
+        self.mask_token = nn.Parameter(torch.empty(1, 1, config.embed_dim if at_encoder else config.decoder_embed_dim))
+        nn.init.normal_(self.mask_token, std=0.02)
+        self.official_unused: dict[str, Any] = {}  # see `models.official`
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.config.grid_size
+
+    @property
+    def num_patches(self) -> int:
+        """Patches per image n."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters, besides one-dimensional ones, that weight decay should skip."""
+        return {"mask_token", *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
+
+    def forward(
+        self,
+        images: Float[Tensor, "b c hh ww"],
+        mask_ratio: float = 0.75,
+        mask: Bool[Tensor, "b n"] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> MAEOutput:
+        """Complete masked images, and measure how well.
+
+        Args:
+            images: normalised images of the configured size.
+            mask_ratio: share of patches to hide at random, if no mask is given.
+            mask: true = hidden.
+            generator: draws the mask. None takes torch's global generator in training; in `eval()` nothing is
+                random, so None then hides the same patches at every call.
+
+        Returns:
+            Named loss, prediction, mask and latent. Without any hidden patch the loss is 0.
+
+        Raises:
+            UserError: for images or a mask of another size than the model's, or a mask ratio outside [0, 1).
+        """
+        expected = (self.config.in_chans, *self.config.image_size)
+        if tuple(images.shape[1:]) != expected:
+            raise UserError(f"Images are {_times(images.shape[1:])}, but this model takes {_times(expected)}.")
+        if mask is None:
+            if generator is None and not self.training:
+                generator = torch.Generator().manual_seed(0)
+            mask = random_mask(images.shape[0], self.num_patches, mask_ratio, generator)
+        elif tuple(mask.shape) != (images.shape[0], self.num_patches):
+            wanted = _times((images.shape[0], self.num_patches))
+            raise UserError(f"The mask is {_times(mask.shape)}, but these images need {wanted} (images x patches).")
+        if self.config.mask_tokens == "encoder":
+            mask = mask.to(images.device)
+            latent = self.encoder.forward_masked(images, mask, self.mask_token)
+            prediction = self.decoder(latent)
+        else:
+            # The visible patches are counted on the mask's own device, which spares a GPU the wait.
+            latent = self.encoder.forward_masked(images, mask, None)
+            prediction = self.decoder.forward_visible(latent, mask, self.mask_token)
+            mask = mask.to(images.device)
+        return MAEOutput(self.loss(images, prediction, mask), prediction, mask, latent)
+
+    def loss(
+        self,
+        images: Float[Tensor, "b c hh ww"],
+        prediction: Float[Tensor, "b n q"],
+        mask: Bool[Tensor, "b n"],
+    ) -> Float[Tensor, ""]:
+        """Mean squared error on hidden patches: sum_i m_i mean_q (x_iq - y_iq)^2 / sum_i m_i, in float32 at least.
+
+        With `norm_pix_loss` the target is each patch less its mean, divided by its standard deviation.
+        """
+        target = patchify(images, self.config.patch_size)
+        if self.config.norm_pix_loss:
+            mean, std = patch_statistics(target)
+            target = (target - mean) / std
+        error = F.mse_loss(prediction.to(target.dtype), target, reduction="none").mean(dim=-1)
+        return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def build(config: ModelConfig) -> MaskedAutoencoder:
+    """Build the autoencoder that a configuration describes, with fresh weights."""
+    c = config
+    if isinstance(c, CrateConfig):
+        block = crate_block(
+            step_size=c.step_size,
+            threshold=c.threshold,
+            output_projection=c.output_projection,
+            ista_skip=c.ista_skip,
+        )
+        decoder_block = crate_decoder_block(
+            c.decoder_embed_dim, c.decoder_num_heads, output_projection=c.output_projection
+        )
+        block_options: dict[str, Any] = {}
+    else:
+        assert isinstance(c, ViTConfig)
+        block = vit_block()
+        decoder_block = vit_decoder_block(c.decoder_embed_dim, c.decoder_num_heads, mlp_ratio=c.mlp_ratio)
+        block_options = {"mlp_ratio": c.mlp_ratio}
+    encoder = MaskedEncoder(
+        block=block,
+        img_size=c.image_size,
+        patch_size=c.patch_size,
+        in_chans=c.in_chans,
+        embed_dim=c.embed_dim,
+        depth=c.depth,
+        num_heads=c.num_heads,
+        drop_path_rate=c.drop_path,
+        **block_options,
+    )
+    decoder = Decoder(
+        block=decoder_block,
+        depth=c.decoder_depth,
+        encoder_dim=c.embed_dim,
+        embed_dim=c.decoder_embed_dim,
+        patch_pixels=c.patch_size**2 * c.in_chans,
+        grid_size=c.grid_size,
+        fills_in=c.mask_tokens == "decoder",
+    )
+    return MaskedAutoencoder(encoder, decoder, config)
+
+
+def _times(shape: tuple[int, ...] | torch.Size) -> str:
+    return " x ".join(str(int(size)) for size in shape)

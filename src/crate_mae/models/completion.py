@@ -1,0 +1,63 @@
+"""Completed pictures: predictions put back into pixels that can be looked at."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.masking import patch_statistics, patchify, unpatchify
+
+MASK_GREY = 0.5
+
+
+class Completion(NamedTuple):
+    """Pictures in [0, 1].
+
+    Attributes:
+        original: the images.
+        masked: hidden patches are grey.
+        completed: the prediction everywhere.
+        pasted: the prediction in hidden patches, the original elsewhere.
+    """
+
+    original: Float[Tensor, "b c hh ww"]
+    masked: Float[Tensor, "b c hh ww"]
+    completed: Float[Tensor, "b c hh ww"]
+    pasted: Float[Tensor, "b c hh ww"]
+
+
+@torch.no_grad()
+def complete(
+    model: MaskedAutoencoder,
+    images: Float[Tensor, "b c hh ww"],
+    mask: Bool[Tensor, "b n"],
+) -> Completion:
+    """Hide patches of normalised images and let the model complete them.
+
+    Predictions of a model with `norm_pix_loss` are in units of each patch's own mean and standard deviation. These are
+    taken from the original, hidden patches included: such pictures know each patch's brightness and contrast from the
+    answer, and look better than the model alone could make them.
+    """
+    config = model.config
+    prediction = model(images, mask=mask).prediction.to(images.dtype)
+    target = patchify(images, config.patch_size)
+    if config.norm_pix_loss:
+        mean, std = patch_statistics(target)
+        prediction = prediction * std + mean
+
+    def picture(patches: Tensor) -> Tensor:
+        pixels = unpatchify(patches, config.patch_size, config.grid_size)
+        mean, std = (pixels.new_tensor(values)[:, None, None] for values in (config.mean, config.std))
+        return (pixels * std + mean).clamp(0.0, 1.0)
+
+    hidden = mask.to(images.device)[..., None]
+    original = picture(target)
+    grey = unpatchify(hidden.expand_as(target).to(target.dtype), config.patch_size, config.grid_size)
+    return Completion(
+        original=original,
+        masked=torch.where(grey > 0, torch.full_like(original, MASK_GREY), original),
+        completed=picture(prediction),
+        pasted=picture(torch.where(hidden, prediction, target)),
+    )

@@ -1,0 +1,203 @@
+"""What a model is, in numbers: everything needed to build it again."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from crate_mae.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The settings that CRATE-MAE and ViT-MAE share.
+
+    Attributes:
+        name: the preset's name, kept for reports.
+        image_size: height and width in pixels; a single number means a square.
+        patch_size: side of the square patches in pixels; it must divide both.
+        in_chans: image channels.
+        embed_dim: width of the encoder.
+        depth: encoder layers.
+        num_heads: encoder heads.
+        decoder_embed_dim: width of the decoder; 0 means the encoder's.
+        decoder_depth: decoder layers.
+        decoder_num_heads: decoder heads; 0 means the encoder's.
+        mask_tokens: whether mask tokens come in before the encoder, or only before the decoder.
+        norm_pix_loss: whether targets are patches normalised by their own mean and standard deviation.
+        drop_path: stochastic depth of the encoder's last layer, growing linearly from 0.
+        mean: what is subtracted from each channel of images in [0, 1]; empty means ImageNet's, or 0.5 if not RGB.
+        std: what each channel is then divided by; empty likewise.
+
+    Raises:
+        UserError: naming every setting that does not fit, at once.
+    """
+
+    architecture: ClassVar[str]
+
+    name: str = "custom"
+    image_size: tuple[int, int] = (224, 224)
+    patch_size: int = 16
+    in_chans: int = 3
+    embed_dim: int
+    depth: int
+    num_heads: int
+    decoder_embed_dim: int = 0
+    decoder_depth: int
+    decoder_num_heads: int = 0
+    mask_tokens: Literal["encoder", "decoder"] = "encoder"
+    norm_pix_loss: bool = False
+    drop_path: float = 0.0
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        rgb = self.in_chans == 3
+        resolved = {
+            "image_size": (size, size) if isinstance(size, int) else tuple(size),
+            "decoder_embed_dim": self.decoder_embed_dim or self.embed_dim,
+            "decoder_num_heads": self.decoder_num_heads or self.num_heads,
+            "mean": tuple(self.mean) or (IMAGENET_DEFAULT_MEAN if rgb else (0.5,) * self.in_chans),
+            "std": tuple(self.std) or (IMAGENET_DEFAULT_STD if rgb else (0.5,) * self.in_chans),
+        }
+        for key, value in resolved.items():
+            object.__setattr__(self, key, value)  # the way into a frozen dataclass
+        if mistakes := list(self._mistakes()):
+            raise UserError(f"Model {self.name}: " + "\n".join(mistakes))
+
+    def _mistakes(self) -> Iterator[str]:
+        hh, ww = self.image_size
+        counts = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "decoder_depth")
+        wrong = [f"{key} is {value}" for key in counts if (value := getattr(self, key)) < 1]
+        if wrong:
+            yield f"{' and '.join(wrong)}, but must be at least 1."
+            return
+        if hh < 1 or ww < 1 or hh % self.patch_size or ww % self.patch_size:
+            near = max(self.patch_size, round(max(hh, ww) / self.patch_size) * self.patch_size)
+            yield (
+                f"patches of {self.patch_size} pixels do not divide images of {hh} x {ww}; "
+                f"take an image size that is a multiple of {self.patch_size}, such as {near}."
+            )
+        sides = (("", self.embed_dim, self.num_heads), ("decoder_", self.decoder_embed_dim, self.decoder_num_heads))
+        for side, width, heads in sides:
+            if width % heads:
+                yield f"{side}embed_dim {width} is not a multiple of {side}num_heads {heads}."
+            if width % 4:
+                yield f"{side}embed_dim {width} is not a multiple of 4, which sine-cosine positions need."
+        if self.mask_tokens not in ("encoder", "decoder"):
+            yield f'mask_tokens is "{self.mask_tokens}", but must be "encoder" or "decoder".'
+        if not 0.0 <= self.drop_path < 1.0:
+            yield f"drop_path is {self.drop_path}, but must be at least 0 and less than 1."
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) != self.in_chans:
+                yield f"{key} has {len(values)} values for {self.in_chans} channels."
+        if any(value <= 0 for value in self.std):
+            yield f"std is {self.std}, but must be positive."
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form from which `config_from_dict` makes an equal configuration."""
+        return {"architecture": self.architecture, **dataclasses.asdict(self)}
+
+    def replace(self, **settings: Any) -> ModelConfig:
+        """A copy with other settings; what was derived from a changed setting is derived again.
+
+        Raises:
+            UserError: for a setting this architecture does not have.
+        """
+        check_settings(type(self), settings)
+        derived = {
+            "embed_dim": ("decoder_embed_dim",),
+            "num_heads": ("decoder_num_heads",),
+            "in_chans": ("mean", "std"),
+        }
+        for source, targets in derived.items():
+            for target in targets:
+                follows = source == "in_chans" or getattr(self, target) == getattr(self, source)
+                if settings.get(source, getattr(self, source)) != getattr(self, source) and follows:
+                    settings.setdefault(target, _DEFAULTS[target])
+        return dataclasses.replace(self, **settings)
+
+
+_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrateConfig(ModelConfig):
+    """CRATE-MAE: the layers of `models.layers`.
+
+    Attributes:
+        step_size: eta of the ISTA step.
+        threshold: lambda of the ISTA step.
+        output_projection: MSSA's output projection: a "free" one with bias as in the official code, or the subspaces
+            themselves ("tied") as in the derivation.
+        ista_skip: whether the sparse code is added to its input instead of replacing it (not so officially).
+    """
+
+    architecture: ClassVar[str] = "crate"
+
+    step_size: float = 0.1
+    threshold: float = 0.5
+    output_projection: Literal["free", "tied"] = "free"
+    ista_skip: bool = False
+
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
+        if self.step_size <= 0:
+            yield f"step_size is {self.step_size}, but must be positive."
+        if self.threshold < 0:
+            yield f"threshold is {self.threshold}, but must not be negative."
+        if self.output_projection not in ("free", "tied"):
+            yield f'output_projection is "{self.output_projection}", but must be "free" or "tied".'
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViTConfig(ModelConfig):
+    """ViT-MAE (He et al. 2022), the baseline: timm's blocks, mask tokens only at the decoder.
+
+    Attributes:
+        mlp_ratio: hidden width of each block's MLP, as a multiple of the width.
+    """
+
+    architecture: ClassVar[str] = "vit"
+
+    mask_tokens: Literal["encoder", "decoder"] = "decoder"
+    mlp_ratio: float = 4.0
+
+
+def check_settings(config_class: type[ModelConfig], settings: dict[str, Any]) -> None:
+    """Raise a `UserError` for settings which `config_class` does not have, with the nearest names it has."""
+    known = [field.name for field in dataclasses.fields(config_class)]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f'Did you mean "{near[0]}"?' if near else f"It has: {', '.join(known)}."
+            raise UserError(f'A {config_class.architecture} model has no setting "{key}". {hint}')
+
+
+def config_from_dict(values: dict[str, Any]) -> ModelConfig:
+    """The inverse of `ModelConfig.to_dict`.
+
+    Raises:
+        UserError: for an unknown architecture, or settings that are unknown, missing or do not fit.
+    """
+    classes = {c.architecture: c for c in (CrateConfig, ViTConfig)}
+    settings = dict(values)
+    architecture = settings.pop("architecture", None)
+    if architecture not in classes:
+        raise UserError(f'Unknown architecture "{architecture}": it must be one of {", ".join(classes)}.')
+    check_settings(classes[architecture], settings)
+    try:
+        return classes[architecture](**settings)
+    except TypeError as error:
+        raise UserError(f"The model configuration does not fit: {error}.") from error

@@ -1,0 +1,94 @@
+"""The decoder: from latent tokens to the pixels of every patch."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from crate_mae.models.encoder import initialize
+from crate_mae.models.layers import DecoderLayer, OutputProjection
+from crate_mae.models.masking import visible_indices
+from crate_mae.models.positions import sincos_positions
+
+
+class Decoder(nn.Module):
+    """Layers that predict each patch's pixels from latent tokens.
+
+    Args:
+        block: builds one layer; see `crate_decoder_block` and `vit_decoder_block`.
+        depth: number of layers.
+        encoder_dim: width of the latent tokens.
+        embed_dim: width of the decoder's layers.
+        patch_pixels: q, predicted numbers per patch (patch_size^2 x channels).
+        grid_size: rows and columns of patches.
+        fills_in: whether the decoder gets visible tokens only and fills in mask tokens itself (MAE), instead of all
+            tokens (the official CRATE-MAE).
+
+    Attributes:
+        embed: linear map from the encoder's width. The identity when all tokens come in the right width already: the
+            official code has a linear map there, and never calls it.
+    """
+
+    pos_embed: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        block: Callable[[], nn.Module],
+        depth: int,
+        encoder_dim: int,
+        embed_dim: int,
+        patch_pixels: int,
+        grid_size: tuple[int, int],
+        fills_in: bool,
+    ) -> None:
+        super().__init__()
+        needs_embed = fills_in or encoder_dim != embed_dim
+        self.embed = nn.Linear(encoder_dim, embed_dim) if needs_embed else nn.Identity()
+        self.register_buffer("pos_embed", sincos_positions(embed_dim, grid_size)[None] if fills_in else None)
+        self.blocks = nn.Sequential(*[block() for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.pred = nn.Linear(embed_dim, patch_pixels)
+        initialize(self)
+
+    def forward(self, latent: Float[Tensor, "b n_plus_1 d"]) -> Float[Tensor, "b n q"]:
+        """Predict from all tokens, class token first."""
+        return self._predict(self.embed(latent))
+
+    def forward_visible(
+        self,
+        latent: Float[Tensor, "b m d"],
+        mask: Bool[Tensor, "b n"],
+        mask_token: Float[Tensor, "1 1 e"],
+    ) -> Float[Tensor, "b n q"]:
+        """Predict from the class token and the visible patches, with a mask token in each hidden place.
+
+        Positions are added after that, as in MAE.
+        """
+        assert self.pos_embed is not None, "a decoder that gets all tokens fills nothing in"
+        tokens = self.embed(latent)
+        width = tokens.shape[-1]
+        places = visible_indices(mask).to(tokens.device)[..., None].expand(-1, -1, width)
+        everywhere = mask_token.to(tokens.dtype).expand(mask.shape[0], mask.shape[1], width)
+        patches = everywhere.scatter(1, places, tokens[:, 1:])
+        return self._predict(torch.cat([tokens[:, :1], patches], dim=1) + self.pos_embed)
+
+    def _predict(self, tokens: Tensor) -> Tensor:
+        return self.pred(self.norm(self.blocks(tokens))[:, 1:])
+
+
+def crate_decoder_block(
+    embed_dim: int, num_heads: int, *, output_projection: OutputProjection
+) -> Callable[[], nn.Module]:
+    """A builder of CRATE's decoder layers."""
+    return partial(DecoderLayer, embed_dim, num_heads, output_projection=output_projection)
+
+
+def vit_decoder_block(embed_dim: int, num_heads: int, *, mlp_ratio: float) -> Callable[[], nn.Module]:
+    """A builder of timm's pre-norm blocks, as MAE's decoder uses them."""
+    norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm annotates a class, and calls it as a function
+    return partial(Block, embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)

@@ -1,0 +1,160 @@
+"""The encoder: a timm Vision Transformer with fixed positions that also takes masked images."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from timm.layers import resample_abs_pos_embed
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from crate_mae.models.layers import EncoderLayer, OutputProjection
+from crate_mae.models.masking import visible_indices
+from crate_mae.models.positions import sincos_positions
+
+
+class MaskedEncoder(VisionTransformer):
+    """A timm `VisionTransformer` for masked images: CRATE's layers or, as the baseline, timm's own blocks.
+
+    Everything timm promises of a backbone holds (`forward_features`, `forward_intermediates`, `reset_classifier`,
+    `set_grad_checkpointing`, ...). Different are:
+
+    - positions are the fixed sine-cosine table of `sincos_positions`, a buffer and not a parameter;
+    - `forward_masked` encodes an image of which some patches are hidden;
+    - weights start as in the official code (`initialize`).
+
+    Args:
+        block: builds one layer from timm's block arguments; see `crate_block` and `vit_block`.
+        vit_options: all other arguments of timm's `VisionTransformer`.
+    """
+
+    pos_embed: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]  # timm: a parameter, or none at all
+    cls_token: nn.Parameter  # pyright: ignore[reportIncompatibleVariableOverride]  # timm: perhaps none
+
+    def __init__(self, *, block: Callable[..., nn.Module], num_classes: int = 0, **vit_options: Any) -> None:
+        super().__init__(
+            block_fn=block,  # pyright: ignore[reportArgumentType]  # timm asks for a type, and calls it as a function
+            num_classes=num_classes,
+            pos_embed="none",
+            weight_init="skip",
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # pyright: ignore[reportArgumentType]
+            **vit_options,
+        )
+        del self.pos_embed  # timm's placeholder for "none"
+        positions = sincos_positions(self.embed_dim, self.patch_embed.grid_size, self.num_prefix_tokens)
+        self.register_buffer("pos_embed", positions[None])
+        self.init_weights(needs_reset=False)
+
+    def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:  # noqa: ARG002  # timm's signature
+        """Initialise as the official code does; `mode` (timm's other schemes) does not apply."""
+        if needs_reset:
+            for module in self.modules():
+                if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()
+            positions = sincos_positions(self.embed_dim, self.patch_embed.grid_size, self.num_prefix_tokens)
+            self.pos_embed.copy_(positions)
+        initialize(self)
+        nn.init.normal_(self.cls_token, std=0.02)
+
+    def set_input_size(
+        self,
+        img_size: tuple[int, int] | None = None,
+        patch_size: tuple[int, int] | None = None,
+    ) -> None:
+        """Change the image or patch size; positions are interpolated, and stay a buffer (timm makes a parameter)."""
+        old_grid, positions = self.patch_embed.grid_size, self.pos_embed
+        del self.pos_embed
+        self.pos_embed = None  # pyright: ignore[reportAttributeAccessIssue]  # so timm leaves positions alone
+        super().set_input_size(img_size, patch_size)
+        del self.pos_embed
+        new_grid = self.patch_embed.grid_size
+        resampled = resample_abs_pos_embed(positions, list(new_grid), list(old_grid), self.num_prefix_tokens)
+        self.register_buffer("pos_embed", resampled)
+
+    def forward_masked(
+        self,
+        images: Float[Tensor, "b c hh ww"],
+        mask: Bool[Tensor, "b n"],
+        mask_token: Float[Tensor, "1 1 d"] | None,
+    ) -> Float[Tensor, "b m d"]:
+        """Encode images of which the patches with a true mask are hidden.
+
+        Args:
+            images: normalised images.
+            mask: true = hidden.
+            mask_token: stands in for hidden patches before positions are added, so that all m = n + 1 tokens are
+                encoded (the official CRATE-MAE). None leaves hidden patches out, and the m = 1 + visible others are
+                encoded alone (He et al. 2022, MAE).
+
+        Returns:
+            Normalised features, class token first, then patches in order.
+        """
+        tokens = self.patch_embed(images)
+        if mask_token is not None:
+            hidden = mask.reshape(*tokens.shape[:-1], 1)
+            tokens = torch.where(hidden, mask_token.reshape(-1).to(tokens.dtype), tokens)
+        tokens = self._pos_embed(tokens)
+        if mask_token is None:
+            keep = visible_indices(mask).to(tokens.device) + self.num_prefix_tokens
+            prefix = torch.arange(self.num_prefix_tokens, device=keep.device).expand(keep.shape[0], -1)
+            keep = torch.cat([prefix, keep], dim=1)
+            tokens = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
+        if self.grad_checkpointing and self.training:
+            tokens = checkpoint_seq(self.blocks, tokens)
+        else:
+            tokens = self.blocks(tokens)
+        return self.norm(tokens)
+
+
+def crate_block(
+    *,
+    step_size: float = 0.1,
+    threshold: float = 0.5,
+    output_projection: OutputProjection = "free",
+    ista_skip: bool = False,
+) -> Callable[..., nn.Module]:
+    """A block builder for `MaskedEncoder` that makes CRATE's layers."""
+
+    # timm hands every block the options of an MLP and of ordinary attention. A CRATE layer has neither.
+    def build(
+        *,
+        dim: int,
+        num_heads: int,
+        drop_path: float,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **_vit_only: Any,
+    ) -> nn.Module:
+        return EncoderLayer(
+            dim,
+            num_heads,
+            step_size=step_size,
+            threshold=threshold,
+            output_projection=output_projection,
+            ista_skip=ista_skip,
+            drop_path=drop_path,
+            device=device,
+            dtype=dtype,
+        )
+
+    return build
+
+
+def vit_block() -> Callable[..., nn.Module]:
+    """A block builder for `MaskedEncoder` that makes timm's own pre-norm blocks."""
+    return Block
+
+
+def initialize(module: nn.Module) -> None:
+    """Initialise linear maps as the official `initialize_weights`: Xavier-uniform weights, zero biases.
+
+    The patch embedding counts as a linear map of flattened patches. Layer norms and dictionaries initialise themselves.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.flatten(1))
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)

@@ -1,0 +1,193 @@
+"""The layers of CRATE-MAE: parameters around the functions of `theory`.
+
+    encoder layer      Z_half = Z + MSSA(LN(Z))          Z_next = ISTA(LN(Z_half))
+    decoder layer      Y_half = LN(Y) E^T                Y_next = Y_half - MSSA(LN(Y_half))
+
+The encoder compresses, then sparsifies; the decoder leaves the sparse code, then runs the compression backward.
+Both use the same `MSSA`: only the sign of the step differs.
+"""
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from crate_mae.errors import UserError
+from crate_mae.theory.attention import ssa
+from crate_mae.theory.sparse_coding import ista_step
+
+OutputProjection = Literal["free", "tied"]
+
+
+class MSSA(nn.Module):
+    """Multi-head subspace self-attention: MSSA(Z | U) = sum_k SSA(Z | U_k) W_k^T (+ bias).
+
+    SSA(Z | U_k) = softmax(s (Z U_k)(Z U_k)^T) Z U_k with s = p^-1/2: query, key and value are the one projection of
+    the tokens onto subspace k. "Masked Completion via Structured Diffusion", section 2.2; `crate_encoder.py`,
+    `Attention`, of the official code.
+
+    Attributes:
+        subspaces: the linear map whose weight is [U_1 .. U_h]^T, (h p) x d, and whose output is [Z U_1 .. Z U_h].
+        proj: the free output projection with bias, [W_1 .. W_h]; None when tied, where W_k = U_k as in the theory.
+        num_heads: number of subspaces h; the subspace dimension is p = d / h.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        output_projection: OutputProjection = "free",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise UserError(f"The width {embed_dim} cannot be split into {num_heads} heads of equal dimension.")
+        self.num_heads = num_heads
+        self.subspaces = nn.Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
+        self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype) if output_projection == "free" else None
+
+    def bases(self) -> Float[Tensor, "h d p"]:
+        """The subspace bases U_k, as a view of the parameters."""
+        return self.subspaces.weight.unflatten(0, (self.num_heads, -1)).mT
+
+    def forward(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Attend within each subspace and bring the results back to the ambient space."""
+        w = self.subspaces(z).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        heads = ssa(w).transpose(1, 2).flatten(2)
+        if self.proj is None:
+            return F.linear(heads, self.subspaces.weight.t())
+        return self.proj(heads)
+
+
+class ISTA(nn.Module):
+    """One proximal-gradient step towards the sparse code of the tokens in a learned dictionary.
+
+    ISTA(X | D) = relu(X + eta (X D - X D^T D) - eta lambda), computed by `theory.sparse_coding.ista_step` as one
+    matrix product. `crate_encoder.py`, `FeedForward`, of the official code.
+
+    Attributes:
+        dictionary: D, d x d; a code A reconstructs X as A D^T.
+        step_size: eta.
+        threshold: lambda, the weight of the l1 norm.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        step_size: float = 0.1,
+        threshold: float = 0.5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.step_size = step_size
+        self.threshold = threshold
+        self.dictionary = nn.Parameter(torch.empty(embed_dim, embed_dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Entries uniform in +-sqrt(6/d), the official initialisation."""
+        _init_dictionary(self.dictionary)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """The non-negative sparse code after one step from the tokens themselves."""
+        return ista_step(x, self.dictionary, self.step_size, self.threshold)
+
+    def extra_repr(self) -> str:
+        """Width, step size and threshold, for `print(model)`."""
+        return f"{self.dictionary.shape[0]}, step_size={self.step_size}, threshold={self.threshold}"
+
+
+class Dictionary(nn.Module):
+    """The decoder's dictionary E: from codes to tokens, Y E^T. `crate_decoder.py`, `FeedForward`, officially."""
+
+    def __init__(self, embed_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Entries uniform in +-sqrt(6/d), the official initialisation."""
+        _init_dictionary(self.weight)
+
+    def forward(self, y: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Y E^T."""
+        return F.linear(y, self.weight)
+
+
+class EncoderLayer(nn.Module):
+    """Compress, then sparsify: Z_half = Z + MSSA(LN(Z)); Z_next = ISTA(LN(Z_half)).
+
+    ISTA replaces its normalised input, as in the official code. With `ista_skip` it is added instead,
+    Z_next = Z_half + ISTA(LN(Z_half)), which departs from the derivation.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        step_size: float = 0.1,
+        threshold: float = 0.5,
+        output_projection: OutputProjection = "free",
+        ista_skip: bool = False,
+        drop_path: float = 0.0,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.ista_skip = ista_skip
+        self.norm1 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+        self.attn = MSSA(embed_dim, num_heads, output_projection=output_projection, device=device, dtype=dtype)
+        self.drop_path = DropPath(drop_path)
+        self.norm2 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
+        self.ista = ISTA(embed_dim, step_size=step_size, threshold=threshold, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        z: Float[Tensor, "b n d"],
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Float[Tensor, "b n d"]:
+        """One layer. The last two arguments belong to timm's block contract and must keep their defaults.
+
+        Raises:
+            ValueError: for an attention mask or causal attention, which subspace attention does not define.
+        """
+        if attn_mask is not None or is_causal:
+            raise ValueError("Subspace self-attention is defined over all tokens: it takes no mask and is not causal.")
+        z_half = z + self.drop_path(self.attn(self.norm1(z)))
+        code = self.ista(self.norm2(z_half))
+        return z_half + self.drop_path(code) if self.ista_skip else code
+
+
+class DecoderLayer(nn.Module):
+    """The encoder layer's way back: Y_half = LN(Y) E^T; Y_next = Y_half - MSSA(LN(Y_half)).
+
+    Decoder layer l is meant to undo encoder layer L + 1 - l: a code becomes tokens, and the compressing step is taken
+    with the opposite sign.
+    """
+
+    def __init__(self, embed_dim: int, num_heads: int, *, output_projection: OutputProjection = "free") -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(embed_dim)
+        self.dictionary = Dictionary(embed_dim)
+        self.norm2 = nn.LayerNorm(embed_dim)
+        self.attn = MSSA(embed_dim, num_heads, output_projection=output_projection)
+
+    def forward(self, y: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """One layer."""
+        y_half = self.dictionary(self.norm1(y))
+        return y_half - self.attn(self.norm2(y_half))
+
+
+def _init_dictionary(dictionary: Tensor) -> None:
+    bound = math.sqrt(6.0 / dictionary.shape[1])
+    nn.init.uniform_(dictionary, -bound, bound)

@@ -1,0 +1,91 @@
+"""Images to patches and back, and which patches are hidden."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from crate_mae.errors import UserError
+
+
+def random_mask(
+    batch: int,
+    num_patches: int,
+    mask_ratio: float,
+    generator: torch.Generator | None = None,
+) -> Bool[Tensor, "b n"]:
+    """Hide the same number of patches in every image, chosen uniformly and independently.
+
+    `int(n (1 - mask_ratio))` patches stay visible, as in the official code's `random_masking`.
+
+    Args:
+        batch: number of images b.
+        num_patches: patches per image n.
+        mask_ratio: share of hidden patches, in [0, 1).
+        generator: source of randomness; its device is the mask's device. None takes torch's global CPU generator.
+
+    Returns:
+        True where a patch is hidden.
+
+    Raises:
+        UserError: for a ratio outside [0, 1).
+    """
+    if not 0.0 <= mask_ratio < 1.0:
+        raise UserError(f"mask_ratio is {mask_ratio}, but must be at least 0 and less than 1.")
+    keep = int(num_patches * (1.0 - mask_ratio))
+    noise = torch.rand(batch, num_patches, generator=generator, device=generator.device if generator else None)
+    # The rank of each patch's noise; ranks are distinct even if two noises tie.
+    rank = noise.argsort(dim=1).argsort(dim=1)
+    return rank >= keep
+
+
+def visible_indices(mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b keep"]:
+    """Positions of the visible patches of each image, in ascending order.
+
+    Raises:
+        UserError: if the images do not all hide the same number of patches, since the visible ones then fill no tensor.
+    """
+    hidden = mask.sum(dim=1)
+    first = int(hidden[0])
+    if not torch.jit.is_tracing() and bool((hidden != first).any()):
+        raise UserError(
+            f"The mask hides between {int(hidden.min())} and {int(hidden.max())} patches per image.\n"
+            'A model with mask_tokens="decoder" encodes visible patches alone and needs the same number in every image.'
+        )
+    # A stable sort brings the visible (False) first and keeps their order.
+    return mask.to(torch.uint8).argsort(dim=1, stable=True)[:, : mask.shape[1] - first]
+
+
+def patchify(images: Float[Tensor, "b c hh ww"], patch_size: int) -> Float[Tensor, "b n q"]:
+    """Cut images into patches: row by row over the grid, pixels row by row with channels last, q = patch_size^2 c.
+
+    Raises:
+        UserError: if the patch does not divide the image.
+    """
+    b, c, hh, ww = images.shape
+    if hh % patch_size or ww % patch_size:
+        raise UserError(f"Images of {hh} x {ww} pixels cannot be cut into patches of {patch_size} x {patch_size}.")
+    x = images.reshape(b, c, hh // patch_size, patch_size, ww // patch_size, patch_size)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(
+    patches: Float[Tensor, "b n q"],
+    patch_size: int,
+    grid_size: tuple[int, int],
+) -> Float[Tensor, "b c hh ww"]:
+    """The inverse of `patchify` for images of `grid_size` (rows, columns) patches."""
+    b, _, q = patches.shape
+    gh, gw = grid_size
+    x = patches.reshape(b, gh, gw, patch_size, patch_size, q // patch_size**2)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, gh * patch_size, gw * patch_size)
+
+
+def patch_statistics(
+    patches: Float[Tensor, "b n q"],
+) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:
+    """Mean and standard deviation of each patch, with which normalised pixel targets are made.
+
+    The standard deviation is sqrt(var + 1e-6) with the unbiased variance, as in the official `forward_loss`.
+    """
+    mean = patches.mean(dim=-1, keepdim=True)
+    return mean, (patches.var(dim=-1, keepdim=True) + 1e-6).sqrt()

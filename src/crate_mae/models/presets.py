@@ -1,0 +1,96 @@
+"""Models by name.
+
+Every `crate_mae_<size>` has two ViT-MAE twins: `vit_mae_<size>` of the same width, depth and heads on both sides, and
+`vit_mae_<size>_matched` of (nearly) the same number of parameters. A ViT block of width d has about 12 d^2 weights
+where a CRATE layer has 3 d^2, so the matched twin has half the width, with heads of the same dimension.
+`vit_mae_{small,base,large}_published` are the baselines that the CRATE-MAE paper's tables compare with.
+"""
+
+import difflib
+from typing import Any
+
+from crate_mae.errors import UserError
+from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.config import CrateConfig, ModelConfig, ViTConfig, check_settings
+
+# size: (width, heads, depth of either side, patch, image)
+_SIZES = {
+    "nano_patch2_8": (96, 4, 4, 2, 8),
+    "micro_patch4_32": (192, 6, 6, 4, 32),
+    "tiny_patch4_32": (384, 6, 12, 4, 32),
+    "tiny_patch16_224": (384, 6, 12, 16, 224),
+    "small_patch16_224": (576, 12, 12, 16, 224),
+    "base_patch16_224": (768, 12, 12, 16, 224),
+    "large_patch16_224": (1024, 16, 24, 16, 224),
+}
+
+# size: (width, heads, depth, decoder width, decoder heads, decoder depth)
+_PUBLISHED_VIT = {
+    "small": (384, 6, 12, 512, 16, 8),
+    "base": (768, 12, 12, 768, 16, 8),
+    "large": (1024, 16, 24, 1024, 16, 8),
+}
+
+
+def _presets() -> dict[str, ModelConfig]:
+    presets: dict[str, ModelConfig] = {}
+    for size, (width, heads, depth, patch, image) in _SIZES.items():
+        stem, _, shape = size.partition("_")
+        shared: dict[str, Any] = {
+            "depth": depth,
+            "decoder_depth": depth,
+            "patch_size": patch,
+            "image_size": (image, image),
+        }
+        name = f"crate_mae_{size}"
+        presets[name] = CrateConfig(name=name, embed_dim=width, num_heads=heads, **shared)
+        name = f"vit_mae_{size}"
+        presets[name] = ViTConfig(name=name, embed_dim=width, num_heads=heads, **shared)
+        name = f"vit_mae_{stem}_matched_{shape}"
+        presets[name] = ViTConfig(name=name, embed_dim=width // 2, num_heads=heads // 2, **shared)
+    for size, (width, heads, depth, decoder_width, decoder_heads, decoder_depth) in _PUBLISHED_VIT.items():
+        name = f"vit_mae_{size}_published_patch16_224"
+        presets[name] = ViTConfig(
+            name=name,
+            embed_dim=width,
+            num_heads=heads,
+            depth=depth,
+            decoder_embed_dim=decoder_width,
+            decoder_num_heads=decoder_heads,
+            decoder_depth=decoder_depth,
+        )
+    return presets
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` takes."""
+    return list(_presets())
+
+
+def preset(name: str) -> ModelConfig:
+    """The configuration behind a name.
+
+    Raises:
+        UserError: for an unknown name, with the nearest known one.
+    """
+    presets = _presets()
+    if name not in presets:
+        near = difflib.get_close_matches(name, presets, n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise UserError(f"Unknown model {name}. {hint}`crate-mae models` lists the names.")
+    return presets[name]
+
+
+def create_model(name: str, **settings: Any) -> MaskedAutoencoder:
+    """Build a preset with fresh weights drawn from torch's global generator.
+
+    Args:
+        name: one of `list_models()`.
+        settings: any field of the preset's configuration (`CrateConfig` or `ViTConfig`), changed.
+
+    Raises:
+        UserError: for an unknown name or setting, or settings that do not fit together.
+    """
+    config = preset(name)
+    check_settings(type(config), settings)
+    return build(config.replace(**settings))

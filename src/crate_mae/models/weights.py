@@ -1,0 +1,132 @@
+"""Models on disk: `model.safetensors` and `config.json` in a folder, and every form of MODEL that names one."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from crate_mae.errors import UserError
+from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.config import ModelConfig, config_from_dict
+from crate_mae.models.presets import create_model, list_models
+from crate_mae.models.tensors import read_tensors
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+LIBRARY = "crate-mae"
+
+
+def save(model: MaskedAutoencoder, folder: str | Path) -> None:
+    """Write `model.safetensors` (encoder and decoder both) and `config.json` into a folder, each whole or not at all.
+
+    Existing files of these names are replaced.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    save_tensors(tensors, model.config, folder)
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], config: ModelConfig, folder: str | Path) -> None:
+    """`save` for a state dict gathered elsewhere, such as from several processes."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"library": LIBRARY, **config.to_dict()}, indent=2) + "\n"
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+        save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
+        (Path(scratch) / CONFIG_FILE).write_text(text, encoding="utf-8")
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(Path(scratch) / name, folder / name)  # noqa: PTH105  # atomic also where the target exists
+
+
+def load(model: str | Path, **settings: Any) -> MaskedAutoencoder:
+    """Build a model from any form of MODEL, in `eval()` mode.
+
+    Args:
+        model: a run folder or any other folder with `model.safetensors` and `config.json`; the name of a preset (fresh
+            weights); or `hf:user/name`, a repository on the Hugging Face Hub with the same two files.
+        settings: model settings to change, such as `norm_pix_loss`; those that change a tensor's shape are refused.
+
+    Raises:
+        UserError: if there is no such model, or its files are damaged or do not belong together.
+    """
+    name = str(model)
+    if name in list_models():
+        return create_model(name, **settings).eval()
+    folder = _download(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name)
+    if folder.is_file():
+        hint = f"Name its folder instead: {folder.parent}" if folder.name == WEIGHTS_FILE else _official_hint(folder)
+        raise UserError(f"{folder} is a file, but a model is a folder with {WEIGHTS_FILE} and {CONFIG_FILE}.\n{hint}")
+    missing = [file for file in (WEIGHTS_FILE, CONFIG_FILE) if not (folder / file).is_file()]
+    if missing:
+        what = f"has no {' and no '.join(missing)}" if folder.is_dir() else "does not exist and is no model's name"
+        raise UserError(
+            f"{name} {what}.\nA model is a run folder, a folder with {WEIGHTS_FILE} and {CONFIG_FILE}, "
+            "hf:user/name, or a name from `crate-mae models`."
+        )
+    return _load_folder(folder, settings)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The configuration in a model folder.
+
+    Raises:
+        UserError: if `config.json` is damaged or was not written by this library.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
+    if not isinstance(values, dict) or values.pop("library", None) != LIBRARY:
+        raise UserError(f"{path} does not describe a {LIBRARY} model.")
+    try:
+        return config_from_dict(values)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _load_folder(folder: Path, settings: dict[str, Any]) -> MaskedAutoencoder:
+    model = build(read_config(folder).replace(**settings))
+    path = folder / WEIGHTS_FILE
+    tensors = read_tensors(path)
+    wanted = model.state_dict()
+    problems = [f"{name} is missing" for name in wanted if name not in tensors]
+    problems += [f"{name} is unknown" for name in tensors if name not in wanted]
+    problems += [
+        f"{name} is {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in tensors and tensors[name].shape != value.shape
+    ]
+    if problems:
+        raise UserError(
+            f"{path} holds the weights of another model than {CONFIG_FILE} and the settings describe:\n"
+            f"{'; '.join(problems[:3])}{f' and {len(problems) - 3} more' if len(problems) > 3 else ''}."
+        )
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+    except HFValidationError as error:
+        raise UserError(
+            f"hf:{repository} is not the name of a Hub repository: it must look like hf:user/name."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"hf:{repository} is not on this machine, and the Hugging Face Hub cannot be reached.\n"
+            "Offline, use a folder with the model's files, or a name from `crate-mae models`."
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(f"hf:{repository} cannot be had from the Hugging Face Hub: {error}") from error
+
+
+def _official_hint(path: Path) -> str:
+    return f'For weights of the official code: crate_mae.from_official("{path}", num_heads=...) and crate_mae.save.'

@@ -1,0 +1,72 @@
+"""The mathematics of CRATE-MAE: one equation, one pure function.
+
+Tokens are **rows** everywhere: `z` is an n x d matrix of n tokens, where the papers write Z as d x n with tokens as
+columns. Every formula here is the transpose of the papers', once and for all: their U_k^T Z is our Z U_k.
+
+| symbol | argument     | shape       | meaning                                                        |
+|--------|--------------|-------------|----------------------------------------------------------------|
+| Z      | `z`          | `*batch n d`| tokens                                                         |
+| U_k    | `u[k]`       | `h d p`     | basis of subspace k: p columns in R^d, orthonormal in theory   |
+| W_k    | `w[..., k]`  | `*batch h n p`| projections W_k = Z U_k (an attention head's input)          |
+| D      | `dictionary` | `d d`       | dictionary; codes A reconstruct tokens as A D^T                |
+| eps    | `eps`        |             | the distortion epsilon itself; the functions square it         |
+| eta    | `step_size`  |             | step of one proximal-gradient (ISTA) iteration                 |
+| lambda | `threshold`  |             | weight of the l1 norm                                          |
+
+Read `coding_rate` (what is optimised), then `attention` (its gradient becomes attention), then `sparse_coding`.
+
+Papers: "White-Box Transformers via Sparse Rate Reduction" (arXiv 2306.01129, extended in 2311.13110) and "Masked
+Completion via Structured Diffusion with White-Box Transformers" (arXiv 2404.02446).
+"""
+
+from crate_mae.theory.attention import attention_membership, linear_ssa, mssa, ssa
+from crate_mae.theory.coding_rate import (
+    coding_rate,
+    coding_rate_gradient,
+    official_subspace_coding_rate,
+    projected_coding_rate,
+    rate_reduction,
+    sparse_rate_reduction,
+    subspace_coding_rate,
+    subspace_coding_rate_gradient,
+)
+from crate_mae.theory.measures import effective_rank, zero_fraction
+from crate_mae.theory.mixtures import MixtureSample, sample_mixture
+from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, ista_step, lasso_objective
+from crate_mae.theory.subspaces import (
+    coherence,
+    orthonormal_bases,
+    orthonormality_error,
+    project,
+    signal_to_noise,
+    unproject,
+)
+
+__all__ = [
+    "MixtureSample",
+    "apply_ista_operator",
+    "attention_membership",
+    "coding_rate",
+    "coding_rate_gradient",
+    "coherence",
+    "effective_rank",
+    "ista_operator",
+    "ista_step",
+    "lasso_objective",
+    "linear_ssa",
+    "mssa",
+    "official_subspace_coding_rate",
+    "orthonormal_bases",
+    "orthonormality_error",
+    "project",
+    "projected_coding_rate",
+    "rate_reduction",
+    "sample_mixture",
+    "signal_to_noise",
+    "sparse_rate_reduction",
+    "ssa",
+    "subspace_coding_rate",
+    "subspace_coding_rate_gradient",
+    "unproject",
+    "zero_fraction",
+]

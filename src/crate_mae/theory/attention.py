@@ -1,0 +1,126 @@
+r"""Attention derived: a step that compresses tokens against subspaces is attention in which query = key = value.
+
+A gradient step on the subspace rate R^c, with the inverse in the gradient expanded to first order (see
+`coding_rate.subspace_coding_rate_gradient`), moves each token towards a sum of the others, weighted by how alike they
+are inside subspace k: (Z U_k)(Z U_k)^T Z U_k. That is `linear_ssa`. A softmax turns the weights into memberships, which
+asks not only how alike two tokens are but whether they belong to the same subspace. That is `ssa`; over all subspaces,
+one per head, it is `mssa`.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from crate_mae.theory.subspaces import project, unproject
+
+
+def linear_ssa(w: Float[Tensor, "*batch n p"], scale: float) -> Float[Tensor, "*batch n p"]:
+    r"""s (W W^T) W, attention before the softmax: the only data-dependent term of the first-order Neumann expansion.
+
+    With W_k = Z U_k and a = p/(n eps^2) the expansion is exactly
+
+        subspace_coding_rate_gradient(z, u, eps, neumann_order=1) = a sum_k (W_k - linear_ssa(W_k, a)) U_k^T.
+    """
+    return scale * (w @ (w.mT @ w))
+
+
+def attention_membership(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n n"]:
+    r"""P = softmax(s W W^T), row by row: P[i, j] is the share of token j in what token i moves towards.
+
+    Args:
+        w: projections W = Z U_k of the tokens onto one subspace.
+        scale: s, the inverse temperature; p^-1/2 if None.
+    """
+    # The scale goes to W: that is n x p numbers instead of n x n, and keeps half-precision products in range.
+    return torch.softmax((_scale(w, scale) * w) @ w.mT, dim=-1)
+
+
+def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
+    r"""SSA(W) = softmax(s W W^T) W, subspace self-attention.
+
+    The function is `attention_membership(w, scale) @ w`; the form computed is `SymmetricAttention`, which is faster and
+    saves less. It runs in the precision in which `w` arrives, also under autocast. Leading dimensions (images, heads)
+    are independent of each other.
+
+    Source: arXiv 2306.01129, section 2.3. There s = 1; the official code, and we by default, take s = p^-1/2.
+
+    Args:
+        w: projections W = Z U_k of the tokens onto one subspace.
+        scale: s, the inverse temperature; p^-1/2 if None.
+    """
+    n, p = w.shape[-2:]
+    return SymmetricAttention.apply(w.reshape(-1, n, p), _scale(w, scale)).view(w.shape)
+
+
+def mssa(z: Float[Tensor, "*batch n d"], subspaces: Float[Tensor, "h d p"]) -> Float[Tensor, "*batch n d"]:
+    r"""MSSA(Z | U) = sum_k SSA(Z U_k) U_k^T, multi-head subspace self-attention with tied output projection.
+
+    Source: arXiv 2306.01129, section 2.3, without its constant factor p/(n eps^2), which the official code leaves to be
+    learned too: there a free matrix and bias stand in the place of the U_k^T.
+
+    Args:
+        z: tokens Z.
+        subspaces: bases U_k, one per head.
+    """
+    return unproject(ssa(project(z, subspaces)), subspaces)
+
+
+class SymmetricAttention(torch.autograd.Function):
+    r"""O = softmax(s W W^T) W with a backward that knows that query, key and value are one tensor.
+
+    Let S = s W W^T and P = softmax(S), so O = P W. Given dO, the gradient of the loss with respect to O:
+
+        dP = dO W^T                        (W as value is held fixed)
+        dS = P * (dP - rowsum(P * dP))     (the softmax)
+        dW = P^T dO + s (dS + dS^T) W      (W as value; W on either side of the symmetric product W W^T)
+
+    Only W and P are saved, where ordinary attention saves three projections beside P. On a CPU the batch is worked off
+    in pieces small enough that P stays in the cache between the product, the softmax and the second product.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, w: Float[Tensor, "b n p"], scale: float) -> Float[Tensor, "b n p"]:
+        """O = P W, piece by piece."""
+        ctx.scale = scale
+        memberships, out = [], torch.empty_like(w)
+        with torch.autocast(w.device.type, enabled=False):
+            for w_i, out_i in zip(_pieces(w), _pieces(out), strict=True):
+                p_i = attention_membership(w_i, scale)
+                torch.bmm(p_i, w_i, out=out_i)
+                if ctx.needs_input_grad[0]:
+                    memberships.append(p_i)
+        ctx.save_for_backward(w, *memberships)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Float[Tensor, "b n p"]) -> tuple[Float[Tensor, "b n p"], None]:
+        """dW = P^T dO + s (dS + dS^T) W, piece by piece."""
+        (grad_out,) = grad_outputs
+        w, *memberships = ctx.saved_tensors
+        grad_w = torch.empty_like(w)
+        with torch.autocast(w.device.type, enabled=False):
+            pieces = zip(_pieces(w), memberships, _pieces(grad_out), _pieces(grad_w), strict=True)
+            for w_i, p_i, grad_out_i, grad_w_i in pieces:
+                grad_p = grad_out_i @ w_i.mT
+                # rowsum(P * dP) = rowsum(dO * O), but that shorter sum, rounded to bfloat16, was measured to be up to
+                # a hundred times less accurate where attention is peaked; the softmax's own kernel sums in float32.
+                grad_s = torch.ops.aten._softmax_backward_data(grad_p, p_i, -1, w.dtype)
+                torch.bmm(p_i.mT, grad_out_i, out=grad_w_i)
+                grad_w_i.baddbmm_(grad_s, w_i, alpha=ctx.scale).baddbmm_(grad_s.mT, w_i, alpha=ctx.scale)
+        return grad_w, None
+
+
+_PIECE = 500_000  # Elements of P in one piece: 2 MB in float32, the fastest of 0.25, 0.5 and 0.8 million or near it.
+
+
+def _pieces(x: Float[Tensor, "b n p"]) -> tuple[Tensor, ...]:
+    b, n, _ = x.shape
+    return x.split(max(1, _PIECE // n**2) if x.device.type == "cpu" else b)
+
+
+def _scale(w: Float[Tensor, "*batch n p"], scale: float | None) -> float:
+    return w.shape[-1] ** -0.5 if scale is None else scale

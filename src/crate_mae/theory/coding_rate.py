@@ -1,0 +1,161 @@
+r"""The objective: coding rates of tokens, their gradients, and the sparse rate reduction that a CRATE encoder climbs.
+
+A coding rate counts the nats needed to code the tokens up to a Gaussian distortion eps: many directions in use, large
+rate; few, small rate. A good representation has a large rate as a whole and a small one inside each of its subspaces.
+
+All rates are computed in float64 and returned in the input's precision (float32 for half precisions), also under
+autocast: the Gram matrix of nearly parallel tokens has a condition number far beyond what float32 resolves.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from crate_mae.theory.subspaces import project, unproject
+
+
+def coding_rate(z: Float[Tensor, "*batch n d"], eps: float = 0.5) -> Float[Tensor, "*batch"]:
+    r"""R(Z) = 1/2 logdet(I_n + d/(n eps^2) Z Z^T), in nats.
+
+    Source: arXiv 2306.01129, section 2.1.
+
+    Args:
+        z: tokens Z.
+        eps: distortion; the formula squares it.
+    """
+    n, d = z.shape[-2:]
+    return _like(_half_logdet(_double(z), d / (n * eps**2)), z)
+
+
+def coding_rate_gradient(z: Float[Tensor, "*batch n d"], eps: float = 0.5) -> Float[Tensor, "*batch n d"]:
+    r"""grad R(Z) = a (I_n + a Z Z^T)^-1 Z with a = d/(n eps^2)."""
+    n, d = z.shape[-2:]
+    a = d / (n * eps**2)
+    return _like(a * _shrink(_double(z), a), z)
+
+
+def projected_coding_rate(w: Float[Tensor, "*batch h n p"], eps: float = 0.5) -> Float[Tensor, "*batch"]:
+    r"""R^c = 1/2 sum_k logdet(I_n + p/(n eps^2) W_k W_k^T), from the projections W_k = Z U_k alone."""
+    n, p = w.shape[-2:]
+    return _like(_half_logdet(_double(w), p / (n * eps**2)).sum(-1), w)
+
+
+def subspace_coding_rate(
+    z: Float[Tensor, "*batch n d"], u: Float[Tensor, "h d p"], eps: float = 0.5
+) -> Float[Tensor, "*batch"]:
+    r"""R^c(Z | U) = 1/2 sum_k logdet(I_n + p/(n eps^2) (Z U_k)(Z U_k)^T): the rate of the tokens inside each subspace.
+
+    Source: arXiv 2306.01129, section 2.1.
+
+    Args:
+        z: tokens Z.
+        u: subspace bases U_k.
+        eps: distortion; the formula squares it.
+    """
+    return _like(projected_coding_rate(project(_double(z), _double(u)), eps), z)
+
+
+def subspace_coding_rate_gradient(
+    z: Float[Tensor, "*batch n d"], u: Float[Tensor, "h d p"], eps: float = 0.5, neumann_order: int | None = None
+) -> Float[Tensor, "*batch n d"]:
+    r"""grad R^c(Z | U) = a sum_k (I_n + a W_k W_k^T)^-1 W_k U_k^T with W_k = Z U_k and a = p/(n eps^2).
+
+    With `neumann_order=m` the inverse is replaced by the first m + 1 terms of its Neumann series,
+    (I + a W W^T)^-1 = sum_i (-a W W^T)^i, which converges when a ||W_k||_2^2 < 1. Order 1 is softmax-free attention:
+
+        grad R^c = a sum_k (W_k - a W_k W_k^T W_k) U_k^T = a sum_k (W_k - linear_ssa(W_k, a)) U_k^T,
+
+    and a descent step on it moves tokens *towards* their attention output. Source: arXiv 2306.01129, section 2.3.
+
+    Args:
+        z: tokens Z.
+        u: subspace bases U_k.
+        eps: distortion; the formula squares it.
+        neumann_order: highest power of the series; None takes the exact inverse.
+    """
+    u_exact = _double(u)
+    w = project(_double(z), u_exact)
+    n, p = w.shape[-2:]
+    a = p / (n * eps**2)
+    shrunk = _shrink(w, a) if neumann_order is None else _shrink_by_series(w, a, neumann_order)
+    return _like(a * unproject(shrunk, u_exact), z)
+
+
+def official_subspace_coding_rate(w: Float[Tensor, "*batch h n p"], e: float = 0.01) -> Float[Tensor, "*batch"]:
+    r"""R^c = 1/2 sum_k logdet(I_n + p/(n e) X_k X_k^T), X_k = W_k with every row scaled to unit length.
+
+    This is how the official code takes the layer-wise measure of the papers' figures: `e` stands where the formula has
+    eps^2. The official code averages over images, this function returns each image's rate. A zero token, which is NaN
+    there, stays zero here.
+    """
+    unit = torch.nn.functional.normalize(_double(w), dim=-1)
+    return _like(projected_coding_rate(unit, eps=math.sqrt(e)), w)
+
+
+def rate_reduction(
+    z: Float[Tensor, "*batch n d"], u: Float[Tensor, "h d p"], eps: float = 0.5
+) -> Float[Tensor, "*batch"]:
+    r"""Delta R(Z | U) = R(Z) - R^c(Z | U): the information gained by telling the subspaces apart."""
+    return coding_rate(z, eps) - subspace_coding_rate(z, u, eps)
+
+
+def sparse_rate_reduction(
+    z: Float[Tensor, "*batch n d"],
+    u: Float[Tensor, "h d p"],
+    eps: float = 0.5,
+    sparsity_weight: float = 0.1,
+    norm: Literal["l0", "l1"] = "l0",
+) -> Float[Tensor, "*batch"]:
+    r"""Delta R(Z | U) - lambda ||Z||_0, the objective that the encoder climbs, layer by layer.
+
+    Source: arXiv 2306.01129, section 2.1.
+
+    Args:
+        z: tokens Z.
+        u: subspace bases U_k.
+        eps: distortion; the formula squares it.
+        sparsity_weight: lambda.
+        norm: "l0" counts the non-zero entries; "l1" sums their magnitudes, its convex relaxation.
+    """
+    sparsity = z.count_nonzero(dim=(-2, -1)) if norm == "l0" else z.abs().sum(dim=(-2, -1))
+    return rate_reduction(z, u, eps) - sparsity_weight * sparsity
+
+
+def _half_logdet(z: Float[Tensor, "*batch n d"], a: float) -> Float[Tensor, "*batch"]:
+    """1/2 logdet(I_n + a Z Z^T) = 1/2 logdet(I_d + a Z^T Z) (Sylvester), by Cholesky on the smaller side."""
+    n, d = z.shape[-2:]
+    factor = torch.linalg.cholesky(_identity_plus(z @ z.mT if n <= d else z.mT @ z, a))
+    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _shrink(z: Float[Tensor, "*batch n d"], a: float) -> Float[Tensor, "*batch n d"]:
+    """(I_n + a Z Z^T)^-1 Z = Z (I_d + a Z^T Z)^-1, solved on the smaller side."""
+    n, d = z.shape[-2:]
+    if n <= d:
+        return torch.linalg.solve(_identity_plus(z @ z.mT, a), z)
+    return torch.linalg.solve(_identity_plus(z.mT @ z, a), z, left=False)
+
+
+def _shrink_by_series(w: Float[Tensor, "*batch n p"], a: float, order: int) -> Float[Tensor, "*batch n p"]:
+    """sum_{i=0}^{order} (-a W W^T)^i W, by Horner's rule."""
+    total = w
+    for _ in range(order):
+        total = w - a * (w @ (w.mT @ total))
+    return total
+
+
+def _identity_plus(gram: Float[Tensor, "*batch m m"], a: float) -> Float[Tensor, "*batch m m"]:
+    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) + a * gram
+
+
+def _double(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """In float64, which autocast leaves alone; on the CPU where the device (Apple's MPS) has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
+
+
+def _like(result: Float[Tensor, "*shape"], x: Tensor) -> Float[Tensor, "*shape"]:
+    """Back to the device and precision of x, at least float32."""
+    return result.to(device=x.device, dtype=torch.promote_types(x.dtype, torch.float32))
