@@ -6,3 +6,15 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2; Python callers get a `ValueError`.
     """
+
+
+class RunStopped(Exception):  # noqa: N818  # it is no error: the run did what it was told
+    """A run was told to stop, and has saved.
+
+    Attributes:
+        signal: the number of the signal that told it so.
+    """
+
+    def __init__(self, signal: int) -> None:
+        super().__init__(f"stopped by signal {signal}")
+        self.signal = signal

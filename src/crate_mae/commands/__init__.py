@@ -1,0 +1,1 @@
+"""Commands: one documented function each, the same from Python and from the command line."""

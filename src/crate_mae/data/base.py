@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,9 @@ class ImageSource(ABC):
         classes: names of the classes, `classes[label]`, or None.
     """
 
-    def __init__(self, name: str, labels: Int[np.ndarray, "n"] | None = None, classes: Sequence[str] | None = None):
+    def __init__(
+        self, name: str, labels: Int[np.ndarray, "n"] | None = None, classes: Sequence[str] | None = None
+    ) -> None:
         self.name = name
         self.classes = list(classes) if classes is not None else None
         self._labels = labels
@@ -84,7 +86,7 @@ def read_file(path: Path, location: str) -> bytes:
         raise UnreadableImage(location, (error.strerror or str(error)).lower()) from error
 
 
-def printable(path: Path) -> str:
+def printable(path: PurePath) -> str:
     """A path for messages and tables, also if its name is not valid Unicode."""
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -77,6 +77,11 @@ def channels_of(image: Image.Image | Tensor) -> int:
     return 1 if image.mode in GREY_MODES else 3
 
 
+def size_of(image: Image.Image | Tensor) -> tuple[int, int]:
+    """(height, width)."""
+    return (image.shape[1], image.shape[2]) if isinstance(image, Tensor) else (image.height, image.width)
+
+
 def to_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Tensor:
     """Convert to `channels` channels.
 

@@ -1,5 +1,7 @@
 """The 1,797 handwritten digits of scikit-learn: real images that are on every machine, without a download."""
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 
@@ -19,7 +21,7 @@ class DigitsSource(ImageSource):
     def __init__(self, split: str | None = None) -> None:
         from sklearn.datasets import load_digits  # an import of over a second, for this source alone
 
-        digits = load_digits()
+        digits: Any = load_digits()
         order = np.random.default_rng(0).permutation(len(digits.target))
         rows = {None: np.arange(len(order)), "train": order[:-TEST_DIGITS], "test": order[-TEST_DIGITS:]}
         if split not in rows:

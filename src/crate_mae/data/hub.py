@@ -57,7 +57,8 @@ def _load(datasets: Any, name: str, split: str | None, full_name: str) -> Any:
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Exception as error:  # network, authorisation, unknown name, missing configuration: the library's own words
-        raise UserError(f"Cannot open {full_name}: {str(error).strip().splitlines()[0]}") from error
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"Cannot open {full_name}: {reason}") from error
     if not isinstance(loaded, dict):
         if split is not None:
             raise UserError(f"{full_name} was saved as one split: use hf:{name}.")

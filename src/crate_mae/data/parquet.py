@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
@@ -40,7 +39,9 @@ class ParquetSource(EncodedSource):
         self._column = _image_column(schema, features, self._paths[0])
         for path, file in zip(self._paths, files, strict=True):
             if self._column not in file.schema_arrow.names:
-                raise UserError(f'{printable(path)} has no column "{self._column}", unlike {printable(self._paths[0])}.')
+                raise UserError(
+                    f'{printable(path)} has no column "{self._column}", unlike {printable(self._paths[0])}.'
+                )
         self._groups = [(number, group) for number, file in enumerate(files) for group in range(file.num_row_groups)]
         sizes = [files[number].metadata.row_group(group).num_rows for number, group in self._groups]
         self._group_starts = [0, *accumulate(sizes)]
@@ -88,9 +89,8 @@ class ParquetSource(EncodedSource):
                 table = file.read_row_group(local, columns=[self._column], use_threads=False)
         except (OSError, pa.ArrowException) as error:
             raise UnreadableImage(self.location(i), f"its row group cannot be read ({_first_line(error)})") from error
-        column = table.column(0)
-        if pa.types.is_struct(column.type):
-            column = pc.struct_field(column, "bytes")
+        struct = pa.types.is_struct(table.schema.field(0).type)
+        column = table.flatten().column(f"{self._column}.bytes") if struct else table.column(0)
         rows = column.chunk(0) if column.num_chunks == 1 else column
         self._cache[group] = rows
         while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > _CACHE_BYTES:

@@ -1,5 +1,6 @@
 """Any indexable data set of PyTorch or in its manner, and those of torchvision by name."""
 
+import contextlib
 import difflib
 import inspect
 from typing import Any, Protocol, runtime_checkable
@@ -10,7 +11,7 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.data.base import NO_LABEL, ImageSource, number_labels
+from crate_mae.data.base import NO_LABEL, ImageSource
 from crate_mae.data.decode import COLOUR_MODES, GREY_MODES, UnreadableImage, decode
 from crate_mae.data.files import cache_folder
 from crate_mae.errors import UserError
@@ -76,7 +77,7 @@ class DatasetSource(ImageSource):
         if not self._labels_known:
             self._labels = _listed_labels(self._dataset)
             if self._labels is None:
-                self._labels = number_labels([_label_of(self._item(i)) for i in range(len(self))])[0]
+                self._labels = self._collect_labels()
             self._labels_known = True
         return self._labels
 
@@ -86,6 +87,16 @@ class DatasetSource(ImageSource):
             return super().label(i)
         label = _label_of(self._item(i))
         return NO_LABEL if label is None else label
+
+    def _collect_labels(self) -> Int[np.ndarray, "n"] | None:
+        labels = np.full(len(self), NO_LABEL, dtype=np.int64)
+        for i in range(len(self)):
+            with contextlib.suppress(UnreadableImage):
+                label = _label_of(self._item(i))
+                if label is None:
+                    return None
+                labels[i] = label
+        return labels
 
     def _item(self, i: int) -> Any:
         """Item i; the last one is kept, since its label is mostly asked for right after its image."""
@@ -166,13 +177,14 @@ def _image_of(item: Any) -> Any:
 
 
 def _label_of(item: Any) -> int | None:
+    label: Any
     if isinstance(item, (tuple, list)):
         label = item[1] if len(item) > 1 else None
     elif isinstance(item, dict):
         label = next((item[key] for key in _LABEL_KEYS if key in item), None)
     else:
         return None
-    if isinstance(label, (Tensor, np.ndarray)) and label.size and np.size(label) == 1:
+    if isinstance(label, (Tensor, np.ndarray)) and label.ndim == 0:
         label = label.item()
     if isinstance(label, (int, np.integer)) and label >= 0:
         return int(label)
@@ -184,10 +196,10 @@ def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
     if getattr(dataset, "target_transform", None) is not None:
         return None
     for attribute in ("targets", "labels"):
-        listed = getattr(dataset, attribute, None)
-        if isinstance(listed, (list, Tensor, np.ndarray)) and len(listed) == len(dataset):
+        listed: Any = getattr(dataset, attribute, None)
+        if isinstance(listed, (list, Tensor, np.ndarray)):
             labels = np.asarray(listed)
-            if labels.ndim == 1 and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0:
+            if labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0:
                 return labels.astype(np.int64)
     return None
 

@@ -1,0 +1,1 @@
+"""What a trained model is worth: measured on any backbone with timm's contract."""

@@ -19,7 +19,7 @@ class ModelConfig:
 
     Attributes:
         name: the preset's name, kept for reports.
-        image_size: height and width in pixels; a single number means a square.
+        image_size: height and width in pixels.
         patch_size: side of the square patches in pixels; it must divide both.
         in_chans: image channels.
         embed_dim: width of the encoder.
@@ -57,14 +57,12 @@ class ModelConfig:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        size = self.image_size
         rgb = self.in_chans == 3
         resolved = {
-            "image_size": (size, size) if isinstance(size, int) else tuple(size),
             "decoder_embed_dim": self.decoder_embed_dim or self.embed_dim,
             "decoder_num_heads": self.decoder_num_heads or self.num_heads,
-            "mean": tuple(self.mean) or (IMAGENET_DEFAULT_MEAN if rgb else (0.5,) * self.in_chans),
-            "std": tuple(self.std) or (IMAGENET_DEFAULT_STD if rgb else (0.5,) * self.in_chans),
+            "mean": self.mean or (IMAGENET_DEFAULT_MEAN if rgb else (0.5,) * self.in_chans),
+            "std": self.std or (IMAGENET_DEFAULT_STD if rgb else (0.5,) * self.in_chans),
         }
         for key, value in resolved.items():
             object.__setattr__(self, key, value)  # the way into a frozen dataclass
@@ -112,9 +110,12 @@ class ModelConfig:
     def replace(self, **settings: Any) -> ModelConfig:
         """A copy with other settings; what was derived from a changed setting is derived again.
 
+        `image_size` may be one number for a square, and sequences may be lists.
+
         Raises:
             UserError: for a setting this architecture does not have.
         """
+        settings = _tuples(settings)
         check_settings(type(self), settings)
         derived = {
             "embed_dim": ("decoder_embed_dim",),
@@ -192,7 +193,7 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
         UserError: for an unknown architecture, or settings that are unknown, missing or do not fit.
     """
     classes = {c.architecture: c for c in (CrateConfig, ViTConfig)}
-    settings = dict(values)
+    settings = _tuples(values)
     architecture = settings.pop("architecture", None)
     if architecture not in classes:
         raise UserError(f'Unknown architecture "{architecture}": it must be one of {", ".join(classes)}.')
@@ -201,3 +202,11 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
         return classes[architecture](**settings)
     except TypeError as error:
         raise UserError(f"The model configuration does not fit: {error}.") from error
+
+
+def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings as JSON, YAML and people write them, in the types of the fields."""
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+    if isinstance(size := settings.get("image_size"), int):
+        settings["image_size"] = (size, size)
+    return settings

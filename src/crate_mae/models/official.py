@@ -16,7 +16,7 @@ from torch import Tensor
 
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
-from crate_mae.models.config import CrateConfig
+from crate_mae.models.config import CrateConfig, ModelConfig, config_from_dict
 from crate_mae.models.tensors import read_tensors
 
 # Official name -> ours, as regular expressions; $ is a layer's number.
@@ -128,7 +128,7 @@ def _infer_config(
     num_heads: int,
     image_size: int | tuple[int, int] | None,
     settings: dict[str, Any],
-) -> CrateConfig:
+) -> ModelConfig:
     patch, positions = tensors.get("patch_embed.proj.weight"), tensors.get("decoder_pos_embed")
     if patch is None or positions is None or "blocks.0.layers.0.0.fn.qkv.weight" not in tensors:
         raise UserError(
@@ -141,8 +141,9 @@ def _infer_config(
         if side * side != positions.shape[1] - 1:
             raise UserError(f"{where} was made for {positions.shape[1] - 1} patches, not a square: give image_size.")
         image_size = side * patch_size
-    return CrateConfig(
-        **{
+    return config_from_dict(
+        {
+            "architecture": "crate",
             "image_size": image_size,
             "patch_size": patch_size,
             "in_chans": channels,

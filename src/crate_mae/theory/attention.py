@@ -18,7 +18,7 @@ from crate_mae.theory.subspaces import project, unproject
 
 
 def linear_ssa(w: Float[Tensor, "*batch n p"], scale: float) -> Float[Tensor, "*batch n p"]:
-    r"""s (W W^T) W, attention before the softmax: the only data-dependent term of the first-order Neumann expansion.
+    r"""Attention before the softmax, s (W W^T) W: the term that mixes tokens in the first-order Neumann expansion.
 
     With W_k = Z U_k and a = p/(n eps^2) the expansion is exactly
 
@@ -83,7 +83,7 @@ class SymmetricAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, w: Float[Tensor, "b n p"], scale: float) -> Float[Tensor, "b n p"]:
-        """O = P W, piece by piece."""
+        """The output O = P W, piece by piece."""
         ctx.scale = scale
         memberships, out = [], torch.empty_like(w)
         with torch.autocast(w.device.type, enabled=False):
@@ -96,9 +96,11 @@ class SymmetricAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Float[Tensor, "b n p"]) -> tuple[Float[Tensor, "b n p"], None]:
-        """dW = P^T dO + s (dS + dS^T) W, piece by piece."""
+    @once_differentiable  # Its annotation hides that ctx may be named, which the base class allows.
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Float[Tensor, "b n p"]
+    ) -> tuple[Float[Tensor, "b n p"], None]:
+        """The gradient dW = P^T dO + s (dS + dS^T) W, piece by piece."""
         (grad_out,) = grad_outputs
         w, *memberships = ctx.saved_tensors
         grad_w = torch.empty_like(w)

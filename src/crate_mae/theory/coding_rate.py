@@ -4,16 +4,18 @@ A coding rate counts the nats needed to code the tokens up to a Gaussian distort
 rate; few, small rate. A good representation has a large rate as a whole and a small one inside each of its subspaces.
 
 All rates are computed in float64 and returned in the input's precision (float32 for half precisions), also under
-autocast: the Gram matrix of nearly parallel tokens has a condition number far beyond what float32 resolves.
+autocast: nearly parallel tokens give a Gram matrix whose condition number is beyond what float32 resolves.
 """
 
 import math
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from crate_mae.errors import UserError
 from crate_mae.theory.subspaces import project, unproject
 
 
@@ -31,7 +33,7 @@ def coding_rate(z: Float[Tensor, "*batch n d"], eps: float = 0.5) -> Float[Tenso
 
 
 def coding_rate_gradient(z: Float[Tensor, "*batch n d"], eps: float = 0.5) -> Float[Tensor, "*batch n d"]:
-    r"""grad R(Z) = a (I_n + a Z Z^T)^-1 Z with a = d/(n eps^2)."""
+    r"""The gradient of `coding_rate`: grad R(Z) = a (I_n + a Z Z^T)^-1 Z with a = d/(n eps^2)."""
     n, d = z.shape[-2:]
     a = d / (n * eps**2)
     return _like(a * _shrink(_double(z), a), z)
@@ -61,21 +63,28 @@ def subspace_coding_rate(
 def subspace_coding_rate_gradient(
     z: Float[Tensor, "*batch n d"], u: Float[Tensor, "h d p"], eps: float = 0.5, neumann_order: int | None = None
 ) -> Float[Tensor, "*batch n d"]:
-    r"""grad R^c(Z | U) = a sum_k (I_n + a W_k W_k^T)^-1 W_k U_k^T with W_k = Z U_k and a = p/(n eps^2).
+    r"""The gradient of `subspace_coding_rate`, exact or by the series that leads to attention.
 
-    With `neumann_order=m` the inverse is replaced by the first m + 1 terms of its Neumann series,
-    (I + a W W^T)^-1 = sum_i (-a W W^T)^i, which converges when a ||W_k||_2^2 < 1. Order 1 is softmax-free attention:
+        grad R^c(Z | U) = a sum_k (I_n + a W_k W_k^T)^-1 W_k U_k^T,   W_k = Z U_k,   a = p/(n eps^2)
 
-        grad R^c = a sum_k (W_k - a W_k W_k^T W_k) U_k^T = a sum_k (W_k - linear_ssa(W_k, a)) U_k^T,
+    With `neumann_order` m the inverse becomes the first m + 1 terms of its Neumann series sum_i (-a W_k W_k^T)^i, which
+    converges when a ||W_k||_2^2 < 1. Order 1 is attention without its softmax,
 
-    and a descent step on it moves tokens *towards* their attention output. Source: arXiv 2306.01129, section 2.3.
+        grad R^c(Z | U) ~ a sum_k (W_k - a W_k W_k^T W_k) U_k^T = a sum_k (W_k - linear_ssa(W_k, a)) U_k^T,
+
+    so that a descent step moves every token towards its attention output. Source: arXiv 2306.01129, section 2.3.
 
     Args:
         z: tokens Z.
         u: subspace bases U_k.
         eps: distortion; the formula squares it.
-        neumann_order: highest power of the series; None takes the exact inverse.
+        neumann_order: m, the highest power of the series; None takes the exact inverse.
+
+    Raises:
+        UserError: if the order is negative.
     """
+    if neumann_order is not None and neumann_order < 0:
+        raise UserError(f"neumann_order={neumann_order}: give 0, 1, 2, ..., or None for the exact inverse.")
     u_exact = _double(u)
     w = project(_double(z), u_exact)
     n, p = w.shape[-2:]
@@ -91,7 +100,7 @@ def official_subspace_coding_rate(w: Float[Tensor, "*batch h n p"], e: float = 0
     eps^2. The official code averages over images, this function returns each image's rate. A zero token, which is NaN
     there, stays zero here.
     """
-    unit = torch.nn.functional.normalize(_double(w), dim=-1)
+    unit = F.normalize(_double(w), dim=-1)
     return _like(projected_coding_rate(unit, eps=math.sqrt(e)), w)
 
 
@@ -119,36 +128,43 @@ def sparse_rate_reduction(
         eps: distortion; the formula squares it.
         sparsity_weight: lambda.
         norm: "l0" counts the non-zero entries; "l1" sums their magnitudes, its convex relaxation.
+
+    Raises:
+        UserError: if the norm is neither.
     """
+    if norm not in ("l0", "l1"):
+        raise UserError(f'norm="{norm}": choose "l0" or "l1".')
     sparsity = z.count_nonzero(dim=(-2, -1)) if norm == "l0" else z.abs().sum(dim=(-2, -1))
     return rate_reduction(z, u, eps) - sparsity_weight * sparsity
 
 
 def _half_logdet(z: Float[Tensor, "*batch n d"], a: float) -> Float[Tensor, "*batch"]:
-    """1/2 logdet(I_n + a Z Z^T) = 1/2 logdet(I_d + a Z^T Z) (Sylvester), by Cholesky on the smaller side."""
-    n, d = z.shape[-2:]
-    factor = torch.linalg.cholesky(_identity_plus(z @ z.mT if n <= d else z.mT @ z, a))
-    return factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    """1/2 logdet(I_n + a Z Z^T) = 1/2 logdet(I_d + a Z^T Z) (Sylvester) = sum_i log L_ii of the Cholesky factor."""
+    return _smaller_factor(z, a).diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
 
 def _shrink(z: Float[Tensor, "*batch n d"], a: float) -> Float[Tensor, "*batch n d"]:
     """(I_n + a Z Z^T)^-1 Z = Z (I_d + a Z^T Z)^-1, solved on the smaller side."""
     n, d = z.shape[-2:]
-    if n <= d:
-        return torch.linalg.solve(_identity_plus(z @ z.mT, a), z)
-    return torch.linalg.solve(_identity_plus(z.mT @ z, a), z, left=False)
+    factor = _smaller_factor(z, a)
+    return torch.cholesky_solve(z, factor) if n <= d else torch.cholesky_solve(z.mT, factor).mT
 
 
 def _shrink_by_series(w: Float[Tensor, "*batch n p"], a: float, order: int) -> Float[Tensor, "*batch n p"]:
-    """sum_{i=0}^{order} (-a W W^T)^i W, by Horner's rule."""
+    """sum_{i=0}^{order} (-a W W^T)^i W, by Horner's rule: T <- W - a W W^T T."""
     total = w
     for _ in range(order):
         total = w - a * (w @ (w.mT @ total))
     return total
 
 
-def _identity_plus(gram: Float[Tensor, "*batch m m"], a: float) -> Float[Tensor, "*batch m m"]:
-    return torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) + a * gram
+def _smaller_factor(z: Float[Tensor, "*batch n d"], a: float) -> Float[Tensor, "*batch m m"]:
+    """The Cholesky factor of I_n + a Z Z^T or of I_d + a Z^T Z, whichever is smaller."""
+    n, d = z.shape[-2:]
+    gram = z @ z.mT if n <= d else z.mT @ z
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    # The unchecked form: non-finite tokens give a rate of NaN, not an exception in the middle of a training run.
+    return torch.linalg.cholesky_ex(identity + a * gram).L
 
 
 def _double(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 def zero_fraction(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """The fraction of exact zeros: the sparsity of a code, 0 when dense and 1 when nothing is active."""
-    return (x == 0).to(torch.float32).mean()
+    return (x == 0).mean(dtype=torch.float32)
 
 
 def effective_rank(z: Float[Tensor, "n d"]) -> Float[Tensor, ""]:

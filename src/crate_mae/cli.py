@@ -1,0 +1,74 @@
+"""The command line: each command is a documented function of `crate_mae.commands`, and these are imported when called.
+
+Exit codes: 0 done; 1 a defect of ours, with its traceback; 2 a mistake that the user can mend; 128 + n stopped by
+signal n.
+"""
+
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Parameter
+from cyclopts.config import Yaml
+from rich.console import Console
+
+from crate_mae.errors import RunStopped, UserError
+
+app = App(
+    name="crate-mae",
+    help="Pretrain a white-box masked autoencoder on your own images, complete masked pictures, and look inside.",
+    help_epilogue="Start with `crate-mae try`. `crate-mae COMMAND --help` explains a command's options.",
+    version=lambda: version("crate-mae"),
+    result_action="return_value",
+)
+data = App(name="data", help="Look at images before training on them.")
+
+# name: (function, what `crate-mae --help` says without importing the function)
+_COMMANDS = {
+    "try": ("try_digits:try_digits", "Pretrain on handwritten digits that are on every machine, in under 3 minutes."),
+    "pretrain": ("pretrain:pretrain", "Pretrain on unlabelled images."),
+    "resume": ("pretrain:resume", "Go on with an interrupted run, exactly where its last checkpoint was."),
+    "reconstruct": ("reconstruct:reconstruct", "Mask images, complete them, and save the picture."),
+    "models": ("models:models", "List the models that can be named."),
+    "doctor": ("doctor:doctor", "Describe this machine and installation, for a bug report."),
+}
+for _name, (_function, _help) in _COMMANDS.items():
+    app.command(f"crate_mae.commands.{_function}", name=_name, help=_help)
+data.command("crate_mae.commands.data:check", name="check", help="Count, measure and decode all images.")
+app.command(data)
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    config: Path | None = None,
+) -> object:
+    """Run a command, with options from a file if one is named.
+
+    Args:
+        tokens: the command and its options, as typed.
+        config: YAML file of the command's options; options typed after it win.
+    """
+    app.config = Yaml(config, must_exist=True, use_commands_as_keys=False) if config else ()
+    return app(tokens, exit_on_error=False, print_error=False)
+
+
+def main() -> None:
+    """Run the command line; see the module for exit codes."""
+    console = Console(stderr=True, highlight=False)
+    try:
+        app.meta(exit_on_error=False, print_error=False, result_action="return_value")
+    except (UserError, CycloptsError) as error:
+        console.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
+        sys.exit(2)
+    except RunStopped as stopped:
+        sys.exit(128 + stopped.signal)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(141)
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", r"\[")

@@ -1,0 +1,96 @@
+"""`crate-mae data`: look at images before training on them."""
+
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from crate_mae.errors import UserError
+
+if TYPE_CHECKING:
+    import crate_mae.data
+
+_SHOWN = 10
+
+
+def check(data: str, *, sample: int | None = None, out: Path | None = None) -> "crate_mae.data.DataReport":
+    """Check images before training: counts, sizes, broken and duplicate files, mean and std, and a fitting model.
+
+    Parameters
+    ----------
+    data
+        A folder of images, a .parquet file, .tar shards, hf:name, torchvision:CIFAR10, digits, ...
+    sample
+        Read this many images only, a fixed pseudo-random choice; all by default.
+    out
+        Write the unreadable images and the reasons to this new CSV file.
+    """
+    from crate_mae.data import check, open_source
+    from crate_mae.data.files import write_whole
+
+    if out is not None and out.exists():
+        raise UserError(f"{out} exists already and is not overwritten: give another name with --out.")
+    console = Console()
+    source = open_source(data)
+    total = len(source) if sample is None else min(sample, len(source))
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("Reading images", total=total)
+        report = check(source, sample, on_image=lambda: progress.advance(task))
+    console.print(_table(report))
+    if out is not None:
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(("location", "reason"))
+        writer.writerows(report.bad)
+        write_whole(out, text.getvalue().encode())
+        console.print(f"{len(report.bad)} unreadable images are listed in {out}", markup=False)
+    return report
+
+
+def _table(report: "crate_mae.data.DataReport") -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    read = "" if report.checked == report.images else f", of which {report.checked:,} were read"
+    rows = [
+        ("images", f"{report.images:,}{read}"),
+        ("classes", "none" if report.classes is None else f"{len(report.classes)}: {_counts(report.classes)}"),
+        ("height", _spread(report.heights)),
+        ("width", _spread(report.widths)),
+        ("modes", _counts(report.modes)),
+        ("formats", _counts(report.formats)),
+        ("unreadable", _listed(len(report.bad), [f"{bad.location}: {bad.reason}" for bad in report.bad])),
+        ("duplicates", _listed(len(report.duplicates), [" = ".join(group) for group in report.duplicates])),
+        ("mean", _numbers(report.mean)),
+        ("std", _numbers(report.std)),
+        ("fitting model", f"{report.suggested_model} with {report.channels} channel(s)"),
+    ]
+    for name, value in rows:
+        table.add_row(name, Text(value, overflow="fold"))
+    return table
+
+
+def _counts(counts: dict[str, int]) -> str:
+    shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:_SHOWN])
+    return shown + (", ..." if len(counts) > _SHOWN else "")
+
+
+def _spread(values: tuple[int, ...]) -> str:
+    if not values:
+        return ""
+    smallest, median, largest = values
+    return f"{smallest}" if smallest == largest else f"{smallest} to {largest}, median {median}"
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return ", ".join(f"{value:.4f}" for value in values)
+
+
+def _listed(total: int, items: list[str]) -> str:
+    more = [f"... and {total - _SHOWN:,} more"] if total > _SHOWN else []
+    return "\n".join([f"{total:,}", *items[:_SHOWN], *more])

@@ -1,0 +1,62 @@
+"""`crate-mae doctor`: what a bug report should say."""
+
+from pathlib import Path
+
+
+def doctor() -> dict[str, str]:
+    """Describe this machine and installation, for a bug report: versions, devices, precision, threads, disk.
+
+    The matrix products are timed for about a second, and nothing is sent anywhere.
+
+    Returns:
+        The lines of the table, by their names.
+    """
+    import os
+    import platform
+    import shutil
+    import sys
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    def installed(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "not installed"
+
+    cuda = (
+        [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    )
+    mps = torch.backends.mps.is_available()
+    facts = {
+        "crate-mae": installed("crate-mae"),
+        "python": f"{platform.python_version()} at {sys.executable}",
+        "system": platform.platform(),
+        **{package: installed(package) for package in ("torch", "torchvision", "timm", "accelerate", "numpy")},
+        **{f"{package} (optional)": installed(package) for package in ("datasets", "tensorboard", "wandb")},
+        "GPU": ", ".join(cuda) or ("Apple MPS" if mps else "none"),
+        "CPU": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
+        "float32 products": f"{_gflops('float32'):.0f} GFLOP/s on the CPU",
+        "bfloat16 products": f"{_gflops('bfloat16'):.0f} GFLOP/s on the CPU",
+        "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB",
+    }
+    table = Table(box=None, show_header=False)
+    for name, value in facts.items():
+        table.add_row(name, value)
+    Console(highlight=False).print(table)
+    return facts
+
+
+def _gflops(dtype_name: str, size: int = 1024) -> float:
+    """Speed of square matrix products, median of timed runs."""
+    import statistics
+    import timeit
+
+    import torch
+
+    a = torch.randn(size, size).to(getattr(torch, dtype_name))
+    seconds = statistics.median(timeit.repeat(lambda: a @ a, number=5, repeat=9)) / 5
+    return 2 * size**3 / seconds / 1e9

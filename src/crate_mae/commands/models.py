@@ -1,0 +1,73 @@
+"""`crate-mae models`: what can be named."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelRow:
+    """One line of the table.
+
+    Attributes:
+        name: what `create_model` and every command take.
+        parameters: trainable parameters, encoder and decoder.
+        encoder_parameters: those of the encoder alone.
+        image_size: height and width in pixels.
+        patch_size: side of a patch in pixels.
+        embed_dim: width of the encoder.
+        num_heads: heads of the encoder.
+        depth: encoder layers.
+        decoder_depth: decoder layers.
+    """
+
+    name: str
+    parameters: int
+    encoder_parameters: int
+    image_size: tuple[int, int]
+    patch_size: int
+    embed_dim: int
+    num_heads: int
+    depth: int
+    decoder_depth: int
+
+
+def models() -> list[ModelRow]:
+    """List the models that can be named, with their sizes.
+
+    Parameters are the trainable ones. The fixed tables of positions, and the layer that the official file holds but
+    never calls, are not among them: published counts of CRATE-MAE include both.
+
+    Returns:
+        One row per preset.
+    """
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from crate_mae.models import create_model, list_models
+
+    rows = []
+    for name in list_models():
+        with torch.device("meta"):
+            model = create_model(name)
+        c = model.config
+        total, encoder = (sum(p.numel() for p in part.parameters()) for part in (model, model.encoder))
+        layers = (c.embed_dim, c.num_heads, c.depth, c.decoder_depth)
+        rows.append(ModelRow(name, total, encoder, c.image_size, c.patch_size, *layers))
+
+    table = Table("model", "size", "image / patch", "width", "heads", "layers", box=None)
+    table.columns[0].no_wrap = True
+    table.columns[0].min_width = max(len(row.name) for row in rows)
+    for column in table.columns[1:]:
+        column.justify = "right"
+        column.no_wrap = True
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.parameters / 1e6:.2f} M",
+            f"{row.image_size[0]} x {row.image_size[1]} / {row.patch_size}",
+            str(row.embed_dim),
+            str(row.num_heads),
+            f"{row.depth} + {row.decoder_depth}",
+        )
+    Console().print(table)
+    return rows

@@ -1,0 +1,132 @@
+"""Images as training and evaluation draw them: by key, with a randomness that depends on nothing but the key."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from crate_mae.data.base import ImageSource
+from crate_mae.data.decode import UnreadableImage
+from crate_mae.errors import UserError
+
+MOST_REPLACEMENTS = 20
+
+
+class BadImage(NamedTuple):
+    """An image that could not be read."""
+
+    location: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """One prepared image.
+
+    Attributes:
+        image: normalised c hh ww.
+        label: -1 without labels.
+        index: number of the image shown; if another was asked for, that one is in `bad`.
+        bad: the images that could not be read on the way.
+    """
+
+    image: Float[Tensor, "c hh ww"]
+    label: int
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - nobody searches a sample
+    bad: tuple[BadImage, ...]
+
+
+class Batch(NamedTuple):
+    """Stacked samples, and all their unreadable images."""
+
+    images: Float[Tensor, "b c hh ww"]
+    labels: Int[Tensor, "b"]
+    indices: Int[Tensor, "b"]
+    bad: tuple[BadImage, ...]
+
+
+class ImageDataset(Dataset[Sample]):
+    """The images of a source, transformed; item `(index, epoch)`, or `index` for epoch 0.
+
+    The randomness of the transform is a function of (seed, epoch, index) alone: the same key gives the same sample
+    in any process, in any order, and in a resumed run. The caller's random state is left as it was. Transforms draw
+    from PyTorch's default CPU generator, as those of torchvision do.
+
+    An unreadable image is replaced by another, drawn in an order that depends on (seed, epoch, index) too, and
+    reported in `Sample.bad`.
+
+    Args:
+        source: where the images come from.
+        transform: from an image as `source.read` gives it to a tensor c hh ww.
+        seed: not negative.
+    """
+
+    def __init__(self, source: ImageSource, transform: Callable[[Image.Image | Tensor], Tensor], seed: int = 0) -> None:
+        if seed < 0:
+            raise UserError(f"A seed must not be negative, got {seed}.")
+        self.source = source
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> Sample:
+        index, epoch = key if isinstance(key, tuple) else (key, 0)
+        bad: list[BadImage] = []
+        for candidate in self._candidates(index, epoch):
+            try:
+                image = self.source.read(candidate)
+                label = self.source.label(candidate)
+            except UnreadableImage as error:
+                bad.append(BadImage(error.location, error.reason))
+                continue
+            words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
+            with default_generator_seeded(int(words[0])):
+                return Sample(self.transform(image), label, candidate, tuple(bad))
+        raise UserError(
+            f"{self.source.name}: {len(bad)} images in a row cannot be read, the first of them\n"
+            f"{bad[0].location}: {bad[0].reason}\n"
+            f"See them all with: crate-mae data check {self.source.name}"
+        )
+
+    def _candidates(self, index: int, epoch: int) -> Iterator[int]:
+        """The index asked for, then up to `MOST_REPLACEMENTS` others in a fixed pseudo-random order."""
+        yield index
+        # A word more than for the augmentation, so that the two streams differ.
+        draw = np.random.default_rng([self.seed, epoch, index, 1])
+        tried = {index}
+        while len(tried) <= min(MOST_REPLACEMENTS, len(self.source) - 1):
+            other = int(draw.integers(len(self.source)))
+            if other not in tried:
+                tried.add(other)
+                yield other
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Stack samples into a batch, for `DataLoader(collate_fn=collate)`."""
+    return Batch(
+        torch.stack([sample.image for sample in samples]),
+        torch.tensor([sample.label for sample in samples], dtype=torch.int64),
+        torch.tensor([sample.index for sample in samples], dtype=torch.int64),
+        tuple(bad for sample in samples for bad in sample.bad),
+    )
+
+
+@contextmanager
+def default_generator_seeded(seed: int) -> Iterator[None]:
+    """Seed PyTorch's default CPU generator for a while, and put its state back.
+
+    Fifty times as fast as `torch.random.fork_rng`, which looks for accelerators each time.
+    """
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)

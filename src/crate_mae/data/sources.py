@@ -1,0 +1,180 @@
+"""One name for data everywhere: from what the user typed to an image source."""
+
+import difflib
+import re
+from itertools import product
+from pathlib import Path
+
+from torch.utils.data import Dataset, IterableDataset
+
+from crate_mae.data.base import ImageSource, printable
+from crate_mae.data.digits import DigitsSource
+from crate_mae.data.folder import IMAGE_SUFFIXES, SPLIT_NAMES, FolderSource, Listing, list_folder
+from crate_mae.data.hub import HubSource
+from crate_mae.data.parquet import ParquetSource
+from crate_mae.data.shards import ShardSource
+from crate_mae.data.wrapped import DatasetSource, Indexable, open_torchvision
+from crate_mae.errors import UserError
+
+FORMS = (
+    "Data is a folder of images, an image, a .parquet file or a folder of them, .tar shards (path, glob, or\n"
+    "{000..009}), hf:name[:split], torchvision:CIFAR10[:split], digits, or from Python a torch.utils.data.Dataset."
+)
+_PREFIXES = ("hf", "torchvision", "digits")
+
+
+def open_source(data: str | Path | Dataset | Indexable) -> ImageSource:
+    """Open any form of DATA.
+
+    | DATA | is |
+    |---|---|
+    | a folder | its images at any depth; of a folder with only parquet files or only tar shards, those |
+    | an image file | that one image |
+    | `*.parquet` | rows in the layout of Hugging Face (`image: {bytes, path}`, `label`), or with a binary column |
+    | `*.tar` | WebDataset shards |
+    | `hf:name[:split]` | a data set of the hub or a local folder for the `datasets` library; `train` by default |
+    | `torchvision:CIFAR10[:split]` | a data set of torchvision, downloaded at the first use |
+    | `digits[:train]`, `digits[:test]` | scikit-learn's digits; for a folder of that name say `./digits` |
+    | a `Dataset`, list, ... | anything with a length and numbered items that are images, pairs or dicts |
+
+    Paths may be globs (`shards/*.tar`) and brace ranges (`shards/{000..009}.tar`). Of a folder with parquet files of
+    several splits (`train-*.parquet`, `test-*.parquet`) the training files are taken, so that nobody trains on the
+    test set by mistake; name the files to get the others.
+
+    Raises:
+        UserError: if there is no such data, none of it is an image, or it may not be read.
+    """
+    if isinstance(data, ImageSource):
+        return data
+    if isinstance(data, Path):
+        return _open_path(data, str(data))
+    if isinstance(data, str):
+        return _open_text(data)
+    if isinstance(data, IterableDataset) or not isinstance(data, Indexable):
+        raise UserError(
+            f"A {type(data).__name__} cannot be read in any order, as exact resume needs.\n"
+            "Give a map-style data set: one with __len__ and __getitem__."
+        )
+    return DatasetSource(data)
+
+
+def _open_text(data: str) -> ImageSource:
+    if not data.strip():
+        raise UserError(f"The data has an empty name.\n{FORMS}")
+    prefix, *rest = data.split(":")
+    if prefix == "digits" and len(rest) <= 1:
+        return DigitsSource(*rest)
+    if prefix == "hf" and rest and rest[0]:
+        name, _, split = data.removeprefix("hf:").partition(":")
+        return HubSource(name, split or None)
+    if prefix == "torchvision" and rest and rest[0]:
+        name, _, split = data.removeprefix("torchvision:").partition(":")
+        return open_torchvision(name, split or None)
+    try:
+        path = Path(data).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{data} begins with the home folder of a user who is not known.") from error
+    return _open_path(path, data)
+
+
+def _open_path(path: Path, name: str) -> ImageSource:
+    try:
+        if path.is_dir():
+            return _open_folder(path, name)
+        if path.is_file():
+            return _open_files([path], name)
+    except OSError as error:  # a name too long, a folder above that may not be entered
+        raise UserError(f"Cannot look at {printable(path)}: {(error.strerror or str(error)).lower()}.") from error
+    if re.search(r"[*?\[{]", name):
+        return _open_files(_expand(str(path)), name)
+    raise _not_found(path, name)
+
+
+def _open_folder(path: Path, name: str) -> ImageSource:
+    listing = list_folder(path)
+    if listing.images:
+        return FolderSource(path, listing.images, name)
+    for suffix, kind in ((".parquet", ParquetSource), (".tar", ShardSource)):
+        found = [path / file for file in listing.containers if file.lower().endswith(suffix)]
+        if found:
+            return kind(_training_part(found), name)
+    raise _no_images(path, listing)
+
+
+def _open_files(paths: list[Path], name: str) -> ImageSource:
+    suffixes = {path.suffix.lower() for path in paths}
+    if suffixes == {".parquet"}:
+        return ParquetSource(paths, name)
+    if suffixes == {".tar"}:
+        return ShardSource(paths, name)
+    if len(paths) == 1 and suffixes <= set(IMAGE_SUFFIXES):
+        return FolderSource(paths[0].parent, [paths[0].name], name)
+    if len(paths) == 1:
+        raise UserError(f"{printable(paths[0])} is not an image, a .parquet file or a .tar shard.\n{FORMS}")
+    raise UserError(f"{name} stands for {len(paths)} files that are neither all .parquet nor all .tar.\n{FORMS}")
+
+
+def _training_part(paths: list[Path]) -> list[Path]:
+    """The files of the split `train`, if the file names tell of several splits; otherwise all."""
+    splits = [re.split(r"[-_.]", path.name.lower())[0] for path in paths]
+    if len(set(splits)) > 1 and "train" in splits and set(splits) <= SPLIT_NAMES:
+        return [path for path, split in zip(paths, splits, strict=True) if split == "train"]
+    return paths
+
+
+def _expand(pattern: str) -> list[Path]:
+    """The files that a pattern with globs and brace ranges stands for, in order."""
+    paths: list[Path] = []
+    for text in _expand_braces(pattern):
+        if re.search(r"[*?\[]", text):
+            anchor = Path(Path(text).anchor)
+            found = sorted(anchor.glob(str(Path(text).relative_to(anchor))))
+        else:
+            found = [Path(text)] if Path(text).is_file() else []
+        if not found:
+            raise UserError(f"No file matches {text}" + (f" (of {pattern})." if text != pattern else "."))
+        paths += found
+    return paths
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    parts = re.split(r"\{([^{}]*)\}", pattern)
+    choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
+    return ["".join(chosen) for chosen in product(*choices)]
+
+
+def _choices(inside: str) -> list[str]:
+    """`000..003` is a range that keeps the zeros; `a,b` are alternatives."""
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
+    if span is None:
+        return inside.split(",")
+    first, last = span.groups()
+    return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+
+
+def _no_images(path: Path, listing: Listing) -> UserError:
+    shown = list(listing.others.items())[:5]
+    saw = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in shown) or "no files at all"
+    message = f"Found 0 images under {printable(path)}: looked for {' '.join(IMAGE_SUFFIXES)}; saw {saw}."
+    if ".arrow" in listing.others:
+        message += f"\nFolders saved by the datasets library are opened as hf:{printable(path)}"
+    return UserError(message)
+
+
+def _not_found(path: Path, name: str) -> UserError:
+    prefix, colon, rest = name.partition(":")
+    close = difflib.get_close_matches(prefix.lower(), _PREFIXES, n=1, cutoff=0.7)
+    if close and (colon or close[0] == "digits"):
+        return UserError(f'"{name}" is neither a path nor a known form. Did you mean {close[0]}{colon}{rest}?\n{FORMS}')
+    if re.match(r"[A-Za-z][A-Za-z0-9+]+:", name):
+        return UserError(f'"{name}" is neither a path nor a known form.\n{FORMS}')
+    above = path.parent
+    try:
+        near = difflib.get_close_matches(path.name, [entry.name for entry in above.iterdir()], n=1, cutoff=0.7)
+    except OSError:
+        near = []
+        while not above.exists() and above != above.parent:
+            above = above.parent
+        return UserError(f"{printable(path)} does not exist (nor does its folder; {printable(above)} does).\n{FORMS}")
+    hint = f" Did you mean {printable(above / near[0])}?" if near else ""
+    return UserError(f"{printable(path)} does not exist.{hint}\n{FORMS}")

@@ -1,0 +1,119 @@
+"""From a decoded image to the normalised tensor that a model takes: randomly for pretraining, fixed for use."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import v2
+
+from crate_mae.data.decode import size_of, to_channels, to_tensor
+from crate_mae.errors import UserError
+
+
+Resize = Callable[[Image.Image | Tensor], Image.Image | Tensor]
+
+
+class Preparation:
+    """Channels, then size, then normalisation: `(x - mean) / std` with x in [0, 1].
+
+    8-bit images are resized as Pillow images, whose resampling is faster than that of tensors and rounds to 8 bits;
+    deeper ones as float tensors.
+
+    Args:
+        resize: what brings a Pillow image or a tensor c hh ww to the target size.
+        channels: number of channels of the result.
+        mean: per channel, in [0, 1].
+        std: per channel, in [0, 1].
+    """
+
+    def __init__(self, resize: Resize, channels: int, *, mean: Sequence[float], std: Sequence[float]) -> None:
+        if len(mean) != channels or len(std) != channels:
+            raise UserError(f"{channels} channel(s) need as many means and stds, not {len(mean)} and {len(std)}.")
+        if not all(value > 0 for value in std):
+            raise UserError(f"Every std must be positive, got {tuple(std)}.")
+        self.resize = resize
+        self.channels = channels
+        self.mean = torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
+        self.std = torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
+
+    def __call__(self, image: Image.Image | Tensor) -> Float[Tensor, "c hh ww"]:
+        """Prepare one image as `ImageSource.read` gives it.
+
+        Raises:
+            UserError: if its channels can not be converted to the wanted number.
+        """
+        pixels = to_tensor(self.resize(to_channels(image, self.channels)))
+        # Out of place: a tensor data set's own pixels may be passed through to here.
+        unit = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
+        return (unit - self.mean) / self.std
+
+
+class FitAndCentre:
+    """Scale an image, keeping its aspect, until it just covers the target; cut out the centre. No-op at that size.
+
+    Args:
+        size: target (height, width).
+    """
+
+    def __init__(self, size: tuple[int, int]) -> None:
+        self.size = size
+        self._crop = v2.CenterCrop(size)
+
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        """Bring one image to the target size."""
+        height, width = size_of(image)
+        if (height, width) == self.size:
+            return image
+        scale = max(self.size[0] / height, self.size[1] / width)
+        covering = [max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))]
+        return self._crop(v2.Resize(covering, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(image))
+
+
+def pretrain_transform(
+    image_size: tuple[int, int],
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    min_scale: float = 0.2,
+    flip: bool = True,
+) -> Preparation:
+    """The augmentation of masked autoencoders: a random resized crop (bicubic) and a horizontal flip.
+
+    The crop's aspect varies from 3/4 to 4/3 times that of the target (He et al. 2022 have square targets only).
+
+    Args:
+        image_size: (height, width) of the result.
+        channels: of the result; grey and colour are converted into each other.
+        mean: per channel, in [0, 1].
+        std: per channel, in [0, 1].
+        min_scale: smallest share of the image's area that a crop takes; 1 still varies the aspect.
+        flip: whether half of the crops are mirrored; wrong for digits and writing.
+    """
+    if not 0 < min_scale <= 1:
+        raise UserError(f"The smallest crop must be in (0, 1] of the image, got {min_scale}.")
+    aspect = image_size[1] / image_size[0]
+    crop = v2.RandomResizedCrop(
+        image_size,
+        scale=(min_scale, 1.0),
+        ratio=(3 / 4 * aspect, 4 / 3 * aspect),
+        interpolation=v2.InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+    resize = v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop
+    return Preparation(resize, channels, mean=mean, std=std)
+
+
+def evaluation_transform(
+    image_size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]
+) -> Preparation:
+    """Without randomness: scaled to cover the target and centre-cropped, untouched if the size is right already.
+
+    Args:
+        image_size: (height, width) of the result.
+        channels: of the result; grey and colour are converted into each other.
+        mean: per channel, in [0, 1].
+        std: per channel, in [0, 1].
+    """
+    return Preparation(FitAndCentre(image_size), channels, mean=mean, std=std)

@@ -1,0 +1,170 @@
+"""Checkpoints: everything needed to go on exactly, in safetensors and JSON, never a pickle.
+
+A checkpoint folder is a MODEL like any other. All names are those of the unwrapped model, so a run may go on with
+another number of processes than it began with.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim import Optimizer
+
+from crate_mae.errors import UserError
+from crate_mae.models.config import ModelConfig
+from crate_mae.models.tensors import read_tensors
+from crate_mae.models.weights import WEIGHTS_FILE, save_tensors
+from crate_mae.training.files import whole_folder, write_whole
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+KEPT = 2
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+
+
+@dataclass
+class TrainState:
+    """How far a run has come, besides weights and optimizer.
+
+    Attributes:
+        step: optimizer steps behind us, skipped ones included.
+        skipped: steps skipped because of a loss or gradient that was not finite.
+        skipped_in_a_row: how many of them came last.
+        loss_sum: sum of the losses since the last row of metrics.csv,
+        loss_count: and their number.
+        images: training images, which must not change under a run.
+        world_size: processes.
+    """
+
+    step: int = 0
+    skipped: int = 0
+    skipped_in_a_row: int = 0
+    loss_sum: float = 0.0
+    loss_count: int = 0
+    images: int = 0
+    world_size: int = 1
+
+    def count(self, loss: float, is_finite: bool) -> None:
+        """Count one step."""
+        self.step += 1
+        if is_finite:
+            self.skipped_in_a_row = 0
+            self.loss_sum += loss
+            self.loss_count += 1
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Weights and optimizer state of a moment, gathered from all processes; empty on all but the first."""
+
+    weights: dict[str, Any]
+    optimizer: dict[str, Any]
+
+
+def gather(model: nn.Module, optimizer: Optimizer) -> Snapshot:
+    """Collect what a checkpoint holds, from a plain, DDP or FSDP model. All processes must call this together."""
+    # An optimizer that has not stepped yet has no state; torch would invent one, by a step with zero gradients.
+    states = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else {}
+    return Snapshot(get_model_state_dict(model, options=_WHOLE), states)
+
+
+def write(checkpoints: Path, snapshot: Snapshot, config: ModelConfig, state: TrainState) -> Path:
+    """Write a checkpoint, name it the last one, and remove all but the newest two."""
+    folder = checkpoints / f"step-{state.step}"
+    with whole_folder(folder) as temporary:
+        save_tensors(snapshot.weights, config, temporary)
+        tensors = {key: value.contiguous() for key, value in snapshot.optimizer.items() if isinstance(value, Tensor)}
+        scalars = {key: value for key, value in snapshot.optimizer.items() if key not in tensors}
+        save_file(tensors, temporary / "optimizer.safetensors")
+        content = {"schema": SCHEMA, **dataclasses.asdict(state), "optimizer": scalars}
+        (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_whole(checkpoints / "last", folder.name + "\n")
+    for old in sorted(checkpoints.glob("step-*"), key=_step_of)[:-KEPT]:
+        shutil.rmtree(old)
+    logger.info("Saved %s.", folder)
+    return folder
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The folder that `checkpoints/last` names; None before the first checkpoint.
+
+    Raises:
+        UserError: if that folder is gone.
+    """
+    last = run / "checkpoints" / "last"
+    if not last.exists():
+        return None
+    folder = last.parent / last.read_text(encoding="utf-8").strip()
+    if not folder.is_dir():
+        raise UserError(
+            f"{last} names the checkpoint {folder.name}, which is gone.\n"
+            f"Write the name of another folder in {last.parent} into it, or delete the run and start anew."
+        )
+    return folder
+
+
+def read(folder: Path, model: nn.Module, optimizer: Optimizer) -> TrainState:
+    """Put a checkpoint into a model and its optimizer.
+
+    Raises:
+        UserError: if a file is missing or damaged, or belongs to another model.
+    """
+    state, scalars = _read_state(folder / "state.json")
+    weights = read_tensors(folder / WEIGHTS_FILE)
+    _check_names(folder / WEIGHTS_FILE, weights, get_model_state_dict(model, options=_WHOLE))
+    optimizer_tensors = read_tensors(folder / "optimizer.safetensors")
+    set_model_state_dict(model, weights, options=_WHOLE)
+    if optimizer_tensors:
+        try:
+            set_optimizer_state_dict(model, optimizer, {**optimizer_tensors, **scalars}, options=_WHOLE)
+        except (KeyError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder} holds the optimizer of another model, or is damaged: {error}.") from error
+    return state
+
+
+def _read_state(path: Path) -> tuple[TrainState, dict[str, Any]]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        schema, scalars = content.pop("schema"), content.pop("optimizer")
+        scalars = {key: tuple(value) if isinstance(value, list) else value for key, value in scalars.items()}
+        if schema != SCHEMA:
+            raise UserError(f"{path} was written by another version of crate-mae (its schema is {schema}).")
+        return TrainState(**content), scalars
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{path} is missing or damaged, so the run cannot go on from there: {error}.\n"
+            f"If {path.parent.parent} holds another checkpoint, write its name into the file `last` beside it."
+        ) from error
+
+
+def _check_names(path: Path, found: dict[str, Tensor], wanted: dict[str, Any]) -> None:
+    # Ranks other than the first hold an empty `wanted`; the first speaks for all.
+    different = [key for key in wanted if key not in found or found[key].shape != wanted[key].shape]
+    different += [key for key in found if wanted and key not in wanted]
+    if different:
+        raise UserError(f"{path} holds the weights of another model: {', '.join(sorted(different)[:3])} do not fit.")
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))

@@ -1,0 +1,47 @@
+"""A pretraining run as Python sees it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crate_mae.training.checkpoint import newest_checkpoint
+from crate_mae.training.config import PretrainConfig
+from crate_mae.training.run_directory import RunDirectory
+
+if TYPE_CHECKING:
+    from crate_mae.models.autoencoder import MaskedAutoencoder
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `pretrain` and `resume` return.
+
+    Attributes:
+        path: the run's folder.
+        config: its resolved options.
+    """
+
+    path: Path
+    config: PretrainConfig
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on."""
+        return RunDirectory(self.path).resume_command
+
+    def model(self) -> MaskedAutoencoder:
+        """The finished model; of a run that is not finished, the model of its newest checkpoint.
+
+        Raises:
+            UserError: if the run has neither yet.
+        """
+        from crate_mae.models.weights import load
+
+        return load(self.path if RunDirectory(self.path).is_finished else newest_checkpoint(self.path))
+
+    def metrics(self) -> list[dict[str, float | None]]:
+        """The rows of metrics.csv; a value that was not measured at a step is None."""
+        rows = RunDirectory(self.path).metrics.read()
+        return [{key: float(value) if value else None for key, value in row.items()} for row in rows]

@@ -1,0 +1,223 @@
+"""Where a pretraining run keeps everything: plain files, each written whole or not at all.
+
+    RUN/
+        config.yaml         every option, resolved; `crate-mae pretrain --config` of it repeats the run
+        command.txt         the commands that started and resumed the run, one per line, with their times
+        environment.json    versions, machine, devices and threads of the last start
+        log.txt             what the library logged
+        metrics.csv         loss, learning rate, speed and held-out signals by step
+        layers.csv          sparsity and subspace rate of every layer by step: step, part, layer, measure, value
+        bad_files.csv       unreadable images: step, location, reason
+        checkpoints/
+            step-1200/      model.safetensors + config.json (a MODEL like any other)
+                            optimizer.safetensors + state.json
+            last            one line: the name of the newest complete checkpoint
+        pictures/           step-1200.png: held-out images, masked, completed
+        tensorboard/        if TensorBoard is installed
+        model.safetensors   the finished model, encoder and decoder, with
+        config.json         what it is built from
+        lock                host and process that writes here now
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import platform
+import shlex
+import socket
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crate_mae.errors import UserError
+from crate_mae.training.config import PretrainConfig
+from crate_mae.training.files import CsvLog, write_whole
+
+logger = logging.getLogger(__name__)
+
+METRICS = (
+    *("step", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "bad_images"),
+    *("held_out_loss", "feature_rank", "images_per_second", "data_wait"),
+)
+LAYERS = ("step", "part", "layer", "measure", "value")
+BAD_FILES = ("step", "location", "reason")
+_PACKAGES = ("crate-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of a run, and what is written there besides checkpoints."""
+
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved options; a folder with this file is a run."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> CsvLog:
+        """One row per logged step."""
+        return CsvLog(self.path / "metrics.csv", METRICS)
+
+    @property
+    def layers(self) -> CsvLog:
+        """One row per layer and measure."""
+        return CsvLog(self.path / "layers.csv", LAYERS)
+
+    @property
+    def bad_files(self) -> CsvLog:
+        """One row per unreadable image."""
+        return CsvLog(self.path / "bad_files.csv", BAD_FILES)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has written its final model, of which `config.json` comes last."""
+        return (self.path / "config.json").exists()
+
+    @property
+    def resume_command(self) -> str:
+        """What to type to go on."""
+        return f"crate-mae resume {shlex.quote(str(self.path))}"
+
+    def existing_config(self) -> PretrainConfig | None:
+        """The configuration of the run that is already here; None if the folder is free to use.
+
+        Raises:
+            UserError: if the path is a file, or a folder with something else in it.
+        """
+        if self.config_file.exists():
+            return PretrainConfig.load(self.config_file)
+        if not self.path.exists():
+            return None
+        if not self.path.is_dir():
+            raise UserError(f"{self.path} is a file. Give a folder for the run with --out.")
+        if any(entry.name not in ("lock", ".config.yaml.tmp") for entry in self.path.iterdir()):
+            raise UserError(
+                f"{self.path} is not empty and not a run of crate-mae, so nothing was written there.\n"
+                "Give a new folder with --out."
+            )
+        return None
+
+    @contextlib.contextmanager
+    def opened(self, config: PretrainConfig) -> Iterator[None]:
+        """Make the folder if need be, write down how this start came about, and keep others from writing meanwhile.
+
+        Raises:
+            UserError: if another process writes here.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path / "lock"):
+            config.save(self.config_file)
+            write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            with (self.path / "command.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")
+            for folder in (self.checkpoints, self.path / "pictures"):
+                folder.mkdir(exist_ok=True)
+            with _logged_to(self.path / "log.txt"):
+                yield
+
+    def cut_back(self, step: int | None) -> None:
+        """Forget what was logged after `step`; None forgets everything."""
+        for table in (self.metrics, self.layers, self.bad_files):
+            table.cut_back(step)
+        for picture in (self.path / "pictures").glob("step-*.png"):
+            if step is None or int(picture.stem.removeprefix("step-")) > step:
+                picture.unlink()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for whoever wants to repeat a run."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "system": platform.platform(),
+        "processor": torch.backends.cpu.get_cpu_capability(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "cuda": torch.version.cuda,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock file with host and process number. One whose process is gone is taken over."""
+    holder = {"host": socket.gethostname(), "pid": os.getpid()}
+    if path.exists():
+        _refuse_if_held(path, holder)
+        path.unlink(missing_ok=True)
+    try:
+        with path.open("x", encoding="utf-8") as file:  # "x": of two processes starting at once, one gets it
+            file.write(json.dumps(holder))
+    except FileExistsError as error:
+        raise UserError(f"{path.parent} has just been taken by another process.") from error
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _refuse_if_held(path: Path, holder: dict[str, Any]) -> None:
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        host, pid = str(held["host"]), int(held["pid"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # cut short when its process died
+    if host == holder["host"] and (pid == holder["pid"] or not _is_alive(pid)):
+        logger.info("Taking over from process %d, which is gone.", pid)
+        return
+    raise UserError(
+        f"{path.parent} is being written by process {pid} on {host}.\n"
+        f"Wait for it or stop it. If it is certainly gone, delete {path}."
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":
+        return True  # there, os.kill would end the process instead of asking after it
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+@contextlib.contextmanager
+def _logged_to(path: Path) -> Iterator[None]:
+    """Send what the library logs to a file, at level INFO, for as long as the block lasts."""
+    library = logging.getLogger("crate_mae")
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = library.level
+    library.addHandler(handler)
+    library.setLevel(min(level or logging.INFO, logging.INFO))
+    try:
+        yield
+    finally:
+        library.setLevel(level)
+        library.removeHandler(handler)
+        handler.close()

@@ -1,0 +1,74 @@
+"""The layers, held to the equations of the paper."""
+
+import pytest
+import torch
+
+from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, Dictionary, EncoderLayer
+
+
+@pytest.fixture(autouse=True)
+def _float64():
+    torch.manual_seed(5)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def textbook_mssa(z, layer):
+    u = layer.bases()
+    heads = [torch.softmax(z @ u_k @ (z @ u_k).mT / u_k.shape[1] ** 0.5, dim=-1) @ (z @ u_k) for u_k in u]
+    if layer.proj is None:
+        return sum(head @ u_k.T for head, u_k in zip(heads, u, strict=True))
+    return torch.cat(heads, dim=-1) @ layer.proj.weight.T + layer.proj.bias
+
+
+@pytest.mark.parametrize("projection", ["free", "tied"])
+def test_mssa_is_the_sum_over_subspaces(projection):
+    layer, z = MSSA(21, 3, output_projection=projection), torch.randn(2, 5, 21)
+    torch.testing.assert_close(layer(z), textbook_mssa(z, layer))
+
+
+def test_ista_is_the_three_product_form_with_the_same_gradients():
+    layer, x = ISTA(11, step_size=0.13, threshold=0.3), torch.randn(2, 7, 11, requires_grad=True)
+    d = layer.dictionary
+    textbook = torch.relu(x + 0.13 * (x @ d - x @ d.T @ d) - 0.13 * 0.3)
+    torch.testing.assert_close(layer(x), textbook, rtol=1e-12, atol=1e-13)
+    weight = torch.randn(2, 7, 11)
+    ours = torch.autograd.grad((layer(x) * weight).sum(), [x, d])
+    theirs = torch.autograd.grad((textbook * weight).sum(), [x, d])
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_encoder_layer_compresses_then_sparsifies():
+    layer, z = EncoderLayer(21, 3), torch.randn(2, 5, 21)
+    half = z + textbook_mssa(layer.norm1(z), layer.attn)
+    torch.testing.assert_close(layer(z), layer.ista(layer.norm2(half)))
+    assert (layer(z) >= 0).all()
+
+
+def test_skip_adds_the_code_instead_of_replacing_the_tokens():
+    plain, skip = EncoderLayer(21, 3), EncoderLayer(21, 3, ista_skip=True)
+    skip.load_state_dict(plain.state_dict())
+    z = torch.randn(2, 5, 21)
+    half = z + plain.attn(plain.norm1(z))
+    torch.testing.assert_close(skip(z), half + plain(z))
+
+
+def test_decoder_layer_steps_the_other_way():
+    layer, y = DecoderLayer(21, 3), torch.randn(2, 5, 21)
+    half = layer.norm1(y) @ layer.dictionary.weight.T
+    torch.testing.assert_close(layer(y), half - textbook_mssa(layer.norm2(half), layer.attn))
+
+
+def test_encoder_layer_takes_timms_arguments_but_no_mask():
+    layer, z = EncoderLayer(21, 3), torch.randn(2, 5, 21)
+    torch.testing.assert_close(layer(z, attn_mask=None, is_causal=False), layer(z))
+    with pytest.raises(ValueError, match="takes no mask"):
+        layer(z, is_causal=True)
+
+
+@pytest.mark.parametrize("weight", [ISTA(101).dictionary, Dictionary(101).weight])
+def test_dictionaries_start_uniform_with_variance_two_over_d(weight):
+    assert weight.abs().max() <= (6 / 101) ** 0.5
+    assert weight.var().item() == pytest.approx(2 / 101, rel=0.03)

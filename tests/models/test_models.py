@@ -1,0 +1,209 @@
+"""What every model keeps to, whatever its layers."""
+
+import pytest
+import torch
+
+import crate_mae
+from crate_mae.models import preset
+
+SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 3, "decoder_depth": 2}
+VARIANTS = [
+    ("crate_mae_nano_patch2_8", {}),
+    ("crate_mae_nano_patch2_8", {"output_projection": "tied"}),
+    ("crate_mae_nano_patch2_8", {"ista_skip": True, "threshold": 0.1, "step_size": 0.2}),
+    ("crate_mae_nano_patch2_8", {"mask_tokens": "decoder"}),
+    ("crate_mae_nano_patch2_8", {"decoder_embed_dim": 20, "decoder_num_heads": 5}),
+    ("crate_mae_nano_patch2_8", {"norm_pix_loss": True, "drop_path": 0.1}),
+    ("crate_mae_nano_patch2_8", {"in_chans": 5, "image_size": [6, 14], "patch_size": 2}),
+    ("vit_mae_nano_patch2_8", {}),
+    ("vit_mae_nano_patch2_8", {"decoder_embed_dim": 20, "decoder_num_heads": 5, "mlp_ratio": 2.0}),
+    ("vit_mae_nano_patch2_8", {"mask_tokens": "encoder", "norm_pix_loss": True}),
+]
+IDS = [f"{name.split('_')[0]}-{'-'.join(settings) or 'default'}" for name, settings in VARIANTS]
+
+
+@pytest.fixture(params=VARIANTS, ids=IDS)
+def model(request):
+    torch.manual_seed(3)
+    name, settings = request.param
+    return crate_mae.create_model(name, **SMALL, **settings)
+
+
+def images_for(model, b=5):
+    return torch.randn(b, model.config.in_chans, *model.config.image_size, generator=torch.Generator().manual_seed(1))
+
+
+def test_output_has_the_promised_shapes(model):
+    output = model(images_for(model), mask_ratio=0.75)
+    n, q = model.num_patches, model.config.patch_size**2 * model.config.in_chans
+    visible = int(n * 0.25)
+    latent = n if model.config.mask_tokens == "encoder" else visible
+    assert output.loss.shape == ()
+    assert output.prediction.shape == (5, n, q)
+    assert output.mask.shape == (5, n)
+    assert output.mask.dtype == torch.bool
+    assert (output.mask.sum(1) == n - visible).all()
+    assert output.latent.shape == (5, latent + 1, 24)
+
+
+def test_every_trainable_parameter_gets_a_gradient(model):
+    model.train()(images_for(model)).loss.backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_no_parameter_is_left_uninitialised(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    for module in model.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    model.encoder.init_weights()
+    model.mask_token.data.zero_()
+    assert torch.isfinite(model(images_for(model)).loss)
+
+
+def test_nothing_is_random_in_eval(model):
+    model.eval()
+    images = images_for(model)
+    before = torch.get_rng_state()
+    first, second = model(images), model(images)
+    assert torch.equal(first.mask, second.mask)
+    assert torch.equal(first.prediction, second.prediction)
+    assert torch.equal(model.encoder.forward_features(images), model.encoder.forward_features(images))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_masks_differ_between_calls_in_training_and_follow_the_generator(model):
+    images = images_for(model)
+    assert not torch.equal(model(images).mask, model(images).mask)
+    masks = [model(images, generator=torch.Generator().manual_seed(7)).mask for _ in range(2)]
+    assert torch.equal(*masks)
+
+
+def test_hidden_pixels_do_not_leak_into_the_prediction(model):
+    model.eval()
+    images = images_for(model)
+    mask = model(images).mask
+    # Other pixels under the mask change nothing the encoder sees.
+    hidden = torch.nn.functional.interpolate(
+        mask.view(5, 1, *model.grid_size).float(), size=model.config.image_size, mode="nearest"
+    )
+    other = torch.where(hidden > 0, 9.0, images)
+    assert torch.equal(model(images, mask=mask).prediction, model(other, mask=mask).prediction)
+
+
+def test_bfloat16_autocast_stays_close_and_the_loss_stays_float32(model):
+    model.eval()
+    images = images_for(model)
+    exact = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(images)
+    assert rough.loss.dtype == torch.float32
+    assert abs(rough.loss - exact.loss) < 0.05 * exact.loss
+
+
+def test_wrong_inputs_are_named(model):
+    images = images_for(model)
+    with pytest.raises(crate_mae.UserError, match="this model takes"):
+        model(images[:, :, :-1])
+    with pytest.raises(crate_mae.UserError, match="images x patches"):
+        model(images, mask=torch.zeros(5, model.num_patches - 1, dtype=torch.bool))
+    with pytest.raises(crate_mae.UserError, match=r"mask_ratio is 1\.0"):
+        model(images, mask_ratio=1.0)
+
+
+def test_loss_without_hidden_patches_is_zero():
+    model = crate_mae.create_model("crate_mae_nano_patch2_8", **SMALL).eval()
+    assert model(images_for(model), mask_ratio=0.0).loss == 0.0
+
+
+def test_visible_only_encoding_needs_equal_counts():
+    model = crate_mae.create_model("crate_mae_nano_patch2_8", **SMALL, mask_tokens="decoder")
+    mask = torch.zeros(5, 16, dtype=torch.bool)
+    mask[0, :3] = True
+    with pytest.raises(crate_mae.UserError, match="between 0 and 3 patches"):
+        model(images_for(model), mask=mask)
+
+
+def test_visible_only_encoding_of_everything_is_the_unmasked_encoding():
+    model = crate_mae.create_model("crate_mae_nano_patch2_8", **SMALL, mask_tokens="decoder").eval()
+    images = images_for(model)
+    latent = model(images, mask_ratio=0.0).latent
+    torch.testing.assert_close(latent, model.encoder.forward_features(images))
+
+
+def test_settings_reach_the_layers():
+    model = crate_mae.create_model(
+        "crate_mae_nano_patch2_8", **SMALL, step_size=0.3, threshold=0.2, ista_skip=True, output_projection="tied"
+    )
+    for block in model.encoder.blocks:
+        assert (block.ista.step_size, block.ista.threshold, block.ista_skip) == (0.3, 0.2, True)
+        assert block.attn.proj is None
+    assert all(block.attn.proj is None for block in model.decoder.blocks)
+
+
+OFFICIAL = {"tiny": (384, 12), "small": (576, 12), "base": (768, 12), "large": (1024, 24)}
+PUBLISHED_MILLIONS = {"tiny": 11.56, "small": 25.41, "base": 44.64, "large": 154.27}
+
+
+@pytest.mark.parametrize("size", OFFICIAL)
+def test_parameter_counts_are_the_official_ones_less_the_dead_layer(size):
+    d, depth = OFFICIAL[size]
+    q, n = 16 * 16 * 3, 196
+    mssa, norms, dictionary = d * d + (d * d + d), 2 * 2 * d, d * d
+    layer = mssa + norms + dictionary  # the same for an encoder and a decoder layer
+    ends = (q * d + d) + (d * q + q) + 2 * 2 * d + 2 * d  # patches in, pixels out, two norms, two tokens
+    dead = d * d + d
+    official_trainable = 2 * depth * layer + ends + dead
+    with torch.device("meta"):
+        model = crate_mae.create_model(f"crate_mae_{size}_patch16_224")
+    ours = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert ours == official_trainable - dead
+    # The published count has the dead layer and two tables of positions.
+    assert round((ours + dead + 2 * (n + 1) * d) / 1e6, 2) == PUBLISHED_MILLIONS[size]
+
+
+@pytest.mark.parametrize("name", [name for name in crate_mae.list_models() if name.startswith("crate")])
+def test_every_model_has_a_twin_of_its_configuration_and_one_of_its_size(name):
+    stem = name.removeprefix("crate_mae_")
+    size, _, shape = stem.partition("_")
+    ours, twin, matched = preset(name), preset(f"vit_mae_{stem}"), preset(f"vit_mae_{size}_matched_{shape}")
+    for key in ("embed_dim", "depth", "num_heads", "decoder_embed_dim", "decoder_depth", "decoder_num_heads"):
+        assert getattr(ours, key) == getattr(twin, key)
+    with torch.device("meta"):
+        counts = [sum(p.numel() for p in crate_mae.create_model(c.name).parameters()) for c in (ours, matched)]
+    assert counts[1] == pytest.approx(counts[0], rel=0.025)
+    assert ours.embed_dim / ours.num_heads == matched.embed_dim / matched.num_heads
+
+
+@pytest.mark.parametrize(("size", "millions"), [("small", 47.6), ("base", 143.8), ("large", 406.1)])
+def test_published_baselines_have_the_published_sizes(size, millions):
+    with torch.device("meta"):
+        model = crate_mae.create_model(f"vit_mae_{size}_published_patch16_224")
+    tables = sum(b.numel() for b in model.buffers())
+    assert round((sum(p.numel() for p in model.parameters()) + tables) / 1e6, 1) == millions
+
+
+def test_unknown_names_and_settings_come_with_a_suggestion():
+    with pytest.raises(crate_mae.UserError, match="Did you mean crate_mae_micro_patch4_32"):
+        crate_mae.create_model("crate_mae_micro_patch4")
+    with pytest.raises(crate_mae.UserError, match=r'no setting "treshold"\. Did you mean "threshold"'):
+        crate_mae.create_model("crate_mae_micro_patch4_32", treshold=0.1)
+    with pytest.raises(crate_mae.UserError, match='A vit model has no setting "step_size"'):
+        crate_mae.create_model("vit_mae_micro_patch4_32", step_size=0.1)
+
+
+def test_all_mistakes_of_a_configuration_are_told_at_once():
+    with pytest.raises(crate_mae.UserError) as caught:
+        crate_mae.create_model("crate_mae_micro_patch4_32", image_size=(30, 32), num_heads=7, threshold=-1.0)
+    for part in ("patches of 4 pixels do not divide images of 30 x 32", "num_heads 7", "threshold is -1.0"):
+        assert part in str(caught.value)
+
+
+def test_derived_settings_follow_what_they_derive_from():
+    config = preset("crate_mae_micro_patch4_32").replace(embed_dim=96, in_chans=1)
+    assert (config.decoder_embed_dim, config.mean) == (96, (0.5,))
+    kept = preset("vit_mae_small_published_patch16_224").replace(embed_dim=192)
+    assert kept.decoder_embed_dim == 512

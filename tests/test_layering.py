@@ -1,0 +1,76 @@
+"""Imports only ever point down: the layers of the package and what each may import."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "crate_mae"
+
+# Each layer, and the layers of ours it may import. `errors` is everybody's.
+LAYERS = {
+    "theory": set(),
+    "models": {"theory"},
+    "data": set(),
+    "training": {"models", "data", "theory"},
+    "evaluation": {"models", "data"},
+    "commands": {"theory", "models", "data", "training", "evaluation"},
+    "cli": {"theory", "models", "data", "training", "evaluation", "commands"},
+    "__main__": {"cli"},
+    "__init__": {"theory", "models", "data", "training", "evaluation", "commands"},
+    "errors": set(),
+}
+HEAVY = {"torch", "torchvision", "timm", "accelerate", "sklearn", "torchmetrics", "matplotlib", "numpy", "pyarrow"}
+OPTIONAL = {"datasets", "tensorboard", "wandb"}
+
+
+def layer_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_in(node):
+    """(module, whether it is imported with the file rather than inside a function) for every import below a node."""
+    found = []
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.Import):
+            found += [(alias.name, True) for alias in child.names]
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, "imports are absolute, so that they can be read"
+            found.append((child.module, True))
+        else:
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or "TYPE_CHECKING" in ast.dump(child)[:80]
+            found += [(module, at_top and not inside) for module, at_top in imports_in(child)]
+    return found
+
+
+def violations(path, source):
+    layer = layer_of(path)
+    for module, at_top in imports_in(ast.parse(source)):
+        root, *rest = module.split(".")
+        if root == "crate_mae" and rest:
+            target = rest[0]
+            if target not in LAYERS[layer] | {layer, "errors"}:
+                yield f"{layer} imports {module}, which is not below it"
+        if root in OPTIONAL and at_top:
+            yield f"{module} is optional, and is imported with the file"
+        if root in HEAVY and at_top and layer in {"commands", "cli", "__main__", "__init__", "errors"}:
+            yield f"{module} is heavy, and is imported with the file"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_only_point_down(path):
+    assert list(violations(path, path.read_text(encoding="utf-8"))) == []
+
+
+@pytest.mark.parametrize(
+    ("where", "source"),
+    [
+        ("theory/x.py", "from crate_mae.models.layers import ISTA"),
+        ("data/x.py", "def f():\n    import crate_mae.models"),
+        ("evaluation/x.py", "from crate_mae.training.config import PretrainConfig"),
+        ("commands/x.py", "import torch"),
+        ("data/x.py", "from datasets import load_dataset"),
+    ],
+)
+def test_an_upward_heavy_or_optional_import_would_be_seen(where, source):
+    assert list(violations(PACKAGE / where, source))

@@ -1,0 +1,116 @@
+"""The ISTA step is the official one in a single product, and it descends its lasso."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from crate_mae.theory import apply_ista_operator, ista_operator, ista_step, lasso_objective
+
+
+def official_ista_step(x, dictionary, step_size, threshold):
+    """The three products of the official code, in its `linear` notation: the oracle."""
+    x_dt = F.linear(x, dictionary)
+    x_dt_d = F.linear(x_dt, dictionary.t())
+    x_d = F.linear(x, dictionary.t())
+    return F.relu(x + step_size * (x_d - x_dt_d) - step_size * threshold)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def gaussian(*shape, generator):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def value_and_gradients(step, x, dictionary, grad_out, step_size=0.1, threshold=0.5):
+    x, dictionary = x.detach().requires_grad_(), dictionary.detach().requires_grad_()
+    out = step(x, dictionary, step_size, threshold)
+    return out.detach(), *torch.autograd.grad(out, (x, dictionary), grad_out)
+
+
+def test_operator_by_hand():
+    # D = [[0, 1], [0, 2]]: D^T D = [[0, 0], [0, 5]], W = I + 0.1 ([[0, 1], [0, 2]] - [[0, 0], [0, 5]]).
+    dictionary = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    expected = torch.tensor([[1.0, 0.1], [0.0, 0.7]], dtype=torch.float64)
+    torch.testing.assert_close(ista_operator(dictionary, 0.1), expected, rtol=1e-15, atol=0)
+
+
+def test_step_by_hand():
+    # X W = (2, 0.2 + 2.1) and (-3, -0.3 + 0.7) with the operator above; then 0.05 is taken off and the rest is cut.
+    dictionary = torch.tensor([[0.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    x = torch.tensor([[2.0, 3.0], [-3.0, 1.0]], dtype=torch.float64)
+    expected = torch.tensor([[1.95, 2.25], [0.0, 0.35]], dtype=torch.float64)
+    torch.testing.assert_close(ista_step(x, dictionary, 0.1, 0.5), expected, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("batch", [(), (5,), (2, 3, 5)])
+def test_value_and_all_gradients_are_the_official_ones(batch, generator):
+    x, grad_out = gaussian(*batch, 11, generator=generator), gaussian(*batch, 11, generator=generator)
+    dictionary = gaussian(11, 11, generator=generator)
+    ours = value_and_gradients(ista_step, x, dictionary, grad_out)
+    oracle = value_and_gradients(official_ista_step, x, dictionary, grad_out)
+    assert (oracle[0] == 0).any()
+    assert (oracle[0] > 0).any()
+    torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
+
+
+def test_operator_formed_once_gives_the_step(generator):
+    x, dictionary = gaussian(5, 11, generator=generator), gaussian(11, 11, generator=generator)
+    out = apply_ista_operator(x, ista_operator(dictionary, 0.1), 0.1 * 0.5)
+    torch.testing.assert_close(out, ista_step(x, dictionary, 0.1, 0.5), rtol=0, atol=0)
+
+
+def test_operator_keeps_its_precision_under_autocast(generator):
+    dictionary = gaussian(11, 11, generator=generator).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ista_operator(dictionary, 0.1)
+    torch.testing.assert_close(inside, ista_operator(dictionary, 0.1), rtol=0, atol=0)
+
+
+def test_bfloat16_errs_by_its_own_rounding_only(generator):
+    x = F.layer_norm(gaussian(5, 13, 67, generator=generator), (67,))
+    dictionary = gaussian(67, 67, generator=generator) * (2 / 67) ** 0.5
+    grad_out = gaussian(5, 13, 67, generator=generator)
+    exact = value_and_gradients(official_ista_step, x, dictionary, grad_out)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = value_and_gradients(ista_step, x.float(), dictionary.float(), grad_out.bfloat16())
+    for got, expected, tolerance in zip(ours, exact, (4e-3, 5e-2, 5e-2), strict=True):
+        # Where a rounded entry crosses zero its gradient switches: that, not the products, is the looser bound.
+        assert (got.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_lasso_objective_by_hand():
+    # D = diag(1, 2): codes (3, 1) rebuild (3, 2). Residuals (1, 0) and (0, -2) of two tokens, mean of the two sums.
+    dictionary = torch.diag(torch.tensor([1.0, 2.0], dtype=torch.float64))
+    codes = torch.tensor([[3.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
+    x = torch.tensor([[4.0, 2.0], [0.0, 0.0]], dtype=torch.float64)
+    expected = ((0.5 + 0.7 * 4) + (2.0 + 0.7 * 1)) / 2
+    assert lasso_objective(codes, x, dictionary, 0.7).item() == pytest.approx(expected, rel=1e-14)
+
+
+def test_step_is_a_projected_gradient_step_on_the_lasso(generator):
+    x, dictionary = gaussian(1, 11, generator=generator).abs(), gaussian(11, 11, generator=generator)
+    codes = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(lasso_objective(codes, x, dictionary, 0.5), codes)
+    torch.testing.assert_close(ista_step(x, dictionary, 0.1, 0.5), F.relu(x - 0.1 * gradient), rtol=1e-12, atol=1e-12)
+
+
+def lasso_change(seed, step_in_units_of_the_bound):
+    """How one step from A = X >= 0 changes the objective of a single token, for a random problem."""
+    generator = torch.Generator().manual_seed(seed)
+    x, dictionary = gaussian(1, 7, generator=generator).abs(), gaussian(7, 7, generator=generator)
+    threshold = torch.rand((), generator=generator).item()
+    step_size = step_in_units_of_the_bound / torch.linalg.matrix_norm(dictionary, ord=2).item() ** 2
+    codes = ista_step(x, dictionary, step_size, threshold)
+    return (lasso_objective(codes, x, dictionary, threshold) - lasso_objective(x, x, dictionary, threshold)).item()
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.5, 1.0])
+def test_step_within_the_bound_never_raises_the_lasso(fraction):
+    assert all(lasso_change(seed, fraction) < 0 for seed in range(100))
+
+
+def test_step_far_beyond_the_bound_raises_the_lasso():
+    assert sum(lasso_change(seed, 20.0) > 0 for seed in range(100)) > 50

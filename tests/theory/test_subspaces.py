@@ -1,0 +1,91 @@
+"""Projections, random bases, and the two numbers that say how well subspaces are kept apart."""
+
+import math
+
+import pytest
+import torch
+
+from crate_mae.errors import UserError
+from crate_mae.theory import (
+    coherence,
+    orthonormal_bases,
+    orthonormality_error,
+    project,
+    signal_to_noise,
+    unproject,
+)
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+def gaussian(*shape, generator):
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
+def test_project_takes_coordinates_in_every_subspace(batch, generator):
+    z, u = gaussian(*batch, 11, 7, generator=generator), gaussian(5, 7, 3, generator=generator)
+    expected = torch.stack([z @ u_k for u_k in u], dim=-3)
+    torch.testing.assert_close(project(z, u), expected)
+
+
+def test_unproject_is_the_adjoint_of_project(generator):
+    z, u = gaussian(2, 11, 7, generator=generator), gaussian(5, 7, 3, generator=generator)
+    w = gaussian(2, 5, 11, 3, generator=generator)
+    torch.testing.assert_close((project(z, u) * w).sum(), (z * unproject(w, u)).sum())
+
+
+def test_projecting_onto_orthonormal_bases_twice_is_projecting_once(generator):
+    z, u = gaussian(11, 17, generator=generator), orthonormal_bases(3, 17, 5, generator)
+    inside = unproject(project(z, u), u)
+    torch.testing.assert_close(unproject(project(inside, u), u), inside)
+
+
+@pytest.mark.parametrize(("h", "d", "p"), [(3, 17, 5), (1, 7, 7), (5, 7, 3)])
+def test_bases_are_orthonormal(h, d, p, generator):
+    u = orthonormal_bases(h, d, p, generator)
+    assert u.shape == (h, d, p)
+    assert orthonormality_error(u) < 1e-14
+
+
+def test_bases_that_fit_are_orthogonal_to_each_other(generator):
+    assert coherence(orthonormal_bases(3, 17, 5, generator)) < 1e-14
+    assert coherence(orthonormal_bases(5, 7, 3, generator)) > 0.1
+
+
+def test_bases_depend_on_the_generator_alone():
+    draws = [orthonormal_bases(3, 17, 5, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+    torch.testing.assert_close(draws[0], draws[1], rtol=0, atol=0)
+    assert not torch.allclose(draws[0], draws[2])
+
+
+@pytest.mark.parametrize("p", [0, 8])
+def test_a_subspace_that_does_not_fit_is_refused(p):
+    with pytest.raises(UserError, match=f"p={p} does not fit in d=7"):
+        orthonormal_bases(2, 7, p)
+
+
+def test_coherence_is_the_cosine_of_the_smallest_angle():
+    # Lines in the plane at 0, 90 and 30 degrees: the closest pair is 30 degrees apart.
+    angles = torch.tensor([0, math.pi / 2, math.pi / 6], dtype=torch.float64)
+    lines = torch.stack([angles.cos(), angles.sin()], dim=-1).unsqueeze(-1)
+    assert coherence(lines).item() == pytest.approx(math.cos(math.pi / 6), rel=1e-14)
+    assert coherence(lines[:1]) == 0
+
+
+def test_orthonormality_error_by_hand():
+    u = torch.eye(5, 3, dtype=torch.float64).repeat(2, 1, 1)
+    u[1, 0, 0] = 1.5
+    assert orthonormality_error(u).item() == pytest.approx(1.25, rel=1e-14)
+
+
+def test_signal_to_noise_by_hand():
+    # In R^5 with the planes (e_1, e_2) and (e_3, e_4): tokens (3, 0, 0, 0, 0) and (0, 4, 2, 0, 1).
+    u = torch.eye(5, dtype=torch.float64)[:, :4].reshape(5, 2, 2).transpose(0, 1)
+    z = torch.tensor([[3.0, 0, 0, 0, 0], [0, 4.0, 2.0, 0, 1.0]], dtype=torch.float64)
+    expected = torch.tensor([5 / math.sqrt(5), 2 / math.sqrt(26)], dtype=torch.float64)
+    torch.testing.assert_close(signal_to_noise(z, u), expected)
+    assert signal_to_noise(z[:1], u)[0] == math.inf
