@@ -54,7 +54,7 @@ def test_gradient_checkpointing_changes_nothing(encoder):
 
 def test_layer_decay_groups_are_found(encoder):
     groups = param_groups_layer_decay(encoder, layer_decay=0.5)
-    assert len({group["lr_scale"] for group in groups}) == 3 + 2  # stem, three blocks, norm with the head
+    assert len({group["lr_scale"] for group in groups}) == 1 + 3  # the stem, and three blocks of which the last takes the norm
 
 
 def test_another_input_size_keeps_positions_a_buffer(encoder):

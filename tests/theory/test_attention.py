@@ -27,10 +27,10 @@ def generator():
     return torch.Generator().manual_seed(0)
 
 
-@pytest.fixture(params=[1, 2 * 11**2, 10**6], ids=["one-per-piece", "two-per-piece", "one-piece"])
+@pytest.fixture(params=[1, 2 * 11**2 * 8, 10**7], ids=["one-per-piece", "two-per-piece", "one-piece"])
 def piece(request, monkeypatch):
     """How the batch is cut up must not matter; 15 matrices in twos leave a rest."""
-    monkeypatch.setattr(attention, "_PIECE", request.param)
+    monkeypatch.setattr(attention, "_PIECE_BYTES", request.param)
 
 
 def projections(*shape, generator, dtype=torch.float64):

@@ -3,32 +3,31 @@
 import csv
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from crate_mae.data.results import DataReport
 from crate_mae.errors import UserError
-
-if TYPE_CHECKING:
-    import crate_mae.data
 
 _SHOWN = 10
 
 
-def check(data: str, *, sample: int | None = None, out: Path | None = None) -> "crate_mae.data.DataReport":
+def check(data: str, *, sample: int | None = None, out: Path | None = None) -> DataReport:
     """Check images before training: counts, sizes, broken and duplicate files, mean and std, and a fitting model.
 
-    Parameters
-    ----------
-    data
-        A folder of images, a .parquet file, .tar shards, hf:name, torchvision:CIFAR10, digits, ...
-    sample
-        Read this many images only, a fixed pseudo-random choice; all by default.
-    out
-        Write the unreadable images and the reasons to this new CSV file.
+    Args:
+        data: A folder of images, a .parquet file, .tar shards, hf:name, torchvision:CIFAR10, digits, ...
+        sample: Read this many images only, a fixed pseudo-random choice; all by default.
+        out: Write the unreadable images and the reasons to this new CSV file.
+
+    Returns:
+        everything that was printed, and all unreadable and duplicate images.
+
+    Raises:
+        UserError: if there is no such data, or `out` exists already.
     """
     from crate_mae.data import check, open_source
     from crate_mae.data.files import write_whole
@@ -52,7 +51,7 @@ def check(data: str, *, sample: int | None = None, out: Path | None = None) -> "
     return report
 
 
-def _table(report: "crate_mae.data.DataReport") -> Table:
+def _table(report: DataReport) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()

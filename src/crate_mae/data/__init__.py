@@ -1,13 +1,45 @@
-"""Images from anywhere, prepared in the same way each time, and pictures of the results."""
+"""Images from anywhere, prepared in the same way each time, and pictures of the results.
 
-from crate_mae.data.base import NO_LABEL, EncodedSource, ImageSource
-from crate_mae.data.dataset import BadImage, Batch, ImageDataset, Sample, collate
-from crate_mae.data.decode import UnreadableImage, to_channels, to_tensor
-from crate_mae.data.facts import ImageFacts, channel_statistics, describe_images, suggest_model
-from crate_mae.data.pictures import save_picture_grid
-from crate_mae.data.report import DataReport, check
-from crate_mae.data.sources import open_source
-from crate_mae.data.transforms import evaluation_transform, pretrain_transform
+Names are imported when first used, as in `crate_mae` itself.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from crate_mae.data.base import NO_LABEL, EncodedSource, ImageSource
+    from crate_mae.data.dataset import Batch, ImageDataset, Sample, collate
+    from crate_mae.data.decode import UnreadableImage, to_channels, to_tensor
+    from crate_mae.data.facts import channel_statistics, describe_images, suggest_model
+    from crate_mae.data.pictures import save_picture_grid
+    from crate_mae.data.report import check
+    from crate_mae.data.results import BadImage, DataReport, ImageFacts
+    from crate_mae.data.sources import open_source
+    from crate_mae.data.transforms import evaluation_transform, pretrain_transform
+
+_HOMES = {
+    "NO_LABEL": "base",
+    "BadImage": "results",
+    "Batch": "dataset",
+    "DataReport": "results",
+    "EncodedSource": "base",
+    "ImageDataset": "dataset",
+    "ImageFacts": "results",
+    "ImageSource": "base",
+    "Sample": "dataset",
+    "UnreadableImage": "decode",
+    "channel_statistics": "facts",
+    "check": "report",
+    "collate": "dataset",
+    "describe_images": "facts",
+    "evaluation_transform": "transforms",
+    "open_source": "sources",
+    "pretrain_transform": "transforms",
+    "save_picture_grid": "pictures",
+    "suggest_model": "facts",
+    "to_channels": "decode",
+    "to_tensor": "decode",
+}
 
 __all__ = [
     "NO_LABEL",
@@ -32,3 +64,15 @@ __all__ = [
     "to_channels",
     "to_tensor",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

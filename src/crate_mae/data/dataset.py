@@ -13,16 +13,10 @@ from torch.utils.data import Dataset
 
 from crate_mae.data.base import ImageSource
 from crate_mae.data.decode import UnreadableImage
+from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
 
 MOST_REPLACEMENTS = 20
-
-
-class BadImage(NamedTuple):
-    """An image that could not be read."""
-
-    location: str
-    reason: str
 
 
 class Sample(NamedTuple):

@@ -1,7 +1,6 @@
 """What the images are like: sizes, channels, and the statistics to normalise by, from a fixed sample of them."""
 
 from collections import Counter
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -9,30 +8,13 @@ from torch import Tensor
 
 from crate_mae.data.base import ImageSource
 from crate_mae.data.decode import UnreadableImage, channels_of, size_of, to_channels
+from crate_mae.data.results import ImageFacts
 from crate_mae.errors import UserError
 
 # `channel_statistics` stays at some 80 photographs of 12 megapixels, a few seconds.
 _MOST_PIXELS = 10**9
 _PROBE = 16
 _SMALLEST_STD = 1 / 255
-
-
-class ImageFacts(NamedTuple):
-    """A sample of a source, in short.
-
-    Attributes:
-        channels: 1 if every image of the sample is grey, otherwise the most frequent count above that.
-        height: median in pixels.
-        width: median in pixels.
-        readable: number of images of the sample that could be read.
-        sampled: size of the sample.
-    """
-
-    channels: int
-    height: int
-    width: int
-    readable: int
-    sampled: int
 
 
 def describe_images(source: ImageSource, sample: int = 64) -> ImageFacts:

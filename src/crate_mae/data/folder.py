@@ -114,7 +114,7 @@ def _scan(root: Path) -> Listing:
                 listing.containers.append(name)
     listing.images.sort()
     listing.containers.sort()
-    listing.others = dict(others.most_common())
+    listing.others = dict(sorted(others.items(), key=lambda item: (-item[1], item[0])))
     return listing
 
 

@@ -3,61 +3,15 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from crate_mae.data.base import EncodedSource, ImageSource
-from crate_mae.data.dataset import BadImage
 from crate_mae.data.decode import UnreadableImage, channels_of, decode, size_of
-from crate_mae.data.facts import (
-    ImageFacts,
-    channel_statistics,
-    fixed_sample,
-    prevalent_channels,
-    suggest_model,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataReport:
-    """What `check` found. Sizes are (smallest, median, largest) in pixels; empty where no image can be read.
-
-    Attributes:
-        name: of the source.
-        images: number of images of the source.
-        checked: how many of them were read.
-        classes: number of images of each class in the whole source; None without labels.
-        heights: smallest, median and largest height.
-        widths: smallest, median and largest width.
-        channels: the number that a model for these images should take.
-        modes: how many images there are of each pixel mode ("RGB", "L", "I;16", ...; "3 x uint8" for tensors).
-        formats: how many there are of each file format ("JPEG", ...).
-        bad: the unreadable images, with reasons.
-        duplicates: locations of images that are the same to the last byte, group by group.
-        mean: per channel, in [0, 1], as `channel_statistics` measures it.
-        std: per channel, in [0, 1].
-        suggested_model: a preset that fits the size.
-        suggested_image_size: its image size.
-    """
-
-    name: str
-    images: int
-    checked: int
-    classes: dict[str, int] | None
-    heights: tuple[int, ...]
-    widths: tuple[int, ...]
-    channels: int | None
-    modes: dict[str, int]
-    formats: dict[str, int]
-    bad: tuple[BadImage, ...]
-    duplicates: tuple[tuple[str, ...], ...]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    suggested_model: str | None
-    suggested_image_size: int | None
+from crate_mae.data.facts import channel_statistics, fixed_sample, prevalent_channels, suggest_model
+from crate_mae.data.results import BadImage, DataReport, ImageFacts
 
 
 def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[[], None] | None = None) -> DataReport:

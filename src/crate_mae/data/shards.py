@@ -85,6 +85,7 @@ def _index(number: int, path: Path) -> tuple[list[Member], list[int | str | None
                     label = _parse_label(content.read(), suffix)
                     if label is not None:
                         labels[_key(info.name)] = label
+            _check_end(path, shard.offset)
     except (OSError, tarfile.TarError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         raise UserError(
@@ -92,6 +93,14 @@ def _index(number: int, path: Path) -> tuple[list[Member], list[int | str | None
             "Shards are uncompressed tar files; unpack compressed ones (gunzip), and fetch broken ones again."
         ) from error
     return members, [labels.get(_key(member.name)) for member in members]
+
+
+def _check_end(path: Path, offset: int) -> None:
+    """`tarfile` takes a damaged or cut header for the end of the archive, which would lose images silently."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"damaged or cut short at byte {offset}")
 
 
 def _key(name: str) -> str:

@@ -23,7 +23,7 @@ FORMS = (
 _PREFIXES = ("hf", "torchvision", "digits")
 
 
-def open_source(data: str | Path | Dataset | Indexable) -> ImageSource:
+def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSource:
     """Open any form of DATA.
 
     | DATA | is |
@@ -36,6 +36,7 @@ def open_source(data: str | Path | Dataset | Indexable) -> ImageSource:
     | `torchvision:CIFAR10[:split]` | a data set of torchvision, downloaded at the first use |
     | `digits[:train]`, `digits[:test]` | scikit-learn's digits; for a folder of that name say `./digits` |
     | a `Dataset`, list, ... | anything with a length and numbered items that are images, pairs or dicts |
+    | an `ImageSource` | itself |
 
     Paths may be globs (`shards/*.tar`) and brace ranges (`shards/{000..009}.tar`). Of a folder with parquet files of
     several splits (`train-*.parquet`, `test-*.parquet`) the training files are taken, so that nobody trains on the

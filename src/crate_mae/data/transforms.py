@@ -11,7 +11,6 @@ from torchvision.transforms import v2
 from crate_mae.data.decode import size_of, to_channels, to_tensor
 from crate_mae.errors import UserError
 
-
 Resize = Callable[[Image.Image | Tensor], Image.Image | Tensor]
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import shutil
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.tensors import read_tensors
 from crate_mae.models.weights import WEIGHTS_FILE, save_tensors
-from crate_mae.training.files import whole_folder, write_whole
+from crate_mae.training.files import whole_folder
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 KEPT = 2
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, flatten_optimizer_state_dict=True)
+_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -92,13 +94,17 @@ def write(checkpoints: Path, snapshot: Snapshot, config: ModelConfig, state: Tra
     folder = checkpoints / f"step-{state.step}"
     with whole_folder(folder) as temporary:
         save_tensors(snapshot.weights, config, temporary)
-        tensors = {key: value.contiguous() for key, value in snapshot.optimizer.items() if isinstance(value, Tensor)}
-        scalars = {key: value for key, value in snapshot.optimizer.items() if key not in tensors}
-        save_file(tensors, temporary / "optimizer.safetensors")
-        content = {"schema": SCHEMA, **dataclasses.asdict(state), "optimizer": scalars}
+        moments = {
+            f"{parameter}.{key}": value.contiguous()
+            for parameter, values in snapshot.optimizer.get("state", {}).items()
+            for key, value in values.items()
+        }
+        save_file(moments, temporary / "optimizer.safetensors")
+        groups = snapshot.optimizer.get("param_groups", [])
+        content = {"schema": SCHEMA, **dataclasses.asdict(state), "parameter_groups": groups}
         (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    write_whole(checkpoints / "last", folder.name + "\n")
-    for old in sorted(checkpoints.glob("step-*"), key=_step_of)[:-KEPT]:
+    write_whole(checkpoints / "last", f"{folder.name}\n".encode())
+    for old in sorted(checkpoints.glob("step-*"), key=step_of)[:-KEPT]:
         shutil.rmtree(old)
     logger.info("Saved %s.", folder)
     return folder
@@ -128,27 +134,29 @@ def read(folder: Path, model: nn.Module, optimizer: Optimizer) -> TrainState:
     Raises:
         UserError: if a file is missing or damaged, or belongs to another model.
     """
-    state, scalars = _read_state(folder / "state.json")
-    weights = read_tensors(folder / WEIGHTS_FILE)
+    state, groups = _read_state(folder / "state.json")
+    weights: dict[str, Any] = {**read_tensors(folder / WEIGHTS_FILE)}
     _check_names(folder / WEIGHTS_FILE, weights, get_model_state_dict(model, options=_WHOLE))
-    optimizer_tensors = read_tensors(folder / "optimizer.safetensors")
+    moments: dict[str, Any] = defaultdict(dict)
+    for name, value in read_tensors(folder / "optimizer.safetensors").items():
+        parameter, _, key = name.rpartition(".")
+        moments[parameter][key] = value
     set_model_state_dict(model, weights, options=_WHOLE)
-    if optimizer_tensors:
+    if moments:
         try:
-            set_optimizer_state_dict(model, optimizer, {**optimizer_tensors, **scalars}, options=_WHOLE)
+            set_optimizer_state_dict(model, optimizer, {"state": moments, "param_groups": groups}, options=_WHOLE)
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder} holds the optimizer of another model, or is damaged: {error}.") from error
     return state
 
 
-def _read_state(path: Path) -> tuple[TrainState, dict[str, Any]]:
+def _read_state(path: Path) -> tuple[TrainState, list[Any]]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        schema, scalars = content.pop("schema"), content.pop("optimizer")
-        scalars = {key: tuple(value) if isinstance(value, list) else value for key, value in scalars.items()}
+        schema, groups = content.pop("schema"), content.pop("parameter_groups")
         if schema != SCHEMA:
             raise UserError(f"{path} was written by another version of crate-mae (its schema is {schema}).")
-        return TrainState(**content), scalars
+        return TrainState(**content), groups
     except UserError:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -166,5 +174,6 @@ def _check_names(path: Path, found: dict[str, Tensor], wanted: dict[str, Any]) -
         raise UserError(f"{path} holds the weights of another model: {', '.join(sorted(different)[:3])} do not fit.")
 
 
-def _step_of(folder: Path) -> int:
+def step_of(folder: Path) -> int:
+    """The step at which a checkpoint was written, from its name."""
     return int(folder.name.removeprefix("step-"))

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 import yaml
 
+from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
-from crate_mae.training.files import write_whole
 
 _HEADER = """\
 # The resolved options of this run. To repeat it: crate-mae pretrain --config THIS_FILE --out NEW_FOLDER
@@ -25,8 +25,9 @@ def _speed(**options: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """Every option of a run, with all defaults filled in. The names are those of `crate_mae.pretrain`, which explains
-    them; `epochs` is missing, since it has become `steps`.
+    """Every option of a run, with all defaults filled in.
+
+    The names are those of `crate_mae.pretrain`, which explains them; `epochs` is missing, since it has become `steps`.
 
     `accumulation`, `compile` and `threads` change the last bits of the weights, not what is computed, and so count as
     speed. Exact resuming needs them unchanged.
@@ -86,7 +87,7 @@ class PretrainConfig:
 
     def save(self, path: Path) -> None:
         """Write `to_yaml()` to a file, whole or not at all."""
-        write_whole(path, self.to_yaml())
+        write_whole(path, self.to_yaml().encode())
 
     @classmethod
     def load(cls, path: Path) -> PretrainConfig:
@@ -110,7 +111,8 @@ class PretrainConfig:
                 f"{path} is not the configuration of a run of this version of crate-mae.\n"
                 f"Missing options: {', '.join(missing) or 'none'}. Unknown options: {', '.join(unknown) or 'none'}."
             )
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+        options: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
+        return cls(**options)
 
 
 def _plain(value: Any) -> Any:

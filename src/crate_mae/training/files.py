@@ -15,20 +15,6 @@ from safetensors import SafetensorError
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, and give it its own name when it is complete."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder to fill, which takes the name `path` when the block ends without an exception.
@@ -53,11 +39,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def is_disk_full(error: BaseException) -> bool:
     """Whether an exception says that the disk (or the user's share of it) is full.
 
-    safetensors has no error number to look at, only the operating system's sentence.
+    safetensors has no error number to look at, only the operating system's sentence. An error that explains another
+    one is as full as that.
     """
     if isinstance(error, OSError):
         return error.errno in _FULL
-    return isinstance(error, SafetensorError) and any(os.strerror(number) in str(error) for number in _FULL)
+    if isinstance(error, SafetensorError):
+        return any(os.strerror(number) in str(error) for number in _FULL)
+    return error.__cause__ is not None and is_disk_full(error.__cause__)
 
 
 class CsvLog:

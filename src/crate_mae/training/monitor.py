@@ -42,8 +42,8 @@ class Signals(NamedTuple):
 
     Attributes:
         held_out_loss: the training loss, on held-out images with fixed masks.
-        feature_rank: effective rank of the images' features, the mean over patches of the unmasked encoder's output.
-            A fall towards 1 is collapse.
+        feature_rank: effective rank of the images' features (the mean over patches of the unmasked encoder's output),
+            less their mean over images. A fall towards 1 is collapse.
         layers: of every encoder layer that has them: `zero_fraction`, the share of exact zeros in the sparse code, and
             `subspace_rate`, the coding rate of the projections, mean over images, as the official code takes it.
     """
@@ -86,7 +86,8 @@ class Monitor:
                     for measure, value in _layer_measure(name, output, model.config.num_heads):
                         sums[name, measure] += share * value
         layers = [LayerSignal(*_place(name), measure, value) for (name, measure), value in sums.items()]
-        return Signals(loss, float(effective_rank(torch.cat(features))), layers)
+        z = torch.cat(features)
+        return Signals(loss, float(effective_rank(z - z.mean(dim=0))), layers)
 
     def picture(self, model: MaskedAutoencoder, path: Path) -> None:
         """Write held-out images as they are, masked, completed, and with the completion pasted into the holes."""
@@ -94,8 +95,7 @@ class Monitor:
         images, masks = self.images[:_PICTURED].to(device), self.masks[:_PICTURED]
         with _evaluating(model):
             completion = complete(model, images, masks)
-        rows = {name: list(pictures.cpu()) for name, pictures in completion._asdict().items()}
-        save_picture_grid(rows, path)
+        save_picture_grid([(name, pictures.cpu()) for name, pictures in completion._asdict().items()], path)
 
 
 def _layer_measure(name: str, output: Tensor, num_heads: int) -> Iterator[tuple[str, float]]:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from accelerate import Accelerator
@@ -62,8 +62,14 @@ class Setup:
         return len(self.images.held_out) + min(train, steps * self.config.batch_size)
 
 
-def train(setup: Setup, directory: RunDirectory, display: Display) -> None:
+def train(setup: Setup, directory: RunDirectory, display: Display, plan: Sequence[str] = ()) -> None:
     """Train from the newest checkpoint, or from the beginning, to the end of the run.
+
+    Args:
+        setup: what to train on what.
+        directory: where everything is kept.
+        display: shows the plan and the progress.
+        plan: lines to show before the first step, and to keep in the log.
 
     Raises:
         UserError: for a reason to stop that the user can mend. What was saved stays whole.
@@ -73,6 +79,7 @@ def train(setup: Setup, directory: RunDirectory, display: Display) -> None:
     with ExitStack() as stack:
         first_decides(accelerator, lambda: stack.enter_context(directory.opened(config)))
         stack.enter_context(_full_disk_explained(directory))
+        display.lines(plan)
 
         # Build.
         if config.compile:
@@ -99,7 +106,9 @@ def train(setup: Setup, directory: RunDirectory, display: Display) -> None:
 
             # Log.
             too_many_bad = step.agreed.bad_images and _note_bad_images(setup, bad_images, state.step, step.bad_images)
-            log.record(plain, state, waited=step.waited, lr=step.lr, grad_norm=step.grad_norm, bad_images=len(bad_images))
+            log.record(
+                plain, state, waited=step.waited, lr=step.lr, grad_norm=step.grad_norm, bad_images=len(bad_images)
+            )
             display.step(state.step, step.loss, log.images_per_second, log.data_wait)
 
             # Save.
@@ -184,7 +193,8 @@ def training_step(
             accelerator.backward(part_loss)
         loss += part_loss.detach()
 
-    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf))
+    norm = accelerator.clip_grad_norm_(model.parameters(), config.clip_grad or math.inf)
+    grad_norm = float(cast(torch.Tensor, norm))
     agreed = agree(accelerator, loss=loss, bad_images=len(bad_images), stop=stop, save=save)
     is_finite = math.isfinite(agreed.loss) and math.isfinite(grad_norm)
     if is_finite:

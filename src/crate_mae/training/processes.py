@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
@@ -50,7 +50,8 @@ def agree(accelerator: Accelerator, *, loss: torch.Tensor, bad_images: int, stop
     """Bring together what each process found, in one exchange: the mean of the losses, the sum or any of the rest."""
     flags = [bad_images, stop == signal.SIGINT, stop == signal.SIGTERM, save and accelerator.is_main_process]
     mine = torch.stack([loss.float(), *loss.new_tensor(flags, dtype=torch.float32)])
-    total, bad, interrupted, terminated, due = accelerator.reduce(mine, "sum").tolist()
+    together = cast(torch.Tensor, accelerator.reduce(mine, "sum"))
+    total, bad, interrupted, terminated, due = together.tolist()
     stop = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
     return Agreement(total / accelerator.num_processes, int(bad), int(stop), due > 0)
 

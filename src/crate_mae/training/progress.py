@@ -43,10 +43,9 @@ class Display:
             yield
             return
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-        self._bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console)
         try:
-            with self._bar as bar:
-                self._task = bar.add_task("starting", total=total_steps, completed=step)
+            with Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=self.console) as self._bar:
+                self._task = self._bar.add_task("starting", total=total_steps, completed=step)
                 yield
         finally:
             self._bar = None

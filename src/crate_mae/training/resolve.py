@@ -171,14 +171,16 @@ def _resolve_length(given: dict[str, Any], images: int, processes: int, mistakes
             "epochs: make it shorter."
         )
     given["log_steps"] = given["log_steps"] or max(1, min(50, steps // 200))
-    given["monitor_steps"] = given["monitor_steps"] or max(1, steps // 20)
+    given["monitor_steps"] = given["monitor_steps"] or max(steps // 20, min(steps_per_epoch, 100))
 
 
 def _resolve_model(given: dict[str, Any], train: ImageSource | None) -> ModelConfig:
     """The model's configuration; without images (because of other mistakes) it is only checked for mistakes."""
     extra = dict(given["model_settings"] or {})
     if taken := [key for key in extra if key in _MODEL_OPTIONS]:
-        raise UserError(f"Say --{taken[0].replace('in_chans', 'channels').replace('_', '-')} instead of a model setting.")
+        raise UserError(
+            f"Say --{taken[0].replace('in_chans', 'channels').replace('_', '-')} instead of a model setting."
+        )
     channels = given["channels"] or 3
     name = given["model"] or "crate_mae_micro_patch4_32"
     if train is not None:

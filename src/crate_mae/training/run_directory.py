@@ -1,22 +1,22 @@
 """Where a pretraining run keeps everything: plain files, each written whole or not at all.
 
-    RUN/
-        config.yaml         every option, resolved; `crate-mae pretrain --config` of it repeats the run
-        command.txt         the commands that started and resumed the run, one per line, with their times
-        environment.json    versions, machine, devices and threads of the last start
-        log.txt             what the library logged
-        metrics.csv         loss, learning rate, speed and held-out signals by step
-        layers.csv          sparsity and subspace rate of every layer by step: step, part, layer, measure, value
-        bad_files.csv       unreadable images: step, location, reason
-        checkpoints/
-            step-1200/      model.safetensors + config.json (a MODEL like any other)
-                            optimizer.safetensors + state.json
-            last            one line: the name of the newest complete checkpoint
-        pictures/           step-1200.png: held-out images, masked, completed
-        tensorboard/        if TensorBoard is installed
-        model.safetensors   the finished model, encoder and decoder, with
-        config.json         what it is built from
-        lock                host and process that writes here now
+RUN/
+    config.yaml         every option, resolved; `crate-mae pretrain --config` of it repeats the run
+    command.txt         the commands that started and resumed the run, one per line, with their times
+    environment.json    versions, machine, devices and threads of the last start
+    log.txt             what the library logged
+    metrics.csv         loss, learning rate, speed and held-out signals by step
+    layers.csv          sparsity and subspace rate of every layer by step: step, part, layer, measure, value
+    bad_files.csv       unreadable images: step, location, reason
+    checkpoints/
+        step-1200/      model.safetensors + config.json (a MODEL like any other)
+                        optimizer.safetensors + state.json
+        last            one line: the name of the newest complete checkpoint
+    pictures/           step-1200.png: held-out images, masked, completed
+    tensorboard/        if TensorBoard is installed
+    model.safetensors   the finished model, encoder and decoder, with
+    config.json         what it is built from
+    lock                host and process that writes here now
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ from typing import Any
 
 import torch
 
+from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 from crate_mae.training.config import PretrainConfig
-from crate_mae.training.files import CsvLog, write_whole
+from crate_mae.training.files import CsvLog
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +121,15 @@ class RunDirectory:
         Raises:
             UserError: if another process writes here.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"Cannot make the folder {self.path}: {error.strerror}. Give another with --out."
+            ) from error
         with _locked(self.path / "lock"):
             config.save(self.config_file)
-            write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            write_whole(self.path / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
             with (self.path / "command.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")
             for folder in (self.checkpoints, self.path / "pictures"):

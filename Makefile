@@ -1,0 +1,34 @@
+# Two commands: `make try` runs the main job on data that is on every machine, `make test` runs the tests.
+# Both make a virtual environment first. Nothing else is needed than Python 3.10 or newer, its pip, and make.
+
+PYTHON ?= python3
+VENV := .venv
+
+.PHONY: try test lint format clean
+
+try: $(VENV)/installed
+	$(VENV)/bin/crate-mae try
+
+test: $(VENV)/installed-for-development
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed-for-development
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/basedpyright
+
+format: $(VENV)/installed-for-development
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-for-development: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	touch $@

@@ -1,0 +1,68 @@
+"""What looking at images finds. Without PyTorch, so that the command line can name these types for nothing."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class BadImage(NamedTuple):
+    """An image that could not be read."""
+
+    location: str
+    reason: str
+
+
+class ImageFacts(NamedTuple):
+    """A sample of a source, in short.
+
+    Attributes:
+        channels: 1 if every image of the sample is grey, otherwise the most frequent count above that.
+        height: median in pixels.
+        width: median in pixels.
+        readable: number of images of the sample that could be read.
+        sampled: size of the sample.
+    """
+
+    channels: int
+    height: int
+    width: int
+    readable: int
+    sampled: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataReport:
+    """What `check` found. Sizes are (smallest, median, largest) in pixels; empty where no image can be read.
+
+    Attributes:
+        name: of the source.
+        images: number of images of the source.
+        checked: how many of them were read.
+        classes: number of images of each class in the whole source; None without labels.
+        heights: smallest, median and largest height.
+        widths: smallest, median and largest width.
+        channels: the number that a model for these images should take.
+        modes: how many images there are of each pixel mode ("RGB", "L", "I;16", ...; "3 x uint8" for tensors).
+        formats: how many there are of each file format ("JPEG", ...).
+        bad: the unreadable images, with reasons.
+        duplicates: locations of images that are the same to the last byte, group by group.
+        mean: per channel, in [0, 1], as `channel_statistics` measures it.
+        std: per channel, in [0, 1].
+        suggested_model: a preset that fits the size.
+        suggested_image_size: its image size.
+    """
+
+    name: str
+    images: int
+    checked: int
+    classes: dict[str, int] | None
+    heights: tuple[int, ...]
+    widths: tuple[int, ...]
+    channels: int | None
+    modes: dict[str, int]
+    formats: dict[str, int]
+    bad: tuple[BadImage, ...]
+    duplicates: tuple[tuple[str, ...], ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    suggested_model: str | None
+    suggested_image_size: int | None

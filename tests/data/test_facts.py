@@ -1,0 +1,147 @@
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from cyclopts import App
+from PIL import Image
+
+from crate_mae.commands.data import check as check_command
+from crate_mae.data import ImageFacts, channel_statistics, check, describe_images, open_source, suggest_model
+from crate_mae.data import facts as facts_module
+from crate_mae.errors import UserError
+
+
+def test_sizes_are_medians_and_channels_follow_the_colour_images():
+    images = [Image.new("L", (5, 11)), Image.new("RGB", (7, 13)), Image.new("L", (29, 31))]
+    assert describe_images(open_source(images)) == ImageFacts(3, 13, 7, 3, 3)
+    assert describe_images(open_source(images[:1])).channels == 1
+    assert describe_images(open_source([torch.zeros(5, 3, 2)])).channels == 5
+
+
+def test_unreadable_images_are_left_out_and_counted(make_folder):
+    root = make_folder({"a.png": 1, "b.png": 2, "c.png": 3})
+    (root / "b.png").write_bytes(b"")
+    facts = describe_images(open_source(root))
+    assert (facts.readable, facts.sampled) == (2, 3)
+    for path in root.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=r"None of 3 images .*\n.*a\.png: the file is empty"):
+        describe_images(open_source(root))
+
+
+def test_the_sample_is_fixed_and_of_the_size_asked_for():
+    source = open_source("digits")
+    assert describe_images(source, 5) == describe_images(source, 5) == ImageFacts(1, 8, 8, 5, 5)
+
+
+def test_statistics_are_those_of_all_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 5, 3, 3), dtype=np.uint8)
+    mean, std = channel_statistics(open_source([Image.fromarray(image) for image in pixels]), 3)
+    unit = pixels.reshape(-1, 3) / 255
+    assert mean == pytest.approx(unit.mean(0), abs=1e-12)
+    assert std == pytest.approx(unit.std(0), abs=1e-12)
+
+
+def test_statistics_of_tensors_and_pictures_agree():
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 3, 7), dtype=np.uint8)
+    pictures = channel_statistics(open_source([Image.fromarray(image) for image in pixels]), 1)
+    for tensors in ([torch.from_numpy(image) for image in pixels], [torch.from_numpy(image) / 255 for image in pixels]):
+        assert np.allclose(channel_statistics(open_source(tensors), 1), pictures, atol=1e-6)
+
+
+def test_a_constant_channel_can_still_be_divided_by():
+    assert channel_statistics(open_source([Image.new("L", (3, 2), 51)]), 1) == ((0.2,), (1 / 255,))
+
+
+def test_fewer_large_images_are_read_for_the_statistics(monkeypatch):
+    monkeypatch.setattr(facts_module, "_MOST_PIXELS", 17 * 64)
+    read = []
+    source = open_source("digits")
+    plain_read = source.read
+    monkeypatch.setattr(source, "read", lambda i: read.append(i) or plain_read(i))
+    channel_statistics(source, 1)
+    assert len(read) == 16 + 17
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(12, 40, ("crate_mae_nano_patch2_8", 8)), (48, 48, ("crate_mae_micro_patch4_32", 32)), (64, 49, None)],
+)
+def test_the_suggested_model_follows_the_shorter_side(height, width, expected):
+    found = suggest_model(ImageFacts(3, height, width, 1, 1))
+    assert found == (expected or ("crate_mae_tiny_patch16_224", 224))
+
+
+@pytest.fixture
+def flawed(make_folder, noisy, encoded):
+    """Two classes; one truncated and one empty file, one pair of equal files."""
+    root = make_folder({"cat/1.png": 1, "cat/2.png": 2, "dog/1.png": 1, "dog/2.png": 9, "dog/3.png": 5, "dog/4.png": 6})
+    (root / "dog/2.png").write_bytes(noisy(0)[:500])
+    (root / "dog/3.png").write_bytes(b"")
+    (root / "dog/4.png").write_bytes(encoded(7, form="JPEG", size=(16, 12), mode="L"))
+    return root
+
+
+def test_a_check_finds_what_is_there_and_what_is_wrong(flawed):
+    seen = []
+    report = check(open_source(flawed), on_image=lambda: seen.append(1))
+    assert (report.images, report.checked, len(seen)) == (6, 6, 6)
+    assert report.classes == {"cat": 2, "dog": 4}
+    assert (report.heights, report.widths) == ((5, 5, 12), (7, 7, 16))
+    assert (report.modes, report.formats) == ({"RGB": 3, "L": 1}, {"PNG": 3, "JPEG": 1})
+    assert [bad.location[-9:] for bad in report.bad] == ["dog/2.png", "dog/3.png"]
+    assert [[place[-9:] for place in group] for group in report.duplicates] == [["cat/1.png", "dog/1.png"]]
+    assert (report.channels, report.suggested_model) == (3, "crate_mae_nano_patch2_8")
+    assert report.mean == pytest.approx([(1 + 2 + 1 + 7) / 4 / 255] * 3)
+
+
+def test_equal_pixels_of_a_data_set_are_duplicates():
+    report = check(open_source([torch.zeros(2, 3, 3), torch.ones(2, 3, 3), torch.zeros(2, 3, 3)]))
+    assert report.duplicates == (("list[0]", "list[2]"),)
+    assert report.modes == {"2 x float32": 3}
+
+
+def test_a_check_of_nothing_readable_still_reports(make_folder):
+    root = make_folder({"a.png": 1})
+    (root / "a.png").write_bytes(b"x")
+    report = check(open_source(root))
+    assert (len(report.bad), report.heights, report.mean, report.suggested_model) == (1, (), (), None)
+
+
+def test_the_command_prints_a_table_and_lists_bad_files(flawed, tmp_path, capsys):
+    report = check_command(str(flawed), out=tmp_path / "bad.csv")
+    printed = capsys.readouterr().out
+    for words in ("cat 2, dog 4", "5 to 12, median 5", "crate_mae_nano_patch2_8", "2 unreadable images"):
+        assert words in printed
+    rows = list(csv.reader((tmp_path / "bad.csv").read_text(encoding="utf-8").splitlines()))
+    assert rows == [["location", "reason"], *(list(bad) for bad in report.bad)]
+
+
+def test_the_command_prints_names_that_look_like_markup(make_folder, capsys):
+    root = make_folder({"[red]/a.png": 1, "b[bold]/a.png": 2})
+    (root / "[red]/a.png").write_bytes(b"")
+    check_command(str(root))
+    assert "[red] 1, b[bold] 1" in capsys.readouterr().out
+
+
+def test_the_command_overwrites_nothing(flawed, tmp_path):
+    (tmp_path / "bad.csv").write_text("precious")
+    with pytest.raises(UserError, match="is not overwritten"):
+        check_command(str(flawed), out=tmp_path / "bad.csv")
+    assert (tmp_path / "bad.csv").read_text() == "precious"
+
+
+def test_the_command_line_understands_the_command(flawed, capsys):
+    app = App(result_action="return_value")
+    app.command(check_command)
+    report = app(["check", str(flawed), "--sample", "2"], exit_on_error=False)
+    assert (report.checked, report.images) == (2, 6)
+    assert "6, of which 2 were read" in capsys.readouterr().out
+
+
+def test_the_command_is_defined_without_loading_torch():
+    code = "import sys, crate_mae.commands.data; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,115 @@
+"""A model so small that a run takes a second, and runs of it on scikit-learn's digits."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from crate_mae.commands.pretrain import pretrain
+from crate_mae.models import create_model
+from crate_mae.training.config import PretrainConfig
+
+TINY_MODEL = {"embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_depth": 2}
+TINY_RUN = {
+    "model_settings": TINY_MODEL,
+    "steps": 20,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "precision": "float32",
+    "workers": 0,
+    "threads": 1,
+    "trackers": (),
+    "log_steps": 3,
+    "monitor_steps": 10,
+    "quiet": True,
+}
+DRIVER = Path(__file__).with_name("driver.py")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    """No test reads or writes the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def config() -> PretrainConfig:
+    """A configuration with something of every kind in it."""
+    return PretrainConfig(
+        data="Bilder/Käse",
+        val=None,
+        model="crate_mae_nano_patch2_8",
+        model_settings={"threshold": 0.1, "depth": 2},
+        image_size=(8, 10),
+        channels=1,
+        mean=(0.305,),
+        std=(0.3758,),
+        mask_ratio=0.75,
+        mask_tokens="encoder",
+        norm_pix_loss=False,
+        drop_path=0.0,
+        steps=39,
+        batch_size=128,
+        lr=1e-5,
+        min_lr=0.0,
+        warmup_epochs=1 / 3,
+        weight_decay=0.05,
+        clip_grad=1.0,
+        min_crop=0.2,
+        flip=True,
+        seed=2**40,
+        precision="float32",
+        accumulation=1,
+        compile=False,
+        workers=1,
+        threads=1,
+        max_bad=0.01,
+        checkpoint_minutes=10.0,
+        checkpoint_epochs=3,
+        log_steps=1,
+        monitor_steps=2,
+        trackers=(),
+    )
+
+
+@pytest.fixture
+def tiny_model():
+    return create_model("crate_mae_nano_patch2_8", in_chans=1, **TINY_MODEL)
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """`tiny_run(name, **options)`: a run of 20 steps on the digits."""
+
+    def run(name="run", data="digits", **options):
+        return pretrain(data, out=tmp_path / name, **{**TINY_RUN, **options})
+
+    return run
+
+
+@pytest.fixture
+def driver():
+    """`driver(*words)`: a real process that pretrains; see driver.py."""
+    started = []
+
+    def start(*words, launcher=(), **environment):
+        command = [sys.executable, *launcher, str(DRIVER), *map(str, words)]
+        process = subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()

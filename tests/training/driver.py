@@ -1,0 +1,50 @@
+"""A process that pretrains, for tests that kill one or launch several.
+
+driver.py pretrain OUT KEY=VALUE... | driver.py resume OUT KEY=VALUE...
+
+It says "step N" after every step, and then sleeps for `pause` seconds.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.training import progress
+from crate_mae.training.processes import RunStopped
+
+TINY_RUN = {
+    "model_settings": {"embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_depth": 2},
+    "steps": 20,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "workers": 0,
+    "threads": 1,
+    "trackers": (),
+    "log_steps": 3,
+    "monitor_steps": 10,
+}
+
+
+def say_step(_display, step, *_numbers):
+    sys.stdout.write(f"step {step}\n")
+    sys.stdout.flush()
+    time.sleep(PAUSE)
+
+
+if __name__ == "__main__":
+    command, out, *words = sys.argv[1:]
+    options = dict(word.split("=", 1) for word in words)
+    options = {key: yaml.safe_load(value) for key, value in options.items()}
+    PAUSE = options.pop("pause", 0.0)
+    progress.Display.step = say_step
+    try:
+        if command == "resume":
+            resume(Path(out), quiet=True)
+        else:
+            pretrain(options.pop("data", "digits"), out=Path(out), quiet=True, **{**TINY_RUN, **options})
+    except RunStopped as stopped:
+        sys.stdout.write(f"{stopped}\n")
+        sys.exit(stopped.exit_code)

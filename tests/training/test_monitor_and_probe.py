@@ -1,0 +1,72 @@
+import copy
+
+import pytest
+import torch
+
+from crate_mae.models import create_model
+from crate_mae.training import probe as probe_module
+from crate_mae.training.monitor import Monitor
+from crate_mae.training.probe import probe
+
+CPU = torch.device("cpu")
+IMAGES = torch.randn(37, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def state_of(model):
+    return copy.deepcopy(model.state_dict())
+
+
+def test_signals_are_those_of_the_definitions(tiny_model):
+    monitor = Monitor(IMAGES, tiny_model.num_patches, 0.75)
+    signals = monitor.measure(tiny_model.train())
+    with torch.no_grad():
+        expected = tiny_model.eval()(IMAGES, mask=monitor.masks).loss
+    assert signals.held_out_loss == pytest.approx(float(expected), rel=1e-5)
+    assert 1 < signals.feature_rank <= 24
+    assert [(s.part, s.layer, s.measure) for s in signals.layers if s.measure == "zero_fraction"] == [
+        ("encoder", 0, "zero_fraction"),
+        ("encoder", 1, "zero_fraction"),
+    ]
+    assert all(s.value > 0 for s in signals.layers) and len(signals.layers) == 4
+
+
+def test_measuring_changes_nothing(tiny_model):
+    before, random_state = state_of(tiny_model), torch.get_rng_state()
+    monitor = Monitor(IMAGES, tiny_model.num_patches, 0.75)
+    assert monitor.measure(tiny_model.train()) == monitor.measure(tiny_model)
+    assert tiny_model.training
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
+
+
+def test_a_model_without_sparse_codes_has_no_layer_signals():
+    model = create_model("vit_mae_nano_patch2_8", in_chans=1, embed_dim=24, num_heads=2, depth=1, decoder_depth=1)
+    assert Monitor(IMAGES, model.num_patches, 0.75).measure(model).layers == []
+
+
+def test_a_picture_is_written(tiny_model, tmp_path):
+    Monitor(IMAGES, tiny_model.num_patches, 0.75).picture(tiny_model, tmp_path / "a.png")
+    assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_the_probe_touches_neither_the_model_nor_random_numbers(tiny_model):
+    before, random_state = state_of(tiny_model), torch.get_rng_state()
+    found = probe(tiny_model, 8, 0.75, "auto", CPU)
+    assert found.precision in ("float32", "bfloat16") and "bfloat16" in found.reason
+    assert found.seconds > 0 and found.memory > 2**20
+    assert torch.equal(random_state, torch.get_rng_state())
+    assert all(torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
+    assert all(parameter.grad is None for parameter in tiny_model.parameters())
+
+
+@pytest.mark.parametrize(("fast", "chosen"), [(0.9, "bfloat16"), (0.97, "float32"), (2.0, "float32")])
+def test_bfloat16_is_taken_only_if_it_is_worth_it(tiny_model, monkeypatch, fast, chosen):
+    seconds = {"float32": 1.0, "bfloat16": fast}
+    monkeypatch.setattr(probe_module, "_seconds_per_step", lambda _m, _b, _r, precision, _d: (seconds[precision], True))
+    found = probe(tiny_model, 8, 0.75, "auto", CPU)
+    assert found.precision == chosen
+    assert found.seconds == seconds[chosen]
+
+
+def test_a_given_precision_is_not_questioned(tiny_model):
+    assert probe(tiny_model, 2, 0.75, "bfloat16", CPU)[:2] == ("bfloat16", "")
