@@ -38,7 +38,9 @@ def imports_in(node):
             assert child.level == 0, "imports are absolute, so that they can be read"
             found.append((child.module, True))
         else:
-            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or "TYPE_CHECKING" in ast.dump(child)[:80]
+            inside = (
+                isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)) or "TYPE_CHECKING" in ast.dump(child)[:80]
+            )
             found += [(module, at_top and not inside) for module, at_top in imports_in(child)]
     return found
 

@@ -1,28 +1,20 @@
-"""The command line: each command is a documented function of `crate_mae.commands`, and these are imported when called.
+"""The command line: each command is a documented function of `crate_mae.commands`, imported when it is called.
 
-Exit codes: 0 done; 1 a defect of ours, with its traceback; 2 a mistake that the user can mend; 128 + n stopped by
-signal n.
+Exit codes: 0 done; 1 a defect of ours, with its traceback; 2 a mistake that the user can mend; 130 and 143 stopped by
+Ctrl-C and SIGTERM.
 """
 
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
-from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 from cyclopts.config import Yaml
+from cyclopts.types import ExistingFile
 from rich.console import Console
 
 from crate_mae.errors import RunStopped, UserError
-
-app = App(
-    name="crate-mae",
-    help="Pretrain a white-box masked autoencoder on your own images, complete masked pictures, and look inside.",
-    help_epilogue="Start with `crate-mae try`. `crate-mae COMMAND --help` explains a command's options.",
-    version=lambda: version("crate-mae"),
-    result_action="return_value",
-)
-data = App(name="data", help="Look at images before training on them.")
 
 # name: (function, what `crate-mae --help` says without importing the function)
 _COMMANDS = {
@@ -33,42 +25,51 @@ _COMMANDS = {
     "models": ("models:models", "List the models that can be named."),
     "doctor": ("doctor:doctor", "Describe this machine and installation, for a bug report."),
 }
-for _name, (_function, _help) in _COMMANDS.items():
-    app.command(f"crate_mae.commands.{_function}", name=_name, help=_help)
-data.command("crate_mae.commands.data:check", name="check", help="Count, measure and decode all images.")
-app.command(data)
 
 
-@app.meta.default
-def _launch(
-    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
-    config: Path | None = None,
-) -> object:
-    """Run a command, with options from a file if one is named.
+def build_app() -> App:
+    """The commands and their options; `build_app().meta` takes `--config` as well."""
+    app = App(
+        name="crate-mae",
+        help="Pretrain a white-box masked autoencoder on your own images, complete masked pictures, and look inside.",
+        help_epilogue="Start with `crate-mae try`. `crate-mae COMMAND --help` explains a command's options.",
+        version=lambda: version("crate-mae"),
+        result_action="return_value",
+    )
+    for name, (function, text) in _COMMANDS.items():
+        app.command(f"crate_mae.commands.{function}", name=name, help=text)
+    data = App(name="data", help="Look at images before training on them.")
+    data.command("crate_mae.commands.data:check", name="check", help="Count, measure and decode all images.")
+    app.command(data)
 
-    Args:
-        tokens: the command and its options, as typed.
-        config: YAML file of the command's options; options typed after it win.
-    """
-    app.config = Yaml(config, must_exist=True, use_commands_as_keys=False) if config else ()
-    return app(tokens, exit_on_error=False, print_error=False)
+    @app.meta.default
+    def launch(
+        *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+        config: ExistingFile | None = None,
+    ) -> object:
+        """Run a command, with options from a file if one is named.
+
+        Args:
+            tokens: the command and its options, as typed.
+            config: YAML file of the command's options; options typed after it win.
+        """
+        if config is not None:
+            app.config = Yaml(config, must_exist=True, use_commands_as_keys=False)
+        return app(tokens, exit_on_error=False, print_error=False)
+
+    return app
 
 
-def main() -> None:
-    """Run the command line; see the module for exit codes."""
+def main(tokens: Sequence[str] | None = None) -> None:
+    """Run the command line, on `sys.argv` if no tokens are given; see the module for exit codes."""
     console = Console(stderr=True, highlight=False)
     try:
-        app.meta(exit_on_error=False, print_error=False, result_action="return_value")
+        build_app().meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
-        console.print(f"[bold red]Error:[/] {_escape(str(error))}", soft_wrap=True)
+        console.print("[bold red]Error:[/] ", end="")
+        console.print(str(error), markup=False, soft_wrap=True)
         sys.exit(2)
     except RunStopped as stopped:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(141)
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -103,10 +103,11 @@ def test_missing_and_forbidden_files_are_unreadable(make_folder, monkeypatch):
         source.read(1)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_read_permission_is_unreadable(make_folder):
     root = make_folder({"a.png": 1})
     (root / "a.png").chmod(0)
+    if os.access(root / "a.png", os.R_OK):
+        pytest.skip("root may read everything")
     with pytest.raises(UnreadableImage, match="permission denied"):
         open_source(root).read(0)
 

@@ -56,6 +56,14 @@ def test_a_constant_channel_can_still_be_divided_by():
     assert channel_statistics(open_source([Image.new("L", (3, 2), 51)]), 1) == ((0.2,), (1 / 255,))
 
 
+def test_statistics_survive_a_probe_of_bad_images_only(make_folder, monkeypatch):
+    root = make_folder({f"{i}.png": 51 for i in range(5)})
+    monkeypatch.setattr(facts_module, "_PROBE", 1)
+    (bad,) = facts_module.fixed_sample(5, 1)
+    (root / f"{bad}.png").write_bytes(b"")
+    assert channel_statistics(open_source(root), 1)[0] == pytest.approx([0.2])
+
+
 def test_fewer_large_images_are_read_for_the_statistics(monkeypatch):
     monkeypatch.setattr(facts_module, "_MOST_PIXELS", 17 * 64)
     read = []
@@ -107,7 +115,7 @@ def test_equal_pixels_of_a_data_set_are_duplicates():
 def test_a_check_of_nothing_readable_still_reports(make_folder):
     root = make_folder({"a.png": 1})
     (root / "a.png").write_bytes(b"x")
-    report = check(open_source(root))
+    report = check_command(str(root))
     assert (len(report.bad), report.heights, report.mean, report.suggested_model) == (1, (), (), None)
 
 

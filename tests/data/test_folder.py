@@ -143,11 +143,12 @@ def test_an_empty_folder_says_so(tmp_path):
         open_source(tmp_path)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_forbidden_folder_is_named(make_folder):
     root = make_folder({"in/a.png": 1})
     (root / "in").chmod(0)
     try:
+        if os.access(root / "in", os.R_OK):
+            pytest.skip("root may read everything")
         with pytest.raises(UserError, match=r"Cannot read the folder .*in: permission denied"):
             open_source(root)
     finally:

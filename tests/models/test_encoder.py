@@ -54,7 +54,9 @@ def test_gradient_checkpointing_changes_nothing(encoder):
 
 def test_layer_decay_groups_are_found(encoder):
     groups = param_groups_layer_decay(encoder, layer_decay=0.5)
-    assert len({group["lr_scale"] for group in groups}) == 1 + 3  # the stem, and three blocks of which the last takes the norm
+    assert (
+        len({group["lr_scale"] for group in groups}) == 1 + 3
+    )  # the stem, and three blocks of which the last takes the norm
 
 
 def test_another_input_size_keeps_positions_a_buffer(encoder):

@@ -132,6 +132,14 @@ def test_a_hub_repository_is_a_folder_with_the_same_files(folder, monkeypatch):
     assert crate_mae.load("hf:somebody/crate").config == crate_mae.load(folder).config
 
 
+def test_an_unfinished_run_is_the_model_of_its_newest_checkpoint(folder):
+    run = folder.parent / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    folder.rename(run / "checkpoints" / "step-7")
+    (run / "checkpoints" / "last").write_text("step-7\n")
+    assert crate_mae.load(run).config.depth == 2
+
+
 def test_traces_collect_by_name_and_leave_no_hook(folder):
     model = crate_mae.load(folder)
     with crate_mae.trace(model, ["encoder.blocks.*.ista", "decoder.norm"]) as record:

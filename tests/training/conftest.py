@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from crate_mae.commands.pretrain import pretrain
 from crate_mae.models import create_model
@@ -34,6 +35,13 @@ def own_cache(tmp_path_factory, monkeypatch) -> Path:
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def cpu(monkeypatch) -> None:
+    """Tests compute on the CPU, also where there is something faster, and bit for bit."""
+    if torch.accelerator.is_available():
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture
@@ -100,7 +108,7 @@ def driver():
         command = [sys.executable, *launcher, str(DRIVER), *map(str, words)]
         process = subprocess.Popen(
             command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", **environment},
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

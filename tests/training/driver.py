@@ -9,11 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import torch
 import yaml
 
 from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.errors import RunStopped
 from crate_mae.training import progress
-from crate_mae.training.processes import RunStopped
 
 TINY_RUN = {
     "model_settings": {"embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_depth": 2},
@@ -40,11 +41,12 @@ if __name__ == "__main__":
     options = {key: yaml.safe_load(value) for key, value in options.items()}
     PAUSE = options.pop("pause", 0.0)
     progress.Display.step = say_step
+    compile_with = torch.nn.Module.compile
+    torch.nn.Module.compile = lambda module: compile_with(module, backend="eager")  # needs no C++ compiler
     try:
         if command == "resume":
             resume(Path(out), quiet=True)
         else:
-            pretrain(options.pop("data", "digits"), out=Path(out), quiet=True, **{**TINY_RUN, **options})
+            pretrain(options.pop("data", "digits"), out=Path(out), quiet=False, **{**TINY_RUN, **options})
     except RunStopped as stopped:
-        sys.stdout.write(f"{stopped}\n")
-        sys.exit(stopped.exit_code)
+        sys.exit(128 + stopped.signal)

@@ -70,12 +70,13 @@ def test_an_optimizer_that_never_stepped_is_saved_as_such(tmp_path, tiny_model):
     assert not optimizer.state and not other_optimizer.state
 
 
-def test_the_newest_two_are_kept_and_the_last_is_named(saved, tmp_path):
+def test_the_last_two_written_are_kept_and_the_last_is_named(saved, tmp_path):
     model, optimizer, _ = saved
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     assert checkpoint.newest_checkpoint(run) is None
     checkpoints.mkdir(parents=True)
-    for step in (9, 10, 100):
+    (checkpoints / ".step-8.tmp").mkdir()
+    for step in (9, 200, 10, 100):
         snapshot = checkpoint.gather(model, optimizer)
         checkpoint.write(checkpoints, snapshot, model.config, TrainState(step=step))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last", "step-10", "step-100"]

@@ -67,8 +67,9 @@ def _table(report: DataReport) -> Table:
         ("duplicates", _listed(len(report.duplicates), [" = ".join(group) for group in report.duplicates])),
         ("mean", _numbers(report.mean)),
         ("std", _numbers(report.std)),
-        ("fitting model", f"{report.suggested_model} with {report.channels} channel(s)"),
     ]
+    if report.suggested_model is not None:
+        rows.append(("fitting model", f"{report.suggested_model} with {report.channels} channel(s)"))
     for name, value in rows:
         table.add_row(name, Text(value, overflow="fold"))
     return table

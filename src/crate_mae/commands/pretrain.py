@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,13 +12,15 @@ from crate_mae.errors import UserError
 
 if TYPE_CHECKING:
     from crate_mae.training.run import Run
+else:
+    Run = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
 
 
-def _as_text(_type: Any, tokens: list[Token]) -> str:
+def _as_text(_type: Any, tokens: Sequence[Token]) -> str:
     return tokens[0].value
 
 
-def _as_size(_type: Any, tokens: list[Token]) -> int | tuple[int, int]:
+def _as_size(_type: Any, tokens: Sequence[Token]) -> int | tuple[int, int]:
     """Understand 224 or 128x192 on the command line, a number or a list of two in a file."""
     words = [word for token in tokens for word in token.value.lower().split("x")]
     if not 1 <= len(words) <= 2 or not all(word.isdigit() for word in words):
@@ -25,7 +28,7 @@ def _as_size(_type: Any, tokens: list[Token]) -> int | tuple[int, int]:
     return int(words[0]) if len(words) == 1 else (int(words[0]), int(words[1]))
 
 
-def _as_setting(_type: Any, tokens: list[Token]) -> Any:
+def _as_setting(_type: Any, tokens: Sequence[Token]) -> Any:
     import yaml
 
     return yaml.safe_load(tokens[0].value)
@@ -33,9 +36,9 @@ def _as_setting(_type: Any, tokens: list[Token]) -> Any:
 
 # From Python, data may also be a torch.utils.data.Dataset: a type that only an import of torch could name.
 Data = Annotated[Any, Parameter(converter=_as_text, n_tokens=1)]
-ImageSize = Annotated[int | tuple[int, int] | None, Parameter(converter=_as_size, n_tokens=1)]
+ImageSize = Annotated[int | tuple[int, int] | None, Parameter(converter=_as_size, n_tokens=1, negative=())]
 Numbers = Annotated[tuple[float, ...] | None, Parameter(consume_multiple=True, negative=())]
-Names = Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True)]
+Names = Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True, negative="--no-trackers")]
 Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 
 
@@ -78,7 +81,7 @@ def pretrain(
     trackers: Names = None,
     dry_run: bool = False,
     quiet: bool = False,
-) -> "Run":
+) -> Run:
     """Train a masked autoencoder on images; labels are not needed.
 
     Everything is checked before a file is written. If `out` is a run already, it is resumed where it stopped: options
@@ -120,7 +123,7 @@ def pretrain(
         log_steps: Steps between rows of metrics.csv. By default about 200 rows, and at most 50 steps.
         monitor_steps: Steps between measurements and pictures of held-out images. By default 20 times in a run, but
             not more than once in an epoch or 100 steps.
-        trackers: Such as tensorboard or wandb. By default TensorBoard if it is installed.
+        trackers: Such as tensorboard or wandb. By default TensorBoard if installed; --no-trackers for none.
         dry_run: Only check and show the plan.
         quiet: Show nothing.
 
@@ -138,7 +141,7 @@ def pretrain(
     return start(data, Path(out), options, defaults, dry_run=dry_run, quiet=quiet)
 
 
-def resume(run: Path, *, quiet: bool = False) -> "Run":
+def resume(run: Path, *, quiet: bool = False) -> Run:
     """Go on with a run that was stopped, from its newest checkpoint.
 
     On the same machine the weights will be those of a run that was never stopped; on a CPU, bit for bit.

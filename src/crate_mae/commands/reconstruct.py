@@ -55,7 +55,7 @@ def reconstruct(
     from rich.console import Console
     from rich.table import Table
 
-    from crate_mae.data import evaluation_transform, open_source, save_picture_grid
+    from crate_mae.data import UnreadableImage, evaluation_transform, open_source, save_picture_grid
     from crate_mae.errors import UserError
     from crate_mae.evaluation.completion_quality import completion_quality
     from crate_mae.models.completion import complete
@@ -73,15 +73,27 @@ def reconstruct(
     net = load(model)
     config = net.config
     transform = evaluation_transform(config.image_size, config.in_chans, config.mean, config.std)
-    pixels = torch.stack([transform(source.read(i)) for i in range(min(count, len(source)))])
+    names, pixels = [], []
+    unreadable = []
+    for i in range(len(source)):
+        if len(pixels) == count:
+            break
+        try:
+            pixels.append(transform(source.read(i)))
+            names.append(source.location(i))
+        except UnreadableImage as error:
+            unreadable.append(str(error))
+    if not pixels:
+        raise UserError(f"No image of {images} can be read. The first is\n{unreadable[0]}")
+    pixels = torch.stack(pixels)
     mask = random_mask(len(pixels), net.num_patches, mask_ratio, torch.Generator().manual_seed(seed))
     if not mask.any():
         raise UserError(f"--mask-ratio {mask_ratio} hides none of {net.num_patches} patches, so nothing is completed.")
     completion = complete(net, pixels, mask)
     quality = completion_quality(completion, mask, config.patch_size)
-    save_picture_grid(list(zip(completion._fields, completion, strict=True)), out)
+    rows = list(zip(completion._fields, completion, strict=True))
+    save_picture_grid(rows, out, captions=[f"{psnr:.1f} dB" for psnr in quality.psnr])
 
-    names = [source.location(i) for i in range(len(pixels))]
     table = Table("image", "PSNR of hidden patches", "SSIM", box=None)
     for name, psnr, ssim in zip(names, quality.psnr, quality.ssim, strict=True):
         table.add_row(name, f"{psnr:.2f} dB", f"{ssim:.3f}")
@@ -90,5 +102,7 @@ def reconstruct(
     console.print(table)
     if config.norm_pix_loss:
         console.print("Brightness and contrast of each patch come from the original: targets were normalised.")
+    for reason in unreadable:
+        console.print(f"Left out: {reason}", soft_wrap=True, markup=False)
     console.print(f"Saved {out}", soft_wrap=True)
     return Reconstruction(out, names, quality.psnr.tolist(), quality.ssim.tolist())

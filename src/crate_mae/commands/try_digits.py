@@ -1,13 +1,12 @@
 """`crate-mae try`: the main job, on data that is on every machine."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from crate_mae.training.run import Run
+from crate_mae.commands.pretrain import Run, pretrain
+from crate_mae.commands.reconstruct import reconstruct
 
 
-def try_digits(*, out: Path = Path("crate-mae-try"), epochs: int = 120) -> "Run":
+def try_digits(*, out: Path = Path("crate-mae-try"), epochs: int = 120) -> Run:
     """Pretrain on handwritten digits, complete masked ones, save the picture, and say what to do next.
 
     The 1,797 digits of 8 x 8 pixels come with scikit-learn. 1,500 are trained on, and the other 297 are what the model
@@ -21,9 +20,6 @@ def try_digits(*, out: Path = Path("crate-mae-try"), epochs: int = 120) -> "Run"
         The run.
     """
     from rich.console import Console
-
-    from crate_mae.commands.pretrain import pretrain
-    from crate_mae.commands.reconstruct import reconstruct
 
     # Digits are not mirrored, and at 8 x 8 pixels a small crop has nothing left to see.
     run = pretrain(

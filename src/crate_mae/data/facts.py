@@ -101,7 +101,10 @@ def prevalent_channels(counts: Counter[int]) -> int:
 
 def _affordable(source: ImageSource, sample: int) -> int:
     """A smaller sample where the images are so large that decoding all of it would take minutes."""
-    facts = describe_images(source, _PROBE)
+    try:
+        facts = describe_images(source, _PROBE)
+    except UserError:  # these few may be bad where others are not
+        return sample
     return min(sample, max(_PROBE, _MOST_PIXELS // (facts.height * facts.width)))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], config: ModelConfig, folder: 
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
         save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
         (Path(scratch) / CONFIG_FILE).write_text(text, encoding="utf-8")
+        # safetensors makes files that only their owner can read; take the user's own permissions instead.
+        shutil.copymode(Path(scratch) / CONFIG_FILE, Path(scratch) / WEIGHTS_FILE)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(scratch) / name, folder / name)  # noqa: PTH105  # atomic also where the target exists
 
@@ -45,8 +48,9 @@ def load(model: str | Path, **settings: Any) -> MaskedAutoencoder:
     """Build a model from any form of MODEL, in `eval()` mode.
 
     Args:
-        model: a run folder or any other folder with `model.safetensors` and `config.json`; the name of a preset (fresh
-            weights); or `hf:user/name`, a repository on the Hugging Face Hub with the same two files.
+        model: a run folder (of a run that is not finished, its newest checkpoint is taken) or any other folder with
+            `model.safetensors` and `config.json`; the name of a preset (fresh weights); or `hf:user/name`, a repository
+            on the Hugging Face Hub with the same two files.
         settings: model settings to change, such as `norm_pix_loss`; those that change a tensor's shape are refused.
 
     Raises:
@@ -59,6 +63,9 @@ def load(model: str | Path, **settings: Any) -> MaskedAutoencoder:
     if folder.is_file():
         hint = f"Name its folder instead: {folder.parent}" if folder.name == WEIGHTS_FILE else _official_hint(folder)
         raise UserError(f"{folder} is a file, but a model is a folder with {WEIGHTS_FILE} and {CONFIG_FILE}.\n{hint}")
+    last = folder / "checkpoints" / "last"
+    if last.is_file() and not (folder / CONFIG_FILE).exists():  # a run that is not finished
+        folder = last.parent / last.read_text(encoding="utf-8").strip()
     missing = [file for file in (WEIGHTS_FILE, CONFIG_FILE) if not (folder / file).is_file()]
     if missing:
         what = f"has no {' and no '.join(missing)}" if folder.is_dir() else "does not exist and is no model's name"

@@ -3,15 +3,15 @@
 Tokens are **rows** everywhere: `z` is an n x d matrix of n tokens, where the papers write Z as d x n with tokens as
 columns. Every formula here is the transpose of the papers', once and for all: their U_k^T Z is our Z U_k.
 
-| symbol | argument     | shape       | meaning                                                        |
-|--------|--------------|-------------|----------------------------------------------------------------|
-| Z      | `z`          | `*batch n d`| tokens                                                         |
-| U_k    | `u[k]`       | `h d p`     | basis of subspace k: p columns in R^d, orthonormal in theory   |
-| W_k    | `w[..., k]`  | `*batch h n p`| projections W_k = Z U_k (an attention head's input)          |
-| D      | `dictionary` | `d d`       | dictionary; codes A reconstruct tokens as A D^T                |
-| eps    | `eps`        |             | the distortion epsilon itself; the functions square it         |
-| eta    | `step_size`  |             | step of one proximal-gradient (ISTA) iteration                 |
-| lambda | `threshold`  |             | weight of the l1 norm                                          |
+| symbol | argument          | shape          | meaning                                                      |
+|--------|-------------------|----------------|--------------------------------------------------------------|
+| Z      | `z`               | `*batch n d`   | tokens                                                       |
+| U_k    | `u[k]`            | `h d p`        | basis of subspace k: p columns in R^d, orthonormal in theory |
+| W_k    | `w[..., k, :, :]` | `*batch h n p` | projections W_k = Z U_k, what an attention head works on     |
+| D      | `dictionary`      | `d d`          | dictionary; codes A rebuild tokens as A D^T                  |
+| eps    | `eps`             | number         | the distortion epsilon itself; the functions square it       |
+| eta    | `step_size`       | number         | step of one proximal-gradient (ISTA) iteration               |
+| lambda | `threshold`       | number         | weight of the l1 norm in the lasso                           |
 
 Read `coding_rate` (what is optimised), then `attention` (its gradient becomes attention), then `sparse_coding`.
 

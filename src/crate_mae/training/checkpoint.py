@@ -36,7 +36,6 @@ from crate_mae.training.files import whole_folder
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
-KEPT = 2
 _WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
@@ -83,15 +82,15 @@ class Snapshot:
 
 
 def gather(model: nn.Module, optimizer: Optimizer) -> Snapshot:
-    """Collect what a checkpoint holds, from a plain, DDP or FSDP model. All processes must call this together."""
+    """Collect what a checkpoint holds from a plain or a distributed model. All processes must call this together."""
     # An optimizer that has not stepped yet has no state; torch would invent one, by a step with zero gradients.
     states = get_optimizer_state_dict(model, optimizer, options=_WHOLE) if optimizer.state else {}
     return Snapshot(get_model_state_dict(model, options=_WHOLE), states)
 
 
 def write(checkpoints: Path, snapshot: Snapshot, config: ModelConfig, state: TrainState) -> Path:
-    """Write a checkpoint, name it the last one, and remove all but the newest two."""
-    folder = checkpoints / f"step-{state.step}"
+    """Write a checkpoint, name it the last one, and remove all others but the one that was last before."""
+    folder, before = checkpoints / f"step-{state.step}", newest_checkpoint(checkpoints.parent)
     with whole_folder(folder) as temporary:
         save_tensors(snapshot.weights, config, temporary)
         moments = {
@@ -104,8 +103,9 @@ def write(checkpoints: Path, snapshot: Snapshot, config: ModelConfig, state: Tra
         content = {"schema": SCHEMA, **dataclasses.asdict(state), "parameter_groups": groups}
         (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     write_whole(checkpoints / "last", f"{folder.name}\n".encode())
-    for old in sorted(checkpoints.glob("step-*"), key=step_of)[:-KEPT]:
-        shutil.rmtree(old)
+    for other in (*checkpoints.glob("step-*"), *checkpoints.glob(".step-*")):  # ".": cut short by a kill
+        if other not in (folder, before):
+            shutil.rmtree(other)
     logger.info("Saved %s.", folder)
     return folder
 

@@ -55,7 +55,7 @@ class PretrainConfig:
     min_crop: float
     flip: bool
     seed: int
-    precision: Literal["float32", "bfloat16"]
+    precision: Literal["auto", "float32", "bfloat16"]
 
     accumulation: int = _speed()
     compile: bool = _speed()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,8 +125,11 @@ def training_batches(
     rank: int,
     world_size: int,
     pin_memory: bool,
-) -> Iterator[Batch]:
-    """The micro-batches of one process from `start_step` to the end of the run."""
+) -> Generator[Batch]:
+    """The micro-batches of one process from `start_step` to the end of the run.
+
+    Close the generator to end the loader's processes.
+    """
     transform = pretrain_transform(
         config.image_size, config.channels, config.mean, config.std, config.min_crop, config.flip
     )
@@ -147,6 +150,7 @@ def training_batches(
         num_workers=config.workers,
         worker_init_fn=ignore_stop_requests,
         pin_memory=pin_memory,
+        generator=torch.Generator(),  # or the loader would draw from the global one in the step in which it starts
     )
     try:
         yield from loader

@@ -21,8 +21,7 @@ from crate_mae.training.run_directory import RunDirectory
 class Logbook:
     """Writes rows of metrics.csv at their steps.
 
-    A row holds the mean loss since the row before. All processes keep the book, so that all of them take part in
-    measuring a sharded model; the first one writes.
+    A row holds the mean loss since the row before. The first process measures and writes; all keep the running mean.
 
     Args:
         directory: where to.
@@ -30,6 +29,10 @@ class Logbook:
         monitor: measures the model on held-out images.
         accelerator: holds the trackers.
         steps_per_epoch: to tell the epoch.
+
+    Attributes:
+        images_per_second: speed since the last row, over all processes.
+        data_wait: share of the time since the last row that was spent waiting for images.
     """
 
     def __init__(
@@ -46,38 +49,49 @@ class Logbook:
         self.monitor = monitor
         self.accelerator = accelerator
         self.steps_per_epoch = steps_per_epoch
+        self.images_per_second = self.data_wait = 0.0
         self._restart_clock()
 
-    @property
-    def images_per_second(self) -> float:
-        """Speed since the last row, over all processes."""
-        return self._steps * self.config.batch_size / max(time.perf_counter() - self._since, 1e-9)
-
-    @property
-    def data_wait(self) -> float:
-        """Share of the time since the last row that was spent waiting for images."""
-        return self._waited / max(time.perf_counter() - self._since, 1e-9)
-
-    def record(self, model: MaskedAutoencoder, state: TrainState, **values: float) -> None:
+    def record(
+        self,
+        model: MaskedAutoencoder,
+        state: TrainState,
+        *,
+        waited: float,
+        lr: float,
+        grad_norm: float,
+        bad_images: int,
+    ) -> None:
         """Note one step: its speed always, a row and held-out signals when they are due.
 
         Args:
             model: unwrapped.
             state: after the step; its running mean of the loss is emptied into the row.
-            values: further columns, and `waited`, the seconds spent waiting for images.
+            waited: seconds that the step spent waiting for images.
+            lr: its learning rate.
+            grad_norm: its gradient norm before clipping.
+            bad_images: unreadable images so far.
         """
         self._steps += 1
-        self._waited += values.pop("waited", 0.0)
+        self._waited += waited
+        seconds = time.perf_counter() - self._since
+        self.images_per_second = self._steps * self.config.batch_size / seconds
+        self.data_wait = self._waited / seconds
         last = state.step == self.config.steps
         measures = last or state.step % self.config.monitor_steps == 0
         if not measures and state.step % self.config.log_steps:
             return
-        row: dict[str, Any] = {"step": state.step, "epoch": round(state.step / self.steps_per_epoch, 4), **values}
-        row["loss"] = state.loss_sum / state.loss_count if state.loss_count else ""
-        row["skipped_steps"] = state.skipped
-        if self._steps:
-            row["images_per_second"] = round(self.images_per_second, 1)
-            row["data_wait"] = round(self.data_wait, 4)
+        row: dict[str, Any] = {
+            "step": state.step,
+            "epoch": round(state.step / self.steps_per_epoch, 4),
+            "loss": state.loss_sum / state.loss_count if state.loss_count else "",
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "skipped_steps": state.skipped,
+            "bad_images": bad_images,
+            "images_per_second": round(self.images_per_second, 1),
+            "data_wait": round(self.data_wait, 4),
+        }
         state.loss_sum, state.loss_count = 0.0, 0
         if measures:
             row |= self._measure(model, state.step)
@@ -90,10 +104,11 @@ class Logbook:
         self._restart_clock()
 
     def _measure(self, model: MaskedAutoencoder, step: int) -> dict[str, float]:
+        if not self.accelerator.is_main_process:
+            return {}
         signals = self.monitor.measure(model)
-        if self.accelerator.is_main_process:
-            self.directory.layers.append([{"step": step, **signal._asdict()} for signal in signals.layers])
-            self.monitor.picture(model, self.directory.path / "pictures" / f"step-{step}.png")
+        self.directory.layers.append([{"step": step, **signal._asdict()} for signal in signals.layers])
+        self.monitor.picture(model, self.directory.path / "pictures" / f"step-{step}.png")
         return {"held_out_loss": signals.held_out_loss, "feature_rank": signals.feature_rank}
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 
+from crate_mae.training.images import PYTHON_OBJECT
 from crate_mae.training.pretrain import Setup
 from crate_mae.training.probe import ProbeResult
 from crate_mae.training.progress import duration
 from crate_mae.training.run import Run
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.schedule import scaled_lr
+
+_MUCH_WAITING = 0.2
 
 
 def describe_plan(setup: Setup, probe: ProbeResult, directory: RunDirectory, start_step: int) -> list[str]:
@@ -33,7 +36,7 @@ def describe_plan(setup: Setup, probe: ProbeResult, directory: RunDirectory, sta
         "length": f"{_count(config.steps, 'step')} = {config.steps / setup.steps_per_epoch:.4g} epochs of "
         f"{setup.steps_per_epoch:,}",
         "precision": config.precision + (f" ({probe.reason})" if probe.reason else ""),
-        "device": f"{setup.accelerator.device}, {_count(config.threads, 'thread')}, "
+        "device": f"{setup.accelerator.device.type}, {_count(config.threads, 'thread')}, "
         f"{_count(config.workers, 'loader process')}" + (", compiled" if config.compile else ""),
         "estimate": _estimate(setup, probe, start_step),
         "folder": f"{directory.path}, with a checkpoint every {_count(config.checkpoint_epochs, 'epoch')} and every "
@@ -49,14 +52,19 @@ def describe_end(run: Run, seconds: float) -> list[str]:
     """What came out, and what to type next."""
     directory = RunDirectory(run.path)
     losses = [row["held_out_loss"] for row in run.metrics() if row["held_out_loss"] is not None]
+    waits = [row["data_wait"] for row in run.metrics() if row["data_wait"] is not None]
     folder = shlex.quote(str(run.path))
-    return [
+    images = "IMAGES" if run.config.data.startswith(PYTHON_OBJECT) else shlex.quote(run.config.data)
+    lines = [
         f"Finished step {run.config.steps:,} after {duration(seconds)}. "
         f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now.",
         f"Completed images: {directory.path / 'pictures' / f'step-{run.config.steps}.png'}",
-        f"Complete others:  crate-mae reconstruct {folder} {shlex.quote(run.config.data)} --out picture.png",
+        f"Complete others:  crate-mae reconstruct {folder} {images} --out picture.png",
         f'From Python:      model = crate_mae.load("{run.path.as_posix()}")',
     ]
+    if waits and (share := sum(waits) / len(waits)) > _MUCH_WAITING:
+        lines.append(f"{share:.0%} of the time was spent waiting for images: more --workers may help.")
+    return lines
 
 
 def _estimate(setup: Setup, probe: ProbeResult, start_step: int) -> str:

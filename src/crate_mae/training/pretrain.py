@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
-from crate_mae.errors import UserError
+from crate_mae.errors import RunStopped, UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.training import checkpoint
 from crate_mae.training.bad_images import BadImages
@@ -29,7 +29,7 @@ from crate_mae.training.logbook import Logbook, start_trackers
 from crate_mae.training.monitor import Monitor
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.precision import autocast
-from crate_mae.training.processes import Agreement, RunStopped, agree, first_decides, stop_requests
+from crate_mae.training.processes import Agreement, agree, first_decides, stop_requests
 from crate_mae.training.progress import Display
 from crate_mae.training.randomness import seed_step, step_mask
 from crate_mae.training.run_directory import RunDirectory
@@ -93,7 +93,8 @@ def train(setup: Setup, directory: RunDirectory, display: Display, plan: Sequenc
         log, saver = _build_log_and_saver(setup, directory, model, optimizer.optimizer, bad_images)
         start_trackers(accelerator, config, directory.path, state.step)
         stack.callback(_close_trackers, accelerator)
-        batches = _batches(setup, state.step)
+        # Closed with the run, so that no loader process outlives it, whatever ends it.
+        batches = stack.enter_context(closing(_batches(setup, state.step)))
 
         request = stack.enter_context(stop_requests())
         stack.enter_context(display.training(state.step, config.steps))
@@ -119,7 +120,8 @@ def train(setup: Setup, directory: RunDirectory, display: Display, plan: Sequenc
             if state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
                 raise _diverged(directory, state)
             if step.agreed.stop and state.step < config.steps:
-                raise _stopped(directory, step.agreed.stop, state.step, config.steps)
+                display.lines([f"Stopped and saved at step {state.step}. To go on: {directory.resume_command}"])
+                raise RunStopped(step.agreed.stop)
 
         saver.save_model(plain.config)
 
@@ -224,7 +226,7 @@ def _resume(setup: Setup, directory: RunDirectory, model: nn.Module, optimizer: 
     return state
 
 
-def _batches(setup: Setup, start_step: int) -> Iterator[Batch]:
+def _batches(setup: Setup, start_step: int) -> Generator[Batch]:
     accelerator = setup.accelerator
     return training_batches(
         setup.images.train,
@@ -262,10 +264,6 @@ def _diverged(directory: RunDirectory, state: TrainState) -> UserError:
         f"The last good checkpoint is {last or 'none: the run had only begun'}.\n"
         "Start a new run with a lower --lr, a longer --warmup-epochs, or --precision float32."
     )
-
-
-def _stopped(directory: RunDirectory, signal_number: int, step: int, steps: int) -> RunStopped:
-    return RunStopped(signal_number, f"Stopped and saved at step {step} of {steps}. Go on: {directory.resume_command}")
 
 
 def _close_trackers(accelerator: Accelerator) -> None:

@@ -18,18 +18,6 @@ from crate_mae.errors import UserError
 T = TypeVar("T")
 
 
-class RunStopped(Exception):  # noqa: N818  # it is not an error
-    """A run was asked to stop, has saved its state and can be resumed.
-
-    Attributes:
-        exit_code: what a command ends with: 130 after Ctrl-C, 143 after SIGTERM.
-    """
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + signal_number
-
-
 class Agreement(NamedTuple):
     """What all processes know after a step's gradients are there.
 

@@ -52,7 +52,7 @@ class Display:
 
     def step(self, step: int, loss: float, images_per_second: float, data_wait: float) -> None:
         """Show one step: its loss, images per second, and the share of time spent waiting for images."""
-        text = f"loss {loss:.4f}  {images_per_second:,.0f} images/s  waiting for data {data_wait:.0%}"
+        text = f"loss {loss:.4f}  {images_per_second:,.0f} images/s  data wait {data_wait:.0%}"
         if self._bar is not None:
             self._bar.update(self._task, description=text, completed=step)
         now = time.monotonic()

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crate_mae.errors import UserError
-from crate_mae.training.checkpoint import newest_checkpoint
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.run_directory import RunDirectory
 
@@ -40,10 +38,7 @@ class Run:
         """
         from crate_mae.models.weights import load
 
-        folder = self.path if RunDirectory(self.path).is_finished else newest_checkpoint(self.path)
-        if folder is None:
-            raise UserError(f"{self.path} has no checkpoint yet.")
-        return load(folder)
+        return load(self.path)
 
     def metrics(self) -> list[dict[str, float | None]]:
         """The rows of metrics.csv; a value that was not measured at a step is None."""

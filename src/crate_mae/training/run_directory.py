@@ -107,7 +107,8 @@ class RunDirectory:
             return None
         if not self.path.is_dir():
             raise UserError(f"{self.path} is a file. Give a folder for the run with --out.")
-        if any(entry.name not in ("lock", ".config.yaml.tmp") for entry in self.path.iterdir()):
+        # A start that was killed at once leaves a lock and half a configuration.
+        if any(entry.name != "lock" and not entry.name.startswith(".config.yaml.") for entry in self.path.iterdir()):
             raise UserError(
                 f"{self.path} is not empty and not a run of crate-mae, so nothing was written there.\n"
                 "Give a new folder with --out."

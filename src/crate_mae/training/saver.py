@@ -59,7 +59,7 @@ class Saver:
         """Write a checkpoint. All processes must call this together."""
         snapshot = checkpoint.gather(self.model, self.optimizer)
         folder = self.directory.checkpoints
-        first_decides(self.accelerator, lambda: checkpoint.write(folder, snapshot, model_config, state) and None)
+        first_decides(self.accelerator, lambda: checkpoint.write(folder, snapshot, model_config, state))
         self._saved_at = time.monotonic()
 
     def save_model(self, model_config: ModelConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from rich.console import Console
 
 from crate_mae.errors import UserError
@@ -53,13 +54,12 @@ def start(
     """
     started = time.monotonic()
     directory = RunDirectory(out)
-    _refuse_engines()
+    processes = _join_processes()
     existing = directory.existing_config()
     if existing is not None:
         options = _fill_from(existing, options, defaults)
-    processes = PartialState().num_processes
-    display = Display(Console() if PartialState().is_main_process and not quiet else None)
-    config, images, model_config = resolve(data, options, processes)
+    display = Display(Console() if processes.is_main_process and not quiet else None)
+    config, images, model_config = resolve(data, options, processes.num_processes)
     if existing is not None:
         if changed := existing.differences(config):
             raise UserError(
@@ -72,14 +72,15 @@ def start(
 
     with _threads(config.threads):
         accelerator = Accelerator(
+            cpu=torch.device(processes.device or "cpu").type == "cpu",
             mixed_precision="no",  # the loop says itself what runs in bfloat16
-            log_with=list(config.trackers),
+            log_with=list(config.trackers) or None,
             project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
             model = build(model_config)
-        micro_batch = config.batch_size // (processes * config.accumulation)
+        micro_batch = config.batch_size // (processes.num_processes * config.accumulation)
         found = first_decides(
             accelerator,
             lambda: probe(model, micro_batch, config.mask_ratio, config.precision, accelerator.device),
@@ -98,11 +99,27 @@ def start(
         return run
 
 
-def _refuse_engines() -> None:
-    """DeepSpeed and Megatron bring their own optimizer and checkpoints, which could not be resumed exactly."""
-    kind = PartialState().distributed_type
-    if kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise UserError(f"Pretraining does not run on {kind.value}. Launch it with DDP or FSDP, or plainly.")
+def _join_processes() -> PartialState:
+    """Find the other processes of a launch, if there are any.
+
+    Accelerate takes a machine without accelerators for a distributed one only when told to use its CPU.
+
+    Raises:
+        UserError: for an engine that shards the model or brings its own optimizer: exact resuming and the held-out
+            signals are only known to work with whole models, and the largest preset fits on one device many times.
+    """
+    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
+    processes = PartialState(cpu=use_cpu)
+    sharding = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
+    if asked := [name for name in sharding if parse_flag_from_env(name)]:
+        raise UserError(
+            f"Pretraining runs one whole model per process (DDP), but the launcher has set {asked[0]}.\n"
+            "Launch it with torchrun or with `accelerate launch --multi_gpu`."
+        )
+    if processes.num_processes > 1:
+        # Left to the end of the interpreter, the group's threads now and then bring a finished process down.
+        atexit.register(processes.destroy_process_group)
+    return processes
 
 
 def _fill_from(existing: PretrainConfig, options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
@@ -117,8 +134,10 @@ def _fill_from(existing: PretrainConfig, options: dict[str, Any], defaults: dict
 
 def _with_probe(config: PretrainConfig, found: ProbeResult, images: int) -> PretrainConfig:
     """The configuration with what the probe decides."""
-    seconds_per_epoch = found.seconds * config.accumulation * (images // config.batch_size)
-    epochs = config.checkpoint_epochs or max(1, math.ceil(_SECONDS_PER_CHECKPOINT / seconds_per_epoch))
+    steps_per_epoch = images // config.batch_size
+    seconds_per_epoch = found.seconds * config.accumulation * steps_per_epoch
+    about_a_minute = max(1, math.ceil(_SECONDS_PER_CHECKPOINT / seconds_per_epoch))
+    epochs = config.checkpoint_epochs or min(about_a_minute, math.ceil(config.steps / steps_per_epoch))
     return dataclasses.replace(config, precision=found.precision, checkpoint_epochs=epochs)
 
 

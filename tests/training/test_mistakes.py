@@ -1,0 +1,106 @@
+"""Every mistake is told before a file is written."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crate_mae.commands.pretrain import resume
+from crate_mae.errors import UserError
+from crate_mae.training.resolve import default_batch_size
+
+
+@pytest.fixture
+def refused(tiny_run, tmp_path):
+    """`refused(**options)`: the message with which a run is refused; nothing may be left of it."""
+
+    def message(**options):
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(UserError) as error:
+            tiny_run(**options)
+        assert sorted(tmp_path.rglob("*")) == before
+        return str(error.value)
+
+    return message
+
+
+def images(number, size=(8, 8)):
+    return [torch.rand(1, *size, generator=torch.Generator().manual_seed(i)) for i in range(number)]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"data": "missing/folder"}, "does not exist"),
+        ({"data": images(1), "batch_size": 1}, "has 1 image, but pretraining needs at least 2"),
+        ({"data": images(100), "batch_size": 200}, "A batch of 200 is larger than the 95 training images"),
+        ({"data": images(100), "batch_size": 200}, "--batch-size 95"),
+        ({"batch_size": 128, "accumulation": 3}, "take --batch-size 129"),
+        ({"epochs": 2}, "--epochs and --steps both"),
+        ({"image_size": 9}, "do not divide images of 9 x 9"),
+        ({"model": "crate_mae_nano_patch2_9"}, "Did you mean crate_mae_nano_patch2_8"),
+        ({"model_settings": {"treshold": 0.1}}, 'Did you mean "threshold"'),
+        ({"model_settings": {"norm_pix_loss": True}}, "Say --norm-pix-loss instead"),
+        ({"mean": (0.5,)}, "--mean and --std belong together"),
+        ({"mean": (0.5, 0.5), "std": (0.2, 0.2)}, "mean has 2 values for 1 channels"),
+        ({"mask_ratio": 1.0}, "--mask-ratio is 1.0, but must be between 0 and 1"),
+        ({"seed": -1}, "--seed is -1, but must be at least 0"),
+        ({"warmup_epochs": 99.0}, "as long as the whole run"),
+        ({"trackers": ("wanddb",)}, "Unknown tracker wanddb"),
+        ({"trackers": ("wandb",)}, "not installed: pip install 'crate-mae[wandb]'"),
+        ({"val": "missing"}, "does not exist"),
+    ],
+)
+def test_a_mistake_is_named_and_leaves_no_file(refused, options, expected):
+    assert expected in refused(**options)
+
+
+def test_an_empty_folder_is_refused(refused, tmp_path):
+    (tmp_path / "images").mkdir()
+    assert "Found 0 images" in refused(data=tmp_path / "images")
+
+
+def test_all_mistakes_are_told_at_once(refused):
+    message = refused(model="crate", lr=-1.0, batch_size=5000, trackers=("x",), mask_ratio=0.0)
+    for expected in ("Unknown model crate", "--lr is -1.0", "A batch of 5000", "Unknown tracker x", "--mask-ratio"):
+        assert expected in message
+
+
+def test_a_folder_with_something_else_in_it_is_refused(refused, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("")
+    assert "not empty and not a run" in refused()
+
+
+def test_a_launcher_that_shards_the_model_is_refused(refused, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert "one whole model per process" in refused()
+
+
+def test_resuming_what_is_no_run_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not a run"):
+        resume(tmp_path)
+
+
+def test_two_images_are_enough(tiny_run):
+    run = tiny_run(data=images(2), batch_size=None)
+    assert run.config.batch_size == 1
+
+
+def test_colour_images_of_another_size_get_a_model_that_fits_them(tiny_run, tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 256, (37, 41, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    config = tiny_run(data=folder, batch_size=None, steps=None, epochs=None, dry_run=True).config
+    assert (config.model, config.channels, config.image_size) == ("crate_mae_micro_patch4_32", 3, (32, 32))
+    assert config.mean == pytest.approx((0.485, 0.456, 0.406))
+    assert (config.batch_size, config.steps) == (2, 900)
+
+
+@pytest.mark.parametrize(
+    ("count", "share", "expected"), [(1, 1, 1), (100, 1, 8), (5000, 1, 256), (5000, 3, 255), (9, 2, 2)]
+)
+def test_the_default_batch_leaves_eight_steps_to_an_epoch(count, share, expected):
+    assert default_batch_size(count, share) == expected

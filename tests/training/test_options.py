@@ -1,0 +1,62 @@
+"""The command line, the configuration file and Python take the same options."""
+
+import dataclasses
+import inspect
+from pathlib import Path
+
+import cyclopts
+import pytest
+
+from crate_mae.commands.pretrain import pretrain
+from crate_mae.training.config import PretrainConfig
+
+
+def parse(words, *files):
+    app = cyclopts.App(config=[cyclopts.config.Yaml(file, use_commands_as_keys=False) for file in files])
+    app.default(pretrain)
+    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+    return bound.arguments
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ("--image-size 224", "image_size", 224),
+        ("--image-size 128x192", "image_size", (128, 192)),
+        ("--mean 0.1 0.2 0.3", "mean", (0.1, 0.2, 0.3)),
+        ("--model-settings.threshold 0.1", "model_settings", {"threshold": 0.1}),
+        ("--model-settings.depth 2 --model-settings.ista_skip true", "model_settings", {"depth": 2, "ista_skip": True}),
+        ("--no-flip", "flip", False),
+        ("--no-trackers", "trackers", ()),
+        ("--trackers tensorboard wandb", "trackers", ("tensorboard", "wandb")),
+        ("--val other", "val", "other"),
+    ],
+)
+def test_words_become_values(words, key, value):
+    arguments = parse(["images", "--out", "run", *words.split()])
+    assert arguments[key] == value
+    assert (arguments["data"], arguments["out"]) == ("images", Path("run"))
+
+
+def test_an_image_size_that_is_none_is_refused():
+    with pytest.raises(cyclopts.CycloptsError, match="HEIGHTxWIDTH"):
+        parse(["images", "--out", "run", "--image-size", "big"])
+
+
+def test_the_configuration_file_of_a_run_gives_the_same_options_again(config, tmp_path):
+    config.save(tmp_path / "config.yaml")
+    arguments = parse(["--out", "again"], tmp_path / "config.yaml")
+    wanted = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
+    assert {key: arguments[key] for key in wanted} == wanted
+
+
+def test_every_option_of_a_configuration_is_one_of_pretrain():
+    options = set(inspect.signature(pretrain).parameters)
+    kept = {field.name for field in dataclasses.fields(PretrainConfig)}
+    assert options - kept == {"out", "epochs", "dry_run", "quiet"}
+    assert kept <= options
+
+
+def test_every_option_is_explained():
+    explained = inspect.getdoc(pretrain).split("Args:")[1]
+    assert all(f"    {name}: " in explained for name in inspect.signature(pretrain).parameters)

@@ -1,0 +1,221 @@
+import errno
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.errors import RunStopped, UserError
+from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.training import checkpoint
+from crate_mae.training.monitor import Monitor
+from crate_mae.training.probe import ProbeResult
+from crate_mae.training.progress import Display
+
+
+def weights(run):
+    return (run / "model.safetensors").read_bytes()
+
+
+def kept_columns(run):
+    """metrics.csv without what the clock says."""
+    return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in run.metrics()]
+
+
+def at_step(monkeypatch, step, action):
+    """Call `action` when a run has done `step` steps."""
+    usual = Display.step
+
+    def acting(display, done, *numbers):
+        usual(display, done, *numbers)
+        if done == step:
+            action()
+
+    monkeypatch.setattr(Display, "step", acting)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """`photos(n, bad)`: a folder of n small pictures, of which the first `bad` are no pictures."""
+
+    def make(number, bad=0, name="photos"):
+        folder = tmp_path / name
+        folder.mkdir()
+        rng = np.random.default_rng(0)
+        for i in range(number):
+            path = folder / f"{i:03}.png"
+            Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(path)
+            if i < bad:
+                path.write_bytes(path.read_bytes()[:50])
+        return folder
+
+    return make
+
+
+def test_a_run_learns_and_leaves_everything_that_its_folder_promises(tiny_run, capsys):
+    run = tiny_run(quiet=False, steps=60, monitor_steps=30)
+    rows = run.metrics()
+    assert [row["step"] for row in rows] == [0, *range(3, 61, 3)]
+    held_out = {row["step"]: row["held_out_loss"] for row in rows if row["held_out_loss"] is not None}
+    assert list(held_out) == [0, 30, 60]
+    assert held_out[60] < 0.7 * held_out[0]
+    assert {path.name for path in run.path.iterdir()} == {
+        *("config.yaml", "command.txt", "environment.json", "log.txt", "metrics.csv", "layers.csv"),
+        *("checkpoints", "pictures", "model.safetensors", "config.json"),
+    }
+    assert sorted(path.name for path in (run.path / "pictures").iterdir()) == [
+        "step-0.png",
+        "step-30.png",
+        "step-60.png",
+    ]
+    assert run.model().num_patches == 16
+    shown = capsys.readouterr().out
+    plan = shown[: shown.index("Finished")].splitlines()
+    assert len(plan) <= 15
+    assert "0.001 x 128/256 = 0.0005" in shown and "1,708 of digits; 89 held out" in shown
+    assert f"crate-mae resume {run.path}" in shown and f"crate-mae reconstruct {run.path} digits" in shown
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(tiny_run, tmp_path, capsys):
+    tiny_run(dry_run=True, quiet=False)
+    assert "nothing has been written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorboard_is_told_the_same(tiny_run):
+    pytest.importorskip("tensorboard")
+    run = tiny_run(steps=3, trackers=("tensorboard",))
+    assert [path.name.split(".")[0] for path in (run.path / "tensorboard").iterdir()] == ["events"]
+
+
+def test_accumulated_micro_batches_give_the_weights_of_one_batch(tiny_run):
+    one, two = tiny_run("one").model().state_dict(), tiny_run("two", accumulation=2).model().state_dict()
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_does_not(tiny_run):
+    first = tiny_run("a", drop_path=0.3)
+    torch.manual_seed(123)
+    assert weights(tiny_run("b", drop_path=0.3).path) == weights(first.path)
+    assert weights(tiny_run("c", drop_path=0.3, seed=1).path) != weights(first.path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_resuming_gives_the_weights_of_a_run_never_stopped(tiny_run, monkeypatch, capsys, number):
+    whole = tiny_run("whole", drop_path=0.2)
+    with monkeypatch.context() as patch, pytest.raises(RunStopped) as stopped:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), number))
+        tiny_run("stopped", drop_path=0.2, quiet=False)
+    assert stopped.value.signal == number
+    assert "Stopped and saved at step 7. To go on: crate-mae resume" in capsys.readouterr().out
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
+    resumed = resume(whole.path.with_name("stopped"), quiet=True)
+    assert weights(resumed.path) == weights(whole.path)
+    assert kept_columns(resumed) == kept_columns(whole)
+    assert (resumed.path / "layers.csv").read_text() == (whole.path / "layers.csv").read_text()
+
+
+def test_the_same_command_resumes_and_a_finished_run_is_left_alone(tiny_run, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        tiny_run()
+    run = tiny_run(workers=0, log_steps=1)
+    assert run.config.log_steps == 1
+    before = {path: path.stat().st_mtime_ns for path in run.path.rglob("*")}
+    assert tiny_run(quiet=False) == run
+    assert "is finished: 20 steps" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.path.rglob("*")} == before
+
+
+def test_another_configuration_is_refused_with_the_differing_options(tiny_run, tmp_path):
+    run = tiny_run(steps=2)
+    with pytest.raises(UserError, match=r"mask_ratio: 0.75 -> 0.5\n  steps: 2 -> 13\n  seed: 0 -> 3\n") as refused:
+        pretrain("digits", out=run.path, epochs=1, seed=3, mask_ratio=0.5, quiet=True)
+    assert "batch_size" not in str(refused.value)
+
+
+def test_data_that_has_changed_is_refused(tiny_run, photos, monkeypatch):
+    folder = photos(40)
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        tiny_run(data=folder, batch_size=4)
+    shutil.copy(folder / "000.png", folder / "new.png")
+    with pytest.raises(UserError, match="trains on 38 images, but its data now has 39"):
+        tiny_run(data=folder, batch_size=4)
+
+
+def test_a_python_data_set_is_resumed_from_python(tiny_run, tmp_path, monkeypatch):
+    dataset = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(50)]
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        tiny_run(data=dataset, batch_size=4)
+    with pytest.raises(UserError, match=r"Python object \(list\).*\n.*crate_mae.pretrain\(your_dataset"):
+        resume(tmp_path / "run")
+    assert tiny_run(data=dataset, batch_size=4).metrics()[-1]["step"] == 20
+
+
+def test_unreadable_images_are_listed_and_replaced(tiny_run, photos):
+    run = tiny_run(data=photos(60, bad=1), batch_size=8, max_bad=0.5)
+    (row,) = (run.path / "bad_files.csv").read_text().splitlines()[1:]
+    assert "000.png" in row
+    assert run.metrics()[-1]["bad_images"] == 1
+
+
+def test_too_many_unreadable_images_stop_the_run_which_can_be_resumed(tiny_run, photos):
+    folder = photos(60, bad=9)
+    with pytest.raises(UserError, match=r"cannot be read, more than --max-bad 0.02(.|\n)*bad_files.csv"):
+        tiny_run(data=folder, batch_size=8, max_bad=0.02)
+    run = tiny_run(data=folder, batch_size=8, max_bad=0.5)
+    listed = (run.path / "bad_files.csv").read_text().splitlines()[1:]
+    assert len(listed) == 9
+    assert weights(run.path) == weights(tiny_run("whole", data=folder, batch_size=8, max_bad=0.5).path)
+
+
+@pytest.fixture
+def broken_steps(monkeypatch):
+    """A set of steps, counted from 1, in which the loss is not a number."""
+    usual, broken, calls = MaskedAutoencoder.loss, set(), []
+
+    def loss(model, *arguments):
+        calls.append(model.training)
+        return usual(model, *arguments) * (float("nan") if model.training and sum(calls) in broken else 1.0)
+
+    monkeypatch.setattr(MaskedAutoencoder, "loss", loss)
+    monkeypatch.setattr("crate_mae.training.start.probe", lambda *_: ProbeResult("float32", "", 1.0, None))
+    return broken
+
+
+def test_a_step_whose_loss_is_not_finite_is_skipped_and_counted(tiny_run, broken_steps):
+    broken_steps |= {3, 5, 6}
+    run = tiny_run()
+    assert [row["skipped_steps"] for row in run.metrics()[1:4]] == [1, 3, 3]
+    assert all(torch.isfinite(value).all() for value in run.model().state_dict().values())
+
+
+def test_five_such_steps_in_a_row_stop_the_run_with_advice(tiny_run, broken_steps):
+    broken_steps |= {3, *range(9, 99)}
+    with pytest.raises(UserError, match=r"5 steps in a row, up to step 13(.|\n)*step-12\.(.|\n)*--lr"):
+        tiny_run(batch_size=256, checkpoint_epochs=1)
+
+
+def full_disk(*_arguments, **_options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("what", ["checkpoint", "picture", "metrics"])
+def test_a_full_disk_stops_the_run_with_a_sentence_and_a_whole_checkpoint(tiny_run, tmp_path, monkeypatch, what):
+    targets = {
+        "checkpoint": (checkpoint, "save_file"),
+        "picture": (Monitor, "picture"),
+        "metrics": (checkpoint.TrainState, "count"),
+    }
+    with monkeypatch.context() as patch:
+        at_step(patch, 14, lambda: patch.setattr(*targets[what], full_disk))
+        with pytest.raises(UserError, match=r"disk of .* is full(.|\n)*step-13, is whole(.|\n)*crate-mae resume"):
+            tiny_run(checkpoint_epochs=1)
+    assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["last", "step-13"]
+    assert weights(resume(tmp_path / "run", quiet=True).path) == weights(tiny_run("whole").path)

@@ -1,0 +1,79 @@
+"""Real processes: killed at any point and resumed, or several that train together."""
+
+import random
+import signal
+
+import pytest
+from safetensors.torch import load_file
+
+CHECKPOINT_OFTEN = ("checkpoint_minutes=0.0001",)
+
+
+def wait_for(process, line):
+    for said in process.stdout:
+        if said.strip() == line:
+            return
+    raise AssertionError(f"the process ended before it said {line!r}")
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+
+
+def result(run):
+    rows = [row.split(",")[:9] for row in (run / "metrics.csv").read_text().splitlines()]
+    return (run / "model.safetensors").read_bytes(), rows, (run / "layers.csv").read_text()
+
+
+def largest_difference(first, second):
+    first, second = (load_file(run / "model.safetensors") for run in (first, second))
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+@pytest.mark.parametrize("options", [("precision=float32", "drop_path=0.2"), ("precision=bfloat16", "workers=1")])
+def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, driver, options):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    uninterrupted = driver("pretrain", whole, *options)
+    chance = random.Random(0)
+    command = "pretrain"
+    for first, last in ((1, 5), (8, 12), (15, 18)):
+        process = driver(command, killed, *options, *CHECKPOINT_OFTEN, "pause=0.02")
+        wait_for(process, f"step {chance.randint(first, last)}")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        command = "resume"
+    finish(driver("resume", killed))
+    finish(uninterrupted)
+    assert result(killed) == result(whole)
+
+
+def test_a_real_sigterm_ends_with_143_and_the_command_to_go_on(tmp_path, driver):
+    process = driver("pretrain", tmp_path / "run", "precision=float32", "workers=1", "pause=0.05")
+    wait_for(process, "step 4")
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert f"crate-mae resume {tmp_path / 'run'}" in output
+    assert not (tmp_path / "run" / "lock").exists()
+
+
+def test_a_compiled_model_has_the_names_and_nearly_the_weights_of_a_plain_one(tmp_path, driver):
+    plain = driver("pretrain", tmp_path / "plain", "precision=float32", "steps=4")
+    finish(driver("pretrain", tmp_path / "compiled", "precision=float32", "steps=4", "compile=true"))
+    finish(plain)
+    assert largest_difference(tmp_path / "plain", tmp_path / "compiled") < 1e-5
+
+
+def test_two_processes_give_the_weights_of_one(tmp_path, driver):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    options = ("precision=float32", "steps=12")
+    one = driver("pretrain", tmp_path / "one", *options)
+    finish(driver("pretrain", tmp_path / "two", *options, launcher=launcher))
+    finish(one)
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    steps, losses = zip(*((row[0], row[2]) for row in result(tmp_path / "one")[1][2:]), strict=True)
+    also_steps, also_losses = zip(*((row[0], row[2]) for row in result(tmp_path / "two")[1][2:]), strict=True)
+    assert steps == also_steps
+    assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in also_losses], abs=1e-5)
