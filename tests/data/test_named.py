@@ -1,5 +1,6 @@
 import pickle
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torchvision
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Subset, TensorDataset
 
-from crate_mae.data import UnreadableImage, open_source
+from crate_mae.data import UnreadableImage, full_name, open_source
 from crate_mae.errors import UserError
 
 
@@ -251,3 +252,17 @@ def test_a_missing_datasets_library_is_told_how_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'crate-mae\[hub\]'"):
         open_source("hf:user/name")
+
+
+def test_full_names_find_the_same_data_from_another_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "photos"):
+        (tmp_path / name).mkdir()
+    assert full_name("photos") == full_name(Path("photos")) == str(tmp_path.resolve() / "photos")
+    assert full_name("shards/{0..3}.tar") == str(tmp_path.resolve() / "shards" / "{0..3}.tar")
+    # The digits of scikit-learn, and not the folder of that name, as `open_source` understands it too.
+    assert full_name("digits") == "digits"
+    assert full_name(Path("digits")) == str(tmp_path.resolve() / "digits")
+    assert full_name("hf:user/photos:train") == "hf:user/photos:train"
+    assert full_name("~nobody-at-all/photos") == "~nobody-at-all/photos"
+    assert full_name("nowhere") == "nowhere"

@@ -7,7 +7,7 @@ from PIL import Image
 
 from crate_mae.commands.pretrain import resume
 from crate_mae.errors import UserError
-from crate_mae.training.resolve import default_batch_size
+from crate_mae.training.resolve import default_base_lr, default_batch_size
 
 
 @pytest.fixture
@@ -104,3 +104,10 @@ def test_colour_images_of_another_size_get_a_model_that_fits_them(tiny_run, tmp_
 )
 def test_the_default_batch_leaves_eight_steps_to_an_epoch(count, share, expected):
     assert default_batch_size(count, share) == expected
+
+
+@pytest.mark.parametrize(
+    ("width", "batch", "expected"), [(768, 256, 1.5e-4), (192, 256, 6e-4), (192, 64, 1.2e-3), (768, 4096, 3.75e-5)]
+)
+def test_the_default_learning_rate_falls_with_width_and_batch(width, batch, expected):
+    assert default_base_lr(width, batch) == pytest.approx(expected)

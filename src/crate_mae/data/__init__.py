@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from crate_mae.data.pictures import save_picture_grid
     from crate_mae.data.report import check
     from crate_mae.data.results import BadImage, DataReport, ImageFacts
-    from crate_mae.data.sources import open_source
+    from crate_mae.data.sources import full_name, open_source
     from crate_mae.data.transforms import evaluation_transform, pretrain_transform
 
 _HOMES = {
@@ -33,6 +33,7 @@ _HOMES = {
     "collate": "dataset",
     "describe_images": "facts",
     "evaluation_transform": "transforms",
+    "full_name": "sources",
     "open_source": "sources",
     "pretrain_transform": "transforms",
     "save_picture_grid": "pictures",
@@ -57,6 +58,7 @@ __all__ = [
     "collate",
     "describe_images",
     "evaluation_transform",
+    "full_name",
     "open_source",
     "pretrain_transform",
     "save_picture_grid",

@@ -1,6 +1,7 @@
 """One name for data everywhere: from what the user typed to an image source."""
 
 import difflib
+import os
 import re
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ FORMS = (
     "{000..009}), hf:name[:split], torchvision:CIFAR10[:split], digits, or from Python a torch.utils.data.Dataset."
 )
 _PREFIXES = ("hf", "torchvision", "digits")
+_PATTERN = re.compile(r"[*?\[{]")
 
 
 def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSource:
@@ -59,6 +61,15 @@ def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSo
     return DatasetSource(data)
 
 
+def full_name(data: str | Path) -> str:
+    """A name by which `open_source` finds the same data from any folder: paths in full, the rest as it is."""
+    text = str(data)
+    if isinstance(data, str) and text.partition(":")[0] in _PREFIXES:
+        return text
+    path = Path(os.path.expanduser(text))  # noqa: PTH111  # Path's own raises for a user who is not known
+    return str(path.resolve()) if path.exists() or _PATTERN.search(text) else text
+
+
 def _open_text(data: str) -> ImageSource:
     if not data.strip():
         raise UserError(f"The data has an empty name.\n{FORMS}")
@@ -86,7 +97,7 @@ def _open_path(path: Path, name: str) -> ImageSource:
             return _open_files([path], name)
     except OSError as error:  # a name too long, a folder above that may not be entered
         raise UserError(f"Cannot look at {printable(path)}: {(error.strerror or str(error)).lower()}.") from error
-    if re.search(r"[*?\[{]", name):
+    if _PATTERN.search(name):
         return _open_files(_expand(str(path)), name)
     raise _not_found(path, name)
 

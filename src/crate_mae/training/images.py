@@ -21,6 +21,7 @@ from crate_mae.data import (
     ImageSource,
     collate,
     evaluation_transform,
+    full_name,
     open_source,
     pretrain_transform,
 )
@@ -69,11 +70,8 @@ class RunImages:
 
 
 def data_name(data: Any) -> str:
-    """How a configuration names data: paths in full, so that a run can be resumed from any folder."""
-    if not isinstance(data, (str, Path)):
-        return PYTHON_OBJECT + open_source(data).name
-    path = Path(data).expanduser()
-    return str(path.resolve()) if path.exists() and not str(data).startswith(PYTHON_OBJECT) else str(data)
+    """How a configuration names data: so that a run can be resumed from any folder."""
+    return full_name(data) if isinstance(data, (str, Path)) else PYTHON_OBJECT + open_source(data).name
 
 
 def open_images(data: Any, val: Any = None) -> RunImages:

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ def resolve(data: Any, options: dict[str, Any], processes: int) -> tuple[Pretrai
     mistakes = _Mistakes(_out_of_limits(given))
     images = model = None
     with mistakes.collected():
+        data, val = (data_name(item) if isinstance(item, (str, Path)) else item for item in (data, val))
         images = open_images(data, val)
         _resolve_length(given, len(images.train), processes, mistakes)
     with mistakes.collected():
@@ -110,7 +112,7 @@ def resolve(data: Any, options: dict[str, Any], processes: int) -> tuple[Pretrai
         "drop_path": model.drop_path,
     }
     if given["lr"] is None:
-        given["lr"] = default_base_lr(model.embed_dim)
+        given["lr"] = default_base_lr(model.embed_dim, given["batch_size"])
     del given["epochs"]
     return PretrainConfig(**given), images, model
 
@@ -126,12 +128,15 @@ def default_batch_size(images: int, share: int) -> int:
     return max(1, batch // share) * share
 
 
-def default_base_lr(embed_dim: int) -> float:
-    """Learning rate per 256 images: MAE's 1.5e-4 at width 768, and more for narrower models in inverse proportion.
+def default_base_lr(embed_dim: int, batch_size: int) -> float:
+    """Learning rate per 256 images, 1.5e-4 (768 / d) sqrt(256 / batch), which `scaled_lr` then multiplies.
 
-    At width 192 four times as much was measured to be too much: the model predicts nothing (`docs/log.md`).
+    At width 768 this is MAE's 1.5e-4 for a batch of 256, and near the published CRATE-MAE's 3e-5 for one of 4096.
+    Narrower models take larger steps. The rate that a step has in the end grows with the root of the batch, as fits
+    Adam. At width 192 the rates for batches of 64 and 256 were tried, and four times the latter, which learns nothing
+    (`docs/log.md`).
     """
-    return 1.5e-4 * 768 / embed_dim
+    return 1.5e-4 * (768 / embed_dim) * math.sqrt(256 / batch_size)
 
 
 def _out_of_limits(given: dict[str, Any]) -> Iterator[str]:
