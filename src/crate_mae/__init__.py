@@ -3,12 +3,15 @@
 Names are imported when first used, so that `import crate_mae` and `crate-mae --help` cost nothing.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from crate_mae.lazy import lazy_names
+
 if TYPE_CHECKING:
+    from crate_mae.commands.doctor import doctor
     from crate_mae.commands.pretrain import pretrain, resume
     from crate_mae.commands.reconstruct import reconstruct
+    from crate_mae.commands.try_digits import try_digits
     from crate_mae.errors import RunStopped, UserError
     from crate_mae.models.autoencoder import MAEOutput, MaskedAutoencoder
     from crate_mae.models.official import from_official, to_official
@@ -17,20 +20,22 @@ if TYPE_CHECKING:
     from crate_mae.models.weights import load, save
 
 _HOMES = {
-    "MAEOutput": "crate_mae.models.autoencoder",
-    "MaskedAutoencoder": "crate_mae.models.autoencoder",
-    "RunStopped": "crate_mae.errors",
-    "UserError": "crate_mae.errors",
-    "create_model": "crate_mae.models.presets",
-    "from_official": "crate_mae.models.official",
-    "list_models": "crate_mae.models.presets",
-    "load": "crate_mae.models.weights",
-    "pretrain": "crate_mae.commands.pretrain",
-    "reconstruct": "crate_mae.commands.reconstruct",
-    "resume": "crate_mae.commands.pretrain",
-    "save": "crate_mae.models.weights",
-    "to_official": "crate_mae.models.official",
-    "trace": "crate_mae.models.tracing",
+    "MAEOutput": "models.autoencoder",
+    "MaskedAutoencoder": "models.autoencoder",
+    "RunStopped": "errors",
+    "UserError": "errors",
+    "create_model": "models.presets",
+    "doctor": "commands.doctor",
+    "from_official": "models.official",
+    "list_models": "models.presets",
+    "load": "models.weights",
+    "pretrain": "commands.pretrain",
+    "reconstruct": "commands.reconstruct",
+    "resume": "commands.pretrain",
+    "save": "models.weights",
+    "to_official": "models.official",
+    "trace": "models.tracing",
+    "try_digits": "commands.try_digits",
 }
 
 __all__ = [
@@ -39,6 +44,7 @@ __all__ = [
     "RunStopped",
     "UserError",
     "create_model",
+    "doctor",
     "from_official",
     "list_models",
     "load",
@@ -48,15 +54,10 @@ __all__ = [
     "save",
     "to_official",
     "trace",
+    "try_digits",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -16,8 +16,8 @@ FUNCTIONS = {
     "resume": crate_mae.resume,
     "reconstruct": crate_mae.reconstruct,
     "models": importlib.import_module("crate_mae.commands.models").models,
-    "doctor": importlib.import_module("crate_mae.commands.doctor").doctor,
-    "try": importlib.import_module("crate_mae.commands.try_digits").try_digits,
+    "doctor": crate_mae.doctor,
+    "try": crate_mae.try_digits,
 }
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from crate_mae.commands.pretrain import Run, pretrain
 from crate_mae.commands.reconstruct import reconstruct
 
-
 _HIDDEN = 0.5  # a digit has only 16 patches; of three quarters hidden, too little is left to tell it by
 
 

@@ -3,8 +3,9 @@
 Names are imported when first used, as in `crate_mae` itself.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from crate_mae.lazy import lazy_names
 
 if TYPE_CHECKING:
     from crate_mae.data.base import NO_LABEL, EncodedSource, ImageSource
@@ -67,13 +68,7 @@ __all__ = [
     "to_tensor",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = lazy_names(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

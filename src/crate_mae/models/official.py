@@ -17,7 +17,7 @@ from torch import Tensor
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import CrateConfig, ModelConfig, config_from_dict
-from crate_mae.models.tensors import read_tensors
+from crate_mae.models.tensors import misfits, read_tensors
 
 # Official name -> ours, as regular expressions; $ is a layer's number.
 _NAMES = {
@@ -77,18 +77,10 @@ def from_official(
     config = _infer_config(tensors, where, num_heads, image_size, settings)
     unused = {name: tensors.pop(name) for name in (*_DEAD, "pos_embed") if name in tensors}
     model = build(config)
-    renamed = {_rename(name, _NAMES): value for name, value in tensors.items()}
-    wanted = model.state_dict()
-    problems = [f"unknown {name}" for name in tensors if _rename(name, _NAMES) not in wanted]
-    problems += [f"no {_rename(name, _OURS)}" for name in wanted if name not in renamed]
-    problems += [
-        f"{_rename(name, _OURS)} is {tuple(renamed[name].shape)}, not {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in renamed and renamed[name].shape != value.shape
-    ]
-    if problems:
-        raise UserError(f"{where} does not fit an official CRATE-MAE: {_few(problems)}.")
-    model.load_state_dict(renamed)
+    wanted = {_rename(name, _OURS): value for name, value in model.state_dict().items()}
+    if problems := misfits(tensors, wanted):
+        raise UserError(f"{where} does not fit an official CRATE-MAE: {problems}.")
+    model.load_state_dict({_rename(name, _NAMES): value for name, value in tensors.items()})
     model.official_unused = {name: unused[name].clone() for name in _DEAD if name in unused}
     return model
 

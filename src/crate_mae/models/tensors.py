@@ -1,6 +1,7 @@
 """Tensors from files that cannot run code."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -41,3 +42,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors.")
     return content
+
+
+def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], most: int = 3) -> str:
+    """Where two dictionaries of tensors differ in names or shapes, in words; empty if they do not."""
+    problems = [f"{name} is missing" for name in wanted if name not in found]
+    problems += [f"{name} is unknown" for name in found if name not in wanted]
+    problems += [
+        f"{name} is {tuple(found[name].shape)}, not {tuple(value.shape)}"
+        for name, value in wanted.items()
+        if name in found and found[name].shape != value.shape
+    ]
+    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")

@@ -14,7 +14,7 @@ from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.presets import create_model, list_models
-from crate_mae.models.tensors import read_tensors
+from crate_mae.models.tensors import misfits, read_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -99,18 +99,9 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> MaskedAutoencoder:
     model = build(read_config(folder).replace(**settings))
     path = folder / WEIGHTS_FILE
     tensors = read_tensors(path)
-    wanted = model.state_dict()
-    problems = [f"{name} is missing" for name in wanted if name not in tensors]
-    problems += [f"{name} is unknown" for name in tensors if name not in wanted]
-    problems += [
-        f"{name} is {tuple(tensors[name].shape)}, not {tuple(value.shape)}"
-        for name, value in wanted.items()
-        if name in tensors and tensors[name].shape != value.shape
-    ]
-    if problems:
+    if problems := misfits(tensors, model.state_dict()):
         raise UserError(
-            f"{path} holds the weights of another model than {CONFIG_FILE} and the settings describe:\n"
-            f"{'; '.join(problems[:3])}{f' and {len(problems) - 3} more' if len(problems) > 3 else ''}."
+            f"{path} holds the weights of another model than {CONFIG_FILE} and the settings describe:\n{problems}."
         )
     model.load_state_dict(tensors)
     return model.eval()

@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 from crate_mae.models.config import ModelConfig
-from crate_mae.models.tensors import read_tensors
+from crate_mae.models.tensors import misfits, read_tensors
 from crate_mae.models.weights import WEIGHTS_FILE, save_tensors
 from crate_mae.training.files import whole_folder
 
@@ -168,10 +168,8 @@ def _read_state(path: Path) -> tuple[TrainState, list[Any]]:
 
 def _check_names(path: Path, found: dict[str, Tensor], wanted: dict[str, Any]) -> None:
     # Ranks other than the first hold an empty `wanted`; the first speaks for all.
-    different = [key for key in wanted if key not in found or found[key].shape != wanted[key].shape]
-    different += [key for key in found if wanted and key not in wanted]
-    if different:
-        raise UserError(f"{path} holds the weights of another model: {', '.join(sorted(different)[:3])} do not fit.")
+    if wanted and (problems := misfits(found, wanted)):
+        raise UserError(f"{path} holds the weights of another model: {problems}.")
 
 
 def step_of(folder: Path) -> int:
