@@ -1,4 +1,4 @@
-"""Draw the curves of a run: python results/curves.py RUN OUT.png
+"""Draw the curves of a run: python results/curves.py RUN OUT.png.
 
 Training and held-out loss, feature rank, and the sparsity and subspace rate of every encoder layer, by step.
 """

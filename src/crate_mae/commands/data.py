@@ -15,7 +15,7 @@ from crate_mae.errors import UserError
 _SHOWN = 10
 
 
-def check(data: str, *, sample: int | None = None, out: Path | None = None) -> DataReport:
+def check(data: str | Path, *, sample: int | None = None, out: Path | str | None = None) -> DataReport:
     """Check images before training: counts, sizes, broken and duplicate files, mean and std, and a fitting model.
 
     Args:
@@ -32,6 +32,7 @@ def check(data: str, *, sample: int | None = None, out: Path | None = None) -> D
     from crate_mae.data import check, open_source
     from crate_mae.data.files import write_whole
 
+    out = None if out is None else Path(out)
     if out is not None and out.exists():
         raise UserError(f"{out} exists already and is not overwritten: give another name with --out.")
     console = Console()

@@ -45,7 +45,7 @@ Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 def pretrain(
     data: Data,
     *,
-    out: Path,
+    out: Path | str,
     model: str | None = None,
     epochs: int | None = None,
     steps: int | None = None,
@@ -94,7 +94,7 @@ def pretrain(
         epochs: Passes over the training images. 100 if neither --epochs nor --steps is given.
         steps: Optimizer steps, instead of epochs.
         batch_size: Images per step, over all processes and micro-batches. By default 256, less for little data.
-        lr: Learning rate per 256 images; it is scaled by batch_size / 256. By default from the model's width.
+        lr: Learning rate per 256 images; it is scaled by batch_size / 256. By default from width and batch.
         min_lr: Learning rate at the end of the cosine, per 256 images.
         warmup_epochs: Epochs of linear warm-up. By default 5% of the run.
         weight_decay: Decoupled weight decay of AdamW; norms, biases and tokens are spared.
@@ -141,7 +141,7 @@ def pretrain(
     return start(data, Path(out), options, defaults, dry_run=dry_run, quiet=quiet)
 
 
-def resume(run: Path, *, quiet: bool = False) -> Run:
+def resume(run: Path | str, *, quiet: bool = False) -> Run:
     """Go on with a run that was stopped, from its newest checkpoint.
 
     On the same machine the weights will be those of a run that was never stopped; on a CPU, bit for bit.

@@ -25,10 +25,10 @@ class Reconstruction:
 
 
 def reconstruct(
-    model: str,
-    images: str,
+    model: str | Path,
+    images: str | Path,
     *,
-    out: Annotated[Path, Parameter(alias="-o")],
+    out: Annotated[Path | str, Parameter(alias="-o")],
     mask_ratio: float = 0.75,
     count: int = 8,
     seed: int = 0,

@@ -8,7 +8,7 @@ from crate_mae.commands.reconstruct import reconstruct
 _HIDDEN = 0.5  # a digit has only 16 patches; of three quarters hidden, too little is left to tell it by
 
 
-def try_digits(*, out: Path = Path("crate-mae-try"), epochs: int = 100) -> Run:
+def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) -> Run:
     """Pretrain on handwritten digits, complete masked ones, save the picture, and say what to do next.
 
     The 1,797 digits of 8 x 8 pixels come with scikit-learn. 1,500 are trained on, and the other 297 are what the model
