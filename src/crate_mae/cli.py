@@ -6,11 +6,12 @@ Ctrl-C and SIGTERM.
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
-from cyclopts import App, CycloptsError, Parameter
-from cyclopts.config import Yaml
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
+from cyclopts.config import Dict, Yaml
 from cyclopts.types import ExistingFile
 from rich.console import Console
 
@@ -54,10 +55,20 @@ def build_app() -> App:
             config: YAML file of the command's options; options typed after it win.
         """
         if config is not None:
-            app.config = Yaml(config, must_exist=True, use_commands_as_keys=False)
+            app.config = partial(_options_of, Yaml(config, must_exist=True))
         return app(tokens, exit_on_error=False, print_error=False)
 
     return app
+
+
+def _options_of(file: Yaml, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Fill a command's options from a flat file."""
+    # The file says `data: ...`, an option of `pretrain`. Cyclopts would take that key of a flat file for the command
+    # `data`, but not one that stands below the key `pretrain`: so that is where the options are put.
+    options: dict[str, Any] = file.config
+    for command in reversed(commands):
+        options = {command: options}
+    Dict(options, source=str(file.path))(app, commands, arguments)
 
 
 def main(tokens: Sequence[str] | None = None) -> None:

@@ -78,8 +78,8 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tokens, words, crate_mae_comm
 
 def test_options_come_from_a_file_and_typed_ones_win(crate_mae_command, tmp_path):
     options = tmp_path / "options.yaml"
-    options.write_text("model: crate_mae_nano_patch2_8\nepochs: 3\nseed: 7\n")
-    tokens = ["--config", options, "pretrain", "digits", "--out", tmp_path / "run", "--epochs", "2", "--dry-run"]
+    options.write_text("data: digits\nmodel: crate_mae_nano_patch2_8\nepochs: 3\nseed: 7\n")
+    tokens = ["pretrain", "--config", options, "--out", tmp_path / "run", "--epochs", "2", "--dry-run"]
     code, text, error = crate_mae_command(*tokens)
     assert code == 0, error
     assert "2 epochs" in text
