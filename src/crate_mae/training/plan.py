@@ -48,7 +48,7 @@ def describe_plan(setup: Setup, probe: ProbeResult, directory: RunDirectory, sta
     return [f"{key:<14} {value}" for key, value in rows.items()]
 
 
-def describe_end(run: Run, seconds: float) -> list[str]:
+def describe_end(run: Run, seconds: float, memory: int | None) -> list[str]:
     """What came out, and what to type next."""
     directory = RunDirectory(run.path)
     losses = [row["held_out_loss"] for row in run.metrics() if row["held_out_loss"] is not None]

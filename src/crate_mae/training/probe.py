@@ -65,7 +65,7 @@ def probe(
             precision = "bfloat16" if slow / fast > _WORTHWHILE else "float32"
             reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
             seconds = min(slow, fast) if precision == "bfloat16" else slow
-    return ProbeResult(precision, reason, seconds, _peak_memory(device) if full_size else None)
+    return ProbeResult(precision, reason, seconds, peak_memory(device) if full_size else None)
 
 
 def _precision_of(device: torch.device) -> tuple[Precision, str]:
@@ -106,7 +106,8 @@ def _seconds_per_step(
     return statistics.median(step(micro_batch) for _ in range(_TIMED_STEPS)), True
 
 
-def _peak_memory(device: torch.device) -> int | None:
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at the peak so far: of the GPU if there is one, else of this process; None where nobody can tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

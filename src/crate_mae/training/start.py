@@ -22,7 +22,7 @@ from crate_mae.training import checkpoint
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.plan import describe_end, describe_plan
 from crate_mae.training.pretrain import Setup, train
-from crate_mae.training.probe import ProbeResult, probe
+from crate_mae.training.probe import ProbeResult, peak_memory, probe
 from crate_mae.training.processes import first_decides
 from crate_mae.training.progress import Display
 from crate_mae.training.randomness import Purpose, derive_seed
@@ -95,7 +95,7 @@ def start(
         train(setup, directory, display, plan)
         run = Run(out, config)
         if accelerator.is_main_process:
-            display.lines(describe_end(run, time.monotonic() - started))
+            display.lines(describe_end(run, time.monotonic() - started, peak_memory(accelerator.device)))
         return run
 
 
