@@ -55,8 +55,9 @@ def describe_end(run: Run, seconds: float, memory: int | None) -> list[str]:
     waits = [row["data_wait"] for row in run.metrics() if row["data_wait"] is not None]
     folder = shlex.quote(str(run.path))
     images = "IMAGES" if run.config.data.startswith(PYTHON_OBJECT) else shlex.quote(run.config.data)
+    peak = f", with at most {memory / 2**30:.1f} GiB of memory" if memory else ""
     lines = [
-        f"Finished step {run.config.steps:,} after {duration(seconds)}. "
+        f"Finished step {run.config.steps:,} after {duration(seconds)}{peak}. "
         f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now.",
         f"Completed images: {directory.path / 'pictures' / f'step-{run.config.steps}.png'}",
         f"Complete others:  crate-mae reconstruct {folder} {images} --out picture.png",
