@@ -76,6 +76,8 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
         return
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # A shell starts background jobs deaf to Ctrl-C, which is meant for the job in front: they stay so.
+    usual = {number: handler for number, handler in usual.items() if handler is not signal.SIG_IGN}
 
     def note(number: int, _frame: FrameType | None) -> None:
         request.signal = number
