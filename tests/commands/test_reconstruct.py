@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import crate_mae
 
@@ -63,6 +65,34 @@ def test_options_that_make_no_sense_are_named(photos, tmp_path, crate_mae_comman
     assert code == 2
     assert words in error
     assert [p.name for p in tmp_path.iterdir()] == ["photos"]
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda weights: torch.save({"a": torch.zeros(2)}, weights), "cannot be read as safetensors"),
+        (lambda weights: weights.write_bytes(weights.read_bytes()[:-100]), "cut short"),
+        (lambda weights: save_file({"a": torch.zeros(2)}, weights), "weights of another model"),
+    ],
+    ids=["pickle", "cut short", "another model"],
+)
+def test_damaged_models_are_named(photos, tmp_path, crate_mae_command, damage, words):
+    crate_mae.save(crate_mae.create_model(MODEL), tmp_path / "model")
+    damage(tmp_path / "model" / "model.safetensors")
+    code, _, error = crate_mae_command("reconstruct", tmp_path / "model", photos, "--out", tmp_path / "x.png")
+    assert code == 2
+    assert words in error
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path, crate_mae_command):
+    folder = tmp_path / "cuts"
+    folder.mkdir()
+    Image.new("RGB", (9, 9)).save(folder / "[final] x[/red].png")
+    code, text, error = crate_mae_command("reconstruct", MODEL, folder, "--out", tmp_path / "y[final].png")
+    assert code == 0, error
+    assert "[final] x[/red].png" in text
+    assert "y[final].png" in text
 
 
 def test_unreadable_images_are_left_out_and_said(photos, tmp_path, crate_mae_command):

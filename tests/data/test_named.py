@@ -264,5 +264,7 @@ def test_full_names_find_the_same_data_from_another_folder(tmp_path, monkeypatch
     assert full_name("digits") == "digits"
     assert full_name(Path("digits")) == str(tmp_path.resolve() / "digits")
     assert full_name("hf:user/photos:train") == "hf:user/photos:train"
+    (tmp_path / "saved").mkdir()
+    assert full_name("hf:saved:train") == f"hf:{tmp_path.resolve() / 'saved'}:train"
     assert full_name("~nobody-at-all/photos") == "~nobody-at-all/photos"
     assert full_name("nowhere") == "nowhere"

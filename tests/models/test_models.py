@@ -1,5 +1,8 @@
 """What every model keeps to, whatever its layers."""
 
+import copy
+import re
+
 import pytest
 import torch
 
@@ -202,6 +205,28 @@ def test_all_mistakes_of_a_configuration_are_told_at_once():
         crate_mae.create_model("crate_mae_micro_patch4_32", image_size=(30, 32), num_heads=7, threshold=-1.0)
     for part in ("patches of 4 pixels do not divide images of 30 x 32", "num_heads 7", "threshold is -1.0"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"depth": 1.5}, "depth is 1.5, but must be a whole number"),
+        ({"depth": "two"}, "depth is 'two', but must be a whole number"),
+        ({"threshold": None}, "threshold is None, but must be a number"),
+        ({"ista_skip": "yes"}, "ista_skip is 'yes', but must be true or false"),
+        ({"image_size": (32,)}, "must be two whole numbers"),
+        ({"decoder_num_heads": -3}, "decoder_num_heads is -3"),
+        ({"mean": "grey"}, "mean is 'grey', but must be numbers"),
+    ],
+    ids=str,
+)
+def test_settings_of_another_kind_are_named(settings, words):
+    # Built past the constructor, whose types are checked at run time in tests and not for users.
+    config = copy.copy(preset("crate_mae_micro_patch4_32"))
+    for key, value in settings.items():
+        object.__setattr__(config, key, value)
+    with pytest.raises(crate_mae.UserError, match=re.escape(words)):
+        config.__post_init__()
 
 
 def test_derived_settings_follow_what_they_derive_from():

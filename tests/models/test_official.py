@@ -124,7 +124,20 @@ def test_what_is_not_official_is_named(tmp_path):
         crate_mae.from_official(tmp_path / "other.safetensors", num_heads=7)
 
 
-def test_only_the_published_model_has_an_official_form():
-    model = crate_mae.create_model("crate_mae_nano_patch2_8", ista_skip=True)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ista_skip": True},
+        {"threshold": 0.1},
+        {"step_size": 0.3},
+        {"output_projection": "tied"},
+        {"mask_tokens": "decoder"},
+        {"decoder_num_heads": 2},
+        {"decoder_embed_dim": 48},
+    ],
+    ids=str,
+)
+def test_only_the_published_model_has_an_official_form(settings):
+    model = crate_mae.create_model("crate_mae_nano_patch2_8", **settings)
     with pytest.raises(crate_mae.UserError, match="no official form"):
         crate_mae.to_official(model)

@@ -82,7 +82,10 @@ def test_the_last_two_written_are_kept_and_the_last_is_named(saved, tmp_path):
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last", "step-10", "step-100"]
     assert checkpoint.newest_checkpoint(run) == checkpoints / "step-100"
     (checkpoints / "step-100").rename(checkpoints / "gone")
-    with pytest.raises(UserError, match="step-100, which is gone"):
+    with pytest.raises(UserError, match='"step-100", which is not there'):
+        checkpoint.newest_checkpoint(run)
+    (checkpoints / "last").write_text("")  # as a power cut may leave it
+    with pytest.raises(UserError, match='"", which is not there'):
         checkpoint.newest_checkpoint(run)
 
 

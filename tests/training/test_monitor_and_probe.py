@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from crate_mae.models import create_model
+from crate_mae.models.tracing import trace
 from crate_mae.training import probe as probe_module
 from crate_mae.training.monitor import Monitor
 from crate_mae.training.probe import probe
@@ -21,13 +22,22 @@ def test_signals_are_those_of_the_definitions(tiny_model):
     signals = monitor.measure(tiny_model.train())
     with torch.no_grad():
         expected = tiny_model.eval()(IMAGES, mask=monitor.masks).loss
+        with trace(tiny_model, ["encoder.blocks.*.ista", "encoder.blocks.*.attn.subspaces"]) as record:
+            features = tiny_model.encoder.forward_features(IMAGES)[:, 1:].mean(dim=1)
     assert signals.held_out_loss == pytest.approx(float(expected), rel=1e-5)
-    assert 1 < signals.feature_rank <= 24
-    assert [(s.part, s.layer, s.measure) for s in signals.layers if s.measure == "zero_fraction"] == [
-        ("encoder", 0, "zero_fraction"),
-        ("encoder", 1, "zero_fraction"),
-    ]
-    assert all(s.value > 0 for s in signals.layers) and len(signals.layers) == 4
+    singular = torch.linalg.svdvals(features - features.mean(dim=0))
+    share = singular / singular.sum()
+    assert signals.feature_rank == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-3)
+    found = {(s.part, s.layer, s.measure): s.value for s in signals.layers}
+    wanted = {}
+    for layer in range(2):
+        codes = record[f"encoder.blocks.{layer}.ista"][0]
+        wanted["encoder", layer, "zero_fraction"] = float((codes == 0).double().mean())
+        w = record[f"encoder.blocks.{layer}.attn.subspaces"][0].double().unflatten(-1, (2, 12)).transpose(1, 2)
+        w = w / w.norm(dim=-1, keepdim=True)
+        gram = torch.eye(17) + 12 / (17 * 0.01) * w @ w.mT  # 17 tokens, subspaces of 12 dimensions, e = 0.01
+        wanted["encoder", layer, "subspace_rate"] = float(0.5 * torch.logdet(gram).sum(1).mean())
+    assert found == pytest.approx(wanted, rel=1e-4)
 
 
 def test_measuring_changes_nothing(tiny_model):

@@ -11,7 +11,7 @@ from PIL import Image
 from crate_mae.commands.pretrain import pretrain, resume
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
-from crate_mae.training import checkpoint
+from crate_mae.training import checkpoint, run_directory
 from crate_mae.training.monitor import Monitor
 from crate_mae.training.probe import ProbeResult
 from crate_mae.training.progress import Display
@@ -182,6 +182,31 @@ def test_unreadable_images_are_listed_and_replaced(tiny_run, photos):
     (row,) = (run.path / "bad_files.csv").read_text().splitlines()[1:]
     assert "000.png" in row
     assert run.metrics()[-1]["bad_images"] == 1
+
+
+@pytest.mark.parametrize(("good", "bad"), [(0, 1), (3, 12)])
+def test_held_out_images_that_cannot_be_read_are_told_before_anything_is_written(tiny_run, photos, tmp_path, good, bad):
+    with pytest.raises(UserError, match=f"{bad} of {good + bad} held-out images cannot be read"):
+        tiny_run(data=str(photos(24)), val=str(photos(good + bad, bad=bad, name="val")), batch_size=8)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_unreadable_held_out_image_among_others_is_listed(tiny_run, photos):
+    run = tiny_run(data=str(photos(24)), val=str(photos(5, bad=1, name="val")), batch_size=8, steps=2)
+    listed = (run.path / "bad_files.csv").read_text().splitlines()
+    assert len(listed) == 2
+    assert "000.png" in listed[1]
+
+
+@pytest.mark.parametrize("broken", ["write_whole", "_locked"])
+def test_a_disk_that_is_full_at_the_start_leaves_nothing(tiny_run, tmp_path, monkeypatch, broken):
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run_directory, broken, full)
+    with pytest.raises(UserError, match="No space left on device"):
+        tiny_run()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_too_many_unreadable_images_stop_the_run_which_can_be_resumed(tiny_run, photos):

@@ -69,5 +69,7 @@ def models() -> list[ModelRow]:
             str(row.num_heads),
             f"{row.depth} + {row.decoder_depth}",
         )
-    Console().print(table)
+    console = Console()
+    # Too wide for a narrow terminal, or for a pipe, it should wrap and not lose its numbers.
+    console.print(table, width=max(console.width, 100), crop=False, no_wrap=True, overflow="ignore")
     return rows

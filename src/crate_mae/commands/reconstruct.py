@@ -54,12 +54,14 @@ def reconstruct(
     import torch
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from crate_mae.data import UnreadableImage, evaluation_transform, open_source, save_picture_grid
     from crate_mae.errors import UserError
     from crate_mae.evaluation.completion_quality import completion_quality
     from crate_mae.models.completion import complete
     from crate_mae.models.masking import random_mask
+    from crate_mae.models.presets import list_models
     from crate_mae.models.weights import load
 
     out = Path(out)
@@ -96,13 +98,15 @@ def reconstruct(
 
     table = Table("image", "PSNR of hidden patches", "SSIM", box=None)
     for name, psnr, ssim in zip(names, quality.psnr, quality.ssim, strict=True):
-        table.add_row(name, f"{psnr:.2f} dB", f"{ssim:.3f}")
+        table.add_row(Text(name), f"{psnr:.2f} dB", f"{ssim:.3f}")
     table.add_row("mean", f"{quality.psnr.mean():.2f} dB", f"{quality.ssim.mean():.3f}")
     console = Console(highlight=False)
     console.print(table)
     if config.norm_pix_loss:
         console.print("Brightness and contrast of each patch come from the original: targets were normalised.")
+    if str(model) in list_models():
+        console.print(f"{model} has fresh, untrained weights: name a run to see what training gives.")
     for reason in unreadable:
         console.print(f"Left out: {reason}", soft_wrap=True, markup=False)
-    console.print(f"Saved {out}", soft_wrap=True)
+    console.print(f"Saved {out}", soft_wrap=True, markup=False)
     return Reconstruction(out, names, quality.psnr.tolist(), quality.ssim.tolist())

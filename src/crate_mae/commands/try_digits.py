@@ -46,5 +46,6 @@ def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) ->
         f"    crate-mae data check FOLDER\n"
         f"    crate-mae pretrain FOLDER --out runs/mine",
         soft_wrap=True,
+        markup=False,
     )
     return run

@@ -65,7 +65,9 @@ def full_name(data: str | Path) -> str:
     """A name by which `open_source` finds the same data from any folder: paths in full, the rest as it is."""
     text = str(data)
     if isinstance(data, str) and text.partition(":")[0] in _PREFIXES:
-        return text
+        kind, _, rest = text.partition(":")
+        folder, colon, split = rest.partition(":")
+        return f"hf:{Path(folder).resolve()}{colon}{split}" if kind == "hf" and Path(folder).is_dir() else text
     path = Path(os.path.expanduser(text))  # noqa: PTH111  # Path's own raises for a user who is not known
     return str(path.resolve()) if path.exists() or _PATTERN.search(text) else text
 

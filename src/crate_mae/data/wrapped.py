@@ -221,5 +221,10 @@ def _unit_tensor(image: Tensor, location: str) -> Tensor:
     if image.dtype == torch.uint8:
         return image
     if image.is_floating_point():
+        if not (image.min() >= 0 and image.max() <= 1):
+            raise UserError(
+                f"{location} has values from {image.min():.3g} to {image.max():.3g}; a float image is in [0, 1].\n"
+                "Divide 8-bit values by 255, and do not normalise: training does that."
+            )
         return image.to(torch.float32)
     raise UserError(f"{location} has the type {image.dtype}; an image is uint8, uint16, or float in [0, 1].")

@@ -96,9 +96,12 @@ class MaskedAutoencoder(nn.Module):
             if generator is None and not self.training:
                 generator = torch.Generator().manual_seed(0)
             mask = random_mask(images.shape[0], self.num_patches, mask_ratio, generator)
-        elif tuple(mask.shape) != (images.shape[0], self.num_patches):
+        elif tuple(mask.shape) != (images.shape[0], self.num_patches) or mask.dtype != torch.bool:
             wanted = _times((images.shape[0], self.num_patches))
-            raise UserError(f"The mask is {_times(mask.shape)}, but these images need {wanted} (images x patches).")
+            raise UserError(
+                f"The mask is {_times(mask.shape)} of {mask.dtype}, "
+                f"but these images need {wanted} (images x patches) of torch.bool."
+            )
         if self.config.mask_tokens == "encoder":
             mask = mask.to(images.device)
             latent = self.encoder.forward_masked(images, mask, self.mask_token)

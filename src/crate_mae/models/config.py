@@ -57,6 +57,8 @@ class ModelConfig:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        if mistakes := list(_wrong_types(self)):
+            raise UserError(f"Model {self.name}: " + "\n".join(mistakes))
         rgb = self.in_chans == 3
         resolved = {
             "decoder_embed_dim": self.decoder_embed_dim or self.embed_dim,
@@ -72,6 +74,7 @@ class ModelConfig:
     def _mistakes(self) -> Iterator[str]:
         hh, ww = self.image_size
         counts = ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "decoder_depth")
+        counts += ("decoder_embed_dim", "decoder_num_heads")  # by now, 0 has become the encoder's
         wrong = [f"{key} is {value}" for key in counts if (value := getattr(self, key)) < 1]
         if wrong:
             yield f"{' and '.join(wrong)}, but must be at least 1."
@@ -202,6 +205,28 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
         return classes[architecture](**settings)
     except TypeError as error:
         raise UserError(f"The model configuration does not fit: {error}.") from error
+
+
+def _wrong_types(config: ModelConfig) -> Iterator[str]:
+    """Settings from files and people that are of another kind than their default, or than a number."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name in ("image_size", "mean", "std"):
+            is_right = isinstance(value, tuple) and all(_is_number(item) for item in value)
+            is_right = is_right and (field.name != "image_size" or len(value) == 2)
+            kind = "two whole numbers" if field.name == "image_size" else "numbers, one per channel"
+        elif field.type in ("int", "float"):
+            is_right = _is_number(value) and (field.type == "float" or value == int(value))
+            kind = "a whole number" if field.type == "int" else "a number"
+        else:
+            is_right = isinstance(value, bool) == (field.type == "bool") and isinstance(value, (str, bool))
+            kind = "true or false" if field.type == "bool" else "text"
+        if not is_right:
+            yield f"{field.name} is {value!r}, but must be {kind}."
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:

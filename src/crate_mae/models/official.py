@@ -50,6 +50,14 @@ _NAMES = {
     "decoder_pred.bias": "decoder.pred.bias",
 }
 _OURS = {ours: official for official, ours in _NAMES.items()}
+# What the official code's classes have no arguments for, or what its weights do not tell.
+OFFICIAL_SETTINGS = {
+    "step_size": 0.1,
+    "threshold": 0.5,
+    "output_projection": "free",
+    "ista_skip": False,
+    "mask_tokens": "encoder",
+}
 _DEAD = ("decoder_embed.weight", "decoder_embed.bias")
 
 
@@ -94,11 +102,13 @@ def to_official(model: MaskedAutoencoder) -> dict[str, Float[Tensor, "..."]]:
         UserError: for a model with settings that the official code does not have.
     """
     c = model.config
-    plain = isinstance(c, CrateConfig) and c.output_projection == "free" and not c.ista_skip
-    if not plain or c.mask_tokens != "encoder" or c.embed_dim != c.decoder_embed_dim:
+    official = c.replace(**OFFICIAL_SETTINGS) if isinstance(c, CrateConfig) else None
+    one_shape = (c.embed_dim, c.num_heads) == (c.decoder_embed_dim, c.decoder_num_heads)
+    if c != official or not one_shape:
+        settings = ", ".join(f"{key}={value!r}" for key, value in OFFICIAL_SETTINGS.items())
         raise UserError(
-            f"{c.name} has no official form: that needs CRATE layers with a free output projection and no ista_skip, "
-            'mask_tokens="encoder" and one width for both sides.'
+            f"{c.name} has no official form: that needs CRATE layers with {settings}, and the same width and heads on "
+            "both sides."
         )
     tensors = {_rename(name, _OURS): value.detach().clone() for name, value in model.state_dict().items()}
     tensors["pos_embed"] = tensors["decoder_pos_embed"].clone()

@@ -12,6 +12,11 @@ LEAST_SEEN = 100
 _SHOWN = 3
 
 
+def most_bad(max_bad: float, seen: int) -> float:
+    """How many unreadable images are still allowed among `seen` distinct ones."""
+    return max_bad * max(seen, LEAST_SEEN)
+
+
 class BadImages:
     """The distinct unreadable images of a run.
 
@@ -47,7 +52,7 @@ class BadImages:
 
     def too_many(self, seen: int) -> bool:
         """Whether there are more than a run may meet among `seen` distinct images."""
-        return len(self) > self.max_bad * max(seen, LEAST_SEEN)
+        return len(self) > most_bad(self.max_bad, seen)
 
     def error(self, seen: int) -> UserError:
         """What to tell the user when there are too many."""

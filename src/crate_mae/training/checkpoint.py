@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from collections import defaultdict
 from dataclasses import dataclass
@@ -119,10 +120,11 @@ def newest_checkpoint(run: Path) -> Path | None:
     last = run / "checkpoints" / "last"
     if not last.exists():
         return None
-    folder = last.parent / last.read_text(encoding="utf-8").strip()
-    if not folder.is_dir():
+    name = last.read_text(encoding="utf-8").strip()
+    folder = last.parent / name
+    if not (re.fullmatch(r"step-\d+", name) and folder.is_dir()):
         raise UserError(
-            f"{last} names the checkpoint {folder.name}, which is gone.\n"
+            f'{last} names the checkpoint "{name}", which is not there.\n'
             f"Write the name of another folder in {last.parent} into it, or delete the run and start anew."
         )
     return folder

@@ -19,6 +19,7 @@ from crate_mae.data import (
     Batch,
     ImageDataset,
     ImageSource,
+    UnreadableImage,
     collate,
     evaluation_transform,
     full_name,
@@ -26,6 +27,7 @@ from crate_mae.data import (
     pretrain_transform,
 )
 from crate_mae.errors import UserError
+from crate_mae.training.bad_images import most_bad
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.sampler import StepSampler
@@ -107,12 +109,25 @@ def _fixed_part(source: ImageSource, size: int) -> tuple[Part, Part]:
 
 
 def read_held_out(source: ImageSource, config: PretrainConfig) -> tuple[Float[Tensor, "b c hh ww"], list[BadImage]]:
-    """All held-out images, prepared without randomness, and those that could not be read."""
+    """The held-out images that can be read, prepared without randomness, and those that cannot.
+
+    Raises:
+        UserError: if none can be read, or more cannot than `max_bad` allows.
+    """
     transform = evaluation_transform(config.image_size, config.channels, config.mean, config.std)
-    dataset = ImageDataset(source, transform)
-    samples = [dataset[i] for i in range(len(source))]
-    bad = [bad for sample in samples for bad in sample.bad]
-    return torch.stack([sample.image for sample in samples]), bad
+    images, bad = [], []
+    for i in range(len(source)):
+        try:
+            images.append(transform(source.read(i)))
+        except UnreadableImage as error:
+            bad.append(BadImage(error.location, error.reason))
+    if not images or len(bad) > most_bad(config.max_bad, len(source)):
+        raise UserError(
+            f"{len(bad)} of {len(source)} held-out images cannot be read, such as\n"
+            f"{bad[0].location}: {bad[0].reason}\n"
+            f"Mend or remove them (crate-mae data check {source.name} lists them), or give other images with --val."
+        )
+    return torch.stack(images), bad
 
 
 def training_batches(

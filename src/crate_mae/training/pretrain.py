@@ -13,7 +13,8 @@ from typing import NamedTuple, cast
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
@@ -24,7 +25,7 @@ from crate_mae.training.bad_images import BadImages
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.files import is_disk_full
-from crate_mae.training.images import RunImages, read_held_out, training_batches
+from crate_mae.training.images import RunImages, training_batches
 from crate_mae.training.logbook import Logbook, start_trackers
 from crate_mae.training.monitor import Monitor
 from crate_mae.training.optimizer import build_optimizer
@@ -50,6 +51,8 @@ class Setup:
     images: RunImages
     model: MaskedAutoencoder
     accelerator: Accelerator
+    held_out: Float[Tensor, "b c hh ww"]
+    bad_held_out: list[BadImage]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -242,9 +245,8 @@ def _build_log_and_saver(
     setup: Setup, directory: RunDirectory, model: nn.Module, optimizer: Optimizer, bad_images: BadImages
 ) -> tuple[Logbook, Saver]:
     config, accelerator, steps_per_epoch = setup.config, setup.accelerator, setup.steps_per_epoch
-    held_out, bad = read_held_out(setup.images.held_out, config)
-    bad_images.add(0, bad)
-    monitor = Monitor(held_out, setup.model.num_patches, config.mask_ratio)
+    bad_images.add(0, setup.bad_held_out)
+    monitor = Monitor(setup.held_out, setup.model.num_patches, config.mask_ratio)
     log = Logbook(directory, config, monitor=monitor, accelerator=accelerator, steps_per_epoch=steps_per_epoch)
     saver = Saver(
         directory, config, model=model, optimizer=optimizer, accelerator=accelerator, steps_per_epoch=steps_per_epoch

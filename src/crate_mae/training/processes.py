@@ -52,6 +52,10 @@ def first_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
             outcome = [decide(), None]
         except UserError as error:
             outcome = [None, str(error)]
+        except OSError as error:
+            if accelerator.num_processes == 1:
+                raise
+            outcome = [None, f"The first process could not go on: {error}."]  # or the others would wait for it
     value, mistake = broadcast_object_list(outcome)
     if mistake is not None:
         raise UserError(mistake)

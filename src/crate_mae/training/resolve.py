@@ -48,6 +48,10 @@ _LIMITS = {
     "log_steps": _AT_LEAST_1,
     "monitor_steps": _AT_LEAST_1,
 }
+_CHOICES = {
+    "precision": ("auto", "float32", "bfloat16"),
+    "mask_tokens": (None, "encoder", "decoder"),
+}
 
 
 class _Mistakes(list[str]):
@@ -142,8 +146,13 @@ def default_base_lr(embed_dim: int, batch_size: int) -> float:
 def _out_of_limits(given: dict[str, Any]) -> Iterator[str]:
     for key, (is_right, limits) in _LIMITS.items():
         value = given[key]
-        if value is not None and not is_right(value):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+            yield f"--{key.replace('_', '-')} is {value!r}, but must be a number."
+        elif value is not None and not is_right(value):
             yield f"--{key.replace('_', '-')} is {value}, but must be {limits}."
+    for key, choices in _CHOICES.items():
+        if given[key] not in choices:
+            yield f"--{key.replace('_', '-')} is {given[key]}, but must be one of {', '.join(map(str, choices))}."
     if given["epochs"] is not None and given["steps"] is not None:
         yield "--epochs and --steps both say how long to train: give one of them."
     if (given["mean"] is None) != (given["std"] is None):

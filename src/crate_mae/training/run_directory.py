@@ -27,6 +27,7 @@ import logging
 import os
 import platform
 import shlex
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
@@ -120,14 +121,25 @@ class RunDirectory:
         """Make the folder if need be, write down how this start came about, and keep others from writing meanwhile.
 
         Raises:
-            UserError: if another process writes here.
+            UserError: if another process writes here, or nobody can; a folder that was made for it is removed again.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"Cannot make the folder {self.path}: {error.strerror}. Give another with --out."
-            ) from error
+        is_new = not self.path.exists()
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(self._begun(config))
+            except (OSError, UserError) as error:
+                if is_new:
+                    shutil.rmtree(self.path, ignore_errors=True)
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    f"Cannot write into the folder {self.path}: {error.strerror}. Give another with --out."
+                ) from error
+            yield
+
+    @contextlib.contextmanager
+    def _begun(self, config: PretrainConfig) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path / "lock"):
             config.save(self.config_file)
             write_whole(self.path / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
@@ -180,6 +192,9 @@ def _locked(path: Path) -> Iterator[None]:
             file.write(json.dumps(holder))
     except FileExistsError as error:
         raise UserError(f"{path.parent} has just been taken by another process.") from error
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
     try:
         yield
     finally:

@@ -20,6 +20,7 @@ from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build
 from crate_mae.training import checkpoint
 from crate_mae.training.config import PretrainConfig
+from crate_mae.training.images import read_held_out
 from crate_mae.training.plan import describe_end, describe_plan
 from crate_mae.training.pretrain import Setup, train
 from crate_mae.training.probe import ProbeResult, peak_memory, probe
@@ -86,7 +87,8 @@ def start(
             lambda: probe(model, micro_batch, config.mask_ratio, config.precision, accelerator.device),
         )
         config = _with_probe(config, found, len(images.train))
-        setup = Setup(config, images, model, accelerator)
+        held_out, bad_held_out = read_held_out(images.held_out, config)
+        setup = Setup(config, images, model, accelerator, held_out, bad_held_out)
         newest = checkpoint.newest_checkpoint(out)
         plan = describe_plan(setup, found, directory, checkpoint.step_of(newest) if newest else 0)
         if dry_run:
