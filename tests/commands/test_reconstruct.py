@@ -86,12 +86,12 @@ def test_damaged_models_are_named(photos, tmp_path, crate_mae_command, damage, w
 
 
 def test_names_with_brackets_are_shown_as_they_are(tmp_path, crate_mae_command):
-    folder = tmp_path / "cuts"
+    folder = tmp_path / "cuts["
     folder.mkdir()
-    Image.new("RGB", (9, 9)).save(folder / "[final] x[/red].png")
+    Image.new("RGB", (9, 9)).save(folder / "red] [final].png")
     code, text, error = crate_mae_command("reconstruct", MODEL, folder, "--out", tmp_path / "y[final].png")
     assert code == 0, error
-    assert "[final] x[/red].png" in text
+    assert "cuts[/red] [final].png" in text
     assert "y[final].png" in text
 
 
