@@ -69,7 +69,6 @@ def models() -> list[ModelRow]:
             str(row.num_heads),
             f"{row.depth} + {row.decoder_depth}",
         )
-    console = Console()
-    # Too wide for a narrow terminal, or for a pipe, it should wrap and not lose its numbers.
-    console.print(table, width=max(console.width, 100), crop=False, no_wrap=True, overflow="ignore")
+    # In a narrow terminal, or a pipe, lines are to wrap rather than lose their numbers.
+    Console(width=max(Console().width, 100)).print(table)
     return rows
