@@ -211,6 +211,8 @@ def test_all_mistakes_of_a_configuration_are_told_at_once():
     ("settings", "words"),
     [
         ({"depth": 1.5}, "depth is 1.5, but must be a whole number"),
+        ({"depth": 2.0}, "depth is 2.0, but must be a whole number"),
+        ({"depth": float("inf")}, "depth is inf, but must be a whole number"),
         ({"depth": "two"}, "depth is 'two', but must be a whole number"),
         ({"threshold": None}, "threshold is None, but must be a number"),
         ({"ista_skip": "yes"}, "ista_skip is 'yes', but must be true or false"),

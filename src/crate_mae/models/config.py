@@ -211,13 +211,16 @@ def _wrong_types(config: ModelConfig) -> Iterator[str]:
     """Settings from files and people that are of another kind than their default, or than a number."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name in ("image_size", "mean", "std"):
-            is_right = isinstance(value, tuple) and all(_is_number(item) for item in value)
-            is_right = is_right and (field.name != "image_size" or len(value) == 2)
-            kind = "two whole numbers" if field.name == "image_size" else "numbers, one per channel"
-        elif field.type in ("int", "float"):
-            is_right = _is_number(value) and (field.type == "float" or value == int(value))
-            kind = "a whole number" if field.type == "int" else "a number"
+        if field.name == "image_size":
+            is_right = isinstance(value, tuple) and len(value) == 2 and all(_is_number(item, int) for item in value)
+            kind = "two whole numbers"
+        elif field.name in ("mean", "std"):
+            is_right = isinstance(value, tuple) and all(_is_number(item, (int, float)) for item in value)
+            kind = "numbers, one per channel"
+        elif field.type == "int":
+            is_right, kind = _is_number(value, int), "a whole number"
+        elif field.type == "float":
+            is_right, kind = _is_number(value, (int, float)), "a number"
         else:
             is_right = isinstance(value, bool) == (field.type == "bool") and isinstance(value, (str, bool))
             kind = "true or false" if field.type == "bool" else "text"
@@ -225,8 +228,8 @@ def _wrong_types(config: ModelConfig) -> Iterator[str]:
             yield f"{field.name} is {value!r}, but must be {kind}."
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)  # Python counts True as 1
 
 
 def _tuples(settings: dict[str, Any]) -> dict[str, Any]:
