@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, Dictionary, EncoderLayer
+from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, Dictionary, EncoderLayer, OvercompleteISTA
 
 
 @pytest.fixture(autouse=True)
@@ -53,6 +53,17 @@ def test_skip_adds_the_code_instead_of_replacing_the_tokens():
     z = torch.randn(2, 5, 21)
     half = z + plain.attn(plain.norm1(z))
     torch.testing.assert_close(skip(z), half + plain(z))
+
+
+def test_overcomplete_codes_are_read_out_and_added():
+    layer, z = EncoderLayer(21, 3, overcomplete=4, ista_skip=True), torch.randn(2, 5, 21)
+    assert isinstance(layer.ista, OvercompleteISTA)
+    assert layer.ista.dictionary.shape == (21, 84)
+    half = z + layer.attn(layer.norm1(z))
+    x, d = layer.norm2(half), layer.ista.dictionary
+    codes = torch.relu(0.1 * x @ d - 0.05)
+    codes = torch.relu(codes + 0.1 * (x - codes @ d.T) @ d - 0.05)
+    torch.testing.assert_close(layer(z), half + codes @ layer.ista.readout.weight.T)
 
 
 def test_decoder_layer_steps_the_other_way():

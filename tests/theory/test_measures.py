@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from crate_mae.theory import effective_rank, zero_fraction
+from crate_mae.theory import effective_rank, token_diversity, zero_fraction
 
 
 def test_zero_fraction_counts_exact_zeros():
@@ -28,3 +28,11 @@ def test_effective_rank_by_hand():
 
 def test_effective_rank_of_nothing_is_finite():
     assert effective_rank(torch.zeros(5, 7, dtype=torch.bfloat16)) == 1
+
+
+def test_token_diversity_by_hand():
+    # Image 1: tokens (3, 0), (1, 0), mean (2, 0): differences 1 + 1, energy 9 + 1. Image 2: equal tokens, energy 8.
+    z = torch.tensor([[[3.0, 0.0], [1.0, 0.0]], [[0.0, 2.0], [0.0, 2.0]]])
+    assert token_diversity(z).item() == pytest.approx(2 / 18)
+    assert token_diversity(torch.tensor([[1.0, 2.0], [-1.0, -2.0]])) == 1
+    assert token_diversity(torch.zeros(2, 3, 5)) == 0

@@ -1,10 +1,12 @@
 """The ISTA step is the official one in a single product, and it descends its lasso."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from crate_mae.theory import apply_ista_operator, ista_operator, ista_step, lasso_objective
+from crate_mae.theory import apply_ista_operator, ista_operator, ista_step, lasso_objective, sparse_codes
 
 
 def official_ista_step(x, dictionary, step_size, threshold):
@@ -114,3 +116,24 @@ def test_step_within_the_bound_never_raises_the_lasso(fraction):
 
 def test_step_far_beyond_the_bound_raises_the_lasso():
     assert sum(lasso_change(seed, 20.0) > 0 for seed in range(100)) > 50
+
+
+def test_sparse_codes_never_raise_the_objective_and_end_at_its_minimum(generator):
+    dictionary, x = gaussian(7, 19, generator=generator), gaussian(11, 7, generator=generator)
+    eta, lam = 1 / float(torch.linalg.matrix_norm(dictionary, 2)) ** 2, 0.3
+    objectives = [lasso_objective(torch.zeros(11, 19, dtype=x.dtype), x, dictionary, lam)]
+    tried = (sparse_codes(x, dictionary, eta, lam, steps) for steps in range(1, 9))
+    objectives += [lasso_objective(codes, x, dictionary, lam) for codes in tried]
+    assert all(after < before for before, after in pairwise(objectives))
+    codes = sparse_codes(x, dictionary, eta, lam, 20_000)
+    # Optimal where the gradient vanishes on the support and does not pull upwards off it.
+    gradient = lam - (x - codes @ dictionary.T) @ dictionary
+    assert gradient[codes > 0].abs().max() < 1e-6
+    assert gradient[codes == 0].min() > -1e-6
+
+
+def test_two_steps_written_out(generator):
+    dictionary, x = gaussian(3, 5, generator=generator), gaussian(2, 3, generator=generator)
+    first = torch.relu(0.1 * x @ dictionary - 0.05)
+    second = torch.relu(first - 0.1 * (first @ dictionary.T @ dictionary - x @ dictionary) - 0.05)
+    torch.testing.assert_close(sparse_codes(x, dictionary, 0.1, 0.5, 2), second)

@@ -12,6 +12,8 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from crate_mae.errors import UserError
 
+Initialization = Literal["official", "isometric"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -146,6 +148,10 @@ class CrateConfig(ModelConfig):
         output_projection: MSSA's output projection: a "free" one with bias as in the official code, or the subspaces
             themselves ("tied") as in the derivation.
         ista_skip: whether the sparse code is added to its input instead of replacing it (not so officially).
+        overcomplete: atoms of the encoder's dictionaries per dimension. Above 1, sparse coding is that of CRATE-alpha:
+            two ISTA steps, and a dictionary of its own to read the codes out (not so officially).
+        init: how the weights start: as in the official code, or so that every layer begins near an isometry
+            ("isometric", see `models.initialization`). The function that is learned is the same.
     """
 
     architecture: ClassVar[str] = "crate"
@@ -154,15 +160,21 @@ class CrateConfig(ModelConfig):
     threshold: float = 0.5
     output_projection: Literal["free", "tied"] = "free"
     ista_skip: bool = False
+    overcomplete: int = 1
+    init: Initialization = "official"
 
     def _mistakes(self) -> Iterator[str]:
         yield from super()._mistakes()
         if self.step_size <= 0:
             yield f"step_size is {self.step_size}, but must be positive."
+        if self.overcomplete < 1:
+            yield f"overcomplete is {self.overcomplete}, but must be at least 1."
         if self.threshold < 0:
             yield f"threshold is {self.threshold}, but must not be negative."
         if self.output_projection not in ("free", "tied"):
             yield f'output_projection is "{self.output_projection}", but must be "free" or "tied".'
+        if self.init not in ("official", "isometric"):
+            yield f'init is "{self.init}", but must be "official" or "isometric".'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from crate_mae.models.encoder import initialize
+from crate_mae.models.config import Initialization
+from crate_mae.models.initialization import initialize
 from crate_mae.models.layers import DecoderLayer, OutputProjection
 from crate_mae.models.masking import visible_indices
 from crate_mae.models.positions import sincos_positions
@@ -27,6 +28,7 @@ class Decoder(nn.Module):
         grid_size: rows and columns of patches.
         fills_in: whether the decoder gets visible tokens only and fills in mask tokens itself (MAE), instead of all
             tokens (the official CRATE-MAE).
+        init: how the weights start, see `models.initialization`.
 
     Attributes:
         embed: linear map from the encoder's width. The identity when all tokens come in the right width already: the
@@ -45,6 +47,7 @@ class Decoder(nn.Module):
         patch_pixels: int,
         grid_size: tuple[int, int],
         fills_in: bool,
+        init: Initialization = "official",
     ) -> None:
         super().__init__()
         needs_embed = fills_in or encoder_dim != embed_dim
@@ -53,7 +56,7 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*[block() for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.pred = nn.Linear(embed_dim, patch_pixels)
-        initialize(self)
+        initialize(self, init)
 
     def forward(self, latent: Float[Tensor, "b n_plus_1 d"]) -> Float[Tensor, "b n q"]:
         """Predict from all tokens, class token first."""

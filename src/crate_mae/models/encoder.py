@@ -11,6 +11,8 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from crate_mae.models.config import Initialization
+from crate_mae.models.initialization import initialize
 from crate_mae.models.layers import EncoderLayer, OutputProjection
 from crate_mae.models.masking import visible_indices
 from crate_mae.models.positions import sincos_positions
@@ -24,17 +26,25 @@ class MaskedEncoder(VisionTransformer):
 
     - positions are the fixed sine-cosine table of `sincos_positions`, a buffer and not a parameter;
     - `forward_masked` encodes an image of which some patches are hidden;
-    - weights start as in the official code (`initialize`).
+    - weights start as in the official code, or isometrically (`models.initialization`).
 
     Args:
         block: builds one layer from timm's block arguments; see `crate_block` and `vit_block`.
+        init: how the weights start, see `models.initialization`.
         vit_options: all other arguments of timm's `VisionTransformer`.
     """
 
     pos_embed: Tensor  # pyright: ignore[reportIncompatibleVariableOverride]  # timm: a parameter, or none at all
     cls_token: nn.Parameter  # pyright: ignore[reportIncompatibleVariableOverride]  # timm: perhaps none
 
-    def __init__(self, *, block: Callable[..., nn.Module], num_classes: int = 0, **vit_options: Any) -> None:
+    def __init__(
+        self,
+        *,
+        block: Callable[..., nn.Module],
+        init: Initialization = "official",
+        num_classes: int = 0,
+        **vit_options: Any,
+    ) -> None:
         super().__init__(
             block_fn=block,  # pyright: ignore[reportArgumentType]  # timm asks for a type, and calls it as a function
             num_classes=num_classes,
@@ -46,17 +56,18 @@ class MaskedEncoder(VisionTransformer):
         del self.pos_embed  # timm's placeholder for "none"
         positions = sincos_positions(self.embed_dim, self.patch_embed.grid_size, self.num_prefix_tokens)
         self.register_buffer("pos_embed", positions[None])
+        self.init: Initialization = init
         self.init_weights(needs_reset=False)
 
     def init_weights(self, mode: str = "", needs_reset: bool = True) -> None:  # noqa: ARG002  # timm's signature
-        """Initialise as the official code does; `mode` (timm's other schemes) does not apply."""
+        """Initialise as `init` says; `mode` (timm's other schemes) does not apply."""
         if needs_reset:
             for module in self.modules():
                 if module is not self and callable(reset := getattr(module, "reset_parameters", None)):
                     reset()
             positions = sincos_positions(self.embed_dim, self.patch_embed.grid_size, self.num_prefix_tokens)
             self.pos_embed.copy_(positions)
-        initialize(self)
+        initialize(self, self.init)
         nn.init.normal_(self.cls_token, std=0.02)
 
     def set_input_size(
@@ -115,6 +126,7 @@ def crate_block(
     threshold: float = 0.5,
     output_projection: OutputProjection = "free",
     ista_skip: bool = False,
+    overcomplete: int = 1,
 ) -> Callable[..., nn.Module]:
     """A block builder for `MaskedEncoder` that makes CRATE's layers."""
 
@@ -135,6 +147,7 @@ def crate_block(
             threshold=threshold,
             output_projection=output_projection,
             ista_skip=ista_skip,
+            overcomplete=overcomplete,
             drop_path=drop_path,
             device=device,
             dtype=dtype,
@@ -146,15 +159,3 @@ def crate_block(
 def vit_block() -> Callable[..., nn.Module]:
     """A block builder for `MaskedEncoder` that makes timm's own pre-norm blocks."""
     return Block
-
-
-def initialize(module: nn.Module) -> None:
-    """Initialise linear maps as the official `initialize_weights`: Xavier-uniform weights, zero biases.
-
-    The patch embedding counts as a linear map of flattened patches. Layer norms and dictionaries initialise themselves.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(part.weight.flatten(1))
-            if part.bias is not None:
-                nn.init.zeros_(part.bias)

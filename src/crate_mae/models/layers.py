@@ -8,6 +8,7 @@ Both use the same `MSSA`: only the sign of the step differs.
 """
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from crate_mae.errors import UserError
 from crate_mae.theory.attention import ssa
-from crate_mae.theory.sparse_coding import ista_step
+from crate_mae.theory.sparse_coding import ista_step, sparse_codes
 
 OutputProjection = Literal["free", "tied"]
 
@@ -105,6 +106,47 @@ class ISTA(nn.Module):
         return f"{self.dictionary.shape[0]}, step_size={self.step_size}, threshold={self.threshold}"
 
 
+class OvercompleteISTA(nn.Module):
+    """CRATE-alpha's sparse coding: two ISTA steps in an overcomplete dictionary, read out by a dictionary of its own.
+
+    A <- two iterations of `theory.sparse_coding.sparse_codes` from A = 0; the output is A G^T. D has m = `overcomplete`
+    d atoms, and G ("decoupled") is another d x m matrix, where the derivation has D itself. Yang et al., "Scaling
+    White-Box Transformers for Vision", arXiv 2405.20299; they add the output to the layer's input (`ista_skip`).
+
+    Attributes:
+        dictionary: D, d x m.
+        readout: G, d x m, the weight of a linear map without bias.
+    """
+
+    STEPS = 2
+
+    def __init__(
+        self,
+        embed_dim: int,
+        *,
+        overcomplete: int,
+        step_size: float = 0.1,
+        threshold: float = 0.5,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.step_size = step_size
+        self.threshold = threshold
+        atoms = overcomplete * embed_dim
+        self.dictionary = nn.Parameter(torch.empty(embed_dim, atoms, device=device, dtype=dtype))
+        self.readout = nn.Linear(atoms, embed_dim, bias=False, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Entries of D uniform in +-sqrt(6/m); G is a linear map and initialised as one."""
+        _init_dictionary(self.dictionary)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """Tokens rebuilt from their non-negative sparse codes."""
+        return self.readout(sparse_codes(x, self.dictionary, self.step_size, self.threshold, self.STEPS))
+
+
 class Dictionary(nn.Module):
     """The decoder's dictionary E: from codes to tokens, Y E^T. `crate_decoder.py`, `FeedForward`, officially."""
 
@@ -126,7 +168,8 @@ class EncoderLayer(nn.Module):
     """Compress, then sparsify: Z_half = Z + MSSA(LN(Z)); Z_next = ISTA(LN(Z_half)).
 
     ISTA replaces its normalised input, as in the official code. With `ista_skip` it is added instead,
-    Z_next = Z_half + ISTA(LN(Z_half)), which departs from the derivation.
+    Z_next = Z_half + ISTA(LN(Z_half)), which departs from the derivation. With `overcomplete` > 1, `OvercompleteISTA`
+    takes its place.
     """
 
     def __init__(
@@ -138,6 +181,7 @@ class EncoderLayer(nn.Module):
         threshold: float = 0.5,
         output_projection: OutputProjection = "free",
         ista_skip: bool = False,
+        overcomplete: int = 1,
         drop_path: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
@@ -148,7 +192,8 @@ class EncoderLayer(nn.Module):
         self.attn = MSSA(embed_dim, num_heads, output_projection=output_projection, device=device, dtype=dtype)
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        self.ista = ISTA(embed_dim, step_size=step_size, threshold=threshold, device=device, dtype=dtype)
+        build = ISTA if overcomplete == 1 else partial(OvercompleteISTA, overcomplete=overcomplete)
+        self.ista = build(embed_dim, step_size=step_size, threshold=threshold, device=device, dtype=dtype)
 
     def forward(
         self,

@@ -56,6 +56,7 @@ OFFICIAL_SETTINGS = {
     "threshold": 0.5,
     "output_projection": "free",
     "ista_skip": False,
+    "overcomplete": 1,
     "mask_tokens": "encoder",
 }
 _DEAD = ("decoder_embed.weight", "decoder_embed.bias")

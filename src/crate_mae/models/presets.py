@@ -3,6 +3,9 @@
 Every `crate_mae_<size>` has two ViT-MAE twins: `vit_mae_<size>` of the same width, depth and heads on both sides, and
 `vit_mae_<size>_matched` of (nearly) the same number of parameters. A ViT block of width d has about 12 d^2 weights
 where a CRATE layer has 3 d^2, so the matched twin has half the width, with heads of the same dimension.
+`crate_mae_<size>_isometric` is the same model, started so that tokens do not collapse (`models.initialization`), and
+`crate_mae_<size>_visible` is that with mask tokens only at the decoder, as ViT-MAE has them: the encoder sees visible
+patches alone.
 `vit_mae_{small,base,large}_published` are the baselines that the CRATE-MAE paper's tables compare with.
 """
 
@@ -44,6 +47,10 @@ def _presets() -> dict[str, ModelConfig]:
         }
         name = f"crate_mae_{size}"
         presets[name] = CrateConfig(name=name, embed_dim=width, num_heads=heads, **shared)
+        name = f"crate_mae_{stem}_isometric_{shape}"
+        presets[name] = presets[f"crate_mae_{size}"].replace(name=name, init="isometric")
+        name = f"crate_mae_{stem}_visible_{shape}"
+        presets[name] = presets[f"crate_mae_{size}"].replace(name=name, init="isometric", mask_tokens="decoder")
         name = f"vit_mae_{size}"
         presets[name] = ViTConfig(name=name, embed_dim=width, num_heads=heads, **shared)
         name = f"vit_mae_{stem}_matched_{shape}"

@@ -30,9 +30,15 @@ from crate_mae.theory.coding_rate import (
     subspace_coding_rate,
     subspace_coding_rate_gradient,
 )
-from crate_mae.theory.measures import effective_rank, zero_fraction
+from crate_mae.theory.measures import effective_rank, token_diversity, zero_fraction
 from crate_mae.theory.mixtures import MixtureSample, sample_mixture
-from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, ista_step, lasso_objective
+from crate_mae.theory.sparse_coding import (
+    apply_ista_operator,
+    ista_operator,
+    ista_step,
+    lasso_objective,
+    sparse_codes,
+)
 from crate_mae.theory.subspaces import (
     coherence,
     orthonormal_bases,
@@ -63,10 +69,12 @@ __all__ = [
     "rate_reduction",
     "sample_mixture",
     "signal_to_noise",
+    "sparse_codes",
     "sparse_rate_reduction",
     "ssa",
     "subspace_coding_rate",
     "subspace_coding_rate_gradient",
+    "token_diversity",
     "unproject",
     "zero_fraction",
 ]

@@ -20,7 +20,7 @@ from torch import Tensor
 
 
 def lasso_objective(
-    codes: Float[Tensor, "*batch d"], x: Float[Tensor, "*batch d"], dictionary: Float[Tensor, "d d"], threshold: float
+    codes: Float[Tensor, "*batch m"], x: Float[Tensor, "*batch d"], dictionary: Float[Tensor, "d m"], threshold: float
 ) -> Float[Tensor, ""]:
     r"""1/2 ||x - a D^T||^2 + lambda ||a||_1, summed over coordinates, averaged over tokens.
 
@@ -68,3 +68,27 @@ def ista_step(
         threshold: lambda.
     """
     return apply_ista_operator(x, ista_operator(dictionary, step_size), step_size * threshold)
+
+
+def sparse_codes(
+    x: Float[Tensor, "*batch d"], dictionary: Float[Tensor, "d m"], step_size: float, threshold: float, steps: int
+) -> Float[Tensor, "*batch m"]:
+    r"""`steps` ISTA iterations from A = 0: A <- relu(A + eta (X - A D^T) D - eta lambda).
+
+    For dictionaries of any number of atoms m. With eta <= 1/||D||_2^2 no iteration raises `lasso_objective`, and the
+    limit is its minimum over A >= 0. Two iterations with m = 4 d are the sparse-coding step of CRATE-alpha (Yang et
+    al., "Scaling White-Box Transformers for Vision", arXiv 2405.20299, section 3).
+
+    Args:
+        x: tokens X.
+        dictionary: D, one atom a column.
+        step_size: eta.
+        threshold: lambda.
+        steps: number of iterations, at least 1.
+    """
+    correlation = x @ dictionary
+    codes = F.relu(step_size * correlation - step_size * threshold)
+    for _ in range(steps - 1):
+        residual_correlation = correlation - codes @ dictionary.mT @ dictionary
+        codes = F.relu(codes + step_size * residual_correlation - step_size * threshold)
+    return codes
