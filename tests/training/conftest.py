@@ -1,5 +1,6 @@
 """A model so small that a run takes a second, and runs of it on scikit-learn's digits."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from crate_mae.commands.finetune import finetune
 from crate_mae.commands.pretrain import pretrain
 from crate_mae.models import create_model
-from crate_mae.training.config import PretrainConfig
+from crate_mae.models.weights import save
+from crate_mae.training.config import FinetuneConfig, PretrainConfig, RunConfig
 
 TINY_MODEL = {"embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_depth": 2}
 TINY_RUN = {
@@ -25,6 +28,11 @@ TINY_RUN = {
     "log_steps": 3,
     "monitor_steps": 10,
     "quiet": True,
+}
+TINY_FINETUNING = {
+    **{key: value for key, value in TINY_RUN.items() if key != "model_settings"},
+    "train": "digits:train",
+    "val": "digits:test",
 }
 DRIVER = Path(__file__).with_name("driver.py")
 
@@ -85,6 +93,25 @@ def config() -> PretrainConfig:
 
 
 @pytest.fixture
+def finetune_config(config) -> FinetuneConfig:
+    """A configuration of the other command."""
+    shared = {option.name: getattr(config, option.name) for option in dataclasses.fields(RunConfig)}
+    return FinetuneConfig(
+        **shared,
+        train="Bilder/Käse",
+        val="Bilder/Brot",
+        labels=0.1,
+        pooling="cls+mean",
+        layer_decay=0.75,
+        mixup=0.8,
+        cutmix=1.0,
+        rand_augment="rand-m9",
+        label_smoothing=0.1,
+        ema=0.99,
+    )
+
+
+@pytest.fixture
 def tiny_model():
     return create_model("crate_mae_nano_patch2_8", in_chans=1, **TINY_MODEL)
 
@@ -95,6 +122,23 @@ def tiny_run(tmp_path):
 
     def run(name="run", data="digits", **options):
         return pretrain(data, out=tmp_path / name, **{**TINY_RUN, **options})
+
+    return run
+
+
+@pytest.fixture
+def encoder_folder(tmp_path, tiny_model):
+    """A folder with a model to fine-tune."""
+    save(tiny_model, tmp_path / "encoder")
+    return tmp_path / "encoder"
+
+
+@pytest.fixture
+def tiny_finetuning(tmp_path, encoder_folder):
+    """`tiny_finetuning(name, **options)`: 20 steps of fine-tuning on the digits."""
+
+    def run(name="run", model=encoder_folder, **options):
+        return finetune(model, out=tmp_path / name, **{**TINY_FINETUNING, **options})
 
     return run
 

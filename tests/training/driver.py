@@ -1,6 +1,6 @@
-"""A process that pretrains, for tests that kill one or launch several.
+"""A process that trains, for tests that kill one or launch several.
 
-driver.py pretrain OUT KEY=VALUE... | driver.py resume OUT KEY=VALUE...
+driver.py pretrain OUT KEY=VALUE... | driver.py finetune OUT model=MODEL KEY=VALUE... | driver.py resume OUT
 
 It says "step N" after every step, and then sleeps for `pause` seconds.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from crate_mae.commands.finetune import finetune
 from crate_mae.commands.pretrain import pretrain, resume
 from crate_mae.errors import RunStopped
 from crate_mae.training import progress
@@ -46,6 +47,10 @@ if __name__ == "__main__":
     try:
         if command == "resume":
             resume(Path(out), quiet=True)
+        elif command == "finetune":
+            shared = {key: value for key, value in TINY_RUN.items() if key != "model_settings"}
+            labelled = {"train": "digits:train", "val": "digits:test"}
+            finetune(options.pop("model"), out=Path(out), quiet=False, **{**shared, **labelled, **options})
         else:
             pretrain(options.pop("data", "digits"), out=Path(out), quiet=False, **{**TINY_RUN, **options})
     except RunStopped as stopped:

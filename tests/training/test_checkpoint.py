@@ -5,15 +5,22 @@ import torch
 
 from crate_mae.errors import UserError
 from crate_mae.models import build, create_model
-from crate_mae.models.weights import load
+from crate_mae.models.weights import load, newest_checkpoint
 from crate_mae.training import checkpoint
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.optimizer import build_optimizer
+from crate_mae.training.trainee import Trainee, average_of
 
 STATE = TrainState(step=7, skipped=2, skipped_in_a_row=1, loss_sum=0.1 + 0.2, loss_count=3, images=41, world_size=2)
 
 
-def train(model, optimizer, steps):
+def trainee_of(model, ema=0.0):
+    optimizer = build_optimizer(model, 0.05)
+    return Trainee(model, model, optimizer, optimizer, average_of(model, ema))
+
+
+def train(trainee, steps):
+    model, optimizer = trainee.model, trainee.optimizer
     for seed in range(steps):
         generator = torch.Generator().manual_seed(seed)
         images = torch.randn(5, 1, 8, 8, generator=generator)
@@ -22,6 +29,7 @@ def train(model, optimizer, steps):
         model.train()(images, generator=generator).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        trainee.move_average(seed + 1)
 
 
 def equal(first, second):
@@ -31,82 +39,107 @@ def equal(first, second):
 
 @pytest.fixture
 def saved(tmp_path, tiny_model):
-    """A model after three steps, its optimizer, and its checkpoint."""
-    optimizer = build_optimizer(tiny_model, 0.05)
-    train(tiny_model, optimizer, 3)
-    folder = checkpoint.write(tmp_path, checkpoint.gather(tiny_model, optimizer), tiny_model.config, STATE)
-    return tiny_model, optimizer, folder
+    """A model after three steps with its optimizer, and its checkpoint."""
+    trainee = trainee_of(tiny_model)
+    train(trainee, 3)
+    return trainee, checkpoint.write(tmp_path, checkpoint.gather(trainee), tiny_model.config, STATE)
 
 
-def fresh(model):
+def fresh(trainee, ema=0.0):
     """Another model of the same kind with its optimizer."""
-    other = build(model.config)
-    return other, build_optimizer(other, 0.05)
+    return trainee_of(build(trainee.model.config), ema)
 
 
 def test_a_model_read_back_goes_on_bit_for_bit(saved):
-    model, optimizer, folder = saved
-    other, other_optimizer = fresh(model)
-    assert not equal(model, other)
-    assert checkpoint.read(folder, other, other_optimizer) == STATE
-    train(model, optimizer, 2)
-    train(other, other_optimizer, 2)
-    assert equal(model, other)
+    trainee, folder = saved
+    other = fresh(trainee)
+    assert not equal(trainee.model, other.model)
+    assert checkpoint.read(folder, other) == STATE
+    train(trainee, 2)
+    train(other, 2)
+    assert equal(trainee.model, other.model)
+
+
+def test_with_an_average_the_checkpoint_is_the_average_and_goes_on_from_the_weights(tmp_path, tiny_model):
+    trainee = trainee_of(tiny_model, ema=0.9)
+    train(trainee, 4)
+    folder = checkpoint.write(tmp_path, checkpoint.gather(trainee), tiny_model.config, STATE)
+    assert not equal(trainee.measured, trainee.model)
+    assert equal(load(folder), trainee.measured)
+    other = fresh(trainee, ema=0.9)
+    checkpoint.read(folder, other)
+    train(trainee, 2)
+    train(other, 2)
+    assert equal(trainee.model, other.model) and equal(trainee.measured, other.measured)
 
 
 def test_a_checkpoint_is_a_model_without_pickles(saved):
-    model, _, folder = saved
-    assert equal(load(folder), model)
+    trainee, folder = saved
+    assert equal(load(folder), trainee.model)
     names = sorted(path.name for path in folder.iterdir())
     assert names == ["config.json", "model.safetensors", "optimizer.safetensors", "state.json"]
 
 
 def test_an_optimizer_that_never_stepped_is_saved_as_such(tmp_path, tiny_model):
-    optimizer = build_optimizer(tiny_model, 0.05)
-    folder = checkpoint.write(tmp_path, checkpoint.gather(tiny_model, optimizer), tiny_model.config, STATE)
-    other, other_optimizer = fresh(tiny_model)
-    checkpoint.read(folder, other, other_optimizer)
-    assert equal(other, tiny_model)
-    assert not optimizer.state and not other_optimizer.state
+    trainee = trainee_of(tiny_model)
+    folder = checkpoint.write(tmp_path, checkpoint.gather(trainee), tiny_model.config, STATE)
+    other = fresh(trainee)
+    checkpoint.read(folder, other)
+    assert equal(other.model, tiny_model)
+    assert not trainee.optimizer.state and not other.optimizer.state
 
 
 def test_the_last_two_written_are_kept_and_the_last_is_named(saved, tmp_path):
-    model, optimizer, _ = saved
+    trainee, _ = saved
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
-    assert checkpoint.newest_checkpoint(run) is None
+    assert newest_checkpoint(run) is None
     checkpoints.mkdir(parents=True)
     (checkpoints / ".step-8.tmp").mkdir()
     for step in (9, 200, 10, 100):
-        snapshot = checkpoint.gather(model, optimizer)
-        checkpoint.write(checkpoints, snapshot, model.config, TrainState(step=step))
+        checkpoint.write(checkpoints, checkpoint.gather(trainee), trainee.model.config, TrainState(step=step))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last", "step-10", "step-100"]
-    assert checkpoint.newest_checkpoint(run) == checkpoints / "step-100"
+    assert newest_checkpoint(run) == checkpoints / "step-100"
     (checkpoints / "step-100").rename(checkpoints / "gone")
     with pytest.raises(UserError, match='"step-100", which is not there'):
-        checkpoint.newest_checkpoint(run)
+        newest_checkpoint(run)
     (checkpoints / "last").write_text("")  # as a power cut may leave it
     with pytest.raises(UserError, match='"", which is not there'):
-        checkpoint.newest_checkpoint(run)
+        newest_checkpoint(run)
+
+
+def test_the_best_is_kept_beside_them_and_named(saved, tmp_path):
+    trainee, _ = saved
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    state = TrainState()
+    for step, score in ((1, 0.3), (2, 0.5), (3, 0.5), (4, None), (5, 0.4)):
+        state.step = step
+        assert state.note_score(score) == (step <= 2)
+        checkpoint.write(checkpoints, checkpoint.gather(trainee), trainee.model.config, state)
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["best", "last", "step-2", "step-4", "step-5"]
+    assert newest_checkpoint(run, "best") == checkpoints / "step-2"
+    assert checkpoint.read(checkpoints / "step-5", fresh(trainee)) == state
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 def test_a_checkpoint_that_is_cut_short_is_refused(saved, name):
-    model, _, folder = saved
+    trainee, folder = saved
     path = folder / name
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=name):
-        checkpoint.read(folder, *fresh(model))
+        checkpoint.read(folder, fresh(trainee))
 
 
 def test_another_models_checkpoint_is_refused(saved):
-    model, optimizer, folder = saved
-    wider = create_model(model.config.name, in_chans=1, embed_dim=32, num_heads=2, depth=2, decoder_depth=2)
+    trainee, folder = saved
+    name = trainee.model.config.name
+    wider = create_model(name, in_chans=1, embed_dim=32, num_heads=2, depth=2, decoder_depth=2)
     with pytest.raises(UserError, match="of another model"):
-        checkpoint.read(folder, wider, build_optimizer(wider, 0.05))
+        checkpoint.read(folder, trainee_of(wider))
     content = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**content, "schema": 99}))
     with pytest.raises(UserError, match="another version"):
-        checkpoint.read(folder, model, optimizer)
+        checkpoint.read(folder, trainee)
 
 
 def test_skipped_steps_are_counted():

@@ -3,12 +3,24 @@ import dataclasses
 import pytest
 
 from crate_mae.errors import UserError
-from crate_mae.training.config import PretrainConfig
+from crate_mae.training.config import FinetuneConfig, load_config
 
 
 def test_a_saved_configuration_is_read_back_equal(tmp_path, config):
     config.save(tmp_path / "config.yaml")
-    assert PretrainConfig.load(tmp_path / "config.yaml") == config
+    assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_a_file_says_of_which_command_it_is(tmp_path, finetune_config):
+    finetune_config.save(tmp_path / "config.yaml")
+    assert load_config(tmp_path / "config.yaml") == finetune_config
+    assert isinstance(finetune_config, FinetuneConfig)
+    assert "crate-mae finetune --config" in finetune_config.to_yaml()
+
+
+def test_a_file_from_before_there_was_fine_tuning_is_of_pretraining(tmp_path, config):
+    (tmp_path / "config.yaml").write_text(config.to_yaml().replace("command: pretrain\n", ""), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_the_file_puts_what_decides_the_result_first(config):
@@ -31,4 +43,32 @@ def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, config, old, ne
     text = new if old is None else config.to_yaml().replace(old, new, 1)
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(UserError, match=named):
-        PretrainConfig.load(tmp_path / "config.yaml")
+        load_config(tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("batch_size: 128", "batch_size: eight", "batch_size is 'eight'"),
+        ("steps: 39", "steps: 39.5", "steps is '39.5'"),
+        ("flip: true", "flip: 1", "flip is '1'"),
+        ("lr: 1.0e-05", "lr: true", "lr is 'True'"),
+        ("precision: float32", "precision: float8", "precision is 'float8'"),
+        ("- 8\n- 10", "- 8", "image_size is '8'"),
+        ("command: pretrain", "command: resume", "of the command 'resume'"),
+        ("command: pretrain", "command: [1]", "of the command"),
+        ("  threshold: 0.1\n  depth: 2", "  1: 2", "model_settings is"),
+    ],
+)
+def test_a_value_of_a_wrong_type_is_one_sentence(tmp_path, config, old, new, named):
+    assert old in config.to_yaml()
+    (tmp_path / "config.yaml").write_text(config.to_yaml().replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(UserError) as refused:
+        load_config(tmp_path / "config.yaml")
+    assert named in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 1
+
+
+def test_a_whole_number_will_do_for_a_fraction(tmp_path, config):
+    (tmp_path / "config.yaml").write_text(config.to_yaml().replace("lr: 1.0e-05", "lr: 1"), encoding="utf-8")
+    assert load_config(tmp_path / "config.yaml").lr == 1

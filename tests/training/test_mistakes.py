@@ -7,7 +7,8 @@ from PIL import Image
 
 from crate_mae.commands.pretrain import resume
 from crate_mae.errors import UserError
-from crate_mae.training.resolve import default_base_lr, default_batch_size
+from crate_mae.training.options import default_batch_size
+from crate_mae.training.resolve import default_base_lr
 
 
 @pytest.fixture

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -6,7 +7,9 @@ import torch
 from crate_mae.models import create_model
 from crate_mae.models.tracing import trace
 from crate_mae.training import probe as probe_module
+from crate_mae.training.images import open_images
 from crate_mae.training.monitor import Monitor
+from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.probe import probe
 
 CPU = torch.device("cpu")
@@ -59,24 +62,36 @@ def test_a_picture_is_written(tiny_model, tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-def test_the_probe_touches_neither_the_model_nor_random_numbers(tiny_model):
-    before, random_state = state_of(tiny_model), torch.get_rng_state()
-    found = probe(tiny_model, 8, 0.75, "auto", CPU)
+@pytest.fixture
+def task(config, tiny_model):
+    """`task(precision)`: pretraining of a small model on the digits."""
+
+    def build(precision):
+        square = dataclasses.replace(config, image_size=(8, 8), precision=precision)
+        return Pretraining(square, open_images("digits"), tiny_model.config)
+
+    return build
+
+
+def test_the_probe_touches_neither_the_model_nor_random_numbers(task):
+    chosen = task("auto")
+    before, random_state = state_of(chosen.model), torch.get_rng_state()
+    found = probe(chosen, 8, CPU)
     assert found.precision in ("float32", "bfloat16") and "bfloat16" in found.reason
     assert found.seconds > 0 and found.memory > 2**20
     assert torch.equal(random_state, torch.get_rng_state())
-    assert all(torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
-    assert all(parameter.grad is None for parameter in tiny_model.parameters())
+    assert all(torch.equal(value, before[key]) for key, value in chosen.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in chosen.model.parameters())
 
 
 @pytest.mark.parametrize(("fast", "chosen"), [(0.9, "bfloat16"), (0.97, "float32"), (2.0, "float32")])
-def test_bfloat16_is_taken_only_if_it_is_worth_it(tiny_model, monkeypatch, fast, chosen):
+def test_bfloat16_is_taken_only_if_it_is_worth_it(task, monkeypatch, fast, chosen):
     seconds = {"float32": 1.0, "bfloat16": fast}
-    monkeypatch.setattr(probe_module, "_seconds_per_step", lambda _m, _b, _r, precision, _d: (seconds[precision], True))
-    found = probe(tiny_model, 8, 0.75, "auto", CPU)
+    monkeypatch.setattr(probe_module, "_seconds_per_step", lambda _t, _b, precision, _d: (seconds[precision], True))
+    found = probe(task("auto"), 8, CPU)
     assert found.precision == chosen
     assert found.seconds == seconds[chosen]
 
 
-def test_a_given_precision_is_not_questioned(tiny_model):
-    assert probe(tiny_model, 2, 0.75, "bfloat16", CPU)[:2] == ("bfloat16", "")
+def test_a_given_precision_is_not_questioned(task):
+    assert probe(task("bfloat16"), 2, CPU)[:2] == ("bfloat16", "")

@@ -1,20 +1,24 @@
 """The command line, the configuration file and Python take the same options."""
 
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 
 import cyclopts
 import pytest
 
+from crate_mae import cli
+from crate_mae.commands.finetune import finetune
 from crate_mae.commands.pretrain import pretrain
-from crate_mae.training.config import PretrainConfig
+from crate_mae.errors import UserError
+from crate_mae.training.config import FinetuneConfig, PretrainConfig
 
 
-def parse(words, *files):
-    app = cyclopts.App(config=[cyclopts.config.Yaml(file, use_commands_as_keys=False) for file in files])
-    app.default(pretrain)
-    _, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
+def parse(words, *files, command="pretrain"):
+    app = cli.build_app()
+    app.config = [functools.partial(cli._options_of, cyclopts.config.Yaml(file)) for file in files]
+    _, bound, _ = app.parse_args([command, *words], exit_on_error=False, print_error=False)
     return bound.arguments
 
 
@@ -50,13 +54,28 @@ def test_the_configuration_file_of_a_run_gives_the_same_options_again(config, tm
     assert {key: arguments[key] for key in wanted} == wanted
 
 
-def test_every_option_of_a_configuration_is_one_of_pretrain():
-    options = set(inspect.signature(pretrain).parameters)
-    kept = {field.name for field in dataclasses.fields(PretrainConfig)}
+def test_so_does_that_of_fine_tuning(finetune_config, tmp_path):
+    finetune_config.save(tmp_path / "config.yaml")
+    arguments = parse(["--out", "again"], tmp_path / "config.yaml", command="finetune")
+    wanted = dataclasses.asdict(finetune_config)
+    assert {key: arguments[key] for key in wanted} == wanted
+
+
+def test_the_configuration_file_of_another_command_is_refused(config, tmp_path):
+    config.save(tmp_path / "config.yaml")
+    with pytest.raises(UserError, match="options of `crate-mae pretrain`, not of `crate-mae finetune`"):
+        parse(["--out", "again"], tmp_path / "config.yaml", command="finetune")
+
+
+@pytest.mark.parametrize(("command", "kind"), [(pretrain, PretrainConfig), (finetune, FinetuneConfig)])
+def test_every_option_of_a_configuration_is_one_of_its_command(command, kind):
+    options = set(inspect.signature(command).parameters)
+    kept = {field.name for field in dataclasses.fields(kind)}
     assert options - kept == {"out", "epochs", "dry_run", "quiet"}
     assert kept <= options
 
 
-def test_every_option_is_explained():
-    explained = inspect.getdoc(pretrain).split("Args:")[1]
-    assert all(f"    {name}: " in explained for name in inspect.signature(pretrain).parameters)
+@pytest.mark.parametrize("command", [pretrain, finetune])
+def test_every_option_is_explained(command):
+    explained = inspect.getdoc(command).split("Args:")[1]
+    assert all(f"    {name}: " in explained for name in inspect.signature(command).parameters)

@@ -50,6 +50,28 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, driver,
     assert result(killed) == result(whole)
 
 
+def test_a_killed_run_of_fine_tuning_ends_with_the_same_bits(tmp_path, driver, encoder_folder):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    options = (f"model={encoder_folder}", "drop_path=0.2", "labels=0.5", "monitor_steps=4", "workers=1")
+    uninterrupted = driver("finetune", whole, *options)
+    chance = random.Random(1)
+    command = "finetune"
+    for first, last in ((3, 6), (12, 18)):
+        process = driver(command, killed, *options, *CHECKPOINT_OFTEN, "pause=0.02")
+        wait_for(process, f"step {chance.randint(first, last)}")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        command = "resume"
+    finish(driver("resume", killed))
+    finish(uninterrupted)
+    assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    last = [(run / "checkpoints" / "step-20" / "trained.safetensors").read_bytes() for run in (killed, whole)]
+    assert last[0] == last[1]
+    rows = [[row.split(",")[:11] for row in (run / "metrics.csv").read_text().splitlines()] for run in (killed, whole)]
+    assert rows[0] == rows[1]
+    assert rows[0][0][-1] == "best_score"
+
+
 def test_a_real_sigterm_ends_with_143_and_the_command_to_go_on(tmp_path, driver):
     process = driver("pretrain", tmp_path / "run", "precision=float32", "workers=1", "pause=0.05")
     wait_for(process, "step 4")
@@ -90,3 +112,18 @@ def test_two_processes_give_the_weights_of_one(tmp_path, driver, launcher):
     also_steps, also_losses = zip(*((row[0], row[2]) for row in result(tmp_path / "two")[1][2:]), strict=True)
     assert steps == also_steps
     assert [float(loss) for loss in losses] == pytest.approx([float(loss) for loss in also_losses], abs=1e-5)
+
+
+def test_two_processes_fine_tune_as_one(tmp_path, driver, encoder_folder):
+    options = (f"model={encoder_folder}", "precision=float32", "steps=8", "monitor_steps=4", "drop_path=0.0")
+    one = driver("finetune", tmp_path / "one", *options)
+    two = driver("finetune", tmp_path / "two", *options, launcher=LAUNCHERS["torchrun"], ACCELERATE_USE_CPU="true")
+    finish(two)
+    finish(one)
+    assert json.loads((tmp_path / "two" / "checkpoints" / "step-8" / "state.json").read_text())["world_size"] == 2
+    assert largest_difference(*(tmp_path / name / "checkpoints" / "step-8" for name in ("one", "two"))) < 1e-5
+    accuracies = [
+        [row.split(",")[8] for row in (tmp_path / name / "metrics.csv").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert accuracies[0] == accuracies[1]

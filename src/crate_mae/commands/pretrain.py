@@ -38,7 +38,7 @@ def _as_setting(_type: Any, tokens: Sequence[Token]) -> Any:
 Data = Annotated[Any, Parameter(converter=_as_text, n_tokens=1)]
 ImageSize = Annotated[int | tuple[int, int] | None, Parameter(converter=_as_size, n_tokens=1, negative=())]
 Numbers = Annotated[tuple[float, ...] | None, Parameter(consume_multiple=True, negative=())]
-Names = Annotated[tuple[str, ...] | None, Parameter(consume_multiple=True, negative="--no-trackers")]
+Names = Annotated[tuple[str, ...] | str | None, Parameter(consume_multiple=True, negative="--no-trackers")]
 Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 
 
@@ -46,6 +46,7 @@ def pretrain(
     data: Data,
     *,
     out: Path | str,
+    recipe: str | None = None,
     model: str | None = None,
     epochs: int | None = None,
     steps: int | None = None,
@@ -90,6 +91,7 @@ def pretrain(
     Args:
         data: A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits.
         out: The folder of the run.
+        recipe: Options that were tried together, from `crate-mae recipes`; those given beside it win.
         model: A name from `crate-mae models`. By default the one made for images of this size.
         epochs: Passes over the training images. 100 if neither --epochs nor --steps is given.
         steps: Optimizer steps, instead of epochs.
@@ -134,15 +136,18 @@ def pretrain(
         UserError: for every mistake in the options at once, or a reason to stop that can be mended.
         RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
     """
-    options = {key: value for key, value in locals().items() if key not in ("data", "out", "dry_run", "quiet")}
+    options = {key: value for key, value in locals().items() if key not in ("out", "recipe", "dry_run", "quiet")}
+    from crate_mae.training.recipes import with_recipe
     from crate_mae.training.start import start
 
     defaults = {key: parameter.default for key, parameter in inspect.signature(pretrain).parameters.items()}
-    return start(data, Path(out), options, defaults, dry_run=dry_run, quiet=quiet)
+    if recipe is not None:
+        options = with_recipe(recipe, options, defaults)
+    return start("pretrain", Path(out), options, defaults, dry_run=dry_run, quiet=quiet)
 
 
 def resume(run: Path | str, *, quiet: bool = False) -> Run:
-    """Go on with a run that was stopped, from its newest checkpoint.
+    """Go on with a run that was stopped, of pretraining or fine-tuning, from its newest checkpoint.
 
     On the same machine the weights will be those of a run that was never stopped; on a CPU, bit for bit.
 
@@ -157,6 +162,8 @@ def resume(run: Path | str, *, quiet: bool = False) -> Run:
         UserError: if this is no run, or a reason to stop that can be mended.
         RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
     """
+    from crate_mae.commands.finetune import finetune
+    from crate_mae.training.config import FinetuneConfig
     from crate_mae.training.run_directory import RunDirectory
 
     config = RunDirectory(Path(run)).existing_config()
@@ -165,4 +172,6 @@ def resume(run: Path | str, *, quiet: bool = False) -> Run:
             f"{run} is not a run: it has no config.yaml. Start one with: crate-mae pretrain DATA --out {run}"
         )
     options = dataclasses.asdict(config)
+    if isinstance(config, FinetuneConfig):
+        return finetune(options.pop("model"), out=Path(run), quiet=quiet, **options)
     return pretrain(options.pop("data"), out=Path(run), quiet=quiet, **options)

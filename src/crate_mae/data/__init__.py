@@ -9,14 +9,15 @@ from crate_mae.lazy import lazy_names
 
 if TYPE_CHECKING:
     from crate_mae.data.base import NO_LABEL, EncodedSource, ImageSource
-    from crate_mae.data.dataset import Batch, ImageDataset, Sample, collate
+    from crate_mae.data.dataset import Batch, ImageDataset, Sample, collate, readable_batches
     from crate_mae.data.decode import UnreadableImage, to_channels, to_tensor
     from crate_mae.data.facts import channel_statistics, describe_images, suggest_model
+    from crate_mae.data.labels import label_names, occurring_classes
     from crate_mae.data.pictures import save_picture_grid
     from crate_mae.data.report import check
     from crate_mae.data.results import BadImage, DataReport, ImageFacts
     from crate_mae.data.sources import full_name, open_source
-    from crate_mae.data.transforms import evaluation_transform, pretrain_transform
+    from crate_mae.data.transforms import evaluation_transform, finetune_transform, pretrain_transform
 
 _HOMES = {
     "NO_LABEL": "base",
@@ -34,9 +35,13 @@ _HOMES = {
     "collate": "dataset",
     "describe_images": "facts",
     "evaluation_transform": "transforms",
+    "finetune_transform": "transforms",
     "full_name": "sources",
+    "label_names": "labels",
+    "occurring_classes": "labels",
     "open_source": "sources",
     "pretrain_transform": "transforms",
+    "readable_batches": "dataset",
     "save_picture_grid": "pictures",
     "suggest_model": "facts",
     "to_channels": "decode",
@@ -59,9 +64,13 @@ __all__ = [
     "collate",
     "describe_images",
     "evaluation_transform",
+    "finetune_transform",
     "full_name",
+    "label_names",
+    "occurring_classes",
     "open_source",
     "pretrain_transform",
+    "readable_batches",
     "save_picture_grid",
     "suggest_model",
     "to_channels",

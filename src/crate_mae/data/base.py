@@ -1,7 +1,9 @@
 """What every kind of image source promises to the rest of the library."""
 
+import hashlib
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -57,6 +59,10 @@ class ImageSource(ABC):
         """Label of image i; `NO_LABEL` (-1) without labels."""
         return NO_LABEL if self._labels is None else int(self._labels[i])
 
+    def fingerprint(self) -> str | None:
+        """A text that changes whenever an image may have; None if nobody could tell, as for Python objects."""
+        return None
+
 
 class EncodedSource(ImageSource):
     """A source whose images are files, or bytes of files inside larger ones."""
@@ -84,6 +90,18 @@ def read_file(path: Path, location: str) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UnreadableImage(location, (error.strerror or str(error)).lower()) from error
+
+
+def files_fingerprint(paths: Iterable[Path]) -> str | None:
+    """A digest of paths, sizes and modification times; None if a file cannot be looked at."""
+    digest = hashlib.sha256()
+    try:
+        for path in paths:
+            status = path.stat()
+            digest.update(os.fsencode(path.absolute()) + f"\0{status.st_size} {status.st_mtime_ns}\0".encode())
+    except OSError:
+        return None
+    return digest.hexdigest()
 
 
 def printable(path: PurePath) -> str:

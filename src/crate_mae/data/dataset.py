@@ -1,6 +1,7 @@
 """Images as training and evaluation draw them: by key, with a randomness that depends on nothing but the key."""
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from crate_mae.data.base import ImageSource
 from crate_mae.data.decode import UnreadableImage
@@ -110,6 +111,89 @@ def collate(samples: Sequence[Sample]) -> Batch:
         torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         tuple(bad for sample in samples for bad in sample.bad),
     )
+
+
+class _Attempts(Dataset[Sample | BadImage]):
+    """Each image of a source, transformed, or why it cannot be read."""
+
+    def __init__(self, source: ImageSource, transform: Callable[[Image.Image | Tensor], Tensor]) -> None:
+        self.source = source
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Sample | BadImage:
+        try:
+            return Sample(self.transform(self.source.read(index)), self.source.label(index), index, ())
+        except UnreadableImage as error:
+            return BadImage(error.location, error.reason)
+
+
+def readable_batches(
+    source: ImageSource,
+    transform: Callable[[Image.Image | Tensor], Tensor],
+    batch_size: int,
+    *,
+    workers: int = 0,
+    worker_init: Callable[[int], None] | None = None,
+) -> Generator[Batch]:
+    """All images of a source in order, once. Those that cannot be read are left out, and are in `Batch.bad`.
+
+    A batch may be shorter than `batch_size`, and has no image at all where none of its images can be read.
+
+    Args:
+        source: where the images come from.
+        transform: without randomness.
+        batch_size: images asked for at once.
+        workers: processes that load images.
+        worker_init: called first in each of them.
+    """
+    loader = DataLoader(
+        _Attempts(source, transform),
+        batch_size=batch_size,
+        collate_fn=_collate_readable,
+        num_workers=workers,
+        worker_init_fn=worker_init,
+        generator=torch.Generator(),  # or the loader would draw from the global one
+    )
+    with workers_errors_plain():
+        yield from loader
+
+
+def _collate_readable(attempts: Sequence[Sample | BadImage]) -> Batch:
+    samples = [attempt for attempt in attempts if isinstance(attempt, Sample)]
+    bad = tuple(attempt for attempt in attempts if isinstance(attempt, BadImage))
+    if not samples:
+        nothing = torch.empty(0, dtype=torch.int64)
+        return Batch(torch.empty(0, 0, 0, 0), nothing, nothing, bad)
+    return collate(samples)._replace(bad=bad)
+
+
+@contextmanager
+def workers_errors_plain() -> Iterator[None]:
+    """Raise a loader process's `UserError`, which comes wrapped in a traceback, with the user's sentence alone."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+
+
+@contextmanager
+def global_generators_seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python and NumPy for a while, and put their states back.
+
+    Args:
+        seed: at least 0 and less than 2^32.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  # timm draws from this one
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
 
 
 @contextmanager

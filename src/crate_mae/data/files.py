@@ -4,6 +4,7 @@ import contextlib
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from crate_mae.errors import UserError
@@ -20,22 +21,28 @@ def cache_folder() -> Path:
         return Path(tempfile.gettempdir()) / "crate-mae"
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that a reader never sees half of it.
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Give a temporary name to write to, which becomes `path` when the block ends without an exception.
 
-    Missing parent folders are made.
+    A reader never sees half of the file, and missing parent folders are made. If the block fails, nothing is left.
 
     Raises:
-        UserError: if it cannot be written (permission, full disk, a folder of that name); no temporary file is left.
+        UserError: if it cannot be written (permission, full disk, a folder of that name).
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("xb") as file:
-            file.write(content)
+        yield temporary
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {(error.strerror or str(error)).lower()}.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file of these bytes, whole or not at all; see `whole_file`."""
+    with whole_file(path) as temporary, temporary.open("xb") as file:
+        file.write(content)

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from jaxtyping import Int
 
-from crate_mae.data.base import EncodedSource, number_labels, printable, read_file
+from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable, read_file
 from crate_mae.data.files import cache_folder, write_whole
 from crate_mae.errors import UserError
 
@@ -65,6 +65,10 @@ class FolderSource(EncodedSource):
     def location(self, i: int) -> str:
         """The path of file i."""
         return printable(self._root / self._images[i])
+
+    def fingerprint(self) -> str | None:
+        """Of all image files."""
+        return files_fingerprint(self._root / image for image in self._images)
 
 
 def list_folder(root: Path) -> Listing:

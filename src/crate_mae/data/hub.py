@@ -41,6 +41,10 @@ class HubSource(EncodedSource):
         """Data set and row of image i."""
         return f"{self.name} row {i}"
 
+    def fingerprint(self) -> str | None:
+        """That of the `datasets` library, of its files and all that was done to their rows."""
+        return f"{self.name} {self._rows._fingerprint}"
+
 
 def _import_datasets() -> Any:
     try:

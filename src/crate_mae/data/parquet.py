@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from crate_mae.data.base import EncodedSource, number_labels, printable
+from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable
 from crate_mae.data.decode import UnreadableImage
 from crate_mae.errors import UserError
 
@@ -80,6 +80,10 @@ class ParquetSource(EncodedSource):
         """File and row of image i, counted from 0 in that file."""
         number = bisect.bisect_right(self._file_starts, i) - 1
         return f"{printable(self._paths[number])} row {i - self._file_starts[number]}"
+
+    def fingerprint(self) -> str | None:
+        """Of the files."""
+        return files_fingerprint(self._paths)
 
     def _load(self, group: int, i: int) -> pa.Array | pa.ChunkedArray:
         number, local = self._groups[group]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from crate_mae.data.base import EncodedSource, number_labels, printable
+from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable
 from crate_mae.data.decode import UnreadableImage
 from crate_mae.data.folder import IMAGE_SUFFIXES
 from crate_mae.errors import UserError
@@ -64,6 +64,10 @@ class ShardSource(EncodedSource):
         """Shard and member name of image i."""
         member = self._members[i]
         return f"{printable(self._paths[member.shard])}:{printable(PurePosixPath(member.name))}"
+
+    def fingerprint(self) -> str | None:
+        """Of the shards."""
+        return files_fingerprint(self._paths)
 
 
 def _index(number: int, path: Path) -> tuple[list[Member], list[int | str | None]]:

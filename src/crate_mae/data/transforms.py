@@ -1,13 +1,16 @@
-"""From a decoded image to the normalised tensor that a model takes: randomly for pretraining, fixed for use."""
+"""From a decoded image to the normalised tensor that a model takes: randomly for training, fixed for use."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
 from PIL import Image
+from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
 
+from crate_mae.data.dataset import global_generators_seeded
 from crate_mae.data.decode import size_of, to_channels, to_tensor
 from crate_mae.errors import UserError
 
@@ -70,6 +73,52 @@ class FitAndCentre:
         return self._crop(v2.Resize(covering, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(image))
 
 
+class RandAugment:
+    """timm's RandAugment (Cubuk et al. 2020) of grey and RGB images, which works on 8 bits.
+
+    timm draws from the global generators of Python and NumPy. Here they are seeded from PyTorch's default generator
+    for each image, and put back, so that the randomness is that of the other transforms.
+
+    Args:
+        policy: such as "rand-m9-mstd0.5-inc1": magnitude 9, its deviation, and effects that grow with magnitude.
+        image_size: (height, width); translations go up to 45% of the shorter side.
+        channels: 1 or 3.
+        mean: per channel, in [0, 1]: the colour of what comes in from outside the image.
+
+    Raises:
+        UserError: for a policy that timm does not understand, or another number of channels.
+    """
+
+    def __init__(self, policy: str, image_size: tuple[int, int], *, channels: int, mean: Sequence[float]) -> None:
+        if channels not in (1, 3):
+            raise UserError(f"RandAugment knows grey and RGB images, not {channels} channels: say --rand-augment ''.")
+        fill = tuple(round(255 * value) for value in mean)
+        settings = {"translate_const": int(min(image_size) * 0.45), "img_mean": fill if channels == 3 else fill[0]}
+        try:
+            self._augment = rand_augment_transform(policy, settings)
+        except (AssertionError, KeyError, ValueError) as error:
+            raise UserError(
+                f'--rand-augment "{policy}" is not understood: say something like rand-m9-mstd0.5-inc1, or "" for none.'
+            ) from error
+
+    def __call__(self, image: Image.Image | Tensor) -> Image.Image:
+        """Augment one image; deeper pixels are rounded to 8 bits."""
+        if isinstance(image, Tensor):
+            image = _to_8_bits(image)
+        with global_generators_seeded(int(torch.randint(2**32, ()))):
+            try:
+                return self._augment(image)
+            except ValueError as error:
+                # timm's strongest posterisation keeps 0 bits, which newer Pillows refuse: the image stays as it was.
+                if "bits" not in str(error):
+                    raise
+                return image
+
+
+def _to_8_bits(image: Tensor) -> Image.Image:
+    return tvf.to_pil_image(image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8))
+
+
 def pretrain_transform(
     image_size: tuple[int, int],
     channels: int,
@@ -90,17 +139,33 @@ def pretrain_transform(
         min_scale: smallest share of the image's area that a crop takes; 1 still varies the aspect.
         flip: whether half of the crops are mirrored; wrong for digits and writing.
     """
-    if not 0 < min_scale <= 1:
-        raise UserError(f"The smallest crop must be in (0, 1] of the image, got {min_scale}.")
-    aspect = image_size[1] / image_size[0]
-    crop = v2.RandomResizedCrop(
-        image_size,
-        scale=(min_scale, 1.0),
-        ratio=(3 / 4 * aspect, 4 / 3 * aspect),
-        interpolation=v2.InterpolationMode.BICUBIC,
-        antialias=True,
-    )
-    resize = v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop
+    return Preparation(_crop_and_flip(image_size, min_scale, flip), channels, mean=mean, std=std)
+
+
+def finetune_transform(
+    image_size: tuple[int, int],
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    min_scale: float = 0.08,
+    flip: bool = True,
+    rand_augment: str = "",
+) -> Preparation:
+    """The augmentation for learning labels: that of `pretrain_transform`, then `RandAugment`.
+
+    Args:
+        image_size: (height, width) of the result.
+        channels: of the result; grey and colour are converted into each other.
+        mean: per channel, in [0, 1].
+        std: per channel, in [0, 1].
+        min_scale: smallest share of the image's area that a crop takes.
+        flip: whether half of the crops are mirrored.
+        rand_augment: timm's policy; "" leaves RandAugment out.
+    """
+    resize = _crop_and_flip(image_size, min_scale, flip)
+    if rand_augment:
+        resize = v2.Compose([resize, RandAugment(rand_augment, image_size, channels=channels, mean=mean)])
     return Preparation(resize, channels, mean=mean, std=std)
 
 
@@ -116,3 +181,17 @@ def evaluation_transform(
         std: per channel, in [0, 1].
     """
     return Preparation(FitAndCentre(image_size), channels, mean=mean, std=std)
+
+
+def _crop_and_flip(image_size: tuple[int, int], min_scale: float, flip: bool) -> Resize:
+    if not 0 < min_scale <= 1:
+        raise UserError(f"The smallest crop must be in (0, 1] of the image, got {min_scale}.")
+    aspect = image_size[1] / image_size[0]
+    crop = v2.RandomResizedCrop(
+        image_size,
+        scale=(min_scale, 1.0),
+        ratio=(3 / 4 * aspect, 4 / 3 * aspect),
+        interpolation=v2.InterpolationMode.BICUBIC,
+        antialias=True,
+    )
+    return v2.Compose([crop, v2.RandomHorizontalFlip()]) if flip else crop

@@ -207,7 +207,8 @@ def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
 def _array_to_tensor(array: np.ndarray) -> Tensor:
     if array.dtype == np.uint16:
         array = array.astype(np.float32) / np.float32(65535)
-    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    # A copy of what may not be written to (such as the pixels of a Pillow image), of which PyTorch would warn.
+    tensor = torch.from_numpy(np.ascontiguousarray(array) if array.flags.writeable else array.copy())
     return tensor.permute(2, 0, 1).contiguous() if tensor.ndim == 3 else tensor
 
 

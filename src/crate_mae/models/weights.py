@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.presets import create_model, list_models
 from crate_mae.models.tensors import misfits, read_tensors
@@ -20,9 +22,12 @@ WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 LIBRARY = "crate-mae"
 
+Model = MaskedAutoencoder | Classifier
+Config = ModelConfig | ClassifierConfig
 
-def save(model: MaskedAutoencoder, folder: str | Path) -> None:
-    """Write `model.safetensors` (encoder and decoder both) and `config.json` into a folder, each whole or not at all.
+
+def save(model: Model, folder: str | Path) -> None:
+    """Write `model.safetensors` (encoder, and decoder or head) and `config.json` into a folder, whole or not at all.
 
     Existing files of these names are replaced.
     """
@@ -30,7 +35,7 @@ def save(model: MaskedAutoencoder, folder: str | Path) -> None:
     save_tensors(tensors, model.config, folder)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], config: ModelConfig, folder: str | Path) -> None:
+def save_tensors(tensors: dict[str, torch.Tensor], config: Config, folder: str | Path) -> None:
     """`save` for a state dict gathered elsewhere, such as from several processes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,8 +49,8 @@ def save_tensors(tensors: dict[str, torch.Tensor], config: ModelConfig, folder: 
             os.replace(Path(scratch) / name, folder / name)  # noqa: PTH105  # atomic also where the target exists
 
 
-def load(model: str | Path, **settings: Any) -> MaskedAutoencoder:
-    """Build a model from any form of MODEL, in `eval()` mode.
+def load(model: str | Path, **settings: Any) -> Model:
+    """Build a model from any form of MODEL, in `eval()` mode: an autoencoder, or a classifier if it was fine-tuned.
 
     Args:
         model: a run folder (of a run that is not finished, its newest checkpoint is taken) or any other folder with
@@ -63,9 +68,8 @@ def load(model: str | Path, **settings: Any) -> MaskedAutoencoder:
     if folder.is_file():
         hint = f"Name its folder instead: {folder.parent}" if folder.name == WEIGHTS_FILE else _official_hint(folder)
         raise UserError(f"{folder} is a file, but a model is a folder with {WEIGHTS_FILE} and {CONFIG_FILE}.\n{hint}")
-    last = folder / "checkpoints" / "last"
-    if last.is_file() and not (folder / CONFIG_FILE).exists():  # a run that is not finished
-        folder = last.parent / last.read_text(encoding="utf-8").strip()
+    if not (folder / CONFIG_FILE).exists():  # perhaps a run that is not finished
+        folder = newest_checkpoint(folder) or folder
     missing = [file for file in (WEIGHTS_FILE, CONFIG_FILE) if not (folder / file).is_file()]
     if missing:
         what = f"has no {' and no '.join(missing)}" if folder.is_dir() else "does not exist and is no model's name"
@@ -76,7 +80,56 @@ def load(model: str | Path, **settings: Any) -> MaskedAutoencoder:
     return _load_folder(folder, settings)
 
 
-def read_config(folder: Path) -> ModelConfig:
+def load_autoencoder(model: str | Path, **settings: Any) -> MaskedAutoencoder:
+    """`load`, where a decoder is needed.
+
+    Raises:
+        UserError: if the model is a classifier.
+    """
+    loaded = load(model, **settings)
+    if isinstance(loaded, Classifier):
+        raise UserError(f"{model} is a classifier and has no decoder: name the run of `crate-mae pretrain` instead.")
+    return loaded
+
+
+def load_classifier(model: str | Path) -> Classifier:
+    """`load`, where classes are needed.
+
+    Raises:
+        UserError: if the model is an autoencoder.
+    """
+    loaded = load(model)
+    if isinstance(loaded, MaskedAutoencoder):
+        raise UserError(
+            f"{model} is an autoencoder and knows no classes: fine-tune it first, with `crate-mae finetune`."
+        )
+    return loaded
+
+
+def newest_checkpoint(run: Path, name: str = "last") -> Path | None:
+    """The checkpoint of a run that the file `checkpoints/last` names; None before the first checkpoint.
+
+    Args:
+        run: the run's folder.
+        name: of the file: "last", or "best" for the checkpoint that did best on the validation images.
+
+    Raises:
+        UserError: if that checkpoint is gone.
+    """
+    file = run / "checkpoints" / name
+    if not file.is_file():
+        return None
+    step = file.read_text(encoding="utf-8").strip()
+    folder = file.parent / step
+    if not (re.fullmatch(r"step-\d+", step) and folder.is_dir()):
+        raise UserError(
+            f'{file} names the checkpoint "{step}", which is not there.\n'
+            f"Write the name of another folder in {file.parent} into it, or delete the run and start anew."
+        )
+    return folder
+
+
+def read_config(folder: Path) -> Config:
     """The configuration in a model folder.
 
     Raises:
@@ -90,13 +143,15 @@ def read_config(folder: Path) -> ModelConfig:
     if not isinstance(values, dict) or values.pop("library", None) != LIBRARY:
         raise UserError(f"{path} does not describe a {LIBRARY} model.")
     try:
-        return config_from_dict(values)
+        is_classifier = values.get("architecture") == ClassifierConfig.architecture
+        return ClassifierConfig.from_dict(values) if is_classifier else config_from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _load_folder(folder: Path, settings: dict[str, Any]) -> MaskedAutoencoder:
-    model = build(read_config(folder).replace(**settings))
+def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
+    config = read_config(folder).replace(**settings)
+    model = build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
     path = folder / WEIGHTS_FILE
     tensors = read_tensors(path)
     if problems := misfits(tensors, model.state_dict()):

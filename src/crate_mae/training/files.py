@@ -85,11 +85,11 @@ class CsvLog:
         return list(csv.DictReader(complete.splitlines()))
 
     def cut_back(self, step: int | None) -> None:
-        """Keep the rows up to and including `step`; None keeps nothing."""
+        """Keep the rows up to and including `step`, with the columns that they have; None keeps nothing."""
         if not self.path.exists():
             return
         kept = [row for row in self.read() if step is not None and int(row["step"]) <= step]
-        temporary = CsvLog(self.path.with_name(f".{self.path.name}.tmp"), self.columns)
+        temporary = CsvLog(self.path.with_name(f".{self.path.name}.tmp"), list(kept[0]) if kept else self.columns)
         temporary.path.unlink(missing_ok=True)
         temporary.append(kept)
         if kept:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,21 +14,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from crate_mae.data import (
-    BadImage,
-    Batch,
-    ImageDataset,
-    ImageSource,
-    UnreadableImage,
-    collate,
-    evaluation_transform,
-    full_name,
-    open_source,
-    pretrain_transform,
-)
+from crate_mae.data import BadImage, Batch, ImageDataset, ImageSource, UnreadableImage, collate, full_name, open_source
+from crate_mae.data.dataset import workers_errors_plain
+from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.training.bad_images import most_bad
-from crate_mae.training.config import PretrainConfig
+from crate_mae.training.config import RunConfig
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.sampler import StepSampler
 
@@ -37,10 +28,24 @@ PYTHON_OBJECT = "python:"
 
 
 class Part(ImageSource):
-    """Some images of a source, as a source of their own."""
+    """Some images of a source, as a source of their own.
 
-    def __init__(self, whole: ImageSource, indices: np.ndarray) -> None:
-        super().__init__(whole.name, classes=whole.classes)
+    Args:
+        whole: the source.
+        indices: which of its images.
+        labels: one per image of the part, in place of the source's; without them the part has none.
+        classes: what these labels stand for.
+    """
+
+    def __init__(
+        self,
+        whole: ImageSource,
+        indices: np.ndarray,
+        *,
+        labels: np.ndarray | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(whole.name, labels, classes if labels is not None else whole.classes)
         self._whole = whole
         self._indices = indices
 
@@ -63,17 +68,32 @@ class RunImages:
     Attributes:
         train: trained on.
         held_out: measured on.
-        taken_out: whether the held-out images were taken out of the training images.
+        train_name: how the configuration names the data that the first comes from,
+        held_out_name: and the second; None if the held-out images were taken out of the training images.
     """
 
     train: ImageSource
     held_out: ImageSource
-    taken_out: bool
+    train_name: str
+    held_out_name: str | None
 
 
-def data_name(data: Any) -> str:
-    """How a configuration names data: so that a run can be resumed from any folder."""
-    return full_name(data) if isinstance(data, (str, Path)) else PYTHON_OBJECT + open_source(data).name
+def open_named(data: Any) -> tuple[ImageSource, str]:
+    """Open data, and say how a configuration names it: so that a run can be resumed from any folder.
+
+    Raises:
+        UserError: if there is no such data, or the data of a run from Python is opened by its name.
+    """
+    if not isinstance(data, (str, Path)):
+        source = open_source(data)
+        return source, PYTHON_OBJECT + source.name
+    if isinstance(data, str) and data.startswith(PYTHON_OBJECT):
+        raise UserError(
+            f"This run trains on a Python object ({data.removeprefix(PYTHON_OBJECT)}), which has no path.\n"
+            "Resume it from Python with the same call as before: crate_mae.pretrain(your_dataset, out=...) or the like."
+        )
+    name = full_name(data)
+    return open_source(name), name
 
 
 def open_images(data: Any, val: Any = None) -> RunImages:
@@ -85,21 +105,16 @@ def open_images(data: Any, val: Any = None) -> RunImages:
     Raises:
         UserError: if there is nothing to train on, or the data of a run from Python is opened by its name.
     """
-    for source in (data, val):
-        if isinstance(source, str) and source.startswith(PYTHON_OBJECT):
-            raise UserError(
-                f"This run trains on a Python object ({source.removeprefix(PYTHON_OBJECT)}), which has no path.\n"
-                "Resume it from Python with the same call as before: crate_mae.pretrain(your_dataset, out=...)."
-            )
-    whole = open_source(data)
+    whole, name = open_named(data)
     if val is not None:
-        return RunImages(whole, _fixed_part(open_source(val), MOST_HELD_OUT)[0], taken_out=False)
+        other, other_name = open_named(val)
+        return RunImages(whole, _fixed_part(other, MOST_HELD_OUT)[0], name, other_name)
     if len(whole) < 2:
         raise UserError(
             f"{whole.name} has {len(whole)} image, but pretraining needs at least 2: one to train on, one held out."
         )
     held_out, train = _fixed_part(whole, max(1, min(MOST_HELD_OUT, len(whole) // 20)))
-    return RunImages(train, held_out, taken_out=True)
+    return RunImages(train, held_out, name, None)
 
 
 def _fixed_part(source: ImageSource, size: int) -> tuple[Part, Part]:
@@ -108,31 +123,38 @@ def _fixed_part(source: ImageSource, size: int) -> tuple[Part, Part]:
     return Part(source, np.sort(order[:size])), Part(source, np.sort(order[size:]))
 
 
-def read_held_out(source: ImageSource, config: PretrainConfig) -> tuple[Float[Tensor, "b c hh ww"], list[BadImage]]:
+def read_held_out(
+    source: ImageSource, transform: Preparation, max_bad: float
+) -> tuple[Float[Tensor, "b c hh ww"], list[BadImage]]:
     """The held-out images that can be read, prepared without randomness, and those that cannot.
 
     Raises:
         UserError: if none can be read, or more cannot than `max_bad` allows.
     """
-    transform = evaluation_transform(config.image_size, config.channels, config.mean, config.std)
     images, bad = [], []
     for i in range(len(source)):
         try:
             images.append(transform(source.read(i)))
         except UnreadableImage as error:
             bad.append(BadImage(error.location, error.reason))
-    if not images or len(bad) > most_bad(config.max_bad, len(source)):
+    refuse_many_bad(source, bad, max_bad)
+    return torch.stack(images), bad
+
+
+def refuse_many_bad(source: ImageSource, bad: Sequence[BadImage], max_bad: float) -> None:
+    """Raise a `UserError` if no held-out image can be read, or more cannot than `max_bad` allows."""
+    if len(bad) == len(source) or len(bad) > most_bad(max_bad, len(source)):
         raise UserError(
             f"{len(bad)} of {len(source)} held-out images cannot be read, such as\n"
             f"{bad[0].location}: {bad[0].reason}\n"
             f"Mend or remove them (crate-mae data check {source.name} lists them), or give other images with --val."
         )
-    return torch.stack(images), bad
 
 
 def training_batches(
     source: ImageSource,
-    config: PretrainConfig,
+    transform: Callable[[Image.Image | Tensor], Tensor],
+    config: RunConfig,
     start_step: int,
     *,
     rank: int,
@@ -143,9 +165,6 @@ def training_batches(
 
     Close the generator to end the loader's processes.
     """
-    transform = pretrain_transform(
-        config.image_size, config.channels, config.mean, config.std, config.min_crop, config.flip
-    )
     sampler = StepSampler(
         len(source),
         config.batch_size,
@@ -165,8 +184,5 @@ def training_batches(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # or the loader would draw from the global one in the step in which it starts
     )
-    try:
+    with workers_errors_plain():
         yield from loader
-    except UserError as error:
-        # A loader process wraps its errors in a traceback; the user's sentence comes last.
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error

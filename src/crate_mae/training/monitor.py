@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from crate_mae.data import save_picture_grid
 from crate_mae.models.autoencoder import MaskedAutoencoder
@@ -74,7 +74,7 @@ class Monitor:
         device = model.mask_token.device
         loss, features = 0.0, []
         sums: dict[tuple[str, str], float] = defaultdict(float)
-        with _evaluating(model):
+        with evaluating(model):
             for images, masks in zip(self.images.split(_BATCH), self.masks.split(_BATCH), strict=True):
                 images = images.to(device)
                 share = len(images) / len(self.images)
@@ -93,7 +93,7 @@ class Monitor:
         """Write held-out images as they are, masked, completed, and with the completion pasted into the holes."""
         device = model.mask_token.device
         images, masks = self.images[:_PICTURED].to(device), self.masks[:_PICTURED]
-        with _evaluating(model):
+        with evaluating(model):
             completion = complete(model, images, masks)
         save_picture_grid([(name, pictures.cpu()) for name, pictures in completion._asdict().items()], path)
 
@@ -113,7 +113,7 @@ def _place(name: str) -> tuple[str, int]:
 
 
 @contextmanager
-def _evaluating(model: MaskedAutoencoder) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without gradients, stochastic depth or compiled code, which would be compiled once more for evaluation."""
     was_training = model.training
     model.eval()

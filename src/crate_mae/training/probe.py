@@ -10,10 +10,8 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from crate_mae.models.autoencoder import MaskedAutoencoder
-from crate_mae.models.masking import random_mask
-from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.precision import autocast
+from crate_mae.training.task import Task
 
 Precision = Literal["float32", "bfloat16"]
 
@@ -39,18 +37,13 @@ class ProbeResult(NamedTuple):
     memory: int | None
 
 
-def probe(
-    model: MaskedAutoencoder,
-    micro_batch: int,
-    mask_ratio: float,
-    precision: Literal["auto", "float32", "bfloat16"],
-    device: torch.device,
-) -> ProbeResult:
-    """Time training steps on a copy of the model with random images.
+def probe(task: Task, micro_batch: int, device: torch.device) -> ProbeResult:
+    """Time training steps on a copy of the task's model with random images.
 
     Neither the model nor any random generator is changed. On a CPU "auto" takes whichever precision is faster when
     measured; on other devices it takes bfloat16 where the hardware has it.
     """
+    precision: Literal["auto", "float32", "bfloat16"] = task.config.precision
     if precision == "auto" and device.type != "cpu":
         precision, reason = _precision_of(device)
     else:
@@ -58,10 +51,10 @@ def probe(
     generators = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=generators):
         if precision != "auto":
-            seconds, full_size = _seconds_per_step(model, micro_batch, mask_ratio, precision, device)
+            seconds, full_size = _seconds_per_step(task, micro_batch, precision, device)
         else:
-            slow, full_size = _seconds_per_step(model, micro_batch, mask_ratio, "float32", device)
-            fast, _ = _seconds_per_step(model, micro_batch, mask_ratio, "bfloat16", device)
+            slow, full_size = _seconds_per_step(task, micro_batch, "float32", device)
+            fast, _ = _seconds_per_step(task, micro_batch, "bfloat16", device)
             precision = "bfloat16" if slow / fast > _WORTHWHILE else "float32"
             reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
             seconds = min(slow, fast) if precision == "bfloat16" else slow
@@ -74,23 +67,17 @@ def _precision_of(device: torch.device) -> tuple[Precision, str]:
     return "float32", f"this {device.type} device does not compute in bfloat16"
 
 
-def _seconds_per_step(
-    model: MaskedAutoencoder,
-    micro_batch: int,
-    mask_ratio: float,
-    precision: Precision,
-    device: torch.device,
-) -> tuple[float, bool]:
+def _seconds_per_step(task: Task, micro_batch: int, precision: Precision, device: torch.device) -> tuple[float, bool]:
     """Seconds for a step, and whether it was measured with the whole micro-batch."""
-    trial = copy.deepcopy(model).to(device).train()
-    optimizer = build_optimizer(trial, weight_decay=0.0)
+    trial = copy.deepcopy(task.model).to(device).train()
+    optimizer, step_loss = task.optimizer(trial), task.step_loss(0)
 
     def step(num_images: int) -> float:
         images = torch.randn(num_images, trial.config.in_chans, *trial.config.image_size, device=device)
-        mask = random_mask(num_images, trial.num_patches, mask_ratio)
+        labels = torch.zeros(num_images, dtype=torch.int64, device=device)
         started = time.perf_counter()
         with autocast(device, precision):
-            loss = trial(images, mask=mask).loss
+            loss = step_loss(trial, images, labels, slice(0, num_images))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

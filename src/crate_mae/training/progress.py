@@ -65,6 +65,12 @@ class Display:
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def count(number: int, noun: str) -> str:
+    """A number of things for people: "1 step", "1,200 steps", "2 processes"."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}" + ("" if number == 1 else plural)
+
+
 def duration(seconds: float) -> str:
     """A length of time for people: "40 s", "12 min", "3 h 20 min"."""
     if seconds < 90:

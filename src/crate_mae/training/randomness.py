@@ -19,6 +19,8 @@ class Purpose(IntEnum):
     ORDER = 1
     MASK = 2
     STEP = 3
+    LABELS = 4
+    MIX = 5
 
 
 def derive_seed(seed: int, purpose: Purpose, *position: int) -> int:

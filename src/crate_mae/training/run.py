@@ -1,4 +1,4 @@
-"""A pretraining run as Python sees it."""
+"""A run as Python sees it."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crate_mae.training.config import PretrainConfig
+from crate_mae.training.config import RunConfig
 from crate_mae.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from crate_mae.models.autoencoder import MaskedAutoencoder
+    from crate_mae.models.weights import Model
 
 
 @dataclass(frozen=True)
 class Run:
-    """What `pretrain` and `resume` return.
+    """What `pretrain`, `finetune` and `resume` return.
 
     Attributes:
         path: the run's folder.
@@ -23,14 +23,14 @@ class Run:
     """
 
     path: Path
-    config: PretrainConfig
+    config: RunConfig
 
     @property
     def resume_command(self) -> str:
         """What to type to go on."""
         return RunDirectory(self.path).resume_command
 
-    def model(self) -> MaskedAutoencoder:
+    def model(self) -> Model:
         """The finished model; of a run that is not finished, the model of its newest checkpoint.
 
         Raises:
@@ -42,5 +42,5 @@ class Run:
 
     def metrics(self) -> list[dict[str, float | None]]:
         """The rows of metrics.csv; a value that was not measured at a step is None."""
-        rows = RunDirectory(self.path).metrics.read()
+        rows = RunDirectory(self.path).metrics().read()
         return [{key: float(value) if value else None for key, value in row.items()} for row in rows]

@@ -1,20 +1,22 @@
-"""Where a pretraining run keeps everything: plain files, each written whole or not at all.
+"""Where a run keeps everything: plain files, each written whole or not at all.
 
 RUN/
-    config.yaml         every option, resolved; `crate-mae pretrain --config` of it repeats the run
+    config.yaml         which command made the run, and every option, resolved; `--config` of it repeats the run
     command.txt         the commands that started and resumed the run, one per line, with their times
     environment.json    versions, machine, devices and threads of the last start
     log.txt             what the library logged
-    metrics.csv         loss, learning rate, speed and held-out signals by step
-    layers.csv          sparsity and subspace rate of every layer by step: step, part, layer, measure, value
+    metrics.csv         loss, learning rate, speed and what held-out images say, by step
+    layers.csv          of pretraining: sparsity and subspace rate of every layer: step, part, layer, measure, value
     bad_files.csv       unreadable images: step, location, reason
     checkpoints/
         step-1200/      model.safetensors + config.json (a MODEL like any other)
                         optimizer.safetensors + state.json
+                        trained.safetensors: if the model is an average, the weights that are averaged
         last            one line: the name of the newest complete checkpoint
-    pictures/           step-1200.png: held-out images, masked, completed
+        best            of fine-tuning: the name of the one that did best on the validation images
+    pictures/           of pretraining: step-1200.png: held-out images, masked, completed
     tensorboard/        if TensorBoard is installed
-    model.safetensors   the finished model, encoder and decoder, with
+    model.safetensors   the finished model: of pretraining the last one, of fine-tuning the best one, with
     config.json         what it is built from
     lock                host and process that writes here now
 """
@@ -30,7 +32,7 @@ import shlex
 import shutil
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -41,15 +43,13 @@ import torch
 
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
-from crate_mae.training.config import PretrainConfig
+from crate_mae.training.config import FinetuneConfig, PretrainConfig, RunConfig, load_config
 from crate_mae.training.files import CsvLog
 
 logger = logging.getLogger(__name__)
 
-METRICS = (
-    *("step", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "bad_images"),
-    *("held_out_loss", "feature_rank", "images_per_second", "data_wait"),
-)
+LEARNING = ("step", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "bad_images")
+SPEED = ("images_per_second", "data_wait")
 LAYERS = ("step", "part", "layer", "measure", "value")
 BAD_FILES = ("step", "location", "reason")
 _PACKAGES = ("crate-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
@@ -71,10 +71,9 @@ class RunDirectory:
         """Folder of the checkpoints."""
         return self.path / "checkpoints"
 
-    @property
-    def metrics(self) -> CsvLog:
-        """One row per logged step."""
-        return CsvLog(self.path / "metrics.csv", METRICS)
+    def metrics(self, measures: Sequence[str] = ()) -> CsvLog:
+        """One row per logged step; to write rows, say the measures of the task."""
+        return CsvLog(self.path / "metrics.csv", (*LEARNING, *measures, *SPEED))
 
     @property
     def layers(self) -> CsvLog:
@@ -86,6 +85,10 @@ class RunDirectory:
         """One row per unreadable image."""
         return CsvLog(self.path / "bad_files.csv", BAD_FILES)
 
+    def picture(self, step: int) -> Path:
+        """The picture of a step."""
+        return self.path / "pictures" / f"step-{step}.png"
+
     @property
     def is_finished(self) -> bool:
         """Whether the run has written its final model, of which `config.json` comes last."""
@@ -96,14 +99,14 @@ class RunDirectory:
         """What to type to go on."""
         return f"crate-mae resume {shlex.quote(str(self.path))}"
 
-    def existing_config(self) -> PretrainConfig | None:
+    def existing_config(self) -> PretrainConfig | FinetuneConfig | None:
         """The configuration of the run that is already here; None if the folder is free to use.
 
         Raises:
             UserError: if the path is a file, or a folder with something else in it.
         """
         if self.config_file.exists():
-            return PretrainConfig.load(self.config_file)
+            return load_config(self.config_file)
         if not self.path.exists():
             return None
         if not self.path.is_dir():
@@ -117,7 +120,7 @@ class RunDirectory:
         return None
 
     @contextlib.contextmanager
-    def opened(self, config: PretrainConfig) -> Iterator[None]:
+    def opened(self, config: RunConfig) -> Iterator[None]:
         """Make the folder if need be, write down how this start came about, and keep others from writing meanwhile.
 
         Raises:
@@ -138,21 +141,20 @@ class RunDirectory:
             yield
 
     @contextlib.contextmanager
-    def _begun(self, config: PretrainConfig) -> Iterator[None]:
+    def _begun(self, config: RunConfig) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path / "lock"):
             config.save(self.config_file)
             write_whole(self.path / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
             with (self.path / "command.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")
-            for folder in (self.checkpoints, self.path / "pictures"):
-                folder.mkdir(exist_ok=True)
+            self.checkpoints.mkdir(exist_ok=True)
             with _logged_to(self.path / "log.txt"):
                 yield
 
     def cut_back(self, step: int | None) -> None:
         """Forget what was logged after `step`; None forgets everything."""
-        for table in (self.metrics, self.layers, self.bad_files):
+        for table in (self.metrics(), self.layers, self.bad_files):
             table.cut_back(step)
         for picture in (self.path / "pictures").glob("step-*.png"):
             if step is None or int(picture.stem.removeprefix("step-")) > step:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 
 from accelerate import Accelerator
-from torch import nn
-from torch.optim import Optimizer
 
-from crate_mae.models.config import ModelConfig
-from crate_mae.models.weights import save_tensors
+from crate_mae.models.tensors import read_tensors
+from crate_mae.models.weights import WEIGHTS_FILE, save_tensors
 from crate_mae.training import checkpoint
 from crate_mae.training.checkpoint import TrainState
-from crate_mae.training.config import PretrainConfig
 from crate_mae.training.processes import first_decides
 from crate_mae.training.run_directory import RunDirectory
+from crate_mae.training.task import Task
+from crate_mae.training.trainee import Trainee
 
 
 class Saver:
@@ -22,29 +21,18 @@ class Saver:
 
     Args:
         directory: where to.
-        config: of the run.
-        model: as the accelerator prepared it.
-        optimizer: torch's own, not the accelerator's wrapper.
+        task: tells the epoch.
+        trainee: what is saved.
         accelerator: brings the processes together.
-        steps_per_epoch: to tell the epoch.
     """
 
-    def __init__(
-        self,
-        directory: RunDirectory,
-        config: PretrainConfig,
-        *,
-        model: nn.Module,
-        optimizer: Optimizer,
-        accelerator: Accelerator,
-        steps_per_epoch: int,
-    ) -> None:
+    def __init__(self, directory: RunDirectory, task: Task, *, trainee: Trainee, accelerator: Accelerator) -> None:
         self.directory = directory
-        self.config = config
-        self.model = model
-        self.optimizer = optimizer
+        self.task = task
+        self.config = task.config
+        self.trainee = trainee
         self.accelerator = accelerator
-        self.steps_between = config.checkpoint_epochs * steps_per_epoch
+        self.steps_between = task.config.checkpoint_epochs * task.steps_per_epoch
         self._saved_at = time.monotonic()
 
     def is_due_by_clock(self) -> bool:
@@ -55,15 +43,23 @@ class Saver:
         """Whether this step ends an epoch after which to save, or the run."""
         return state.step % self.steps_between == 0 or state.step == self.config.steps
 
-    def save(self, state: TrainState, model_config: ModelConfig) -> None:
+    def save(self, state: TrainState) -> None:
         """Write a checkpoint. All processes must call this together."""
-        snapshot = checkpoint.gather(self.model, self.optimizer)
+        snapshot, config = checkpoint.gather(self.trainee), self.task.model.config
         folder = self.directory.checkpoints
-        first_decides(self.accelerator, lambda: checkpoint.write(folder, snapshot, model_config, state))
+        first_decides(self.accelerator, lambda: checkpoint.write(folder, snapshot, config, state))
         self._saved_at = time.monotonic()
 
-    def save_model(self, model_config: ModelConfig) -> None:
-        """Write the finished model, which marks the run as finished. All processes must call this together."""
-        snapshot = checkpoint.gather(self.model, self.optimizer)
-        path = self.directory.path
-        first_decides(self.accelerator, lambda: save_tensors(snapshot.weights, model_config, path))
+    def save_model(self, state: TrainState) -> None:
+        """Write the finished model, which marks the run as finished. All processes must call this together.
+
+        It is the best one where models were compared, and otherwise the last one.
+        """
+        snapshot, config = checkpoint.gather(self.trainee), self.task.model.config
+
+        def write() -> None:
+            best = None if state.best_score is None else self.directory.checkpoints / f"step-{state.best_step}"
+            tensors = snapshot.measured if best is None else read_tensors(best / WEIGHTS_FILE)
+            save_tensors(tensors, config, self.directory.path)
+
+        first_decides(self.accelerator, write)

@@ -1,10 +1,11 @@
-"""From checked options to a running loop: the part of a run that writes nothing."""
+"""From options to a running loop: the part of a run that writes nothing."""
 
 from __future__ import annotations
 
 import atexit
 import contextlib
 import dataclasses
+import inspect
 import math
 import time
 from collections.abc import Iterator
@@ -17,38 +18,34 @@ from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from rich.console import Console
 
 from crate_mae.errors import UserError
-from crate_mae.models.autoencoder import build
+from crate_mae.models.weights import newest_checkpoint
 from crate_mae.training import checkpoint
-from crate_mae.training.config import PretrainConfig
-from crate_mae.training.images import read_held_out
+from crate_mae.training.config import RunConfig
+from crate_mae.training.loop import train
 from crate_mae.training.plan import describe_end, describe_plan
-from crate_mae.training.pretrain import Setup, train
 from crate_mae.training.probe import ProbeResult, peak_memory, probe
 from crate_mae.training.processes import first_decides
 from crate_mae.training.progress import Display
 from crate_mae.training.randomness import Purpose, derive_seed
-from crate_mae.training.resolve import resolve
+from crate_mae.training.resolve import resolve_pretraining
+from crate_mae.training.resolve_finetuning import resolve_finetuning
 from crate_mae.training.run import Run
 from crate_mae.training.run_directory import RunDirectory
+from crate_mae.training.task import Resolved, Task
 
+_RESOLVERS = {"pretrain": resolve_pretraining, "finetune": resolve_finetuning}
 _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
 
 
 def start(
-    data: Any,
-    out: Path,
-    options: dict[str, Any],
-    defaults: dict[str, Any],
-    *,
-    dry_run: bool,
-    quiet: bool,
+    command: str, out: Path, options: dict[str, Any], defaults: dict[str, Any], *, dry_run: bool, quiet: bool
 ) -> Run:
-    """Start a run, or go on with the one that is in `out`; see `crate_mae.pretrain`.
+    """Start a run, or go on with the one that is in `out`; see `crate_mae.pretrain` and `crate_mae.finetune`.
 
     Args:
-        data: any form of DATA.
+        command: which of the two.
         out: the run's folder.
-        options: the other options of `crate_mae.pretrain` by name.
+        options: all other options of the command by name.
         defaults: their defaults, which tell what the user left open.
         dry_run: stop after showing the plan.
         quiet: show nothing.
@@ -56,49 +53,68 @@ def start(
     started = time.monotonic()
     directory = RunDirectory(out)
     processes = _join_processes()
+    display = Display(Console() if processes.is_main_process and not quiet else None)
     existing = directory.existing_config()
     if existing is not None:
+        _refuse_other_kind(command, existing, out)
         options = _fill_from(existing, options, defaults)
-    display = Display(Console() if processes.is_main_process and not quiet else None)
-    config, images, model_config = resolve(data, options, processes.num_processes)
+    resolved = _RESOLVERS[command](options, processes.num_processes, newest_checkpoint(out))
     if existing is not None:
-        if changed := existing.differences(config):
-            raise UserError(
-                f"{out} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
-                "To resume it, leave these options out; for a new run, give another --out."
-            )
+        _refuse_differences(existing, resolved.config, out)
         if directory.is_finished:
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
             return Run(out, existing)
 
-    with _threads(config.threads):
-        accelerator = Accelerator(
-            cpu=torch.device(processes.device or "cpu").type == "cpu",
-            mixed_precision="no",  # the loop says itself what runs in bfloat16
-            log_with=list(config.trackers) or None,
-            project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
-        )
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
-            model = build(model_config)
-        micro_batch = config.batch_size // (processes.num_processes * config.accumulation)
-        found = first_decides(
-            accelerator,
-            lambda: probe(model, micro_batch, config.mask_ratio, config.precision, accelerator.device),
-        )
-        config = _with_probe(config, found, len(images.train))
-        held_out, bad_held_out = read_held_out(images.held_out, config)
-        setup = Setup(config, images, model, accelerator, held_out, bad_held_out)
-        newest = checkpoint.newest_checkpoint(out)
-        plan = describe_plan(setup, found, directory, checkpoint.step_of(newest) if newest else 0)
+    with _threads(resolved.config.threads):
+        accelerator = _build_accelerator(resolved.config, processes, out)
+        task, found = _build_task(resolved, accelerator)
+        newest = newest_checkpoint(out)
+        plan = describe_plan(task, accelerator, found, directory, checkpoint.step_of(newest) if newest else 0)
+        run = Run(out, task.config)
         if dry_run:
             display.lines([*plan, "This was a dry run: nothing has been written."])
-            return Run(out, config)
-        train(setup, directory, display, plan)
-        run = Run(out, config)
+            return run
+        train(task, accelerator, directory=directory, display=display, plan=plan)
         if accelerator.is_main_process:
-            display.lines(describe_end(run, time.monotonic() - started, peak_memory(accelerator.device)))
+            display.lines(describe_end(task, run, time.monotonic() - started, peak_memory(accelerator.device)))
         return run
+
+
+def _build_accelerator(config: RunConfig, processes: PartialState, out: Path) -> Accelerator:
+    return Accelerator(
+        cpu=torch.device(processes.device or "cpu").type == "cpu",
+        mixed_precision="no",  # the loop says itself what runs in bfloat16
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
+    )
+
+
+def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, ProbeResult]:
+    """The task with its weights, and what the probe found, which completes its configuration."""
+    config = resolved.config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
+        task = resolved.build()
+    micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
+    found = first_decides(accelerator, lambda: probe(task, micro_batch, accelerator.device))
+    task.config = _with_probe(config, found, task.steps_per_epoch)
+    return task, found
+
+
+def _refuse_other_kind(command: str, existing: RunConfig, out: Path) -> None:
+    if existing.command != command:
+        raise UserError(
+            f"{out} holds a run of `crate-mae {existing.command}`, not of `crate-mae {command}`.\n"
+            f"To go on with it: crate-mae resume {out}. For a new run, give another --out."
+        )
+
+
+def _refuse_differences(existing: RunConfig, config: RunConfig, out: Path) -> None:
+    if changed := existing.differences(config):
+        raise UserError(
+            f"{out} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
+            "To resume it, leave these options out; for a new run, give another --out."
+        )
 
 
 def _join_processes() -> PartialState:
@@ -115,7 +131,7 @@ def _join_processes() -> PartialState:
     sharding = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
     if asked := [name for name in sharding if parse_flag_from_env(name)]:
         raise UserError(
-            f"Pretraining runs one whole model per process (DDP), but the launcher has set {asked[0]}.\n"
+            f"Training runs one whole model per process (DDP), but the launcher has set {asked[0]}.\n"
             "Launch it with torchrun or with `accelerate launch --multi_gpu`."
         )
     if processes.num_processes > 1:
@@ -124,19 +140,24 @@ def _join_processes() -> PartialState:
     return processes
 
 
-def _fill_from(existing: PretrainConfig, options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+def _fill_from(existing: RunConfig, options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
     """Options that were left at their default, from the run that exists."""
     filled = {**options, **dataclasses.asdict(existing)}
-    del filled["data"]
-    given = {key: value for key, value in options.items() if value != defaults[key]}
+    given = {key: value for key, value in options.items() if _is_given(value, defaults[key])}
     if "epochs" in given:
         filled["steps"] = given.get("steps")
     return {**filled, **given}
 
 
-def _with_probe(config: PretrainConfig, found: ProbeResult, images: int) -> PretrainConfig:
+def _is_given(value: Any, default: Any) -> bool:
+    """Whether an option is not at its default. Data may be any Python object, which is not asked what it equals."""
+    if default is inspect.Parameter.empty or default is None:
+        return value is not default
+    return value != default
+
+
+def _with_probe(config: RunConfig, found: ProbeResult, steps_per_epoch: int) -> RunConfig:
     """The configuration with what the probe decides."""
-    steps_per_epoch = images // config.batch_size
     seconds_per_epoch = found.seconds * config.accumulation * steps_per_epoch
     about_a_minute = max(1, math.ceil(_SECONDS_PER_CHECKPOINT / seconds_per_epoch))
     epochs = config.checkpoint_epochs or min(about_a_minute, math.ceil(config.steps / steps_per_epoch))

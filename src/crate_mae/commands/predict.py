@@ -1,0 +1,161 @@
+"""`crate-mae predict`: the classes of images, by a classifier that `crate-mae finetune` trained."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from crate_mae.commands.pretrain import Data
+from crate_mae.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from crate_mae.data import BadImage, ImageSource
+    from crate_mae.models.classifier import Classifier
+else:
+    BadImage = Classifier = ImageSource = Tensor = Any  # `--help` must not import torch for an annotation
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What `predict` saved and measured.
+
+    Attributes:
+        path: the CSV file.
+        files: where each image is, in the order of the data.
+        predicted: the most probable class of each.
+        probability: that class's probability.
+        accuracy: share of images whose class was predicted; None without labels of the model's classes.
+        bad: the images that cannot be read, with reasons; they are left out.
+    """
+
+    path: Path
+    files: list[str]
+    predicted: list[str]
+    probability: list[float]
+    accuracy: float | None
+    bad: list[BadImage]
+
+
+def predict(
+    model: str | Path,
+    images: Data,
+    *,
+    out: Annotated[Path | str, Parameter(alias="-o")],
+    batch_size: int = 64,
+    workers: int = 0,
+    overwrite: bool = False,
+) -> Predictions:
+    """Predict the class of every image, and save the probabilities.
+
+    The file has a row for each image: where it is, the predicted class, its probability, the true class where IMAGES
+    has labels (`label`), and the probability of each class (`p_` and its name). Images that cannot be read are listed
+    and left out. If the labels are those of the model's classes, the accuracy is shown too.
+
+    Args:
+        model: a run of `crate-mae finetune`, a folder with the model.safetensors and config.json of one, or
+            hf:user/name.
+        images: an image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
+        out: the .csv file to write.
+        batch_size: images that are classified at once.
+        workers: processes that load images.
+        overwrite: replace a file that is there.
+
+    Returns:
+        What was predicted, and the accuracy where it is known.
+
+    Raises:
+        UserError: if the model is no classifier, no image can be read, or `out` exists already.
+    """
+    from rich.console import Console
+
+    from crate_mae.data import open_source
+    from crate_mae.data.files import write_whole
+    from crate_mae.models.weights import load_classifier
+
+    out = Path(out)
+    if out.suffix.lower() != ".csv":
+        raise UserError(f"--out {out} must name a .csv file.")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} is there already. Name another file, or add --overwrite.")
+    if batch_size < 1 or workers < 0:
+        raise UserError(f"--batch-size {batch_size} must be at least 1, and --workers {workers} at least 0.")
+    source = open_source(images)
+    net = load_classifier(model)
+    probabilities, indices, bad = _classify(net, source, batch_size, workers)
+    if not indices:
+        raise UserError(f"No image of {source.name} can be read. The first is\n{bad[0].location}: {bad[0].reason}")
+    classes = net.config.classes
+    best = probabilities.max(dim=1)
+    predicted = [classes[number] for number in best.indices.tolist()]
+    files = [source.location(i) for i in indices]
+    truth = _true_classes(source, indices)
+    write_whole(out, _as_csv(files, predicted, truth, probabilities, classes))
+    accuracy = _accuracy(predicted, truth, classes)
+
+    console = Console(highlight=False)
+    for location, reason in bad:
+        console.print(f"Left out: {location}: {reason}", soft_wrap=True, markup=False)
+    if accuracy is not None:
+        console.print(f"Accuracy: {accuracy:.2%} of {len(files):,} images")
+    elif truth is not None:
+        console.print(f"{source.name} has labels of other classes than the model: no accuracy.", markup=False)
+    console.print(f"Saved {len(files):,} predictions in {out}", soft_wrap=True, markup=False)
+    return Predictions(out, files, predicted, best.values.tolist(), accuracy, bad)
+
+
+def _classify(
+    model: Classifier, source: ImageSource, batch_size: int, workers: int
+) -> tuple[Tensor, list[int], list[BadImage]]:
+    """Probabilities (one row an image), which images they are of, and which images cannot be read."""
+    import torch
+
+    from crate_mae.data import evaluation_transform, readable_batches
+
+    c = model.config
+    transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    model = model.to(device).eval()
+    rows, indices, bad = [], [], []
+    with torch.inference_mode():
+        for batch in readable_batches(source, transform, batch_size, workers=workers):
+            bad += batch.bad
+            if len(batch.images):
+                rows.append(model(batch.images.to(device)).float().softmax(dim=1).cpu())
+                indices += batch.indices.tolist()
+    return torch.cat(rows) if rows else torch.empty(0, len(c.classes)), indices, bad
+
+
+def _true_classes(source: ImageSource, indices: list[int]) -> list[str | None] | None:
+    from crate_mae.data import label_names
+
+    names = label_names(source)
+    return None if names is None else [names[i] for i in indices]
+
+
+def _accuracy(predicted: list[str], truth: list[str | None] | None, classes: tuple[str, ...]) -> float | None:
+    if truth is None or not set(truth) <= set(classes):
+        return None
+    return sum(one == other for one, other in zip(predicted, truth, strict=True)) / len(predicted)
+
+
+def _as_csv(
+    files: list[str],
+    predicted: list[str],
+    truth: list[str | None] | None,
+    probabilities: Tensor,
+    classes: tuple[str, ...],
+) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    label = [] if truth is None else ["label"]
+    writer.writerow(["file", "prediction", "probability", *label, *(f"p_{name}" for name in classes)])
+    for i, values in enumerate(probabilities.tolist()):
+        label = [] if truth is None else [truth[i] or ""]
+        numbers = [f"{value:.6g}" for value in values]
+        writer.writerow([files[i], predicted[i], f"{max(values):.6g}", *label, *numbers])
+    return text.getvalue().encode()

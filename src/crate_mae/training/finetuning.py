@@ -1,0 +1,189 @@
+"""The task of fine-tuning: learn the classes of labelled images, from a pretrained encoder or from scratch."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, final
+
+import numpy as np
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from crate_mae.data import BadImage, ImageSource, evaluation_transform, finetune_transform, readable_batches
+from crate_mae.data.transforms import Preparation
+from crate_mae.errors import UserError
+from crate_mae.models.autoencoder import build
+from crate_mae.models.classifier import Classifier, ClassifierConfig
+from crate_mae.models.config import ModelConfig
+from crate_mae.training.config import FinetuneConfig
+from crate_mae.training.images import PYTHON_OBJECT, Part, RunImages, refuse_many_bad
+from crate_mae.training.mixing import Mixing
+from crate_mae.training.monitor import evaluating
+from crate_mae.training.processes import ignore_stop_requests
+from crate_mae.training.progress import count
+from crate_mae.training.run_directory import RunDirectory
+from crate_mae.training.task import Measured, StepLoss, Task
+
+BETAS = (0.9, 0.999)  # those of MAE's fine-tuning
+_VALIDATED_AT_ONCE = 64
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The encoder that fine-tuning begins with.
+
+    Attributes:
+        config: of the autoencoder that it comes from.
+        weights: of the encoder; None for fresh ones.
+        image_size: to change the encoder to: its positions are interpolated.
+    """
+
+    config: ModelConfig
+    weights: dict[str, Tensor] | None
+    image_size: tuple[int, int]
+
+    def build(self, classes: tuple[str, ...], pooling: Any) -> Classifier:
+        """A classifier with this encoder and a fresh head."""
+        encoder = build(self.config).encoder
+        if self.weights is not None:
+            encoder.load_state_dict(self.weights)
+        if self.image_size != self.config.image_size:
+            encoder.set_input_size(img_size=self.image_size)
+        config = self.config.replace(image_size=self.image_size)
+        return Classifier(encoder, ClassifierConfig(encoder=config, classes=classes, pooling=pooling))
+
+
+@final
+class Finetuning(Task):
+    """Learns classes; measured on all validation images, by the averaged weights where an average is kept.
+
+    Args:
+        config: of the run.
+        images: to train on and to validate on, with labels that mean the same.
+        start: the encoder to begin with.
+
+    Raises:
+        UserError: if the validation images cannot be read.
+    """
+
+    measures: ClassVar[tuple[str, ...]] = ("val_loss", "val_accuracy", "val_accuracy_top5", "best_score")
+
+    def __init__(self, config: FinetuneConfig, images: RunImages, start: StartingPoint) -> None:
+        assert images.train.classes is not None, "labelled images have classes"
+        classes = tuple(images.train.classes)
+        model = start.build(classes, config.pooling)
+        self.options = config
+        self.model_config = model.config
+        self.ema = config.ema
+        self.mixing = Mixing(
+            config.mixup,
+            config.cutmix,
+            label_smoothing=config.label_smoothing,
+            num_classes=len(classes),
+            seed=config.seed,
+        )
+        self.validation, bad = self._readable(images.held_out)
+        super().__init__(config, images, model=model, bad_held_out=bad)
+
+    def transform(self) -> Preparation:
+        """Random crops and flips, then RandAugment."""
+        c, m = self.options, self.model_config
+        return finetune_transform(
+            m.image_size, m.in_chans, m.mean, m.std, min_scale=c.min_crop, flip=c.flip, rand_augment=c.rand_augment
+        )
+
+    def optimizer(self, model: Any) -> AdamW:
+        """AdamW, with smaller learning rates for earlier layers."""
+        groups = param_groups_layer_decay(
+            model,
+            self.options.weight_decay,
+            no_weight_decay_list=model.no_weight_decay(),
+            layer_decay=self.options.layer_decay,
+        )
+        return AdamW(groups, lr=0.0, betas=BETAS)
+
+    def step_loss(self, step: int) -> StepLoss:
+        """Cross entropy with the classes of mixed images."""
+
+        def loss(
+            model: nn.Module, images: Float[Tensor, "b c hh ww"], labels: Int[Tensor, "b"], _part: slice
+        ) -> Float[Tensor, ""]:
+            mixed, targets = self.mixing(step, images, labels)
+            return F.cross_entropy(model(mixed).float(), targets)
+
+        return loss
+
+    def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:  # noqa: ARG002  # the task's way
+        """Loss and accuracy, in float32; of the accuracy, more is better."""
+        total, sums = len(self.validation), {"val_loss": 0.0, "val_accuracy": 0.0}
+        if len(model.config.classes) > _TOP:
+            sums["val_accuracy_top5"] = 0.0
+        device = model.head.weight.device
+        with evaluating(model):
+            for batch in self._batches(self.validation):
+                if batch.bad:
+                    raise UserError(f"A validation image can no longer be read: {batch.bad[0].location}.")
+                logits, labels = model(batch.images.to(device)).float(), batch.labels.to(device)
+                sums["val_loss"] += float(F.cross_entropy(logits, labels, reduction="sum"))
+                sums["val_accuracy"] += int((logits.argmax(dim=1) == labels).sum())
+                if "val_accuracy_top5" in sums:
+                    sums["val_accuracy_top5"] += int((logits.topk(_TOP).indices == labels[:, None]).sum())
+        values = {key: value / total for key, value in sums.items()}
+        return Measured(values, score=values["val_accuracy"])
+
+    def describe(self) -> dict[str, str]:
+        """Images, model, input, and what is done to images and learning rates."""
+        c, m = self.options, self.model_config
+        millions = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
+        share = f" ({c.labels:.3g} of its labels)" if c.labels < 1 else ""
+        height, width = m.image_size
+        return {
+            "images": f"{len(self.images.train):,} of {c.train}{share}; all {len(self.validation):,} of {c.val} to "
+            "validate on",
+            "model": f"{c.model}, {millions:.2f} M parameters; {len(m.classes)} classes from {c.pooling} tokens",
+            "input": f"{height} x {width} pixels, {count(m.in_chans, 'channel')}",
+            "augmentation": f"crops of {c.min_crop:.0%} or more{', flips' if c.flip else ''}, "
+            f"{c.rand_augment or 'no RandAugment'}, Mixup {c.mixup:g}, CutMix {c.cutmix:g}",
+            "layers": f"learning rate x {c.layer_decay:g} from each to the one before it",
+        }
+
+    def describe_end(self, rows: list[dict[str, float | None]], run: Path) -> list[str]:
+        """Accuracies, which model was kept, and how to use it."""
+        measured = [row for row in rows if row["best_score"] is not None]
+        last, best = measured[-1], max(measured, key=lambda row: row["val_accuracy"] or 0.0)
+        images = "IMAGES" if self.options.val.startswith(PYTHON_OBJECT) else shlex.quote(self.options.val)
+        return [
+            f"Accuracy on validation images: {last['val_accuracy']:.2%} now; {best['val_accuracy']:.2%} at step "
+            f"{best['step']:,.0f}, the best.",
+            f"{run} holds that best model. It was chosen by these images, so its accuracy on others may be less.",
+            f"Predict others:   crate-mae predict {shlex.quote(str(run))} {images} --out predictions.csv",
+            f'From Python:      model = crate_mae.load("{run.as_posix()}")',
+        ]
+
+    def _readable(self, source: ImageSource) -> tuple[ImageSource, list[BadImage]]:
+        """The images that can be read, and those that cannot."""
+        indices: list[int] = []
+        bad: list[BadImage] = []
+        for batch in self._batches(source):
+            indices += batch.indices.tolist()
+            bad += batch.bad
+        refuse_many_bad(source, bad, self.options.max_bad)
+        readable, labels = np.array(indices, dtype=np.int64), source.labels
+        assert labels is not None, "validation images have labels"
+        return Part(source, readable, labels=labels[readable], classes=source.classes), bad
+
+    def _batches(self, source: ImageSource) -> Any:
+        m = self.model_config
+        return readable_batches(
+            source,
+            evaluation_transform(m.image_size, m.in_chans, m.mean, m.std),
+            _VALIDATED_AT_ONCE,
+            workers=self.options.workers,
+            worker_init=ignore_stop_requests,
+        )

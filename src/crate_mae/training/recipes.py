@@ -1,0 +1,55 @@
+"""Recipes: options of pretraining that were tried together, one YAML file each, with what they gave.
+
+The files lie in the folder `recipes` beside this module. Their leading comment says on what images a recipe was tried,
+what it gave and how long it took.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from crate_mae.errors import UserError
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+def list_recipes() -> list[str]:
+    """The names that `--recipe` takes."""
+    return sorted(file.stem for file in _FOLDER.glob("*.yaml"))
+
+
+def recipe_text(name: str) -> str:
+    """A recipe's file, comments and all.
+
+    Raises:
+        UserError: for an unknown name, with the nearest known one.
+    """
+    if name not in list_recipes():
+        near = difflib.get_close_matches(name, list_recipes(), n=1, cutoff=0.4)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise UserError(f"Unknown recipe {name}. {hint}There are: {', '.join(list_recipes())}.")
+    return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def describe_recipe(name: str) -> str:
+    """The first sentence of a recipe's comment: what it is for."""
+    return recipe_text(name).splitlines()[0].removeprefix("#").strip()
+
+
+def with_recipe(name: str, options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Options of `crate_mae.pretrain` with a recipe's in the place of those that were left at their defaults.
+
+    Settings of the model are merged one by one. A length given as `epochs` or `steps` replaces the recipe's, whichever
+    of the two that has.
+    """
+    recipe: dict[str, Any] = yaml.safe_load(recipe_text(name))
+    given = {key: value for key, value in options.items() if value != defaults.get(key)}
+    if {"epochs", "steps"} & given.keys():
+        recipe = {key: value for key, value in recipe.items() if key not in ("epochs", "steps")}
+    if "model_settings" in given and "model_settings" in recipe:
+        given["model_settings"] = {**recipe["model_settings"], **given["model_settings"]}
+    return {**options, **recipe, **given}

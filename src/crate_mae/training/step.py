@@ -1,0 +1,115 @@
+"""One optimizer step, for any task, number of processes and micro-batches."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import NamedTuple, cast
+
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+from torch.optim import Optimizer
+
+from crate_mae.data import BadImage, Batch
+from crate_mae.training.logbook import StepLog
+from crate_mae.training.precision import autocast
+from crate_mae.training.processes import Agreement, agree
+from crate_mae.training.randomness import seed_step
+from crate_mae.training.sampler import micro_slices
+from crate_mae.training.schedule import scaled_lr, warmup_cosine
+from crate_mae.training.task import Task
+from crate_mae.training.trainee import Trainee
+
+
+class StepResult(NamedTuple):
+    """One step, as seen by one process.
+
+    Attributes:
+        loss: of the global batch.
+        is_finite: whether loss and gradients were finite; if not, the weights have not been changed.
+        bad_images: unreadable images that this process met.
+        log: what the logbook writes down.
+        agreed: what all processes know together.
+    """
+
+    loss: float
+    is_finite: bool
+    bad_images: list[BadImage]
+    log: StepLog
+    agreed: Agreement
+
+
+def training_step(
+    task: Task,
+    accelerator: Accelerator,
+    trainee: Trainee,
+    batches: Iterator[Batch],
+    step: int,
+    *,
+    stop: int,
+    save: bool,
+) -> StepResult:
+    """One optimizer step: a function of (weights, optimizer state, seed, step), and of nothing else.
+
+    Args:
+        task: of the run.
+        accelerator: brings devices and processes together.
+        trainee: its optimizer steps only if loss and gradients are finite on all processes.
+        batches: micro-batches of this process.
+        step: number of steps before this one.
+        stop: signal that this process was sent, or 0.
+        save: whether this process finds a checkpoint due.
+    """
+    optimizer = trainee.accelerated
+    lr = _set_learning_rate(task, optimizer, step)
+    loss, bad_images, waited = _gradients(task, accelerator, trainee, batches, step)
+    norm = accelerator.clip_grad_norm_(trainee.model.parameters(), task.config.clip_grad or math.inf)
+    grad_norm = float(cast(torch.Tensor, norm))
+    agreed = agree(accelerator, loss=loss, bad_images=len(bad_images), stop=stop, save=save)
+    is_finite = math.isfinite(agreed.loss) and math.isfinite(grad_norm)
+    if is_finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return StepResult(agreed.loss, is_finite, bad_images, StepLog(lr, grad_norm, waited), agreed)
+
+
+def _gradients(
+    task: Task, accelerator: Accelerator, trainee: Trainee, batches: Iterator[Batch], step: int
+) -> tuple[Float[Tensor, ""], list[BadImage], float]:
+    """Work through the step's images: this process's loss, its unreadable images, and its seconds of waiting."""
+    config, device, model = task.config, accelerator.device, trainee.model
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    seed_step(config.seed, step, rank)
+    step_loss = task.step_loss(step)
+    loss = torch.zeros((), device=device)
+    bad_images: list[BadImage] = []
+    waited = 0.0
+    parts = micro_slices(config.batch_size, rank, world_size, config.accumulation)
+    for number, part in enumerate(parts, start=1):
+        started = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - started
+        bad_images += batch.bad
+        images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
+        # Gradients travel between processes once per step, with the last micro-batch.
+        with nullcontext() if number == len(parts) else accelerator.no_sync(model):
+            with autocast(device, config.precision):
+                part_loss = step_loss(model, images, labels, part) / len(parts)
+            accelerator.backward(part_loss)
+        loss += part_loss.detach()
+    return loss, bad_images, waited
+
+
+def _set_learning_rate(task: Task, optimizer: Optimizer, step: int) -> float:
+    """The learning rate of a step, which every group gets times its own `lr_scale`."""
+    config = task.config
+    peak_lr, final_lr = scaled_lr(config.lr, config.batch_size), scaled_lr(config.min_lr, config.batch_size)
+    warmup_steps = round(config.warmup_epochs * task.steps_per_epoch)
+    lr = warmup_cosine(step, config.steps, warmup_steps, peak_lr, final_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr

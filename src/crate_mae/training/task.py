@@ -1,0 +1,106 @@
+"""What pretraining and fine-tuning do differently. Everything else is the loop's, and is the same for both."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from crate_mae.data import BadImage
+from crate_mae.data.transforms import Preparation
+from crate_mae.training.config import RunConfig
+from crate_mae.training.images import RunImages
+from crate_mae.training.run_directory import RunDirectory
+
+# (model as the accelerator prepared it, images, labels, their place in the global batch) -> mean loss of the images
+StepLoss = Callable[[nn.Module, Float[Tensor, "b c hh ww"], Int[Tensor, "b"], slice], Float[Tensor, ""]]
+
+
+class Resolved(NamedTuple):
+    """A checked configuration, and how to build the task of it: with fresh weights from torch's global generator.
+
+    In the configuration only `precision` may still be "auto" and `checkpoint_epochs` 0, which the probe decides.
+    """
+
+    config: RunConfig
+    build: Callable[[], Task]
+
+
+class Measured(NamedTuple):
+    """What held-out images say about a model.
+
+    Attributes:
+        values: by the names of `Task.measures`; what does not apply is missing.
+        score: by which models of one run are compared, more being better; None keeps the last one.
+    """
+
+    values: dict[str, float]
+    score: float | None = None
+
+
+class Task(ABC):
+    """A model, and how it learns from images.
+
+    Args:
+        config: of the run. What the probe decides is put into it before the run begins.
+        images: to train on and to measure on.
+        model: is trained, and is saved with its own `config`.
+        bad_held_out: images to measure on that cannot be read.
+
+    Attributes:
+        measures: columns of metrics.csv that `measure` fills, in their order.
+        ema: decay of the running average of the weights; 0 keeps none.
+    """
+
+    measures: ClassVar[tuple[str, ...]]
+    ema: float = 0.0
+
+    def __init__(
+        self, config: RunConfig, images: RunImages, *, model: nn.Module, bad_held_out: Sequence[BadImage]
+    ) -> None:
+        self.config = config
+        self.images = images
+        self.model: Any = model
+        self.bad_held_out = bad_held_out
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches in one pass over the training images."""
+        return len(self.images.train) // self.config.batch_size
+
+    def images_seen(self, steps: int) -> int:
+        """Distinct images asked for in the first `steps` steps, the held-out ones included."""
+        train = len(self.images.train)
+        return len(self.images.held_out) + min(train, steps * self.config.batch_size)
+
+    @abstractmethod
+    def transform(self) -> Preparation:
+        """The augmentation of training images."""
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> Optimizer:
+        """An optimizer of `model`, which is the task's own or a copy.
+
+        The loop sets the learning rate of every group at every step: that of the step, times the group's `lr_scale`.
+        """
+
+    @abstractmethod
+    def step_loss(self, step: int) -> StepLoss:
+        """The loss of one step: a function of (seed, step), however the step's images are divided among processes."""
+
+    @abstractmethod
+    def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:
+        """Measure a model on all held-out images, changing nothing of it; what is no number goes into the folder."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, str]:
+        """The lines of the plan that no other task has: images, model, input."""
+
+    @abstractmethod
+    def describe_end(self, rows: list[dict[str, float | None]], run: Path) -> list[str]:
+        """What came out, from the rows of metrics.csv, and what to type next."""
