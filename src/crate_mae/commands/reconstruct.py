@@ -5,6 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import Parameter
+from rich.table import Table
+from rich.text import Text
+
+from crate_mae.commands.showing import OWN_STATISTICS, new_file, show_bad, show_fresh
 
 
 @dataclass(frozen=True)
@@ -45,68 +49,53 @@ def reconstruct(
         out: the picture to write, a .png file.
         mask_ratio: share of patches to hide.
         count: how many images to show, from the first on.
-        seed: decides which patches are hidden.
+        seed: decides which patches are hidden, and fresh weights.
         overwrite: replace a picture that is there.
 
     Returns:
         The picture's path, and the quality of each completion.
     """
-    import torch
     from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
 
-    from crate_mae.data import UnreadableImage, evaluation_transform, open_source, save_picture_grid
+    from crate_mae.data import evaluation_transform, open_source, save_picture_grid
+    from crate_mae.data.dataset import default_generator_seeded
     from crate_mae.errors import UserError
     from crate_mae.evaluation.completion_quality import completion_quality
-    from crate_mae.models.completion import complete
-    from crate_mae.models.masking import random_mask
+    from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks, read_images
     from crate_mae.models.presets import list_models
-    from crate_mae.models.weights import load
+    from crate_mae.models.weights import load_autoencoder
 
-    out = Path(out)
-    if out.suffix.lower() != ".png":
-        raise UserError(f"--out {out} must name a .png file.")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} is there already. Name another file, or add --overwrite.")
+    path = new_file("--out", out, ".png", overwrite=overwrite)
     if count < 1:
         raise UserError(f"--count is {count}, but must be at least 1.")
     source = open_source(images)
-    net = load(model)
+    with default_generator_seeded(seed):
+        net = load_autoencoder(model)
     config = net.config
     transform = evaluation_transform(config.image_size, config.in_chans, config.mean, config.std)
-    names, pixels = [], []
-    unreadable = []
-    for i in range(len(source)):
-        if len(pixels) == count:
-            break
-        try:
-            pixels.append(transform(source.read(i)))
-            names.append(source.location(i))
-        except UnreadableImage as error:
-            unreadable.append(str(error))
-    if not pixels:
-        raise UserError(f"No image of {images} can be read. The first is\n{unreadable[0]}")
-    pixels = torch.stack(pixels)
-    mask = random_mask(len(pixels), net.num_patches, mask_ratio, torch.Generator().manual_seed(seed))
-    if not mask.any():
-        raise UserError(f"--mask-ratio {mask_ratio} hides none of {net.num_patches} patches, so nothing is completed.")
-    completion = complete(net, pixels, mask)
+    read = read_images(source, transform, range(len(source)), count)
+    mask = nested_masks(len(read.images), net.num_patches, mask_ratio, seed)
+    completion = complete_in_batches(net, read.images, mask)
     quality = completion_quality(completion, mask, config.patch_size)
     rows = list(zip(completion._fields, completion, strict=True))
-    save_picture_grid(rows, out, captions=[f"{psnr:.1f} dB" for psnr in quality.psnr])
+    save_picture_grid(rows, path, captions=[f"{psnr:.1f} dB" for psnr in quality.psnr])
 
-    table = Table("image", "PSNR of hidden patches", "SSIM", box=None)
-    for name, psnr, ssim in zip(names, quality.psnr, quality.ssim, strict=True):
-        table.add_row(Text(name), f"{psnr:.2f} dB", f"{ssim:.3f}")
-    table.add_row("mean", f"{quality.psnr.mean():.2f} dB", f"{quality.ssim.mean():.3f}")
+    result = Reconstruction(path, read.locations, quality.psnr.tolist(), quality.ssim.tolist())
     console = Console(highlight=False)
-    console.print(table)
+    console.print(_table(result))
     if config.norm_pix_loss:
-        console.print("Brightness and contrast of each patch come from the original: targets were normalised.")
+        console.print(OWN_STATISTICS)
     if str(model) in list_models():
-        console.print(f"{model} has fresh, untrained weights: name a run to see what training gives.")
-    for reason in unreadable:
-        console.print(f"Left out: {reason}", soft_wrap=True, markup=False)
-    console.print(f"Saved {out}", soft_wrap=True, markup=False)
-    return Reconstruction(out, names, quality.psnr.tolist(), quality.ssim.tolist())
+        show_fresh(console, str(model))
+    show_bad(console, read.bad)
+    console.print(f"Saved {path}", soft_wrap=True, markup=False)
+    return result
+
+
+def _table(result: Reconstruction) -> Table:
+    table = Table("image", "PSNR of hidden patches", "SSIM", box=None)
+    for name, psnr, ssim in zip(result.images, result.psnr, result.ssim, strict=True):
+        table.add_row(Text(name), f"{psnr:.2f} dB", f"{ssim:.3f}")
+    count = len(result.images)
+    table.add_row("mean", f"{sum(result.psnr) / count:.2f} dB", f"{sum(result.ssim) / count:.3f}")
+    return table

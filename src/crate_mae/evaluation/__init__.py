@@ -1,1 +1,1 @@
-"""What a trained model is worth: measured on any backbone with timm's contract."""
+"""What a trained model is worth: its features, on any backbone with timm's contract, and its completions."""

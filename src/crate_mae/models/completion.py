@@ -7,6 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import patch_statistics, patchify, unpatchify
 
 MASK_GREY = 0.5
@@ -34,18 +35,36 @@ def complete(
     images: Float[Tensor, "b c hh ww"],
     mask: Bool[Tensor, "b n"],
 ) -> Completion:
-    """Hide patches of normalised images and let the model complete them.
+    """Hide patches of normalised images and let the model complete them; see `predicted_patches`."""
+    return completion_of(model.config, images, mask, predicted_patches(model, images, mask))
+
+
+def predicted_patches(
+    model: MaskedAutoencoder,
+    images: Float[Tensor, "b c hh ww"],
+    mask: Bool[Tensor, "b n"],
+) -> Float[Tensor, "b n q"]:
+    """The prediction for every patch, in the units of normalised images.
 
     Predictions of a model with `norm_pix_loss` are in units of each patch's own mean and standard deviation. These are
     taken from the original, hidden patches included: such pictures know each patch's brightness and contrast from the
     answer, and look better than the model alone could make them.
     """
-    config = model.config
     prediction = model(images, mask=mask).prediction.to(images.dtype)
+    if not model.config.norm_pix_loss:
+        return prediction
+    mean, std = patch_statistics(patchify(images, model.config.patch_size))
+    return prediction * std + mean
+
+
+def completion_of(
+    config: ModelConfig,
+    images: Float[Tensor, "b c hh ww"],
+    mask: Bool[Tensor, "b n"],
+    prediction: Float[Tensor, "b n q"],
+) -> Completion:
+    """Pictures of normalised images and of a prediction in the same units."""
     target = patchify(images, config.patch_size)
-    if config.norm_pix_loss:
-        mean, std = patch_statistics(target)
-        prediction = prediction * std + mean
 
     def picture(patches: Tensor) -> Tensor:
         pixels = unpatchify(patches, config.patch_size, config.grid_size)

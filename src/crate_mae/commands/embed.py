@@ -1,0 +1,123 @@
+"""`crate-mae embed`: features of images, for search, clustering, or a classifier of one's own."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import Parameter
+
+from crate_mae.commands.pretrain import Data
+from crate_mae.commands.showing import extract_shown, refuse_existing, show_bad, show_fresh
+
+if TYPE_CHECKING:
+    from crate_mae.evaluation.extract import Features
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """What `embed` saved.
+
+    Attributes:
+        path: the file.
+        images: how many images have features there.
+        size: numbers an image; with pooling "tokens", numbers a token.
+        bad: the images that could not be read, with reasons.
+    """
+
+    path: Path
+    images: int
+    size: int
+    bad: list[tuple[str, str]]
+
+
+def embed(
+    model: Data,
+    data: Data,
+    *,
+    out: Annotated[Path | str, Parameter(alias="-o")],
+    pooling: Literal["cls", "mean", "cls+mean", "tokens"] | None = None,
+    layer: int | None = None,
+    normalize: bool = False,
+    batch_size: int = 256,
+    workers: int | None = None,
+    max_bad: float = 0.01,
+    cache: bool = True,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Embedding:
+    """Save the features of images: one vector an image, from the unmasked image.
+
+    The file's suffix says the format. Where they are known, labels and class names come with the features.
+
+    - .parquet: columns file, label, class and feature (a list of one length; of tokens, a list of lists).
+    - .csv: columns file, label, class, f0, f1, ...
+    - .npz: arrays features, labels, files and classes.
+    - .safetensors: tensors features and labels; files and classes as JSON in the metadata.
+    - .npy: the features alone, in the order of the images.
+
+    Images that cannot be read are listed and left out. Features are float32, and held in memory until they are written.
+
+    Args:
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
+            weights), timm:NAME, timm:NAME:random, or pixels.
+        data: any form of data that `crate-mae pretrain` takes.
+        out: the file to write: .parquet, .npz, .npy, .csv or .safetensors.
+        pooling: the class token, the mean of patches, both behind each other, or all patches. By default cls+mean, and
+            mean for a network without a class token.
+        layer: of the encoder, from 0, or negative from the end. By default -1. Every layer is normalised by the final
+            norm.
+        normalize: scale each vector to length 1.
+        batch_size: images that are encoded at once.
+        workers: processes that load images. By default one less than there are cores, at most 8.
+        max_bad: largest share of unreadable images.
+        cache: keep features in the user's cache folder, or take them from there if nothing has changed.
+        seed: of fresh weights.
+        overwrite: replace a file that is there.
+
+    Returns:
+        The file's path, and what is in it.
+
+    Raises:
+        UserError: for a mistake in the options, data or model; no file is written then.
+    """
+    import dataclasses
+
+    from rich.console import Console
+
+    from crate_mae.data import open_source
+    from crate_mae.evaluation.backbones import open_backbone
+    from crate_mae.evaluation.extract import Extraction
+    from crate_mae.evaluation.feature_files import check_feature_file, unit_length, write_features
+    from crate_mae.models.features import DEFAULT_LAYER
+
+    out = Path(out)
+    check_feature_file(out, pooling)
+    refuse_existing(out, overwrite=overwrite)
+    extraction = Extraction(
+        layers=(DEFAULT_LAYER if layer is None else layer,),
+        pooling=pooling,
+        batch_size=batch_size,
+        workers=workers,
+        max_bad=max_bad,
+        cache=cache,
+    )
+    source = open_source(data)
+    backbone = open_backbone(model, seed=seed)
+    console = Console(highlight=False)
+    features = extract_shown(console, backbone, source, extraction)[0]
+    if normalize:
+        features = dataclasses.replace(features, values=unit_length(features.values))
+    write_features(features, out)
+    show_bad(console, features.bad)
+    if backbone.is_fresh:
+        show_fresh(console, backbone.name)
+    console.print(_summary(features, out), soft_wrap=True, markup=False)
+    bad = [(image.location, image.reason) for image in features.bad]
+    return Embedding(out, len(features.values), features.values.shape[-1], bad)
+
+
+def _summary(features: "Features", out: Path) -> str:
+    size = features.values.shape[-1]
+    each = f"{features.values.shape[1]} tokens of {size}" if features.values.ndim == 3 else str(size)
+    images = f"{len(features.values):,} images, {each} numbers each"
+    return f"Saved {out}: {images} ({features.pooling} of layer {features.layer})."

@@ -1,0 +1,160 @@
+"""`crate-mae eval reconstruction`: how well a model completes images, over mask ratios."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from crate_mae.commands.evaluate import Evaluation, write_report
+from crate_mae.commands.pretrain import Data
+from crate_mae.commands.showing import OWN_STATISTICS, new_file, show_bad, show_fresh
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+    from torch import Tensor
+
+    from crate_mae.evaluation.reconstruction import CompletionScore
+    from crate_mae.models.autoencoder import MaskedAutoencoder
+
+Ratios = Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())]
+
+_PICTURED = 8
+
+
+def eval_reconstruction(
+    model: str | Path,
+    data: Data,
+    *,
+    out: Path | str | None = None,
+    picture: Path | str | None = None,
+    mask_ratios: Ratios = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95),
+    count: int = 1000,
+    seed: int = 0,
+    batch_size: int = 64,
+    overwrite: bool = False,
+) -> Evaluation:
+    """Complete masked images at several mask ratios, and measure how well.
+
+    Measured on the same images, with the same masks at every call. What is hidden at one ratio stays hidden at the
+    larger ones. The mean squared error is that of hidden patches, in normalised pixels (the loss of ordinary training)
+    and in units of each patch's standard deviation (the loss of --norm-pix-loss); PSNR is that of hidden patches, and
+    SSIM of the picture with the completion pasted in. A model trained with --norm-pix-loss predicts patches without
+    brightness and contrast: both then come from the original, in all but the second measure, and the output says so.
+
+    Args:
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, or a model's name.
+        data: images, in any form of data that `crate-mae pretrain` takes.
+        out: write the scores to this new .json file.
+        picture: write a picture of the first images at each ratio to this new .png file.
+        mask_ratios: shares of patches to hide.
+        count: most images to measure; of more, a fixed pseudo-random choice is taken.
+        seed: of the masks, of that choice, and of fresh weights.
+        batch_size: images that are completed at once.
+        overwrite: replace files that are there.
+
+    Returns:
+        The scores, one row a ratio.
+
+    Raises:
+        UserError: for a mistake in the options, model or data; no file is written then.
+    """
+    from crate_mae.data import open_source
+    from crate_mae.data.dataset import default_generator_seeded
+    from crate_mae.data.facts import fixed_sample
+    from crate_mae.errors import UserError
+    from crate_mae.evaluation.backbones import open_backbone
+    from crate_mae.evaluation.probing import data_name, versions
+    from crate_mae.evaluation.reconstruction import read_images
+    from crate_mae.models.presets import list_models
+    from crate_mae.models.weights import load_autoencoder
+
+    out = None if out is None else new_file("--out", out, ".json", overwrite=overwrite)
+    picture = None if picture is None else new_file("--picture", picture, ".png", overwrite=overwrite)
+    if count < 1 or batch_size < 1 or not mask_ratios:
+        raise UserError(
+            f"--count is {count}, --batch-size {batch_size} and --mask-ratios {mask_ratios}: none may be 0."
+        )
+    source = open_source(data)
+    with default_generator_seeded(seed):
+        net = load_autoencoder(model)
+    read = read_images(source, open_backbone(net).transform(), fixed_sample(len(source), count, seed), count)
+    console = Console(highlight=False)
+    scores = _scores_shown(console, net, read.images, mask_ratios, seed=seed, batch_size=batch_size)
+    _show(console, net, scores)
+    is_fresh = str(model) in list_models()
+    if is_fresh:
+        show_fresh(console, str(model))
+    show_bad(console, read.bad)
+    report = {
+        "probe": "reconstruction",
+        "model": str(model),
+        "fresh_weights": is_fresh,
+        "data": data_name(data, source),
+        "images": len(read.images),
+        "left_out": [tuple(bad) for bad in read.bad],
+        "image_size": net.config.image_size,
+        "norm_pix_loss": net.config.norm_pix_loss,
+        "seed": seed,
+        "results": [asdict(score) for score in scores],
+        "versions": versions(),
+    }
+    if picture is not None:
+        _save_picture(net, read.images[:_PICTURED], scores, seed, picture)
+        console.print(f"Saved {picture}", soft_wrap=True, markup=False)
+    write_report(console, report, out)
+    return Evaluation(report, out)
+
+
+def _scores_shown(
+    console: Console,
+    net: "MaskedAutoencoder",
+    images: "Float[Tensor, 'b c hh ww']",
+    mask_ratios: tuple[float, ...],
+    *,
+    seed: int,
+    batch_size: int,
+) -> "list[CompletionScore]":
+    """`evaluation.reconstruction.completion_scores` with a progress bar."""
+    from crate_mae.evaluation.reconstruction import completion_scores
+
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Completing images", total=len(mask_ratios) * -(-len(images) // batch_size))
+        return completion_scores(
+            net, images, mask_ratios, seed=seed, batch_size=batch_size, on_batch=lambda: progress.advance(task)
+        )
+
+
+def _show(console: Console, net: "MaskedAutoencoder", scores: "list[CompletionScore]") -> None:
+    table = Table("hidden", "error", "error, normalised patches", "PSNR", "SSIM", box=None)
+    for score in scores:
+        table.add_row(
+            f"{100 * score.mask_ratio:g}% ({score.hidden} patches)",
+            f"{score.mse:.4g}",
+            f"{score.normalised_mse:.4g}",
+            f"{score.psnr:.2f} dB",
+            f"{score.ssim:.3f}",
+        )
+    console.print(table)
+    if net.config.norm_pix_loss:
+        console.print(OWN_STATISTICS)
+
+
+def _save_picture(
+    net: "MaskedAutoencoder", images: "Float[Tensor, 'b c hh ww']", scores: Any, seed: int, path: Path
+) -> None:
+    """The same images at growing mask ratios: what the model sees, and what it makes of it."""
+    from crate_mae.data import save_picture_grid
+    from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks
+
+    rows = []
+    for score in scores:
+        mask = nested_masks(len(images), net.num_patches, score.mask_ratio, seed)
+        completion = complete_in_batches(net, images, mask)
+        if not rows:
+            rows.append(("original", completion.original))
+        rows += [(f"{100 * score.mask_ratio:g}% hidden", completion.masked), ("pasted", completion.pasted)]
+    save_picture_grid(rows, path)

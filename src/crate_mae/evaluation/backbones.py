@@ -1,0 +1,195 @@
+"""Whatever can be evaluated, behind one contract: our encoders, timm's networks, and raw pixels as a control."""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from jaxtyping import Float
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from crate_mae.data import evaluation_transform
+from crate_mae.data.dataset import default_generator_seeded
+from crate_mae.data.transforms import Preparation
+from crate_mae.errors import UserError
+from crate_mae.models.presets import list_models
+from crate_mae.models.weights import load
+
+_PIXELS_SIDE = 32
+_PATIENCE = 10.0  # seconds
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_OFFLINE = "Without a network, take timm:NAME:random (fresh weights), a model of your own, or `pixels`."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A frozen encoder, and how to prepare images for it.
+
+    Attributes:
+        encoder: anything with timm's contract, in `eval()` mode.
+        name: what the user called it.
+        image_size: height and width that it takes.
+        in_chans: channels that it takes.
+        mean: per channel, in [0, 1].
+        std: per channel, in [0, 1].
+        is_fresh: whether its weights are random.
+        architecture: what, besides the weights, decides the features; None if nobody can tell, as for a network from
+            Python, whose features are then not cached.
+    """
+
+    encoder: nn.Module
+    name: str
+    image_size: tuple[int, int]
+    in_chans: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    is_fresh: bool = False
+    architecture: str | None = None
+
+    def transform(self) -> Preparation:
+        """What prepares one image, without randomness."""
+        return evaluation_transform(self.image_size, self.in_chans, self.mean, self.std)
+
+    def fingerprint(self) -> str | None:
+        """A digest of everything that decides the features of an image, or None."""
+        if self.architecture is None:
+            return None
+        preparation = [self.image_size, self.in_chans, self.mean, self.std]
+        digest = hashlib.sha256(json.dumps([self.architecture, timm.__version__, preparation]).encode())
+        for name, value in self.encoder.state_dict().items():
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+class RawPixels(nn.Module):
+    """No network at all, with the contract of one: the pixels of an image are its only token."""
+
+    def forward_features(self, images: Float[Tensor, "b c hh ww"]) -> Float[Tensor, "b 1 f"]:
+        """The images, flattened."""
+        return images.flatten(1)[:, None]
+
+
+def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
+    """Open any form of MODEL for evaluation.
+
+    | MODEL | is |
+    |---|---|
+    | any form that `crate_mae.load` takes | its encoder; of a preset's name, with fresh weights |
+    | `timm:NAME` | a network of timm with its published weights, downloaded at the first use |
+    | `timm:NAME:random` | the same with fresh weights, as a control |
+    | `pixels`, `pixels:SIZE` | colour pixels at 32 x 32 or another size, as a control |
+    | a module from Python | one of ours, or anything with timm's contract |
+
+    Args:
+        model: see above.
+        seed: of fresh weights.
+
+    Raises:
+        UserError: if there is no such model, or its weights cannot be had.
+    """
+    if isinstance(model, nn.Module):
+        return _from_module(model)
+    name = str(model)
+    if isinstance(model, str) and name.partition(":")[0] == "pixels" and not Path(name).exists():
+        return _pixels(name)
+    if isinstance(model, str) and name.startswith("timm:"):
+        return _from_timm(name, seed)
+    with default_generator_seeded(seed):
+        return _ours(load(model), name, is_fresh=name in list_models())
+
+
+def _ours(net: Any, name: str, *, is_fresh: bool) -> Backbone:
+    """The encoder of whatever `load` gives: an autoencoder, or a classifier made from one."""
+    config = net.config
+    return Backbone(
+        encoder=net.encoder.eval(),
+        name=name,
+        image_size=config.image_size,
+        in_chans=config.in_chans,
+        mean=config.mean,
+        std=config.std,
+        is_fresh=is_fresh,
+        architecture=json.dumps(config.to_dict()),
+    )
+
+
+def _from_module(module: nn.Module) -> Backbone:
+    name = type(module).__name__
+    if hasattr(module, "config") and hasattr(module, "encoder"):
+        return _ours(module, name, is_fresh=False)
+    if not callable(getattr(module, "forward_features", None)):
+        raise UserError(
+            f"A {name} has no forward_features: only models of this library and of timm can be evaluated.\n"
+            "Give your network that method (images b c hh ww to tokens b n d, or to a map b d gh gw)."
+        )
+    return _with_timm_data(module, name, is_fresh=False, architecture=None)
+
+
+def _from_timm(model: str, seed: int) -> Backbone:
+    _, name, *rest = model.split(":")
+    if rest not in ([], ["random"]):
+        raise UserError(f"{model} is no model: it must look like timm:NAME or timm:NAME:random.")
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=1)
+        hint = f"Did you mean timm:{near[0]}? " if near else ""
+        raise UserError(f"timm has no model {name}. {hint}timm.list_models() lists the names.")
+    try:
+        if not rest:
+            _ask_hub(name)
+        with default_generator_seeded(seed):
+            encoder = timm.create_model(name, pretrained=not rest, num_classes=0)
+    except Exception as error:  # the hub's, the network's, or timm's: no published weights
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"The weights of {model} cannot be had: {reason}\n{_OFFLINE}") from error
+    return _with_timm_data(encoder, model, is_fresh=bool(rest), architecture=model)
+
+
+def _ask_hub(name: str) -> None:
+    """Ask once for weights that are not on this machine; to fetch them, the hub's library would retry for a minute."""
+    config = timm.get_pretrained_cfg(name)
+    repository = config.hf_hub_id if config is not None else None
+    if repository is None:
+        return
+    kept = [try_to_load_from_cache(repository.strip(), file) for file in _WEIGHTS]
+    if not any(isinstance(path, str) for path in kept):
+        HfApi().model_info(repository.strip(), timeout=_PATIENCE)
+
+
+def _with_timm_data(encoder: nn.Module, name: str, *, is_fresh: bool, architecture: str | None) -> Backbone:
+    data: Mapping[str, Any] = resolve_model_data_config(encoder)
+    channels = int(getattr(encoder, "in_chans", data["input_size"][0]))
+    size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or data["input_size"][1:]
+    # Published means are of 3 channels; a network of others was made from Python, and has theirs in common.
+    mean, std = (
+        tuple(data[key]) if len(data[key]) == channels else (sum(data[key]) / len(data[key]),) * channels
+        for key in ("mean", "std")
+    )
+    return Backbone(
+        encoder=encoder.eval(),
+        name=name,
+        image_size=(int(size[0]), int(size[1])),
+        in_chans=channels,
+        mean=mean,
+        std=std,
+        is_fresh=is_fresh,
+        architecture=architecture,
+    )
+
+
+def _pixels(model: str) -> Backbone:
+    side = model.partition(":")[2] or str(_PIXELS_SIDE)
+    if not side.isdecimal() or int(side) < 1:
+        raise UserError(f"{model} is no model: it must look like pixels or pixels:SIZE, with a size such as 32.")
+    half = (0.5, 0.5, 0.5)
+    size = (int(side), int(side))
+    return Backbone(
+        encoder=RawPixels(), name=model, image_size=size, in_chans=3, mean=half, std=half, architecture=model
+    )

@@ -1,0 +1,256 @@
+"""What frozen features are worth: nearest neighbours, a linear classifier, and one from very few labels.
+
+The three take features as arrays and know nothing of networks. scikit-learn does the work.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.stats import t as student_t
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import log_loss
+from sklearn.model_selection import train_test_split
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler, normalize
+
+from crate_mae.errors import UserError
+
+TEMPERATURE = 0.07
+C_GRID = tuple(10.0 ** (power / 2) for power in range(-10, 5))  # 1e-5 to 100
+SHARE_TO_CHOOSE_C = 0.1
+# Nothing is left to choose it on. From 0.1 to 10 it moves the accuracy on digits and CIFAR-10 by less than 2 points.
+FEWSHOT_C = 1.0
+_MOST_ITERATIONS = 1000
+_TOP = 5
+
+
+@dataclass(frozen=True)
+class Score:
+    """A share between 0 and 1 with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class KnnResult:
+    """What nearest neighbours know.
+
+    Attributes:
+        top1: share of test images whose class has most votes.
+        top5: share whose class is among the five with most votes; None for at most five classes.
+        k: neighbours that vote.
+    """
+
+    top1: Score
+    top5: Score | None
+    k: int
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What a linear classifier knows.
+
+    Attributes:
+        top1: share of test images that are classified rightly.
+        top5: share whose class is among the five most probable; None for at most five classes.
+        chosen_on: accuracy on the tenth of the training images that C was chosen on, before the final fit.
+        c: the inverse strength of regularisation.
+        grid: every C that was tried, with its accuracy on that tenth.
+        is_c_at_edge: whether the best C is the smallest or largest of the grid, so that a better one may be beyond.
+        converged: whether the solver met its tolerance in the final fit.
+    """
+
+    top1: Score
+    top5: Score | None
+    chosen_on: float
+    c: float
+    grid: dict[float, float]
+    is_c_at_edge: bool
+    converged: bool
+
+
+@dataclass(frozen=True)
+class FewshotResult:
+    """What a linear classifier knows that has seen a few images of each class.
+
+    Attributes:
+        shots: labelled images a class.
+        accuracy: mean over draws; its interval is that of the mean, by Student's t over draws.
+        draws: accuracy of each draw.
+        converged: whether the solver met its tolerance in every draw.
+    """
+
+    shots: int
+    accuracy: Score
+    draws: list[float]
+    converged: bool
+
+
+def knn_probe(
+    train: Float[np.ndarray, "n f"],
+    train_labels: Int[np.ndarray, "n"],
+    test: Float[np.ndarray, "k f"],
+    test_labels: Int[np.ndarray, "k"],
+    *,
+    k: int = 20,
+) -> KnnResult:
+    """Vote among the k most similar training images, each with the weight exp(cosine similarity / 0.07).
+
+    The protocol of instance discrimination (Wu et al. 2018) and DINO.
+
+    Raises:
+        UserError: if there are fewer training images than k.
+    """
+    if not 1 <= k <= len(train):
+        raise UserError(f"--k is {k}, but must be between 1 and the {len(train)} training images.")
+
+    # Of unit vectors, the squared distance is 2 - 2 cos: the order is the same, and the search much faster.
+    weights: Any = lambda distances: np.exp((1 - distances**2 / 2) / TEMPERATURE)  # noqa: E731
+    classifier = KNeighborsClassifier(k, weights=weights, algorithm="brute")
+    classifier.fit(normalize(train), train_labels)
+    top1, top5 = _top_scores(classifier, np.asarray(normalize(test)), test_labels)
+    return KnnResult(top1, top5, k)
+
+
+def linear_probe(
+    train: Float[np.ndarray, "n f"],
+    train_labels: Int[np.ndarray, "n"],
+    test: Float[np.ndarray, "k f"],
+    test_labels: Int[np.ndarray, "k"],
+    *,
+    grid: Sequence[float] = C_GRID,
+    seed: int = 0,
+) -> LinearResult:
+    """Multinomial logistic regression on standardised features.
+
+    C is chosen on a stratified tenth of the training images, never on the test images, and then all training images
+    are fitted with it. Of several with the same accuracy, which on few images are many, the one with the smallest
+    cross entropy is chosen.
+
+    Raises:
+        UserError: if a class has a single training image, which cannot be in both parts.
+    """
+    refuse_small_classes(train_labels, 2)
+    held_out = max(len(np.unique(train_labels)), round(len(train) * SHARE_TO_CHOOSE_C))
+    fitted, chosen = train_test_split(
+        np.arange(len(train)), test_size=held_out, stratify=train_labels, random_state=seed
+    )
+    x, x_chosen = _standardised(train[fitted], train[chosen])
+    scores: dict[float, float] = {}
+    losses: dict[float, float] = {}
+    path = _logistic_regression(warm_start=True)
+    for c in sorted(grid):
+        path.set_params(C=c)
+        _fit(path, x, train_labels[fitted])
+        scores[c] = _accuracy(path, x_chosen, train_labels[chosen])
+        losses[c] = log_loss(train_labels[chosen], path.predict_proba(x_chosen), labels=path.classes_)
+    best = max(scores, key=lambda c: (scores[c], -losses[c]))
+    train, test = _standardised(train, test)
+    model = _logistic_regression(C=best)
+    converged = _fit(model, train, train_labels)
+    top1, top5 = _top_scores(model, test, test_labels)
+    return LinearResult(top1, top5, scores[best], best, scores, best in (min(scores), max(scores)), converged)
+
+
+def fewshot_probe(
+    train: Float[np.ndarray, "n f"],
+    train_labels: Int[np.ndarray, "n"],
+    test: Float[np.ndarray, "k f"],
+    test_labels: Int[np.ndarray, "k"],
+    *,
+    shots: int,
+    draws: int = 20,
+    seed: int = 0,
+) -> FewshotResult:
+    """Logistic regression (C = 1) from a few images of each class, drawn many times.
+
+    Features are standardised by all training images: that needs no labels, and a handful of images has no statistics.
+
+    Raises:
+        UserError: if a class has fewer training images than `shots`.
+    """
+    refuse_small_classes(train_labels, shots)
+    classes = np.unique(train_labels)
+    train, test = _standardised(train, test)
+    accuracies, converged = [], True
+    for draw in range(draws):
+        random = np.random.default_rng([seed, shots, draw])
+        chosen = np.concatenate([random.choice(np.flatnonzero(train_labels == c), shots, False) for c in classes])
+        model = _logistic_regression(C=FEWSHOT_C)
+        converged &= _fit(model, train[chosen], train_labels[chosen])
+        accuracies.append(_accuracy(model, test, test_labels))
+    return FewshotResult(shots, mean_interval(accuracies), accuracies, converged)
+
+
+def refuse_small_classes(labels: Int[np.ndarray, "n"], needed: int, names: Sequence[str] | None = None) -> None:
+    """Raise a `UserError` that names a class with fewer images than a probe needs."""
+    classes, counts = np.unique(labels, return_counts=True)
+    small = [(int(label), int(count)) for label, count in zip(classes, counts, strict=True) if count < needed]
+    if small:
+        label, count = small[0]
+        raise UserError(
+            f"Class {label if names is None else names[label]} has {count} training image(s), but this probe needs "
+            f"{needed} of each class" + (f" (and so do {len(small) - 1} more classes)." if small[1:] else ".")
+        )
+
+
+def wilson_interval(right: int, total: int) -> Score:
+    """A share with Wilson's 95% score interval."""
+    z = 1.959963984540054
+    share = right / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return Score(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def mean_interval(values: Sequence[float]) -> Score:
+    """A mean with Student's 95% interval; of one value, the interval is all of [0, 1]."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return Score(mean, 0.0, 1.0)
+    half = float(student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return Score(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each feature less its mean, divided by its deviation, over the training images."""
+    scaler = StandardScaler().fit(train)
+    return np.asarray(scaler.transform(train)), np.asarray(scaler.transform(test))
+
+
+def _logistic_regression(**options: Any) -> LogisticRegression:
+    # lbfgs computes in the type of the features, and ours are float32: on CIFAR-10 (50,000 x 384) that takes half the
+    # time of float64, and a tolerance of 1e-6 for scikit-learn's 1e-4 changes the accuracy by 0.05 points.
+    return LogisticRegression(max_iter=_MOST_ITERATIONS, **options)
+
+
+def _fit(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> bool:
+    """Fit, and say whether the solver met its tolerance."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model.fit(x, y)
+    return not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+
+
+def _accuracy(model: LogisticRegression, x: np.ndarray, labels: np.ndarray) -> float:
+    return float(np.mean(np.asarray(model.predict(x)) == labels))
+
+
+def _top_scores(
+    classifier: KNeighborsClassifier | LogisticRegression, x: np.ndarray, labels: Int[np.ndarray, "k"]
+) -> tuple[Score, Score | None]:
+    """Top-1 and, for more than five classes, top-5; of classes that tie, the first counts as more probable."""
+    classes = np.asarray(classifier.classes_)
+    order = classes[np.argsort(-np.asarray(classifier.predict_proba(x)), axis=1, kind="stable")]
+    hits = order == labels[:, None]
+    top1 = wilson_interval(int(hits[:, 0].sum()), len(labels))
+    top5 = wilson_interval(int(hits[:, :_TOP].sum()), len(labels)) if len(classes) > _TOP else None
+    return top1, top5

@@ -1,0 +1,181 @@
+"""Features of whole images: which tokens of which layer, made into one vector an image, for any timm backbone."""
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from crate_mae.errors import UserError
+
+Pooling = Literal["cls", "mean", "cls+mean", "tokens"]
+
+# What every command and method takes unless told otherwise.
+DEFAULT_POOLING: Pooling = "cls+mean"
+DEFAULT_LAYER = -1
+
+
+def pool(
+    tokens: Float[Tensor, "b m d"], num_prefix_tokens: int, pooling: Pooling = DEFAULT_POOLING
+) -> Float[Tensor, "b f"] | Float[Tensor, "b n d"]:
+    """Make the tokens of each image into its features.
+
+    Args:
+        tokens: prefix tokens (the class token first), then n patches.
+        num_prefix_tokens: how many tokens are no patches.
+        pooling: "cls" is the class token (f = d), "mean" the mean over patches (f = d), "cls+mean" both behind each
+            other (f = 2 d), and "tokens" all patches, unpooled.
+
+    Raises:
+        UserError: for an unknown pooling, or one with a class token where there are no prefix tokens.
+    """
+    if pooling not in get_args(Pooling):
+        raise UserError(f'pooling is "{pooling}", but must be one of {", ".join(get_args(Pooling))}.')
+    if "cls" in pooling and num_prefix_tokens == 0:
+        raise _no_class_token(pooling)
+    patches = tokens[:, num_prefix_tokens:]
+    if pooling == "tokens":
+        return patches
+    parts = {"cls": tokens[:, 0], "mean": patches.mean(dim=1)}
+    return torch.cat([parts[name] for name in pooling.split("+")], dim=1)
+
+
+def encode(
+    encoder: nn.Module,
+    images: Float[Tensor, "b c hh ww"],
+    layer: int = DEFAULT_LAYER,
+    pooling: Pooling | None = None,
+) -> Float[Tensor, "b f"] | Float[Tensor, "b n d"]:
+    """Features of normalised images from one layer of a timm backbone; see `encode_layers`."""
+    return encode_layers(encoder, images, [layer], pooling)[0]
+
+
+def encode_layers(
+    encoder: nn.Module,
+    images: Float[Tensor, "b c hh ww"],
+    layers: Sequence[int],
+    pooling: Pooling | None = None,
+) -> list[Float[Tensor, "b f"] | Float[Tensor, "b n d"]]:
+    """Features of normalised images from several layers of a timm backbone, in one pass.
+
+    The last layer is `forward_features`. The others are `forward_intermediates(norm=True)`: in a Vision Transformer
+    the final norm is then applied to every layer, as it is to the last, so that layers can be compared. Networks whose
+    stages differ in width (ResNet, Swin) have no norm that would fit them, and give their inner stages as they are.
+    Feature maps are flattened to tokens.
+
+    Args:
+        encoder: anything with timm's contract.
+        images: as the encoder takes them.
+        layers: numbers from 0, or negative ones from the end.
+        pooling: see `pool`; by default what `default_pooling` says.
+
+    Raises:
+        UserError: for a layer that does not exist, or a class token that does not.
+    """
+    pooling = pooling or default_pooling(encoder)
+    check_pooling(encoder, pooling)
+    last = depth(encoder) - 1
+    numbers = [layer_number(encoder, layer) for layer in layers]
+    inner = sorted(set(numbers) - {last})
+    found = _intermediates(encoder, images, inner, with_last=last in numbers) if inner else {}
+    if not inner:
+        forward: Any = encoder.forward_features  # to a type checker, what a module has is tensors and modules
+        found[last] = _as_tokens(encoder, forward(images))
+    prefix = getattr(encoder, "num_prefix_tokens", 0)
+    return [pool(found[number], prefix, pooling) for number in numbers]
+
+
+def depth(encoder: nn.Module) -> int:
+    """How many layers (of a Vision Transformer) or stages (of others) a timm backbone has."""
+    info: Any = getattr(encoder, "feature_info", None)
+    return len(info) if info is not None else 1
+
+
+def layer_number(encoder: nn.Module, layer: int) -> int:
+    """The number of a layer from 0.
+
+    Raises:
+        UserError: if there is no such layer.
+    """
+    layers = depth(encoder)
+    if not -layers <= layer < layers:
+        raise UserError(
+            f"There is no layer {layer}: this encoder has {layers} layers, 0 to {layers - 1}, "
+            f"or -1 to -{layers} from the end."
+        )
+    return layer % layers
+
+
+def has_class_token(encoder: nn.Module) -> bool:
+    """Whether the first token is a class token; register tokens alone are none."""
+    return getattr(encoder, "num_prefix_tokens", 0) > 0 and getattr(encoder, "cls_token", None) is not None
+
+
+def default_pooling(encoder: nn.Module) -> Pooling:
+    """`DEFAULT_POOLING`, or the mean of patches for a network without a class token."""
+    return DEFAULT_POOLING if has_class_token(encoder) else "mean"
+
+
+def check_pooling(encoder: nn.Module, pooling: Pooling) -> None:
+    """Raise a `UserError` for a pooling that this encoder cannot have."""
+    if "cls" in pooling and not has_class_token(encoder):
+        raise _no_class_token(pooling)
+
+
+@contextmanager
+def evaluating(encoder: nn.Module) -> Iterator[None]:
+    """Have a module in `eval()`, without gradients or automatic mixed precision; afterwards it is as it was."""
+    training = [module for module in encoder.modules() if module.training]
+    encoder.eval()
+    device = next((parameter.device.type for parameter in encoder.parameters()), "cpu")
+    try:
+        with torch.inference_mode(), torch.autocast(device, enabled=False):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _intermediates(encoder: nn.Module, images: Tensor, layers: list[int], *, with_last: bool) -> dict[int, Tensor]:
+    """Tokens of the inner layers and, if wanted, of the last one."""
+    options: dict[str, Any] = {"indices": layers, "norm": True, "intermediates_only": not with_last}
+    method: Any = getattr(encoder, "forward_intermediates", None)
+    if method is None:
+        raise UserError(f"A {type(encoder).__name__} cannot give its inner layers: take layer -1.")
+    known = inspect.signature(method).parameters
+    has_tokens = "return_prefix_tokens" in known
+    if not has_tokens and getattr(encoder, "num_prefix_tokens", 0):
+        raise UserError(f"A {type(encoder).__name__} keeps its class token to itself in inner layers: take layer -1.")
+    options |= {"return_prefix_tokens": True, "output_fmt": "NLC"} if has_tokens else {"output_fmt": "NCHW"}
+    if "stop_early" in known:
+        options["stop_early"] = not with_last
+    try:
+        outputs = method(images, **options)
+    except AssertionError as error:  # how timm says that it cannot
+        raise UserError(f"This network cannot give its inner layers ({error}): take layer -1.") from error
+    final, outputs = outputs if with_last else (None, outputs)
+    found = {layer: _join(output) for layer, output in zip(layers, outputs, strict=True)}
+    if final is not None:
+        found[depth(encoder) - 1] = _as_tokens(encoder, final)
+    return found
+
+
+def _join(output: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    """(patches, prefix tokens) as one sequence; a feature map b d gh gw as tokens."""
+    if isinstance(output, tuple):
+        return torch.cat([output[1], output[0]], dim=1)
+    return output.flatten(2).mT if output.ndim == 4 else output
+
+
+def _as_tokens(encoder: nn.Module, output: Tensor) -> Tensor:
+    """What `forward_features` gives, as tokens b m d."""
+    if output.ndim == 4:
+        return output.flatten(1, 2) if getattr(encoder, "output_fmt", "NCHW") == "NHWC" else output.flatten(2).mT
+    return output[:, None] if output.ndim == 2 else output
+
+
+def _no_class_token(pooling: str) -> UserError:
+    return UserError(f'pooling is "{pooling}", but this network has no class token: use "mean" or "tokens".')
