@@ -8,27 +8,43 @@ from typing import TYPE_CHECKING
 from crate_mae.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from crate_mae.commands.compare import compare
     from crate_mae.commands.doctor import doctor
+    from crate_mae.commands.embed import embed
+    from crate_mae.commands.evaluate import eval_fewshot, eval_knn, eval_linear
+    from crate_mae.commands.evaluate_reconstruction import eval_reconstruction
+    from crate_mae.commands.finetune import finetune
+    from crate_mae.commands.predict import predict
     from crate_mae.commands.pretrain import pretrain, resume
     from crate_mae.commands.reconstruct import reconstruct
     from crate_mae.commands.try_digits import try_digits
     from crate_mae.errors import RunStopped, UserError
     from crate_mae.models.autoencoder import MAEOutput, MaskedAutoencoder
+    from crate_mae.models.classifier import Classifier
     from crate_mae.models.official import from_official, to_official
     from crate_mae.models.presets import create_model, list_models
     from crate_mae.models.tracing import trace
     from crate_mae.models.weights import load, save
 
 _HOMES = {
+    "Classifier": "models.classifier",
     "MAEOutput": "models.autoencoder",
     "MaskedAutoencoder": "models.autoencoder",
     "RunStopped": "errors",
     "UserError": "errors",
+    "compare": "commands.compare",
     "create_model": "models.presets",
     "doctor": "commands.doctor",
+    "finetune": "commands.finetune",
+    "embed": "commands.embed",
+    "eval_fewshot": "commands.evaluate",
+    "eval_knn": "commands.evaluate",
+    "eval_linear": "commands.evaluate",
+    "eval_reconstruction": "commands.evaluate_reconstruction",
     "from_official": "models.official",
     "list_models": "models.presets",
     "load": "models.weights",
+    "predict": "commands.predict",
     "pretrain": "commands.pretrain",
     "reconstruct": "commands.reconstruct",
     "resume": "commands.pretrain",
@@ -39,15 +55,24 @@ _HOMES = {
 }
 
 __all__ = [
+    "Classifier",
     "MAEOutput",
     "MaskedAutoencoder",
     "RunStopped",
     "UserError",
+    "compare",
     "create_model",
     "doctor",
+    "embed",
+    "eval_fewshot",
+    "eval_knn",
+    "eval_linear",
+    "eval_reconstruction",
+    "finetune",
     "from_official",
     "list_models",
     "load",
+    "predict",
     "pretrain",
     "reconstruct",
     "resume",

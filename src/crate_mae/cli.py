@@ -21,10 +21,21 @@ from crate_mae.errors import RunStopped, UserError
 _COMMANDS = {
     "try": ("try_digits:try_digits", "Pretrain on handwritten digits that are on every machine, in under 3 minutes."),
     "pretrain": ("pretrain:pretrain", "Pretrain on unlabelled images."),
+    "finetune": ("finetune:finetune", "Train a classifier on labelled images, from a pretrained model or not."),
     "resume": ("pretrain:resume", "Go on with an interrupted run, exactly where its last checkpoint was."),
+    "predict": ("predict:predict", "Predict the classes of images, into a CSV file."),
     "reconstruct": ("reconstruct:reconstruct", "Mask images, complete them, and save the picture."),
+    "embed": ("embed:embed", "Save the features of images."),
+    "compare": ("compare:compare", "Pretrain models under the same budget, and measure them alike."),
     "models": ("models:models", "List the models that can be named."),
+    "recipes": ("recipes:recipes", "List options of pretraining that were tried together, with what they gave."),
     "doctor": ("doctor:doctor", "Describe this machine and installation, for a bug report."),
+}
+_EVAL_COMMANDS = {
+    "knn": ("evaluate:eval_knn", "Classify by nearest neighbours among frozen features."),
+    "linear": ("evaluate:eval_linear", "Fit a linear classifier to frozen features."),
+    "fewshot": ("evaluate:eval_fewshot", "Fit a linear classifier to a few images of each class, many times."),
+    "reconstruction": ("evaluate_reconstruction:eval_reconstruction", "Measure completions over mask ratios."),
 }
 
 
@@ -42,6 +53,10 @@ def build_app() -> App:
     data = App(name="data", help="Look at images before training on them.")
     data.command("crate_mae.commands.data:check", name="check", help="Count, measure and decode all images.")
     app.command(data)
+    evaluate = App(name="eval", help="Measure what a trained model is worth: its features, and its completions.")
+    for name, (function, text) in _EVAL_COMMANDS.items():
+        evaluate.command(f"crate_mae.commands.{function}", name=name, help=text)
+    app.command(evaluate)
 
     @app.meta.default
     def launch(
@@ -62,10 +77,12 @@ def build_app() -> App:
 
 
 def _options_of(file: Yaml, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill a command's options from a flat file."""
+    """Fill a command's options from a flat file; that of a run says which command it is of."""
     # The file says `data: ...`, an option of `pretrain`. Cyclopts would take that key of a flat file for the command
     # `data`, but not one that stands below the key `pretrain`: so that is where the options are put.
-    options: dict[str, Any] = file.config
+    options: dict[str, Any] = dict(file.config)
+    if (kind := options.pop("command", None)) is not None and commands and kind != commands[-1]:
+        raise UserError(f"{file.path} holds the options of `crate-mae {kind}`, not of `crate-mae {commands[-1]}`.")
     for command in reversed(commands):
         options = {command: options}
     Dict(options, source=str(file.path))(app, commands, arguments)

@@ -1,0 +1,1 @@
+"""Models pretrained and measured on equal terms: what costs what, and what comes of it."""

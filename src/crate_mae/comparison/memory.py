@@ -1,0 +1,84 @@
+"""Memory of a training step, in a process of its own: `python -m crate_mae.comparison.memory` with JSON on its input.
+
+What a process has taken, it seldom gives back, so contestants measured one after another in one process would look
+alike. The peak is that of resident memory above what the process has after its imports; on a GPU, that of its tensors.
+"""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from crate_mae.comparison.trial import StepSettings, TrialStep
+from crate_mae.models.config import ModelConfig, config_from_dict
+
+_STATUS = Path("/proc/self/status")
+_STEPS = 3  # AdamW has all its memory after the first
+
+
+def step_memory(config: ModelConfig, settings: StepSettings, device: torch.device, threads: int) -> int | None:
+    """Bytes at the peak of a training step; None where it cannot be measured, or there is too little memory."""
+    question = {
+        "config": config.to_dict(),
+        "settings": vars(settings),
+        "device": str(device),
+        "threads": threads,
+    }
+    answer = subprocess.run(
+        [sys.executable, "-m", __name__], input=json.dumps(question), capture_output=True, text=True, check=False
+    )
+    return json.loads(answer.stdout) if answer.returncode == 0 else None
+
+
+def main() -> None:
+    """Answer the question on standard input with a number, or null, on standard output."""
+    question: dict[str, Any] = json.loads(sys.stdin.read())
+    torch.set_num_threads(question["threads"])
+    device = torch.device(question["device"])
+    config, settings = config_from_dict(question["config"]), StepSettings(**question["settings"])
+    before = _restart_peak()
+    step = TrialStep(config, settings, device)
+    for _ in range(_STEPS):
+        step()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        after = _peak()
+        peak = None if before is None or after is None else after - before
+    sys.stdout.write(json.dumps(peak))
+
+
+def _restart_peak() -> int | None:
+    """Forget the peak so far, which imports may have set; resident memory now."""
+    if not _STATUS.exists():
+        return _peak()  # macOS: what lies under the imports' own peak is not seen
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not allowed in this container: as on macOS
+        return _peak()
+    return _status("VmRSS")
+
+
+def _peak() -> int | None:
+    if _STATUS.exists():
+        # Not getrusage: its peak of a new process is at least what the process that started it had.
+        return _status("VmHWM")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    assert found is not None, "proc(5) promises it"
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()

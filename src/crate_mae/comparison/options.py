@@ -1,0 +1,154 @@
+"""The options of a comparison, checked, and how much each contestant may spend."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from crate_mae.errors import UserError
+from crate_mae.models.presets import preset
+
+_FORMS = "A budget is steps=N, minutes=N or flops=N, such as steps=2000, minutes=30 or flops=1e15."
+_KINDS = ("steps", "minutes", "flops")
+
+# What a comparison leaves as `crate_mae.pretrain` has it. The two have the same options, which a test sees to.
+PRETRAIN_DEFAULTS: dict[str, Any] = {
+    "data": None,
+    "model": None,
+    "epochs": None,
+    "steps": None,
+    "batch_size": None,
+    "lr": None,
+    "min_lr": 0.0,
+    "warmup_epochs": None,
+    "weight_decay": 0.05,
+    "clip_grad": 1.0,
+    "mask_ratio": 0.75,
+    "mask_tokens": None,
+    "norm_pix_loss": False,
+    "drop_path": 0.0,
+    "model_settings": None,
+    "image_size": None,
+    "channels": None,
+    "mean": None,
+    "std": None,
+    "min_crop": 0.2,
+    "flip": True,
+    "val": None,
+    "seed": 0,
+    "precision": "auto",
+    "accumulation": 1,
+    "compile": False,
+    "workers": None,
+    "threads": None,
+    "max_bad": 0.01,
+    "checkpoint_minutes": 10.0,
+    "checkpoint_epochs": None,
+    "log_steps": None,
+    "monitor_steps": None,
+    "trackers": (),
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What each contestant may spend on the search for its learning rate and one final run together.
+
+    Attributes:
+        kind: optimizer steps, minutes of this machine, or floating-point operations of training.
+        amount: how many of them.
+    """
+
+    kind: Literal["steps", "minutes", "flops"]
+    amount: float
+
+    def __str__(self) -> str:
+        return f"{self.kind}={self.amount:g}" if self.amount >= 1e6 else f"{self.kind}={self.amount:.10g}"
+
+
+def parse_budget(text: str) -> Budget:
+    """Understand "steps=2000", "minutes=30" or "flops=1e15".
+
+    Raises:
+        UserError: for anything else, with these forms.
+    """
+    kind, _, number = text.partition("=")
+    try:
+        amount = float(number)
+    except ValueError:
+        amount = math.nan
+    if kind not in _KINDS or not math.isfinite(amount) or amount <= 0:
+        raise UserError(f'--budget "{text}" is no budget. {_FORMS}')
+    if kind == "steps" and not amount.is_integer():
+        raise UserError(f'--budget "{text}" is no whole number of steps. {_FORMS}')
+    return Budget(kind, amount)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `crate_mae.compare`, which explains them, was given.
+
+    Raises:
+        UserError: with all mistakes that can be seen without the images.
+    """
+
+    models: tuple[str, ...]
+    train: Any
+    val: Any
+    budget: str
+    batch_size: int | None
+    mask_ratio: float
+    norm_pix_loss: bool
+    seeds: int
+    lr_search: int
+    search_share: float
+    probe_layer: int | None
+    pooling: Literal["cls", "mean", "cls+mean"] | None
+    precision: Literal["auto", "float32", "bfloat16"]
+    workers: int | None
+    threads: int | None
+    image_size: int | tuple[int, int] | None
+    min_crop: float
+    flip: bool
+
+    def __post_init__(self) -> None:
+        mistakes = []
+        if len(self.models) < 2:
+            named = f"only {self.models[0]}" if self.models else "none"
+            mistakes.append(f"A comparison needs at least two models, but {named} was named.")
+        twice = [name for name in dict.fromkeys(self.models) if self.models.count(name) > 1]
+        mistakes += [f"{name} is named twice: it would be compared with itself." for name in twice]
+        for name in dict.fromkeys(self.models):
+            mistakes += _message_of(preset, name)
+        mistakes += _message_of(parse_budget, self.budget)
+        for option, value in (("--seeds", self.seeds), ("--lr-search", self.lr_search)):
+            if value < 1:
+                mistakes.append(f"{option} is {value}, but must be at least 1.")
+        if not 0 < self.search_share < 1:
+            mistakes.append(f"--search-share is {self.search_share}, but must be between 0 and 1.")
+        if mistakes:
+            raise UserError("\n".join(mistakes))
+
+    def plain(self, train: str, val: str) -> dict[str, Any]:
+        """The options for a file, with names that open the data from any folder."""
+        values = {**dataclasses.asdict(dataclasses.replace(self, train=None, val=None)), "train": train, "val": val}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+
+    def pretraining(self, model: str, **settings: Any) -> dict[str, Any]:
+        """All options of `crate_mae.pretrain` for one of the models.
+
+        Args:
+            model: its name.
+            settings: options that have been settled since.
+        """
+        shared = ("batch_size", "mask_ratio", "norm_pix_loss", "precision", "workers", "threads", "image_size")
+        given = {key: getattr(self, key) for key in (*shared, "min_crop", "flip")}
+        return {**PRETRAIN_DEFAULTS, **given, "data": self.train, "model": model, **settings}
+
+
+def _message_of(check: Any, value: str) -> list[str]:
+    try:
+        check(value)
+    except UserError as error:
+        return [str(error)]
+    return []

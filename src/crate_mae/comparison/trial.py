@@ -1,0 +1,101 @@
+"""One training step that can be timed, counted and weighed: on random images in memory, by the loop's own parts."""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from crate_mae.models.autoencoder import build
+from crate_mae.models.config import ModelConfig
+from crate_mae.models.masking import random_mask
+from crate_mae.training.optimizer import build_optimizer
+from crate_mae.training.precision import autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepSettings:
+    """What a step needs to know beside its model.
+
+    Attributes:
+        batch_size: images.
+        mask_ratio: share of hidden patches.
+        weight_decay: of AdamW.
+        clip_grad: largest norm of the gradient.
+        precision: float32 or bfloat16.
+    """
+
+    batch_size: int
+    mask_ratio: float
+    weight_decay: float
+    clip_grad: float
+    precision: str
+
+
+class TrialStep:
+    """Forward, backward, clipping and AdamW, on a model of its own with random images.
+
+    Neither the global generator nor anything outside is changed.
+
+    Args:
+        config: of the model.
+        settings: of the step.
+        device: where to compute.
+    """
+
+    def __init__(self, config: ModelConfig, settings: StepSettings, device: torch.device) -> None:
+        self.settings = settings
+        self.device = device
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.model = build(config).to(device).train()
+            shape = (settings.batch_size, config.in_chans, *config.image_size)
+            self.images = torch.randn(shape).to(device)
+            self.mask = random_mask(settings.batch_size, self.model.num_patches, settings.mask_ratio)
+        self.optimizer = build_optimizer(self.model, settings.weight_decay)
+
+    def __call__(self) -> float:
+        """Take a step; its seconds."""
+        started = time.perf_counter()
+        loss = self._forward_and_backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        loss.item()  # waits for the device
+        return time.perf_counter() - started
+
+    def training_flops(self) -> int:
+        """Floating-point operations of the matrix products of a step, forward and backward."""
+        with flop_counter() as counter:
+            self._forward_and_backward()
+        self.optimizer.zero_grad()
+        return counter.get_total_flops()
+
+    def encoder_flops(self) -> int:
+        """The same of the encoder alone, forward, for the whole batch with nothing hidden."""
+        self.model.eval()
+        with torch.inference_mode(), flop_counter() as counter:
+            self.model.encoder.forward_features(self.images)
+        self.model.train()
+        return counter.get_total_flops()
+
+    def _forward_and_backward(self) -> torch.Tensor:
+        with autocast(self.device, self.settings.precision):
+            loss = self.model(self.images, mask=self.mask).loss
+        loss.backward()
+        return loss.detach()
+
+
+def flop_counter() -> FlopCounterMode:
+    """PyTorch's counter of the operations of matrix products and convolutions; a multiplication with addition is 2.
+
+    It overlooks `baddbmm_`, which the backward pass of our attention uses: a whole half of that pass. So that is added.
+    """
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: _baddbmm_flops})
+
+
+def _baddbmm_flops(_sum: Any, a: Any, b: Any, *_rest: Any, **_options: Any) -> int:
+    """2 b n k m for a (b n k) times b (b k m); the counter gives shapes."""
+    batch, n, k = a
+    return 2 * batch * n * k * b[-1]

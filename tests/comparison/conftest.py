@@ -1,0 +1,74 @@
+"""One real comparison on scikit-learn's digits, of which the tests look at all sides."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+import crate_mae
+
+MODELS = ("crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8")
+OPTIONS = {
+    "budget": "steps=10",
+    "batch_size": 25,
+    "lr_search": 2,
+    "search_share": 0.4,
+    "seeds": 2,
+    "precision": "float32",
+    "workers": 0,
+    "threads": 1,
+    "min_crop": 0.6,
+    "flip": False,
+    "quiet": True,
+}
+
+
+def _surround(patch, cache):
+    """The CPU, and a cache of the tests' own."""
+    patch.setenv("XDG_CACHE_HOME", str(cache))
+    if torch.accelerator.is_available():
+        patch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's cache."""
+    _surround(monkeypatch, tmp_path_factory.mktemp("cache"))
+    return os.environ
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    """Few of the digits, so that probes are quick, as folders of classes: options `train` and `val`."""
+    folder, found = tmp_path_factory.mktemp("digits"), load_digits()
+    for part, chosen in (("train", range(260)), ("val", range(1500, 1590))):
+        for i in chosen:
+            file = folder / part / str(found.target[i]) / f"{i}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((found.images[i] * 15.9).astype(np.uint8)).save(file)
+    return {part: str(folder / part) for part in ("train", "val")}
+
+
+@pytest.fixture(scope="session")
+def compared(tmp_path_factory, digits):
+    """A finished comparison; whoever changes it takes a copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        _surround(patch, tmp_path_factory.mktemp("cache"))
+        return crate_mae.compare(MODELS, out=tmp_path_factory.mktemp("comparison") / "out", **OPTIONS, **digits)
+
+
+@pytest.fixture
+def compare(monkeypatch, digits):
+    """`compare(out, *models, **options)`: with the options of `compared` but for those that are given.
+
+    Memory is not measured, which takes a process for each model.
+    """
+    monkeypatch.setattr("crate_mae.comparison.costs.step_memory", lambda *_: None)
+
+    def run(out, *models, **options):
+        return crate_mae.compare(models or MODELS, out=out, **{**OPTIONS, **digits, **options})
+
+    return run

@@ -1,0 +1,205 @@
+"""A comparison from end to end: what it leaves behind, that it is fair, and that it goes on after being stopped."""
+
+import csv
+import math
+import shutil
+from importlib.metadata import version
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from crate_mae.comparison.contestants import open_images, resolve_contestants
+from crate_mae.comparison.costs import Costs
+from crate_mae.comparison.course import Course
+from crate_mae.comparison.directory import ComparisonDirectory
+from crate_mae.comparison.options import Options
+from crate_mae.comparison.runs import Trainer
+from crate_mae.errors import UserError
+from crate_mae.models.weights import load
+from crate_mae.training.config import load_config
+
+CRATE, VIT = "crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8"
+
+
+def read_csv(path):
+    with path.open(encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_contestant_spends_its_budget_and_no_more(compared):
+    for name in (CRATE, VIT):
+        searches = sorted((compared.path / "runs" / name).glob("search-*"))
+        assert [load_config(run / "config.yaml").steps for run in searches] == [2, 2]
+        finals = sorted((compared.path / "runs" / name).glob("seed-*"))
+        assert [run.name for run in finals] == ["seed-0", "seed-1"]
+        assert [load_config(run / "config.yaml").steps for run in finals] == [6, 6]
+
+
+def test_runs_differ_in_model_learning_rate_and_seed_alone(compared):
+    runs = [load_config(file) for file in sorted(compared.path.glob("runs/*/seed-*/config.yaml"))]
+    differing = {line.partition(":")[0] for run in runs for line in runs[0].differences(run)}
+    # The two families differ by design in where mask tokens come in.
+    assert differing <= {"model", "lr", "seed", "mask_tokens"}
+    assert {"model", "seed"} <= differing
+    assert runs[0].mask_ratio == 0.75 and not runs[0].flip and runs[0].min_crop == 0.6
+
+
+def test_the_learning_rate_is_that_of_the_lowest_held_out_loss_of_the_training_images(compared):
+    for outcome in compared.outcomes:
+        losses = outcome.trained.search_losses
+        assert outcome.trained.rate == min(losses, key=losses.get)
+        for rate, loss in losses.items():
+            run = compared.path / "runs" / outcome.name / f"search-{rate:.3g}"
+            assert read_csv(run / "metrics.csv")[-1]["held_out_loss"] == str(loss)
+            assert load_config(run / "config.yaml").val is None  # so they are taken out of the training images
+        final = load_config(compared.path / "runs" / outcome.name / "seed-0" / "config.yaml")
+        assert final.lr == outcome.trained.rate
+
+
+def test_the_table_has_a_row_for_each_contestant_and_control(compared):
+    rows = read_csv(compared.path / "table.csv")
+    kinds = [(row["model"], row["weights"]) for row in rows]
+    assert kinds == [(CRATE, "trained"), (CRATE, "random"), (VIT, "trained"), (VIT, "random"), ("pixels", "none")]
+    for row in rows:
+        assert 0.2 < float(row["linear_mean"]) <= 1
+        assert 0 < float(row["knn_mean"]) <= 1
+        assert bool(row["psnr_mean"]) == (row["weights"] == "trained")
+    crate, vit = rows[0], rows[2]
+    assert int(crate["parameters"]) < int(vit["parameters"])
+    for row in (crate, vit):
+        assert int(row["steps"]) == 6 and int(row["steps_search"]) == 4 and int(row["images_seen"]) == 150
+        expected = float(row["training_flops_per_image"]) * 25 * 10
+        assert float(row["training_flops"]) == pytest.approx(expected)
+        assert float(row["linear_low"]) <= float(row["linear_mean"]) <= float(row["linear_high"])
+        assert float(row["images_per_second"]) > 0
+
+
+def test_scores_of_seeds_are_summarised_with_their_spread(compared):
+    row = read_csv(compared.path / "table.csv")[0]
+    a, b = (scores["linear"] for scores in compared.outcomes[0].scores)
+    assert float(row["linear_mean"]) == pytest.approx((a + b) / 2)
+    assert float(row["linear_std"]) == pytest.approx(abs(a - b) / math.sqrt(2))
+
+
+def test_the_notes_say_where_the_first_is_behind_and_how_to_read_it(compared):
+    text = (compared.path / "table.md").read_text(encoding="utf-8")
+    assert compared.notes[0].startswith(f"{CRATE} is behind {VIT} in: ")
+    assert compared.notes[1].startswith(f"{CRATE} is ahead of {VIT} in: ")
+    for outcome in compared.outcomes:
+        assert f"{outcome.name}: the best learning rate" in text  # of two, one is always at the edge
+    for words in (
+        "lies at the edge",
+        f"{CRATE} at the encoder, {VIT} at the decoder",
+        "counted as 2",
+        "random weights",
+        "raw pixels",
+        "never by the validation images",
+    ):
+        assert words in text
+    behind, ahead = compared.notes[:2]
+    first, other = (outcome.scores for outcome in compared.outcomes)
+    first_psnr, other_psnr = (sum(score["psnr"] for score in scores) for scores in (first, other))
+    assert ("PSNR" in ahead) == (first_psnr > other_psnr)
+    assert ("PSNR" in behind) == (first_psnr < other_psnr)
+
+
+def test_the_random_control_is_the_network_before_its_first_step(compared):
+    options = Options(models=(CRATE, VIT), **plan_options(compared))
+    contestant = resolve_contestants(options, open_images(options))[0]
+    run = compared.path / "runs" / CRATE / "seed-1"
+    trained = load(run)
+    fresh = contestant.fresh(1)
+    moved = [(a - b).abs().max() for a, b in zip(trained.parameters(), fresh.parameters(), strict=True)]
+    other = [(a - b).abs().max() for a, b in zip(trained.parameters(), contestant.fresh(0).parameters(), strict=True)]
+    # Six steps at this rate move no weight by more than 0.02; weights of another seed are elsewhere.
+    assert max(moved) < 0.02 < max(other)
+
+
+def test_the_pictures_show_something(compared):
+    for name in ("figure.png", "curves.png"):
+        with Image.open(compared.path / name) as picture:
+            assert picture.width > 1000
+            assert len(picture.convert("RGB").getcolors(2**24) or []) > 50
+
+
+def test_the_plan_tells_all_that_is_needed_to_repeat_it(compared, digits):
+    plan = yaml.safe_load((compared.path / "comparison.yaml").read_text(encoding="utf-8"))
+    assert {key: plan["options"][key] for key in digits} == digits
+    assert plan["options"]["budget"] == "steps=10" and plan["options"]["models"] == [CRATE, VIT]
+    assert plan["contestants"][CRATE]["model"]["in_chans"] == 1
+    assert plan["contestants"][CRATE]["threads"] == 1
+    assert plan["contestants"][VIT]["plan"]["final_steps"] == 6
+    assert plan["environment"]["packages"]["torch"] == version("torch")
+
+
+def test_a_stopped_comparison_goes_on_where_it_was(compared, compare, tmp_path, monkeypatch):
+    out = tmp_path / "copy"
+    shutil.copytree(compared.path, out)
+    # As if it had been killed in the last run: that one, the scores, and everything later are missing.
+    shutil.rmtree(out / "runs" / VIT / "seed-1")
+    for name in ("scores.json", "table.csv", "table.md", "figure.png", "curves.png"):
+        (out / name).unlink()
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
+    monkeypatch.setattr("crate_mae.comparison.compare.measure_costs", None)  # would fail if it were timed again
+    again = compare(out)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    name = f"runs/{VIT}/seed-1/model.safetensors"
+    redone, first = load_file(out / name), load_file(compared.path / name)
+    assert all(torch.equal(redone[key], first[key]) for key in first)
+    assert [outcome.scores for outcome in again.outcomes] == [outcome.scores for outcome in compared.outcomes]
+    assert len(read_csv(out / "table.csv")) == 5
+
+
+def test_a_folder_with_other_options_is_refused(compared, compare):
+    before = sorted(compared.path.rglob("*"))
+    with pytest.raises(UserError, match=r"comparison with other options:\n  budget: steps=10 -> steps=12\n"):
+        compare(compared.path, budget="steps=12")
+    with pytest.raises(UserError, match="models: "):
+        compare(compared.path, VIT, CRATE)
+    assert sorted(compared.path.rglob("*")) == before
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(compare, tmp_path, capsys):
+    compare(tmp_path / "dry", budget="steps=20", quiet=False, dry_run=True)
+    text = capsys.readouterr().out
+    assert f"{CRATE}: 0.23 M parameters" in text
+    assert "search 2 x 4 steps, final run 12 steps for each of 2 seeds" in text
+    assert "nothing has been written" in text
+    assert not (tmp_path / "dry").exists()
+
+
+def test_without_labels_completions_alone_are_measured(compare, tmp_path):
+    images = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(90)]
+    options = {"budget": "steps=2", "lr_search": 1, "seeds": 1, "batch_size": 20, "norm_pix_loss": True}
+    comparison = compare(tmp_path / "out", train=images[:60], val=images[60:], **options)
+    rows = read_csv(tmp_path / "out" / "table.csv")
+    assert [row["weights"] for row in rows] == ["trained", "trained"]
+    assert "linear_mean" not in rows[0] and float(rows[0]["psnr_mean"]) > 0
+    text = "\n".join(comparison.notes)
+    assert "without labels: only completions are measured" in text
+    assert "brightness and contrast of each completed patch come from the original" in text
+    assert "One run each: there is no spread" in text
+    titles = [row[0] for row in comparison.table]
+    assert "completion: PSNR of hidden patches, own statistics" in titles
+    assert not any("probe" in title for title in titles)
+
+
+def test_a_rate_that_does_not_stay_finite_is_the_worst(compared, tmp_path):
+    options = Options(models=(CRATE, VIT), **plan_options(compared))
+    contestant = resolve_contestants(options, open_images(options))[0]
+    lines = []
+    trainer = Trainer(options, ComparisonDirectory(tmp_path), lines.append)
+    costs = compared.outcomes[0].costs
+    assert isinstance(costs, Costs)
+    losses, minutes = trainer._search(contestant, costs, Course((1e-3, 1e30), 8, 1))
+    assert math.isfinite(losses[1e-3]) and losses[1e30] == math.inf
+    assert minutes > 0
+    assert any("did not stay finite at 1e+30" in line for line in lines)
+
+
+def plan_options(compared):
+    plan = yaml.safe_load((compared.path / "comparison.yaml").read_text(encoding="utf-8"))
+    return {key: value for key, value in plan["options"].items() if key != "models"}

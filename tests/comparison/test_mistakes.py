@@ -1,0 +1,164 @@
+"""Every mistake is told before a file is written, and before anything is trained."""
+
+import inspect
+import re
+
+import pytest
+import torch
+
+import crate_mae
+from crate_mae.comparison.costs import Costs
+from crate_mae.comparison.course import plan_course, rate_grid
+from crate_mae.comparison.options import PRETRAIN_DEFAULTS, Budget, parse_budget
+from crate_mae.errors import UserError
+
+CRATE, VIT = "crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8"
+FORMS = "A budget is steps=N, minutes=N or flops=N"
+
+
+def images(number, classes, size=(8, 8)):
+    """Grey images as a data set from Python; without labels for no classes."""
+    made = [torch.rand(1, *size, generator=torch.Generator().manual_seed(i)) for i in range(number)]
+    return [(image, classes[i % len(classes)]) for i, image in enumerate(made)] if classes else made
+
+
+@pytest.fixture
+def refused(compare, tmp_path, monkeypatch):
+    """`refused(*models, **options)`: the message with which a comparison is refused; nothing may be left of it."""
+    costs = Costs(
+        parameters=1,
+        encoder_parameters=1,
+        encoder_flops=1.0,
+        training_flops=100.0,
+        precision="float32",
+        step_seconds=6.0,
+        loading_seconds=0.0,
+        memory=None,
+    )
+    monkeypatch.setattr(
+        "crate_mae.comparison.compare.measure_costs", lambda contestants, *_: [costs] * len(contestants)
+    )
+
+    def message(*models, **options):
+        with pytest.raises(UserError) as error:
+            compare(tmp_path / "out", *models, **options)
+        assert list(tmp_path.iterdir()) == []
+        return str(error.value)
+
+    return message
+
+
+@pytest.mark.parametrize(
+    ("models", "options", "expected"),
+    [
+        ((CRATE,), {}, f"needs at least two models, but only {CRATE} was named"),
+        ((CRATE, VIT, CRATE), {}, f"{CRATE} is named twice"),
+        ((CRATE, "vit_mae_nano_patch2_9"), {}, f"Did you mean {VIT}?"),
+        ((CRATE, VIT), {"budget": "hours=2"}, f'--budget "hours=2" is no budget. {FORMS}'),
+        ((CRATE, VIT), {"budget": "minutes"}, FORMS),
+        ((CRATE, VIT), {"budget": "steps=0"}, FORMS),
+        ((CRATE, VIT), {"budget": "flops=inf"}, FORMS),
+        ((CRATE, VIT), {"budget": "steps=1.5"}, "no whole number of steps"),
+        ((CRATE, VIT), {"seeds": 0}, "--seeds is 0"),
+        ((CRATE, VIT), {"lr_search": 0}, "--lr-search is 0"),
+        ((CRATE, VIT), {"search_share": 1.0}, "--search-share is 1.0"),
+        ((CRATE, VIT), {"mask_ratio": 1.5}, "--mask-ratio is 1.5, but must be between 0 and 1"),
+        ((CRATE, VIT), {"probe_layer": 4}, "layer"),
+        ((CRATE, VIT), {"train": "missing"}, "does not exist"),
+        ((CRATE, VIT), {"train": "digits:train", "val": "digits:train"}, "are the same images"),
+        ((CRATE, "vit_mae_micro_patch4_32"), {}, "different sizes"),
+        ((CRATE, VIT), {"budget": "minutes=0.05"}, f"too small for one step of {CRATE}, which takes minutes=0.1"),
+        ((CRATE, VIT), {"budget": "flops=2499"}, "which takes flops=2.5e+03"),
+        ((CRATE, VIT), {"budget": "steps=4"}, "too few for a search over 2 learning rates"),
+    ],
+)
+def test_a_mistake_is_named_and_leaves_no_file(refused, models, options, expected):
+    assert expected in refused(*models, **options)
+
+
+def test_all_mistakes_are_told_at_once(refused):
+    message = refused(CRATE, CRATE, budget="hours=2", seeds=0)
+    assert all(part in message for part in ("named twice", "hours=2", "--seeds"))
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "expected"),
+    [
+        ([3, 4], [3, 4, 7], "has classes that .* lacks: 7"),
+        ([5], [5], r"are of one class \(5\)"),
+    ],
+)
+def test_labels_that_no_probe_can_use_are_refused_before_the_training(refused, train, val, expected):
+    message = refused(CRATE, VIT, train=images(200, train), val=images(60, val), batch_size=10)
+    assert re.search(expected, message), message
+
+
+def test_too_few_labelled_images_for_the_neighbours_are_refused(refused):
+    message = refused(CRATE, VIT, train=images(19, [0, 1]), val=images(10, [0, 1]), batch_size=5)
+    assert "19 labelled images" in message
+
+
+def test_a_launcher_is_refused(refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "without a launcher" in refused(CRATE, VIT)
+
+
+def test_a_folder_with_something_else_is_refused(compare, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="not a comparison"):
+        compare(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    with pytest.raises(UserError, match="is a file"):
+        compare(tmp_path / "letter.txt")
+
+
+def test_a_damaged_plan_is_refused(compare, tmp_path):
+    (tmp_path / "comparison.yaml").write_text("options: [3")
+    with pytest.raises(UserError, match="cannot be read as a comparison"):
+        compare(tmp_path)
+
+
+def test_all_options_of_pretrain_are_known():
+    parameters = inspect.signature(crate_mae.pretrain).parameters
+    expected = {key: p.default for key, p in parameters.items() if key not in ("out", "dry_run", "quiet")}
+    # A comparison needs no trackers, and its data is always given.
+    assert {**expected, "data": None, "trackers": ()} == PRETRAIN_DEFAULTS
+
+
+@pytest.mark.parametrize("text", ["steps=2000", "minutes=0.5", "flops=1e+15"])
+def test_a_budget_is_understood_and_said_again(text):
+    assert str(parse_budget(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("budget", "workers", "steps"),
+    [
+        (Budget("steps", 103.0), 0, 103),
+        (Budget("minutes", 1.0), 0, 8),  # 5 s of computing and 2 s of loading a step
+        (Budget("minutes", 1.0), 1, 12),  # loading meanwhile
+        (Budget("flops", 1e5), 0, 142),  # 7 images a step, 100 each
+    ],
+)
+def test_a_budget_becomes_steps(budget, workers, steps):
+    costs = Costs(
+        parameters=1,
+        encoder_parameters=1,
+        encoder_flops=1.0,
+        training_flops=100.0,
+        precision="float32",
+        step_seconds=5.0,
+        loading_seconds=2.0,
+        memory=None,
+    )
+    options = {"name": "x", "batch_size": 7, "workers": workers}
+    alone = plan_course(budget, costs, rates=(0.1,), share=0.5, **options)
+    assert (alone.search_steps, alone.final_steps) == (0, steps)
+    course = plan_course(budget, costs, rates=(0.1, 0.3, 0.9), share=0.5, **options)
+    assert course.search_steps == int(steps * 0.5 / 3)
+    assert 3 * course.search_steps + course.final_steps == steps  # the search counts
+
+
+def test_rates_lie_around_the_default():
+    assert rate_grid(0.0027, 1) == (0.0027,)
+    assert rate_grid(0.003, 3) == (0.001, 0.003, 0.009)
+    assert rate_grid(0.003, 2) == (0.00173, 0.0052)
