@@ -5,8 +5,6 @@ from pathlib import Path
 from crate_mae.commands.pretrain import Run, pretrain
 from crate_mae.commands.reconstruct import reconstruct
 
-_HIDDEN = 0.5  # a digit has only 16 patches; of three quarters hidden, too little is left to tell it by
-
 
 def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) -> Run:
     """Pretrain on handwritten digits, complete masked ones, save the picture, and say what to do next.
@@ -23,20 +21,12 @@ def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) ->
     """
     from rich.console import Console
 
-    # A mirrored digit is none, and of 8 x 8 pixels a small crop shows nothing.
-    run = pretrain(
-        "digits:train",
-        out=out,
-        val="digits:test",
-        model="crate_mae_nano_patch2_8",
-        epochs=epochs,
-        batch_size=50,
-        mask_ratio=_HIDDEN,
-        flip=False,
-        min_crop=0.6,
-    )
+    from crate_mae.training.config import PretrainConfig
+
+    run = pretrain("digits:train", out=out, val="digits:test", recipe="digits", epochs=epochs)
+    assert isinstance(run.config, PretrainConfig)
     picture = run.path / "completed_digits.png"
-    reconstruct(str(run.path), "digits:test", out=picture, mask_ratio=_HIDDEN, count=12, overwrite=True)
+    reconstruct(str(run.path), "digits:test", out=picture, mask_ratio=run.config.mask_ratio, count=12, overwrite=True)
     rows = [row for row in run.metrics() if row["held_out_loss"] is not None]
     first, last = rows[0]["held_out_loss"], rows[-1]["held_out_loss"]
     Console(highlight=False).print(

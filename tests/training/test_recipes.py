@@ -1,0 +1,58 @@
+"""Recipes are options of `pretrain` that fit it, and what the user says beside one wins."""
+
+import inspect
+
+import pytest
+import yaml
+
+from crate_mae.commands.pretrain import pretrain
+from crate_mae.commands.recipes import recipes
+from crate_mae.errors import UserError
+from crate_mae.training.recipes import describe_recipe, list_recipes, recipe_text, with_recipe
+
+DEFAULTS = {key: parameter.default for key, parameter in inspect.signature(pretrain).parameters.items()}
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_fits_pretrain_and_says_what_it_is(name):
+    options = yaml.safe_load(recipe_text(name))
+    assert options.keys() <= DEFAULTS.keys() - {"data", "out", "recipe"}
+    assert describe_recipe(name).endswith(".")
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes() if name != "imagenet"])
+def test_every_recipe_plans_a_run_on_digits(name, tmp_path):
+    """Their own images are larger; the settings still have to fit each other."""
+    size = 32 if "patch4" in recipe_text(name) else 8
+    if "patch16" in recipe_text(name):
+        size = 224
+    config = pretrain("digits", out=tmp_path / "run", recipe=name, image_size=size, steps=9, dry_run=True, quiet=True).config
+    assert config.steps == 9
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_beside_a_recipe_win():
+    options = with_recipe("digits", {**DEFAULTS, "batch_size": 25, "steps": 7}, DEFAULTS)
+    assert (options["batch_size"], options["mask_ratio"], options["flip"]) == (25, 0.5, False)
+    assert (options["steps"], options["epochs"]) == (7, None)
+
+
+def test_settings_of_the_model_are_merged(monkeypatch):
+    monkeypatch.setattr(
+        "crate_mae.training.recipes.recipe_text", lambda _: "model_settings: {threshold: 0.1, depth: 3}"
+    )
+    options = with_recipe("any", {**DEFAULTS, "model_settings": {"depth": 2}}, DEFAULTS)
+    assert options["model_settings"] == {"threshold": 0.1, "depth": 2}
+
+
+def test_an_unknown_recipe_is_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(UserError, match="Unknown recipe digit. Did you mean digits"):
+        pretrain("digits", out=tmp_path / "run", recipe="digit")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_lists_and_shows(capsys):
+    assert recipes() == list_recipes()
+    assert describe_recipe("digits") in capsys.readouterr().out
+    recipes("digits")
+    assert capsys.readouterr().out == recipe_text("digits")
