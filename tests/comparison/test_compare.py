@@ -11,6 +11,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+from crate_mae.commands.pretrain import pretrain_defaults
 from crate_mae.comparison.contestants import open_images, resolve_contestants
 from crate_mae.comparison.costs import Costs
 from crate_mae.comparison.course import Course
@@ -202,4 +203,5 @@ def test_a_rate_that_does_not_stay_finite_is_the_worst(compared, tmp_path):
 
 def plan_options(compared):
     plan = yaml.safe_load((compared.path / "comparison.yaml").read_text(encoding="utf-8"))
-    return {key: value for key, value in plan["options"].items() if key != "models"}
+    given = {key: value for key, value in plan["options"].items() if key != "models"}
+    return {**given, "pretrain_defaults": {**pretrain_defaults(), "trackers": ()}}

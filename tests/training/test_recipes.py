@@ -26,8 +26,8 @@ def test_every_recipe_plans_a_run_on_digits(name, tmp_path):
     size = 32 if "patch4" in recipe_text(name) else 8
     if "patch16" in recipe_text(name):
         size = 224
-    config = pretrain("digits", out=tmp_path / "run", recipe=name, image_size=size, steps=9, dry_run=True, quiet=True).config
-    assert config.steps == 9
+    run = pretrain("digits", out=tmp_path / "run", recipe=name, image_size=size, steps=9, dry_run=True, quiet=True)
+    assert run.config.steps == 9
     assert not (tmp_path / "run").exists()
 
 
@@ -46,7 +46,7 @@ def test_settings_of_the_model_are_merged(monkeypatch):
 
 
 def test_an_unknown_recipe_is_refused_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match="Unknown recipe digit. Did you mean digits"):
+    with pytest.raises(UserError, match=r"Unknown recipe digit\. Did you mean digits"):
         pretrain("digits", out=tmp_path / "run", recipe="digit")
     assert not (tmp_path / "run").exists()
 

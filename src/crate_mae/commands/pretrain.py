@@ -39,6 +39,7 @@ Data = Annotated[Any, Parameter(converter=_as_text, n_tokens=1)]
 ImageSize = Annotated[int | tuple[int, int] | None, Parameter(converter=_as_size, n_tokens=1, negative=())]
 Numbers = Annotated[tuple[float, ...] | None, Parameter(consume_multiple=True, negative=())]
 Names = Annotated[tuple[str, ...] | str | None, Parameter(consume_multiple=True, negative="--no-trackers")]
+_NO_OPTIONS = ("out", "recipe", "dry_run", "quiet")  # of a run: what it does not remember
 Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 
 
@@ -136,14 +137,20 @@ def pretrain(
         UserError: for every mistake in the options at once, or a reason to stop that can be mended.
         RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
     """
-    options = {key: value for key, value in locals().items() if key not in ("out", "recipe", "dry_run", "quiet")}
+    options = {key: value for key, value in locals().items() if key not in _NO_OPTIONS}
     from crate_mae.training.recipes import with_recipe
     from crate_mae.training.start import start
 
-    defaults = {key: parameter.default for key, parameter in inspect.signature(pretrain).parameters.items()}
+    defaults = pretrain_defaults()
     if recipe is not None:
         options = with_recipe(recipe, options, defaults)
     return start("pretrain", Path(out), options, defaults, dry_run=dry_run, quiet=quiet)
+
+
+def pretrain_defaults() -> dict[str, Any]:
+    """What the options of `pretrain` are if nobody says otherwise: those that a run remembers, by name."""
+    parameters = inspect.signature(pretrain).parameters
+    return {key: parameter.default for key, parameter in parameters.items() if key not in _NO_OPTIONS}
 
 
 def resume(run: Path | str, *, quiet: bool = False) -> Run:

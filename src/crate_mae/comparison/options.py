@@ -11,44 +11,6 @@ from crate_mae.models.presets import preset
 _FORMS = "A budget is steps=N, minutes=N or flops=N, such as steps=2000, minutes=30 or flops=1e15."
 _KINDS = ("steps", "minutes", "flops")
 
-# What a comparison leaves as `crate_mae.pretrain` has it. The two have the same options, which a test sees to.
-PRETRAIN_DEFAULTS: dict[str, Any] = {
-    "data": None,
-    "model": None,
-    "epochs": None,
-    "steps": None,
-    "batch_size": None,
-    "lr": None,
-    "min_lr": 0.0,
-    "warmup_epochs": None,
-    "weight_decay": 0.05,
-    "clip_grad": 1.0,
-    "mask_ratio": 0.75,
-    "mask_tokens": None,
-    "norm_pix_loss": False,
-    "drop_path": 0.0,
-    "model_settings": None,
-    "image_size": None,
-    "channels": None,
-    "mean": None,
-    "std": None,
-    "min_crop": 0.2,
-    "flip": True,
-    "val": None,
-    "seed": 0,
-    "precision": "auto",
-    "accumulation": 1,
-    "compile": False,
-    "workers": None,
-    "threads": None,
-    "max_bad": 0.01,
-    "checkpoint_minutes": 10.0,
-    "checkpoint_epochs": None,
-    "log_steps": None,
-    "monitor_steps": None,
-    "trackers": (),
-}
-
 
 @dataclass(frozen=True)
 class Budget:
@@ -88,6 +50,9 @@ def parse_budget(text: str) -> Budget:
 class Options:
     """What `crate_mae.compare`, which explains them, was given.
 
+    Attributes:
+        pretrain_defaults: what a comparison leaves as `crate_mae.pretrain` has it.
+
     Raises:
         UserError: with all mistakes that can be seen without the images.
     """
@@ -110,6 +75,7 @@ class Options:
     image_size: int | tuple[int, int] | None
     min_crop: float
     flip: bool
+    pretrain_defaults: dict[str, Any]
 
     def __post_init__(self) -> None:
         mistakes = []
@@ -132,6 +98,7 @@ class Options:
     def plain(self, train: str, val: str) -> dict[str, Any]:
         """The options for a file, with names that open the data from any folder."""
         values = {**dataclasses.asdict(dataclasses.replace(self, train=None, val=None)), "train": train, "val": val}
+        del values["pretrain_defaults"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def pretraining(self, model: str, **settings: Any) -> dict[str, Any]:
@@ -143,7 +110,7 @@ class Options:
         """
         shared = ("batch_size", "mask_ratio", "norm_pix_loss", "precision", "workers", "threads", "image_size")
         given = {key: getattr(self, key) for key in (*shared, "min_crop", "flip")}
-        return {**PRETRAIN_DEFAULTS, **given, "data": self.train, "model": model, **settings}
+        return {**self.pretrain_defaults, **given, "data": self.train, "model": model, **settings}
 
 
 def _message_of(check: Any, value: str) -> list[str]:

@@ -12,7 +12,7 @@ from crate_mae.comparison.contestants import Contestant
 from crate_mae.comparison.costs import Costs
 from crate_mae.comparison.course import Course
 from crate_mae.comparison.directory import ComparisonDirectory
-from crate_mae.comparison.options import PRETRAIN_DEFAULTS, Options
+from crate_mae.comparison.options import Options
 from crate_mae.errors import UserError
 from crate_mae.training.run import Run
 from crate_mae.training.run_directory import RunDirectory
@@ -150,7 +150,7 @@ class Trainer:
             threads=c.threads,
         )
         with _progress_told(self.say):
-            return start("pretrain", out, options, PRETRAIN_DEFAULTS, dry_run=False, quiet=True)
+            return start("pretrain", out, options, self.options.pretrain_defaults, dry_run=False, quiet=True)
 
 
 def curve(run: Run) -> list[Moment]:
