@@ -27,6 +27,7 @@ _COMMANDS = {
     "reconstruct": ("reconstruct:reconstruct", "Mask images, complete them, and save the picture."),
     "embed": ("embed:embed", "Save the features of images."),
     "compare": ("compare:compare", "Pretrain models under the same budget, and measure them alike."),
+    "theory": ("theory:theory", "Test the theory where its assumptions hold, and explain what came out."),
     "models": ("models:models", "List the models that can be named."),
     "recipes": ("recipes:recipes", "List options of pretraining that were tried together, with what they gave."),
     "doctor": ("doctor:doctor", "Describe this machine and installation, for a bug report."),

@@ -23,6 +23,7 @@ FUNCTIONS = {
     "eval fewshot": crate_mae.eval_fewshot,
     "eval reconstruction": crate_mae.eval_reconstruction,
     "compare": crate_mae.compare,
+    "theory": importlib.import_module("crate_mae.commands.theory").theory,
     "models": importlib.import_module("crate_mae.commands.models").models,
     "doctor": crate_mae.doctor,
     "try": crate_mae.try_digits,

@@ -227,3 +227,24 @@ def test_rate_reduction_is_larger_for_tokens_on_different_subspaces(generator):
     spread = torch.cat([codes[0] @ u[0].mT, codes[1] @ u[1].mT])
     together = torch.cat([codes[0] @ u[0].mT, codes[1] @ u[0].mT])
     assert rate_reduction(spread, u) > rate_reduction(together, u)
+
+
+@pytest.mark.parametrize(("n", "d"), [(11, 7), (7, 11)])
+@pytest.mark.parametrize(("scale", "error"), [(1e-4, 1e-5), (1.0, 1e-5), (1e2, 1e-5), (1e4, 1e-3)])
+def test_rates_of_rank_deficient_float32_tokens_are_those_of_float64(n, d, scale, error, generator):
+    """Rank 2, plus noise of the size of float32's rounding: a determinant in float32 would be that of the noise.
+
+    At the last scale the condition number, 1e15, is at the end of what float64 resolves.
+    """
+    z = gaussian(3, n, 2, generator=generator) @ gaussian(2, d, generator=generator) * scale
+    u = gaussian(2, d, 3, generator=generator).float()
+    single = z.float()
+    exact = single.double().numpy()
+    rates, subspace_rates = coding_rate(single, 0.01), subspace_coding_rate(single, u, 0.01)
+    assert rates.dtype == torch.float32 and rates.isfinite().all()
+    for i, z_i in enumerate(exact):
+        sigma = np.linalg.svd(z_i, compute_uv=False)
+        assert rates[i].item() == pytest.approx(0.5 * np.log1p(d / (n * 1e-4) * sigma**2).sum(), rel=error)
+        sigma = [np.linalg.svd(z_i @ u_k.double().numpy(), compute_uv=False) for u_k in u]
+        expected = 0.5 * np.log1p(3 / (n * 1e-4) * np.square(sigma)).sum()
+        assert subspace_rates[i].item() == pytest.approx(expected, rel=error)

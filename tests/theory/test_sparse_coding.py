@@ -137,3 +137,13 @@ def test_two_steps_written_out(generator):
     first = torch.relu(0.1 * x @ dictionary - 0.05)
     second = torch.relu(first - 0.1 * (first @ dictionary.T @ dictionary - x @ dictionary) - 0.05)
     torch.testing.assert_close(sparse_codes(x, dictionary, 0.1, 0.5, 2), second)
+
+
+def test_iterations_go_on_from_a_start():
+    generator = torch.Generator().manual_seed(0)
+    x, dictionary = (torch.randn(n, 7, generator=generator, dtype=torch.float64) for n in (11, 7))
+    torch.testing.assert_close(sparse_codes(x, dictionary, 0.1, 0.2, 1, start=x), ista_step(x, dictionary, 0.1, 0.2))
+    halfway = sparse_codes(x, dictionary, 0.1, 0.2, 3)
+    torch.testing.assert_close(
+        sparse_codes(x, dictionary, 0.1, 0.2, 2, start=halfway), sparse_codes(x, dictionary, 0.1, 0.2, 5)
+    )

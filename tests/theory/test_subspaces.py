@@ -14,6 +14,7 @@ from crate_mae.theory import (
     signal_to_noise,
     unproject,
 )
+from crate_mae.theory.subspaces import affinity, best_subspace_energy, match_up_to_scale, principal_cosines
 
 
 @pytest.fixture
@@ -89,3 +90,37 @@ def test_signal_to_noise_by_hand():
     expected = torch.tensor([5 / math.sqrt(5), 2 / math.sqrt(26)], dtype=torch.float64)
     torch.testing.assert_close(signal_to_noise(z, u), expected)
     assert signal_to_noise(z[:1], u)[0] == math.inf
+
+
+def test_principal_cosines_and_affinity_by_hand():
+    # In R^5 the plane (e_1, e_2), and one of e_1 and e_2 turned by 60 degrees towards e_3; both in skewed bases.
+    first = torch.eye(5, dtype=torch.float64)[:, :2] @ torch.tensor([[3.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    second = torch.zeros(5, 2, dtype=torch.float64)
+    second[0, 0], second[1, 1], second[2, 1] = 7, 0.5, math.sqrt(0.75)
+    second[:, 0] += second[:, 1]
+    assert principal_cosines(first, second).tolist() == pytest.approx([1, 0.5])
+    assert affinity(first, second).item() == pytest.approx((1 + 0.25) / 2)
+    assert affinity(first, torch.eye(5, dtype=torch.float64)[:, 3:4]).item() == pytest.approx(0, abs=1e-15)
+
+
+def test_affinity_of_random_subspaces_is_their_share_of_the_space(generator):
+    u, v = gaussian(500, 17, 5, generator=generator), gaussian(500, 17, 3, generator=generator)
+    assert affinity(u, v).mean().item() == pytest.approx(5 / 17, abs=0.02)
+
+
+def test_best_subspace_energy_by_hand():
+    # The tokens of `test_signal_to_noise_by_hand`: of 9 + 21, the best planes hold 9 and 16. Bases of any length.
+    u = 7 * torch.eye(5, dtype=torch.float64)[:, :4].reshape(5, 2, 2).transpose(0, 1)
+    z = torch.tensor([[3.0, 0, 0, 0, 0], [0, 4.0, 2.0, 0, 1.0]], dtype=torch.float64)
+    shares = best_subspace_energy(torch.stack([z, 0 * z]), u)
+    assert shares.tolist() == pytest.approx([25 / 30, 0])
+
+
+def test_matches_are_up_to_scale(generator):
+    a = gaussian(7, 5, generator=generator)
+    assert match_up_to_scale(a, -4 * a) == pytest.approx((-1, -0.25, 0), abs=1e-7)
+    b = gaussian(7, 5, generator=generator)
+    found = match_up_to_scale(a, b)
+    assert found.error.item() == pytest.approx(((a - found.scale * b).norm() / a.norm()).item())
+    assert ((a - (found.scale + 0.01) * b).norm() / a.norm()) > found.error
+    assert match_up_to_scale(a, 0 * a) == (0, 0, 1)

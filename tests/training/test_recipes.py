@@ -26,7 +26,7 @@ def test_every_recipe_plans_a_run_on_digits(name, tmp_path):
     size = 32 if "patch4" in recipe_text(name) else 8
     if "patch16" in recipe_text(name):
         size = 224
-    short = {"steps": 9, "warmup_epochs": 0, "dry_run": True, "quiet": True}
+    short = {"steps": 9, "warmup_epochs": 0.0, "dry_run": True, "quiet": True}
     run = pretrain("digits", out=tmp_path / "run", recipe=name, image_size=size, **short)
     assert run.config.steps == 9
     assert not (tmp_path / "run").exists()

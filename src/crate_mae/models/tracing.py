@@ -1,44 +1,162 @@
 """One way to look inside: named intermediates of a forward pass."""
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from crate_mae.errors import UserError
+from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, EncoderLayer, OvercompleteISTA
+from crate_mae.theory.attention import attention_membership
+from crate_mae.theory.sparse_coding import ista_operator
+
+INTERMEDIATES = ("z", "z_half", "z_next", "projections", "attention", "preactivation", "code")
+
+
+class Tap(NamedTuple):
+    """Where an intermediate comes by: what of a module's first input and output it is.
+
+    Attributes:
+        module: the module whose forward pass is listened to.
+        read: from its first input and its output to the intermediate.
+    """
+
+    module: nn.Module
+    read: Callable[[Any, Tensor], Tensor]
 
 
 @contextmanager
 def trace(model: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Collect the outputs of sub-modules while the `with` block runs.
+    """Collect intermediates while the `with` block runs: outputs of sub-modules, and what a layer is derived from.
+
+    A pattern names sub-modules with shell wildcards: "encoder.blocks.*.ista" is the output of every layer's ISTA. Or it
+    names layers, again with wildcards, and one of these intermediates:
+
+    | name            | shape   | is                                                                                   |
+    |-----------------|---------|--------------------------------------------------------------------------------------|
+    | `z`             | b n d   | the layer's input Z (the decoder's Y)                                                |
+    | `z_half`        | b n d   | between its two steps: Z + MSSA(LN(Z)); in the decoder LN(Y) E^T                     |
+    | `z_next`        | b n d   | the layer's output                                                                   |
+    | `projections`   | b h n p | W_k = LN(Z) U_k of every head                                                        |
+    | `attention`     | b h n n | weights, rows that sum to 1: `theory.attention_membership` of the projections        |
+    | `preactivation` | b n d   | what ISTA takes the positive part of: X W - eta lambda                               |
+    | `code`          | b n m   | the non-negative sparse code A                                                       |
+
+    "encoder.blocks.*.z_half" is every encoder layer's; "*.attention" that of all layers, encoder and decoder. Where a
+    layer has no such thing it is left out: blocks of timm have no projections and no codes, and their attention is
+    softmax(s Q K^T) of their own queries and keys. Everything is what the pass really used: masked or not, in the
+    precision of autocast.
 
     Args:
         model: any module.
-        patterns: names of sub-modules, with shell wildcards: "encoder.blocks.*.ista" is every layer's sparse code,
-            "encoder.blocks.*.attn.subspaces" every layer's projections [Z U_1 .. Z U_h].
+        patterns: see above.
 
     Yields:
-        A dictionary from module name, in the model's order, to its outputs (detached), one per call. Hooks are removed
-        when the block ends, however it ends.
+        A dictionary from name, in the model's order, to what came by (detached), one per call. Hooks are removed when
+        the block ends, however it ends, and outside of it nothing is added to the model.
 
     Raises:
-        UserError: if a pattern matches no sub-module.
+        UserError: if a pattern matches nothing.
     """
-    names = [name for name, _ in model.named_modules()]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            raise UserError(f'No part of the {type(model).__name__} is called "{pattern}".')
-    wanted = {name for pattern in patterns for name in fnmatch.filter(names, pattern)}
-    record: dict[str, list[Tensor]] = {name: [] for name in names if name in wanted}
+    taps = _taps(model, patterns)
+    record: dict[str, list[Tensor]] = {name: [] for name in taps}
 
-    def keep(name: str) -> Any:
-        return lambda _module, _inputs, output: record[name].append(output.detach())
+    def keep(name: str, read: Callable[[Any, Tensor], Tensor]) -> Any:
+        @torch.no_grad()
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            record[name].append(read(inputs[0] if inputs else None, output).detach())
 
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in record]
+        return hook
+
+    handles = [tap.module.register_forward_hook(keep(name, tap.read)) for name, tap in taps.items()]
     try:
         yield record
     finally:
         for handle in handles:
             handle.remove()
+
+
+def layers_of(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of a model by name, in order: what its lists called "blocks" hold."""
+    found = {}
+    for name, module in model.named_modules():
+        if name.split(".")[-1] == "blocks":
+            found.update({f"{name}.{number}": layer for number, layer in module.named_children()})
+    return found
+
+
+def taps_of(layer: nn.Module) -> dict[str, Tap]:
+    """The intermediates that a layer has, of those that `trace` lists, in its order."""
+    taps = {"z": Tap(layer, _input), "z_next": Tap(layer, _output)}
+    if isinstance(layer, (EncoderLayer, DecoderLayer, Block)):
+        taps["z_half"] = Tap(layer.norm2, _input)
+    attn, ista = getattr(layer, "attn", None), getattr(layer, "ista", None)
+    if isinstance(attn, MSSA):
+        heads = attn.num_heads
+        taps["projections"] = Tap(attn.subspaces, lambda _z, w: _split(w, heads))
+        taps["attention"] = Tap(attn.subspaces, lambda _z, w: _memberships(_split(w, heads)))
+    elif isinstance(attn, Attention):
+        taps["attention"] = Tap(attn.qkv, lambda _z, qkv: _timm_attention(attn, qkv))
+    if isinstance(ista, ISTA):
+        taps["preactivation"] = Tap(ista, lambda x, _code: _preactivation(ista, x))
+        taps["code"] = Tap(ista, _output)
+    elif isinstance(ista, OvercompleteISTA):
+        taps["code"] = Tap(ista.readout, _input)
+    return {name: taps[name] for name in INTERMEDIATES if name in taps}
+
+
+def _taps(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tap]:
+    """What the patterns name: sub-modules in the model's order, then intermediates, layer by layer."""
+    modules = dict(model.named_modules())
+    found: dict[str, Tap] = {}
+    layers = layers_of(model)
+    intermediates = {f"{name}.{kind}": tap for name, layer in layers.items() for kind, tap in taps_of(layer).items()}
+    wanted: set[str] = set()
+    for pattern in patterns:
+        # Intermediates are asked for by their last name alone, so that "encoder.*" stays what it says: sub-modules.
+        names = fnmatch.filter(modules, pattern)
+        if not names and pattern.rpartition(".")[2] in INTERMEDIATES:
+            names = fnmatch.filter(intermediates, pattern)
+        if not names:
+            raise UserError(f'No part of the {type(model).__name__} is called "{pattern}".')
+        wanted.update(names)
+    found.update({name: Tap(module, _output) for name, module in modules.items() if name in wanted})
+    found.update({name: tap for name, tap in intermediates.items() if name in wanted})
+    return found
+
+
+def _input(x: Tensor, _output: Tensor) -> Tensor:
+    return x
+
+
+def _output(_x: Tensor, output: Tensor) -> Tensor:
+    return output
+
+
+def _split(w: Tensor, heads: int) -> Tensor:
+    return w.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _memberships(w: Tensor) -> Tensor:
+    """As the layer computes them: in the precision in which the projections are, also under autocast."""
+    with torch.autocast(w.device.type, enabled=False):
+        return attention_membership(w)
+
+
+def _timm_attention(attn: Attention, qkv: Tensor) -> Tensor:
+    q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+    # Their `forward`, not a call, so that what else listens to these modules does not hear them twice.
+    q, k = attn.q_norm.forward(q), attn.k_norm.forward(k)
+    return torch.softmax((q * attn.scale) @ k.mT, dim=-1)
+
+
+def _preactivation(ista: ISTA, x: Tensor) -> Tensor:
+    operator = ista_operator(ista.dictionary, ista.step_size)
+    shift = operator.new_full(operator.shape[:1], -ista.step_size * ista.threshold)
+    return F.linear(x, operator.mT, shift)

@@ -30,7 +30,18 @@ from crate_mae.theory.coding_rate import (
     subspace_coding_rate,
     subspace_coding_rate_gradient,
 )
-from crate_mae.theory.measures import effective_rank, token_diversity, zero_fraction
+from crate_mae.theory.denoising import mixture_denoiser, mixture_log_density, mixture_membership
+from crate_mae.theory.diffusion import structured_diffusion
+from crate_mae.theory.measures import (
+    effective_rank,
+    gini,
+    isometry_error,
+    l1_to_l2,
+    mutual_coherence,
+    participation_ratio,
+    token_diversity,
+    zero_fraction,
+)
 from crate_mae.theory.mixtures import MixtureSample, sample_mixture
 from crate_mae.theory.sparse_coding import (
     apply_ista_operator,
@@ -40,9 +51,14 @@ from crate_mae.theory.sparse_coding import (
     sparse_codes,
 )
 from crate_mae.theory.subspaces import (
+    affinity,
+    best_subspace_energy,
     coherence,
+    match_up_to_scale,
     orthonormal_bases,
+    orthonormalised,
     orthonormality_error,
+    principal_cosines,
     project,
     signal_to_noise,
     unproject,
@@ -50,20 +66,33 @@ from crate_mae.theory.subspaces import (
 
 __all__ = [
     "MixtureSample",
+    "affinity",
     "apply_ista_operator",
     "attention_membership",
+    "best_subspace_energy",
     "coding_rate",
     "coding_rate_gradient",
     "coherence",
     "effective_rank",
+    "gini",
+    "isometry_error",
     "ista_operator",
     "ista_step",
+    "l1_to_l2",
     "lasso_objective",
     "linear_ssa",
+    "match_up_to_scale",
+    "mixture_denoiser",
+    "mixture_log_density",
+    "mixture_membership",
     "mssa",
+    "mutual_coherence",
     "official_subspace_coding_rate",
     "orthonormal_bases",
+    "orthonormalised",
     "orthonormality_error",
+    "participation_ratio",
+    "principal_cosines",
     "project",
     "projected_coding_rate",
     "rate_reduction",
@@ -72,6 +101,7 @@ __all__ = [
     "sparse_codes",
     "sparse_rate_reduction",
     "ssa",
+    "structured_diffusion",
     "subspace_coding_rate",
     "subspace_coding_rate_gradient",
     "token_diversity",

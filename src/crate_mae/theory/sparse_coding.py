@@ -71,9 +71,15 @@ def ista_step(
 
 
 def sparse_codes(
-    x: Float[Tensor, "*batch d"], dictionary: Float[Tensor, "d m"], step_size: float, threshold: float, steps: int
+    x: Float[Tensor, "*batch d"],
+    dictionary: Float[Tensor, "d m"],
+    step_size: float,
+    threshold: float,
+    steps: int,
+    *,
+    start: Float[Tensor, "*batch m"] | None = None,
 ) -> Float[Tensor, "*batch m"]:
-    r"""`steps` ISTA iterations from A = 0: A <- relu(A + eta (X - A D^T) D - eta lambda).
+    r"""`steps` ISTA iterations from A = 0, or from `start`: A <- relu(A + eta (X - A D^T) D - eta lambda).
 
     For dictionaries of any number of atoms m. With eta <= 1/||D||_2^2 no iteration raises `lasso_objective`, and the
     limit is its minimum over A >= 0. Two iterations with m = 4 d are the sparse-coding step of CRATE-alpha (Yang et
@@ -85,10 +91,11 @@ def sparse_codes(
         step_size: eta.
         threshold: lambda.
         steps: number of iterations, at least 1.
+        start: codes A to start from; 0 if None. `ista_step` is one iteration from A = X.
     """
     correlation = x @ dictionary
-    codes = F.relu(step_size * correlation - step_size * threshold)
-    for _ in range(steps - 1):
+    codes = F.relu(step_size * correlation - step_size * threshold) if start is None else start
+    for _ in range(steps - 1 if start is None else steps):
         residual_correlation = correlation - codes @ dictionary.mT @ dictionary
         codes = F.relu(codes + step_size * residual_correlation - step_size * threshold)
     return codes

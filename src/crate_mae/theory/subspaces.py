@@ -1,5 +1,7 @@
 """Families of low-dimensional subspaces: project onto them, draw them, and tell how well they are kept apart."""
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -9,7 +11,8 @@ from crate_mae.errors import UserError
 
 def project(z: Float[Tensor, "*batch n d"], u: Float[Tensor, "h d p"]) -> Float[Tensor, "*batch h n p"]:
     """W_k = Z U_k: the coordinates of every token in every subspace."""
-    return z.unsqueeze(-3) @ u
+    # One product with all bases side by side: on a CPU many times as fast as a batch of h broadcast ones.
+    return (z @ u.transpose(0, 1).flatten(1)).unflatten(-1, (u.shape[0], u.shape[2])).transpose(-3, -2)
 
 
 def unproject(w: Float[Tensor, "*batch h n p"], u: Float[Tensor, "h d p"]) -> Float[Tensor, "*batch n d"]:
@@ -75,3 +78,60 @@ def signal_to_noise(z: Float[Tensor, "*batch n d"], u: Float[Tensor, "h d p"]) -
     inside = project(z, u) @ u.mT
     outside = z.unsqueeze(-3) - inside
     return torch.linalg.matrix_norm(inside) / torch.linalg.matrix_norm(outside)
+
+
+def principal_cosines(u: Float[Tensor, "*batch d p"], v: Float[Tensor, "*batch d q"]) -> Float[Tensor, "*batch r"]:
+    r"""Cosines of the principal angles between the column spaces of u and v, largest first; r = min(p, q).
+
+    The singular values of Q_u^T Q_v with orthonormal bases Q from a QR decomposition, so the columns need not be
+    orthonormal; linearly dependent ones are completed to a space of full dimension in no particular way.
+    """
+    return torch.linalg.svdvals(orthonormalised(u).mT @ orthonormalised(v)).clamp_max(1)
+
+
+def affinity(u: Float[Tensor, "*batch d p"], v: Float[Tensor, "*batch d q"]) -> Float[Tensor, "*batch"]:
+    r"""Mean squared cosine of the principal angles, ||Q_u^T Q_v||_F^2 / min(p, q): 0 orthogonal, 1 contained.
+
+    Two random subspaces have max(p, q)/d on average.
+    """
+    return principal_cosines(u, v).square().mean(-1)
+
+
+def best_subspace_energy(z: Float[Tensor, "*batch n d"], u: Float[Tensor, "h d p"]) -> Float[Tensor, "*batch"]:
+    r"""sum_i max_k ||z_i Q_k||^2 / sum_i ||z_i||^2: the share of energy in each token's best-fitting subspace.
+
+    Q_k is an orthonormal basis of the columns of U_k, so that the share is at most 1. 0 for all-zero tokens. Tokens
+    without any structure have more than p/d, because the best of h subspaces is taken.
+    """
+    inside = project(z, orthonormalised(u)).square().sum(-1).amax(-2)
+    energy = z.square().sum((-2, -1))
+    return inside.sum(-1) / torch.where(energy > 0, energy, 1)
+
+
+def orthonormalised(u: Float[Tensor, "*batch d p"]) -> Float[Tensor, "*batch d p"]:
+    """Orthonormal bases of the column spaces, by QR."""
+    return torch.linalg.qr(u).Q
+
+
+class Match(NamedTuple):
+    """How well s b fits a with the best number s.
+
+    Attributes:
+        cosine: <a, b> / (||a|| ||b||), 0 if either is zero.
+        scale: s.
+        error: ||a - s b|| / ||a||.
+    """
+
+    cosine: Float[Tensor, "*batch"]
+    scale: Float[Tensor, "*batch"]
+    error: Float[Tensor, "*batch"]
+
+
+def match_up_to_scale(a: Float[Tensor, "*batch n d"], b: Float[Tensor, "*batch n d"]) -> Match:
+    r"""Fit a by s b with s = <a, b> / ||b||^2, matrix by matrix; the error is then sqrt(1 - cosine^2)."""
+    inner = (a * b).sum((-2, -1))
+    norm_a, norm_b = torch.linalg.matrix_norm(a), torch.linalg.matrix_norm(b)
+    product = norm_a * norm_b
+    cosine = (inner / torch.where(product > 0, product, 1)).clamp(-1, 1)
+    scale = inner / torch.where(norm_b > 0, norm_b, 1).square()
+    return Match(cosine, scale, (1 - cosine.square()).sqrt())

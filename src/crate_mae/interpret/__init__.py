@@ -1,0 +1,1 @@
+"""Looking inside: from traces of forward passes, and from weights, to measures of every layer."""

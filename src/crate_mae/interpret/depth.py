@@ -1,0 +1,167 @@
+"""What becomes of the information in an image on its way through the layers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from crate_mae.data import ImageSource
+from crate_mae.errors import UserError
+from crate_mae.evaluation.backbones import Backbone
+from crate_mae.evaluation.extract import Extraction, extract
+from crate_mae.evaluation.probes import Score, linear_probe
+from crate_mae.interpret.statistics import Row, Statistic, place_of, row, statistic
+from crate_mae.interpret.streaming import default_pass
+from crate_mae.models.masking import patchify
+from crate_mae.models.tracing import layers_of, taps_of, trace
+from crate_mae.theory.measures import effective_rank
+
+_RIDGE = 1e-4  # times the mean variance of the tokens' coordinates
+_CHUNK = 16  # images whose tokens are held at once
+
+
+@torch.no_grad()
+def dead_coordinates(
+    model: nn.Module, batches: Sequence[Any], forward: Callable[[Any], object] | None = None
+) -> list[Row]:
+    """The share of each code's coordinates that are zero for every token of every image; none without sparse codes."""
+    names = [name for name, layer in layers_of(model).items() if "code" in taps_of(layer)]
+    run = forward or default_pass(model)
+    alive: dict[str, Tensor] = {}
+    for batch in batches if names else []:
+        with trace(model, [f"{name}.code" for name in names]) as record:
+            run(batch)
+        for name in names:
+            active = (record[f"{name}.code"][0] != 0).flatten(0, -2).any(0)
+            alive[name] = alive.get(name, torch.zeros_like(active)) | active
+    return [
+        row(place_of(name), "dead_coordinates", Statistic(1 - float(found.float().mean()), None, 1), over="layer")
+        for name, found in alive.items()
+    ]
+
+
+@torch.no_grad()
+def feature_ranks(
+    model: nn.Module, batches: Sequence[Any], forward: Callable[[Any], object] | None = None
+) -> list[Row]:
+    """Effective rank of the images' features (mean tokens) after each layer, less their mean over images.
+
+    A fall towards 1 is collapse: all images become one. It is at most the number of images, less one.
+    """
+    run = forward or default_pass(model)
+    features: dict[str, list[Tensor]] = {name: [] for name in layers_of(model)}
+    for batch in batches if features else []:
+        with trace(model, [f"{name}.z_next" for name in features]) as record:
+            run(batch)
+        for name, found in features.items():
+            found.append(record[f"{name}.z_next"][0].float().mean(1))
+    rows = []
+    for name, found in features.items():
+        z = torch.cat(found)
+        # LAPACK raises on NaN, and a sentence is wanted: the mean of what is not finite is not finite either.
+        rank = float(effective_rank(z - z.mean(0))) if z.isfinite().all() else float("nan")
+        rows.append(row(place_of(name), "feature_rank", Statistic(rank, None, 1), point="z_next", over="layer"))
+    return rows
+
+
+@torch.no_grad()
+def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], patch_size: int) -> list[Row]:
+    """How much of a patch its own token still tells in a linear way: R^2 of ridge regression, after each layer.
+
+    Regressed is from the tokens of whole images to their own pixels. Hidden patches would need tokens in their places,
+    which an encoder that sees visible patches alone does not have, and would measure guessing rather than keeping. The
+    maps are fitted on the first half of the images and judged on the second: 1 is everything, 0 no more than the mean
+    patch. Sums are kept, not tokens.
+
+    Raises:
+        UserError: for fewer than two images, or tokens that are not finite.
+    """
+    if len(images) < 2:
+        raise UserError("Reconstruction from layers needs at least 2 images: one to fit, one to judge.")
+    names = list(layers_of(encoder))
+    half = len(images) // 2
+    sums: dict[str, Tensor] = {}
+    for batch in images[:half].split(_CHUNK):
+        for name, (x, y) in _tokens_and_pixels(encoder, names, batch, patch_size).items():
+            joint = torch.cat([x, y, torch.ones_like(x[..., :1])], dim=-1).flatten(0, 1)
+            sums[name] = sums.get(name, 0) + joint.mT @ joint
+    q = patch_size**2 * images.shape[1]
+    maps = {name: _ridge(found, q, place_of(name)) for name, found in sums.items()}
+    scores: dict[str, list[Tensor]] = {name: [] for name in names}
+    for batch in images[half:].split(_CHUNK):
+        for name, (x, y) in _tokens_and_pixels(encoder, names, batch, patch_size).items():
+            weight, x_mean, y_mean = maps[name]
+            error = (y - y_mean - (x - x_mean) @ weight).square().sum((1, 2))
+            total = (y - y_mean).square().sum((1, 2))
+            scores[name].append(torch.stack([error, total], 1))
+    rows = []
+    for name, found in scores.items():
+        error, total = torch.cat(found).unbind(1)
+        # Of an image no more than the mean patch there is nothing to tell; it counts as told.
+        rows.append(row(place_of(name), "pixel_r2", statistic(1 - error / total.clamp_min(1e-12)), point="z_next"))
+    return rows
+
+
+@dataclass(frozen=True)
+class LayerProbe:
+    """What a linear classifier knows from one layer; see `evaluation.probes.LinearResult`."""
+
+    layer: int
+    top1: Score
+    c: float
+    converged: bool
+
+
+def probe_layers(
+    backbone: Backbone, train: ImageSource, test: ImageSource, *, grid: Sequence[float], extraction: Extraction
+) -> list[LayerProbe]:
+    """A linear probe of every layer.
+
+    Args:
+        backbone: the frozen network.
+        train: labelled images to fit on.
+        test: labelled images to judge by.
+        grid: strengths of regularisation, see `evaluation.probes.linear_probe`.
+        extraction: how to extract features; its layers should be "all".
+
+    Raises:
+        UserError: without labels.
+    """
+    for source in (train, test):
+        if source.labels is None:
+            raise UserError(f"{source.name} has no labels, and a linear probe needs them.")
+    probes = []
+    parts = (extract(backbone, source, extraction) for source in (train, test))
+    for fitted, judged in zip(*parts, strict=True):
+        assert fitted.labels is not None and judged.labels is not None
+        found = linear_probe(fitted.values, fitted.labels, judged.values, judged.labels, grid=grid)
+        probes.append(LayerProbe(fitted.layer, found.top1, found.c, found.converged))
+    return probes
+
+
+def _tokens_and_pixels(
+    encoder: nn.Module, names: list[str], images: Tensor, patch_size: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each layer the patches' tokens, and the pixels of the same patches, in float64."""
+    images = images.to(next(encoder.parameters()).device)
+    with trace(encoder, [f"{name}.z_next" for name in names]) as record:
+        default_pass(encoder)(images)
+    y = patchify(images.double(), patch_size)
+    found = {name: record[f"{name}.z_next"][0].double() for name in names}
+    return {name: (tokens[:, -y.shape[1] :], y) for name, tokens in found.items()}
+
+
+def _ridge(sums: Float[Tensor, "s s"], q: int, place: tuple[str, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """The map from tokens to pixels, and the means of both, from the second moments of (token, pixels, 1)."""
+    moments = sums / sums[-1, -1]
+    mean = moments[-1, :-1]
+    covariance = moments[:-1, :-1] - mean.outer(mean)
+    d = len(mean) - q
+    variance = covariance[:d, :d]
+    row(place, "pixel_r2", Statistic(float(sums.sum()), None, 1))  # refuses what is not finite
+    strength = (_RIDGE * variance.trace() / d).clamp_min(1e-12)
+    eye = torch.eye(d, dtype=variance.dtype, device=variance.device)
+    return torch.linalg.solve(variance + strength * eye, covariance[:d, d:]), mean[:d], mean[d:]

@@ -1,0 +1,240 @@
+"""All curves over the layers of one model, measured on one source of images."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from crate_mae.data import BadImage, open_source
+from crate_mae.data.dataset import default_generator_seeded
+from crate_mae.data.facts import fixed_sample
+from crate_mae.data.files import write_whole
+from crate_mae.errors import UserError
+from crate_mae.evaluation.backbones import Backbone, open_backbone
+from crate_mae.evaluation.reconstruction import nested_masks, read_images
+from crate_mae.interpret.audit import CLAIMS, AuditRow, audit, audit_measures
+from crate_mae.interpret.depth import dead_coordinates, feature_ranks, pixels_from_layers
+from crate_mae.interpret.inversion import inverse_measures, layer_pairs, measure_inverse_weights
+from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT, layer_measures
+from crate_mae.interpret.statistics import Row, place_of
+from crate_mae.interpret.streaming import LayerMeasure, default_pass, stream
+from crate_mae.interpret.weights import measure_weights
+from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.features import evaluating
+from crate_mae.models.tracing import layers_of
+from crate_mae.models.weights import load
+
+Progress = Callable[[str], object]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerMeasures:
+    """What was measured.
+
+    Attributes:
+        model: what the user called it.
+        data: name of the source.
+        images: how many were measured.
+        mask_ratio: share of patches that were hidden; None if none were.
+        seed: of the choice of images, of the masks, and of fresh weights.
+        eps: distortion of the exact rates.
+        sparsity_weight: lambda of the objective.
+        rows: every measure of every layer.
+        audit: whether the layers do what they were derived to do.
+        left_out: measures that this model does not have, and why.
+        bad: images that could not be read, and so are left out.
+    """
+
+    model: str
+    data: str
+    images: int
+    mask_ratio: float | None
+    seed: int
+    eps: float
+    sparsity_weight: float
+    rows: list[Row]
+    audit: list[AuditRow]
+    left_out: dict[str, str]
+    bad: list[BadImage]
+
+    def to_json(self) -> str:
+        """Everything, as JSON."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    def to_csv(self) -> str:
+        """The rows, one a line."""
+        return _csv(Row, self.rows)
+
+    def audit_csv(self) -> str:
+        """The audit, one claim about one layer a line."""
+        return _csv(AuditRow, self.audit)
+
+    def write(self, path: Path) -> None:
+        """Write the rows to a `.csv` file, or everything to a `.json` file, whole or not at all.
+
+        Raises:
+            UserError: for another ending, or a file that cannot be written.
+        """
+        forms = {".json": self.to_json, ".csv": self.to_csv}
+        if path.suffix not in forms:
+            raise UserError(f"{path} must end in .json or .csv.")
+        write_whole(path, forms[path.suffix]().encode())
+
+
+def measure_layers(
+    model: Any,
+    source: Any,
+    *,
+    count: int = 256,
+    mask_ratio: float | None = None,
+    seed: int = 0,
+    batch_size: int = 32,
+    on_stage: Progress | None = None,
+) -> LayerMeasures:
+    """Measure every layer of a model on images.
+
+    Everything but the pixels that a layer still tells, which are always those of whole images, is measured on one kind
+    of pass: with `mask_ratio` on masked images, else on whole ones. What a model does not have is named and left out.
+    A measure that a single image does not have is left out likewise.
+
+    Args:
+        model: any form of MODEL, `timm:NAME` of a Vision Transformer, or a module from Python.
+        source: any form of DATA.
+        count: most images; of more, a fixed pseudo-random choice is taken.
+        mask_ratio: share of patches to hide; None hides none. Only an autoencoder of this library can hide any.
+        seed: of that choice, of the masks, and of fresh weights.
+        batch_size: images that go through the model at once.
+        on_stage: told what is measured next.
+
+    Raises:
+        UserError: for a mistake in the options, the model or the data, or weights that are not finite.
+    """
+    if count < 1 or batch_size < 1:
+        raise UserError(f"count is {count} and batch_size {batch_size}, but both must be at least 1.")
+    images_from = open_source(source)
+    net, backbone = _open(model, seed)
+    layers = layers_of(net)
+    if not _is_transformer(backbone.encoder, layers):
+        raise UserError(f"{backbone.name} is no Vision Transformer, and only layers of those can be measured.")
+    autoencoder = net if isinstance(net, MaskedAutoencoder) else None
+    if mask_ratio is not None and autoencoder is None:
+        raise UserError(f"{backbone.name} cannot hide patches: leave mask_ratio out.")
+    read = read_images(images_from, backbone.transform(), fixed_sample(len(images_from), count, seed), count)
+    masks = None
+    if autoencoder is not None and mask_ratio is not None:
+        masks = nested_masks(len(read.images), autoencoder.num_patches, mask_ratio, seed)
+    rows, left_out = _measure(net, backbone, read.images, masks, batch_size, on_stage or (lambda _stage: None))
+    return LayerMeasures(
+        model=str(model) if isinstance(model, (str, Path)) else backbone.name,
+        data=images_from.name,
+        images=len(read.images),
+        mask_ratio=mask_ratio,
+        seed=seed,
+        eps=EPS,
+        sparsity_weight=SPARSITY_WEIGHT,
+        rows=[row for row in rows if row.measure not in CLAIMS],
+        audit=audit(rows),
+        left_out=left_out,
+        bad=read.bad,
+    )
+
+
+def _open(model: Any, seed: int) -> tuple[nn.Module, Backbone]:
+    """What is traced (an autoencoder with its decoder, else an encoder), and how images are prepared for it."""
+    if isinstance(model, (str, Path)) and not str(model).startswith(("timm:", "pixels")):
+        with default_generator_seeded(seed):
+            model = load(model)
+    backbone = open_backbone(model, seed=seed)
+    return (model if isinstance(model, MaskedAutoencoder) else backbone.encoder), backbone
+
+
+def _is_transformer(encoder: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
+    """Whether there is one list of layers a part, of tokens: convolutions have none, and Swin has one a stage."""
+    places = {place_of(name) for name in layers}
+    return bool(layers) and len(places) == len(layers) and hasattr(encoder, "num_prefix_tokens")
+
+
+def _measure(
+    net: nn.Module,
+    backbone: Backbone,
+    images: Tensor,
+    masks: Tensor | None,
+    batch_size: int,
+    on_stage: Progress,
+) -> tuple[list[Row], dict[str, str]]:
+    """All rows, those of the audit among them, and what was left out."""
+    forward = _forward(net, masks is not None)
+    batches = list(zip(images.split(batch_size), masks.split(batch_size), strict=True)) if masks is not None else None
+    batches = batches or [(part, None) for part in images.split(batch_size)]
+    left_out: dict[str, str] = {}
+    with evaluating(net):
+        on_stage("weights")
+        rows = measure_weights(net)
+        if not any(row.measure.startswith("dictionary") for row in rows):
+            left_out["dictionaries"] = "no layer has any"
+        on_stage("rates, sparsity, ranks")
+        streamed = stream(net, batches, _streamed_measures(), forward=forward)
+        rows += streamed.rows
+        left_out |= dict.fromkeys(streamed.left_out, "no layer has what it is measured on")
+        on_stage("inverses")
+        if layer_pairs(net) if isinstance(net, MaskedAutoencoder) else {}:
+            rows += measure_inverse_weights(net)
+            rows += stream(net, batches, inverse_measures(net), forward=forward).rows
+        else:
+            left_out["inverses"] = "there is no decoder of as many layers, of the same width"
+        on_stage("information")
+        rows += _information(net, backbone, images, batches, forward, left_out)
+    return rows, left_out
+
+
+def _streamed_measures() -> list[LayerMeasure]:
+    audits = audit_measures()
+    names = {measure.name for measure in audits}
+    return [*audits, *(measure for measure in layer_measures() if measure.name not in names)]
+
+
+def _information(
+    net: nn.Module,
+    backbone: Backbone,
+    images: Tensor,
+    batches: list[Any],
+    forward: Callable[[Any], object],
+    left_out: dict[str, str],
+) -> list[Row]:
+    dead = dead_coordinates(net, batches, forward)
+    if not dead:
+        left_out["dead coordinates"] = "no layer has sparse codes"
+    if len(images) < 2:
+        left_out["feature rank and pixels from layers"] = "they need at least 2 images"
+        return dead
+    rows = dead + feature_ranks(net, batches, forward)
+    size: Any = getattr(getattr(backbone.encoder, "patch_embed", None), "patch_size", None)
+    if size is None or size[0] != size[1]:
+        left_out["pixels from layers"] = "the patches are not square"
+        return rows
+    return rows + pixels_from_layers(backbone.encoder, images, int(size[0]))
+
+
+def _forward(net: nn.Module, masked: bool) -> Callable[[Any], object]:
+    """How the model is shown a pair of images and mask, or of images and None."""
+    whole = default_pass(net)
+    device = next(net.parameters()).device
+    if masked:
+        return lambda batch: net(batch[0].to(device), mask=batch[1])
+    return lambda batch: whole(batch[0].to(device))
+
+
+def _csv(kind: type, rows: list[Any]) -> str:
+    text = io.StringIO()
+    names = [field.name for field in fields(kind)]
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([getattr(row, name) for name in names] for row in rows)
+    return text.getvalue()

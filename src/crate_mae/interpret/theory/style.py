@@ -1,0 +1,62 @@
+"""How figures look: one set of colours, symbols and sizes."""
+
+from collections.abc import Sequence
+from io import BytesIO
+from typing import Any, Literal
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from crate_mae.interpret.theory.spread import Spread
+
+# Okabe and Ito's colours, which people of all kinds of colour vision tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#555555"
+_SETTINGS: Any = {
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#DDDDDD",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+}
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, whose panels make room for their labels."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def panels(figure: Figure, rows: int, columns: int, **options: Any) -> Any:
+    """An array of axes, rows x columns, in this style."""
+    with rc_context(_SETTINGS):
+        return figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def draw_line(
+    axes: Any, x: Sequence[float | int], y: Sequence[Spread], number: int, label: str, **options: Any
+) -> None:
+    """A line with symbols, and a band of one standard deviation to either side."""
+    style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
+    means = [value.mean for value in y]
+    axes.plot(x, means, label=label, linewidth=1.6, **{**style, **options})
+    low, high = [v.mean - v.std for v in y], [v.mean + v.std for v in y]
+    axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def legend_above(figure: Figure, axes: Any, columns: int) -> None:
+    """The labels of one panel, once, above all of them."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, frameon=False, fontsize=10.5)
+
+
+def encode(figure: Figure, kind: Literal["png", "pdf"]) -> bytes:
+    """The file of a figure: the same bytes for the same figure, so without a date."""
+    with rc_context(_SETTINGS), BytesIO() as buffer:
+        metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
+        figure.savefig(buffer, format=kind, dpi=130, metadata=metadata)
+        return buffer.getvalue()

@@ -1,0 +1,101 @@
+"""Tokens to look at: their principal components as colours, and their nearest neighbours in other images."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from sklearn.decomposition import PCA
+from torch import Tensor
+
+from crate_mae.errors import UserError
+
+_COLOURS = 3
+
+
+class TokenColours(NamedTuple):
+    """Tokens as colours.
+
+    Attributes:
+        pictures: in [0, 1], one colour a patch.
+        explained: share of the tokens' variance that each colour channel shows; one row if colours are joint, else one
+            an image.
+    """
+
+    pictures: Float[np.ndarray, "b gh gw 3"]
+    explained: Float[np.ndarray, "k 3"]
+
+
+class Neighbours(NamedTuple):
+    """The tokens of other images that are most like given ones, best first.
+
+    Attributes:
+        image: number of the image.
+        token: number of the token in it.
+        similarity: cosine.
+    """
+
+    image: Int[Tensor, "k r"]
+    token: Int[Tensor, "k r"]
+    similarity: Float[Tensor, "k r"]
+
+
+def token_colours(patches: Float[Tensor, "b n d"], grid_size: tuple[int, int], *, joint: bool = True) -> TokenColours:
+    """Three principal components of patch tokens as red, green and blue, scaled to [0, 1].
+
+    Args:
+        patches: tokens without class token.
+        grid_size: rows and columns of patches.
+        joint: one set of components over all images, so that the same colour means the same thing in each; else each
+            image has its own. Equal tokens are grey.
+
+    Raises:
+        UserError: for tokens that are not finite.
+    """
+    tokens = patches.detach().double().cpu().numpy()
+    if not np.isfinite(tokens).all():
+        raise UserError("These tokens are not finite numbers: the weights of the model hold NaN or overflow.")
+    groups = [tokens] if joint else list(tokens[:, None])
+    found = [_colours(group.reshape(-1, group.shape[-1])) for group in groups]
+    pictures = np.concatenate([colours for colours, _ in found]).reshape(len(tokens), *grid_size, _COLOURS)
+    return TokenColours(pictures, np.stack([explained for _, explained in found]))
+
+
+def nearest_tokens(patches: Float[Tensor, "b n d"], image: int, token: int, count: int = 5) -> Neighbours:
+    """The tokens of other images with the largest cosine similarity to one token, at most one of each image.
+
+    Args:
+        patches: tokens of several images, without class token.
+        image: number of the image that the token is of.
+        token: its number in it.
+        count: how many neighbours; of fewer other images, each gives one.
+
+    Raises:
+        UserError: if there is no such token, or no other image.
+    """
+    b, n, _ = patches.shape
+    if not (0 <= image < b and 0 <= token < n):
+        raise UserError(f"There is no token {token} of image {image}: there are {b} images of {n} tokens.")
+    if b < 2:
+        raise UserError("Neighbours are looked for in other images, and there is only one.")
+    unit = F.normalize(patches.float(), dim=-1)
+    best = (unit @ unit[image, token]).max(dim=1)
+    order = best.values.argsort(descending=True, stable=True)
+    order = order[order != image][:count]
+    return Neighbours(order[None], best.indices[order][None], best.values[order][None])
+
+
+def _colours(tokens: Float[np.ndarray, "k d"]) -> tuple[np.ndarray, np.ndarray]:
+    """Colours of tokens, and the share of variance behind each."""
+    count = min(_COLOURS, *tokens.shape)
+    colours, explained = np.full((len(tokens), _COLOURS), 0.5), np.zeros(_COLOURS)
+    spread = np.abs(tokens - tokens.mean(0)).max()
+    if spread <= 1e-9 * np.abs(tokens).max():
+        return colours, explained
+    pca = PCA(count, svd_solver="full").fit(tokens)
+    scores = pca.transform(tokens)
+    low, high = scores.min(0), scores.max(0)
+    shown = high - low > 1e-9 * spread
+    colours[:, :count][:, shown] = ((scores - low) / np.where(shown, high - low, 1))[:, shown]
+    explained[:count] = pca.explained_variance_ratio_
+    return colours, explained

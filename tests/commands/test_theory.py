@@ -1,0 +1,64 @@
+"""The command `theory`: its files, its mistakes, and that nothing there is harmed."""
+
+import functools
+import importlib
+
+import pytest
+
+from crate_mae.errors import UserError
+from crate_mae.interpret.theory import experiments, style
+
+theory = importlib.import_module("crate_mae.commands.theory").theory
+NAMES = {"denoising", "attention", "signal_to_noise", "diffusion", "ista"}
+FILES = {"theory.html", "theory.json", *(f"{name}.{kind}" for name in NAMES for kind in ("png", "pdf"))}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    one_draw = functools.cache(functools.partial(experiments.measure_theory, draws=1))
+    monkeypatch.setattr(experiments, "measure_theory", one_draw)
+
+
+def test_it_writes_a_page_numbers_and_figures(quick, crate_mae_command, tmp_path):
+    out = tmp_path / "new" / "empty"
+    out.mkdir(parents=True)
+    code, text, error = crate_mae_command("theory", "--out", out, "--seed", "3")
+    assert code == 0, error
+    assert str(out / "theory.html") in text
+    assert {path.name for path in out.iterdir()} == FILES
+    assert "--seed 3" in (out / "theory.html").read_text(encoding="utf-8")
+    assert (out / "ista.pdf").read_bytes().startswith(b"%PDF")
+    assert (out / "ista.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_files_are_overwritten_when_that_is_said_and_others_kept(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(style, "encode", lambda _, kind: kind.encode())  # that takes the time
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "theory.html").write_text("old")
+    assert theory(out=tmp_path, overwrite=True, quiet=True) == tmp_path / "theory.html"
+    assert {path.name for path in tmp_path.iterdir()} == {*FILES, "notes.txt"}
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+    assert "checked" in (tmp_path / "theory.html").read_text(encoding="utf-8")
+
+
+def test_a_folder_with_files_is_refused(crate_mae_command, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, _, error = crate_mae_command("theory", "--out", tmp_path)
+    assert code == 2
+    assert "is not empty" in error
+    assert "--overwrite" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_file_is_refused(overwrite, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UserError, match="is a file"):
+        theory(out=tmp_path / "file", overwrite=overwrite)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_negative_seed_is_refused(tmp_path):
+    with pytest.raises(UserError, match="--seed -1"):
+        theory(out=tmp_path / "out", seed=-1)
+    assert not (tmp_path / "out").exists()

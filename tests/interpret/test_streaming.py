@@ -1,0 +1,153 @@
+"""Sums over batches are the statistics of all values, and measures are those of the definitions."""
+
+import math
+import weakref
+
+import pytest
+import timm
+import torch
+
+from crate_mae.errors import UserError
+from crate_mae.interpret.layer_measures import layer_measures
+from crate_mae.interpret.statistics import Running, Statistic, find
+from crate_mae.interpret.streaming import LayerMeasure, stream
+from crate_mae.models.tracing import trace
+from crate_mae.theory import coding_rate, effective_rank, official_subspace_coding_rate, subspace_coding_rate
+from crate_mae.theory.measures import gini
+
+
+def test_batches_of_any_size_have_the_statistic_of_all():
+    values = 1e6 + torch.randn(23, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    running = Running()
+    for part in values.split([1, 7, 2, 13]):
+        running.add(part)
+    found = running.result()
+    assert found == pytest.approx((float(values.mean()), float(values.std()), 23), rel=1e-9)
+
+
+def test_intervals_are_students():
+    low, high = Statistic(3.0, 2.0, 4).interval()  # t(0.975, 3) = 3.18245, and 2 / sqrt(4) = 1
+    assert (low, high) == pytest.approx((3 - 3.18245, 3 + 3.18245), rel=1e-4)
+    assert Statistic(3.0, None, 1).interval() == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("batch_size", [7, 3, 1])
+def test_streamed_measures_are_those_of_the_traces(build, images, batch_size):
+    model = build()
+    generator = torch.Generator().manual_seed(2)
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # fresh ones are all alike, and could be mistaken for each other
+            parameter.data.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    rows = stream(model, images.split(batch_size), layer_measures()).rows
+    with torch.no_grad(), trace(model, ["*.z", "*.z_half", "*.z_next", "*.projections", "*.code"]) as record:
+        model(images, mask_ratio=0.0)
+    for name, part, layer in (("encoder.blocks.1", "encoder", 1), ("decoder.blocks.0", "decoder", 0)):
+        block = model.get_submodule(name)
+        u = block.attn.bases().detach()
+        expected = {}
+        for point in ("z", "z_half", "z_next"):
+            tokens = record[f"{name}.{point}"][0]
+            expected["coding_rate", point] = coding_rate(tokens)
+            expected["subspace_rate", point] = subspace_coding_rate(tokens, u)
+            expected["rate_reduction", point] = coding_rate(tokens) - subspace_coding_rate(tokens, u)
+            l0 = (tokens != 0).sum((1, 2))
+            expected["objective", point] = expected["rate_reduction", point] - 0.1 * l0
+        seen = "z" if part == "encoder" else "z_half"
+        expected["subspace_rate_official", seen] = official_subspace_coding_rate(record[f"{name}.projections"][0])
+        expected["effective_rank", "z_next"] = effective_rank(tokens)
+        expected["gini", "z_next"] = gini(tokens).mean(1)
+        for (measure, point), values in expected.items():
+            (found,) = [row for row in find(rows, measure, point, part) if row.layer == layer]
+            assert (found.mean, found.spread) == pytest.approx((float(values.mean()), float(values.std())), rel=1e-3)
+            assert (found.n, found.over) == (7, "images")
+    codes = find(rows, "zero_fraction", "code")
+    assert [row.layer for row in codes] == [0, 1]
+    assert codes[1].mean == pytest.approx(float((record["encoder.blocks.1.code"][0] == 0).float().mean()))
+    assert 0 < codes[1].mean < 1
+
+
+def test_a_vit_has_no_subspace_rates_and_says_so(build, images):
+    torch.manual_seed(0)
+    small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "num_classes": 0}
+    for model in (build("vit_mae_nano_patch2_8"), timm.create_model("vit_tiny_patch16_224", **small).eval()):
+        found = stream(model, [images], layer_measures())
+        assert found.left_out == ["subspace rates", "sparsity of codes"]
+        assert [row.layer for row in find(found.rows, "coding_rate", "z_half")] == [0, 1]
+        assert not find(found.rows, "subspace_rate", "z")
+
+
+def test_nothing_but_sums_is_kept(build, images):
+    seen = []
+
+    def values(layer, code):
+        # What earlier batches and layers were measured on is gone by now.
+        assert not any(reference() is not None for reference in seen)
+        seen.append(weakref.ref(code))
+        return {("mean", ""): code.mean((1, 2))}
+
+    measure = LayerMeasure("mean code", ("code",), values)
+    assert len(stream(build(), images.split(2), [measure]).rows) == 2
+    assert len(seen) == 2 * 4
+
+
+def test_no_hook_is_left(build, images):
+    model = build()
+    with pytest.raises(UserError, match="not finite"):
+        stream(model, [images * math.nan], layer_measures())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_weights_that_are_nan_are_a_sentence(build, images):
+    model = build()
+    with torch.no_grad():
+        model.encoder.blocks[1].ista.dictionary[0, 0] = math.nan
+    with pytest.raises(UserError, match=r"Layer 1 of the encoder gives numbers that are not finite \(in "):
+        stream(model, [images], layer_measures())
+
+
+@pytest.mark.parametrize("fill", [0.0, 0.7])
+def test_a_constant_image_and_a_batch_of_one_are_measured(build, fill):
+    rows = stream(build(), [torch.full((1, 1, 8, 8), fill)], layer_measures()).rows
+    assert {row.n for row in rows} == {1}
+    assert {row.spread for row in rows} == {None}
+    assert all(math.isfinite(row.mean) for row in rows)
+
+
+@pytest.mark.parametrize("fill", [0.0, 3.0])
+def test_equal_tokens_have_the_measures_of_one_direction(build, fill):
+    layer = build().encoder.blocks[0]
+    tokens = torch.full((2, 17, 24), fill)
+    for measure in layer_measures():
+        if measure.name not in ("sparsity of codes",):
+            for (name, _), values in measure.values(layer, *[tokens] * len(measure.needs)).items():
+                assert values.isfinite().all()
+                if name in ("effective_rank", "participation_ratio"):
+                    assert values.tolist() == pytest.approx([1, 1], rel=1e-3)
+                if name == "token_diversity":
+                    assert values.tolist() == [0, 0]
+
+
+def test_under_autocast_measures_are_close_to_those_in_float32(build, images):
+    model = build()
+    exact = stream(model, [images], layer_measures()).rows
+    with torch.autocast("cpu", torch.bfloat16):
+        found = stream(model, [images], layer_measures()).rows
+    for measure in ("coding_rate", "subspace_rate", "subspace_rate_official", "effective_rank"):
+        pairs = zip(find(found, measure, "z_next"), find(exact, measure, "z_next"), strict=True)
+        assert all(
+            row.mean == pytest.approx(wanted.mean, rel=0.05) and row.mean != wanted.mean for row, wanted in pairs
+        )
+
+
+def test_masked_passes_are_measured_by_the_callers_forward(build, images):
+    model = build(mask_tokens="decoder")
+    mask = torch.zeros(7, 16, dtype=torch.bool)
+    mask[:, 3:] = True
+    shapes = []
+
+    def values(layer, z):
+        shapes.append(tuple(z.shape))
+        return {("one", ""): torch.ones(len(z))}
+
+    stream(model, [images], [LayerMeasure("ones", ("z",), values)], forward=lambda batch: model(batch, mask=mask))
+    assert shapes == [(7, 4, 24)] * 2 + [(7, 17, 24)] * 2

@@ -1,0 +1,102 @@
+"""The page on the theory: whole in itself, every figure and every measured number in its place."""
+
+import dataclasses
+import re
+from html.parser import HTMLParser
+from io import BytesIO
+
+import pytest
+from PIL import Image
+
+from crate_mae.interpret.theory.experiments import measure_theory
+from crate_mae.interpret.theory.figures import draw_ista, draw_theory
+from crate_mae.interpret.theory.page import write_page
+from crate_mae.interpret.theory.sections import write_sections
+from crate_mae.interpret.theory.spread import Spread
+from crate_mae.interpret.theory.style import encode
+from crate_mae.interpret.theory.wording import number, power
+
+
+@pytest.fixture(scope="module")
+def results():
+    return measure_theory(0, draws=1)
+
+
+@pytest.fixture(scope="module")
+def pictures(results):
+    return {name: encode(figure, "png") for name, figure in draw_theory(results).items()}
+
+
+class Tags(HTMLParser):
+    """Collects sources and links, and sees to it that what is opened is closed."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.sources, self.links, self.ids = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attributes = dict(attrs)
+        self.sources += [attributes["src"]] if "src" in attributes else []
+        self.links += [attributes["href"]] if "href" in attributes else []
+        self.ids += [attributes["id"]] if "id" in attributes else []
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_numbers_are_written_with_their_spread():
+    assert number(Spread(0.5, 0.25)) == "0.50 ± 0.25"
+    assert number(Spread(-0.5, 0.001)) == "−0.500 ± 0.001"
+    assert number(Spread(0.0, 0.0)) == "0.000 ± 0.000"
+    assert number(Spread(1.25e-7, 0.0)) == "1.2·10<sup>−7</sup> ± 0"
+    assert power(6.34e89) == "6.3·10<sup>89</sup>"
+
+
+def test_the_page_is_whole_in_itself(results, pictures):
+    page = write_page(results, write_sections(results), pictures)
+    tags = Tags()
+    tags.feed(page)
+    assert tags.open == []
+    assert len(tags.sources) == len(pictures) == 5
+    assert all(source.startswith("data:image/png;base64,") for source in tags.sources)
+    assert {link[1:] for link in tags.links if link.startswith("#")} == set(tags.ids) == set(pictures)
+    assert not re.search(r"<(script|link|iframe)|@import|url\(", page)
+    assert "{" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
+
+
+def test_the_page_says_what_was_measured(results):
+    point = next(point for point in results.denoising.by_noise if point.noise_std == 0.2)
+    section = write_sections(results)[0]
+    assert number(point.cosine["all"]) in section.found[0]
+    changed = dataclasses.replace(point, cosine={**point.cosine, "all": Spread(0.1234, 0.02)})
+    by_noise = tuple(changed if p is point else p for p in results.denoising.by_noise)
+    other = dataclasses.replace(results, denoising=dataclasses.replace(results.denoising, by_noise=by_noise))
+    assert "0.12 ± 0.02" not in section.found[0]
+    assert "0.12 ± 0.02" in write_sections(other)[0].found[0]
+
+
+def test_a_claim_that_would_hold_or_fail_is_said_to(results):
+    snr = results.signal_to_noise
+    none = tuple(dataclasses.replace(curve, layers_held=0) for curve in snr.curves)
+    whole = tuple(dataclasses.replace(curve, layers_held=snr.layers) for curve in snr.curves)
+    glances = [
+        write_sections(dataclasses.replace(results, signal_to_noise=dataclasses.replace(snr, curves=curves)))[2].glance
+        for curves in (none, whole)
+    ]
+    assert glances[0].count("at no noise level") == 3
+    assert glances[1].count("at 7 noise levels (largest σ = 1)") == 3
+
+
+def test_figures_are_pictures_and_the_same_each_time(results, pictures):
+    again = draw_theory(results)
+    assert set(pictures) == set(again) == {section.figure for section in write_sections(results)}
+    for name, picture in pictures.items():
+        assert encode(again[name], "png") == picture
+        with Image.open(BytesIO(picture)) as image:
+            assert image.width > 1200
+            assert len(image.convert("RGB").getcolors(1 << 24)) > 50
+    first, second = (encode(draw_ista(results.ista), "pdf") for _ in range(2))
+    assert first == second
+    assert first.startswith(b"%PDF")
