@@ -140,6 +140,15 @@ def test_an_interrupted_embed_leaves_nothing(model, tmp_path, monkeypatch, suffi
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def _heard_interrupts():
+    """SIGINT as a terminal's process has it: one that a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heard_interrupts")
 def test_ctrl_c_while_encoding_ends_quietly(model, tmp_path, monkeypatch, crate_mae_command):
     encoder = type(crate_mae.load(model).encoder)
     monkeypatch.setattr(encoder, "forward_features", lambda self, x: signal.raise_signal(signal.SIGINT))
