@@ -1,6 +1,5 @@
 """A comparison from its options to its pictures, from top to bottom: check, measure, plan, train, score, publish."""
 
-import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from crate_mae.comparison.scores import measure_all
 from crate_mae.comparison.table import csv_text, markdown, table_rows
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
+from crate_mae.training.processes import computing_threads
 from crate_mae.training.progress import duration
 from crate_mae.training.run_directory import environment
 
@@ -60,7 +60,7 @@ def compare(options: Options, out: Path, *, dry_run: bool, say: Say) -> Comparis
     directory = ComparisonDirectory(out)
     existing = directory.existing(plain)
     contestants = resolve_contestants(options, images)
-    with _threads(contestants[0].config.threads):
+    with computing_threads(contestants[0].config.threads):
         if existing is None:
             say("Timing a training step of every contestant, in turns.")
             costs = measure_costs(contestants, images.train, _device())
@@ -172,13 +172,3 @@ def _device() -> torch.device:
     if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
         return torch.device("cpu")
     return torch.accelerator.current_accelerator() or torch.device("cpu")
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""What the processes of a run have to agree on, and the signals that end it."""
+"""The processes of a run: what they have to agree on, their threads, and the signals that end them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,17 @@ from accelerate.utils import broadcast_object_list
 from crate_mae.errors import UserError
 
 T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def computing_threads(number: int) -> Iterator[None]:
+    """Have this process compute with a number of CPU threads; afterwards it is as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class Agreement(NamedTuple):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import inspect
 import math
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +22,7 @@ from crate_mae.training.config import RunConfig
 from crate_mae.training.loop import train
 from crate_mae.training.plan import describe_end, describe_plan
 from crate_mae.training.probe import ProbeResult, peak_memory, probe
-from crate_mae.training.processes import first_decides
+from crate_mae.training.processes import computing_threads, first_decides
 from crate_mae.training.progress import Display
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
@@ -65,7 +63,7 @@ def start(
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
             return Run(out, existing)
 
-    with _threads(resolved.config.threads):
+    with computing_threads(resolved.config.threads):
         accelerator = _build_accelerator(resolved.config, processes, out)
         task, found = _build_task(resolved, accelerator)
         newest = newest_checkpoint(out)
@@ -162,13 +160,3 @@ def _with_probe(config: RunConfig, found: ProbeResult, steps_per_epoch: int) -> 
     about_a_minute = max(1, math.ceil(_SECONDS_PER_CHECKPOINT / seconds_per_epoch))
     epochs = config.checkpoint_epochs or min(about_a_minute, math.ceil(config.steps / steps_per_epoch))
     return dataclasses.replace(config, precision=found.precision, checkpoint_epochs=epochs)
-
-
-@contextlib.contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
