@@ -8,7 +8,7 @@ image from another; the first several hundred steps of training go into undoing 
 
 The "isometric" initialisation takes a tenth of the output projection, so that Z + MSSA(Z) starts near Z, and orthogonal
 dictionaries E in the decoder, so that Y E^T keeps all angles. The encoder's dictionary stays as it is: I + eta (D -
-D^T D) is near the identity already. 27% of the energy is then left for places. The functions that can be learned are
+D^T D) is near the identity already. 29% of the energy is then left for places. The functions that can be learned are
 the same.
 """
 
