@@ -8,12 +8,12 @@ from io import BytesIO
 import pytest
 from PIL import Image
 
+from crate_mae.drawing.style import encode
 from crate_mae.interpret.theory.experiments import measure_theory
 from crate_mae.interpret.theory.figures import draw_ista, draw_theory
 from crate_mae.interpret.theory.page import write_page
 from crate_mae.interpret.theory.sections import write_sections
 from crate_mae.interpret.theory.spread import Spread
-from crate_mae.interpret.theory.style import encode
 from crate_mae.interpret.theory.wording import number, power
 
 

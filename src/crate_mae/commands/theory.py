@@ -41,11 +41,11 @@ def theory(
     from rich.console import Console
 
     from crate_mae.data.files import write_whole
+    from crate_mae.drawing.style import encode
     from crate_mae.interpret.theory.experiments import measure_theory
     from crate_mae.interpret.theory.figures import draw_theory
     from crate_mae.interpret.theory.page import write_page
     from crate_mae.interpret.theory.sections import write_sections
-    from crate_mae.interpret.theory.style import encode
 
     console = Console(highlight=False, quiet=quiet)
     console.print("Measuring, which takes less than a minute ...")

@@ -11,12 +11,9 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullForma
 
 from crate_mae.comparison.outcome import Outcome, spread
 from crate_mae.comparison.runs import Moment
-from crate_mae.data.files import whole_file
+from crate_mae.data.files import write_whole
+from crate_mae.drawing.style import GREY, colour, encode, marker, new_figure, panels
 
-# Okabe and Ito's colours, which people of all kinds of colour vision tell apart; grey is left to raw pixels.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_MARKERS = ("o", "s", "^", "D", "v", "P")
-_GREY = "#555555"
 _LABEL_GAP = 0.06  # of the axis, between the middles of two labels
 
 
@@ -38,57 +35,55 @@ def draw_scores(outcomes: Sequence[Outcome], pixels: dict[str, float], path: Pat
     A point for each contestant, with its standard deviation over seeds; hollow where its weights were random.
     """
     score = _LINEAR if pixels else _PSNR
-    panels: list[tuple[str, Callable[[Outcome], float], bool]] = [
+    quantities: list[tuple[str, Callable[[Outcome], float], bool]] = [
         ("minutes of training, search included", lambda o: o.minutes, False),
         ("training FLOPs, search included", lambda o: o.training_flops, False),
         ("parameters of the encoder (millions)", lambda o: o.costs.encoder_parameters / 1e6, True),
     ]
-    figure = Figure(figsize=(12.5, 4.4), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=True)
-    for axes, (title, where, is_parameters) in zip(all_axes, panels, strict=True):
+    figure = new_figure(12.5, 4.4)
+    (all_axes,) = panels(figure, 1, len(quantities), sharey=True)
+    for axes, (title, where, is_parameters) in zip(all_axes, quantities, strict=True):
         for number, outcome in enumerate(outcomes):
             at = where(outcome)
             _draw_contestant(axes, outcome, number, score, at=at, random_at=at if is_parameters else 0.0)
         if pixels:
-            axes.axhline(score.scale * pixels[score.name], color=_GREY, linestyle="--", linewidth=1.2, zorder=1)
+            axes.axhline(score.scale * pixels[score.name], color=GREY, linestyle="--", linewidth=1.2, zorder=1)
         axes.set_xlabel(title)
         largest = max(where(outcome) for outcome in outcomes)
         axes.set_xlim(-0.04 * largest, 1.12 * largest)
-        _finish(axes)
     all_axes[0].set_ylabel(score.title)
     all_axes[0].margins(y=0.12)
     all_axes[1].xaxis.set_major_formatter(EngFormatter())
     figure.draw_without_rendering()  # settles the limits, on which the places of labels depend
     ends = [score.scale * _mean(outcome.scores, score.name) for outcome in outcomes]
-    for axes, (_, where, _) in zip(all_axes, panels, strict=True):
+    for axes, (_, where, _) in zip(all_axes, quantities, strict=True):
         _label(axes, short_names(outcomes), [(where(o), end) for o, end in zip(outcomes, ends, strict=True)])
     if pixels:
         at = (0.5, score.scale * pixels[score.name])
-        _write(all_axes[0], "raw pixels", at, (0.0, 3.0), color=_GREY, xycoords=("axes fraction", "data"), ha="center")
-        figure.suptitle("filled: trained; hollow: the same network with random weights", fontsize=10, color=_GREY)
+        _write(all_axes[0], "raw pixels", at, (0.0, 3.0), color=GREY, xycoords=("axes fraction", "data"), ha="center")
+        figure.suptitle("filled: trained; hollow: the same network with random weights", fontsize=10, color=GREY)
     _save(figure, path)
 
 
 def draw_curves(outcomes: Sequence[Outcome], path: Path) -> None:
     """Held-out loss of every final run, against minutes and images; a line for each seed."""
-    panels: list[tuple[str, Callable[[Moment], float]]] = [
+    quantities: list[tuple[str, Callable[[Moment], float]]] = [
         ("minutes of the final run", lambda moment: moment.minutes),
         ("thousand images seen", lambda moment: moment.images / 1000),
     ]
-    figure = Figure(figsize=(12.0, 4.2), layout="constrained")
-    all_axes = figure.subplots(1, len(panels), sharey=True)
-    for axes, (title, where) in zip(all_axes, panels, strict=True):
+    figure = new_figure(12.0, 4.2)
+    (all_axes,) = panels(figure, 1, len(quantities), sharey=True)
+    for axes, (title, where) in zip(all_axes, quantities, strict=True):
         for number, outcome in enumerate(outcomes):
             for curve in outcome.trained.curves:
                 y = [moment.held_out_loss for moment in curve]
-                axes.plot([where(moment) for moment in curve], y, color=_colour(number), linewidth=1.5)
+                axes.plot([where(moment) for moment in curve], y, color=colour(number), linewidth=1.5)
         axes.set_xlabel(title)
         axes.set_yscale("log")
         axes.set_xlim(0, 1.02 * max(where(curve[-1]) for outcome in outcomes for curve in outcome.trained.curves))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-        _finish(axes)
     all_axes[0].set_ylabel("loss on held-out images")
     figure.draw_without_rendering()
     ends = [(0.0, statistics.fmean(curve[-1].held_out_loss for curve in o.trained.curves)) for o in outcomes]
@@ -106,13 +101,13 @@ def short_names(outcomes: Sequence[Outcome]) -> list[str]:
 
 def _draw_contestant(axes: Any, outcome: Outcome, number: int, score: _Score, *, at: float, random_at: float) -> None:
     """Its point with an error bar, and the hollow one of its random weights."""
-    style: dict[str, Any] = {"marker": _MARKERS[number % len(_MARKERS)], "color": _colour(number), "markersize": 8}
+    style: dict[str, Any] = {"marker": marker(number), "color": colour(number), "markersize": 8}
     trained, random = spread(outcome.scores, score.name), spread(outcome.random, score.name)
     assert trained is not None, "every final run was measured"
     if random is not None:
         if random_at == at:
             y = [score.scale * random.mean, score.scale * trained.mean]
-            axes.plot([at, at], y, color=_colour(number), linewidth=0.8, alpha=0.5, zorder=2)
+            axes.plot([at, at], y, color=colour(number), linewidth=0.8, alpha=0.5, zorder=2)
         error = score.scale * (random.std or 0.0)
         hollow = {**style, "markerfacecolor": "white", "markeredgewidth": 1.6}
         axes.errorbar(random_at, score.scale * random.mean, yerr=error or None, capsize=3, zorder=3, **hollow)
@@ -132,23 +127,13 @@ def _label(axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]
         across = 1.0 if at_margin else places[i][0]
         is_left = across > 0.5 and not at_margin
         offset = (-9.0, -3.0) if is_left else (9.0, -3.0)
-        style = {"xycoords": "axes fraction", "ha": "right" if is_left else "left", "color": _colour(i), "zorder": 5}
+        style = {"xycoords": "axes fraction", "ha": "right" if is_left else "left", "color": colour(i), "zorder": 5}
         _write(axes, names[i], (across, height), offset, **style)
 
 
 def _write(axes: Any, text: str, at: tuple[float, float], offset: tuple[float, float], **style: Any) -> None:
     halo = [withStroke(linewidth=3, foreground="white")]  # keeps it legible where it crosses a line
     axes.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=9, path_effects=halo, **style)
-
-
-def _finish(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(visible=True, color="#DDDDDD", linewidth=0.6)
-    axes.set_axisbelow(True)
-
-
-def _colour(number: int) -> str:
-    return _COLOURS[number % len(_COLOURS)]
 
 
 def _mean(scores: Sequence[dict[str, float]], name: str) -> float:
@@ -158,5 +143,4 @@ def _mean(scores: Sequence[dict[str, float]], name: str) -> float:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130, format="png")
+    write_whole(path, encode(figure, "png"))

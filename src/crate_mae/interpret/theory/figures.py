@@ -7,13 +7,14 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from crate_mae.drawing.style import GREY, colour, draw_line, legend_above, marker, new_figure, panels
 from crate_mae.interpret.theory.attention import Attention
 from crate_mae.interpret.theory.denoising import Denoising, DenoisingPoint
 from crate_mae.interpret.theory.diffusion import Diffusion, DiffusionRun
 from crate_mae.interpret.theory.experiments import TheoryResults
 from crate_mae.interpret.theory.ista import Ista
 from crate_mae.interpret.theory.signal_to_noise import SignalToNoise
-from crate_mae.interpret.theory.style import COLOURS, GREY, MARKERS, draw_line, legend_above, new_figure, panels
+from crate_mae.interpret.theory.spread import Spread
 
 STEP_NAMES = {
     "token": "gradient, each token alone",
@@ -53,8 +54,8 @@ def draw_denoising(results: Denoising) -> Figure:
     for column, (name, held, points, x) in enumerate(columns):
         top, bottom = axes[0, column], axes[1, column]
         for number, (key, label) in enumerate(STEP_NAMES.items()):
-            draw_line(top, x, [point.cosine[key] for point in points], number, label)
-            draw_line(bottom, x, [point.error[key] for point in points], number, label)
+            _draw_spreads(top, x, [point.cosine[key] for point in points], number, label)
+            _draw_spreads(bottom, x, [point.error[key] for point in points], number, label)
         for key, style in (("noisy", ":"), ("denoiser", "--")):
             label = "before any step" if key == "noisy" else "posterior mean (the best)"
             bottom.plot(x, [p.error[key].mean for p in points], style, color=GREY, label=label, linewidth=1.6)
@@ -80,9 +81,9 @@ def draw_attention(results: Attention) -> Figure:
         x = [point.radius for point in points]
         for number, name in enumerate(names):
             label = name.replace("p^-1/2", "p$^{-1/2}$") if family == "orthogonal" else "_"
-            draw_line(axes[0], x, [point.error[name] for point in points], number, label, linestyle=line)
+            _draw_spreads(axes[0], x, [point.error[name] for point in points], number, label, linestyle=line)
             if name in points[0].mixing:
-                draw_line(axes[1], x, [point.mixing[name] for point in points], number, label, linestyle=line)
+                _draw_spreads(axes[1], x, [point.mixing[name] for point in points], number, label, linestyle=line)
     for panel in axes:
         panel.set_xscale("log")
         panel.set_xlabel("a max ‖W$_k$‖² (the series converges below 1)")
@@ -105,7 +106,7 @@ def draw_signal_to_noise(results: SignalToNoise) -> Figure:
         curves = [curve for curve in results.curves if curve.operator == operator]
         for number, curve in enumerate(curves):
             growth = [ratio.mean / curve.ratio[0].mean for ratio in curve.ratio]
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            style = {"color": colour(number), "marker": marker(number)}
             panel.plot(layers, growth, label=f"$\\sigma$ = {curve.noise_std:g}", markersize=5, **style)
         predicted = [curves[0].predicted ** layer for layer in layers]
         label = "predicted"
@@ -136,8 +137,8 @@ def draw_diffusion(results: Diffusion) -> Figure:
             _draw_paths(axes, half, run)
             axes.set_title(("forward" if column == 0 else "reverse") + f": {run.name},\n{scope}", fontsize=10.5)
         angles: Any = figure.add_subplot(len(results.runs), columns, columns * row + 3)
-        draw_line(angles, range(run.steps + 1), run.forward, 0, "forward", marker="")
-        draw_line(angles, range(run.steps + 1), run.reverse, 1, "reverse", marker="", linestyle="--")
+        _draw_spreads(angles, range(run.steps + 1), run.forward, 0, "forward", marker="")
+        _draw_spreads(angles, range(run.steps + 1), run.reverse, 1, "reverse", marker="", linestyle="--")
         angles.set_xlabel("step")
         angles.set_ylabel("degrees to nearest line")
         angles.set_ylim(bottom=0)
@@ -155,7 +156,7 @@ def _draw_paths(axes: Any, half: np.ndarray, run: DiffusionRun) -> None:
     half = half[:, shown]
     for number, line in enumerate(np.asarray(run.bases)):
         ends = np.stack([-reach * line, reach * line], axis=-1)
-        axes.plot(*ends, color=COLOURS[number], linewidth=1.2, alpha=0.7)
+        axes.plot(*ends, color=colour(number), linewidth=1.2, alpha=0.7)
     for token in range(half.shape[1]):
         axes.plot(*half[:, token].T, color="#777777", linewidth=0.7)
     axes.scatter(*half[0].T, s=12, facecolors="none", edgecolors=GREY, linewidths=0.7, label="start")
@@ -180,9 +181,9 @@ def draw_ista(results: Ista) -> Figure:
         start, line = ("A = X", "-") if curve.start == "tokens" else ("A = 0", "--")
         label = f"{start}, $\\eta$ = {curve.step_size:g}/‖D‖²"
         means = [min(max(value.mean, _GAP_LIMITS[0] / 10), _GAP_LIMITS[1] * 10) for value in curve.gap]
-        style = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 5, "linestyle": line}
+        style = {"color": colour(number), "marker": marker(number), "markersize": 5, "linestyle": line}
         gap.plot(results.steps, means, label=label, **style)
-        draw_line(support, results.steps, curve.support, number, label, linestyle=line)
+        _draw_spreads(support, results.steps, curve.support, number, label, linestyle=line)
     for panel in (gap, support):
         panel.set_xscale("log")
         panel.set_xticks(results.steps, [str(steps) for steps in results.steps])
@@ -194,3 +195,7 @@ def draw_ista(results: Ista) -> Figure:
     support.set_ylabel("agreement of the active codes")
     legend_above(figure, gap, 4)
     return figure
+
+
+def _draw_spreads(axes: Any, x: Sequence[float], y: Sequence[Spread], number: int, label: str, **options: Any) -> None:
+    draw_line(axes, x, [value.mean for value in y], [value.std for value in y], number, label, **options)

@@ -7,8 +7,6 @@ from typing import Any, Literal
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from crate_mae.interpret.theory.spread import Spread
-
 # Okabe and Ito's colours, which people of all kinds of colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -38,14 +36,40 @@ def panels(figure: Figure, rows: int, columns: int, **options: Any) -> Any:
 
 
 def draw_line(
-    axes: Any, x: Sequence[float | int], y: Sequence[Spread], number: int, label: str, **options: Any
+    axes: Any,
+    x: Sequence[float],
+    means: Sequence[float],
+    stds: Sequence[float],
+    number: int,
+    label: str,
+    **options: Any,
 ) -> None:
-    """A line with symbols, and a band of one standard deviation to either side."""
-    style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)], "markersize": 5}
-    means = [value.mean for value in y]
+    """A line with symbols, and a band of one standard deviation to either side.
+
+    Args:
+        axes: the panel.
+        x: places.
+        means: heights.
+        stds: half widths of the band.
+        number: of the line's colour and symbol.
+        label: for the legend.
+        options: of matplotlib's lines.
+    """
+    style = {"color": colour(number), "marker": marker(number), "markersize": 5}
     axes.plot(x, means, label=label, linewidth=1.6, **{**style, **options})
-    low, high = [v.mean - v.std for v in y], [v.mean + v.std for v in y]
+    band = list(zip(means, stds, strict=True))
+    low, high = [mean - std for mean, std in band], [mean + std for mean, std in band]
     axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)
+
+
+def colour(number: int) -> str:
+    """The colour of thing number 0, 1, ..."""
+    return COLOURS[number % len(COLOURS)]
+
+
+def marker(number: int) -> str:
+    """The symbol of thing number 0, 1, ..."""
+    return MARKERS[number % len(MARKERS)]
 
 
 def legend_above(figure: Figure, axes: Any, columns: int) -> None:

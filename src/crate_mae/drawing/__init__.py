@@ -1,0 +1,1 @@
+"""How what was measured is shown: one style of figures, one kind of page."""
