@@ -197,5 +197,7 @@ def draw_ista(results: Ista) -> Figure:
     return figure
 
 
-def _draw_spreads(axes: Any, x: Sequence[float], y: Sequence[Spread], number: int, label: str, **options: Any) -> None:
+def _draw_spreads(
+    axes: Any, x: Sequence[float | int], y: Sequence[Spread], number: int, label: str, **options: Any
+) -> None:
     draw_line(axes, x, [value.mean for value in y], [value.std for value in y], number, label, **options)

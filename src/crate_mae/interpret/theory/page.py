@@ -22,8 +22,9 @@ def write_page(results: TheoryResults, sections: Sequence[Section], pictures: Ma
     )
     versions = ", ".join(f"{escape(name)} {escape(value)}" for name, value in results.versions.items())
     content = f"""<p>Every layer of CRATE-MAE is derived from a statement about tokens near a few low-dimensional
-subspaces. Here the statements are put to the test on data that obey the assumptions: noisy mixtures of Gaussians on known subspaces.
-What fails here can hold in a trained network only for other reasons; what holds here may still fail there.</p>
+subspaces. Here the statements are put to the test on data that obey the assumptions: noisy mixtures of Gaussians on
+known subspaces. What fails here can hold in a trained network only for other reasons; what holds here may still fail
+there.</p>
 <h2>At a glance</h2>
 <ul>{glances}</ul>
 <p class="small">Tokens Z are rows; U<sub>k</sub> is an orthonormal basis of subspace k, and W<sub>k</sub> =
