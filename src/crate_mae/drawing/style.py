@@ -37,9 +37,9 @@ def panels(figure: Figure, rows: int, columns: int, **options: Any) -> Any:
 
 def draw_line(
     axes: Any,
-    x: Sequence[float],
-    means: Sequence[float],
-    stds: Sequence[float],
+    x: Sequence[float | int],
+    means: Sequence[float | int],
+    stds: Sequence[float | int],
     number: int,
     label: str,
     **options: Any,
