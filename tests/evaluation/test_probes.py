@@ -110,6 +110,15 @@ def test_a_best_c_at_the_edge_is_said(monkeypatch, accuracies, at_edge):
     assert result.is_c_at_edge == at_edge
 
 
+def test_the_search_ends_where_larger_values_are_no_better():
+    train, labels = clouds(700, spread=3.0)
+    shuffled = np.random.default_rng(0).permutation(labels)  # nothing to learn: the more freedom, the worse
+    result = linear_probe(train, shuffled, train, labels)
+    tried = sorted(result.grid)
+    assert tried == sorted(probes.C_GRID)[: len(tried)] and len(tried) < len(probes.C_GRID)
+    assert result.c not in tried[-probes.PATIENCE :]
+
+
 def test_of_equal_accuracies_the_more_certain_wins():
     separable, labels = clouds(140, spread=0.01)
     result = linear_probe(separable, labels, separable, labels, grid=[1e-9, 1.0])

@@ -87,10 +87,17 @@ def test_the_probe_touches_neither_the_model_nor_random_numbers(task):
 @pytest.mark.parametrize(("fast", "chosen"), [(0.9, "bfloat16"), (0.97, "float32"), (2.0, "float32")])
 def test_bfloat16_is_taken_only_if_it_is_worth_it(task, monkeypatch, fast, chosen):
     seconds = {"float32": 1.0, "bfloat16": fast}
+    monkeypatch.setattr(probe_module, "multiplies_in_bfloat16", lambda _device: True)
     monkeypatch.setattr(probe_module, "_seconds_per_step", lambda _t, _b, precision, _d: (seconds[precision], True))
     found = probe(task("auto"), 8, CPU)
     assert found.precision == chosen
     assert found.seconds == seconds[chosen]
+
+
+def test_a_processor_that_multiplies_slowly_in_bfloat16_times_no_step_in_it(task, monkeypatch):
+    monkeypatch.setattr(probe_module, "multiplies_in_bfloat16", lambda _device: False)
+    found = probe(task("auto"), 2, CPU)
+    assert found.precision == "float32" and "more slowly" in found.reason
 
 
 def test_a_given_precision_is_not_questioned(task):

@@ -13,11 +13,11 @@ from crate_mae.comparison.trial import TrialStep
 from crate_mae.data import ImageSource, UnreadableImage
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.facts import fixed_sample
+from crate_mae.training.precision import WORTHWHILE, multiplies_in_bfloat16
 
 _ROUNDS = 11
 _LEAST_ROUNDS = 3
 _MOST_SECONDS = 60.0  # of all rounds, once there are enough of them
-_WORTHWHILE = 1.05  # as for `crate-mae pretrain`: bfloat16 must be this much faster, since it costs digits
 _READ_IMAGES = 64
 
 
@@ -61,7 +61,8 @@ def measure_costs(contestants: Sequence[Contestant], train: ImageSource, device:
         device: where they are trained.
     """
     wanted = contestants[0].config.precision
-    tried = ["float32", "bfloat16"] if wanted == "auto" else [wanted]
+    able = ["float32", "bfloat16"] if multiplies_in_bfloat16(device) else ["float32"]
+    tried = able if wanted == "auto" else [wanted]
     trials = [[TrialStep(c.model, c.step_settings(precision), device) for precision in tried] for c in contestants]
     seconds = iter(seconds_in_turns([trial for of_one in trials for trial in of_one]))
     loading = _loading_seconds(contestants[0], train)
@@ -103,7 +104,7 @@ def seconds_in_turns(trials: Sequence[Callable[[], float]]) -> list[float]:
 
 def _precision(times: dict[str, float]) -> str:
     """The faster one, by precision."""
-    if len(times) > 1 and times["float32"] / times["bfloat16"] > _WORTHWHILE:
+    if len(times) > 1 and times["float32"] / times["bfloat16"] > WORTHWHILE:
         return "bfloat16"
     return next(iter(times))
 

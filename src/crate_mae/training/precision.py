@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import time
+
 import torch
+
+WORTHWHILE = 1.05  # a step in bfloat16 must be this much faster, since it costs digits
+_SIDE = 256
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
@@ -12,3 +17,26 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     scaling is needed.
     """
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether a product of matrices is not slower in bfloat16 than in float32, so that whole steps are worth timing.
+
+    A CPU without instructions for bfloat16 takes up to 300 times as long, so that a single step would take minutes.
+    Other devices are not measured, and taken to be able.
+    """
+    if device.type != "cpu":
+        return True
+    seconds = {dtype: _seconds_per_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return seconds[torch.bfloat16] <= seconds[torch.float32]
+
+
+def _seconds_per_product(dtype: torch.dtype) -> float:
+    """The best of a few, since whatever else the machine does only ever adds to one."""
+    matrix = torch.ones(_SIDE, _SIDE, dtype=dtype)
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        matrix @ matrix
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from crate_mae.training.precision import autocast
+from crate_mae.training.precision import WORTHWHILE, autocast, multiplies_in_bfloat16
 from crate_mae.training.task import Task
 
 Precision = Literal["float32", "bfloat16"]
@@ -18,7 +18,6 @@ Precision = Literal["float32", "bfloat16"]
 _TIMED_STEPS = 3
 _FEW_IMAGES = 8
 _LONG_STEP = 5.0  # seconds; a longer step is estimated from one with few images
-_WORTHWHILE = 1.05  # bfloat16 must be this much faster, since it costs digits
 
 
 class ProbeResult(NamedTuple):
@@ -44,10 +43,11 @@ def probe(task: Task, micro_batch: int, device: torch.device) -> ProbeResult:
     measured; on other devices it takes bfloat16 where the hardware has it.
     """
     precision: Literal["auto", "float32", "bfloat16"] = task.config.precision
+    reason = ""
     if precision == "auto" and device.type != "cpu":
         precision, reason = _precision_of(device)
-    else:
-        reason = ""
+    elif precision == "auto" and not multiplies_in_bfloat16(device):
+        precision, reason = "float32", "this CPU multiplies more slowly in bfloat16"
     generators = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=generators):
         if precision != "auto":
@@ -55,7 +55,7 @@ def probe(task: Task, micro_batch: int, device: torch.device) -> ProbeResult:
         else:
             slow, full_size = _seconds_per_step(task, micro_batch, "float32", device)
             fast, _ = _seconds_per_step(task, micro_batch, "bfloat16", device)
-            precision = "bfloat16" if slow / fast > _WORTHWHILE else "float32"
+            precision = "bfloat16" if slow / fast > WORTHWHILE else "float32"
             reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
             seconds = min(slow, fast) if precision == "bfloat16" else slow
     return ProbeResult(precision, reason, seconds, peak_memory(device) if full_size else None)
