@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions of ours: what the user can mend, and how a run may end early."""
 
 
 class UserError(ValueError):
@@ -6,6 +6,10 @@ class UserError(ValueError):
 
     The command line prints the message without a traceback and exits with code 2; Python callers get a `ValueError`.
     """
+
+
+class DivergedError(UserError):
+    """A run whose loss or gradients did not stay finite."""
 
 
 class RunStopped(Exception):  # noqa: N818  # it is no error: the run did what it was told

@@ -115,10 +115,11 @@ def _classify(
     import torch
 
     from crate_mae.data import evaluation_transform, readable_batches
+    from crate_mae.models.devices import fastest_device
 
     c = model.config
     transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = fastest_device()
     model = model.to(device).eval()
     rows, indices, bad = [], [], []
     with torch.inference_mode():

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from accelerate.utils import parse_flag_from_env
-
 from crate_mae.comparison.contestants import Contestant, Images, open_images, resolve_contestants
 from crate_mae.comparison.costs import Costs, measure_costs
 from crate_mae.comparison.course import Course, plan_course, rate_grid
@@ -23,7 +20,7 @@ from crate_mae.comparison.scores import measure_all
 from crate_mae.comparison.table import csv_text, markdown, table_rows
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
-from crate_mae.training.processes import computing_threads
+from crate_mae.training.processes import computing_threads, training_device
 from crate_mae.training.progress import duration
 from crate_mae.training.run_directory import environment
 
@@ -63,7 +60,7 @@ def compare(options: Options, out: Path, *, dry_run: bool, say: Say) -> Comparis
     with computing_threads(contestants[0].config.threads):
         if existing is None:
             say("Timing a training step of every contestant, in turns.")
-            costs = measure_costs(contestants, images.train, _device())
+            costs = measure_costs(contestants, images.train, training_device())
             courses = _plan(options, contestants, costs)
         else:
             costs, courses = _read_plan(existing, contestants, out)
@@ -165,10 +162,3 @@ def _refuse_launcher() -> None:
         raise UserError(
             "A comparison runs in one process, so that its times are those of one machine: start it without a launcher."
         )
-
-
-def _device() -> torch.device:
-    """Where runs compute, as Accelerate chooses it."""
-    if parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available():
-        return torch.device("cpu")
-    return torch.accelerator.current_accelerator() or torch.device("cpu")

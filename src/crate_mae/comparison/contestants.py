@@ -6,7 +6,7 @@ from typing import cast
 import torch
 
 from crate_mae.comparison.options import Options
-from crate_mae.comparison.trial import StepSettings
+from crate_mae.costs.trial import StepSettings
 from crate_mae.data import ImageSource
 from crate_mae.data.labels import occurring_classes
 from crate_mae.data.transforms import Preparation

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from crate_mae.comparison.contestants import Contestant
-from crate_mae.comparison.memory import step_memory
-from crate_mae.comparison.trial import TrialStep
+from crate_mae.costs.memory import step_memory
+from crate_mae.costs.trial import TrialStep
 from crate_mae.data import ImageSource, UnreadableImage
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.facts import fixed_sample

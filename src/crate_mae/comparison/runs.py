@@ -13,12 +13,11 @@ from crate_mae.comparison.costs import Costs
 from crate_mae.comparison.course import Course
 from crate_mae.comparison.directory import ComparisonDirectory
 from crate_mae.comparison.options import Options
-from crate_mae.errors import UserError
+from crate_mae.errors import DivergedError, UserError
 from crate_mae.training.run import Run
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.start import start
 
-_DIVERGED = "were not finite"  # in the message of a run that stopped for this reason, which has no class of its own
 _SEARCH_SEED = 0
 
 
@@ -119,9 +118,7 @@ class Trainer:
             self._announce(f"{contestant.name}: search", out, course.search_steps, rate)
             try:
                 run = self._run(contestant, costs, out, lr=rate, steps=course.search_steps, seed=_SEARCH_SEED)
-            except UserError as error:
-                if _DIVERGED not in str(error):
-                    raise
+            except DivergedError:
                 self.say(f"{contestant.name}: did not stay finite at {rate:.3g}")
                 losses[rate] = math.inf
                 continue

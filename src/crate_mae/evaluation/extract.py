@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 
 from crate_mae.data import BadImage, ImageSource, readable_batches
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.cache import FeatureCache
+from crate_mae.models.devices import fastest_device
 from crate_mae.models.features import (
     DEFAULT_LAYER,
     Pooling,
@@ -172,8 +172,7 @@ def feature_batches(
         UserError: as soon as too many images cannot be read, or features are not finite.
     """
     encoder = backbone.encoder
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = device or torch.device("cpu")
+    device = fastest_device()
     encoder.to(device)
     workers = _workers(extraction.workers, len(source))
     unreadable = 0

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from crate_mae.data import BadImage, Batch
-from crate_mae.errors import RunStopped, UserError
+from crate_mae.errors import DivergedError, RunStopped, UserError
 from crate_mae.training import checkpoint
 from crate_mae.training.bad_images import BadImages
 from crate_mae.training.checkpoint import TrainState
@@ -160,9 +160,9 @@ def _note_bad_images(task: Task, bad_images: BadImages, step: int, found: list[B
     return bad_images.add(step, gather_object(found)) and bad_images.too_many(task.images_seen(step))
 
 
-def _diverged(directory: RunDirectory, state: TrainState) -> UserError:
+def _diverged(directory: RunDirectory, state: TrainState) -> DivergedError:
     last = checkpoint.newest_checkpoint(directory.path)
-    return UserError(
+    return DivergedError(
         f"Loss or gradients were not finite {state.skipped_in_a_row} steps in a row, up to step {state.step}.\n"
         f"The last good checkpoint is {last or 'none: the run had only begun'}.\n"
         "Start a new run with a lower --lr, a longer --warmup-epochs, or --precision float32."

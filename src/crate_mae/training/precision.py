@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -10,13 +11,13 @@ WORTHWHILE = 1.05  # a step in bfloat16 must be this much faster, since it costs
 _SIDE = 256
 
 
-def autocast(device: torch.device, precision: str) -> torch.autocast:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The context in which a forward pass runs: matrix products in bfloat16, or everything in float32.
 
     Weights, gradients, optimizer and loss stay float32 in both. bfloat16 has the range of float32, so that no loss
     scaling is needed.
     """
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
 
 
 def multiplies_in_bfloat16(device: torch.device) -> bool:
@@ -37,6 +38,6 @@ def _seconds_per_product(dtype: torch.dtype) -> float:
     times = []
     for _ in range(4):
         started = time.perf_counter()
-        matrix @ matrix
+        torch.mm(matrix, matrix)
         times.append(time.perf_counter() - started)
     return min(times)

@@ -11,9 +11,10 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from crate_mae.errors import UserError
+from crate_mae.models.devices import fastest_device
 
 T = TypeVar("T")
 
@@ -27,6 +28,11 @@ def computing_threads(number: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def training_device() -> torch.device:
+    """Where a process trains: on the accelerator, unless Accelerate's ACCELERATE_USE_CPU says otherwise, or the CPU."""
+    return torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else fastest_device()
 
 
 class Agreement(NamedTuple):

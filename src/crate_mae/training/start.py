@@ -22,7 +22,7 @@ from crate_mae.training.config import RunConfig
 from crate_mae.training.loop import train
 from crate_mae.training.plan import describe_end, describe_plan
 from crate_mae.training.probe import ProbeResult, peak_memory, probe
-from crate_mae.training.processes import computing_threads, first_decides
+from crate_mae.training.processes import computing_threads, first_decides, training_device
 from crate_mae.training.progress import Display
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
@@ -124,8 +124,7 @@ def _join_processes() -> PartialState:
         UserError: for an engine that shards the model or brings its own optimizer: exact resuming and the held-out
             signals are only known to work with whole models, and the largest preset fits on one device many times.
     """
-    use_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    processes = PartialState(cpu=use_cpu)
+    processes = PartialState(cpu=training_device().type == "cpu")
     sharding = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
     if asked := [name for name in sharding if parse_flag_from_env(name)]:
         raise UserError(

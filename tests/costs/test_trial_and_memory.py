@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_mae.comparison.costs import seconds_in_turns
-from crate_mae.comparison.memory import step_memory
-from crate_mae.comparison.trial import StepSettings, TrialStep, flop_counter
+from crate_mae.costs.memory import step_memory
+from crate_mae.costs.trial import StepSettings, TrialStep, flop_counter
 from crate_mae.models import create_model
 from crate_mae.theory.attention import ssa
 from crate_mae.theory.sparse_coding import ista_step
@@ -97,7 +97,7 @@ class Operations(TorchDispatchMode):
 def test_no_matrix_product_of_a_training_step_is_overlooked(name, precision):
     step = TrialStep(config(name), settings(precision=precision), CPU)
     with Operations() as operations:
-        step._forward_and_backward()
+        step.loss().backward()
     products = {
         op for op in operations.seen if any(word in str(op) for word in ("mm", "conv", "attention", "mv", "dot"))
     }

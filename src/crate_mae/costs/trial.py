@@ -1,5 +1,6 @@
 """One training step that can be timed, counted and weighed: on random images in memory, by the loop's own parts."""
 
+import dataclasses
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,10 @@ class StepSettings:
     clip_grad: float
     precision: str
 
+    def replace(self, **settings: Any) -> "StepSettings":
+        """A copy with other settings."""
+        return dataclasses.replace(self, **settings)
+
 
 class TrialStep:
     """Forward, backward, clipping and AdamW, on a model of its own with random images.
@@ -58,7 +63,8 @@ class TrialStep:
     def __call__(self) -> float:
         """Take a step; its seconds."""
         started = time.perf_counter()
-        loss = self._forward_and_backward()
+        loss = self.loss()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -68,7 +74,7 @@ class TrialStep:
     def training_flops(self) -> int:
         """Floating-point operations of the matrix products of a step, forward and backward."""
         with flop_counter() as counter:
-            self._forward_and_backward()
+            self.loss().backward()
         self.optimizer.zero_grad()
         return counter.get_total_flops()
 
@@ -80,11 +86,10 @@ class TrialStep:
         self.model.train()
         return counter.get_total_flops()
 
-    def _forward_and_backward(self) -> torch.Tensor:
+    def loss(self) -> torch.Tensor:
+        """The forward pass."""
         with autocast(self.device, self.settings.precision):
-            loss = self.model(self.images, mask=self.mask).loss
-        loss.backward()
-        return loss.detach()
+            return self.model(self.images, mask=self.mask).loss
 
 
 def flop_counter() -> FlopCounterMode:

@@ -1,4 +1,4 @@
-"""Memory of a training step, in a process of its own: `python -m crate_mae.comparison.memory` with JSON on its input.
+"""Memory of a training step, in a process of its own: `python -m crate_mae.costs.memory` with JSON on its input.
 
 What a process has taken, it seldom gives back, so contestants measured one after another in one process would look
 alike. The peak is that of resident memory above what the process has after its imports; on a GPU, that of its tensors.
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from crate_mae.comparison.trial import StepSettings, TrialStep
+from crate_mae.costs.trial import StepSettings, TrialStep
 from crate_mae.models.config import ModelConfig, config_from_dict
 
 _STATUS = Path("/proc/self/status")
