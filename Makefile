@@ -10,7 +10,7 @@ try: $(VENV)/installed
 	$(VENV)/bin/crate-mae try
 
 test: $(VENV)/installed-for-development
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/installed-for-development
 	$(VENV)/bin/ruff format --check .

@@ -1,9 +1,14 @@
 """Shapes are checked at run time in every test, and the shared test data is optional."""
 
+import os
 from pathlib import Path
 
 import pytest
 from jaxtyping import install_import_hook
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Several processes test at once: with a thread a core in each, they would spend their time waiting for each other.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 install_import_hook("crate_mae", "beartype.beartype")
 

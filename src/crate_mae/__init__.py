@@ -14,10 +14,12 @@ if TYPE_CHECKING:
     from crate_mae.commands.evaluate import eval_fewshot, eval_knn, eval_linear
     from crate_mae.commands.evaluate_reconstruction import eval_reconstruction
     from crate_mae.commands.finetune import finetune
+    from crate_mae.commands.inspect import inspect
     from crate_mae.commands.predict import predict
     from crate_mae.commands.pretrain import pretrain, resume
     from crate_mae.commands.reconstruct import reconstruct
     from crate_mae.commands.try_digits import try_digits
+    from crate_mae.commands.viz import viz_attention, viz_layers, viz_pca
     from crate_mae.errors import RunStopped, UserError
     from crate_mae.models.autoencoder import MAEOutput, MaskedAutoencoder
     from crate_mae.models.classifier import Classifier
@@ -42,6 +44,7 @@ _HOMES = {
     "eval_linear": "commands.evaluate",
     "eval_reconstruction": "commands.evaluate_reconstruction",
     "from_official": "models.official",
+    "inspect": "commands.inspect",
     "list_models": "models.presets",
     "load": "models.weights",
     "predict": "commands.predict",
@@ -52,6 +55,9 @@ _HOMES = {
     "to_official": "models.official",
     "trace": "models.tracing",
     "try_digits": "commands.try_digits",
+    "viz_attention": "commands.viz",
+    "viz_layers": "commands.viz",
+    "viz_pca": "commands.viz",
 }
 
 __all__ = [
@@ -70,6 +76,7 @@ __all__ = [
     "eval_reconstruction",
     "finetune",
     "from_official",
+    "inspect",
     "list_models",
     "load",
     "predict",
@@ -80,6 +87,9 @@ __all__ = [
     "to_official",
     "trace",
     "try_digits",
+    "viz_attention",
+    "viz_layers",
+    "viz_pca",
 ]
 
 __getattr__ = lazy_names(__name__, _HOMES)

@@ -27,6 +27,7 @@ _COMMANDS = {
     "reconstruct": ("reconstruct:reconstruct", "Mask images, complete them, and save the picture."),
     "embed": ("embed:embed", "Save the features of images."),
     "compare": ("compare:compare", "Pretrain models under the same budget, and measure them alike."),
+    "inspect": ("inspect:inspect", "Hold every layer of a model to what it was derived to do, next to controls."),
     "theory": ("theory:theory", "Test the theory where its assumptions hold, and explain what came out."),
     "models": ("models:models", "List the models that can be named."),
     "recipes": ("recipes:recipes", "List options of pretraining that were tried together, with what they gave."),
@@ -37,6 +38,12 @@ _EVAL_COMMANDS = {
     "linear": ("evaluate:eval_linear", "Fit a linear classifier to frozen features."),
     "fewshot": ("evaluate:eval_fewshot", "Fit a linear classifier to a few images of each class, many times."),
     "reconstruction": ("evaluate_reconstruction:eval_reconstruction", "Measure completions over mask ratios."),
+}
+_VIZ_COMMANDS = {
+    "reconstruction": ("reconstruct:reconstruct", "Mask images and complete them: `reconstruct` by its other name."),
+    "attention": ("viz:viz_attention", "Show what the class token looks at."),
+    "pca": ("viz:viz_pca", "Show tokens as colours, by their principal components."),
+    "layers": ("viz:viz_layers", "Show what each layer does to subspace rate, sparsity and rank."),
 }
 
 
@@ -58,6 +65,10 @@ def build_app() -> App:
     for name, (function, text) in _EVAL_COMMANDS.items():
         evaluate.command(f"crate_mae.commands.{function}", name=name, help=text)
     app.command(evaluate)
+    viz = App(name="viz", help="Draw what a trained model sees, and what its layers do.")
+    for name, (function, text) in _VIZ_COMMANDS.items():
+        viz.command(f"crate_mae.commands.{function}", name=name, help=text)
+    app.command(viz)
 
     @app.meta.default
     def launch(

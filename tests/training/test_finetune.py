@@ -59,7 +59,7 @@ def test_a_run_learns_and_keeps_the_best_model(tiny_finetuning, capsys):
     assert rows[-1]["best_score"] == best["val_accuracy"]
     assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "command.txt", "environment.json", "log.txt", "metrics.csv"),
-        *("checkpoints", "model.safetensors", "config.json"),
+        *("checkpoints", "report.html", "model.safetensors", "config.json"),
     }
     assert newest_checkpoint(run.path, "best").name == f"step-{best['step']:.0f}"
     model = run.model()

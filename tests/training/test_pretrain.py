@@ -65,7 +65,7 @@ def test_a_run_learns_and_leaves_everything_that_its_folder_promises(tiny_run, c
     assert held_out[60] < 0.7 * held_out[0]
     assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "command.txt", "environment.json", "log.txt", "metrics.csv", "layers.csv"),
-        *("checkpoints", "pictures", "model.safetensors", "config.json"),
+        *("checkpoints", "pictures", "report.html", "model.safetensors", "config.json"),
     }
     assert sorted(path.name for path in (run.path / "pictures").iterdir()) == [
         "step-0.png",

@@ -6,9 +6,9 @@ import csv
 import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -28,10 +28,25 @@ from crate_mae.interpret.streaming import LayerMeasure, default_pass, stream
 from crate_mae.interpret.weights import measure_weights
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.features import evaluating
+from crate_mae.models.presets import list_models
 from crate_mae.models.tracing import layers_of
 from crate_mae.models.weights import load
 
 Progress = Callable[[str], object]
+
+
+class Opened(NamedTuple):
+    """A model that can be measured.
+
+    Attributes:
+        name: what the user called it.
+        net: what is traced: an autoencoder with its decoder, else an encoder.
+        backbone: its encoder, and how images are prepared for it.
+    """
+
+    name: str
+    net: nn.Module
+    backbone: Backbone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +120,8 @@ def measure_layers(
     A measure that a single image does not have is left out likewise.
 
     Args:
-        model: any form of MODEL, `timm:NAME` of a Vision Transformer, or a module from Python.
+        model: any form of MODEL, `timm:NAME` of a Vision Transformer, or a module from Python; or what
+            `open_measurable` made of one.
         source: any form of DATA.
         count: most images; of more, a fixed pseudo-random choice is taken.
         mask_ratio: share of patches to hide; None hides none. Only an autoencoder of this library can hide any.
@@ -119,20 +135,17 @@ def measure_layers(
     if count < 1 or batch_size < 1:
         raise UserError(f"count is {count} and batch_size {batch_size}, but both must be at least 1.")
     images_from = open_source(source)
-    net, backbone = _open(model, seed)
-    layers = layers_of(net)
-    if not _is_transformer(backbone.encoder, layers):
-        raise UserError(f"{backbone.name} is no Vision Transformer, and only layers of those can be measured.")
+    name, net, backbone = model if isinstance(model, Opened) else open_measurable(model, seed)
     autoencoder = net if isinstance(net, MaskedAutoencoder) else None
     if mask_ratio is not None and autoencoder is None:
-        raise UserError(f"{backbone.name} cannot hide patches: leave mask_ratio out.")
+        raise UserError(f"{name} cannot hide patches: leave mask_ratio out.")
     read = read_images(images_from, backbone.transform(), fixed_sample(len(images_from), count, seed), count)
     masks = None
     if autoencoder is not None and mask_ratio is not None:
         masks = nested_masks(len(read.images), autoencoder.num_patches, mask_ratio, seed)
     rows, left_out = _measure(net, backbone, read.images, masks, batch_size, on_stage or (lambda _stage: None))
     return LayerMeasures(
-        model=str(model) if isinstance(model, (str, Path)) else backbone.name,
+        model=name,
         data=images_from.name,
         images=len(read.images),
         mask_ratio=mask_ratio,
@@ -146,13 +159,26 @@ def measure_layers(
     )
 
 
-def _open(model: Any, seed: int) -> tuple[nn.Module, Backbone]:
-    """What is traced (an autoencoder with its decoder, else an encoder), and how images are prepared for it."""
-    if isinstance(model, (str, Path)) and not str(model).startswith(("timm:", "pixels")):
+def open_measurable(model: Any, seed: int) -> Opened:
+    """Open a model whose layers can be measured.
+
+    Args:
+        model: see `measure_layers`.
+        seed: of fresh weights.
+
+    Raises:
+        UserError: if there is no such model, or it is no Vision Transformer.
+    """
+    name = str(model) if isinstance(model, (str, Path)) else ""
+    if name and not name.startswith(("timm:", "pixels")):
         with default_generator_seeded(seed):
             model = load(model)
     backbone = open_backbone(model, seed=seed)
-    return (model if isinstance(model, MaskedAutoencoder) else backbone.encoder), backbone
+    name, is_preset = name or backbone.name, name in list_models()
+    net = model if isinstance(model, MaskedAutoencoder) else backbone.encoder
+    if not _is_transformer(backbone.encoder, layers_of(net)):
+        raise UserError(f"{name} is no Vision Transformer, and only layers of those can be measured.")
+    return Opened(name, net, replace(backbone, is_fresh=backbone.is_fresh or is_preset))
 
 
 def _is_transformer(encoder: nn.Module, layers: Mapping[str, nn.Module]) -> bool:

@@ -10,6 +10,7 @@ from torch import nn
 
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.processes import first_decides
+from crate_mae.training.report import RunReport
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Measured, Task
 
@@ -39,14 +40,16 @@ class Logbook:
         directory: where to.
         task: measures the model on held-out images.
         accelerator: holds the trackers.
+        report: the page, which follows the rows.
 
     Attributes:
         images_per_second: speed since the last row, over all processes.
         data_wait: share of the time since the last row that was spent waiting for images.
     """
 
-    def __init__(self, directory: RunDirectory, task: Task, accelerator: Accelerator) -> None:
+    def __init__(self, directory: RunDirectory, task: Task, accelerator: Accelerator, report: RunReport) -> None:
         self.directory = directory
+        self.report = report
         self.table = directory.metrics(task.measures)
         self.task = task
         self.accelerator = accelerator
@@ -93,7 +96,8 @@ class Logbook:
             row |= measured.values
             row |= {} if state.best_score is None else {BEST: state.best_score}
         self._write(row)
-        self._restart_clock()
+        self.report.update(state.step)
+        self._restart_clock()  # measuring and drawing are no part of the speed
         return is_best
 
     def begin(self, model: nn.Module) -> None:

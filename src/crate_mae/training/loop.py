@@ -22,6 +22,7 @@ from crate_mae.training.images import training_batches
 from crate_mae.training.logbook import Logbook
 from crate_mae.training.processes import first_decides, stop_requests
 from crate_mae.training.progress import Display
+from crate_mae.training.report import RunReport
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.saver import Saver
 from crate_mae.training.step import training_step
@@ -65,7 +66,9 @@ def train(
 
         # Closed with the run, so that no loader process outlives it, whatever ends it.
         batches = stack.enter_context(closing(_batches(task, accelerator, state.step)))
-        _learn(task, accelerator, trainee, state, batches, directory=directory, display=display)
+        report = RunReport(directory, task, plan, writes=accelerator.is_main_process)
+        stack.enter_context(closing(report))
+        _learn(task, accelerator, trainee, state, batches, directory=directory, display=display, report=report)
 
 
 def _learn(
@@ -77,12 +80,13 @@ def _learn(
     *,
     directory: RunDirectory,
     display: Display,
+    report: RunReport,
 ) -> None:
     """From the state's step to the end of the run: step, log, save."""
     config = task.config
     bad_images = BadImages(directory.bad_files, config.max_bad, writes=accelerator.is_main_process)
     bad_images.add(0, task.bad_held_out)
-    log = Logbook(directory, task, accelerator)
+    log = Logbook(directory, task, accelerator, report)
     saver = Saver(directory, task, trainee=trainee, accelerator=accelerator)
 
     with stop_requests() as request, display.training(state.step, config.steps):

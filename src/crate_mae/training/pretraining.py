@@ -93,7 +93,7 @@ class Pretraining(Task):
         images = "IMAGES" if self.options.data.startswith(PYTHON_OBJECT) else shlex.quote(self.options.data)
         return [
             f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now.",
-            f"Completed images: {RunDirectory(run).picture(self.options.steps)}",
+            f"Curves, pictures: {RunDirectory(run).report}",
             f"Complete others:  crate-mae reconstruct {shlex.quote(str(run))} {images} --out picture.png",
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]

@@ -15,6 +15,7 @@ RUN/
         last            one line: the name of the newest complete checkpoint
         best            of fine-tuning: the name of the one that did best on the validation images
     pictures/           of pretraining: step-1200.png: held-out images, masked, completed
+    report.html         the page to look at while the run goes on: curves, the newest picture, what the run is
     tensorboard/        if TensorBoard is installed
     model.safetensors   the finished model: of pretraining the last one, of fine-tuning the best one, with
     config.json         what it is built from
@@ -88,6 +89,16 @@ class RunDirectory:
     def picture(self, step: int) -> Path:
         """The picture of a step."""
         return self.path / "pictures" / f"step-{step}.png"
+
+    @property
+    def report(self) -> Path:
+        """The page about the run."""
+        return self.path / "report.html"
+
+    def newest_picture(self) -> tuple[int, Path] | None:
+        """The last picture, and its step; None if there is none."""
+        steps = [int(path.stem.removeprefix("step-")) for path in (self.path / "pictures").glob("step-*.png")]
+        return (max(steps), self.picture(max(steps))) if steps else None
 
     @property
     def is_finished(self) -> bool:

@@ -1,0 +1,138 @@
+"""`crate-mae inspect`: does each layer of a trained model do what it was derived to do?"""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from crate_mae.commands.pretrain import Data
+from crate_mae.errors import UserError
+
+if TYPE_CHECKING:
+    from crate_mae.interpret.report.inspection import Training
+
+
+def inspect(
+    model: Data,
+    data: Data,
+    *,
+    out: Annotated[Path | str, Parameter(alias="-o")],
+    baseline: Data = None,
+    other_data: Data = None,
+    train_data: Data = None,
+    count: int = 256,
+    mask_ratio: float | None = None,
+    probe_images: int = 2000,
+    seed: int = 0,
+    quiet: bool = False,
+) -> Path:
+    """Measure a model layer by layer, next to controls, and explain what came out on a page.
+
+    Rates, sparsity, ranks, subspaces, dictionaries, inverses and what tokens still tell are measured on images, every
+    step of a layer is held to what it was derived to do, and a few images are looked at. The same is measured of the
+    same network with random weights, and of the controls that you name. What a model does not have is left out, and
+    the page says so.
+
+    `out` then holds report.html, one file to read without a network; measures.json, measures.csv and audit.csv, with
+    all numbers; and each figure as PNG and PDF.
+
+    Args:
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
+            weights), or timm:NAME of a Vision Transformer.
+        data: images that it was not trained on, in any form that `crate-mae pretrain` takes.
+        out: the folder of the report, which must be new or empty.
+        baseline: another model to measure on the same images, such as a run of a ViT-MAE, or timm:NAME.
+        other_data: images of another kind, such as photographs.
+        train_data: images that the model was trained on; if they and DATA have labels, a linear probe is fitted to
+            them for each layer.
+        count: most images of each kind.
+        mask_ratio: share of patches to hide while layers are measured. By default none.
+        probe_images: most images that a probe is fitted to, and most that it is measured on; 0 for no probes.
+        seed: of the choice of images, of masks, and of random weights.
+        quiet: show nothing.
+
+    Returns:
+        The page, `out`/report.html.
+
+    Raises:
+        UserError: for a mistake in the options, the models or the data; no file is written then.
+    """
+    folder = Path(out)
+    _refuse(folder)
+    from rich.console import Console
+
+    from crate_mae.data.files import write_whole
+    from crate_mae.interpret.report.inspection import inspect_model
+    from crate_mae.interpret.report.page import PAGE, report_files
+    from crate_mae.interpret.report.settings import Settings
+
+    settings = Settings(
+        model=model,
+        data=data,
+        baseline=baseline,
+        other_data=other_data,
+        train_data=train_data,
+        count=count,
+        mask_ratio=mask_ratio,
+        probe_images=probe_images,
+        seed=seed,
+    )
+    console = Console(highlight=False, quiet=quiet)
+    with console.status("Opening ...") as status:
+        inspection = inspect_model(
+            settings, training=_training(model), on_stage=lambda stage: status.update(f"Measuring {stage} ...")
+        )
+        status.update("Drawing ...")
+        files = report_files(inspection)
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    for note in inspection.notes:
+        console.print(note, markup=False, soft_wrap=True)
+    page = folder / PAGE
+    console.print(f"Saved {page}, with its numbers and figures beside it", markup=False, soft_wrap=True)
+    return page
+
+
+def _refuse(folder: Path) -> None:
+    """Find out before minutes of measuring that nothing can be written."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file. Give a new folder with --out.")
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} is there already, and is not empty. Give a new folder with --out.")
+    above = folder.absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"Cannot write into {above}. Give another folder with --out.")
+
+
+def _training(model: object) -> "Training":
+    """How a run trained its model; nothing if the model is no run."""
+    from crate_mae.interpret.report.inspection import Training
+    from crate_mae.training.config import PretrainConfig, load_config
+    from crate_mae.training.run_directory import RunDirectory
+
+    if not isinstance(model, (str, Path)) or not RunDirectory(Path(model)).config_file.is_file():
+        return Training()
+    run = RunDirectory(Path(model))
+    try:
+        config = load_config(run.config_file)
+    except UserError as error:  # a run of another version can be looked into all the same
+        return Training(lines={"Options": f"unknown: {error}"})
+    logged = run.metrics().read()
+    lines = {
+        "Images": config.data if isinstance(config, PretrainConfig) else config.train,
+        "Steps": f"{config.steps:,} of {config.batch_size} images",
+        "Learning rate": f"{config.lr:g}, weight decay {config.weight_decay:g}",
+        "Finished": "yes" if run.is_finished else f"no, at step {logged[-1]['step'] if logged else 0}",
+        "Seed": str(config.seed),
+    }
+    hidden = config.mask_ratio if isinstance(config, PretrainConfig) else None
+    if hidden is not None:
+        lines["Hidden in training"] = f"{100 * hidden:g}% of the patches"
+    for column, name in (("loss", "Loss"), ("held_out_loss", "Loss on held-out images")):
+        values = [float(row[column]) for row in logged if row.get(column)]
+        if values:
+            lines[name] = f"{values[0]:.4g} → {values[-1]:.4g}"
+    return Training(lines=lines, mask_ratio=hidden)

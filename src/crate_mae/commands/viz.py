@@ -1,0 +1,225 @@
+"""`crate-mae viz`: pictures of what a model sees, and of what its layers do.
+
+The first of them, `viz reconstruction`, is the function of `crate-mae reconstruct`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from crate_mae.commands.pretrain import Data
+from crate_mae.commands.showing import refuse_existing, show_bad, show_fresh
+from crate_mae.errors import UserError
+
+if TYPE_CHECKING:
+    from crate_mae.evaluation.backbones import Backbone
+    from crate_mae.evaluation.reconstruction import ReadImages
+
+_KINDS = (".png", ".pdf")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """What a command of `viz` saved.
+
+    Attributes:
+        path: the picture.
+        images: which images it is of, in order; of a choice of many, empty.
+    """
+
+    path: Path
+    images: list[str]
+
+
+def viz_attention(
+    model: Data,
+    images: Data,
+    *,
+    out: Annotated[Path | str, Parameter(alias="-o")],
+    layer: int = -1,
+    stride: int | None = None,
+    count: int = 8,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Picture:
+    """Show what the class token looks at: attention to each patch, of each head and of all heads together.
+
+    Nothing is hidden. An image of another size is scaled and cropped to the model's. "60% of that" are the fewest
+    patches that hold 60% of the attention of all heads.
+
+    A smaller stride shows the model each image many times, shifted by less than a patch, and puts the maps together:
+    with patches of 16 pixels, a stride of 4 makes 4 x 4 times as many places, in 16 passes.
+
+    Args:
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
+            weights), or timm:NAME of a Vision Transformer with a class token.
+        images: an image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
+        out: the picture to write, a .png or .pdf file.
+        layer: of the encoder, from 0, or negative from the end.
+        stride: pixels from one place of the maps to the next, a divisor of the patch size; by default that size.
+        count: how many images to show, from the first on.
+        seed: of fresh weights.
+        overwrite: replace a picture that is there.
+
+    Returns:
+        The picture's path, and which images it shows.
+
+    Raises:
+        UserError: for a mistake in the options, images or model; no file is written then.
+    """
+    path = _new_picture(out, overwrite=overwrite)
+    backbone, read = _open(model, images, count, seed)
+
+    from crate_mae.interpret.pictures.attention import class_attention
+    from crate_mae.interpret.pictures.figures import draw_attention
+    from crate_mae.interpret.pictures.inputs import shown_images
+
+    found = class_attention(backbone.encoder, read.images, layer=layer, stride=stride)
+    pictures = shown_images(read.images, backbone.mean, backbone.std)
+    figure = draw_attention(pictures, found.heads.numpy(), found.saliency.numpy())
+    return _save(figure, path, backbone, read)
+
+
+def viz_pca(
+    model: Data,
+    images: Data,
+    *,
+    out: Annotated[Path | str, Parameter(alias="-o")],
+    layer: int = -1,
+    joint: bool = False,
+    count: int = 8,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Picture:
+    """Show tokens as colours: their first three principal components as red, green and blue.
+
+    Patches of like colours have like tokens. Each image has its own components, unless they are joint.
+
+    Args:
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
+            weights), or timm:NAME.
+        images: an image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
+        out: the picture to write, a .png or .pdf file.
+        layer: of the encoder, from 0, or negative from the end. Every layer is normalised by the final norm.
+        joint: the same components for all images, so that a colour means the same in each.
+        count: how many images to show, from the first on.
+        seed: of fresh weights.
+        overwrite: replace a picture that is there.
+
+    Returns:
+        The picture's path, and which images it shows.
+
+    Raises:
+        UserError: for a mistake in the options, images or model; no file is written then.
+    """
+    path = _new_picture(out, overwrite=overwrite)
+    backbone, read = _open(model, images, count, seed)
+
+    from crate_mae.interpret.pictures.figures import draw_token_colours
+    from crate_mae.interpret.pictures.inputs import encode_patches, shown_images, token_grid
+    from crate_mae.interpret.tokens import token_colours
+
+    patches = encode_patches(backbone.encoder, read.images, layer)
+    grid = token_grid(backbone.encoder, backbone.image_size, patches.shape[1], layer)
+    found = token_colours(patches, grid, joint=joint)
+    pictures = shown_images(read.images, backbone.mean, backbone.std)
+    return _save(draw_token_colours(pictures, found.pictures, found.explained), path, backbone, read)
+
+
+def viz_layers(
+    model: Data,
+    data: Data,
+    *,
+    out: Annotated[Path | str, Parameter(alias="-o")],
+    control: Literal["random"] | None = None,
+    count: int = 256,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Picture:
+    """Show what each layer does: subspace rate before and after its steps, sparsity, and ranks of tokens and features.
+
+    A white-box layer is derived to lower the subspace rate of the tokens (by MSSA) and to make them sparse (by ISTA).
+    Measured on whole images. A Vision Transformer has neither subspaces nor codes, and shows its ranks.
+
+    Args:
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
+            weights), or timm:NAME of a Vision Transformer.
+        data: any form of data that `crate-mae pretrain` takes.
+        out: the picture to write, a .png or .pdf file.
+        control: draw the same model with random weights beside it.
+        count: how many images to measure; of more, a fixed choice is taken.
+        seed: of that choice, and of fresh weights.
+        overwrite: replace a picture that is there.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        UserError: for a mistake in the options, data or model; no file is written then.
+    """
+    path = _new_picture(out, overwrite=overwrite)
+    from rich.console import Console
+
+    from crate_mae.interpret.measure import measure_layers, open_measurable
+    from crate_mae.interpret.pictures.layers import draw_layers
+    from crate_mae.interpret.report.subjects import fresh_twin
+
+    opened = open_measurable(model, seed)
+    twin = None
+    if control is not None:
+        twin = fresh_twin(opened, seed + 1)  # other weights than those of a model that is fresh itself
+        if twin is None:
+            raise UserError(f"Nobody can tell how a {opened.name} from Python is built anew: leave out --control.")
+    console = Console(highlight=False)
+    with console.status("Measuring the layers"):
+        found = measure_layers(opened, data, count=count, seed=seed)
+        beside = measure_layers(twin, data, count=count, seed=seed).rows if twin is not None else []
+    _write(draw_layers(found.rows, beside), path)
+    show_bad(console, found.bad)
+    if opened.backbone.is_fresh:
+        show_fresh(console, opened.name)
+    console.print(f"Saved {path}, of {found.images:,} images", soft_wrap=True, markup=False)
+    return Picture(path, [])
+
+
+def _new_picture(out: Path | str, *, overwrite: bool) -> Path:
+    path = Path(out)
+    if path.suffix.lower() not in _KINDS:
+        raise UserError(f"--out {path} must name a {' or '.join(_KINDS)} file.")
+    refuse_existing(path, overwrite=overwrite)
+    return path
+
+
+def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, ReadImages]":
+    """The model, and the first images that can be read."""
+    from crate_mae.data import open_source
+    from crate_mae.evaluation.backbones import open_backbone
+    from crate_mae.evaluation.reconstruction import read_images
+
+    if count < 1:
+        raise UserError(f"--count is {count}, but must be at least 1.")
+    source = open_source(images)
+    backbone = open_backbone(model, seed=seed)
+    return backbone, read_images(source, backbone.transform(), range(len(source)), count)
+
+
+def _save(figure: Any, path: Path, backbone: "Backbone", read: "ReadImages") -> Picture:
+    """Write a picture of images, and say so."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    _write(figure, path)
+    show_bad(console, read.bad)
+    if backbone.is_fresh:
+        show_fresh(console, backbone.name)
+    console.print(f"Saved {path}", soft_wrap=True, markup=False)
+    return Picture(path, read.locations)
+
+
+def _write(figure: Any, path: Path) -> None:
+    from crate_mae.data.files import write_whole
+    from crate_mae.drawing.style import encode
+
+    write_whole(path, encode(figure, "pdf" if path.suffix.lower() == ".pdf" else "png"))

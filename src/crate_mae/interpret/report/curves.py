@@ -1,0 +1,266 @@
+"""Which curves stand in which figure, and how each figure is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from crate_mae.interpret.report.inspection import Inspection, Measured
+from crate_mae.interpret.report.probes import ACCURACY
+from crate_mae.interpret.report.subjects import LABELS
+from crate_mae.interpret.statistics import Row
+
+COLOUR_OF = {key: number for number, key in enumerate(LABELS)}
+_POINTS = {"z": "input", "z_half": "after the first step", "z_next": "output"}
+_ENCODER_ALONE = ("rate_reduction", "objective")  # which the decoder is not derived to climb
+_FORMS = {
+    "subspace_rate": "R$^c$ of tokens as they are (nats)",
+    "subspace_rate_normalised": "R$^c$ of normalised tokens (nats)",
+    "subspace_rate_official": "R$^c$ as the official code (nats)",
+}
+
+
+class Line(NamedTuple):
+    """One curve.
+
+    Attributes:
+        label: for the legend.
+        number: of colour and symbol.
+        rows: its points, of encoder and decoder.
+        dashed: whether it is a control within one network.
+    """
+
+    label: str
+    number: int
+    rows: list[Row]
+    dashed: bool = False
+
+
+class Panel(NamedTuple):
+    """Curves that share their axes."""
+
+    title: str
+    lines: list[Line]
+
+
+class Curves(NamedTuple):
+    """A figure of panels.
+
+    Attributes:
+        name: of its files.
+        title: as text.
+        caption: two sentences on how to read it, as HTML.
+        panels: those that have a curve.
+    """
+
+    name: str
+    title: str
+    caption: str
+    panels: list[Panel]
+
+
+def layer_figures(inspection: Inspection) -> list[Curves]:
+    """The figures of what tokens go through, without those that this model and its controls have nothing for."""
+    figures = [
+        _subspace_rates(inspection),
+        _within_layers(inspection.model),
+        _rates(inspection),
+        _sparsity(inspection),
+        _ranks(inspection),
+        _information(inspection),
+    ]
+    return [figure for figure in figures if figure.panels]
+
+
+def weight_figures(inspection: Inspection) -> list[Curves]:
+    """The figures of what was learned, likewise."""
+    return [figure for figure in (_weights(inspection), _inverses(inspection)) if figure.panels]
+
+
+def _subspace_rates(inspection: Inspection) -> Curves:
+    return Curves(
+        "subspace_rates",
+        "The subspace rate, layer by layer",
+        "Each line is R<sup>c</sup> between the two steps of a layer (after MSSA in the encoder), as mean over images "
+        "with its 95% interval, of the model or of one control. The derivation promises lines that fall from left to "
+        "right through the encoder (E) and rise through the decoder (D).",
+        _by_subject(inspection.measured, [(title, form, "z_half") for form, title in _FORMS.items()]),
+    )
+
+
+def _within_layers(model: Measured) -> Curves:
+    panels = []
+    for form, title in _FORMS.items():
+        lines = [
+            Line(label, number, _both_parts(model, form, point))
+            for number, (point, label) in enumerate(_POINTS.items())
+        ]
+        panels.append(Panel(title, [line for line in lines if line.rows]))
+    return Curves(
+        "within_layers",
+        "What each step of a layer does to it",
+        "For the model alone, R<sup>c</sup> of the same images at three points of each layer, measured with that "
+        "layer’s own subspaces: its input (circles), after its first step (squares), its output (triangles). In the "
+        "encoder the first step is MSSA, so that squares should lie below circles; in the decoder the second step is "
+        "MSSA with a minus sign, so that triangles should lie above squares.",
+        [panel for panel in panels if panel.lines],
+    )
+
+
+def _rates(inspection: Inspection) -> Curves:
+    return Curves(
+        "rates",
+        "Coding rate, rate reduction, objective",
+        "Each line is a measure of the layers’ outputs: R counts the nats to code all tokens, R − R<sup>c</sup> what "
+        "telling the subspaces apart saves, and the objective, which is the encoder’s alone, also subtracts λ for each "
+        "non-zero entry. An encoder that climbs its objective has lines of R − R<sup>c</sup> and of the objective that "
+        "rise from left to right.",
+        _by_subject(
+            inspection.measured,
+            [
+                ("R of tokens as they are (nats)", "coding_rate", "z_next"),
+                ("R of normalised tokens (nats)", "coding_rate_normalised", "z_next"),
+                ("R − R$^c$ (nats)", "rate_reduction", "z_next"),
+                ("objective R − R$^c$ − λ‖Z‖$_0$", "objective", "z_next"),
+            ],
+        ),
+    )
+
+
+def _sparsity(inspection: Inspection) -> Curves:
+    panels = _by_subject(
+        inspection.measured,
+        [
+            ("share of exact zeros", "zero_fraction", "z_next"),
+            ("l1/l2 (small is sparse)", "l1_to_l2", "z_next"),
+            ("Gini index (large is sparse)", "gini", "z_next"),
+        ],
+    )
+    model = inspection.model
+    for panel, measure in zip(panels, ("zero_fraction", "l1_to_l2", "gini"), strict=True):
+        codes, tokens = model.find(measure, "code"), model.find(measure, "z_next")
+        # Codes are the layer's output, but for a skip connection or a dictionary of their own to read them out.
+        if [row.mean for row in codes] != [row.mean for row in tokens] and codes:
+            panel.lines.append(Line("the model’s codes", len(LABELS), codes, dashed=True))
+    return Curves(
+        "sparsity",
+        "Sparsity",
+        "Each line is how sparse the layers’ outputs are, by three measures of which only the first asks for exact "
+        "zeros. If depth makes representations sparser, the left and right panels rise through the encoder and the "
+        "middle one falls.",
+        panels,
+    )
+
+
+def _ranks(inspection: Inspection) -> Curves:
+    return Curves(
+        "ranks",
+        "Directions in use",
+        "Effective rank and participation ratio count the directions that an image’s tokens use (weak ones count less "
+        "in the latter), and of the tokens’ energy one share lies in their best subspaces, another in what tokens of "
+        "one image differ by. Ranks near 1 and differences near 0 mean that tokens have become alike, which makes "
+        "every rate small without any structure.",
+        _by_subject(
+            inspection.measured,
+            [
+                ("effective rank of an image’s tokens", "effective_rank", "z_next"),
+                ("participation ratio", "participation_ratio", "z_next"),
+                ("energy in the best subspace", "best_subspace_energy", "z_next"),
+                ("energy in differences of tokens", "token_diversity", "z_next"),
+            ],
+        ),
+    )
+
+
+def _information(inspection: Inspection) -> Curves:
+    return Curves(
+        "information",
+        "What is kept, and what lies idle",
+        "How much of its patch each token still tells a linear map (1 is everything), how many directions tell images "
+        "apart, which share of coordinates is zero for every token of every image, and how well a linear classifier "
+        "does on each layer. High is good in all but the share of dead coordinates.",
+        _by_subject(
+            inspection.measured,
+            [
+                ("pixels told by tokens (R²)", "pixel_r2", "z_next"),
+                ("effective rank of images’ features", "feature_rank", "z_next"),
+                ("dead coordinates (share)", "dead_coordinates", ""),
+                ("accuracy of a linear probe", ACCURACY, ""),
+            ],
+        ),
+    )
+
+
+def _weights(inspection: Inspection) -> Curves:
+    return Curves(
+        "weights",
+        "Subspaces, output projections, dictionaries",
+        "Each line is a measure of the weights alone, as mean over heads or pairs of heads; the derivation assumes "
+        "bases that are orthonormal (error 0), heads that are incoherent (cosine 0), outputs that are the bases again "
+        "(cosine 1) and dictionaries near an isometry (error 0). The line of random weights shows what chance gives in "
+        "these dimensions: only the difference to it was learned.",
+        _by_subject(
+            _networks(inspection),
+            [
+                ("orthonormality error, scaled", "orthonormality_error_scaled", ""),
+                ("coherence of heads (cosine)", "head_coherence", ""),
+                ("affinity of heads (cos², mean)", "head_affinity", ""),
+                ("output projection vs. U$_k$ (cosine)", "output_cosine", ""),
+                ("isometry error of D, scaled", "dictionary_isometry_error_scaled", ""),
+                ("coherence of D (cosine)", "dictionary_coherence", ""),
+            ],
+        ),
+    )
+
+
+def _inverses(inspection: Inspection) -> Curves:
+    pairs = [
+        ("input brought back (cosine)", "inverse_cosine", "_identity"),
+        ("error of the input, best scale", "inverse_error_scaled", "_identity"),
+        ("dictionaries D and E (cosine)", "inverse_dictionary_cosine", "_control"),
+        ("W Eᵀ and the identity (cosine)", "inverse_operator_cosine", "_control"),
+        ("subspaces of both (affinity)", "inverse_subspace_affinity", "_control"),
+    ]
+    panels = []
+    for title, measure, control in pairs:
+        lines = []
+        for subject in _networks(inspection):
+            number = COLOUR_OF[subject.key]
+            lines += [
+                Line(subject.label, number, subject.find(measure)),
+                Line(f"{subject.label}: its control", number, subject.find(measure + control), dashed=True),
+            ]
+        panels.append(Panel(title, [line for line in lines if line.rows]))
+    return Curves(
+        "inverses",
+        "Does a decoder layer undo its encoder layer?",
+        "By encoder layer: how near the decoder layer that is meant to undo it comes to its input, on tokens (cosine "
+        "and error of the input) and by weights (the others). Dashed lines are each network’s own control, which is "
+        "doing nothing on tokens and all other decoder layers for weights: only what is better than the dashed line "
+        "of its colour is an inverse.",
+        [panel for panel in panels if panel.lines],
+    )
+
+
+def _networks(inspection: Inspection) -> list[Measured]:
+    return [found for found in inspection.measured if found.has_own_network]
+
+
+def _by_subject(subjects: Iterable[Measured], asked: Sequence[tuple[str, str, str]]) -> list[Panel]:
+    """A panel for each (title, measure, point) that anybody has, with a line for each subject that has it."""
+    subjects = list(subjects)
+    panels = []
+    for title, measure, point in asked:
+        lines = [
+            Line(subject.label, COLOUR_OF[subject.key], rows)
+            for subject in subjects
+            if (rows := _both_parts(subject, measure, point))
+        ]
+        if lines:
+            panels.append(Panel(title, lines))
+    return panels
+
+
+def _both_parts(subject: Measured, measure: str, point: str) -> list[Row]:
+    encoder = subject.find(measure, point)
+    return encoder if measure in _ENCODER_ALONE else encoder + subject.find(measure, point, part="decoder")

@@ -1,0 +1,132 @@
+"""What a report looks at: the model, and its controls: other networks on the same images, and other images."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from crate_mae.data import ImageSource, open_source
+from crate_mae.data.dataset import default_generator_seeded
+from crate_mae.errors import UserError
+from crate_mae.interpret.measure import Opened, open_measurable
+from crate_mae.interpret.report.settings import Settings
+from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.config import config_from_dict
+
+# The order is that of columns and of colours.
+LABELS = {
+    "model": "the model",
+    "random": "random weights",
+    "baseline": "baseline",
+    "other": "other images",
+    "train": "training images",
+}
+NETWORKS = ("model", "random", "baseline")  # those with weights of their own
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network on a source of images.
+
+    Attributes:
+        key: one of `LABELS`.
+        opened: the network.
+        source: the images.
+    """
+
+    key: str
+    opened: Opened
+    source: ImageSource
+
+    @property
+    def label(self) -> str:
+        """What figures and tables call it."""
+        return LABELS[self.key]
+
+    @property
+    def has_own_network(self) -> bool:
+        """Whether it stands for a network, and not for the model on other images."""
+        return self.key in NETWORKS
+
+
+def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
+    """Open everything that is named, before anything is measured.
+
+    Returns:
+        The subjects by key, and why the others are left out.
+
+    Raises:
+        UserError: for a mistake in a model or in data, weights that are not finite, held-out images that are the
+            training images, or a model that cannot hide patches if it should.
+    """
+    data = open_source(settings.data)
+    model = open_measurable(settings.model, settings.seed)
+    found = {"model": Subject("model", model, data)}
+    left_out: dict[str, str] = {}
+    twin = fresh_twin(model, settings.seed + 1)
+    if twin is None:
+        left_out["random weights"] = f"nobody can tell how a {model.name} from Python is built anew"
+    else:
+        found["random"] = Subject("random", twin, data)
+    if settings.baseline is None:
+        left_out["baseline"] = "no model was given with --baseline"
+    else:
+        found["baseline"] = Subject("baseline", open_measurable(settings.baseline, settings.seed), data)
+    for key, other in (("other", settings.other_data), ("train", settings.train_data)):
+        if other is None:
+            left_out[LABELS[key]] = f"none were given with --{key}-data"
+        else:
+            found[key] = Subject(key, model, open_source(other))
+    _refuse_same(found)
+    for subject in found.values():
+        _refuse_unfit(subject.opened, settings.mask_ratio)
+    return found, left_out
+
+
+def fresh_twin(model: Opened, seed: int) -> Opened | None:
+    """The same network with fresh weights; None if it came from Python and nobody can tell how it is built."""
+    described = model.backbone.architecture
+    if described is None:
+        return None
+    if described.startswith("timm:"):
+        return open_measurable(":".join([*described.split(":")[:2], "random"]), seed)
+    values = json.loads(described)
+    with default_generator_seeded(seed):
+        is_classifier = values["architecture"] == ClassifierConfig.architecture
+        twin = (
+            build_classifier(ClassifierConfig.from_dict(values)) if is_classifier else build(config_from_dict(values))
+        )
+    opened = open_measurable(twin, seed)
+    return Opened(model.name, opened.net, replace(opened.backbone, is_fresh=True))
+
+
+def _refuse_same(found: dict[str, Subject]) -> None:
+    """Raise a `UserError` where what should be a control is the thing itself."""
+    data = found["model"].source
+    for key in ("other", "train"):
+        if key not in found:
+            continue
+        other = found[key].source
+        fingerprint = data.fingerprint()
+        if other is data or (fingerprint is not None and fingerprint == other.fingerprint()):
+            raise UserError(
+                f"--{key}-data are the same images as DATA ({data.name}), so there would be nothing to compare.\n"
+                f"Give other images with --{key}-data, or leave it out."
+            )
+
+
+def _refuse_unfit(model: Opened, mask_ratio: float | None) -> None:
+    """Raise a `UserError` for a network that cannot be measured as asked."""
+    if mask_ratio is not None and not isinstance(model.net, MaskedAutoencoder):
+        raise UserError(f"{model.name} cannot hide patches: leave out --mask-ratio, or leave out that model.")
+    for name in _not_finite(model.net):
+        raise UserError(
+            f"The weights of {model.name} hold NaN or infinity, first in {name}.\n"
+            "Nothing can be said of such a model: take an earlier checkpoint of the run."
+        )
+
+
+def _not_finite(net: nn.Module) -> Iterator[str]:
+    return (name for name, value in net.state_dict().items() if not value.isfinite().all())

@@ -1,0 +1,114 @@
+"""The pictures of `crate-mae viz`: what is written, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import crate_mae
+
+MODEL = "crate_mae_nano_patch2_8"
+KINDS = ("attention", "pca", "layers")
+NETWORKS = {"attention": "timm:test_vit:random", "pca": "timm:test_resnet:random", "layers": "timm:test_vit:random"}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (11, 13, 3), dtype=np.uint8)).save(folder / f"photo {i} ü.png")
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("suffix", "magic"), [(".png", b"\x89PNG"), (".pdf", b"%PDF")])
+def test_the_ending_says_the_format(photos, tmp_path, crate_mae_command, kind, suffix, magic):
+    out = tmp_path / "pictures" / f"a[b]{suffix}"
+    code, text, error = crate_mae_command("viz", kind, MODEL, photos, "--out", out)
+    assert code == 0, error
+    assert out.read_bytes().startswith(magic)
+    assert [path.name for path in out.parent.iterdir()] == [out.name]
+    assert "fresh, untrained weights" in text and f"a[b]{suffix}" in "".join(text.split())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_networks_of_timm_are_shown(photos, tmp_path, crate_mae_command, kind):
+    code, _, error = crate_mae_command("viz", kind, NETWORKS[kind], photos, "--out", tmp_path / "x.png", "--count", 2)
+    assert code == 0, error
+    assert (tmp_path / "x.png").exists()
+
+
+def test_options_change_the_picture(photos, tmp_path):
+    model = tmp_path / "model"
+    crate_mae.save(crate_mae.create_model(MODEL), model)
+    calls = {
+        "attention": [{}, {"stride": 1}, {"layer": 0}, {"count": 2}],
+        "pca": [{}, {"joint": True}, {"layer": 0}, {"count": 2}],
+        "layers": [{}, {"control": "random"}, {"count": 2}],
+    }
+    for kind, options in calls.items():
+        draw = getattr(crate_mae, f"viz_{kind}")
+        paths = [draw(model, photos, out=tmp_path / f"{kind}{i}.png", **each).path for i, each in enumerate(options)]
+        assert len({path.read_bytes() for path in paths}) == len(paths), kind
+        again = draw(model, photos, out=tmp_path / "again.png", overwrite=True)
+        assert again.path.read_bytes() == paths[0].read_bytes()
+
+
+def test_shown_images_are_named_and_unreadable_ones_left_out(photos, tmp_path, capsys):
+    (photos / "a broken.png").write_bytes(b"")
+    found = crate_mae.viz_pca(MODEL, photos, out=tmp_path / "x.png", count=2)
+    assert [path.rpartition("/")[2] for path in found.images] == ["photo 0 ü.png", "photo 1 ü.png"]
+    assert "Left out" in capsys.readouterr().out
+
+
+def test_modules_and_arrays_from_python_are_taken(tmp_path):
+    model = crate_mae.create_model(MODEL)
+    images = [torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    assert crate_mae.viz_attention(model, images, out=tmp_path / "a.png").path.exists()
+    assert crate_mae.viz_layers(model, images, out=tmp_path / "b.png", control="random").path.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_that_is_there_stays(photos, tmp_path, crate_mae_command, kind):
+    out = tmp_path / "mine.png"
+    out.write_bytes(b"mine")
+    code, _, error = crate_mae_command("viz", kind, MODEL, photos, "--out", out)
+    assert (code, out.read_bytes()) == (2, b"mine")
+    assert "--overwrite" in error
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["attention", MODEL, "--out", "x.txt"], "must name a .png or .pdf file"),
+        (["attention", MODEL, "--out", "x.png", "--stride", "3"], "take one of 1, 2"),
+        (["attention", MODEL, "--out", "x.png", "--layer", "4"], "There is no layer 4"),
+        (["attention", MODEL, "--out", "x.png", "--count", "0"], "--count is 0"),
+        (["attention", "timm:test_resnet:random", "--out", "x.png"], "only Vision Transformers"),
+        (["pca", MODEL, "--out", "x"], "must name a .png or .pdf file"),
+        (["pca", "pixels", "--out", "x.png"], "do not lie on a grid"),
+        (["layers", "timm:test_resnet:random", "--out", "x.png"], "no Vision Transformer"),
+        (["layers", MODEL, "--out", "x.png", "--control", "trained"], "--control"),
+        (["reconstruction", MODEL, "--out", "x.txt"], "must name a .png file"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_leave_no_file(photos, tmp_path, crate_mae_command, monkeypatch, tokens, words):
+    monkeypatch.chdir(tmp_path)
+    kind, model, *options = tokens
+    code, _, error = crate_mae_command("viz", kind, model, photos, *options)
+    assert code == 2
+    assert words in " ".join(error.split())
+    assert "Traceback" not in error and len(error.strip().splitlines()) <= 4
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_reconstruction_is_the_same_function_under_two_names(photos, tmp_path, crate_mae_command):
+    model = tmp_path / "model"
+    crate_mae.save(crate_mae.create_model(MODEL), model)
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    for words, path in zip((["reconstruct"], ["viz", "reconstruction"]), paths, strict=True):
+        code, _, error = crate_mae_command(*words, model, photos, "--out", path)
+        assert code == 0, error
+    assert paths[0].read_bytes() == paths[1].read_bytes()

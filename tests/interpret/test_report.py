@@ -1,0 +1,193 @@
+"""The report of a model: whole in itself, with every control, and the same numbers on the page as in the files."""
+
+import csv
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from PIL import Image
+
+import crate_mae
+from crate_mae.interpret.report.audit_table import SYMBOLS
+from crate_mae.interpret.report.inspection import Training, inspect_model
+from crate_mae.interpret.report.page import PAGE, report_files
+from crate_mae.interpret.report.probes import ACCURACY
+from crate_mae.interpret.report.settings import Settings
+from crate_mae.interpret.report.wording import number, percent
+
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
+SECTIONS = {"model", "findings", "layers", "audit", "weights", "attention", "tokens", "left-out"}
+FIGURES = {
+    *("completions", "subspace_rates", "within_layers", "rates", "sparsity", "ranks", "information", "weights"),
+    *("inverses", "heads", "saliency", "foregrounds", "token_colours", "neighbours"),
+}
+
+
+def settings():
+    torch.manual_seed(0)
+    noise = [torch.rand(1, 9, 7, generator=torch.Generator().manual_seed(i)) for i in range(5)]
+    return Settings(
+        model=crate_mae.create_model("crate_mae_nano_patch2_8", **SMALL),
+        baseline=crate_mae.create_model("vit_mae_nano_patch2_8", **(SMALL | {"embed_dim": 12})),
+        data="digits:test",
+        other_data=noise,
+        train_data="digits:train",
+        count=7,
+        probe_images=61,
+    )
+
+
+@pytest.fixture(scope="module")
+def inspection():
+    return inspect_model(settings(), training=Training(lines={"Steps": "<none> & few"}, mask_ratio=0.5))
+
+
+@pytest.fixture(scope="module")
+def files(inspection):
+    return report_files(inspection)
+
+
+@pytest.fixture(scope="module")
+def page(files):
+    return files[PAGE].decode()
+
+
+class Tags(HTMLParser):
+    """Collects what a page loads and where its links lead, and sees to it that what is opened is closed."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.sources, self.links, self.ids = [], [], [], []
+        self.feed(page)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        self.sources += [found["src"]] if "src" in found else []
+        self.links += [found["href"]] if "href" in found else []
+        self.ids += [found["id"]] if "id" in found else []
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_loads_nothing(page):
+    tags = Tags(page)
+    assert len(tags.sources) == len(FIGURES)
+    assert all(source.startswith("data:image/png;base64,") for source in tags.sources)
+    assert all(link.startswith("#") for link in tags.links)
+    assert not re.search(r"<(script|link|iframe|object|embed)|@import|url\(|https?://|\son\w+=", page)
+    assert not re.search(r"[{}]|nan\b|None", re.sub(r"<style>.*?</style>|base64,[^\"]*", "", page, flags=re.DOTALL))
+
+
+def test_sections_and_answers_are_there_and_linked(page):
+    tags = Tags(page)
+    assert set(tags.ids) >= SECTIONS
+    assert len(set(tags.ids)) == len(tags.ids)
+    assert {link[1:] for link in tags.links} == set(tags.ids)
+    for words in (
+        "the model",
+        "random weights",
+        "baseline",
+        "other images",
+        "training images",
+        "&lt;none&gt; &amp; few",
+    ):
+        assert words in page
+
+
+def test_every_figure_is_explained_and_saved_twice(files, page):
+    names = {name.removeprefix("figures/").removesuffix(".png") for name in files if name.endswith(".png")}
+    assert names == FIGURES
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", page, flags=re.DOTALL)
+    assert len(captions) == len(FIGURES)
+    assert all(len(re.findall(r"\.(?=\s|$)", caption)) == 2 for caption in captions)
+    for name in FIGURES:
+        assert files[f"figures/{name}.pdf"].startswith(b"%PDF")
+        with Image.open(io.BytesIO(files[f"figures/{name}.png"])) as picture:
+            assert picture.width >= 1400
+            assert len(picture.convert("RGB").getcolors(1 << 24)) > 20
+
+
+def test_the_files_hold_the_numbers_of_the_page(inspection, files, page):
+    content = json.loads(files["measures.json"])
+    assert [subject["subject"] for subject in content["subjects"]] == ["model", "random", "baseline", "other", "train"]
+    assert [subject["images"] for subject in content["subjects"]] == [7, 7, 7, 5, 7]
+    table = list(csv.DictReader(io.StringIO(files["measures.csv"].decode())))
+    audit = list(csv.DictReader(io.StringIO(files["audit.csv"].decode())))
+    assert len(table) == sum(len(subject["rows"]) for subject in content["subjects"])
+    assert len(audit) == sum(len(subject["audit"]) for subject in content["subjects"])
+    for subject, found in zip(content["subjects"], inspection.measured, strict=True):
+        rates = [
+            row["mean"]
+            for row in subject["rows"]
+            if (row["part"], row["measure"], row["point"]) == ("encoder", "subspace_rate", "z_half")
+        ]
+        lines = [r for r in table if (r["subject"], r["measure"], r["point"]) == (found.key, "gini", "z_next")]
+        assert [float(line["mean"]) for line in lines if line["part"] == "encoder"] == [
+            row.mean for row in found.find("gini", "z_next")
+        ]
+        if rates:
+            assert f"{number(rates[0])} → {number(rates[-1])}" in page
+    assert content["versions"]["torch"] in page
+    assert [f"{value:.1f}" for value in content["completions"]["psnr"]] == [
+        f"{value:.1f}" for value in inspection.examples.completed.psnr
+    ]
+
+
+def test_every_claim_about_every_layer_has_a_symbol_and_its_numbers(inspection, page):
+    section = page[page.index('id="audit"') : page.index('id="weights"')]
+    rows = inspection.model.measures.audit
+    cells = re.findall(r'<td class="(holds|fails|open)"[^>]*>(.)<br>(\d+%)', section)
+    expected = [row for part in ("encoder", "decoder") for row in rows if row.part == part]
+    assert [cell[2] for cell in cells] == [percent(row.share) for row in expected]
+    assert sum(cell[0] == "holds" for cell in cells) == sum(row.holds for row in rows)
+    assert all(SYMBOLS[name] == symbol for name, symbol, _ in cells)
+    assert all(number(row.low) + " to " + number(row.high) in section for row in rows)
+
+
+def test_probes_are_rows_of_networks_alone(inspection):
+    accuracies = {found.key: found.find(ACCURACY) for found in inspection.measured}
+    assert {key: len(rows) for key, rows in accuracies.items()} == {
+        "model": 2,
+        "random": 2,
+        "baseline": 2,
+        "other": 0,
+        "train": 0,
+    }
+    assert all(row.n == 61 and 0 <= row.mean <= 1 for rows in accuracies.values() for row in rows)
+    assert max(row.mean for row in accuracies["model"]) > 0.3  # of ten classes
+
+
+def test_controls_differ_in_what_they_should(inspection):
+    model, random, _, other, train = inspection.measured
+    for measure in ("output_cosine", "dictionary_coherence"):
+        assert model.find(measure) == other.find(measure) == train.find(measure)
+        assert model.find(measure) != random.find(measure)
+    assert model.find("coding_rate", "z_next") != train.find("coding_rate", "z_next")
+    assert (model.is_fresh, random.is_fresh) == (False, True)  # from Python: nobody knows of the model's training
+
+
+def test_a_shortage_of_images_is_said(inspection, page):
+    assert any("5 images" in note and "7 were asked for" in note for note in inspection.notes)
+    assert "5 were measured" in page
+
+
+def test_the_same_seed_makes_the_same_report(inspection):
+    again = inspect_model(settings(), training=Training(lines={"Steps": "<none> & few"}, mask_ratio=0.5))
+    assert again.to_json() == inspection.to_json()
+    assert again.examples.completed.psnr == inspection.examples.completed.psnr
+    assert inspection.examples.completed.mask_ratio == 0.5
+
+
+def test_the_command_says_how_to_make_it_again(page):
+    found = Settings(model="a model", data="b", train_data="c", mask_ratio=0.5, count=3, seed=4)
+    assert found.command() == (
+        "crate-mae inspect 'a model' b --out DIR --train-data c --mask-ratio 0.5 --count 3 --probe-images 2000 --seed 4"
+    )
+    assert "--count 7 --probe-images 61 --seed 0" in page

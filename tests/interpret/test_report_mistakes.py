@@ -1,0 +1,188 @@
+"""Reports of what is odd: too little data, empty data, broken weights, other networks."""
+
+import math
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+import crate_mae
+from crate_mae.errors import UserError
+from crate_mae.interpret.report.figures import plan_figures
+from crate_mae.interpret.report.findings import write_findings
+from crate_mae.interpret.report.inspection import inspect_model
+from crate_mae.interpret.report.page import write_page
+from crate_mae.interpret.report.pictures import Grid, draw_grid
+from crate_mae.interpret.report.sections import write_sections
+from crate_mae.interpret.report.settings import Settings
+
+
+def report(**options):
+    """An inspection and its page, with empty pictures in place of the drawn ones."""
+    inspection = inspect_model(Settings(**({"data": "digits:test", "count": 3, "probe_images": 0} | options)))
+    plan = plan_figures(inspection)
+    pictures = {figure.name: b"" for figures in plan.values() for figure in figures}
+    findings = write_findings(inspection)
+    page = write_page(inspection, findings, write_sections(inspection, findings, plan, pictures))
+    inspection.to_json()  # which refuses NaN
+    return inspection, plan, page
+
+
+def labelled(labels):
+    rng = np.random.default_rng(0)
+    return [(rng.integers(0, 255, (8, 8), dtype=np.uint8), label) for label in labels]
+
+
+def test_one_image_has_no_intervals_and_no_neighbours(build):
+    inspection, plan, page = report(model=build(), count=1)
+    assert "One image has no spread" in page
+    assert "neighbours of tokens" in inspection.left_out
+    assert [figure.name for figure in plan["tokens"]] == ["token_colours"]
+    assert "0 hold in every layer, 0 in some and 11 in none" in page
+    assert "shows no clear change in all 3 forms" in page
+
+
+@pytest.mark.parametrize("fill", [0.0, 1.0])
+def test_constant_images_make_a_report(build, fill):
+    _, plan, page = report(model=build(), data=[torch.full((1, 8, 8), fill)] * 4)
+    assert "At a glance" in page
+    for grid in (figure for figures in plan.values() for figure in figures if isinstance(figure, Grid)):
+        draw_grid(grid)
+
+
+def test_tokens_that_are_all_zero_make_a_report(build):
+    model = build()
+    for layer in model.encoder.blocks:
+        layer.ista.threshold = 1e6
+    inspection, plan, page = report(model=model)
+    assert {row.mean for row in inspection.model.find("dead_coordinates")} == {1.0}
+    assert "100%" in page
+    for grid in (figure for figures in plan.values() for figure in figures if isinstance(figure, Grid)):
+        draw_grid(grid)
+
+
+@pytest.mark.parametrize("name", ["mask_token", "encoder.patch_embed.proj.weight", "decoder.pred.bias"])
+def test_weights_that_are_not_finite_are_named(build, name):
+    model = build()
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[0] = math.nan
+    with pytest.raises(UserError, match=rf"hold NaN or infinity, first in {name}"):
+        report(model=model)
+
+
+def test_fewer_images_than_asked_for_are_enough(build):
+    images = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    inspection, _, page = report(model=build(), data=images, count=5)
+    assert inspection.model.measures.images == 2
+    assert "list holds 2 images: 2 were measured where 5 were asked for" in page
+
+
+def test_a_model_without_subspaces_has_what_is_left(build):
+    inspection, plan, page = report(model=build("vit_mae_nano_patch2_8"))
+    names = [figure.name for figures in plan.values() for figure in figures]
+    assert "subspace_rates" not in names and "within_layers" not in names and "weights" not in names
+    assert {"rates", "sparsity", "ranks", "information", "inverses", "heads", "completions"} <= set(names)
+    assert "is not MSSA" in page
+    assert "subspace rates, the model" in page  # among what is left out
+    assert inspection.subject("random") is not None
+
+
+def test_a_network_from_python_has_no_decoder_and_no_twin():
+    torch.manual_seed(0)
+    model = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=8,
+        patch_size=2,
+        in_chans=1,
+        depth=2,
+        num_classes=0,
+        class_token=False,
+        global_pool="avg",
+    )
+    inspection, plan, page = report(model=model)
+    assert {"random weights", "completions", "attention maps, the model"} <= set(inspection.left_out)
+    assert plan["model"] == [] and [figure.name for figure in plan["attention"]] == ["foregrounds"]
+    assert "This cannot be asked here" in page
+    with pytest.raises(UserError, match="cannot hide patches"):
+        report(model=model, mask_ratio=0.5)
+
+
+def test_a_timm_baseline_cannot_be_masked(build):
+    with pytest.raises(UserError, match="timm:vit_tiny_patch16_224:random cannot hide patches"):
+        report(model=build(), baseline="timm:vit_tiny_patch16_224:random", mask_ratio=0.5)
+
+
+def test_masked_passes_are_measured(build):
+    whole, hidden = (report(model=build(), mask_ratio=ratio) for ratio in (None, 0.5))
+    assert whole[0].model.find("coding_rate", "z_next") != hidden[0].model.find("coding_rate", "z_next")
+    assert "50% of the patches were hidden while layers were measured" in hidden[2]
+
+
+def test_a_preset_is_known_to_be_fresh():
+    inspection, _, page = report(model="crate_mae_nano_patch2_8")
+    model, random = inspection.measured
+    assert model.is_fresh and random.is_fresh
+    assert model.find("output_cosine") != random.find("output_cosine")  # other seeds
+    assert "both show what chance gives" in page
+
+
+def test_a_classifier_is_measured_by_its_encoder(build):
+    from crate_mae.models.classifier import Classifier, ClassifierConfig
+
+    net = build(mean=(0.1,), std=(0.7,))
+    classifier = Classifier(net.encoder, ClassifierConfig(encoder=net.config, classes=("a", "b"))).eval()
+    inspection, _, _ = report(model=classifier)
+    whole, _, _ = report(model=net)
+    assert inspection.model.find("coding_rate", "z_next") == whole.model.find("coding_rate", "z_next")
+    assert inspection.subject("random") is not None
+    assert inspection.left_out["completions"] == "the model has no decoder"
+
+
+@pytest.mark.parametrize(
+    ("train", "reason"),
+    [
+        ([np.zeros((8, 8), dtype=np.uint8)] * 4, "has no labels"),
+        (labelled([0, 1, 0, 1]), "has classes that list lacks, such as 2"),
+        (labelled([*range(10), *range(9)]), "Class 9 has 1 training"),
+    ],
+)
+def test_probes_that_cannot_be_fitted_are_left_out(build, train, reason):
+    inspection, _, page = report(model=build(), train_data=train, probe_images=50)
+    assert reason in inspection.left_out["linear probes"]
+    assert "linear probes" in page
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"count": 0, "seed": -1, "mask_ratio": 1.0, "probe_images": -2}, "--count is 0(.|\n)*--mask-ratio is 1.0"),
+        ({"train_data": "digits:test"}, "--train-data are the same images"),
+        ({"other_data": "digits:test"}, "--other-data are the same images"),
+        ({"model": "pixels"}, "no Vision Transformer"),
+        ({"baseline": "no/such/model"}, "does not exist"),
+        ({"data": "no/such/data"}, "does not exist"),
+    ],
+)
+def test_mistakes_are_sentences(build, options, words):
+    with pytest.raises(UserError, match=words):
+        report(**({"model": build()} | options))
+
+
+def test_broken_images_are_listed(build, tmp_path):
+    from PIL import Image
+
+    for i in range(3):
+        Image.new("L", (8, 8), 80 * i).save(tmp_path / f"{i}.png")
+    (tmp_path / "<broken>.png").write_bytes(b"nothing")
+    _, _, page = report(model=build(), data=str(tmp_path), count=4)
+    assert "&lt;broken&gt;.png" in page
+    assert "holds 4 images, 1 of which cannot be read: 3 were measured where 4 were asked for" in page
+
+
+def test_saved_models_are_opened_by_name(build, tmp_path):
+    crate_mae.save(build(), tmp_path / "saved")
+    inspection, _, page = report(model=str(tmp_path / "saved"))
+    assert inspection.model.measures.model == str(tmp_path / "saved")
+    assert not inspection.model.is_fresh
+    assert str(tmp_path / "saved") in page

@@ -1,0 +1,142 @@
+"""What the report says follows the numbers, in either direction."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import crate_mae
+from crate_mae.interpret.audit import CLAIMS, AuditRow
+from crate_mae.interpret.report.audit_table import status
+from crate_mae.interpret.report.findings import rates_finding, sparsity_finding, write_findings
+from crate_mae.interpret.report.findings_layers import information_finding, inverses_finding, steps_finding
+from crate_mae.interpret.report.inspection import Measured, inspect_model
+from crate_mae.interpret.report.settings import Settings
+from crate_mae.interpret.report.wording import course, listed, number, percent, plural, rates_set
+from crate_mae.interpret.statistics import Row
+
+FORMS = ("subspace_rate", "subspace_rate_normalised", "subspace_rate_official")
+
+
+def curve(means, *, measure="x", point="", spread=1.0, n=100, over="images", part="encoder"):
+    return [Row(part, i, measure, point, mean, spread, n, over) for i, mean in enumerate(means)]
+
+
+@pytest.fixture(scope="module")
+def inspection():
+    torch.manual_seed(0)
+    small = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
+    model = crate_mae.create_model("crate_mae_nano_patch2_8", **small)
+    return inspect_model(Settings(model=model, data="digits:test", count=3, probe_images=0))
+
+
+def with_curve(inspection, key, measure, point, means, **options):
+    """The inspection with another curve in place of a subject's own."""
+    measured: list[Measured] = []
+    for found in inspection.measured:
+        if found.key == key:
+            kept = [r for r in found.measures.rows if (r.measure, r.point) != (measure, point)]
+            rows = kept + curve(means, measure=measure, point=point, **options)
+            found = dataclasses.replace(found, measures=dataclasses.replace(found.measures, rows=rows))
+        measured.append(found)
+    return dataclasses.replace(inspection, measured=measured)
+
+
+def rates(inspection, **means):
+    for key, values in means.items():
+        for form in FORMS:
+            inspection = with_curve(inspection, key, form, "z_half", values)
+    return rates_finding(inspection)
+
+
+def test_numbers_are_written_shortly():
+    assert [number(x) for x in (0.0, 0.4, -12.345, 541.26, 12345.6, 1e-7, 3e8, 0.0123)] == [
+        *("0", "0.400", "−12.3", "541", "12,346", "1.0·10<sup>−7</sup>", "3.0·10<sup>8</sup>", "0.0123"),
+    ]
+    assert (percent(0.995), plural(1, "layer"), plural(2000, "image")) == ("100%", "1 layer", "2,000 images")
+    assert (listed(["a"]), listed(["a", "b", "c"])) == ("a", "a, b and c")
+    assert rates_set("lowers R^c < 1") == "lowers R<sup>c</sup> &lt; 1"
+
+
+def test_a_verdict_needs_intervals_that_do_not_overlap():
+    assert str(course(curve([5.0, 6.0, 3.0]))) == "5.00 → 3.00, falls (1 of 2 steps)"
+    assert str(course(curve([3.0, 5.0]))) == "3.00 → 5.00, rises (1 of 1 step)"
+    assert course(curve([5.0, 3.0], spread=20.0)).verdict == "unclear"
+    assert course(curve([5.0, 3.0], spread=None, n=1)).verdict == "unclear"
+    assert course(curve([5.0, 3.0], spread=None, n=1, over="layer")).verdict == "falls"
+    assert course(curve([5.0])).verdict == "unclear"
+    assert course([]) is None
+
+
+def test_a_fall_of_the_rate_is_said_and_weighed_against_random_weights(inspection):
+    learned = rates(inspection, model=[9.0, 7.0, 5.0], random=[5.0, 5.0])
+    assert "falls in all 3 forms" in learned.answer
+    assert "training did" in learned.more[0]
+    chance = rates(inspection, model=[9.0, 5.0], random=[9.0, 4.0])
+    assert "shows nothing that was learned" in chance.more[0]
+    broken = rates(inspection, model=[5.0, 9.0], random=[9.0, 4.0])
+    assert "rises in all 3 forms" in broken.answer
+    assert "not kept" in broken.more[0]
+    assert "shows no clear change in all 3 forms" in rates(inspection, model=[5.0, 5.01], random=[5.0, 5.01]).answer
+
+
+def test_forms_that_disagree_are_told_apart(inspection):
+    mixed = with_curve(inspection, "model", FORMS[0], "z_half", [5.0, 9.0])
+    for form in FORMS[1:]:
+        mixed = with_curve(mixed, "model", form, "z_half", [9.0, 5.0])
+    answer = rates_finding(mixed).answer
+    assert "falls of normalised tokens and as the official code takes it and rises of tokens as they are" in answer
+
+
+def test_tokens_that_become_alike_are_blamed(inspection):
+    alike = with_curve(inspection, "model", "token_diversity", "z_next", [0.9, 0.1], spread=0.01)
+    assert any("more alike, which lowers every rate" in text for text in rates_finding(alike).more)
+    unlike = with_curve(inspection, "model", "token_diversity", "z_next", [0.1, 0.9], spread=0.01)
+    assert any("do not become more alike" in text for text in rates_finding(unlike).more)
+
+
+@pytest.mark.parametrize(
+    ("means", "words"),
+    [([0.1, 0.9], "sparser by share of exact zeros"), ([0.9, 0.1], "denser by share of exact zeros")],
+)
+def test_sparsity_goes_either_way(inspection, means, words):
+    found = sparsity_finding(with_curve(inspection, "model", "zero_fraction", "z_next", means, spread=0.01))
+    assert words in found.answer
+
+
+def test_claims_are_counted(inspection):
+    audit = inspection.model.measures.audit
+    for holds, words in ((True, "11 hold in every layer, 0 in some and 0 in none"), (False, "0 hold in every layer")):
+        judged = [dataclasses.replace(row, holds=holds) for row in audit]
+        model = dataclasses.replace(
+            inspection.model, measures=dataclasses.replace(inspection.model.measures, audit=judged)
+        )
+        changed = dataclasses.replace(inspection, measured=[model, *inspection.measured[1:]])
+        assert words in steps_finding(changed).answer
+
+
+def test_an_inverse_must_beat_doing_nothing(inspection):
+    good = with_curve(inspection, "model", "inverse_cosine", "", [0.9, 0.9])
+    good = with_curve(good, "model", "inverse_cosine_identity", "", [0.5, 0.95])
+    assert "in 1 of 2 layers (cosine 0.900 against 0.725" in inverses_finding(good).answer
+
+
+def test_what_is_kept_is_told(inspection):
+    found = information_finding(with_curve(inspection, "model", "pixel_r2", "z_next", [0.98, 0.35]))
+    assert "98% of the pixels’ variance after the first encoder layer, and 35% after the last" in found.answer
+
+
+def test_every_question_has_one_answer(inspection):
+    found = write_findings(inspection)
+    assert len({finding.anchor for finding in found}) == len(found) == 5
+    assert all(finding.answer.endswith(".") for finding in found)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "holds", "expected"),
+    [(-2.0, -1.0, True, "holds"), (1.0, 2.0, False, "fails"), (-1.0, 1.0, False, "open"), (None, None, False, "open")],
+)
+def test_a_claim_holds_fails_or_is_open(low, high, holds, expected):
+    claim = CLAIMS["ista_lasso"]
+    row = AuditRow("encoder", 0, "ista_lasso", claim.text, 0.0, low, high, 0.5, 0.1, 0.9, 9, holds)
+    assert status(row) == expected
