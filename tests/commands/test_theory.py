@@ -5,8 +5,9 @@ import importlib
 
 import pytest
 
+from crate_mae.drawing import style
 from crate_mae.errors import UserError
-from crate_mae.interpret.theory import experiments, style
+from crate_mae.interpret.theory import experiments
 
 theory = importlib.import_module("crate_mae.commands.theory").theory
 NAMES = {"denoising", "attention", "signal_to_noise", "diffusion", "ista"}

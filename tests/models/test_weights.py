@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 
 import crate_mae
 from crate_mae.models import weights
+from crate_mae.models.autoencoder import build
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1}
 
@@ -30,6 +31,21 @@ def test_a_saved_model_is_the_same_when_loaded(tmp_path, name):
     assert not again.training
     images = torch.randn(3, 2, 8, 8)
     assert torch.equal(again(images).prediction, model(images).prediction)
+
+
+@pytest.mark.parametrize("name", weights.list_bundled())
+def test_a_bundled_model_is_trained_small_and_has_a_card(name):
+    folder = weights._BUNDLED / name
+    assert (folder / "model.safetensors").stat().st_size < 6e6
+    assert name in (folder / "README.md").read_text(encoding="utf-8")
+    model = crate_mae.load(name)
+    assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
+    trained, fresh = (each.encoder.blocks[0].ista.dictionary for each in (model, build(model.config)))
+    assert not torch.allclose(trained, fresh, atol=0.1)
+
+
+def test_there_is_a_bundled_model():
+    assert weights.list_bundled()
 
 
 def test_a_name_loads_a_fresh_model():

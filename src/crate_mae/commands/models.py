@@ -31,19 +31,20 @@ class ModelRow:
 
 
 def models() -> list[ModelRow]:
-    """List the models that can be named, with their sizes.
+    """List the models that can be named, with their sizes, and the trained ones that come with the library.
 
     Parameters are the trainable ones. The fixed tables of positions, and the layer that the official file holds but
     never calls, are not among them: published counts of CRATE-MAE include both.
 
     Returns:
-        One row per preset.
+        One row per preset; none of them is trained.
     """
     import torch
     from rich.console import Console
     from rich.table import Table
 
     from crate_mae.models import create_model, list_models
+    from crate_mae.models.weights import list_bundled
 
     rows = []
     for name in list_models():
@@ -70,5 +71,7 @@ def models() -> list[ModelRow]:
             f"{row.depth} + {row.decoder_depth}",
         )
     # In a narrow terminal, or a pipe, lines are to wrap rather than lose their numbers.
-    Console(width=max(Console().width, 100)).print(table)
+    console = Console(width=max(Console().width, 100))
+    console.print(table)
+    console.print(f"Trained, and in the package: {', '.join(list_bundled())}", highlight=False)
     return rows

@@ -21,6 +21,7 @@ from crate_mae.models.tensors import misfits, read_tensors
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 LIBRARY = "crate-mae"
+_BUNDLED = Path(__file__).parent / "bundled"
 
 Model = MaskedAutoencoder | Classifier
 Config = ModelConfig | ClassifierConfig
@@ -49,13 +50,18 @@ def save_tensors(tensors: dict[str, torch.Tensor], config: Config, folder: str |
             os.replace(Path(scratch) / name, folder / name)  # noqa: PTH105  # atomic also where the target exists
 
 
+def list_bundled() -> list[str]:
+    """Names of the trained models that come with the library, in half precision; each has a card, `README.md`."""
+    return sorted(file.parent.name for file in _BUNDLED.glob(f"*/{WEIGHTS_FILE}"))
+
+
 def load(model: str | Path, **settings: Any) -> Model:
     """Build a model from any form of MODEL, in `eval()` mode: an autoencoder, or a classifier if it was fine-tuned.
 
     Args:
         model: a run folder (of a run that is not finished, its newest checkpoint is taken) or any other folder with
-            `model.safetensors` and `config.json`; the name of a preset (fresh weights); or `hf:user/name`, a repository
-            on the Hugging Face Hub with the same two files.
+            `model.safetensors` and `config.json`; the name of a preset (fresh weights) or of a trained model that comes
+            with the library; or `hf:user/name`, a repository on the Hugging Face Hub with the same two files.
         settings: model settings to change, such as `norm_pix_loss`; those that change a tensor's shape are refused.
 
     Raises:
@@ -64,6 +70,8 @@ def load(model: str | Path, **settings: Any) -> Model:
     name = str(model)
     if name in list_models():
         return create_model(name, **settings).eval()
+    if name in list_bundled():
+        return _load_folder(_BUNDLED / name, settings)
     folder = _download(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name)
     if folder.is_file():
         hint = f"Name its folder instead: {folder.parent}" if folder.name == WEIGHTS_FILE else _official_hint(folder)
