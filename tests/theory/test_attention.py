@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from crate_mae.theory import attention, attention_membership, linear_ssa, mssa, orthonormal_bases, ssa
-from crate_mae.theory.attention import SymmetricAttention
+from crate_mae.theory.attention import SymmetricAttention, fused_ssa
 
 
 def textbook_ssa(w, scale):
@@ -76,6 +77,30 @@ def test_value_and_gradient_are_the_textbooks(scale, generator):
     ours = value_and_gradient(ssa, w, grad_out, scale)
     oracle = value_and_gradient(textbook_ssa, w, grad_out, scale)
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [None, 0.0, 0.3, 5.0])
+def test_the_form_for_gpus_has_the_textbooks_value_and_gradient(scale, generator):
+    w, grad_out = projections(3, 5, 11, 7, generator=generator), projections(3, 5, 11, 7, generator=generator)
+    ours = value_and_gradient(fused_ssa, w, grad_out, scale)
+    oracle = value_and_gradient(textbook_ssa, w, grad_out, 7**-0.5 if scale is None else scale)
+    torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda", 1), ("cpu", 0)])
+def test_gpus_and_no_others_take_the_form_for_gpus(device, expected, monkeypatch):
+    calls = []
+    monkeypatch.setattr(attention, "fused_ssa", lambda w, scale: calls.append(scale) or w)
+    with FakeTensorMode():
+        ssa(torch.empty(3, 11, 7, device=device), 0.3)
+    assert len(calls) == expected
+
+
+def test_the_form_for_gpus_keeps_the_precision_of_its_input_under_autocast(generator):
+    w = projections(3, 11, 7, generator=generator, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = fused_ssa(w)
+    torch.testing.assert_close(out, textbook_ssa(w, 7**-0.5))
 
 
 @pytest.mark.usefixtures("piece")

@@ -10,6 +10,7 @@ one per head, it is `mssa`.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -41,9 +42,9 @@ def attention_membership(w: Float[Tensor, "*batch n p"], scale: float | None = N
 def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
     r"""SSA(W) = softmax(s W W^T) W, subspace self-attention.
 
-    The function is `attention_membership(w, scale) @ w`; the form computed is `SymmetricAttention`, which is faster and
-    saves less. It runs in the precision in which `w` arrives, also under autocast. Leading dimensions (images, heads)
-    are independent of each other.
+    The function is `attention_membership(w, scale) @ w`; the form computed saves less for the backward pass:
+    `fused_ssa` on CUDA, elsewhere `SymmetricAttention`, which is also faster. It runs in the precision in which `w`
+    arrives, also under autocast. Leading dimensions (images, heads) are independent of each other.
 
     Source: arXiv 2306.01129, section 2.3. There s = 1; the official code, and we by default, take s = p^-1/2.
 
@@ -51,8 +52,21 @@ def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Ten
         w: projections W = Z U_k of the tokens onto one subspace.
         scale: s, the inverse temperature; p^-1/2 if None.
     """
+    if w.device.type == "cuda":
+        return fused_ssa(w, scale)
     n, p = w.shape[-2:]
     return SymmetricAttention.apply(w.reshape(-1, n, p), _scale(w, scale)).view(w.shape)
+
+
+def fused_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
+    r"""`ssa` by PyTorch's own attention kernels, with W as query, key and value: softmax(s W W^T) W.
+
+    On a GPU they hold no n x n matrix in memory, neither forward nor backward (FlashAttention in half precision). The
+    gradient of W is the sum of those of query, key and value. On a CPU `SymmetricAttention` is faster, in bfloat16
+    by far.
+    """
+    with torch.autocast(w.device.type, enabled=False):
+        return F.scaled_dot_product_attention(w, w, w, scale=_scale(w, scale))
 
 
 def mssa(z: Float[Tensor, "*batch n d"], subspaces: Float[Tensor, "h d p"]) -> Float[Tensor, "*batch n d"]:
