@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from crate_mae.data.decode import UnreadableImage, to_channels, to_tensor
     from crate_mae.data.facts import channel_statistics, describe_images, suggest_model
     from crate_mae.data.labels import label_names, occurring_classes
+    from crate_mae.data.part import Part
     from crate_mae.data.pictures import save_picture_grid
     from crate_mae.data.report import check
     from crate_mae.data.results import BadImage, DataReport, ImageFacts
@@ -28,6 +29,7 @@ _HOMES = {
     "ImageDataset": "dataset",
     "ImageFacts": "results",
     "ImageSource": "base",
+    "Part": "part",
     "Sample": "dataset",
     "UnreadableImage": "decode",
     "channel_statistics": "facts",
@@ -57,6 +59,7 @@ __all__ = [
     "ImageDataset",
     "ImageFacts",
     "ImageSource",
+    "Part",
     "Sample",
     "UnreadableImage",
     "channel_statistics",

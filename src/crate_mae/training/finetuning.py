@@ -14,14 +14,14 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from crate_mae.data import BadImage, ImageSource, evaluation_transform, finetune_transform, readable_batches
+from crate_mae.data import BadImage, ImageSource, Part, evaluation_transform, finetune_transform, readable_batches
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build
 from crate_mae.models.classifier import Classifier, ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.training.config import FinetuneConfig
-from crate_mae.training.images import PYTHON_OBJECT, Part, RunImages, refuse_many_bad
+from crate_mae.training.images import PYTHON_OBJECT, RunImages, refuse_many_bad
 from crate_mae.training.mixing import Mixing
 from crate_mae.training.monitor import evaluating
 from crate_mae.training.processes import ignore_stop_requests

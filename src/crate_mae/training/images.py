@@ -14,7 +14,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from crate_mae.data import BadImage, Batch, ImageDataset, ImageSource, UnreadableImage, collate, full_name, open_source
+from crate_mae.data import (
+    BadImage,
+    Batch,
+    ImageDataset,
+    ImageSource,
+    Part,
+    UnreadableImage,
+    collate,
+    full_name,
+    open_source,
+)
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
@@ -25,40 +35,6 @@ from crate_mae.training.sampler import StepSampler
 
 MOST_HELD_OUT = 512
 PYTHON_OBJECT = "python:"
-
-
-class Part(ImageSource):
-    """Some images of a source, as a source of their own.
-
-    Args:
-        whole: the source.
-        indices: which of its images.
-        labels: one per image of the part, in place of the source's; without them the part has none.
-        classes: what these labels stand for.
-    """
-
-    def __init__(
-        self,
-        whole: ImageSource,
-        indices: np.ndarray,
-        *,
-        labels: np.ndarray | None = None,
-        classes: Sequence[str] | None = None,
-    ) -> None:
-        super().__init__(whole.name, labels, classes if labels is not None else whole.classes)
-        self._whole = whole
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, i: int) -> Image.Image | Tensor:
-        """Image i of the part."""
-        return self._whole.read(int(self._indices[i]))
-
-    def location(self, i: int) -> str:
-        """Where image i of the part is."""
-        return self._whole.location(int(self._indices[i]))
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from crate_mae.data import NO_LABEL, ImageSource, label_names, occurring_classes
+from crate_mae.data import NO_LABEL, ImageSource, Part, label_names, occurring_classes
 from crate_mae.errors import UserError
-from crate_mae.training.images import Part, RunImages, open_named
+from crate_mae.training.images import RunImages, open_named
 from crate_mae.training.randomness import Purpose, derive_seed
 
 _SHOWN = 5

@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
-from torch import Tensor
 
-from crate_mae.data import ImageSource, label_names
+from crate_mae.data import ImageSource, Part, label_names
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.extract import Extraction
@@ -35,32 +33,6 @@ class ProbeImages(NamedTuple):
     classes: int
 
 
-class Sample(ImageSource):
-    """Some images of a source, with labels of their own.
-
-    Args:
-        whole: the source.
-        indices: which of its images.
-        labels: of these.
-    """
-
-    def __init__(self, whole: ImageSource, indices: Int[np.ndarray, "n"], labels: Int[np.ndarray, "n"]) -> None:
-        super().__init__(whole.name, labels)
-        self._whole = whole
-        self._indices = indices
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, i: int) -> Image.Image | Tensor:
-        """Image i of the sample."""
-        return self._whole.read(int(self._indices[i]))
-
-    def location(self, i: int) -> str:
-        """Where image i of the sample is."""
-        return self._whole.location(int(self._indices[i]))
-
-
 def probe_images(train: ImageSource, test: ImageSource, most: int, seed: int) -> ProbeImages:
     """Choose at most `most` labelled images of each source, and number their classes alike.
 
@@ -79,7 +51,7 @@ def probe_images(train: ImageSource, test: ImageSource, most: int, seed: int) ->
     labels = [np.array([number[name] for name in names], dtype=np.int64) for _, names in chosen]
     refuse_small_classes(labels[0], 2, classes)
     fitted, judged = (
-        Sample(source, indices, found)
+        Part(source, indices, labels=found)
         for source, (indices, _), found in zip((train, test), chosen, labels, strict=True)
     )
     return ProbeImages(fitted, judged, len(classes))
