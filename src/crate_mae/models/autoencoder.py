@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from timm.layers import Attention
 from torch import Tensor, nn
 
@@ -13,10 +13,11 @@ from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
 from crate_mae.models.config import CrateConfig, Initialization, ModelConfig, ViTConfig
 from crate_mae.models.decoder import Decoder, crate_decoder_block, vit_decoder_block
+from crate_mae.models.devices import send
 from crate_mae.models.embedding import OneImage, embed_images
 from crate_mae.models.encoder import MaskedEncoder, crate_block, vit_block
 from crate_mae.models.features import DEFAULT_LAYER, Pooling
-from crate_mae.models.masking import patch_statistics, patchify, random_mask
+from crate_mae.models.masking import patch_statistics, patchify, random_mask, visible_indices
 
 
 class MAEOutput(NamedTuple):
@@ -40,7 +41,7 @@ class MaskedAutoencoder(nn.Module):
     """Masked completion by an encoder and a decoder: CRATE-MAE, or ViT-MAE behind the same contract.
 
     Args:
-        encoder: a timm backbone with `forward_masked`.
+        encoder: a timm backbone with `forward_masked` and `forward_visible`.
         decoder: predicts the pixels of every patch.
         config: what both were built from; `build` makes all three fit.
 
@@ -68,6 +69,16 @@ class MaskedAutoencoder(nn.Module):
         """Patches per image n."""
         return self.grid_size[0] * self.grid_size[1]
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers of the encoder, then those of the decoder."""
+        return [*self.encoder.blocks, *self.decoder.blocks]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute layers again in the backward pass, which saves memory; timm's contract."""
+        self.encoder.set_grad_checkpointing(enable)
+        self.decoder.set_grad_checkpointing(enable)
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, besides one-dimensional ones, that weight decay should skip."""
         return {"mask_token", *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
@@ -78,6 +89,7 @@ class MaskedAutoencoder(nn.Module):
         mask_ratio: float = 0.75,
         mask: Bool[Tensor, "b n"] | None = None,
         generator: torch.Generator | None = None,
+        visible: Int[Tensor, "b keep"] | None = None,
     ) -> MAEOutput:
         """Complete masked images, and measure how well.
 
@@ -87,6 +99,7 @@ class MaskedAutoencoder(nn.Module):
             mask: true = hidden.
             generator: draws the mask. None takes torch's global generator in training; in `eval()` nothing is
                 random, so None then hides the same patches at every call.
+            visible: `masking.visible_indices(mask)` if it is known already: what a compiled model cannot count.
 
         Returns:
             Named loss, prediction, mask and latent. Without any hidden patch the loss is 0.
@@ -108,14 +121,15 @@ class MaskedAutoencoder(nn.Module):
                 f"but these images need {wanted} (images x patches) of torch.bool."
             )
         if self.config.mask_tokens == "encoder":
-            mask = mask.to(images.device)
+            mask = send(mask, images.device)
             latent = self.encoder.forward_masked(images, mask, self.mask_token)
             prediction = self.decoder(latent)
         else:
             # The visible patches are counted on the mask's own device, which spares a GPU the wait.
-            latent = self.encoder.forward_masked(images, mask, None)
-            prediction = self.decoder.forward_visible(latent, mask, self.mask_token)
-            mask = mask.to(images.device)
+            visible = send(visible_indices(mask) if visible is None else visible, images.device)
+            latent = self.encoder.forward_visible(images, visible)
+            prediction = self.decoder.forward_visible(latent, visible, self.mask_token)
+            mask = send(mask, images.device)
         return MAEOutput(self.loss(images, prediction, mask), prediction, mask, latent)
 
     def loss(

@@ -137,6 +137,15 @@ class Classifier(nn.Module):
         tokens = self.encoder.forward_features(images)
         return self.head(self.norm(pool(tokens, self.encoder.num_prefix_tokens, self.config.pooling)))
 
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The layers of the encoder."""
+        return list(self.encoder.blocks)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute layers again in the backward pass, which saves memory; timm's contract."""
+        self.encoder.set_grad_checkpointing(enable)
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, besides one-dimensional ones, that weight decay should skip."""
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}

@@ -5,14 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
+from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from crate_mae.models.config import Initialization
 from crate_mae.models.initialization import initialize
 from crate_mae.models.layers import DecoderLayer, OutputProjection
-from crate_mae.models.masking import visible_indices
 from crate_mae.models.positions import sincos_positions
 
 
@@ -33,6 +33,7 @@ class Decoder(nn.Module):
     Attributes:
         embed: linear map from the encoder's width. The identity when all tokens come in the right width already: the
             official code has a linear map there, and never calls it.
+        grad_checkpointing: whether layers are computed again in the backward pass, instead of what they would save.
     """
 
     pos_embed: Tensor | None
@@ -56,6 +57,7 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*[block() for _ in range(depth)])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.pred = nn.Linear(embed_dim, patch_pixels)
+        self.grad_checkpointing = False
         initialize(self, init)
 
     def forward(self, latent: Float[Tensor, "b n_plus_1 d"]) -> Float[Tensor, "b n q"]:
@@ -64,8 +66,8 @@ class Decoder(nn.Module):
 
     def forward_visible(
         self,
-        latent: Float[Tensor, "b m d"],
-        mask: Bool[Tensor, "b n"],
+        latent: Float[Tensor, "b keep_plus_1 d"],
+        visible: Int[Tensor, "b keep"],
         mask_token: Float[Tensor, "1 1 e"],
     ) -> Float[Tensor, "b n q"]:
         """Predict from the class token and the visible patches, with a mask token in each hidden place.
@@ -74,14 +76,19 @@ class Decoder(nn.Module):
         """
         assert self.pos_embed is not None, "a decoder that gets all tokens fills nothing in"
         tokens = self.embed(latent)
-        width = tokens.shape[-1]
-        places = visible_indices(mask).to(tokens.device)[..., None].expand(-1, -1, width)
-        everywhere = mask_token.to(tokens.dtype).expand(mask.shape[0], mask.shape[1], width)
-        patches = everywhere.scatter(1, places, tokens[:, 1:])
+        b, _, width = tokens.shape
+        everywhere = mask_token.to(tokens.dtype).expand(b, self.pos_embed.shape[1] - 1, width)
+        patches = everywhere.scatter(1, visible[..., None].expand(-1, -1, width), tokens[:, 1:])
         return self._predict(torch.cat([tokens[:, :1], patches], dim=1) + self.pos_embed)
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute layers again in the backward pass, as timm's method of this name makes an encoder do."""
+        self.grad_checkpointing = enable
+
     def _predict(self, tokens: Tensor) -> Tensor:
-        return self.pred(self.norm(self.blocks(tokens))[:, 1:])
+        checkpoints = self.grad_checkpointing and self.training
+        tokens = checkpoint_seq(self.blocks, tokens) if checkpoints else self.blocks(tokens)
+        return self.pred(self.norm(tokens)[:, 1:])
 
 
 def crate_decoder_block(

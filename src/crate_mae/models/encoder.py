@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from timm.layers import resample_abs_pos_embed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from crate_mae.models.config import Initialization
 from crate_mae.models.initialization import initialize
 from crate_mae.models.layers import EncoderLayer, OutputProjection
-from crate_mae.models.masking import visible_indices
 from crate_mae.models.positions import sincos_positions
 
 
@@ -25,7 +24,7 @@ class MaskedEncoder(VisionTransformer):
     `set_grad_checkpointing`, ...). Different are:
 
     - positions are the fixed sine-cosine table of `sincos_positions`, a buffer and not a parameter;
-    - `forward_masked` encodes an image of which some patches are hidden;
+    - `forward_masked` and `forward_visible` encode an image of which some patches are hidden;
     - weights start as in the official code, or isometrically (`models.initialization`).
 
     Args:
@@ -55,7 +54,7 @@ class MaskedEncoder(VisionTransformer):
         )
         del self.pos_embed  # timm's placeholder for "none"
         positions = sincos_positions(self.embed_dim, self.patch_embed.grid_size, self.num_prefix_tokens)
-        self.register_buffer("pos_embed", positions[None])
+        self.register_buffer("pos_embed", positions[None].to(self.cls_token))  # its device and precision
         self.init: Initialization = init
         self.init_weights(needs_reset=False)
 
@@ -89,35 +88,44 @@ class MaskedEncoder(VisionTransformer):
         self,
         images: Float[Tensor, "b c hh ww"],
         mask: Bool[Tensor, "b n"],
-        mask_token: Float[Tensor, "1 1 d"] | None,
-    ) -> Float[Tensor, "b m d"]:
-        """Encode images of which the patches with a true mask are hidden.
+        mask_token: Float[Tensor, "1 1 d"],
+    ) -> Float[Tensor, "b n_plus_1 d"]:
+        """Encode images whose hidden patches are replaced by a token before positions are added, as in CRATE-MAE.
 
         Args:
             images: normalised images.
             mask: true = hidden.
-            mask_token: stands in for hidden patches before positions are added, so that all m = n + 1 tokens are
-                encoded (the official CRATE-MAE). None leaves hidden patches out, and the m = 1 + visible others are
-                encoded alone (He et al. 2022, MAE).
+            mask_token: stands in for hidden patches.
 
         Returns:
-            Normalised features, class token first, then patches in order.
+            Normalised features, class token first, then all patches in order.
         """
         tokens = self.patch_embed(images)
-        if mask_token is not None:
-            hidden = mask.reshape(*tokens.shape[:-1], 1)
-            tokens = torch.where(hidden, mask_token.reshape(-1).to(tokens.dtype), tokens)
-        tokens = self._pos_embed(tokens)
-        if mask_token is None:
-            keep = visible_indices(mask).to(tokens.device) + self.num_prefix_tokens
-            prefix = torch.arange(self.num_prefix_tokens, device=keep.device).expand(keep.shape[0], -1)
-            keep = torch.cat([prefix, keep], dim=1)
-            tokens = tokens.gather(1, keep[..., None].expand(-1, -1, tokens.shape[-1]))
-        if self.grad_checkpointing and self.training:
-            tokens = checkpoint_seq(self.blocks, tokens)
-        else:
-            tokens = self.blocks(tokens)
-        return self.norm(tokens)
+        hidden = mask.reshape(*tokens.shape[:-1], 1)
+        tokens = torch.where(hidden, mask_token.reshape(-1).to(tokens.dtype), tokens)
+        return self._encode(self._pos_embed(tokens))
+
+    def forward_visible(
+        self, images: Float[Tensor, "b c hh ww"], visible: Int[Tensor, "b keep"]
+    ) -> Float[Tensor, "b keep_plus_1 d"]:
+        """Encode some patches of each image alone, as in MAE (He et al. 2022).
+
+        Args:
+            images: normalised images.
+            visible: positions of the patches to encode, from 0; see `masking.visible_indices`.
+
+        Returns:
+            Normalised features, class token first, then the visible patches in the order of `visible`.
+        """
+        tokens = self._pos_embed(self.patch_embed(images))
+        places = visible + self.num_prefix_tokens
+        prefix = torch.arange(self.num_prefix_tokens, device=places.device).expand(places.shape[0], -1)
+        places = torch.cat([prefix, places], dim=1)
+        return self._encode(tokens.gather(1, places[..., None].expand(-1, -1, tokens.shape[-1])))
+
+    def _encode(self, tokens: Tensor) -> Tensor:
+        checkpoints = self.grad_checkpointing and self.training
+        return self.norm(checkpoint_seq(self.blocks, tokens) if checkpoints else self.blocks(tokens))
 
 
 def crate_block(
@@ -127,8 +135,9 @@ def crate_block(
     output_projection: OutputProjection = "free",
     ista_skip: bool = False,
     overcomplete: int = 1,
+    layer: type[EncoderLayer] = EncoderLayer,
 ) -> Callable[..., nn.Module]:
-    """A block builder for `MaskedEncoder` that makes CRATE's layers."""
+    """A block builder for `MaskedEncoder` that makes CRATE's layers, in the form that `layer` is written in."""
 
     # timm hands every block the options of an MLP and of ordinary attention. A CRATE layer has neither.
     def build(
@@ -140,7 +149,7 @@ def crate_block(
         dtype: torch.dtype | None = None,
         **_vit_only: Any,
     ) -> nn.Module:
-        return EncoderLayer(
+        return layer(
             dim,
             num_heads,
             step_size=step_size,
