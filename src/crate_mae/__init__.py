@@ -1,10 +1,12 @@
 """Masked completion by a white-box transformer: CRATE-MAE, to train, to use and to look inside.
 
-Names are imported when first used, so that `import crate_mae` and `crate-mae --help` cost nothing.
+Names are imported when first used, so that `import crate_mae` and `crate-mae --help` cost nothing. timm is told of our
+models when it is imported itself, before or after: see `after_import`.
 """
 
 from typing import TYPE_CHECKING
 
+from crate_mae.after_import import import_after
 from crate_mae.lazy import lazy_names
 
 if TYPE_CHECKING:
@@ -93,6 +95,8 @@ __all__ = [
 ]
 
 __getattr__ = lazy_names(__name__, _HOMES)
+
+import_after({"timm": "crate_mae.models.timm_models"})
 
 
 def __dir__() -> list[str]:

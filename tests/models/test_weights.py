@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 import crate_mae
 from crate_mae.models import weights
 from crate_mae.models.autoencoder import build
+from crate_mae.models.presets import bundled_folder, list_bundled
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1}
 
@@ -33,9 +34,9 @@ def test_a_saved_model_is_the_same_when_loaded(tmp_path, name):
     assert torch.equal(again(images).prediction, model(images).prediction)
 
 
-@pytest.mark.parametrize("name", weights.list_bundled())
+@pytest.mark.parametrize("name", list_bundled())
 def test_a_bundled_model_is_trained_small_and_has_a_card(name):
-    folder = weights._BUNDLED / name
+    folder = bundled_folder(name)
     assert (folder / "model.safetensors").stat().st_size < 6e6
     assert name in (folder / "README.md").read_text(encoding="utf-8")
     model = crate_mae.load(name)
@@ -45,7 +46,7 @@ def test_a_bundled_model_is_trained_small_and_has_a_card(name):
 
 
 def test_there_is_a_bundled_model():
-    assert weights.list_bundled()
+    assert list_bundled()
 
 
 def test_a_name_loads_a_fresh_model():

@@ -44,7 +44,7 @@ def models() -> list[ModelRow]:
     from rich.table import Table
 
     from crate_mae.models import create_model, list_models
-    from crate_mae.models.weights import list_bundled
+    from crate_mae.models.presets import list_bundled
 
     rows = []
     for name in list_models():

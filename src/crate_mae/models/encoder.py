@@ -69,6 +69,10 @@ class MaskedEncoder(VisionTransformer):
         initialize(self, self.init)
         nn.init.normal_(self.cls_token, std=0.02)
 
+    def no_weight_decay(self) -> set[str]:
+        """As timm says, less the table of positions, which is no parameter here."""
+        return super().no_weight_decay() - {"pos_embed"}
+
     def set_input_size(
         self,
         img_size: tuple[int, int] | None = None,

@@ -172,6 +172,9 @@ class EncoderLayer(nn.Module):
     takes its place.
     """
 
+    attention: type[MSSA] = MSSA
+    sparse_coding: type[ISTA] = ISTA
+
     def __init__(
         self,
         embed_dim: int,
@@ -189,10 +192,12 @@ class EncoderLayer(nn.Module):
         super().__init__()
         self.ista_skip = ista_skip
         self.norm1 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        self.attn = MSSA(embed_dim, num_heads, output_projection=output_projection, device=device, dtype=dtype)
+        self.attn = self.attention(
+            embed_dim, num_heads, output_projection=output_projection, device=device, dtype=dtype
+        )
         self.drop_path = DropPath(drop_path)
         self.norm2 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        build = ISTA if overcomplete == 1 else partial(OvercompleteISTA, overcomplete=overcomplete)
+        build = self.sparse_coding if overcomplete == 1 else partial(OvercompleteISTA, overcomplete=overcomplete)
         self.ista = build(embed_dim, step_size=step_size, threshold=threshold, device=device, dtype=dtype)
 
     def forward(

@@ -9,12 +9,19 @@ patches alone.
 `vit_mae_{small,base,large}_published` are the baselines that the CRATE-MAE paper's tables compare with.
 """
 
+from __future__ import annotations
+
 import difflib
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from crate_mae.errors import UserError
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import CrateConfig, ModelConfig, ViTConfig, check_settings
+
+if TYPE_CHECKING:  # names are known, to timm for one, before anything is built: see `models.timm_models`
+    from crate_mae.models.autoencoder import MaskedAutoencoder
+
+_BUNDLED = Path(__file__).parent / "bundled"
 
 # size: (width, heads, depth of either side, patch, image)
 _SIZES = {
@@ -74,6 +81,16 @@ def list_models() -> list[str]:
     return list(_presets())
 
 
+def list_bundled() -> list[str]:
+    """Names of the trained models that come with the library, in half precision; each has a card, `README.md`."""
+    return sorted(folder.name for folder in _BUNDLED.iterdir() if (folder / "config.json").is_file())
+
+
+def bundled_folder(name: str) -> Path:
+    """The folder of a trained model that comes with the library."""
+    return _BUNDLED / name
+
+
 def preset(name: str) -> ModelConfig:
     """The configuration behind a name.
 
@@ -98,6 +115,8 @@ def create_model(name: str, **settings: Any) -> MaskedAutoencoder:
     Raises:
         UserError: for an unknown name or setting, or settings that do not fit together.
     """
+    from crate_mae.models.autoencoder import build
+
     config = preset(name)
     check_settings(type(config), settings)
     return build(config.replace(**settings))

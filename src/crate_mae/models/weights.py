@@ -15,13 +15,12 @@ from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
 from crate_mae.models.config import ModelConfig, config_from_dict
-from crate_mae.models.presets import create_model, list_models
+from crate_mae.models.presets import bundled_folder, create_model, list_bundled, list_models
 from crate_mae.models.tensors import misfits, read_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 LIBRARY = "crate-mae"
-_BUNDLED = Path(__file__).parent / "bundled"
 
 Model = MaskedAutoencoder | Classifier
 Config = ModelConfig | ClassifierConfig
@@ -50,11 +49,6 @@ def save_tensors(tensors: dict[str, torch.Tensor], config: Config, folder: str |
             os.replace(Path(scratch) / name, folder / name)  # noqa: PTH105  # atomic also where the target exists
 
 
-def list_bundled() -> list[str]:
-    """Names of the trained models that come with the library, in half precision; each has a card, `README.md`."""
-    return sorted(file.parent.name for file in _BUNDLED.glob(f"*/{WEIGHTS_FILE}"))
-
-
 def load(model: str | Path, **settings: Any) -> Model:
     """Build a model from any form of MODEL, in `eval()` mode: an autoencoder, or a classifier if it was fine-tuned.
 
@@ -71,7 +65,7 @@ def load(model: str | Path, **settings: Any) -> Model:
     if name in list_models():
         return create_model(name, **settings).eval()
     if name in list_bundled():
-        return _load_folder(_BUNDLED / name, settings)
+        return _load_folder(bundled_folder(name), settings)
     folder = _download(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name)
     if folder.is_file():
         hint = f"Name its folder instead: {folder.parent}" if folder.name == WEIGHTS_FILE else _official_hint(folder)

@@ -1,0 +1,108 @@
+"""CRATE's encoder layer for programs that read programs: TorchScript, `torch.fx` and timm's `AttentionExtract`.
+
+The parameters, their names and the function are those of `models.layers`. Different is how it is written: TorchScript
+knows no annotated shapes and no autograd functions, `torch.fx` no branches on values, and `AttentionExtract` looks for
+a softmax and a module called `attn_drop`.
+"""
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from timm.layers import use_fused_attn
+from timm.models import register_notrace_function, register_notrace_module
+from torch import Tensor, nn
+
+from crate_mae.models.layers import ISTA, MSSA, EncoderLayer, OutputProjection, OvercompleteISTA
+from crate_mae.theory.attention import ssa
+from crate_mae.theory.sparse_coding import ista_step
+
+
+@register_notrace_function
+def attend(w: Tensor) -> Tensor:
+    """`theory.attention.ssa`; in TorchScript, and where there are shapes alone, by PyTorch's own kernel."""
+    if w.is_meta or torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(w, w, w)
+    else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+        return ssa(w)
+
+
+@register_notrace_function
+def sparsify(x: Tensor, dictionary: Tensor, step_size: float, threshold: float) -> Tensor:
+    """`theory.sparse_coding.ista_step`; in TorchScript, and where there are shapes alone, its formula."""
+    if x.is_meta or torch.jit.is_scripting():
+        update = x @ dictionary - x @ dictionary.t() @ dictionary
+        return F.relu(x + step_size * update - step_size * threshold)
+    else:  # noqa: RET505
+        return ista_step(x, dictionary, step_size, threshold)
+
+
+@register_notrace_function
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise a `ValueError` for what timm's blocks take and subspace attention does not define."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("Subspace self-attention is defined over all tokens: it takes no mask and is not causal.")
+
+
+class TimmMSSA(MSSA):
+    """`MSSA` as timm writes attention: fused, or, after `timm.layers.set_fused_attn(False)`, with a visible softmax.
+
+    Attributes:
+        fused_attn: whether the attention weights stay inside one function.
+        attn_drop: what the visible weights pass through, for hooks; it drops none.
+    """
+
+    fused_attn: Final[bool]
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        output_projection: OutputProjection = "free",
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, output_projection=output_projection, device=device, dtype=dtype)
+        self.fused_attn = use_fused_attn()
+        self.scale = (embed_dim // num_heads) ** -0.5
+        self.attn_drop = nn.Dropout(0.0)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """See `MSSA`; b n d to b n d."""
+        w = self.subspaces(z).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        if self.fused_attn:
+            heads = attend(w)
+        else:
+            membership = (self.scale * w) @ w.transpose(-2, -1)
+            membership = self.attn_drop(membership.softmax(dim=-1))
+            heads = membership @ w
+        heads = heads.transpose(1, 2).flatten(2)
+        if self.proj is None:
+            return F.linear(heads, self.subspaces.weight.t())
+        return self.proj(heads)
+
+
+class TimmISTA(ISTA):
+    """`ISTA`, written so that it can be read."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `ISTA`; b n d to b n d."""
+        return sparsify(x, self.dictionary, self.step_size, self.threshold)
+
+
+class TimmEncoderLayer(EncoderLayer):
+    """`EncoderLayer`, written so that it can be read. With `overcomplete` > 1 TorchScript still cannot."""
+
+    attention = TimmMSSA
+    sparse_coding = TimmISTA
+
+    def forward(self, z: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See `EncoderLayer`; b n d to b n d."""
+        refuse_mask(attn_mask, is_causal)
+        z_half = z + self.drop_path(self.attn(self.norm1(z)))
+        code = self.ista(self.norm2(z_half))
+        return z_half + self.drop_path(code) if self.ista_skip else code
+
+
+register_notrace_module(OvercompleteISTA)

@@ -1,0 +1,134 @@
+"""Our encoders in timm's registry: `timm.create_model("crate_mae_base_patch16_224")` after `import crate_mae`.
+
+Every preset is there by its name, with fresh weights, and every trained model that comes with the library, whose
+weights `pretrained=True` loads without a network. Arguments are those of timm's `VisionTransformer`, and of CRATE's
+layers by their names in `CrateConfig`: `threshold=0.1`. To load a model of your own:
+
+    timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": "runs/mine/model.safetensors"})
+
+Importing this file imports timm and registers, and builds nothing.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from timm.layers import resample_abs_pos_embed
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from crate_mae.models.config import CrateConfig, ModelConfig, ViTConfig, config_from_dict
+from crate_mae.models.presets import bundled_folder, list_bundled, list_models, preset
+
+# Models of other sizes than any preset's go by these names; their arguments say what they are.
+CUSTOM = {CrateConfig: "crate_mae_custom", ViTConfig: "vit_mae_custom"}
+
+_CRATE_OPTIONS = ("step_size", "threshold", "output_projection", "ista_skip", "overcomplete")
+
+
+def timm_arguments(config: ModelConfig) -> dict[str, Any]:
+    """The arguments, JSON-able, with which timm's `create_model` builds the encoder that a configuration describes."""
+    shared = {
+        "img_size": list(config.image_size),
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "embed_dim": config.embed_dim,
+        "depth": config.depth,
+        "num_heads": config.num_heads,
+        "drop_path_rate": config.drop_path,
+    }
+    if isinstance(config, CrateConfig):
+        return shared | {key: getattr(config, key) for key in (*_CRATE_OPTIONS, "init")}
+    assert isinstance(config, ViTConfig)
+    return shared | {"mlp_ratio": config.mlp_ratio}
+
+
+def timm_name(config: ModelConfig) -> str:
+    """The name in timm's registry under which to build a configuration's encoder from `timm_arguments`."""
+    return config.name if config.name in default_cfgs else CUSTOM[type(config)]
+
+
+def timm_pretrained_cfg(config: ModelConfig, **more: Any) -> dict[str, Any]:
+    """What timm wants to know of a model besides its arguments: how to prepare images, and its first and last layer."""
+    return {
+        "num_classes": 0,
+        "input_size": (config.in_chans, *config.image_size),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": config.mean,
+        "std": config.std,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+        "license": "mit",
+        "paper_ids": "arXiv:2404.02446",
+        **more,
+    }
+
+
+def encoder_tensors(tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
+    """The encoder's tensors of an autoencoder's or classifier's file; those of an encoder's own file are all of them.
+
+    Positions for another image size than `pretrained_cfg` says the file has are interpolated, as timm does it.
+    """
+    own: Any = encoder  # to a type checker, what a module has is tensors and modules
+    if any(name.startswith("encoder.") for name in tensors):
+        tensors = {
+            name.removeprefix("encoder."): value for name, value in tensors.items() if name.startswith("encoder.")
+        }
+    # In the encoder's precision already here: timm may go on to add up the weights of the channels.
+    found = {name: value.to(own.pos_embed.dtype) for name, value in tensors.items()}
+    _, hh, ww = own.pretrained_cfg["input_size"]
+    grid = [side // own.patch_embed.patch_size[0] for side in (hh, ww)]
+    new_grid = list(own.patch_embed.grid_size)
+    if grid != new_grid:
+        found["pos_embed"] = resample_abs_pos_embed(found["pos_embed"], new_grid, grid, own.num_prefix_tokens)
+    return found
+
+
+def _config_of_bundled(name: str) -> ModelConfig:
+    values = json.loads((bundled_folder(name) / "config.json").read_text(encoding="utf-8"))
+    return config_from_dict({key: value for key, value in values.items() if key != "library"})
+
+
+def _build(**options: Any) -> nn.Module:
+    from crate_mae.models.encoder import MaskedEncoder, crate_block, vit_block
+    from crate_mae.models.timm_layers import TimmEncoderLayer
+
+    if "mlp_ratio" in options:
+        return MaskedEncoder(block=vit_block(), **options)
+    of_layers = {key: options.pop(key) for key in _CRATE_OPTIONS}
+    return MaskedEncoder(block=crate_block(**of_layers, layer=TimmEncoderLayer), **options)
+
+
+def _register(name: str, config: ModelConfig) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool = False, **options: Any) -> nn.Module:
+        return build_model_with_cfg(
+            _build,
+            name,
+            pretrained,
+            pretrained_filter_fn=encoder_tensors,
+            feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+            **(timm_arguments(config) | options),
+        )
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"The encoder of {name}: width {config.embed_dim}, {config.depth} layers."
+    return register_model(entry)
+
+
+_configs = {name: preset(name) for name in list_models()} | {name: _config_of_bundled(name) for name in list_bundled()}
+_configs |= {name: dataclasses.replace(preset(f"{name[:-7]}_base_patch16_224"), name=name) for name in CUSTOM.values()}
+default_cfgs = generate_default_cfgs(
+    {
+        name: timm_pretrained_cfg(
+            config,
+            **({"file": str(bundled_folder(name) / "model.safetensors")} if name in list_bundled() else {}),
+        )
+        for name, config in _configs.items()
+    }
+)
+for _name, _config in _configs.items():
+    _register(_name, _config)
