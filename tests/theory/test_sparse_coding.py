@@ -64,11 +64,18 @@ def test_operator_formed_once_gives_the_step(generator):
     torch.testing.assert_close(out, ista_step(x, dictionary, 0.1, 0.5), rtol=0, atol=0)
 
 
-def test_operator_keeps_its_precision_under_autocast(generator):
-    dictionary = gaussian(11, 11, generator=generator).float()
+def test_operator_under_autocast_errs_by_its_rounding_and_sends_gradients_in_float32(generator):
+    dictionary = (gaussian(67, 67, generator=generator) * (2 / 67) ** 0.5).float().requires_grad_()
+    grad_out = gaussian(67, 67, generator=generator)
+    exact = ista_operator(dictionary.double(), 0.1)
     with torch.autocast("cpu", torch.bfloat16):
-        inside = ista_operator(dictionary, 0.1)
-    torch.testing.assert_close(inside, ista_operator(dictionary, 0.1), rtol=0, atol=0)
+        rounded = ista_operator(dictionary, 0.1)
+    assert rounded.dtype == torch.bfloat16
+    assert (rounded - exact).norm() < 2**-7 * exact.norm()
+    (wanted,) = torch.autograd.grad(exact, dictionary, grad_out)
+    (found,) = torch.autograd.grad(rounded, dictionary, grad_out.bfloat16())
+    assert found.dtype == torch.float32
+    assert (found - wanted).norm() < 2**-7 * wanted.norm()
 
 
 def test_bfloat16_errs_by_its_own_rounding_only(generator):
