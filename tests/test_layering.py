@@ -18,7 +18,7 @@ LAYERS = {
     "interpret": {"theory", "models", "data", "evaluation", "drawing"},
     "costs": {"models", "training"},
     "comparison": {"theory", "models", "data", "training", "evaluation", "drawing", "costs"},
-    "commands": {"theory", "models", "data", "training", "evaluation", "interpret", "comparison", "drawing"},
+    "commands": {"theory", "models", "data", "training", "evaluation", "interpret", "comparison", "costs", "drawing"},
     "cli": {"theory", "models", "data", "training", "evaluation", "comparison", "commands"},
     "__main__": {"cli"},
     "__init__": {"theory", "models", "data", "training", "evaluation", "commands"},

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from crate_mae.commands.compare import compare
     from crate_mae.commands.doctor import doctor
     from crate_mae.commands.embed import embed
+    from crate_mae.commands.estimate import estimate
     from crate_mae.commands.evaluate import eval_fewshot, eval_knn, eval_linear
     from crate_mae.commands.evaluate_reconstruction import eval_reconstruction
     from crate_mae.commands.finetune import finetune
@@ -41,6 +42,7 @@ _HOMES = {
     "doctor": "commands.doctor",
     "finetune": "commands.finetune",
     "embed": "commands.embed",
+    "estimate": "commands.estimate",
     "eval_fewshot": "commands.evaluate",
     "eval_knn": "commands.evaluate",
     "eval_linear": "commands.evaluate",
@@ -72,6 +74,7 @@ __all__ = [
     "create_model",
     "doctor",
     "embed",
+    "estimate",
     "eval_fewshot",
     "eval_knn",
     "eval_linear",

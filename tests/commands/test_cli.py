@@ -26,6 +26,7 @@ FUNCTIONS = {
     "viz pca": crate_mae.viz_pca,
     "viz layers": crate_mae.viz_layers,
     "compare": crate_mae.compare,
+    "estimate": crate_mae.estimate,
     "theory": importlib.import_module("crate_mae.commands.theory").theory,
     "models": importlib.import_module("crate_mae.commands.models").models,
     "doctor": crate_mae.doctor,

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from crate_mae.costs.counting import activation_bytes, encoding_flops, saved_bytes, training_flops
+from crate_mae.costs.counting import (
+    activation_bytes,
+    encoding_flops,
+    forward_flops,
+    masked_encoder_flops,
+    saved_bytes,
+    training_flops,
+)
 from crate_mae.costs.trial import StepSettings, TrialStep
 from crate_mae.models import create_model
 
@@ -17,5 +24,7 @@ def test_counts_are_continued_exactly(name, precision):
     settings = StepSettings(batch_size=5, mask_ratio=0.75, weight_decay=0.0, clip_grad=1.0, precision=precision)
     whole = TrialStep(config, settings, torch.device("cpu"))
     assert training_flops(config, settings) == whole.training_flops()
+    assert forward_flops(config, settings) == whole.forward_flops()
+    assert masked_encoder_flops(config, settings) == whole.masked_encoder_flops()
     assert encoding_flops(config, settings) == whole.encoder_flops()
     assert activation_bytes(config, settings) == saved_bytes(whole)

@@ -7,11 +7,10 @@ they are taken for few of each, which is quick for any model, and continued.
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from crate_mae.costs.trial import StepSettings, TrialStep
 from crate_mae.models.config import ModelConfig
+from crate_mae.training.memory import kept_bytes
 
 _CPU = torch.device("cpu")
 
@@ -19,6 +18,16 @@ _CPU = torch.device("cpu")
 def training_flops(config: ModelConfig, settings: StepSettings) -> int:
     """Operations of the matrix products of a step, forward and backward; see `trial.flop_counter`."""
     return _continued(lambda model, images: _trial(model, settings, images).training_flops(), config, settings)
+
+
+def forward_flops(config: ModelConfig, settings: StepSettings) -> int:
+    """The same of the forward pass alone."""
+    return _continued(lambda model, images: _trial(model, settings, images).forward_flops(), config, settings)
+
+
+def masked_encoder_flops(config: ModelConfig, settings: StepSettings) -> int:
+    """The same of the encoder's part in the forward pass: with patches hidden, as in training."""
+    return _continued(lambda model, images: _trial(model, settings, images).masked_encoder_flops(), config, settings)
 
 
 def encoding_flops(config: ModelConfig, settings: StepSettings) -> int:
@@ -33,19 +42,7 @@ def activation_bytes(config: ModelConfig, settings: StepSettings) -> int:
 
 def saved_bytes(step: TrialStep) -> int:
     """What autograd keeps until the backward pass of this very step."""
-    sizes: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(note, lambda tensor: tensor):
-        kept = step.loss()  # while it lives, no memory is freed that another tensor could take
-    for parameter in step.model.parameters():
-        sizes.pop(parameter.untyped_storage().data_ptr(), None)
-    del kept
-    return sum(sizes.values())
+    return kept_bytes(step.loss, step.model.parameters())
 
 
 def _trial(config: ModelConfig, settings: StepSettings, images: int) -> TrialStep:

@@ -78,6 +78,22 @@ class TrialStep:
         self.optimizer.zero_grad()
         return counter.get_total_flops()
 
+    def forward_flops(self) -> int:
+        """The same of the forward pass alone."""
+        with torch.no_grad(), flop_counter() as counter:
+            self.loss()
+        return counter.get_total_flops()
+
+    def masked_encoder_flops(self) -> int:
+        """The same of the encoder's part in that: with patches hidden, as in training."""
+        so_far = []
+        with torch.no_grad(), flop_counter() as counter:
+            # The encoder's last norm is where it ends, whichever of its ways the model takes.
+            end = self.model.encoder.norm.register_forward_hook(lambda *_: so_far.append(counter.get_total_flops()))
+            self.loss()
+            end.remove()
+        return so_far[0]
+
     def encoder_flops(self) -> int:
         """The same of the encoder alone, forward, for the whole batch with nothing hidden."""
         self.model.eval()

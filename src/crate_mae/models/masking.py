@@ -15,7 +15,7 @@ def random_mask(
 ) -> Bool[Tensor, "b n"]:
     """Hide the same number of patches in every image, chosen uniformly and independently.
 
-    `int(n (1 - mask_ratio))` patches stay visible, as in the official code's `random_masking`.
+    `visible_patches` of them stay visible.
 
     Args:
         batch: number of images b.
@@ -31,11 +31,16 @@ def random_mask(
     """
     if not 0.0 <= mask_ratio < 1.0:
         raise UserError(f"mask_ratio is {mask_ratio}, but must be at least 0 and less than 1.")
-    keep = int(num_patches * (1.0 - mask_ratio))
+    keep = visible_patches(num_patches, mask_ratio)
     noise = torch.rand(batch, num_patches, generator=generator, device=generator.device if generator else None)
     # The rank of each patch's noise; ranks are distinct even if two noises tie.
     rank = noise.argsort(dim=1).argsort(dim=1)
     return rank >= keep
+
+
+def visible_patches(num_patches: int, mask_ratio: float) -> int:
+    """Patches per image that are not hidden, int(n (1 - mask_ratio)), as in the official code's `random_masking`."""
+    return int(num_patches * (1.0 - mask_ratio))
 
 
 def visible_indices(mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b keep"]:
