@@ -40,7 +40,7 @@ def lasso_objective(
 def ista_operator(dictionary: Float[Tensor, "d d"], step_size: float) -> Float[Tensor, "d d"]:
     r"""W = I + eta (D - D^T D): what an ISTA step started at A = X does to tokens before its threshold.
 
-    Under autocast it is formed in half precision, in which it is then multiplied with tokens: on tokens of unit variance
+    Under autocast it is formed in half precision, in which it is then multiplied with tokens: on tokens of variance 1
     that errs 3.0e-3 where the operator formed in float32 errs 2.9e-3, and gradients 2.9e-2 where three products of
     tokens, all in bfloat16, err 3.1e-2. A model at rest can form it once for all.
     """
