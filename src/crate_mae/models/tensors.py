@@ -1,11 +1,13 @@
 """Tensors from files that cannot run code."""
 
+import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -16,21 +18,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a dictionary of tensors on the CPU, from safetensors or a PyTorch file.
 
     PyTorch files are pickles and are opened with `weights_only=True`, which refuses anything but tensors and plain
-    containers. A dictionary under "model" or "state_dict" is unwrapped.
+    containers. A dictionary under "model" or "state_dict" is unwrapped. A file that several processes wrote in parts is
+    named as if it were whole; see `stream_tensors`.
 
     Raises:
         UserError: for a file that is missing, cut short, or holds anything else.
     """
+    if not path.is_file() and has_tensors(path):
+        return dict(stream_tensors(path))
     if not path.is_file():
         raise UserError(f"There is no weights file at {path}.")
-    try:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        with _damage_explained(path):
             return load_file(path)
+    try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise UserError(
-            f"{path} cannot be read as safetensors: {error}.\nIt may be cut short, or not be safetensors at all."
-        ) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} cannot be read as a file of tensors: it is damaged, or holds Python objects, which could run code."
@@ -42,6 +44,54 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors.")
     return content
+
+
+def index_of(path: Path) -> Path:
+    """The file that says which part of `path` holds which tensor, if it was written in parts: Hugging Face's layout.
+
+    Its parts are called `model-00001-of-00002.safetensors` and so on.
+    """
+    return path.with_name(f"{path.name}.index.json")
+
+
+def has_tensors(path: Path) -> bool:
+    """Whether a file of tensors is there, in one piece or in parts."""
+    return path.is_file() or index_of(path).is_file()
+
+
+def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a safetensors file, whole or in parts, read one after another.
+
+    Raises:
+        UserError: for a file or part that is missing or damaged.
+    """
+    parts = [path] if path.is_file() else _parts(path)
+    for part in parts:
+        if not part.is_file():
+            raise UserError(f"There is no weights file at {part}.")
+        with _damage_explained(part), safe_open(part, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # no dictionary
+                yield name, file.get_tensor(name)
+
+
+def _parts(path: Path) -> list[Path]:
+    index = index_of(path)
+    try:
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        # Only names of files beside the index are taken, whatever it says.
+        return [path.with_name(Path(name).name) for name in dict.fromkeys(names)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is missing or damaged: {error}.") from error
+
+
+@contextmanager
+def _damage_explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise UserError(
+            f"{path} cannot be read as safetensors: {error}.\nIt may be cut short, or not be safetensors at all."
+        ) from error
 
 
 def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], most: int = 3) -> str:

@@ -16,11 +16,12 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.presets import bundled_folder, create_model, list_bundled, list_models
-from crate_mae.models.tensors import misfits, read_tensors
+from crate_mae.models.tensors import has_tensors, misfits, read_tensors
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 LIBRARY = "crate-mae"
+FORMAT_VERSION = 1  # of the two files; a file without one is of version 1
 
 Model = MaskedAutoencoder | Classifier
 Config = ModelConfig | ClassifierConfig
@@ -39,14 +40,19 @@ def save_tensors(tensors: dict[str, torch.Tensor], config: Config, folder: str |
     """`save` for a state dict gathered elsewhere, such as from several processes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"library": LIBRARY, **config.to_dict()}, indent=2) + "\n"
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+        save_config(config, Path(scratch))
         save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
-        (Path(scratch) / CONFIG_FILE).write_text(text, encoding="utf-8")
         # safetensors makes files that only their owner can read; take the user's own permissions instead.
         shutil.copymode(Path(scratch) / CONFIG_FILE, Path(scratch) / WEIGHTS_FILE)
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(Path(scratch) / name, folder / name)  # noqa: PTH105  # atomic also where the target exists
+
+
+def save_config(config: Config, folder: Path) -> None:
+    """Write `config.json` alone, into a folder whose tensors are written by others."""
+    text = json.dumps({"library": LIBRARY, "format_version": FORMAT_VERSION, **config.to_dict()}, indent=2) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
 
 def load(model: str | Path, **settings: Any) -> Model:
@@ -72,7 +78,8 @@ def load(model: str | Path, **settings: Any) -> Model:
         raise UserError(f"{folder} is a file, but a model is a folder with {WEIGHTS_FILE} and {CONFIG_FILE}.\n{hint}")
     if not (folder / CONFIG_FILE).exists():  # perhaps a run that is not finished
         folder = newest_checkpoint(folder) or folder
-    missing = [file for file in (WEIGHTS_FILE, CONFIG_FILE) if not (folder / file).is_file()]
+    there = {WEIGHTS_FILE: has_tensors(folder / WEIGHTS_FILE), CONFIG_FILE: (folder / CONFIG_FILE).is_file()}
+    missing = [file for file, is_there in there.items() if not is_there]
     if missing:
         what = f"has no {' and no '.join(missing)}" if folder.is_dir() else "does not exist and is no model's name"
         raise UserError(
@@ -142,13 +149,33 @@ def read_config(folder: Path) -> Config:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}.") from error
+    if is_timm_folder(folder):
+        raise UserError(
+            f"{folder} holds an encoder alone, in timm's layout, and no decoder.\n"
+            "`crate-mae embed` and `crate-mae eval` take it, and timm.create_model does."
+        )
     if not isinstance(values, dict) or values.pop("library", None) != LIBRARY:
         raise UserError(f"{path} does not describe a {LIBRARY} model.")
+    version = values.pop("format_version", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"{path} is of format version {version}, and this {LIBRARY} knows versions up to {FORMAT_VERSION}.\n"
+            f"Upgrade it: pip install --upgrade {LIBRARY}"
+        )
     try:
         is_classifier = values.get("architecture") == ClassifierConfig.architecture
         return ClassifierConfig.from_dict(values) if is_classifier else config_from_dict(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
+
+
+def is_timm_folder(folder: Path) -> bool:
+    """Whether a folder has timm's layout: an encoder, which `timm.create_model("local-dir:...")` opens."""
+    try:
+        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(values, dict) and "pretrained_cfg" in values and "library" not in values
 
 
 def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
