@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from crate_mae.data import save_picture_grid
+from crate_mae.data.pictures import picture_grid
 from crate_mae.errors import UserError
 
 
@@ -74,3 +75,10 @@ def test_a_full_disk_leaves_the_old_picture_and_no_other_file(tmp_path, monkeypa
         save_picture_grid([("", torch.zeros(1, 1, 2, 2))], path)
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
     assert path.read_bytes() == b"the old one"
+
+
+@pytest.mark.parametrize(("form", "suffix"), [("PNG", ".png"), ("BMP", ".bmp")])
+def test_the_bytes_of_a_grid_are_those_of_its_file(tmp_path, form, suffix):
+    rows = [("a", torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)))]
+    save_picture_grid(rows, tmp_path / f"a{suffix}", scale=3, captions=["x", "y"])
+    assert picture_grid(rows, form, scale=3, captions=["x", "y"]) == (tmp_path / f"a{suffix}").read_bytes()

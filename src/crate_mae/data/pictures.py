@@ -26,14 +26,12 @@ def save_picture_grid(
     scale: int | None = None,
     captions: Sequence[str] | None = None,
 ) -> None:
-    """Save named rows of images as one picture, written whole or not at all.
+    """Save named rows of images as one picture, written whole or not at all; see `picture_grid`.
 
     Args:
-        rows: name, drawn at the left, and images k c hh ww in [0, 1] (clamped); all of one height and width. One
-            channel is grey, three are colour; of any other number the mean is shown.
+        rows: name, drawn at the left, and images k c hh ww in [0, 1].
         path: where to; the suffix says the format, `.png` mostly. Missing folders are made.
-        scale: how many pixels wide a pixel is drawn, without smoothing; by default so that small images come near
-            128 pixels.
+        scale: how many pixels wide a pixel is drawn.
         captions: one line under each column.
 
     Raises:
@@ -42,15 +40,35 @@ def save_picture_grid(
     form = Image.registered_extensions().get(path.suffix.lower())
     if form not in Image.SAVE:
         raise UserError(f'Cannot write pictures as "{path.suffix}" ({path}): use .png.')
+    write_whole(path, picture_grid(rows, form, scale=scale, captions=captions))
+
+
+def picture_grid(
+    rows: Sequence[tuple[str, Float[Tensor, "_ _ _ _"]]],
+    form: str = "PNG",
+    *,
+    scale: int | None = None,
+    captions: Sequence[str] | None = None,
+) -> bytes:
+    """The file of named rows of images as one picture.
+
+    Args:
+        rows: name, drawn at the left, and images k c hh ww in [0, 1] (clamped); all of one height and width. One
+            channel is grey, three are colour; of any other number the mean is shown.
+        form: Pillow's name of the format.
+        scale: how many pixels wide a pixel is drawn, without smoothing; by default so that small images come near
+            128 pixels.
+        captions: one line under each column.
+    """
     sizes = {tuple(images.shape[2:]) for _, images in rows}
     assert len(sizes) == 1, "a grid has images of one size"
     height, width = sizes.pop()
     if scale is None:
         scale = max(1, round(_TILE / max(height, width)))
     tiles = [(name, [_tile(image, scale) for image in images]) for name, images in rows]
-    buffer = io.BytesIO()
-    _draw(tiles, (width * scale, height * scale), captions or ()).save(buffer, format=form)
-    write_whole(path, buffer.getvalue())
+    with io.BytesIO() as buffer:
+        _draw(tiles, (width * scale, height * scale), captions or ()).save(buffer, format=form)
+        return buffer.getvalue()
 
 
 def _draw(rows: Sequence[tuple[str, list[Image.Image]]], tile: tuple[int, int], captions: Sequence[str]) -> Image.Image:

@@ -6,11 +6,13 @@ from typing import Any, Literal
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 
 # Okabe and Ito's colours, which people of all kinds of colour vision tell apart.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"
+_COLOURS_OF_LINES = 256
 _SETTINGS: Any = {
     "font.size": 11,
     "axes.titlesize": 11,
@@ -79,8 +81,19 @@ def legend_above(figure: Figure, axes: Any, columns: int) -> None:
 
 
 def encode(figure: Figure, kind: Literal["png", "pdf"]) -> bytes:
-    """The file of a figure: the same bytes for the same figure, so without a date."""
+    """The file of a figure: the same bytes for the same figure, so without a date.
+
+    A PNG file of lines alone has 256 colours, which makes it a third as large and looks the same; pictures keep theirs.
+    """
     with rc_context(_SETTINGS), BytesIO() as buffer:
         metadata = {"CreationDate": None} if kind == "pdf" else {"Software": None}
         figure.savefig(buffer, format=kind, dpi=130, metadata=metadata)
+        if kind == "pdf":
+            return buffer.getvalue()
+        with Image.open(buffer) as drawn:
+            opaque = drawn.convert("RGB")
+    has_pictures = any(axes.images for axes in figure.axes)
+    smaller = opaque if has_pictures else opaque.quantize(_COLOURS_OF_LINES, dither=Image.Dither.NONE)
+    with BytesIO() as buffer:
+        smaller.save(buffer, "PNG", optimize=True)
         return buffer.getvalue()
