@@ -1,4 +1,4 @@
-"""Make `tests/golden/crate_mae_textbook.safetensors`: python tests/models/make_golden.py
+"""Make `tests/golden/crate_mae_textbook.safetensors`: python -m tests.models.make_golden
 
 Random weights in the official layout, random images and masks, and what the textbook form computes from them in
 float64. Small, and of our own making, so that the check of every number runs wherever the tests run.
@@ -6,11 +6,11 @@ float64. Small, and of our own making, so that the check of every number runs wh
 
 from pathlib import Path
 
-import textbook
 import torch
 from safetensors.torch import save_file
 
 import crate_mae
+from benchmarks import textbook
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "crate_mae_textbook.safetensors"
 

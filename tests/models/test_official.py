@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-import textbook
 import torch
 from safetensors.torch import load_file, save_file
 
 import crate_mae
+from benchmarks import textbook
 from crate_mae.theory.attention import attention_membership
 
 OWN = Path(__file__).resolve().parents[1] / "golden" / "crate_mae_textbook.safetensors"

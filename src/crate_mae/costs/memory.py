@@ -40,30 +40,31 @@ def main() -> None:
     torch.set_num_threads(question["threads"])
     device = torch.device(question["device"])
     config, settings = config_from_dict(question["config"]), StepSettings(**question["settings"])
-    before = _restart_peak()
+    before = restart_peak()
     step = TrialStep(config, settings, device)
     for _ in range(_STEPS):
         step()
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
-        after = _peak()
+        after = peak_memory()
         peak = None if before is None or after is None else after - before
     sys.stdout.write(json.dumps(peak))
 
 
-def _restart_peak() -> int | None:
+def restart_peak() -> int | None:
     """Forget the peak so far, which imports may have set; resident memory now."""
     if not _STATUS.exists():
-        return _peak()  # macOS: what lies under the imports' own peak is not seen
+        return peak_memory()  # macOS: what lies under the imports' own peak is not seen
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not allowed in this container: as on macOS
-        return _peak()
+        return peak_memory()
     return _status("VmRSS")
 
 
-def _peak() -> int | None:
+def peak_memory() -> int | None:
+    """The most resident memory since the start of the process, or `restart_peak`; None where nobody counts it."""
     if _STATUS.exists():
         # Not getrusage: its peak of a new process is at least what the process that started it had.
         return _status("VmHWM")

@@ -1,0 +1,82 @@
+"""Two contestants, timed in turns, and what comes out of it."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.worker import ask
+
+# Ours, and what it is held against.
+DUELS = {
+    "training": [
+        ("ours", "textbook"),
+        ("ours, layers computed again", "textbook"),
+        ("ours, visible patches", "textbook"),
+        ("ours, visible patches", "transformers"),
+        ("ours, visible patches", "timm blocks"),
+        ("ours", "timm blocks"),
+    ],
+    "encoding": [("ours", "textbook"), ("ours", "timm blocks"), ("ours", "transformers")],
+}
+
+
+@dataclass(frozen=True)
+class Duel:
+    """What was measured of two contestants.
+
+    Attributes:
+        size: of both.
+        precision: of both.
+        task: training or encoding.
+        names: ours, then the other.
+        seconds: median of each.
+        gigaflops: operations of each, in thousands of millions.
+        shares: of the rate of a plain product that each reached.
+        ratio: how many times as long the other takes: lower quartile, median, upper quartile over rounds.
+    """
+
+    size: str
+    precision: str
+    task: str
+    names: tuple[str, str]
+    seconds: tuple[float, float]
+    gigaflops: tuple[float, float]
+    shares: tuple[float, float]
+    ratio: tuple[float, float, float]
+
+    @property
+    def row(self) -> str:
+        """Of a table in Markdown, under `HEAD`."""
+        low, middle, high = self.ratio
+        cells = [
+            self.size,
+            self.precision,
+            self.task,
+            " / ".join(self.names),
+            _pair([second * 1000 for second in self.seconds], ",.1f"),
+            f"**{middle:.2f}** ({low:.2f} to {high:.2f})",
+            _pair(self.gigaflops, ",.1f"),
+            _pair(self.shares, ".0%"),
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+HEAD = "| size | precision | task | first / second | ms | ratio | Gflop | share of peak |\n" + "|---" * 8 + "|"
+
+
+def fight(size: str, precision: str, task: str, names: tuple[str, str], **options: Any) -> Duel:
+    """Time two contestants; the options are `rounds`, `clock` and `threads`."""
+    found = ask("times", names=names, size=size, precision=precision, task=task, **options)
+    first, second = (found["seconds"][name] for name in names)
+    ratios = [b / a for a, b in zip(first, second, strict=True)]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    seconds = statistics.median(first), statistics.median(second)
+    gigaflops = found["flops"][names[0]] / 1e9, found["flops"][names[1]] / 1e9
+    peak = statistics.median(found["rates"]) / 1e9
+    shares = gigaflops[0] / seconds[0] / peak, gigaflops[1] / seconds[1] / peak
+    return Duel(size, precision, task, names, seconds, gigaflops, shares, (low, middle, high))
+
+
+def _pair(numbers: Sequence[float], form: str) -> str:
+    return ", ".join(format(number, form) for number in numbers)

@@ -1,0 +1,147 @@
+"""One measurement in a process of its own: `python -m benchmarks.worker`, a question in JSON in, an answer out.
+
+Contestants are timed two at a time: with many models in one process memory is scattered, and all look slower.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.contestants import CONTESTANTS, Contestant, Size, sizes
+from crate_mae.costs.memory import peak_memory, restart_peak
+from crate_mae.costs.trial import flop_counter
+from crate_mae.models.devices import fastest_device
+from crate_mae.training.precision import autocast
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_SETTLING_STEPS = 3  # in which the optimizer, and the C library's heap, take what they keep
+_COUNTED_STEPS = 5
+
+
+def ask(kind: str, **question: Any) -> Any:
+    """Have a question answered in a new process: `kind` names a function of this file, the rest are its arguments."""
+    answer = subprocess.run(
+        [sys.executable, "-m", __name__],
+        input=json.dumps({"kind": kind, **question}),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    return json.loads(answer.stdout)
+
+
+def times(
+    device: torch.device, names: list[str], size: Size, precision: str, task: str, rounds: int, clock: str
+) -> dict[str, Any]:
+    """Seconds of each contestant in each round, operations of each, and the rate of a plain product in each round."""
+    works = {name: work(device, name, size, precision, task) for name in names}
+    flops = {name: _count(turn) for name, turn in works.items()}
+    for turn in works.values():
+        turn()
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    rates = []
+    for _ in range(rounds):
+        for name, turn in works.items():
+            seconds[name].append(_seconds(turn, device, clock))
+        rates.append(_product_rate(device, precision, clock))
+    return {"seconds": seconds, "flops": flops, "rates": rates}
+
+
+def memory(device: torch.device, name: str, size: Size, precision: str, task: str) -> dict[str, float]:
+    """Bytes at the peak of some steps above what the imports took, and page faults of each later step."""
+    work(device, name, sizes()["nano"], precision, task)()  # imports what is imported at the first step only
+    before = restart_peak()
+    turn = work(device, name, size, precision, task)
+    for _ in range(_SETTLING_STEPS):
+        turn()
+    faults = _page_faults()
+    for _ in range(_COUNTED_STEPS):
+        turn()
+    faults = (_page_faults() - faults) / _COUNTED_STEPS
+    if device.type == "cuda":
+        return {"peak": torch.cuda.max_memory_allocated(device), "faults": faults}
+    after = peak_memory()
+    assert before is not None
+    assert after is not None
+    return {"peak": after - before, "faults": faults}
+
+
+def work(device: torch.device, name: str, size: Size, precision: str, task: str) -> Callable[[], object]:
+    """A training step, or the encoding of a batch."""
+    with autocast(device, precision):
+        contestant = CONTESTANTS[name](size, device)
+    return {"training": _training, "encoding": _encoding}[task](contestant, device, precision)
+
+
+def _training(contestant: Contestant, device: torch.device, precision: str) -> Callable[[], object]:
+    contestant.model.train()
+    optimizer = contestant.optimizer()
+
+    def step() -> None:
+        with autocast(device, precision):
+            loss = contestant.loss()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _encoding(contestant: Contestant, device: torch.device, precision: str) -> Callable[[], object]:
+    contestant.model.eval()
+
+    def encode() -> None:
+        with torch.inference_mode(), autocast(device, precision):
+            contestant.encode()
+
+    return encode
+
+
+def _count(turn: Callable[[], object]) -> int:
+    with flop_counter() as counter:
+        turn()
+    return counter.get_total_flops()
+
+
+def _seconds(turn: Callable[[], object], device: torch.device, clock: str) -> float:
+    now = CLOCKS[clock]
+    started = now()
+    turn()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return now() - started
+
+
+def _product_rate(device: torch.device, precision: str, clock: str) -> float:
+    """Operations a second of a product of two large matrices, the best of some: what the machine can do."""
+    side = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(side, side, dtype=getattr(torch, precision), device=device)
+    return 2 * side**3 / min(_seconds(lambda: a @ a, device, clock) for _ in range(5))
+
+
+def _page_faults() -> int:
+    """Pages that the system has brought in for this process so far."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def _main() -> None:
+    question: dict[str, Any] = json.loads(sys.stdin.read())
+    torch.set_num_threads(question.pop("threads"))
+    question["size"] = sizes()[question["size"]]
+    answer = {"times": times, "memory": memory}[question.pop("kind")](fastest_device(), **question)
+    sys.stdout.write(json.dumps(answer))
+
+
+if __name__ == "__main__":
+    _main()
