@@ -4,7 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: try test lint format clean
+.PHONY: try test lint format docs notebooks clean
 
 try: $(VENV)/installed
 	$(VENV)/bin/crate-mae try
@@ -21,6 +21,12 @@ format: $(VENV)/installed-for-development
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
+docs: $(VENV)/installed-for-development
+	$(VENV)/bin/python -m docs.tools.assemble
+
+notebooks: $(VENV)/installed-for-development
+	$(VENV)/bin/python -m docs.tools.notebooks --execute
+
 clean:
 	rm -rf $(VENV)
 
@@ -30,5 +36,5 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/installed-for-development: $(VENV)/installed
-	$(VENV)/bin/pip install --quiet --editable ".[dev]"
+	$(VENV)/bin/pip install --quiet --editable ".[dev,docs]"
 	touch $@

@@ -1,0 +1,1 @@
+"""The tools that build the site and its notebooks from `docs/`."""

@@ -1,0 +1,87 @@
+"""What pages say of the tree, read from the tree: results with their commands, and the reference, module by module."""
+
+import json
+import re
+from pathlib import Path
+
+# A page of the reference: its title, and the folders of `src/crate_mae/` that it is made of.
+REFERENCE = {
+    "theory": "Theory: one equation, one function",
+    "models": "Models",
+    "data": "Data",
+    "training": "Training",
+    "evaluation": "Evaluation",
+    "costs": "Costs",
+    "comparison": "Comparison",
+    "interpret": "Looking inside",
+    "deployment": "Deployment",
+    "drawing": "Drawing",
+    "app": "The page to play with",
+    "commands": "Commands, from Python and from the shell",
+}
+
+
+def reference_pages(root: Path) -> dict[str, str]:
+    """The pages of the reference: a package each, its modules in the order of the package's folder."""
+    source = root / "src" / "crate_mae"
+    pages = {}
+    for package, title in REFERENCE.items():
+        if (source / package / "__init__.py").is_file():
+            modules = [path for path in sorted((source / package).rglob("*.py")) if _is_documented(path)]
+            names = [".".join(path.relative_to(source.parent).with_suffix("").parts) for path in modules]
+            names = [name.removesuffix(".__init__") for name in names]
+            pages[f"reference/{package}.md"] = f"# {title}\n\n" + "\n".join(f"::: {name}\n" for name in names)
+    return pages
+
+
+def _is_documented(path: Path) -> bool:
+    """Whether a module says more than one line, or defines anything; folders' `__init__` often do not."""
+    if path.name.startswith("_") and path.name != "__init__.py":
+        return False
+    text = path.read_text(encoding="utf-8")
+    return path.name != "__init__.py" or len(text.splitlines()) > 2
+
+
+def results(root: Path) -> str:
+    """One row for each folder of results: what it is, and the command that makes it again."""
+    rows = ["| what was measured | the command that measures it again | files beside it |", "|---|---|---|"]
+    for folder in [*sorted((root / "results").iterdir()), root / "benchmarks"]:
+        readme = folder / "README.md"
+        if readme.is_file():
+            text = readme.read_text(encoding="utf-8")
+            title = re.search(r"^# (.+)$", text, flags=re.MULTILINE)
+            assert title is not None, f"{readme} has no title"
+            link = f"../{readme.relative_to(root).as_posix()}"
+            rows.append(f"| [{title[1]}]({link}) | {_command(text)} | {_beside(folder)} |")
+    return "\n".join(rows)
+
+
+def _command(text: str) -> str:
+    """The first command of a page, on one line."""
+    found = re.search(
+        r"^(?:    )?((?:crate-mae|python -m|accelerate|torchrun) (?:.*\\\n)*.*)$", text, flags=re.MULTILINE
+    )
+    if found is None:
+        return "on its page"
+    return "`" + re.sub(r"\s*\\\n\s*", " ", found[1]).replace("|", "\\|") + "`"
+
+
+def _beside(folder: Path) -> str:
+    kinds = {".json", ".csv", ".yaml", ".html"}
+    names = sorted(path.name for path in folder.rglob("*") if path.suffix in kinds)
+    return ", ".join(f"`{name}`" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def minutes(root: Path) -> str:
+    """The scores of models that had the same 18 minutes each, from the file that the comparison wrote."""
+    scores = json.loads((root / "results" / "cifar10_minutes" / "scores.json").read_text(encoding="utf-8"))
+    rows = ["| model | linear probe | k-NN | PSNR of hidden patches |", "|---|---|---|---|"]
+    for name, score in scores.items():
+        model, kind = name.split("/")
+        label = f"`{model}`" + (", untrained" if kind.startswith("random") else "")
+        psnr = f"{score['psnr']:.1f} dB" if "psnr" in score else ""
+        rows.append(f"| {label} | {score['linear']:.1%} | {score['knn']:.1%} | {psnr} |")
+    return "\n".join(rows)
+
+
+PARTS = {"results": results, "minutes": minutes}
