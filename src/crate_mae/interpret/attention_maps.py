@@ -13,6 +13,7 @@ from torch import Tensor
 from crate_mae.evaluation.probes import Score, wilson_interval
 
 CORRECT_IOU = 0.5
+FOREGROUND_MASS = 0.6  # DINO's share of the attention that makes the foreground
 
 
 def attention_on_grid(
@@ -36,7 +37,7 @@ def class_token_saliency(attention: Float[Tensor, "b h n m"], grid_size: tuple[i
     return saliency / torch.where(total == 0, 1, total)
 
 
-def mass_mask(saliency: Float[Tensor, "b gh gw"], mass: float = 0.6) -> Bool[Tensor, "b gh gw"]:
+def mass_mask(saliency: Float[Tensor, "b gh gw"], mass: float = FOREGROUND_MASS) -> Bool[Tensor, "b gh gw"]:
     """The fewest patches that hold a share `mass` of the saliency: foreground as in DINO (Caron et al. 2021)."""
     values, order = saliency.flatten(1).sort(dim=1, descending=True, stable=True)
     before = values.cumsum(1) - values
