@@ -74,7 +74,7 @@ def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], p
     Regressed is from the tokens of whole images to their own pixels. Hidden patches would need tokens in their places,
     which an encoder that sees visible patches alone does not have, and would measure guessing rather than keeping. The
     maps are fitted on the first half of the images and judged on the second: 1 is everything, 0 no more than the mean
-    patch. Sums are kept, not tokens.
+    patch (and less than 0 worse than that). Sums are kept, not tokens.
 
     Raises:
         UserError: for fewer than two images, or tokens that are not finite.
@@ -100,8 +100,9 @@ def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], p
     rows = []
     for name, found in scores.items():
         error, total = torch.cat(found).unbind(1)
-        # Of an image no more than the mean patch there is nothing to tell; it counts as told.
-        rows.append(row(place_of(name), "pixel_r2", statistic(1 - error / total.clamp_min(1e-12)), point="z_next"))
+        # Divided by the mean image's variance: their mean is the usual R^2, and flat images do not outweigh all others.
+        told = 1 - error / total.mean().clamp_min(1e-12)
+        rows.append(row(place_of(name), "pixel_r2", statistic(told), point="z_next"))
     return rows
 
 
