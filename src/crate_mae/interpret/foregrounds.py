@@ -1,0 +1,211 @@
+"""Foregrounds that somebody drew, and how well a network finds them that nobody taught."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from crate_mae.data import ImageSource
+from crate_mae.data.base import printable, read_file
+from crate_mae.data.decode import UnreadableImage, decode
+from crate_mae.errors import UserError
+from crate_mae.evaluation.backbones import Backbone
+from crate_mae.interpret.attention_maps import (
+    CORRECT_IOU,
+    box_overlap,
+    intersection_over_union,
+    largest_boxes,
+    mass_mask,
+    principal_mask,
+)
+from crate_mae.interpret.pictures.attention import class_attention
+from crate_mae.interpret.pictures.inputs import encode_patches, shown_images
+from crate_mae.interpret.statistics import Row, row, statistic
+from crate_mae.models.tracing import layers_of
+
+OVERLAP, LOCALISED = "foreground_iou", "correct_localisation"
+KINDS = ("attention", "component", "everything")  # the last is the control: all of the image
+_COLUMNS = ("image", "left", "top", "right", "bottom")
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom, the last two beyond it, in pixels
+
+
+class Drawings(NamedTuple):
+    """What somebody drew, by the names of images without folder and ending.
+
+    Attributes:
+        masks: files whose pixels that are not 0 are foreground.
+        boxes: of each image at least one.
+    """
+
+    masks: dict[str, Path]
+    boxes: dict[str, list[Box]]
+
+
+class Drawn(NamedTuple):
+    """Images with the foregrounds that were drawn on them, both as a network takes them.
+
+    Attributes:
+        images: normalised.
+        masks: the foregrounds; None if boxes were drawn, which hold more than it.
+        boxes: of each image those that were drawn, or that of its mask's largest part; top, left, bottom, right.
+    """
+
+    images: Float[Tensor, "b c hh ww"]
+    masks: Bool[Tensor, "b hh ww"] | None
+    boxes: list[Int[Tensor, "k 4"]]
+
+
+def read_drawings(path: Path) -> Drawings:
+    """Masks of a folder, or boxes of a .csv file with the columns image, left, top, right, bottom.
+
+    Raises:
+        UserError: if there are none, two masks have one name, or a line of the file makes no sense.
+    """
+    if path.is_dir():
+        return Drawings(_mask_files(path), {})
+    if path.suffix.lower() == ".csv" and path.is_file():
+        return Drawings({}, _boxes_of(path))
+    raise UserError(f"{path} is neither a folder of masks nor a .csv file of boxes ({','.join(_COLUMNS)}).")
+
+
+def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], backbone: Backbone) -> Drawn:
+    """Those of the numbered images that somebody drew on, and their foregrounds, scaled and cropped alike.
+
+    Raises:
+        UserError: if that is none of them, or a mask has another size than its image.
+    """
+    images, masks, boxes = [], [], []
+    for i in indices:
+        name = Path(source.location(i)).stem
+        if name not in drawings.masks and name not in drawings.boxes:
+            continue
+        try:
+            picture = source.read(i)
+            parts = _parts(drawings, name, _size(picture))
+        except UnreadableImage:
+            continue  # which is said where images are measured
+        prepared = torch.stack([_prepared(part, backbone) for part in parts])
+        images.append(backbone.transform()(picture))
+        masks.append(prepared.any(0))
+        boxes.append(largest_boxes(prepared))
+    if not images:
+        raise UserError(
+            f"No foreground is of an image that is measured, such as {printable(Path(source.location(0)))}.\n"
+            "A mask has the name of its image, apart from the ending, and so has a line of a .csv file."
+        )
+    return Drawn(torch.stack(images), torch.stack(masks) if drawings.masks else None, boxes)
+
+
+def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
+    """How well each layer of an encoder tells the foregrounds, by attention and by the tokens' first component.
+
+    | measure                | is                                                                              |
+    |------------------------|---------------------------------------------------------------------------------|
+    | `foreground_iou`       | intersection over union of the found mask and the true one                      |
+    | `correct_localisation` | whether the box of its largest part overlaps a true box by more than a half     |
+
+    A network without a class token has no foreground by attention. Taking everything for foreground is the control,
+    which a large thing in the middle makes a strong one.
+    """
+    rows = []
+    for layer in range(len(layers_of(encoder))):
+        for kind, mask in _found(encoder, drawn.images, layer).items():
+            place = ("encoder", layer)
+            if drawn.masks is not None:
+                overlap = intersection_over_union(mask, drawn.masks)
+                rows.append(row(place, OVERLAP, statistic(overlap), point=kind))
+            rows.append(row(place, LOCALISED, statistic(_localised(mask, drawn.boxes)), point=kind))
+    return rows
+
+
+def _found(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], layer: int) -> dict[str, Bool[Tensor, "b hh ww"]]:
+    """The foregrounds that one layer tells, as masks of pixels, and the control."""
+    found: dict[str, Tensor] = {}
+    with suppress(UserError):  # no class token, or no attention: what is left out says so
+        found["attention"] = mass_mask(class_attention(encoder, images, layer=layer).saliency)
+    grid = encoder.get_submodule("patch_embed").grid_size
+    found["component"] = principal_mask(encode_patches(encoder, images, layer), grid)  # pyright: ignore[reportArgumentType]
+    found["everything"] = torch.ones_like(found["component"])
+    height, width = images.shape[2:]
+    return {kind: _enlarged(mask, height, width) for kind, mask in found.items()}
+
+
+def _enlarged(mask: Bool[Tensor, "b gh gw"], height: int, width: int) -> Bool[Tensor, "b hh ww"]:
+    rows, columns = height // mask.shape[1], width // mask.shape[2]
+    return mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+
+
+def _localised(mask: Bool[Tensor, "b hh ww"], boxes: Sequence[Int[Tensor, "k 4"]]) -> Float[Tensor, "b"]:
+    """1 for each image whose box is right, else 0."""
+    found = largest_boxes(mask)
+    overlaps = [box_overlap(box.expand(len(true), 4), true).max() for box, true in zip(found, boxes, strict=True)]
+    return (torch.stack(overlaps) > CORRECT_IOU).float()
+
+
+def _mask_files(folder: Path) -> dict[str, Path]:
+    endings, found = Image.registered_extensions(), {}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in endings):
+        if path.stem in found:
+            raise UserError(f"Two masks are called {path.stem}: {found[path.stem]} and {path}.")
+        found[path.stem] = path
+    if not found:
+        raise UserError(f"{folder} holds no masks. Each is a picture with its image's name, and 0 is background.")
+    return found
+
+
+def _boxes_of(path: Path) -> dict[str, list[Box]]:
+    found: dict[str, list[Box]] = {}
+    with path.open(newline="", encoding="utf-8-sig") as file:
+        lines = csv.DictReader(file)
+        if not set(_COLUMNS) <= set(lines.fieldnames or []):
+            raise UserError(f"{path} must have the columns {','.join(_COLUMNS)} in its first line.")
+        for number, line in enumerate(lines, start=2):
+            try:
+                left, top, right, bottom = (float(line[name]) for name in _COLUMNS[1:])
+            except (TypeError, ValueError):
+                raise UserError(f"{path}, line {number}: a side of the box is no number.") from None
+            if not (left < right and top < bottom):
+                raise UserError(f"{path}, line {number}: left must be less than right, and top less than bottom.")
+            found.setdefault(Path(line["image"]).stem, []).append((left, top, right, bottom))
+    if not found:
+        raise UserError(f"{path} holds no boxes.")
+    return found
+
+
+def _size(picture: Image.Image | Tensor) -> tuple[int, int]:
+    """Width and height."""
+    return picture.size if isinstance(picture, Image.Image) else (int(picture.shape[-1]), int(picture.shape[-2]))
+
+
+def _parts(drawings: Drawings, name: str, size: tuple[int, int]) -> list[Bool[np.ndarray, "hh ww"]]:
+    """What was drawn on an image: its mask, or a mask of each box."""
+    width, height = size
+    if name in drawings.masks:
+        path = drawings.masks[name]
+        picture = decode(read_file(path, str(path)), str(path))
+        if picture.size != size:
+            raise UserError(f"{path} has {picture.width} x {picture.height} pixels, its image {width} x {height}.")
+        values = np.asarray(picture.convert("RGB") if len(picture.getbands()) > 1 else picture)
+        return [values != 0 if values.ndim == 2 else (values != 0).any(-1)]
+    parts = []
+    for left, top, right, bottom in drawings.boxes[name]:
+        part = np.zeros((height, width), dtype=bool)
+        part[max(round(top), 0) : max(round(bottom), 0), max(round(left), 0) : max(round(right), 0)] = True
+        parts.append(part)
+    return parts
+
+
+def _prepared(part: Bool[np.ndarray, "_ _"], backbone: Backbone) -> Bool[Tensor, "hh ww"]:
+    """A mask scaled and cropped as the network's images are: by the same code, as a picture."""
+    values = backbone.transform()(Image.fromarray(part.astype(np.uint8) * 255))
+    return torch.from_numpy(shown_images(values[None], backbone.mean, backbone.std)[0]).mean(-1) > 0.5

@@ -1,0 +1,124 @@
+"""Foregrounds that were drawn: how they are read, how they follow their images, and what is right."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crate_mae.data import open_source
+from crate_mae.errors import UserError
+from crate_mae.evaluation.backbones import open_backbone
+from crate_mae.interpret import foregrounds
+from crate_mae.interpret.foregrounds import read_drawings, read_drawn, score_foregrounds
+from crate_mae.interpret.statistics import find
+
+HEADER = "image,left,top,right,bottom\n"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """Three images of 16 x 24 pixels: a bright thing on dark ground, in another place each."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i, (top, left) in enumerate([(0, 4), (4, 8), (8, 12)]):
+        pixels = np.full((16, 24), 20, dtype=np.uint8)
+        pixels[top : top + 8, left : left + 8] = 220
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture
+def masks(pictures, tmp_path):
+    folder = tmp_path / "masks" / "below"
+    folder.mkdir(parents=True)
+    for path in pictures.iterdir():
+        bright = np.asarray(Image.open(path)) > 128
+        Image.fromarray(bright.astype(np.uint8)).save(folder / path.name)  # 1 is foreground, as in many data sets
+    return folder.parent
+
+
+def drawn(path, pictures, model, indices=range(3)):
+    return read_drawn(read_drawings(path), open_source(pictures), indices, open_backbone(model))
+
+
+def test_masks_follow_their_images(pictures, masks, build):
+    """Scaled to 8 x 12 and cropped to 8 x 8: a mask is where its image is bright."""
+    found = drawn(masks, pictures, build(), range(1, 3))
+    assert found.images.shape == (2, 1, 8, 8)
+    middle = (found.images.amax() + found.images.amin()) / 2
+    assert torch.equal(found.masks, found.images[:, 0] > middle)
+    assert [box.tolist() for box in found.boxes] == [[[2, 2, 6, 6]], [[4, 4, 8, 8]]]
+
+
+def test_boxes_follow_their_images_and_may_be_several(pictures, build, tmp_path):
+    boxes = tmp_path / "boxes.csv"
+    boxes.write_text(HEADER + "1.png,8,4,16,12\nelsewhere/2.jpg,12,8,20,16\n2,4.0,-3,8,4\n")
+    found = drawn(boxes, pictures, build())
+    assert found.masks is None and len(found.images) == 2  # of the first nothing was drawn
+    assert [box.tolist() for box in found.boxes] == [[[2, 2, 6, 6]], [[4, 4, 8, 8], [0, 0, 2, 2]]]
+
+
+def test_what_is_found_is_scored(pictures, masks, build, monkeypatch):
+    net = build()
+    found = drawn(masks, pictures, net, range(1, 3))
+    right, left_half = found.masks.clone(), torch.zeros_like(found.masks)
+    left_half[:, :, :4] = True
+    monkeypatch.setattr(foregrounds, "_found", lambda *_: {"component": right, "everything": left_half})
+    rows = score_foregrounds(net.encoder, found)
+    assert [r.mean for r in find(rows, "foreground_iou", "component")] == [1.0, 1.0]  # of two layers
+    assert find(rows, "correct_localisation", "component")[0].mean == 1
+    # Of 32 pixels, 8 and none are of the thing, which has 16.
+    assert find(rows, "foreground_iou", "everything")[0].mean == pytest.approx((8 / 40 + 0) / 2)
+    wrong = find(rows, "correct_localisation", "everything")[0]
+    assert (wrong.mean, wrong.n, wrong.over) == (0, 2, "images")
+
+
+def test_a_network_is_scored_by_attention_and_component(pictures, masks, build):
+    net = build()
+    rows = score_foregrounds(net.encoder, drawn(masks, pictures, net))
+    for measure in ("foreground_iou", "correct_localisation"):
+        for kind in foregrounds.KINDS:
+            assert [0 <= r.mean <= 1 for r in find(rows, measure, kind)] == [True, True]
+    # The thing is brighter than the ground: one side of the first component is the thing.
+    assert find(rows, "foreground_iou", "component")[0].mean > find(rows, "foreground_iou", "everything")[0].mean
+
+
+def test_without_a_class_token_there_is_no_attention(pictures, masks):
+    import timm
+
+    small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", **small)
+    rows = score_foregrounds(model, drawn(masks, pictures, model))
+    assert {r.point for r in rows} == {"component", "everything"}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("image,left\n1,2\n", "must have the columns image,left,top,right,bottom"),
+        (HEADER, "holds no boxes"),
+        (HEADER + "1,2,3,4,five\n", "line 2: a side of the box is no number"),
+        (HEADER + "1,2,3,4\n", "line 2: a side of the box is no number"),
+        (HEADER + "1,2,3,4,5\n1,4,3,2,5\n", "line 3: left must be less than right"),
+    ],
+)
+def test_odd_boxes_are_named(tmp_path, content, words):
+    (tmp_path / "boxes.csv").write_text(content)
+    with pytest.raises(UserError, match=words):
+        read_drawings(tmp_path / "boxes.csv")
+
+
+def test_odd_masks_are_named(pictures, masks, build, tmp_path):
+    with pytest.raises(UserError, match="neither a folder of masks nor"):
+        read_drawings(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="No foreground is of an image that is measured"):
+        read_drawn(read_drawings(masks), open_source("digits:test"), range(4), open_backbone(build()))
+    Image.new("L", (5, 7)).save(masks / "below" / "1.png")
+    with pytest.raises(UserError, match=r"1\.png has 5 x 7 pixels, its image 24 x 16"):
+        drawn(masks, pictures, build())
+    (masks / "1.png").write_bytes(b"")
+    with pytest.raises(UserError, match="Two masks are called 1"):
+        read_drawings(masks)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no masks"):
+        read_drawings(tmp_path / "empty")
