@@ -80,8 +80,10 @@ def test_a_vit_is_measured_as_far_as_it_goes(build):
         "audit of ISTA",
         "dead coordinates",
     }
+    assert "value projections stand in" in found.left_out["subspace rates"]
     assert found.audit == []
-    assert len(find(found.rows, "coding_rate", "z_half", part="decoder")) == 2
+    for measure in ("coding_rate", "value_rate_official"):
+        assert len(find(found.rows, measure, "z_half")) == len(find(found.rows, measure, "z_half", part="decoder")) == 2
     assert find(found.rows, "inverse_error") and not find(found.rows, "inverse_dictionary_cosine")
 
 
@@ -95,6 +97,16 @@ def test_a_timm_vit_has_no_decoder_and_hides_nothing():
     assert len(find(found.rows, "pixel_r2", "z_next")) == 2
     with pytest.raises(UserError, match="cannot hide patches"):
         measure_layers(model, "digits:test", count=5, mask_ratio=0.5)
+
+
+def test_a_network_without_any_stand_in_is_measured_as_far_as_it_goes():
+    import timm
+
+    small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "num_classes": 0}
+    model = timm.create_model("vit_tiny_patch16_224", norm_layer=timm.layers.RmsNorm, **small)
+    found = measure_layers(model, "digits:test", count=5)
+    assert {"subspace rates", "subspace rates by value projections"} <= set(found.left_out)
+    assert len(find(found.rows, "coding_rate", "z_half")) == 2
 
 
 def test_models_of_other_depths_have_no_inverses(build):

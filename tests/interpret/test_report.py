@@ -12,6 +12,8 @@ from PIL import Image
 
 import crate_mae
 from crate_mae.interpret.report.audit_table import SYMBOLS
+from crate_mae.interpret.report.figures import plan_figures
+from crate_mae.interpret.report.findings import STAND_IN_LIMITS
 from crate_mae.interpret.report.inspection import Training, inspect_model
 from crate_mae.interpret.report.page import PAGE, report_files
 from crate_mae.interpret.report.probes import ACCURACY
@@ -116,8 +118,9 @@ def test_every_figure_is_explained_and_saved_twice(files, page):
 
 def test_the_files_hold_the_numbers_of_the_page(inspection, files, page):
     content = json.loads(files["measures.json"])
-    assert [subject["subject"] for subject in content["subjects"]] == ["model", "random", "baseline", "other", "train"]
-    assert [subject["images"] for subject in content["subjects"]] == [7, 7, 7, 5, 7]
+    keys = ["model", "random", "baseline", "random_baseline", "other", "train"]
+    assert [subject["subject"] for subject in content["subjects"]] == keys
+    assert [subject["images"] for subject in content["subjects"]] == [7, 7, 7, 7, 5, 7]
     table = list(csv.DictReader(io.StringIO(files["measures.csv"].decode())))
     audit = list(csv.DictReader(io.StringIO(files["audit.csv"].decode())))
     assert len(table) == sum(len(subject["rows"]) for subject in content["subjects"])
@@ -151,12 +154,22 @@ def test_every_claim_about_every_layer_has_a_symbol_and_its_numbers(inspection, 
     assert all(number(row.low) + " to " + number(row.high) in section for row in rows)
 
 
+def test_a_black_box_baseline_is_drawn_and_told(inspection, page):
+    rates = plan_figures(inspection)["layers"][0]
+    labels = [[line.label for line in panel.lines] for panel in rates.panels]
+    assert {"baseline (stand-in)", "random baseline (stand-in)"} < set(labels[2])
+    assert "baseline" not in {label for panel in labels for label in panel}
+    assert "With random weights that stand-in" in page
+    assert STAND_IN_LIMITS in page
+
+
 def test_probes_are_rows_of_networks_alone(inspection):
     accuracies = {found.key: found.find(ACCURACY) for found in inspection.measured}
     assert {key: len(rows) for key, rows in accuracies.items()} == {
         "model": 2,
         "random": 2,
         "baseline": 2,
+        "random_baseline": 2,
         "other": 0,
         "train": 0,
     }
@@ -165,12 +178,14 @@ def test_probes_are_rows_of_networks_alone(inspection):
 
 
 def test_controls_differ_in_what_they_should(inspection):
-    model, random, _, other, train = inspection.measured
+    model, random, baseline, random_baseline, other, train = inspection.measured
     for measure in ("output_cosine", "dictionary_coherence"):
         assert model.find(measure) == other.find(measure) == train.find(measure)
         assert model.find(measure) != random.find(measure)
     assert model.find("coding_rate", "z_next") != train.find("coding_rate", "z_next")
-    assert (model.is_fresh, random.is_fresh) == (False, True)  # from Python: nobody knows of the model's training
+    assert baseline.find("coding_rate", "z_next") != random_baseline.find("coding_rate", "z_next")
+    # From Python: nobody knows of the training of model and baseline.
+    assert [found.is_fresh for found in (model, random, baseline, random_baseline)] == [False, True, False, True]
 
 
 def test_a_shortage_of_images_is_said(inspection, page):

@@ -80,8 +80,22 @@ def test_fewer_images_than_asked_for_are_enough(build):
 def test_a_model_without_subspaces_has_what_is_left(build):
     inspection, plan, page = report(model=build("vit_mae_nano_patch2_8"))
     names = [figure.name for figures in plan.values() for figure in figures]
-    assert "subspace_rates" not in names and "within_layers" not in names and "weights" not in names
-    assert {"rates", "sparsity", "ranks", "information", "inverses", "heads", "completions"} <= set(names)
+    assert "weights" not in names
+    for figure in plan["layers"][:2]:  # of which there is the stand-in alone
+        assert [panel.title for panel in figure.panels] == ["R$^c$ as the official code (nats)"]
+        assert all(line.dashed for line in figure.panels[0].lines)
+    assert "so that these are of its stand-in, and nothing says where squares should lie" in page
+    assert {
+        "subspace_rates",
+        "within_layers",
+        "rates",
+        "sparsity",
+        "ranks",
+        "information",
+        "inverses",
+        "heads",
+        "completions",
+    } <= set(names)
     assert "is not MSSA" in page
     assert "subspace rates, the model" in page  # among what is left out
     assert inspection.subject("random") is not None
@@ -166,6 +180,39 @@ def test_probes_that_cannot_be_fitted_are_left_out(build, train, reason):
 def test_mistakes_are_sentences(build, options, words):
     with pytest.raises(UserError, match=words):
         report(**({"model": build()} | options))
+
+
+def test_drawn_foregrounds_are_scored_for_every_network(build, tmp_path):
+    from PIL import Image
+
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for i in range(4):
+        pixels = np.full((8, 8), 20, dtype=np.uint8)
+        pixels[i : i + 4, 2:6] = 220
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
+        Image.fromarray((pixels > 100).astype(np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+    options = {"model": build(), "baseline": build("vit_mae_nano_patch2_8"), "data": str(tmp_path / "images")}
+    inspection, plan, _ = report(**options, foregrounds=tmp_path / "masks", other_data="digits:test")
+    scored = {found.key: found.find("foreground_iou", "component") for found in inspection.measured}
+    assert {key: [row.n for row in rows] for key, rows in scored.items()} == {
+        **{key: [3, 3] for key in ("model", "random", "baseline", "random_baseline")},
+        "other": [],
+    }
+    drawn = next(figure for figure in plan["attention"] if figure.name == "foreground_scores")
+    assert [line.label for line in drawn.panels[0].lines][-1] == "all of the image"
+    assert all(line.rows for panel in drawn.panels for line in panel.lines)
+    assert f"--foregrounds {tmp_path / 'masks'}" in inspection.settings.command()
+    without, _, page = report(**options)
+    assert "--foregrounds" in without.left_out["scores of foregrounds"] and "scores of foregrounds" in page
+    with pytest.raises(UserError, match="neither a folder of masks nor"):
+        report(**options, foregrounds=tmp_path / "nowhere")
+
+
+def test_a_fresh_baseline_has_no_random_twin(build):
+    inspection, _, _ = report(model=build(), baseline="vit_mae_nano_patch2_8")
+    assert inspection.subject("random_baseline") is None
+    assert "random weights itself" in inspection.left_out["random baseline"]
 
 
 def test_broken_images_are_listed(build, tmp_path):

@@ -8,7 +8,7 @@ import torch
 import crate_mae
 from crate_mae.interpret.audit import CLAIMS, AuditRow
 from crate_mae.interpret.report.audit_table import status
-from crate_mae.interpret.report.findings import rates_finding, sparsity_finding, write_findings
+from crate_mae.interpret.report.findings import STAND_IN_LIMITS, rates_finding, sparsity_finding, write_findings
 from crate_mae.interpret.report.findings_layers import information_finding, inverses_finding, steps_finding
 from crate_mae.interpret.report.inspection import Measured, inspect_model
 from crate_mae.interpret.report.settings import Settings
@@ -78,6 +78,38 @@ def test_a_fall_of_the_rate_is_said_and_weighed_against_random_weights(inspectio
     assert "rises in all 3 forms" in broken.answer
     assert "not kept" in broken.more[0]
     assert "shows no clear change in all 3 forms" in rates(inspection, model=[5.0, 5.01], random=[5.0, 5.01]).answer
+
+
+@pytest.mark.parametrize(("means", "words"), [([5.0, 9.0], "5.00 → 9.00, rises"), ([9.0, 5.0], "9.00 → 5.00, falls")])
+def test_a_black_box_is_told_by_its_stand_in_and_its_limits_are_said(inspection, means, words):
+    random = inspection.measured[1]
+    rows = curve(means, measure="value_rate_official", point="z_half")
+    black_box = dataclasses.replace(random, key="baseline", measures=dataclasses.replace(random.measures, rows=rows))
+    found = rates_finding(dataclasses.replace(inspection, measured=[*inspection.measured, black_box]))
+    assert (
+        f"Baseline, a black box, with value projections in the place of subspaces: {words} (1 of 1 step)." in found.more
+    )
+    assert found.more[-1] == STAND_IN_LIMITS
+    assert "baseline<br>(stand-in)" in found.table
+    alone = rates_finding(dataclasses.replace(inspection, measured=[dataclasses.replace(black_box, key="model")]))
+    assert "has no subspaces" in alone.answer and words in alone.answer
+    assert STAND_IN_LIMITS not in rates_finding(inspection).more
+
+
+def test_a_black_box_is_weighed_against_its_own_random_weights(inspection):
+    def told(trained, fresh):
+        means = {"baseline": trained, "random_baseline": fresh}
+        rows = {key: curve(values, measure="value_rate_official", point="z_half") for key, values in means.items()}
+        random = inspection.measured[1]
+        boxes = [
+            dataclasses.replace(random, key=key, measures=dataclasses.replace(random.measures, rows=found))
+            for key, found in rows.items()
+        ]
+        found = rates_finding(dataclasses.replace(inspection, measured=[*inspection.measured, *boxes]))
+        return " ".join(found.more)
+
+    assert "that stand-in falls as well: its direction alone shows nothing" in told([9.0, 5.0], [9.0, 4.0])
+    assert "that stand-in shows no clear change: the difference was learned" in told([9.0, 5.0], [9.0, 9.01])
 
 
 def test_forms_that_disagree_are_told_apart(inspection):

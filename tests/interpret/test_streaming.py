@@ -76,6 +76,37 @@ def test_a_vit_has_no_subspace_rates_and_says_so(build, images):
         assert not find(found.rows, "subspace_rate", "z")
 
 
+def test_a_black_boxs_stand_in_is_the_official_rate_of_its_values(build, images):
+    model = build("vit_mae_nano_patch2_8").encoder
+    generator = torch.Generator().manual_seed(2)
+    for block in model.blocks:
+        for parameter in (*block.norm1.parameters(), block.attn.qkv.bias):  # fresh ones would hide a mistake
+            parameter.data.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    rows = stream(model, [images], layer_measures()).rows
+    with torch.no_grad(), trace(model, ["blocks.*.attn.qkv", "blocks.*.z_next"]) as record:
+        model.forward_features(images)
+    for layer in (0, 1):
+        attn, norm = model.blocks[layer].attn, model.blocks[layer].norm1
+        values = (record[f"blocks.{layer}.attn.qkv"][0] - attn.qkv.bias)[..., 2 * 24 :]
+        after = norm(record[f"blocks.{layer}.z_next"][0]) @ attn.qkv.weight[2 * 24 :].T
+        for point, projected in (("z", values), ("z_next", after)):
+            expected = official_subspace_coding_rate(projected.detach().unflatten(-1, (3, 8)).transpose(1, 2))
+            assert find(rows, "value_rate_official", point)[layer].mean == pytest.approx(
+                float(expected.mean()), rel=1e-5
+            )
+
+
+def test_only_the_direction_of_values_counts(build, images):
+    model = build("vit_mae_nano_patch2_8").encoder
+    before = find(stream(model, [images], layer_measures()).rows, "value_rate_official", "z")
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.weight[2 * 24 :] *= 7
+        model.blocks[0].attn.qkv.weight[: 2 * 24] = 0  # queries and keys
+    after = find(stream(model, [images], layer_measures()).rows, "value_rate_official", "z")
+    assert after[0].mean == pytest.approx(before[0].mean, rel=1e-5)
+    assert after[1].mean != pytest.approx(before[1].mean, rel=1e-3)
+
+
 def test_nothing_but_sums_is_kept(build, images):
     seen = []
 
@@ -113,12 +144,13 @@ def test_a_constant_image_and_a_batch_of_one_are_measured(build, fill):
     assert all(math.isfinite(row.mean) for row in rows)
 
 
+@pytest.mark.parametrize("name", ["crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8"])
 @pytest.mark.parametrize("fill", [0.0, 3.0])
-def test_equal_tokens_have_the_measures_of_one_direction(build, fill):
-    layer = build().encoder.blocks[0]
+def test_equal_tokens_have_the_measures_of_one_direction(build, name, fill):
+    layer = build(name).encoder.blocks[0]
     tokens = torch.full((2, 17, 24), fill)
     for measure in layer_measures():
-        if measure.name not in ("sparsity of codes",):
+        if measure.name != "sparsity of codes" and measure.applies("", layer):
             for (name, _), values in measure.values(layer, *[tokens] * len(measure.needs)).items():
                 assert values.isfinite().all()
                 if name in ("effective_rank", "participation_ratio"):

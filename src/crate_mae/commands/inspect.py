@@ -21,6 +21,7 @@ def inspect(
     baseline: Data = None,
     other_data: Data = None,
     train_data: Data = None,
+    foregrounds: Path | str | None = None,
     count: int = 256,
     mask_ratio: float | None = None,
     probe_images: int = 2000,
@@ -46,6 +47,8 @@ def inspect(
         other_data: images of another kind, such as photographs.
         train_data: images that the model was trained on; if they and DATA have labels, a linear probe is fitted to
             them for each layer.
+        foregrounds: a folder of masks with the names of their images, in which 0 is background, or a .csv file of boxes
+            (image,left,top,right,bottom); foregrounds that each layer tells are held to them.
         count: most images of each kind.
         mask_ratio: share of patches to hide while layers are measured. By default none.
         probe_images: most images that a probe is fitted to, and most that it is measured on; 0 for no probes.
@@ -73,6 +76,7 @@ def inspect(
         baseline=baseline,
         other_data=other_data,
         train_data=train_data,
+        foregrounds=foregrounds,
         count=count,
         mask_ratio=mask_ratio,
         probe_images=probe_images,

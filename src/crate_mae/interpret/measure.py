@@ -22,7 +22,7 @@ from crate_mae.evaluation.reconstruction import nested_masks, read_images
 from crate_mae.interpret.audit import CLAIMS, AuditRow, audit, audit_measures
 from crate_mae.interpret.depth import dead_coordinates, feature_ranks, pixels_from_layers
 from crate_mae.interpret.inversion import inverse_measures, layer_pairs, measure_inverse_weights
-from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT, layer_measures
+from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT, STAND_IN, SUBSPACES, layer_measures
 from crate_mae.interpret.statistics import Row, place_of
 from crate_mae.interpret.streaming import LayerMeasure, default_pass, stream
 from crate_mae.interpret.weights import measure_weights
@@ -208,7 +208,7 @@ def _measure(
         on_stage("rates, sparsity, ranks")
         streamed = stream(net, batches, _streamed_measures(), forward=forward)
         rows += streamed.rows
-        left_out |= dict.fromkeys(streamed.left_out, "no layer has what it is measured on")
+        left_out |= _why_not(streamed.left_out)
         on_stage("inverses")
         if layer_pairs(net) if isinstance(net, MaskedAutoencoder) else {}:
             rows += measure_inverse_weights(net)
@@ -218,6 +218,16 @@ def _measure(
         on_stage("information")
         rows += _information(net, backbone, images, batches, forward, left_out)
     return rows, left_out
+
+
+def _why_not(missing: list[str]) -> dict[str, str]:
+    """Reasons for measures that no layer has; a stand-in is not missed where there is the real thing."""
+    reasons = dict.fromkeys(missing, "no layer has what it is measured on")
+    if SUBSPACES not in missing:
+        reasons.pop(STAND_IN, None)
+    elif STAND_IN not in missing:
+        reasons[SUBSPACES] = "no layer has subspaces; value projections stand in for them, in the official form alone"
+    return reasons
 
 
 def _streamed_measures() -> list[LayerMeasure]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from matplotlib.figure import Figure
 
 from crate_mae.drawing.style import GREY, draw_line, legend_above, new_figure, panels
+from crate_mae.interpret.layer_measures import VALUE_RATE
 from crate_mae.interpret.statistics import Row, find
 
 _MOST_TICKS = 16
@@ -27,6 +28,9 @@ _PANELS = {
     "subspace rate R$^c$ (nats)": [
         _Curve("subspace_rate_normalised", point, number, label) for number, (point, label) in enumerate(_POINTS)
     ],
+    "stand-in for R$^c$, by values (nats)": [
+        _Curve(VALUE_RATE, point, number, label) for number, (point, label) in enumerate(_POINTS)
+    ],
     "exact zeros in the code (share)": [_Curve("zero_fraction", "code", 2, "")],
     "effective rank of tokens": [_Curve("effective_rank", "z_next", 2, "after the layer")],
     "effective rank of features": [_Curve("feature_rank", "z_next", 2, "after the layer")],
@@ -37,7 +41,8 @@ def draw_layers(rows: Sequence[Row], control: Sequence[Row] = ()) -> Figure:
     """Subspace rate, sparsity and ranks of every layer, the decoder's behind the encoder's.
 
     R^c is that of the tokens as the layer's own MSSA would see them. In the encoder MSSA comes first and ISTA second;
-    in the decoder first the dictionary, then MSSA with a minus sign. The rank of tokens is a mean over images, that of
+    in the decoder first the dictionary, then MSSA with a minus sign. A black-box Vision Transformer has a stand-in for
+    R^c, see `interpret.layer_measures.value_rates`. The rank of tokens is a mean over images, that of
     features (mean tokens) one number for all images. A panel of which nothing was measured is left out.
 
     Args:

@@ -2,61 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
+from crate_mae.interpret.foregrounds import LOCALISED, OVERLAP
 from crate_mae.interpret.report.inspection import Inspection, Measured
+from crate_mae.interpret.report.panels import COLOUR_OF, Curves, Line, Panel, by_subject, line_of
 from crate_mae.interpret.report.probes import ACCURACY
 from crate_mae.interpret.report.subjects import LABELS
-from crate_mae.interpret.statistics import Row
 
-COLOUR_OF = {key: number for number, key in enumerate(LABELS)}
 _POINTS = {"z": "input", "z_half": "after the first step", "z_next": "output"}
-_ENCODER_ALONE = ("rate_reduction", "objective")  # which the decoder is not derived to climb
 _FORMS = {
     "subspace_rate": "R$^c$ of tokens as they are (nats)",
     "subspace_rate_normalised": "R$^c$ of normalised tokens (nats)",
     "subspace_rate_official": "R$^c$ as the official code (nats)",
 }
-
-
-class Line(NamedTuple):
-    """One curve.
-
-    Attributes:
-        label: for the legend.
-        number: of colour and symbol.
-        rows: its points, of encoder and decoder.
-        dashed: whether it is a control within one network.
-    """
-
-    label: str
-    number: int
-    rows: list[Row]
-    dashed: bool = False
-
-
-class Panel(NamedTuple):
-    """Curves that share their axes."""
-
-    title: str
-    lines: list[Line]
-
-
-class Curves(NamedTuple):
-    """A figure of panels.
-
-    Attributes:
-        name: of its files.
-        title: as text.
-        caption: two sentences on how to read it, as HTML.
-        panels: those that have a curve.
-    """
-
-    name: str
-    title: str
-    caption: str
-    panels: list[Panel]
 
 
 def layer_figures(inspection: Inspection) -> list[Curves]:
@@ -77,14 +34,39 @@ def weight_figures(inspection: Inspection) -> list[Curves]:
     return [figure for figure in (_weights(inspection), _inverses(inspection)) if figure.panels]
 
 
+def foreground_figures(inspection: Inspection) -> list[Curves]:
+    """The figure of foregrounds that somebody drew; none if nobody did."""
+    asked = [
+        ("overlap, by attention (IoU)", OVERLAP, "attention"),
+        ("overlap, by component (IoU)", OVERLAP, "component"),
+        ("right boxes, by attention (share)", LOCALISED, "attention"),
+        ("right boxes, by component (share)", LOCALISED, "component"),
+    ]
+    panels = by_subject(inspection.measured, asked)
+    for panel in panels:
+        measure = next(measure for title, measure, _ in asked if title == panel.title)
+        panel.lines.append(Line("all of the image", len(LABELS), inspection.model.find(measure, "everything"), True))
+    scored = Curves(
+        "foreground_scores",
+        "How well foregrounds are found",
+        "Each line is how well the foregrounds that a layer tells agree with those that somebody drew: the overlap of "
+        "masks, and the share of images in which the box of the largest part overlaps a true one by more than a half. "
+        "Only what lies above random weights and above the dashed line, which takes all of the image for foreground, "
+        "was found by what the network learned.",
+        panels,
+    )
+    return [scored] if panels else []
+
+
 def _subspace_rates(inspection: Inspection) -> Curves:
     return Curves(
         "subspace_rates",
         "The subspace rate, layer by layer",
         "Each line is R<sup>c</sup> between the two steps of a layer (after MSSA in the encoder), as mean over images "
-        "with its 95% interval, of the model or of one control. The derivation promises lines that fall from left to "
-        "right through the encoder (E) and rise through the decoder (D).",
-        _by_subject(inspection.measured, [(title, form, "z_half") for form, title in _FORMS.items()]),
+        "with its 95% interval, of the model or of one control; a dashed line is the stand-in of a network without "
+        "subspaces. The derivation promises lines that fall from left to right through the encoder (E) and rise "
+        "through the decoder (D), and promises nothing of dashed ones.",
+        by_subject(inspection.measured, [(title, form, "z_half") for form, title in _FORMS.items()]),
     )
 
 
@@ -92,18 +74,25 @@ def _within_layers(model: Measured) -> Curves:
     panels = []
     for form, title in _FORMS.items():
         lines = [
-            Line(label, number, _both_parts(model, form, point))
+            line._replace(label=label, number=number)
             for number, (point, label) in enumerate(_POINTS.items())
+            if (line := line_of(model, form, point))
         ]
-        panels.append(Panel(title, [line for line in lines if line.rows]))
+        if lines:
+            panels.append(Panel(title, lines))
+    is_stand_in = any(line.dashed for panel in panels for line in panel.lines)
     return Curves(
         "within_layers",
         "What each step of a layer does to it",
         "For the model alone, R<sup>c</sup> of the same images at three points of each layer, measured with that "
-        "layer’s own subspaces: its input (circles), after its first step (squares), its output (triangles). In the "
-        "encoder the first step is MSSA, so that squares should lie below circles; in the decoder the second step is "
-        "MSSA with a minus sign, so that triangles should lie above squares.",
-        [panel for panel in panels if panel.lines],
+        "layer’s own subspaces: its input (circles), after its first step (squares), its output (triangles). "
+        + (
+            "The model has no subspaces, so that these are of its stand-in, and nothing says where squares should lie."
+            if is_stand_in
+            else "In the encoder the first step is MSSA, so that squares should lie below circles; in the decoder the "
+            "second step is MSSA with a minus sign, so that triangles should lie above squares."
+        ),
+        panels,
     )
 
 
@@ -115,7 +104,7 @@ def _rates(inspection: Inspection) -> Curves:
         "telling the subspaces apart saves, and the objective, which is the encoder’s alone, also subtracts λ for each "
         "non-zero entry. An encoder that climbs its objective has lines of R − R<sup>c</sup> and of the objective that "
         "rise from left to right.",
-        _by_subject(
+        by_subject(
             inspection.measured,
             [
                 ("R of tokens as they are (nats)", "coding_rate", "z_next"),
@@ -128,7 +117,7 @@ def _rates(inspection: Inspection) -> Curves:
 
 
 def _sparsity(inspection: Inspection) -> Curves:
-    panels = _by_subject(
+    panels = by_subject(
         inspection.measured,
         [
             ("share of exact zeros", "zero_fraction", "z_next"),
@@ -160,7 +149,7 @@ def _ranks(inspection: Inspection) -> Curves:
         "in the latter), and of the tokens’ energy one share lies in their best subspaces, another in what tokens of "
         "one image differ by. Ranks near 1 and differences near 0 mean that tokens have become alike, which makes "
         "every rate small without any structure.",
-        _by_subject(
+        by_subject(
             inspection.measured,
             [
                 ("effective rank of an image’s tokens", "effective_rank", "z_next"),
@@ -179,7 +168,7 @@ def _information(inspection: Inspection) -> Curves:
         "How much of its patch each token still tells a linear map (1 is everything), how many directions tell images "
         "apart, which share of coordinates is zero for every token of every image, and how well a linear classifier "
         "does on each layer. High is good in all but the share of dead coordinates.",
-        _by_subject(
+        by_subject(
             inspection.measured,
             [
                 ("pixels told by tokens (R²)", "pixel_r2", "z_next"),
@@ -199,7 +188,7 @@ def _weights(inspection: Inspection) -> Curves:
         "bases that are orthonormal (error 0), heads that are incoherent (cosine 0), outputs that are the bases again "
         "(cosine 1) and dictionaries near an isometry (error 0). The line of random weights shows what chance gives in "
         "these dimensions: only the difference to it was learned.",
-        _by_subject(
+        by_subject(
             _networks(inspection),
             [
                 ("orthonormality error, scaled", "orthonormality_error_scaled", ""),
@@ -244,23 +233,3 @@ def _inverses(inspection: Inspection) -> Curves:
 
 def _networks(inspection: Inspection) -> list[Measured]:
     return [found for found in inspection.measured if found.has_own_network]
-
-
-def _by_subject(subjects: Iterable[Measured], asked: Sequence[tuple[str, str, str]]) -> list[Panel]:
-    """A panel for each (title, measure, point) that anybody has, with a line for each subject that has it."""
-    subjects = list(subjects)
-    panels = []
-    for title, measure, point in asked:
-        lines = [
-            Line(subject.label, COLOUR_OF[subject.key], rows)
-            for subject in subjects
-            if (rows := _both_parts(subject, measure, point))
-        ]
-        if lines:
-            panels.append(Panel(title, lines))
-    return panels
-
-
-def _both_parts(subject: Measured, measure: str, point: str) -> list[Row]:
-    encoder = subject.find(measure, point)
-    return encoder if measure in _ENCODER_ALONE else encoder + subject.find(measure, point, part="decoder")

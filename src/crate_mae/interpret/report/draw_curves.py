@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from crate_mae.drawing.style import GREY, colour, draw_line, marker, new_figure, panels
-from crate_mae.interpret.report.curves import Curves, Line, Panel
+from crate_mae.interpret.report.panels import Curves, Line, Panel
 from crate_mae.interpret.report.wording import interval
 from crate_mae.interpret.statistics import Row
 
@@ -15,6 +15,7 @@ _WIDTH, _PANEL_HEIGHT, _LEGEND_HEIGHT = 11.0, 3.2, 0.6  # inches
 _MOST_TICKS = 14
 _LOGARITHMIC_FROM = 100.0  # largest value over smallest
 _LEAST_SPAN = 0.1  # of an axis, relative to the largest value
+_ONE_LINE = 5  # names in a line of the legend
 _MORE_ROOM = 4  # panels of which there are as many stand in two columns
 
 
@@ -30,7 +31,10 @@ def draw_curves(curves: Curves) -> Figure:
         place.set_axis_off()
     lines = {line.label: line for panel in curves.panels for line in panel.lines}
     handles = [_handle(line) for line in lines.values()]
-    figure.legend(handles, list(lines), loc="outside upper center", ncols=4, frameon=False, fontsize=10.5)
+    columns_of_legend = len(lines) if len(lines) <= _ONE_LINE else math.ceil(len(lines) / 2)
+    figure.legend(
+        handles, list(lines), loc="outside upper center", ncols=columns_of_legend, frameon=False, fontsize=10.5
+    )
     return figure
 
 
@@ -78,6 +82,9 @@ def _label_layers(axes: Any, rows: list[Row], first_of_decoder: int) -> None:
     step = math.ceil(len(names) / _MOST_TICKS)
     ticks = [x for x in sorted(names) if int(names[x][1:]) % step == 0]
     axes.set_xticks(ticks, [names[x] for x in ticks])
+    axes.set_xlabel(
+        "layer of encoder (E) and decoder (D)" if first_of_decoder <= max(names) else "layer of the encoder"
+    )
     if 0 < first_of_decoder <= max(names):
         axes.axvline(first_of_decoder - 0.5, color=GREY, linewidth=1, linestyle=":")
 

@@ -16,7 +16,7 @@ from crate_mae.evaluation.completion_quality import completion_quality
 from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks, read_images
 from crate_mae.interpret.attention_maps import mass_mask, principal_mask
 from crate_mae.interpret.measure import Opened
-from crate_mae.interpret.pictures.attention import class_attention
+from crate_mae.interpret.pictures.attention import ClassAttention, class_attention
 from crate_mae.interpret.pictures.inputs import encode_patches, shown_images
 from crate_mae.interpret.report.subjects import Subject
 from crate_mae.interpret.tokens import Neighbours, nearest_tokens, token_colours
@@ -24,6 +24,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.tracing import layers_of
 
 DEFAULT_MASK_RATIO = 0.75  # of completions, if nobody knows that of the training
+_LOOKED_AT = ("model", "random", "baseline")
 _SHOWN = 4
 _COMPLETED = 8
 _POOL = 64  # images among which neighbours are looked for
@@ -51,12 +52,12 @@ class Attention(NamedTuple):
     """What class tokens look at.
 
     Attributes:
-        heads: of the last layer, each head's share for each place, on a grid finer than that of the patches.
+        fine: of the last layer, on a grid finer than that of the patches.
         saliency: of every layer, mean over heads, on the grid of the patches.
         mass: foreground by the last layer's saliency.
     """
 
-    heads: Float[Tensor, "b h fh fw"]
+    fine: ClassAttention
     saliency: Float[Tensor, "l b gh gw"]
     mass: Bool[Tensor, "b gh gw"]
 
@@ -133,7 +134,7 @@ def collect_examples(subjects: dict[str, Subject], *, count: int, mask_ratio: fl
         left_out["completions"] = "the model has no decoder"
     looks = {}
     for key, subject in subjects.items():
-        if not subject.has_own_network:
+        if key not in _LOOKED_AT:
             continue
         if grid_size(subject.opened.backbone.encoder) is None:
             left_out[f"pictures of tokens and attention, {subject.label}"] = "its patches lie on no grid"
@@ -192,7 +193,7 @@ def _attention(encoder: nn.Module, images: Float[Tensor, "b c hh ww"]) -> tuple[
     except UserError as error:
         return None, str(error)
     saliency = torch.stack([found.saliency for found in layers])
-    return Attention(fine.heads, saliency, mass_mask(saliency[-1])), ""
+    return Attention(fine, saliency, mass_mask(saliency[-1])), ""
 
 
 def _stride(encoder: nn.Module, images: Float[Tensor, "b c hh ww"]) -> int:

@@ -5,9 +5,10 @@ from typing import TypeAlias
 
 from matplotlib.figure import Figure
 
-from crate_mae.interpret.report.curves import Curves, layer_figures, weight_figures
+from crate_mae.interpret.report.curves import foreground_figures, layer_figures, weight_figures
 from crate_mae.interpret.report.draw_curves import draw_curves
 from crate_mae.interpret.report.inspection import Inspection
+from crate_mae.interpret.report.panels import Curves
 from crate_mae.interpret.report.pictures import Grid, attention_grids, completion_grid, draw_grid, token_grids
 
 Plan: TypeAlias = Mapping[str, Sequence[Curves | Grid]]  # from a section's anchor to its figures
@@ -20,7 +21,7 @@ def plan_figures(inspection: Inspection) -> Plan:
         "model": [completion_grid(completed)] if completed is not None else [],
         "layers": layer_figures(inspection),
         "weights": weight_figures(inspection),
-        "attention": attention_grids(inspection),
+        "attention": [*attention_grids(inspection), *foreground_figures(inspection)],
         "tokens": token_grids(inspection),
     }
 

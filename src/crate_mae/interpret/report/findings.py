@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from crate_mae.drawing.page import table
+from crate_mae.interpret.layer_measures import VALUE_RATE
 from crate_mae.interpret.report.findings_layers import information_finding, inverses_finding, steps_finding
 from crate_mae.interpret.report.inspection import Inspection, Measured
 from crate_mae.interpret.report.wording import Course, Finding, course, listed
@@ -13,6 +14,14 @@ FORMS = {
     "subspace_rate_normalised": "of normalised tokens",
     "subspace_rate_official": "as the official code takes it",
 }
+OFFICIAL = "subspace_rate_official"
+STAND_IN_LIMITS = (
+    "A stand-in takes the value projection W<sub>v</sub> of each head for U<sub>k</sub>: values are what attention "
+    "mixes and passes on, as MSSA does with U<sub>k</sub><sup>⊤</sup>z. It says whether the values of one image become "
+    "more alike. It does not say that a network compresses: nothing in a black box is derived to lower it, tokens are "
+    "compared there by other projections (queries and keys), and its height means nothing next to that of a network of "
+    "another width."
+)
 # Measure: its name, and the verdict that means sparser.
 SPARSITY = {
     "zero_fraction": ("share of exact zeros", "rises"),
@@ -35,32 +44,33 @@ def write_findings(inspection: Inspection) -> list[Finding]:
 
 def rates_finding(inspection: Inspection) -> Finding:
     """Does R^c fall through the encoder?"""
-    anchor, question = "compression", "Does the subspace rate fall through the encoder?"
     courses = _courses(inspection, {form: (form, "z_half") for form in FORMS})
-    own = courses.get("model")
-    if own is None:
+    stand_ins = _courses(inspection, {OFFICIAL: (VALUE_RATE, "z_half")})
+    own, more = courses.get("model"), []
+    if own is not None:
+        answer = f"From the first encoder layer to the last, {RATE} {_tally(own)}."
+        more += [*_against_random(own, courses.get("random"), inspection.model.is_fresh), *_collapse(inspection.model)]
+        if reduction := course(inspection.model.find("rate_reduction", "z_half")):
+            more.append(
+                f"The rate reduction R − {RATE} of tokens as they are, which the layers are to raise: {reduction}."
+            )
+    else:
         answer = f"This model’s attention is not MSSA: it has no subspaces, so {RATE} is not defined for it."
-        return Finding(anchor=anchor, question=question, answer=answer)
-    more = [*_against_random(own, courses.get("random"), inspection.model.is_fresh), *_collapse(inspection.model)]
-    reduction = course(inspection.model.find("rate_reduction", "z_half"))
-    if reduction is not None:
-        more.append(f"The rate reduction R − {RATE} of tokens as they are, which the layers are to raise: {reduction}.")
+        if "model" in stand_ins:
+            answer += f" With value projections in the place of subspaces: {stand_ins['model'][OFFICIAL]}."
     return Finding(
-        anchor=anchor,
-        question=question,
-        answer=f"From the first encoder layer to the last, {RATE} {_tally(own)}.",
-        more=tuple(more),
-        table=_course_table(inspection, courses, FORMS, f"{RATE} after MSSA, first → last encoder layer, in nats"),
+        anchor="compression",
+        question="Does the subspace rate fall through the encoder?",
+        answer=answer,
+        more=(*more, *_black_boxes(inspection, stand_ins)),
+        table=_rates_table(inspection, courses, stand_ins),
     )
 
 
 def sparsity_finding(inspection: Inspection) -> Finding:
     """Do tokens become sparser with depth?"""
     courses = _courses(inspection, {measure: (measure, "z_next") for measure in SPARSITY})
-    more = [
-        f"{found.label[0].upper()}{found.label[1:]}: {_sparser(courses[found.key])}."
-        for found in inspection.measured[1:]
-    ]
+    more = [f"{_capitalised(found.label)}: {_sparser(courses[found.key])}." for found in inspection.measured[1:]]
     if inspection.model.find("zero_fraction", "z_next")[-1].mean == 0:
         more.append("There are no exact zeros in the last layer’s output.")
     names = {measure: name for measure, (name, _) in SPARSITY.items()}
@@ -84,11 +94,51 @@ def _courses(inspection: Inspection, wanted: dict[str, tuple[str, str]]) -> dict
     return found
 
 
-def _course_table(
-    inspection: Inspection, courses: dict[str, dict[str, Course]], columns: dict[str, str], caption: str
+def _black_boxes(inspection: Inspection, stand_ins: dict[str, dict[str, Course]]) -> list[str]:
+    """What value projections say of the networks without subspaces, and what they do not."""
+    found = [
+        f"{_capitalised(subject.label)}, a black box, with value projections in the place of subspaces: "
+        f"{stand_ins[subject.key][OFFICIAL]}."
+        for subject in inspection.measured[1:]
+        if subject.key in stand_ins
+    ]
+    for trained, fresh in (("model", "random"), ("baseline", "random_baseline")):
+        if trained in stand_ins and fresh in stand_ins:
+            found.append(_learned(*(stand_ins[key][OFFICIAL] for key in (trained, fresh))))
+    return [*found, STAND_IN_LIMITS] if stand_ins else []
+
+
+def _learned(trained: Course, fresh: Course) -> str:
+    """Whether the course of a stand-in is one of training."""
+    verb = _VERBS[fresh.verdict]
+    if trained.verdict == fresh.verdict:
+        return f"With random weights that stand-in {verb} as well: its direction alone shows nothing that was learned."
+    return f"With random weights that stand-in {verb}: the difference was learned."
+
+
+def _rates_table(
+    inspection: Inspection, courses: dict[str, dict[str, Course]], stand_ins: dict[str, dict[str, Course]]
 ) -> str:
+    """The table of the courses of R^c; empty if no network has any."""
+    if not courses and not stand_ins:
+        return ""
+    marked = dict.fromkeys(stand_ins, "<br>(stand-in)")
+    caption = f"{RATE} after the attention step, first → last encoder layer, in nats"
+    return _course_table(inspection, stand_ins | courses, FORMS, caption, marked)
+
+
+def _course_table(
+    inspection: Inspection,
+    courses: dict[str, dict[str, Course]],
+    columns: dict[str, str],
+    caption: str,
+    marks: dict[str, str] | None = None,
+) -> str:
+    def cell(found: Course | None) -> str:
+        return "–" if found is None else f"{found.ends}<br>{found.direction}"
+
     lines = [
-        [subject.label, *(f"{found.ends}<br>{found.direction}" for name in columns if (found := own[name]))]
+        [subject.label + (marks or {}).get(subject.key, ""), *(cell(own.get(name)) for name in columns)]
         for subject in inspection.measured
         if (own := courses.get(subject.key))
     ]
@@ -133,6 +183,10 @@ def _collapse(model: Measured) -> list[str]:
     else:
         lesson = "Tokens do not become more alike, so that no rate falls for that reason."
     return [f"The share of the tokens’ energy in which tokens of one image differ: {found}. {lesson}"]
+
+
+def _capitalised(label: str) -> str:
+    return label[0].upper() + label[1:]
 
 
 def _sparser(courses: dict[str, Course]) -> str:

@@ -10,14 +10,17 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from crate_mae.data.facts import fixed_sample
 from crate_mae.errors import UserError
 from crate_mae.evaluation.probing import versions
 from crate_mae.interpret.audit import AuditRow
+from crate_mae.interpret.foregrounds import Drawings, read_drawings, read_drawn, score_foregrounds
 from crate_mae.interpret.measure import LayerMeasures, Progress, measure_layers
 from crate_mae.interpret.report.description import describe, tokens_of
-from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples
+from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples, grid_size
 from crate_mae.interpret.report.probes import ProbeImages, probe_images, probe_rows
 from crate_mae.interpret.report.settings import Settings
 from crate_mae.interpret.report.subjects import LABELS, NETWORKS, Subject, open_subjects
@@ -148,6 +151,9 @@ def inspect_model(
     """
     say, known = on_stage or (lambda _stage: None), training or Training()
     subjects, left_out = open_subjects(settings)
+    drawings = None if settings.foregrounds is None else read_drawings(Path(settings.foregrounds))
+    if drawings is None:
+        left_out["scores of foregrounds"] = "no masks or boxes were given with --foregrounds"
     images, why_not = _probe_images(subjects, settings)
     if images is None:
         left_out["linear probes"] = why_not
@@ -155,7 +161,8 @@ def inspect_model(
     measured = []
     for subject in subjects.values():
         say(f"{subject.label}: {subject.opened.name} on {subject.source.name}")
-        measured.append(_measure(subject, settings, images, notes, say))
+        scores = _foreground_rows(subject, settings, drawings)
+        measured.append(_measure(subject, settings, images, notes, say, scores))
     say("pictures")
     hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
     examples = collect_examples(subjects, count=settings.count, mask_ratio=hidden, seed=settings.seed)
@@ -173,7 +180,12 @@ def inspect_model(
 
 
 def _measure(
-    subject: Subject, settings: Settings, images: ProbeImages | None, notes: list[str], say: Progress
+    subject: Subject,
+    settings: Settings,
+    images: ProbeImages | None,
+    notes: list[str],
+    say: Progress,
+    scores: list[Row],
 ) -> Measured:
     measures = measure_layers(
         subject.opened,
@@ -183,6 +195,7 @@ def _measure(
         seed=settings.seed,
         on_stage=lambda stage: say(f"{subject.label}: {stage}"),
     )
+    measures = dataclasses.replace(measures, rows=[*measures.rows, *scores])
     if images is not None and subject.has_own_network:
         say(f"{subject.label}: linear probes")
         rows, converged = probe_rows(subject.opened.backbone, images)
@@ -195,6 +208,16 @@ def _measure(
         tokens=tokens_of(subject.opened),
         measures=measures,
     )
+
+
+def _foreground_rows(subject: Subject, settings: Settings, drawings: Drawings | None) -> list[Row]:
+    """How well a network finds what was drawn on the images."""
+    encoder = subject.opened.backbone.encoder
+    if drawings is None or not subject.has_own_network or grid_size(encoder) is None:
+        return []
+    chosen = fixed_sample(len(subject.source), settings.count, settings.seed)
+    drawn = read_drawn(drawings, subject.source, chosen, subject.opened.backbone)
+    return score_foregrounds(encoder, drawn)
 
 
 def _probe_images(subjects: dict[str, Subject], settings: Settings) -> tuple[ProbeImages | None, str]:
@@ -214,7 +237,7 @@ def _shortages(subjects: dict[str, Subject], measured: Sequence[Measured], setti
     """Sentences on sources that had fewer images than were asked for."""
     notes = []
     for found in measured:
-        if found.measures.images < settings.count and found.key not in ("random", "baseline"):
+        if found.measures.images < settings.count and found.key not in NETWORKS[1:]:
             bad = f", {len(found.measures.bad)} of which cannot be read" if found.measures.bad else ""
             held = len(subjects[found.key].source)
             notes.append(

@@ -24,6 +24,8 @@ in three forms:</p>
 <li><b>of normalised tokens</b>: after the normalisation in front of the layer’s MSSA, so as MSSA sees them;</li>
 <li><b>as the official code takes it</b>: the same, with every projection scaled to length 1, and 0.01 for ε².</li>
 </ul>
+<p>A network whose attention is not MSSA has no subspaces. If its heads have values of their own, their projections
+stand in for U<sub>k</sub>, in the last form alone, where the size of a projection does not count.</p>
 <p class="small">E0, E1, … are layers of the encoder, D0, D1, … of the decoder, numbered from 0 as everywhere in
 crate-mae. Rates also depend on the number of tokens and on their width: of networks of another shape compare how curves
 go, and not how high they are. The objective takes λ = {SPARSITY_WEIGHT:g}.</p>

@@ -19,6 +19,7 @@ class Settings:
         baseline: another model, measured on the same images.
         other_data: images of another kind.
         train_data: images that the model was trained on.
+        foregrounds: masks or boxes of the images of `data`, see `interpret.foregrounds.read_drawings`.
         count: most images of each.
         mask_ratio: share of patches that are hidden while layers are measured; None hides none.
         probe_images: most training images, and most others, of the linear probes; 0 for none.
@@ -33,6 +34,7 @@ class Settings:
     baseline: Any = None
     other_data: Any = None
     train_data: Any = None
+    foregrounds: Any = None
     count: int = 256
     mask_ratio: float | None = None
     probe_images: int = 2000
@@ -55,7 +57,7 @@ class Settings:
     def command(self) -> str:
         """What to type to make the report again."""
         words = ["crate-mae", "inspect", name_of(self.model), name_of(self.data), "--out", "DIR"]
-        for option in ("baseline", "other_data", "train_data", "mask_ratio"):
+        for option in ("baseline", "other_data", "train_data", "foregrounds", "mask_ratio"):
             value = getattr(self, option)
             words += [] if value is None else [f"--{option.replace('_', '-')}", name_of(value)]
         for option in ("count", "probe_images", "seed"):

@@ -20,10 +20,11 @@ LABELS = {
     "model": "the model",
     "random": "random weights",
     "baseline": "baseline",
+    "random_baseline": "random baseline",
     "other": "other images",
     "train": "training images",
 }
-NETWORKS = ("model", "random", "baseline")  # those with weights of their own
+NETWORKS = ("model", "random", "baseline", "random_baseline")  # those with weights of their own
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,16 @@ def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str
     model = open_measurable(settings.model, settings.seed)
     found = {"model": Subject("model", model, data)}
     left_out: dict[str, str] = {}
-    twin = fresh_twin(model, settings.seed + 1)
-    if twin is None:
-        left_out["random weights"] = f"nobody can tell how a {model.name} from Python is built anew"
-    else:
-        found["random"] = Subject("random", twin, data)
+    _add_twin(found, "random", model, settings.seed, left_out)
     if settings.baseline is None:
         left_out["baseline"] = "no model was given with --baseline"
     else:
-        found["baseline"] = Subject("baseline", open_measurable(settings.baseline, settings.seed), data)
+        baseline = open_measurable(settings.baseline, settings.seed)
+        found["baseline"] = Subject("baseline", baseline, data)
+        if baseline.backbone.is_fresh:
+            left_out[LABELS["random_baseline"]] = "the baseline has random weights itself"
+        else:
+            _add_twin(found, "random_baseline", baseline, settings.seed, left_out)
     for key, other in (("other", settings.other_data), ("train", settings.train_data)):
         if other is None:
             left_out[LABELS[key]] = f"none were given with --{key}-data"
@@ -100,6 +102,15 @@ def fresh_twin(model: Opened, seed: int) -> Opened | None:
         )
     opened = open_measurable(twin, seed)
     return Opened(model.name, opened.net, replace(opened.backbone, is_fresh=True))
+
+
+def _add_twin(found: dict[str, Subject], key: str, network: Opened, seed: int, left_out: dict[str, str]) -> None:
+    """The same network with fresh weights as a control, or the reason why there is none."""
+    twin = fresh_twin(network, seed + 1)
+    if twin is None:
+        left_out[LABELS[key]] = f"nobody can tell how a {network.name} from Python is built anew"
+    else:
+        found[key] = Subject(key, twin, found["model"].source)
 
 
 def _refuse_same(found: dict[str, Subject]) -> None:

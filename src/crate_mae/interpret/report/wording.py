@@ -130,8 +130,8 @@ def rates_set(text: str) -> str:
 
 
 def percent(share: float) -> str:
-    """A share as whole percents."""
-    return f"{100 * share:.0f}%"
+    """A share as whole percents, with a true minus sign."""
+    return f"{100 * share:.0f}%".replace("-", "−")
 
 
 def listed(words: Sequence[str]) -> str:
