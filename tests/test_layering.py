@@ -18,7 +18,10 @@ LAYERS = {
     "interpret": {"theory", "models", "data", "evaluation", "drawing"},
     "costs": {"models", "training"},
     "comparison": {"theory", "models", "data", "training", "evaluation", "drawing", "costs"},
-    "commands": {"theory", "models", "data", "training", "evaluation", "interpret", "comparison", "costs", "drawing"},
+    "app": {"theory", "models", "data", "evaluation", "interpret", "drawing"},
+    "deployment": {"theory", "models", "data"},
+    "commands": {"theory", "models", "data", "training", "evaluation", "interpret", "comparison", "costs", "drawing"}
+    | {"app", "deployment"},
     "cli": {"theory", "models", "data", "training", "evaluation", "comparison", "commands"},
     "__main__": {"cli"},
     "__init__": {"theory", "models", "data", "training", "evaluation", "commands"},
@@ -27,7 +30,8 @@ LAYERS = {
     "after_import": set(),
 }
 HEAVY = {"torch", "torchvision", "timm", "accelerate", "sklearn", "torchmetrics", "matplotlib", "numpy", "pyarrow"}
-OPTIONAL = {"datasets", "tensorboard", "wandb"}
+OPTIONAL = {"datasets", "tensorboard", "wandb", "gradio", "fastapi", "uvicorn", "onnx", "onnxruntime"}
+NEEDED = {"app": {"gradio", "fastapi", "uvicorn"}}  # without which the layer is nothing; it is imported by its command
 
 
 def layer_of(path):
@@ -59,7 +63,7 @@ def violations(path, source):
             target = rest[0] if rest else "__init__"  # the package itself, which leads everywhere
             if target not in LAYERS[layer] | {layer, "errors", "lazy", "after_import"}:
                 yield f"{layer} imports {module}, which is not below it"
-        if root in OPTIONAL and at_top:
+        if root in OPTIONAL - NEEDED.get(layer, set()) and at_top:
             yield f"{module} is optional, and is imported with the file"
         if root in HEAVY and at_top and layer in {"commands", "cli", "__main__", "__init__", "errors", "lazy"}:
             yield f"{module} is heavy, and is imported with the file"
@@ -81,6 +85,8 @@ def test_imports_only_point_down(path):
         ("evaluation/x.py", "from crate_mae.comparison.options import Options"),
         ("commands/x.py", "import torch"),
         ("data/x.py", "from datasets import load_dataset"),
+        ("commands/x.py", "import gradio"),
+        ("interpret/x.py", "from crate_mae.app import page"),
     ],
 )
 def test_an_upward_heavy_or_optional_import_would_be_seen(where, source):

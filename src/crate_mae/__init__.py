@@ -1,7 +1,7 @@
 """Masked completion by a white-box transformer: CRATE-MAE, to train, to use and to look inside.
 
-Names are imported when first used, so that `import crate_mae` and `crate-mae --help` cost nothing. timm is told of our
-models when it is imported itself, before or after: see `after_import`.
+Names are imported when first used, so that `import crate_mae` and `crate-mae --help` cost nothing. timm and
+transformers are told of our models when they are imported themselves, before or after: see `after_import`.
 """
 
 from typing import TYPE_CHECKING
@@ -11,15 +11,18 @@ from crate_mae.lazy import lazy_names
 
 if TYPE_CHECKING:
     from crate_mae.commands.compare import compare
+    from crate_mae.commands.convert import convert
     from crate_mae.commands.doctor import doctor
     from crate_mae.commands.embed import embed
     from crate_mae.commands.estimate import estimate
     from crate_mae.commands.evaluate import eval_fewshot, eval_knn, eval_linear
     from crate_mae.commands.evaluate_reconstruction import eval_reconstruction
+    from crate_mae.commands.export import export
     from crate_mae.commands.finetune import finetune
     from crate_mae.commands.inspect import inspect
     from crate_mae.commands.predict import predict
     from crate_mae.commands.pretrain import pretrain, resume
+    from crate_mae.commands.push import push
     from crate_mae.commands.reconstruct import reconstruct
     from crate_mae.commands.try_digits import try_digits
     from crate_mae.commands.viz import viz_attention, viz_layers, viz_pca
@@ -38,6 +41,7 @@ _HOMES = {
     "RunStopped": "errors",
     "UserError": "errors",
     "compare": "commands.compare",
+    "convert": "commands.convert",
     "create_model": "models.presets",
     "doctor": "commands.doctor",
     "finetune": "commands.finetune",
@@ -47,12 +51,14 @@ _HOMES = {
     "eval_knn": "commands.evaluate",
     "eval_linear": "commands.evaluate",
     "eval_reconstruction": "commands.evaluate_reconstruction",
+    "export": "commands.export",
     "from_official": "models.official",
     "inspect": "commands.inspect",
     "list_models": "models.presets",
     "load": "models.weights",
     "predict": "commands.predict",
     "pretrain": "commands.pretrain",
+    "push": "commands.push",
     "reconstruct": "commands.reconstruct",
     "resume": "commands.pretrain",
     "save": "models.weights",
@@ -71,6 +77,7 @@ __all__ = [
     "RunStopped",
     "UserError",
     "compare",
+    "convert",
     "create_model",
     "doctor",
     "embed",
@@ -79,6 +86,7 @@ __all__ = [
     "eval_knn",
     "eval_linear",
     "eval_reconstruction",
+    "export",
     "finetune",
     "from_official",
     "inspect",
@@ -86,6 +94,7 @@ __all__ = [
     "load",
     "predict",
     "pretrain",
+    "push",
     "reconstruct",
     "resume",
     "save",
@@ -99,7 +108,14 @@ __all__ = [
 
 __getattr__ = lazy_names(__name__, _HOMES)
 
-import_after({"timm": "crate_mae.models.timm_models"})
+import_after(
+    {
+        "timm": "crate_mae.models.timm_models",
+        "transformers.models.auto.configuration_auto": "crate_mae.deployment.huggingface.configuration",
+        "transformers.models.auto.modeling_auto": "crate_mae.deployment.huggingface.modeling",
+        "transformers.models.auto.image_processing_auto": "crate_mae.deployment.huggingface.processing",
+    }
+)
 
 
 def __dir__() -> list[str]:

@@ -19,8 +19,11 @@ from crate_mae.data import evaluation_transform
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
+from crate_mae.models.autoencoder import build
+from crate_mae.models.description import config_from_settings, is_encoder_of_transformers, is_of_timm
 from crate_mae.models.presets import list_models
-from crate_mae.models.weights import load
+from crate_mae.models.tensors import misfits, read_tensors
+from crate_mae.models.weights import CONFIG_FILE, WEIGHTS_FILE, description_in, folder_of, load
 
 _PIXELS_SIDE = 32
 _PATIENCE = 10.0  # seconds
@@ -83,6 +86,7 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
     | MODEL | is |
     |---|---|
     | any form that `crate_mae.load` takes | its encoder; of a preset's name, with fresh weights |
+    | a folder of an encoder alone | as `crate-mae export --part encoder` and `crate-mae convert` write it |
     | `timm:NAME` | a network of timm with its published weights, downloaded at the first use |
     | `timm:NAME:random` | the same with fresh weights, as a control |
     | `pixels`, `pixels:SIZE` | colour pixels at 32 x 32 or another size, as a control |
@@ -102,6 +106,12 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
         return _pixels(name)
     if isinstance(model, str) and name.startswith("timm:"):
         return _from_timm(name, seed)
+    folder = folder_of(model)
+    described = description_in(folder)
+    if is_of_timm(described):
+        return _from_timm_folder(folder, name)
+    if is_encoder_of_transformers(described):
+        return _from_encoder_folder(folder, name, described["settings"])
     with default_generator_seeded(seed):
         return _ours(load(model), name, is_fresh=name in list_models())
 
@@ -150,6 +160,25 @@ def _from_timm(model: str, seed: int) -> Backbone:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"The weights of {model} cannot be had: {reason}\n{_OFFLINE}") from error
     return _with_timm_data(encoder, model, is_fresh=bool(rest), architecture=model)
+
+
+def _from_timm_folder(folder: Path, name: str) -> Backbone:
+    try:
+        encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+    except Exception as error:  # timm's, of many kinds
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder} cannot be opened by timm: {reason}") from error
+    return _with_timm_data(encoder, name, is_fresh=False, architecture=(folder / CONFIG_FILE).read_text("utf-8"))
+
+
+def _from_encoder_folder(folder: Path, name: str, settings: dict[str, Any]) -> Backbone:
+    net = build(config_from_settings(settings))
+    tensors = read_tensors(folder / WEIGHTS_FILE)
+    found = {name.removeprefix("encoder."): value for name, value in tensors.items()}
+    if problems := misfits(found, net.encoder.state_dict()):
+        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {problems}.")
+    net.encoder.load_state_dict(found)
+    return _ours(net, name, is_fresh=False)
 
 
 def _ask_hub(name: str) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import CrateConfig, ModelConfig, config_from_dict
-from crate_mae.models.tensors import misfits, read_tensors
+from crate_mae.models.tensors import misfits, read_tensors, without_prefixes
 
 # Official name -> ours, as regular expressions; $ is a layer's number.
 _NAMES = {
@@ -59,6 +59,8 @@ OFFICIAL_SETTINGS = {
     "overcomplete": 1,
     "mask_tokens": "encoder",
 }
+# Heads by width, of the four models that were published: the tensors do not tell.
+PUBLISHED_HEADS = {384: 6, 576: 12, 768: 12, 1024: 16}
 _DEAD = ("decoder_embed.weight", "decoder_embed.bias")
 
 
@@ -73,7 +75,7 @@ def from_official(
 
     Args:
         state_dict_or_path: the state dict, or a `.safetensors`, `.pth` or `.pt` file of one. Wrappers ("model",
-            "state_dict") and the prefix "module." are taken off. Pickles are opened with `weights_only=True`.
+            "state_dict") and prefixes ("module.", "model.") are taken off. Pickles are opened with `weights_only=True`.
         num_heads: heads of the encoder and decoder, which the tensors do not tell: 6 for tiny, 12 for small and base,
             16 for large.
         image_size: pixels the model was made for; None takes a square that fits the table of positions.
@@ -122,7 +124,7 @@ def _official_tensors(source: Mapping[str, Tensor] | str | Path) -> tuple[dict[s
         tensors, where = read_tensors(Path(source)), str(source)
     else:
         tensors, where = dict(source), "The state dict"
-    return {name.removeprefix("module."): value for name, value in tensors.items()}, where
+    return without_prefixes(tensors)[0], where
 
 
 def _infer_config(

@@ -1,5 +1,6 @@
 """Tensors from files that cannot run code."""
 
+import argparse
 import json
 import pickle
 from collections.abc import Iterator, Mapping
@@ -13,13 +14,16 @@ from torch import Tensor
 
 from crate_mae.errors import UserError
 
+_PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of trainers, of torch.compile
+
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a dictionary of tensors on the CPU, from safetensors or a PyTorch file.
 
-    PyTorch files are pickles and are opened with `weights_only=True`, which refuses anything but tensors and plain
-    containers. A dictionary under "model" or "state_dict" is unwrapped. A file that several processes wrote in parts is
-    named as if it were whole; see `stream_tensors`.
+    PyTorch files are pickles and are opened with `weights_only=True`, which refuses anything but tensors, plain
+    containers, and the `argparse.Namespace` of options that MAE's training code, and so the official one, leaves beside
+    them. A dictionary under "model" or "state_dict" is unwrapped. A file that several processes wrote in parts is named
+    as if it were whole; see `stream_tensors`.
 
     Raises:
         UserError: for a file that is missing, cut short, or holds anything else.
@@ -32,7 +36,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         with _damage_explained(path):
             return load_file(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{path} cannot be read as a file of tensors: it is damaged, or holds Python objects, which could run code."
@@ -44,6 +49,16 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"{path} does not hold a dictionary of tensors.")
     return content
+
+
+def without_prefixes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by their names in the model itself, and the prefixes that wrappers had put before all of them."""
+    found: list[str] = []
+    names = dict(tensors)
+    while prefix := next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None):
+        names = {name.removeprefix(prefix): value for name, value in names.items()}
+        found.append(prefix)
+    return names, found
 
 
 def index_of(path: Path) -> Path:

@@ -5,15 +5,17 @@ knows no annotated shapes and no autograd functions, `torch.fx` no branches on v
 a softmax and a module called `attn_drop`.
 """
 
-from typing import Final
+from functools import partial
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
-from timm.layers import use_fused_attn
+from timm.layers import PatchEmbed, use_fused_attn
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from crate_mae.models.layers import ISTA, MSSA, EncoderLayer, OutputProjection, OvercompleteISTA
+from crate_mae.models.masking import patchify, unpatchify
 from crate_mae.theory.attention import ssa
 from crate_mae.theory.sparse_coding import ista_step
 
@@ -103,6 +105,27 @@ class TimmEncoderLayer(EncoderLayer):
         z_half = z + self.drop_path(self.attn(self.norm1(z)))
         code = self.ista(self.norm2(z_half))
         return z_half + self.drop_path(code) if self.ista_skip else code
+
+
+class NormedPatchEmbed(PatchEmbed):
+    """Patches to tokens as in the official CRATE classifiers: a patch's pixels are normalised, and so is its token.
+
+    Attributes:
+        pixel_norm: over the numbers of a patch, in the order of `masking.patchify`.
+    """
+
+    EPS: ClassVar[float] = 1e-5
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        options["norm_layer"] = partial(nn.LayerNorm, eps=self.EPS)
+        super().__init__(*arguments, **options)
+        self.side = int(self.patch_size[0])
+        self.pixel_norm = nn.LayerNorm(self.side**2 * self.proj.in_channels, eps=self.EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images b c hh ww to tokens b n d, or b gh gw d where any size is taken."""
+        grid = (x.shape[2] // self.side, x.shape[3] // self.side)
+        return super().forward(unpatchify(self.pixel_norm(patchify(x, self.side)), self.side, grid))
 
 
 register_notrace_module(OvercompleteISTA)

@@ -2,7 +2,8 @@
 
 Every preset is there by its name, with fresh weights, and every trained model that comes with the library, whose
 weights `pretrained=True` loads without a network. Arguments are those of timm's `VisionTransformer`, and of CRATE's
-layers by their names in `CrateConfig`: `threshold=0.1`. To load a model of your own:
+layers by their names in `CrateConfig`: `threshold=0.1`; with `patch_norm=True` patches are embedded as in the official
+CRATE classifiers. To load a model of your own:
 
     timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": "runs/mine/model.safetensors"})
 
@@ -14,6 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import timm
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -47,6 +49,11 @@ def timm_arguments(config: ModelConfig) -> dict[str, Any]:
 def timm_name(config: ModelConfig) -> str:
     """The name in timm's registry under which to build a configuration's encoder from `timm_arguments`."""
     return config.name if config.name in default_cfgs else CUSTOM[type(config)]
+
+
+def any_size_encoder(config: ModelConfig, **arguments: Any) -> nn.Module:
+    """The encoder of a configuration with fresh weights, which takes images of any size in whole patches."""
+    return timm.create_model(timm_name(config), **timm_arguments(config), **arguments, dynamic_img_size=True)
 
 
 def timm_pretrained_cfg(config: ModelConfig, **more: Any) -> dict[str, Any]:
@@ -90,17 +97,22 @@ def encoder_tensors(tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[s
 
 def _config_of_bundled(name: str) -> ModelConfig:
     values = json.loads((bundled_folder(name) / "config.json").read_text(encoding="utf-8"))
-    return config_from_dict({key: value for key, value in values.items() if key != "library"})
+    return config_from_dict({key: value for key, value in values.items() if key not in ("library", "format_version")})
 
 
 def _build(**options: Any) -> nn.Module:
     from crate_mae.models.encoder import MaskedEncoder, crate_block, vit_block
-    from crate_mae.models.timm_layers import TimmEncoderLayer
+    from crate_mae.models.timm_layers import NormedPatchEmbed, TimmEncoderLayer
 
     if "mlp_ratio" in options:
         return MaskedEncoder(block=vit_block(), **options)
     of_layers = {key: options.pop(key) for key in _CRATE_OPTIONS}
-    return MaskedEncoder(block=crate_block(**of_layers, layer=TimmEncoderLayer), **options)
+    block = crate_block(**of_layers, layer=TimmEncoderLayer)
+    if not options.pop("patch_norm", False):
+        return MaskedEncoder(block=block, **options)
+    encoder = MaskedEncoder(block=block, embed_layer=NormedPatchEmbed, **options)
+    encoder.norm.eps = NormedPatchEmbed.EPS  # pyright: ignore[reportAttributeAccessIssue]  # of the same models
+    return encoder
 
 
 def _register(name: str, config: ModelConfig) -> Callable[..., nn.Module]:

@@ -14,17 +14,25 @@ from safetensors.torch import save_file
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
-from crate_mae.models.config import ModelConfig, config_from_dict
+from crate_mae.models.config import config_from_dict
+from crate_mae.models.description import (
+    LIBRARY,
+    Config,
+    config_from_transformers,
+    describe,
+    is_encoder_of_transformers,
+    is_of_timm,
+    is_of_transformers,
+    without_version,
+)
 from crate_mae.models.presets import bundled_folder, create_model, list_bundled, list_models
 from crate_mae.models.tensors import has_tensors, misfits, read_tensors
 
 WEIGHTS_FILE = "model.safetensors"
+_PARTS, _INDEX = "model-*.safetensors", "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
-LIBRARY = "crate-mae"
-FORMAT_VERSION = 1  # of the two files; a file without one is of version 1
 
 Model = MaskedAutoencoder | Classifier
-Config = ModelConfig | ClassifierConfig
 
 
 def save(model: Model, folder: str | Path) -> None:
@@ -51,8 +59,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], config: Config, folder: str |
 
 def save_config(config: Config, folder: Path) -> None:
     """Write `config.json` alone, into a folder whose tensors are written by others."""
-    text = json.dumps({"library": LIBRARY, "format_version": FORMAT_VERSION, **config.to_dict()}, indent=2) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
 
 
 def load(model: str | Path, **settings: Any) -> Model:
@@ -72,7 +79,7 @@ def load(model: str | Path, **settings: Any) -> Model:
         return create_model(name, **settings).eval()
     if name in list_bundled():
         return _load_folder(bundled_folder(name), settings)
-    folder = _download(name.removeprefix("hf:")) if name.startswith("hf:") else Path(name)
+    folder = folder_of(name)
     if folder.is_file():
         hint = f"Name its folder instead: {folder.parent}" if folder.name == WEIGHTS_FILE else _official_hint(folder)
         raise UserError(f"{folder} is a file, but a model is a folder with {WEIGHTS_FILE} and {CONFIG_FILE}.\n{hint}")
@@ -149,33 +156,33 @@ def read_config(folder: Path) -> Config:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is damaged: {error}.") from error
-    if is_timm_folder(folder):
+    if is_of_timm(values) or is_encoder_of_transformers(values):
         raise UserError(
-            f"{folder} holds an encoder alone, in timm's layout, and no decoder.\n"
-            "`crate-mae embed` and `crate-mae eval` take it, and timm.create_model does."
-        )
-    if not isinstance(values, dict) or values.pop("library", None) != LIBRARY:
-        raise UserError(f"{path} does not describe a {LIBRARY} model.")
-    version = values.pop("format_version", 1)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise UserError(
-            f"{path} is of format version {version}, and this {LIBRARY} knows versions up to {FORMAT_VERSION}.\n"
-            f"Upgrade it: pip install --upgrade {LIBRARY}"
+            f"{folder} holds an encoder alone, in {'timm' if is_of_timm(values) else 'transformers'}'s layout, and no "
+            "decoder.\n`crate-mae embed` and `crate-mae eval` take it."
         )
     try:
-        is_classifier = values.get("architecture") == ClassifierConfig.architecture
-        return ClassifierConfig.from_dict(values) if is_classifier else config_from_dict(values)
+        return _config_from(values)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def is_timm_folder(folder: Path) -> bool:
-    """Whether a folder has timm's layout: an encoder, which `timm.create_model("local-dir:...")` opens."""
+def _config_from(values: Any) -> Config:
+    if is_of_transformers(values):
+        return config_from_transformers(values)
+    if not isinstance(values, dict) or values.get("library") != LIBRARY:
+        raise UserError(f"it does not describe a {LIBRARY} model.")
+    values = {key: value for key, value in without_version(values).items() if key != "library"}
+    is_classifier = values.get("architecture") == ClassifierConfig.architecture
+    return ClassifierConfig.from_dict(values) if is_classifier else config_from_dict(values)
+
+
+def description_in(folder: Path) -> Any:
+    """What a folder's `config.json` says; None without a readable one."""
     try:
-        values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "pretrained_cfg" in values and "library" not in values
+        return None
 
 
 def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
@@ -191,23 +198,43 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     return model.eval()
 
 
+def folder_of(model: str | Path) -> Path:
+    """The folder that a form of MODEL names; that of hf:user/name is downloaded first.
+
+    Raises:
+        UserError: if the Hub has no such repository, or cannot be reached.
+    """
+    return _download(str(model)[3:]) if str(model).startswith("hf:") else Path(model)
+
+
 def _download(repository: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
+    offline = "Offline, use a folder with the model's files, or a name from `crate-mae models`."
     try:
-        return Path(snapshot_download(repository, allow_patterns=[WEIGHTS_FILE, CONFIG_FILE]))
+        return Path(snapshot_download(repository, allow_patterns=[WEIGHTS_FILE, _PARTS, _INDEX, CONFIG_FILE]))
     except HFValidationError as error:
         raise UserError(
             f"hf:{repository} is not the name of a Hub repository: it must look like hf:user/name."
         ) from error
     except LocalEntryNotFoundError as error:
         raise UserError(
-            f"hf:{repository} is not on this machine, and the Hugging Face Hub cannot be reached.\n"
-            "Offline, use a folder with the model's files, or a name from `crate-mae models`."
+            f"hf:{repository} is not on this machine, and the Hugging Face Hub cannot be reached.\n{offline}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"The Hugging Face Hub has no {repository}, or does not show it to you: check the name, or log in with "
+            f"`hf auth login`.\n{offline}"
         ) from error
     except HfHubHTTPError as error:
-        raise UserError(f"hf:{repository} cannot be had from the Hugging Face Hub: {error}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"hf:{repository} cannot be had from the Hugging Face Hub: {reason}\n{offline}") from error
 
 
 def _official_hint(path: Path) -> str:

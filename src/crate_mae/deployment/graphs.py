@@ -1,0 +1,190 @@
+"""Models as graphs that run without this library: ONNX, and PyTorch's own exported programs (`.pt2`).
+
+| graph of | inputs | outputs |
+|---|---|---|
+| an encoder | images b c hh ww | tokens b 1+n d; embedding b 2d: class token and mean of patches, as in `embed` |
+| a classifier | images b c hh ww | logits b k |
+| an autoencoder, mask tokens at the encoder | images b c hh ww, mask b n, true = hidden | prediction b n q |
+| an autoencoder, mask tokens at the decoder | images b c hh ww, visible b m: patches left, int64 | prediction b n q |
+
+The batch is free everywhere, and the image size, in whole patches, of encoders and classifiers: positions are
+interpolated, as by timm's `dynamic_img_size`. How many patches are visible is free too.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.export import Dim
+
+from crate_mae.deployment.folding import folded
+from crate_mae.errors import UserError
+from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.classifier import Classifier, HeadPooling
+from crate_mae.models.features import pool
+from crate_mae.models.masking import random_mask, visible_indices
+from crate_mae.models.timm_models import any_size_encoder
+from crate_mae.models.weights import Model
+
+ONNX_FILE = "model.onnx"
+PT2_FILE = "model.pt2"
+_LARGEST_BATCH = 65536
+_LARGEST_GRID = 1024
+
+
+class EncoderGraph(nn.Module):
+    """Images to tokens and their embedding."""
+
+    inputs: ClassVar = ("images",)
+    outputs: ClassVar = ("tokens", "embedding")
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.encoder: Any = folded(any_size(model))
+
+    def forward(self, images: Float[Tensor, "b c hh ww"]) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b f"]]:
+        """Normalised features of all tokens, class token first, and what `crate-mae embed` makes of them."""
+        tokens = self.encoder.forward_features(images)
+        return tokens, pool(tokens, self.encoder.num_prefix_tokens)
+
+
+class ClassifierGraph(nn.Module):
+    """Images to logits."""
+
+    inputs: ClassVar = ("images",)
+    outputs: ClassVar = ("logits",)
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.encoder: Any = folded(any_size(model))
+        self.norm, self.head = model.norm, model.head
+        self.pooling: HeadPooling = model.config.pooling
+
+    def forward(self, images: Float[Tensor, "b c hh ww"]) -> Float[Tensor, "b k"]:
+        """Logits of the classes."""
+        tokens = self.encoder.forward_features(images)
+        return self.head(self.norm(pool(tokens, self.encoder.num_prefix_tokens, self.pooling)))
+
+
+class MaskGraph(nn.Module):
+    """Images and what is hidden of them to predicted patches; mask tokens come in before the encoder."""
+
+    inputs: ClassVar = ("images", "mask")
+    outputs: ClassVar = ("prediction",)
+
+    def __init__(self, model: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.model = folded(model)
+
+    def forward(self, images: Float[Tensor, "b c hh ww"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n q"]:
+        """Predicted pixels of every patch, in the normalisation of the targets."""
+        return self.model.decoder(self.model.encoder.forward_masked(images, mask, self.model.mask_token))
+
+
+class VisibleGraph(nn.Module):
+    """Images and which patches are left to predicted patches; hidden patches reach the decoder alone.
+
+    Which patches are left is given by their numbers, since a mask would not say how many there are before it is read.
+    """
+
+    inputs: ClassVar = ("images", "visible")
+    outputs: ClassVar = ("prediction",)
+
+    def __init__(self, model: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.model = folded(model)
+
+    def forward(self, images: Float[Tensor, "b c hh ww"], visible: Int[Tensor, "b m"]) -> Float[Tensor, "b n q"]:
+        """Predicted pixels of every patch, in the normalisation of the targets."""
+        latent = self.model.encoder.forward_visible(images, visible)
+        return self.model.decoder.forward_visible(latent, visible, self.model.mask_token)
+
+
+def any_size(model: Model) -> nn.Module:
+    """The encoder of a model, which takes images of any size in whole patches."""
+    encoder = any_size_encoder(model.config.encoder if isinstance(model, Classifier) else model.config)
+    encoder.load_state_dict(model.encoder.state_dict())
+    return encoder.eval()
+
+
+def graph_class(model: Model, part: str) -> Any:
+    """The kind of graph that part of a model makes: its encoder, or all of it."""
+    if part == "encoder":
+        return EncoderGraph
+    if isinstance(model, Classifier):
+        return ClassifierGraph
+    return MaskGraph if model.config.mask_tokens == "encoder" else VisibleGraph
+
+
+def example_inputs(graph: Any, model: Model, images: Float[Tensor, "b c hh ww"]) -> dict[str, Tensor]:
+    """Inputs of a graph, or of its class, by name: images and, where it completes them, what is hidden of them."""
+    if len(graph.inputs) == 1:
+        return {"images": images}
+    assert isinstance(model, MaskedAutoencoder)
+    mask = random_mask(len(images), model.num_patches, 0.75, torch.Generator().manual_seed(0))
+    return {"images": images, graph.inputs[1]: mask if graph.inputs[1] == "mask" else visible_indices(mask)}
+
+
+def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
+    """Write a graph as ONNX ("onnx") or as an exported program ("pt2").
+
+    Raises:
+        UserError: if the model does something that the format cannot say.
+    """
+    size = model.config.image_size
+    images = torch.randn(2, model.config.in_chans, *size, generator=torch.Generator().manual_seed(0))
+    inputs = example_inputs(graph, model, images)
+    shapes = _free_dimensions(graph, model)
+    path = folder / (ONNX_FILE if kind == "onnx" else PT2_FILE)
+    try:
+        if kind == "onnx":
+            _write_onnx(graph, inputs, shapes, path)
+        else:
+            torch.export.save(torch.export.export(graph, (), dict(inputs), dynamic_shapes=shapes), path)
+    except UserError:
+        raise
+    except Exception as error:  # the exporters have exceptions of many kinds, with pages of text
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"{model.config.name} cannot be written as {kind}: it does what only a running program can. {reason}\n"
+            "--format safetensors or hf writes its weights as they are."
+        ) from error
+    return path
+
+
+def _write_onnx(graph: Any, inputs: Mapping[str, Tensor], shapes: dict[str, Any], path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        torch.onnx.export(
+            graph,
+            (),
+            path,
+            kwargs=dict(inputs),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            external_data=False,
+            verbose=False,
+        )
+
+
+def _free_dimensions(graph: Any, model: Model) -> dict[str, Any]:
+    batch = Dim("batch", min=1, max=_LARGEST_BATCH)
+    images: dict[int, Any] = {0: batch}
+    if isinstance(graph, EncoderGraph | ClassifierGraph):
+        patch = (model.config.encoder if isinstance(model, Classifier) else model.config).patch_size
+        images |= {i: patch * Dim(name, min=1, max=_LARGEST_GRID) for i, name in ((2, "rows"), (3, "columns"))}
+    shapes: dict[str, Any] = {"images": images}
+    if "mask" in graph.inputs:
+        shapes["mask"] = {0: batch}
+    if "visible" in graph.inputs:
+        assert isinstance(model, MaskedAutoencoder)
+        shapes["visible"] = {0: batch, 1: Dim("left", min=1, max=model.num_patches - 1)}
+    return shapes

@@ -1,0 +1,61 @@
+"""Folders to the Hugging Face Hub."""
+
+from pathlib import Path
+
+from crate_mae.errors import UserError
+
+_CLIENTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}
+_LOGIN = "Log in with `hf auth login`, with a token that may write."
+_OFFLINE = "Nothing was uploaded. `crate-mae export MODEL --format hf --out FOLDER` writes the same files here."
+
+
+def upload(
+    folder: Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Upload a model of crate-mae",
+    token: str | bool | None = None,
+) -> str:
+    """Make a repository on the Hub, if there is none of the name, and upload the files of a folder in one commit.
+
+    Args:
+        folder: its files replace those of the same names.
+        repo_id: user/name.
+        private: whether a new repository is private.
+        revision: the branch.
+        commit_message: of the commit.
+        token: to use instead of the one that `hf auth login` has left.
+
+    Returns:
+        Where the commit can be seen.
+
+    Raises:
+        UserError: for a name that is none, without a network, or if the Hub refuses.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+    api = HfApi(token=token)
+    try:
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        commit = api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=commit_message)
+        return str(commit)
+    except HFValidationError as error:
+        raise UserError(f"{repo_id} is not the name of a Hub repository: it must look like user/name.") from error
+    except LocalTokenNotFoundError as error:
+        raise UserError(f"{repo_id}: {_LOGIN}") from error
+    except HfHubHTTPError as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = _LOGIN if getattr(error.response, "status_code", None) in (401, 403) else _OFFLINE
+        raise UserError(f"The Hugging Face Hub refused {repo_id}: {reason}\n{hint}") from error
+    except Exception as error:  # of the network, of as many kinds as there are libraries for it
+        if not is_of_the_network(error):
+            raise
+        raise UserError(f"{repo_id}: the Hugging Face Hub cannot be reached.\n{_OFFLINE}") from error
+
+
+def is_of_the_network(error: BaseException) -> bool:
+    """Whether an exception says that a server could not be reached, whichever library huggingface_hub asks through."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS

@@ -1,0 +1,256 @@
+"""CRATE-MAE as models of transformers: the encoder, the masked autoencoder, the classifier.
+
+Their tensors have the names that they have in our own files, so the three open one another's folders: what a model has
+no place for is left, and what is missing, such as the head of a classifier, starts as it does in a fresh one.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, ModelOutput
+from transformers.modeling_utils import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForPreTraining,
+)
+
+from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
+from crate_mae.errors import UserError
+from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.classifier import Classifier
+from crate_mae.models.features import pool
+from crate_mae.models.masking import random_mask, visible_indices, visible_patches
+from crate_mae.models.timm_models import any_size_encoder
+
+
+@dataclass
+class CrateMAEForPreTrainingOutput(ModelOutput):
+    """What the masked autoencoder returns in transformers; see `models.autoencoder.MAEOutput`.
+
+    Attributes:
+        loss: mean squared error over the pixels of hidden patches; 0 if none is hidden.
+        logits: predicted pixels of every patch, b n q.
+        mask: true = hidden, b n.
+        last_hidden_state: the encoder's normalised output, class token first.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    mask: Tensor | None = None
+    last_hidden_state: Tensor | None = None
+
+
+class CrateMAEPreTrainedModel(PreTrainedModel):
+    """What the three have in common. `encoder` takes images of any size in whole patches."""
+
+    config_class = CrateMAEConfig
+    base_model_prefix = "crate_mae"
+    main_input_name = "pixel_values"
+    input_modalities = "image"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["TimmEncoderLayer", "DecoderLayer", "Block"]  # noqa: RUF012  # as transformers has it
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__(config)
+        self.encoder: Any = any_size_encoder(config.autoencoder)
+
+    def _finish(self) -> None:
+        """The end of every constructor."""
+        if not any(parameter.is_meta for parameter in self.parameters()):
+            for module in self.modules():  # weights have started already, each kind of layer in its own way
+                module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Start what a file had no weights for, as a fresh model starts it."""
+        names = {part: name for name, part in self.named_modules()}
+        kind_of_model: Any = type(self)
+        fresh = kind_of_model(self.config).get_submodule(names[module])
+        for kind in ("named_parameters", "named_buffers"):
+            values = dict(getattr(fresh, kind)(recurse=False))
+            for name, value in getattr(module, kind)(recurse=False):
+                if not getattr(value, "_is_hf_initialized", False):
+                    value.copy_(values[name])
+
+    def _set_gradient_checkpointing(self, enable: bool = True, **_function: Any) -> None:  # pyright: ignore
+        """Compute layers again in the backward pass; timm's function does it, whichever transformers gives."""
+        for part in ("encoder", "decoder"):
+            if hasattr(self, part):
+                getattr(self, part).set_grad_checkpointing(enable)
+        self.gradient_checkpointing = enable
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # pyright: ignore
+        """Write weights, configuration, image processor and card; see transformers."""
+        from crate_mae.deployment.huggingface.folders import write_card
+        from crate_mae.deployment.huggingface.processing import CrateMAEImageProcessor
+
+        super().save_pretrained(save_directory, **options)
+        CrateMAEImageProcessor.for_model(self.config.autoencoder).save_pretrained(save_directory)
+        write_card(self, Path(save_directory))
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore
+        """Upload what `save_pretrained` writes, the card too; see `hub.upload` for the options."""
+        import tempfile
+
+        from crate_mae.deployment.hub import upload
+
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return upload(Path(folder), repo_id, **options)
+
+
+class CrateMAEModel(CrateMAEPreTrainedModel):
+    """The encoder: images to tokens."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^mask_token$", r"^norm\.", r"^head\."]  # noqa: RUF012
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__(config)
+        self._finish()
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "b c hh ww"],
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_options: Any,
+    ) -> Any:
+        """Encode whole images.
+
+        Returns:
+            `last_hidden_state`, normalised features, class token first; `pooler_output`, the class token and the mean
+            of patches behind each other, as `crate-mae embed` has it; if asked for, `hidden_states`, the input of the
+            first layer and the output of every one.
+        """
+        tokens, states = _encode(self.encoder, pixel_values, bool(output_hidden_states))
+        output = BaseModelOutputWithPooling(
+            last_hidden_state=cast(Any, tokens),
+            pooler_output=cast(Any, pool(tokens, self.encoder.num_prefix_tokens)),
+            hidden_states=cast(Any, states),
+        )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+
+class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
+    """The masked autoencoder. In `eval()` it hides nothing unless it is told to, so that nothing is random there."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^norm\.", r"^head\."]  # noqa: RUF012
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__(config)
+        net = build(config.autoencoder)
+        self.decoder, self.mask_token = net.decoder, net.mask_token
+        self._finish()
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "b c hh ww"],
+        bool_masked_pos: Bool[Tensor, "b ..."] | None = None,
+        mask_ratio: float | None = None,
+        noise: Float[Tensor, "b n"] | None = None,
+        return_dict: bool | None = None,
+        **_options: Any,
+    ) -> Any:
+        """Complete masked images, and measure how well.
+
+        Args:
+            pixel_values: normalised images of the configured size.
+            bool_masked_pos: true = hidden, b n or b gh gw.
+            mask_ratio: share of patches to hide; by default the configuration's in training, and none otherwise. In
+                `eval()` the same patches are hidden at every call.
+            noise: which patches to hide: those with the largest numbers, as many as `mask_ratio` says.
+            return_dict: whether to return names or a tuple.
+
+        Raises:
+            UserError: for images or a mask of another size, or a ratio outside [0, 1).
+        """
+        c = self.config.autoencoder
+        if tuple(pixel_values.shape[1:]) != (c.in_chans, *c.image_size):
+            raise UserError(
+                f"Images are {tuple(pixel_values.shape[1:])}, but this autoencoder takes {(c.in_chans, *c.image_size)}."
+                " AutoModel, the encoder alone, takes any size in whole patches."
+            )
+        mask = self._mask(len(pixel_values), bool_masked_pos, mask_ratio, noise).to(pixel_values.device)
+        if c.mask_tokens == "encoder":
+            latent = self.encoder.forward_masked(pixel_values, mask, self.mask_token)
+            prediction = self.decoder(latent)
+        else:
+            visible = visible_indices(mask)
+            latent = self.encoder.forward_visible(pixel_values, visible)
+            prediction = self.decoder.forward_visible(latent, visible, self.mask_token)
+        # The loss asks its model for `config` alone, and ours is that of an autoencoder in all that it asks.
+        loss = MaskedAutoencoder.loss(cast(Any, _Configured(c)), pixel_values, prediction, mask)
+        output = CrateMAEForPreTrainingOutput(loss=loss, logits=prediction, mask=mask, last_hidden_state=latent)
+        return output if return_dict in (None, True) else output.to_tuple()
+
+    def _mask(self, batch: int, given: Tensor | None, ratio: float | None, noise: Tensor | None) -> Bool[Tensor, "b n"]:
+        rows, columns = self.config.autoencoder.grid_size
+        count = rows * columns
+        if given is not None:
+            if given.numel() != batch * count:
+                raise UserError(
+                    f"bool_masked_pos is {tuple(given.shape)}, but these images have {batch} x {count} patches."
+                )
+            return given.reshape(batch, count).bool()
+        if ratio is None:
+            ratio = float(self.config.mask_ratio) if self.training or noise is not None else 0.0
+        if noise is not None:
+            return noise.argsort(dim=1).argsort(dim=1) >= visible_patches(count, ratio)
+        return random_mask(batch, count, ratio, None if self.training else torch.Generator().manual_seed(0))
+
+
+class CrateMAEForImageClassification(CrateMAEPreTrainedModel):
+    """The classifier that `crate-mae finetune` trains."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^mask_token$"]  # noqa: RUF012
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__(config)
+        net = Classifier(self.encoder, config.classifier)
+        self.norm, self.head = net.norm, net.head
+        self._finish()
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "b c hh ww"],
+        labels: Int[Tensor, "b"] | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **_options: Any,
+    ) -> Any:
+        """Logits of the classes and, with labels, the loss."""
+        tokens, states = _encode(self.encoder, pixel_values, bool(output_hidden_states))
+        pooled = pool(tokens, self.encoder.num_prefix_tokens, self.config.pooling)
+        logits = self.head(self.norm(pooled))
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=cast(Any, states))
+        return output if return_dict in (None, True) else output.to_tuple()
+
+
+class _Configured:
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+
+def _encode(
+    encoder: Any, images: Float[Tensor, "b c hh ww"], with_states: bool
+) -> tuple[Float[Tensor, "b m d"], tuple[Tensor, ...] | None]:
+    """Normalised tokens and, if wanted, what goes into the first layer and comes out of each."""
+    if not with_states:
+        return encoder.forward_features(images), None
+    states = [encoder.norm_pre(encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(images))))]
+    for block in encoder.blocks:
+        states.append(block(states[-1]))
+    return encoder.norm(states[-1]), tuple(states)
+
+
+AutoModel.register(CrateMAEConfig, CrateMAEModel, exist_ok=True)
+AutoModelForPreTraining.register(CrateMAEConfig, CrateMAEForPreTraining, exist_ok=True)
+AutoModelForImageClassification.register(CrateMAEConfig, CrateMAEForImageClassification, exist_ok=True)

@@ -1,0 +1,122 @@
+"""What was exported, run by the program it is for, against the model it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor
+
+from crate_mae.data import evaluation_transform
+from crate_mae.deployment.graphs import ONNX_FILE, PT2_FILE, example_inputs, graph_class
+from crate_mae.errors import UserError
+from crate_mae.models.features import evaluating, pool
+from crate_mae.models.weights import Model
+
+Outputs = dict[str, Tensor]
+
+
+def test_images(model: Model) -> Float[Tensor, "b c hh ww"]:
+    """Two images of noise, and crops of the two photographs that scikit-learn has."""
+    c = model.config
+    transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
+    photographs = [transform(Image.fromarray(pixels)) for pixels in load_sample_images().images]
+    noise = torch.randn(2, c.in_chans, *c.image_size, generator=torch.Generator().manual_seed(0))
+    return torch.cat([noise, torch.stack(photographs)])
+
+
+@torch.no_grad()
+def largest_difference(model: Model, part: str, run: Callable[[dict[str, Tensor]], Outputs]) -> float:
+    """Largest absolute difference between our outputs and those of a program, over all test images.
+
+    All images go through the program at once, and then one alone: a batch that was fixed by mistake would fail here.
+
+    Args:
+        model: the model that was exported.
+        part: "encoder" or "full".
+        run: from inputs by name to outputs by name, each of which must be among ours.
+    """
+    graph = graph_class(model, part)
+    images = test_images(model)
+    largest = 0.0
+    for batch in (images, images[-1:]):
+        inputs = example_inputs(graph, model, batch)
+        found = run(inputs)
+        ours = reference(model, part, inputs)
+        for name, value in found.items():
+            largest = max(largest, float((value - ours[name]).abs().max()))
+    return largest
+
+
+def reference(model: Model, part: str, inputs: dict[str, Tensor]) -> Outputs:
+    """What this library computes, nothing folded."""
+    images = inputs["images"]
+    with evaluating(model):
+        if part == "encoder":
+            tokens = model.encoder.forward_features(images)
+            return {"tokens": tokens, "embedding": pool(tokens, model.encoder.num_prefix_tokens)}
+        net: Any = model
+        if "mask" in inputs:
+            return {"prediction": net(images, mask=inputs["mask"]).prediction}
+        if "visible" in inputs:
+            mask = torch.ones(len(images), net.num_patches, dtype=torch.bool)
+            mask.scatter_(1, inputs["visible"], False)
+            return {"prediction": net(images, mask=mask).prediction}
+        return {"logits": net(images)}
+
+
+def onnx_runner(folder: Path, file: str = ONNX_FILE) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Run an ONNX file with onnxruntime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: dict[str, Tensor]) -> Outputs:
+        values = session.run(names, {name: value.numpy() for name, value in inputs.items()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+    return run
+
+
+def pt2_runner(folder: Path, outputs: tuple[str, ...]) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Run an exported program with PyTorch alone."""
+    program = torch.export.load(folder / PT2_FILE).module()
+
+    def run(inputs: dict[str, Tensor]) -> Outputs:
+        values = program(**inputs)
+        return dict(zip(outputs, values if isinstance(values, tuple) else (values,), strict=True))
+
+    return run
+
+
+def timm_runner(folder: Path) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Run an encoder with timm."""
+    import timm
+
+    encoder: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return lambda inputs: {"tokens": encoder.forward_features(inputs["images"])}
+
+
+def ours_runner(folder: Path, part: str) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Load what was written, and run it with this library."""
+    from crate_mae.models.weights import load
+
+    model = load(folder)
+    return lambda inputs: reference(model, part, inputs)
+
+
+def check_difference(difference: float, tolerance: float) -> None:
+    """Raise a `UserError` for a difference that is larger than the tolerance, or is no number."""
+    if not difference <= tolerance:
+        raise UserError(
+            f"What was exported differs from the model by up to {difference:.2g}; --tolerance is {tolerance:g}.\n"
+            "Nothing was kept. Please report this, with the output of `crate-mae doctor`."
+        )

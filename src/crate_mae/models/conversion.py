@@ -1,0 +1,123 @@
+"""Files of weights from elsewhere, recognised by the names and shapes of their tensors, as folders of this library."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from crate_mae.errors import UserError
+from crate_mae.models.official import PUBLISHED_HEADS, from_official
+from crate_mae.models.official_classifier import classifier_config, encoder_of_classifier, is_classifier
+from crate_mae.models.tensors import misfits, read_tensors, without_prefixes
+from crate_mae.models.timm_folders import write_timm_folder
+from crate_mae.models.timm_models import any_size_encoder
+from crate_mae.models.weights import load, save
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A file that was understood, and is not written yet.
+
+    Attributes:
+        found: what it is, in words.
+        notes: what was taken off, assumed or left out, and why.
+        write: fills an empty folder.
+    """
+
+    found: str
+    notes: list[str]
+    write: Callable[[Path], None]
+
+
+def understand(path: Path, num_heads: int | None = None, **settings: Any) -> Conversion:
+    """Say what a file or folder of weights is, and how to write it as a folder of this library.
+
+    Args:
+        path: a file of tensors of the official code, or a folder of this library or of transformers.
+        num_heads: which official files do not tell; by default that of the published model of the same width.
+        settings: others that they do not tell, such as `image_size`, `threshold` or `norm_pix_loss`.
+
+    Raises:
+        UserError: for a file that is damaged, unknown or does not fit.
+    """
+    if path.is_dir():
+        model = load(path, **settings)
+        count = sum(p.numel() for p in model.parameters())
+        found = f"a {type(model).__name__} of this library, {model.config.name}, {count / 1e6:.2f} M parameters"
+        return Conversion(found, [], lambda folder: save(model, folder))
+    tensors, prefixes = without_prefixes(read_tensors(path))
+    notes = [f"Taken off all names: the prefix {''.join(prefixes)}"] if prefixes else []
+    if is_classifier(tensors):
+        return _classifier(path, tensors, notes, num_heads, settings)
+    if "blocks.0.layers.0.0.fn.qkv.weight" in tensors:
+        return _autoencoder(path, tensors, notes, num_heads, settings)
+    if any(name.startswith("encoder.") for name in tensors):
+        raise UserError(
+            f"{path} has this library's own names, and its config.json is missing: name the folder that holds both."
+        )
+    names = ", ".join(sorted(tensors)[:4])
+    raise UserError(
+        f"{path} holds no CRATE-MAE, official or ours, and no official CRATE classifier. Its first tensors are {names}."
+    )
+
+
+def _autoencoder(
+    path: Path, tensors: dict[str, Tensor], notes: list[str], num_heads: int | None, settings: dict[str, Any]
+) -> Conversion:
+    width = tensors["blocks.0.layers.0.0.fn.qkv.weight"].shape[1]
+    heads = _heads(path, width, num_heads, notes)
+    model = from_official(tensors, num_heads=heads, **({"name": path.stem} | settings))
+    c: Any = model.config
+    if model.official_unused:
+        count = sum(value.numel() for value in model.official_unused.values())
+        notes.append(f"Left out: decoder_embed, {count:,} numbers of a layer that the official code never calls.")
+    if "pos_embed" in tensors:
+        notes.append(
+            f"Left out: pos_embed, {tensors['pos_embed'].numel():,} numbers of a table that the official code never "
+            "reads. Its encoder adds decoder_pos_embed, which is kept."
+        )
+    notes.append(f"Assumed, since tensors do not tell: step size {c.step_size}, threshold {c.threshold}.")
+    notes.append(f"norm_pix_loss is {str(c.norm_pix_loss).lower()}: it decides only how predictions become pixels.")
+    found = (
+        f"an official CRATE-MAE: width {c.embed_dim}, {c.depth} + {c.decoder_depth} layers, patches of {c.patch_size}, "
+        f"images of {c.image_size[0]} x {c.image_size[1]}"
+    )
+    return Conversion(found, notes, lambda folder: save(model, folder))
+
+
+def _classifier(
+    path: Path, tensors: dict[str, Tensor], notes: list[str], num_heads: int | None, settings: Mapping[str, Any]
+) -> Conversion:
+    heads = _heads(path, tensors["to_patch_embedding.2.weight"].shape[0], num_heads, notes)
+    try:
+        config = classifier_config(tensors, heads, **({"name": path.stem} | dict(settings)))
+        found, left = encoder_of_classifier(tensors, config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    wanted = any_size_encoder(config, patch_norm=True).state_dict()
+    if problems := misfits(found, wanted):
+        raise UserError(f"{path} does not fit an official CRATE classifier: {problems}.")
+    classes = tensors["mlp_head.1.weight"].shape[0] if left else 0
+    if left:
+        notes.append(f"Left out: mlp_head.1, the map to {classes} classes. `crate-mae finetune` makes a new one.")
+    notes.append(f"Assumed, since tensors do not tell: step size {config.step_size}, threshold {config.threshold}.")
+    notes.append("Written in timm's layout, as an encoder alone: it has no decoder, and its patches are normalised.")
+    text = (
+        f"an official CRATE classifier: width {config.embed_dim}, {config.depth} layers, patches of "
+        f"{config.patch_size}, images of {config.image_size[0]} x {config.image_size[1]}"
+    )
+    return Conversion(text, notes, lambda folder: write_timm_folder(config, found, folder, patch_norm=True))
+
+
+def _heads(path: Path, width: int, num_heads: int | None, notes: list[str]) -> int:
+    if num_heads is not None:
+        return num_heads
+    if width not in PUBLISHED_HEADS:
+        raise UserError(
+            f"{path} is of width {width}, which no published model has, and tensors do not tell their heads.\n"
+            "Say how many there are: --num-heads"
+        )
+    notes.append(f"Assumed: {PUBLISHED_HEADS[width]} heads, as the published model of width {width} has.")
+    return PUBLISHED_HEADS[width]

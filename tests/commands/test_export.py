@@ -1,0 +1,190 @@
+"""Exported models compute what the model does, in the programs they are for."""
+
+import json
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+import crate_mae
+from crate_mae.deployment import formats, verification
+from crate_mae.deployment.folding import FoldedISTA, folded
+from crate_mae.evaluation.backbones import open_backbone
+from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.presets import preset
+
+SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1, "image_size": (6, 10)}
+NANO = "crate_mae_nano_patch2_8"
+# What the exporters of PyTorch and of onnxruntime say about themselves.
+EXPORTERS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+
+
+def saved(folder, name=NANO, **settings):
+    torch.manual_seed(1)
+    model = crate_mae.create_model(name, **{**SMALL, **settings}).eval()
+    crate_mae.save(model, folder)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path):
+    return saved(tmp_path / "model")
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    torch.manual_seed(1)
+    net = build_classifier(ClassifierConfig(encoder=preset(NANO).replace(**SMALL), classes=("ant", "bee", "cat")))
+    torch.nn.init.normal_(net.head.weight)
+    crate_mae.save(net, tmp_path / "classifier")
+    return tmp_path / "classifier"
+
+
+@pytest.mark.parametrize("settings", [{}, {"output_projection": "tied"}, {"mask_tokens": "decoder"}])
+def test_a_folded_model_is_the_same_function(settings):
+    torch.manual_seed(1)
+    net = crate_mae.create_model(NANO, **SMALL, **settings).eval()
+    images = torch.randn(3, 3, 6, 10)
+    small = folded(net)
+    assert isinstance(small.encoder.blocks[0].ista, FoldedISTA)
+    torch.testing.assert_close(small(images).prediction, net(images).prediction, rtol=1e-4, atol=1e-5)
+    assert not any(isinstance(part, FoldedISTA) for part in net.modules())
+
+
+@pytest.mark.parametrize(
+    ("kind", "part"), [("safetensors", "full"), ("safetensors", "encoder"), ("timm", None), ("pt2", None)]
+)
+@EXPORTERS
+def test_what_is_exported_is_the_model(model, tmp_path, crate_mae_command, kind, part):
+    options = ["--part", part] if part else []
+    code, out, err = crate_mae_command("export", model, "--out", tmp_path / "x", "--format", kind, *options, "--verify")
+    assert code == 0, err
+    assert "Largest difference from the model" in out
+    assert (tmp_path / "x" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("settings", [{}, {"mask_tokens": "decoder", "norm_pix_loss": True}, {"overcomplete": 2}])
+@EXPORTERS
+def test_a_whole_model_as_a_graph(tmp_path, settings):
+    model = saved(tmp_path / "model", **settings)
+    exported = crate_mae.export(model, out=tmp_path / "x", format="pt2", part="full", verify=True)
+    assert exported.largest_difference < 1e-5
+    text = (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+    assert ("own mean and standard deviation" in text) == ("norm_pix_loss" in settings)
+    assert ("`visible`" in text) == ("mask_tokens" in settings)
+
+
+@EXPORTERS
+def test_onnx_takes_any_batch_and_image_size(model, tmp_path):
+    pytest.importorskip("onnxruntime")
+    exported = crate_mae.export(model, out=tmp_path / "x", format="onnx", verify=True)
+    assert exported.largest_difference < 1e-5
+    encoder = crate_mae.load(model).encoder
+    encoder.set_input_size((8, 14))
+    images = torch.randn(5, 3, 8, 14)
+    found = verification.onnx_runner(tmp_path / "x")({"images": images})
+    torch.testing.assert_close(found["tokens"], encoder.forward_features(images), rtol=1e-4, atol=1e-5)
+    assert found["embedding"].shape == (5, 48)
+
+
+@EXPORTERS
+def test_int8_is_smaller_and_near(tmp_path):
+    pytest.importorskip("onnxruntime")
+    model = saved(tmp_path / "model", embed_dim=96)
+    whole, eighth = (
+        crate_mae.export(model, out=tmp_path / str(i), format="onnx", int8=i, verify=True) for i in (False, True)
+    )
+    assert eighth.bytes < 0.5 * whole.bytes
+    assert 1e-4 < eighth.largest_difference < 0.5
+    assert "8-bit" in (tmp_path / "True" / "README.md").read_text(encoding="utf-8")
+
+
+@EXPORTERS
+def test_a_classifier_as_a_graph(classifier, tmp_path):
+    exported = crate_mae.export(classifier, out=tmp_path / "x", format="pt2", part="full", verify=True)
+    assert exported.largest_difference < 1e-5
+    assert "ant, bee, cat" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+
+
+def test_timm_opens_the_folder_and_our_commands_too(tmp_path):
+    model = saved(tmp_path / "model", name=NANO, threshold=0.2, output_projection="tied")
+    crate_mae.export(model, out=tmp_path / "x", format="timm")
+    encoder = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 6, 10)
+    expected = crate_mae.load(model).encoder.forward_features(images)
+    torch.testing.assert_close(encoder.forward_features(images), expected)
+    other = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True, in_chans=1, num_classes=3)
+    assert other(torch.randn(2, 1, 6, 10)).shape == (2, 3)
+    backbone = open_backbone(str(tmp_path / "x"))
+    assert backbone.image_size == (6, 10) and not backbone.is_fresh
+    torch.testing.assert_close(backbone.encoder.forward_features(images), expected)
+    with pytest.raises(crate_mae.UserError, match="an encoder alone, in timm's layout"):
+        crate_mae.load(tmp_path / "x")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (["--format", "timm", "--part", "full"], "timm knows encoders alone"),
+        (["--format", "pt2", "--int8"], "--int8 is for encoders in ONNX"),
+        (["--format", "tflite"], "tflite"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_made(model, tmp_path, crate_mae_command, tokens, words):
+    code, _, err = crate_mae_command("export", model, "--out", tmp_path / "x", *tokens)
+    assert code == 2 and words in err and "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_folder_that_is_there_is_left_alone(model, tmp_path, crate_mae_command):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "mine.txt").write_text("mine")
+    code, _, err = crate_mae_command("export", model, "--out", tmp_path / "x")
+    assert code == 2 and "is there already" in err
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["mine.txt"]
+    (tmp_path / "x" / "mine.txt").unlink()
+    assert crate_mae_command("export", model, "--out", tmp_path / "x")[0] == 0  # an empty folder may be filled
+
+
+def test_a_missing_package_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        crate_mae.UserError, match=r"onnx and onnxscript and onnxruntime: pip install 'crate-mae\[onnx\]'"
+    ):
+        crate_mae.export(model, out=tmp_path / "x", format="onnx")
+
+
+@EXPORTERS
+def test_what_only_a_running_program_can_do_is_refused(model, tmp_path, monkeypatch):
+    """A branch on the values of images: a graph has none."""
+
+    def forward(self, images):
+        return (images if images.mean() > 0 else -images), images
+
+    monkeypatch.setattr("crate_mae.deployment.graphs.EncoderGraph.forward", forward)
+    with pytest.raises(crate_mae.UserError, match="cannot be written as pt2: it does what only a running program can"):
+        crate_mae.export(model, out=tmp_path / "x", format="pt2")
+    assert not (tmp_path / "x").exists()
+
+
+def test_an_export_that_differs_is_taken_away(model, tmp_path, monkeypatch, crate_mae_command):
+    write = formats.write
+
+    def write_tampered(net, folder, *rest, **options):
+        size = write(net, folder, *rest, **options)
+        tensors = load_file(folder / "model.safetensors")
+        tensors["decoder.pred.bias"] += 0.01
+        save_file(tensors, folder / "model.safetensors")
+        return size
+
+    monkeypatch.setattr(formats, "write", write_tampered)
+    code, _, err = crate_mae_command("export", model, "--out", tmp_path / "x", "--verify")
+    assert code == 2 and "differs from the model by up to" in err
+    assert not (tmp_path / "x").exists()
+
+
+def test_the_description_is_what_transformers_wraps(model, tmp_path):
+    crate_mae.export(model, out=tmp_path / "x", format="timm")
+    values = json.loads((tmp_path / "x" / "config.json").read_text(encoding="utf-8"))
+    assert values["architecture"] == NANO and "num_classes" not in values["model_args"]

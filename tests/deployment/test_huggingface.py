@@ -1,0 +1,230 @@
+"""Models in transformers: round trips from local folders, without a network."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import crate_mae
+from crate_mae.deployment.card import LICENSE
+from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
+from crate_mae.deployment.huggingface.folders import pretrained
+from crate_mae.evaluation.backbones import open_backbone
+from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.masking import random_mask
+from crate_mae.models.presets import preset
+
+SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 3, "decoder_depth": 1, "image_size": (6, 10)}
+NANO = "crate_mae_nano_patch2_8"
+IMAGES = torch.randn(2, 3, 6, 10, generator=torch.Generator().manual_seed(0))
+SETTINGS = {
+    "encoder": {"ista_skip": True, "threshold": 0.2},
+    "decoder": {"mask_tokens": "decoder", "norm_pix_loss": True},
+}
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def autoencoder(request, tmp_path_factory):
+    """One of our models, and its folder for transformers."""
+    torch.manual_seed(1)
+    model = crate_mae.create_model(NANO, **SMALL, **SETTINGS[request.param]).eval()
+    folder = tmp_path_factory.mktemp("hf") / request.param
+    exported = crate_mae.export(model, out=folder, format="hf", verify=True)
+    assert exported.largest_difference == 0
+    return model, folder
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    torch.manual_seed(1)
+    config = ClassifierConfig(encoder=preset(NANO).replace(**SMALL), classes=("ant", "bee", "cat"), pooling="mean")
+    model = build_classifier(config).eval()
+    torch.nn.init.normal_(model.head.weight)
+    folder = tmp_path_factory.mktemp("hf") / "classifier"
+    assert crate_mae.export(model, out=folder, format="hf", verify=True, license="mit").largest_difference == 0
+    return model, folder
+
+
+@torch.no_grad()
+def test_the_encoder_gives_our_features_at_any_size(autoencoder):
+    model, folder = autoencoder
+    theirs = transformers.AutoModel.from_pretrained(folder)
+    output = theirs(IMAGES, output_hidden_states=True)
+    assert torch.equal(output.last_hidden_state, model.encoder.forward_features(IMAGES))
+    assert torch.equal(output.pooler_output, torch.cat([output[0][:, 0], output[0][:, 1:].mean(1)], dim=1))
+    assert len(output.hidden_states) == 4
+    torch.testing.assert_close(theirs.encoder.norm(output.hidden_states[-1]), output.last_hidden_state)
+    assert theirs(IMAGES, return_dict=False)[0].shape == (2, 16, 24)
+    larger = torch.randn(1, 3, 8, 14)
+    encoder = crate_mae.load(folder).encoder
+    encoder.set_input_size((8, 14))
+    torch.testing.assert_close(theirs(larger).last_hidden_state, encoder.forward_features(larger))
+
+
+@torch.no_grad()
+def test_the_autoencoder_masks_only_when_it_is_told_to(autoencoder):
+    model, folder = autoencoder
+    theirs = transformers.AutoModelForPreTraining.from_pretrained(folder)
+    mask = random_mask(2, 15, 0.5, torch.Generator().manual_seed(3))
+    expected = model(IMAGES, mask=mask)
+    for given in (mask, mask.unflatten(1, (3, 5))):
+        output = theirs(IMAGES, bool_masked_pos=given)
+        assert torch.equal(output.logits, expected.prediction) and torch.equal(output.loss, expected.loss)
+    assert not theirs(IMAGES).mask.any() and theirs(IMAGES).loss == 0
+    assert torch.equal(theirs(IMAGES, mask_ratio=0.75).logits, model(IMAGES, mask_ratio=0.75).prediction)
+    noise = torch.rand(2, 15)
+    by_noise = theirs(IMAGES, noise=noise).mask
+    assert torch.equal(by_noise.sum(1), torch.tensor([12, 12]))
+    assert noise[0][by_noise[0]].min() > noise[0][~by_noise[0]].max()
+    theirs.train()
+    assert (theirs(IMAGES).mask.sum(1) == 12).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "options", "words"),
+    [
+        (torch.zeros(1, 3, 8, 14), {}, "this autoencoder takes"),
+        (IMAGES, {"bool_masked_pos": torch.zeros(2, 14, dtype=torch.bool)}, "2 x 15 patches"),
+        (IMAGES, {"mask_ratio": 1.0}, "mask_ratio is 1.0"),
+    ],
+)
+def test_what_does_not_fit_is_told(autoencoder, images, options, words):
+    theirs = transformers.AutoModelForPreTraining.from_pretrained(autoencoder[1])
+    with pytest.raises(crate_mae.UserError, match=words):
+        theirs(images, **options)
+
+
+@torch.no_grad()
+def test_the_classifier_keeps_its_classes(classifier):
+    model, folder = classifier
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(folder)
+    output = theirs(IMAGES, labels=torch.tensor([0, 2]))
+    assert torch.equal(output.logits, model(IMAGES))
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(model(IMAGES), torch.tensor([0, 2])))
+    assert theirs.config.id2label == {0: "ant", 1: "bee", 2: "cat"} and theirs.config.label2id["cat"] == 2
+    ours = crate_mae.load(folder)
+    assert ours.config == model.config
+    assert torch.equal(ours(IMAGES), model(IMAGES))
+
+
+def test_a_head_that_is_missing_starts_as_a_fresh_one(autoencoder):
+    model, folder = autoencoder
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(folder, num_labels=5)
+    assert theirs.head.weight.shape == (5, 48) and 0 < theirs.head.weight.std() < 1e-4
+    assert not theirs.head.bias.any() and (theirs.norm.weight == 1).all()
+    assert torch.equal(theirs(IMAGES, output_hidden_states=True).hidden_states[0][:, :1].detach(), _first(model))
+
+
+def _first(model):
+    encoder = model.encoder
+    return (encoder.cls_token + encoder.pos_embed[:, :1]).expand(2, -1, -1).detach()
+
+
+def test_the_pipeline_gives_our_features(autoencoder, tmp_path):
+    model, folder = autoencoder
+    pixels = np.random.default_rng(0).integers(0, 256, (17, 23, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    extract = transformers.pipeline("image-feature-extraction", model=str(folder))
+    found = extract(str(tmp_path / "image.png"), pool=True, return_tensors=True)
+    torch.testing.assert_close(found, model.embed([tmp_path / "image.png"]))
+    tokens = extract(str(tmp_path / "image.png"), return_tensors=True)
+    torch.testing.assert_close(tokens[:, 1:], model.embed([tmp_path / "image.png"], pooling="tokens"))
+
+
+def test_the_processor_takes_what_programs_hold(classifier):
+    processor = transformers.AutoImageProcessor.from_pretrained(classifier[1])
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 9, 9, 3), dtype=np.uint8)
+    expected = processor([Image.fromarray(image) for image in pixels])["pixel_values"]
+    assert expected.shape == (2, 3, 6, 10)
+    assert torch.equal(processor(pixels)["pixel_values"], expected)
+    assert torch.equal(processor(torch.from_numpy(pixels).permute(0, 3, 1, 2))["pixel_values"], expected)
+    assert torch.equal(processor(Image.fromarray(pixels[0]))["pixel_values"], expected[:1])
+    assert isinstance(processor(pixels, return_tensors="np")["pixel_values"], np.ndarray)
+
+
+def test_saved_and_loaded_again(classifier, tmp_path):
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(classifier[1])
+    theirs.save_pretrained(tmp_path)
+    assert {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= {
+        file.name for file in tmp_path.iterdir()
+    }
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path)
+    assert torch.equal(again(IMAGES).logits, theirs(IMAGES).logits)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "license: mit" in text and again.config.run == {LICENSE: "mit"}
+
+
+def test_every_card_runs(autoencoder, classifier, monkeypatch):
+    for folder in (autoencoder[1], classifier[1]):
+        monkeypatch.chdir(folder)
+        code = (folder / "README.md").read_text(encoding="utf-8").split("```python\n")[1].split("```")[0]
+        exec(code, names := {"image": Image.new("RGB", (20, 20))})
+        assert "prediction" in names or names["classes"][0] in ("ant", "bee", "cat")
+
+
+def test_an_encoder_alone_is_evaluated_and_has_no_decoder(autoencoder, tmp_path):
+    model, _ = autoencoder
+    crate_mae.export(model, out=tmp_path / "x", format="hf", part="encoder", verify=True)
+    backbone = open_backbone(str(tmp_path / "x"))
+    assert torch.equal(backbone.encoder.forward_features(IMAGES), model.encoder.forward_features(IMAGES))
+    with pytest.raises(crate_mae.UserError, match="an encoder alone, in transformers's layout"):
+        crate_mae.load(tmp_path / "x")
+
+
+def test_gradients_reach_every_parameter_with_and_without_checkpointing(autoencoder):
+    model, _ = autoencoder
+    theirs = pretrained(model, "full").train()
+    mask = random_mask(2, 15, 0.5, torch.Generator().manual_seed(3))
+    gradients = []
+    for enable in (False, True):
+        if enable:
+            theirs.gradient_checkpointing_enable()
+        theirs.zero_grad()
+        theirs(IMAGES, bool_masked_pos=mask).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in theirs.parameters()])
+    assert theirs.is_gradient_checkpointing
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format_version": 9}, "format version 9.*knows versions up to 1"),
+        ({"treshold": 0.3}, 'no setting "treshold". Did you mean "threshold"'),
+        ({"patch_size": 4}, "do not divide images"),
+    ],
+)
+def test_descriptions_that_do_not_fit_are_told(classifier, tmp_path, change, words):
+    values = json.loads((classifier[1] / "config.json").read_text(encoding="utf-8"))
+    values["settings"] |= change
+    (tmp_path / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    save_file(load_file(classifier[1] / "model.safetensors"), tmp_path / "model.safetensors")
+    for load in (transformers.AutoConfig.from_pretrained, crate_mae.load):
+        with pytest.raises(crate_mae.UserError, match=f"(?s){words}"):
+            load(tmp_path)
+
+
+def test_a_configuration_without_arguments_is_the_base_model():
+    assert CrateMAEConfig().hidden_size == 768
+    assert CrateMAEConfig().autoencoder == preset("crate_mae_base_patch16_224")
+
+
+@pytest.mark.parametrize(
+    "imports",
+    [
+        "import crate_mae, transformers; assert not {'torch', 'timm', 'crate_mae.deployment'} & {*sys.modules}",
+        "import transformers; transformers.AutoModel; import crate_mae",
+    ],
+)
+def test_transformers_is_told_late_and_in_either_order(imports):
+    check = "config = transformers.AutoConfig.for_model('crate_mae'); assert type(config).__name__ == 'CrateMAEConfig'"
+    mapped = "assert type(config) in transformers.MODEL_FOR_PRETRAINING_MAPPING"
+    program = f"import sys; {imports}; {check}; {mapped}"
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
