@@ -1,6 +1,10 @@
+from types import SimpleNamespace
+
+import pytest
 import torch
 from torch import nn
 
+from crate_mae.training import optimizer as optimizer_module
 from crate_mae.training.optimizer import build_optimizer, decay_groups
 
 
@@ -23,3 +27,11 @@ def test_every_parameter_of_a_model_is_in_exactly_one_group(tiny_model):
     assert id(tiny_model.mask_token) in spared
     assert id(tiny_model.encoder.cls_token) in spared
     assert optimizer.defaults["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
+def test_on_cuda_the_optimizer_is_one_kernel(monkeypatch, device, fused):
+    asked = {}
+    monkeypatch.setattr(optimizer_module, "AdamW", lambda _groups, **options: asked.update(options))
+    optimizer_module.adamw([{"params": [SimpleNamespace(device=torch.device(device))]}], (0.9, 0.95))
+    assert asked == {"lr": 0.0, "betas": (0.9, 0.95), "fused": fused}

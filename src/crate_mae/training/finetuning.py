@@ -24,6 +24,7 @@ from crate_mae.training.config import FinetuneConfig
 from crate_mae.training.images import PYTHON_OBJECT, RunImages, refuse_many_bad
 from crate_mae.training.mixing import Mixing
 from crate_mae.training.monitor import evaluating
+from crate_mae.training.optimizer import adamw
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.progress import count
 from crate_mae.training.run_directory import RunDirectory
@@ -106,7 +107,7 @@ class Finetuning(Task):
             no_weight_decay_list=model.no_weight_decay(),
             layer_decay=self.options.layer_decay,
         )
-        return AdamW(groups, lr=0.0, betas=BETAS)
+        return adamw(groups, BETAS)
 
     def step_loss(self, step: int) -> StepLoss:
         """Cross entropy with the classes of mixed images."""

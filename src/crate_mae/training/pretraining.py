@@ -14,6 +14,7 @@ from crate_mae.data import evaluation_transform, pretrain_transform
 from crate_mae.data.transforms import Preparation
 from crate_mae.models.autoencoder import build
 from crate_mae.models.config import ModelConfig
+from crate_mae.models.masking import visible_indices
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.images import PYTHON_OBJECT, RunImages, read_held_out
 from crate_mae.training.monitor import Monitor
@@ -59,11 +60,12 @@ class Pretraining(Task):
         """The mean error in the patches that this step hides."""
         c = self.options
         masks = step_mask(c.seed, step, c.batch_size, self.model.num_patches, c.mask_ratio)
+        visible = visible_indices(masks) if self.model.config.mask_tokens == "decoder" else None
 
         def loss(
             model: nn.Module, images: Float[Tensor, "b c hh ww"], _labels: Int[Tensor, "b"], part: slice
         ) -> Float[Tensor, ""]:
-            return model(images, mask=masks[part]).loss
+            return model(images, mask=masks[part], visible=None if visible is None else visible[part]).loss
 
         return loss
 
