@@ -97,6 +97,13 @@ def test_accumulated_micro_batches_give_the_weights_of_one_batch(tiny_run):
     assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-5
 
 
+def test_layers_computed_twice_give_the_same_weights(tiny_run):
+    one, two = (
+        tiny_run(str(twice), grad_checkpointing=twice, drop_path=0.2).model().state_dict() for twice in (False, True)
+    )
+    assert max(float((one[key] - two[key]).abs().max()) for key in one) < 1e-6
+
+
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(tiny_run):
     first = tiny_run("a", drop_path=0.3)
     torch.manual_seed(123)

@@ -73,6 +73,7 @@ def pretrain(
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
     accumulation: int = 1,
     compile: bool = False,  # noqa: A002  # PyTorch's own name for it
+    grad_checkpointing: bool = False,
     workers: int | None = None,
     threads: int | None = None,
     max_bad: float = 0.01,
@@ -118,6 +119,7 @@ def pretrain(
         precision: By default whichever is faster here, measured.
         accumulation: Micro-batches per step, to save memory.
         compile: Compile the model with torch.compile.
+        grad_checkpointing: Compute layers again in the backward pass, to save memory.
         workers: Processes that load images. By default one less than there are cores, at most 8.
         threads: CPU threads that compute. By default PyTorch's choice.
         max_bad: Largest share of unreadable images before the run stops.

@@ -29,8 +29,9 @@ class RunConfig:
 
     The names are those of the command, which explains them; `epochs` is missing, since it has become `steps`.
 
-    `accumulation`, `compile` and `threads` change the last bits of the weights, not what is computed, and so count as
-    speed. Exact resuming needs them unchanged.
+    `accumulation`, `compile`, `grad_checkpointing` and `threads` change the last bits of the weights, not what is
+    computed, and so count as speed. Exact resuming needs them unchanged. An option with a default here is younger than
+    the first runs, whose files lack it.
 
     Attributes:
         command: the command, and the function of `crate_mae`, that makes such a run; the file names it.
@@ -55,6 +56,7 @@ class RunConfig:
 
     accumulation: int = _speed()
     compile: bool = _speed()
+    grad_checkpointing: bool = _speed(default=False)
     workers: int = _speed()
     threads: int = _speed()
     max_bad: float = _speed()
@@ -146,6 +148,8 @@ def load_config(path: Path) -> PretrainConfig | FinetuneConfig:
         raise UserError(f"{path} is of the command {command!r}, but a run is of {' or '.join(kinds)}.")
     kind = kinds[command]
     known = [option.name for option in dataclasses.fields(kind)]
+    younger = {option.name: option.default for option in dataclasses.fields(kind)}
+    values = {key: default for key, default in younger.items() if default is not dataclasses.MISSING} | values
     missing = [key for key in known if key not in values]
     unknown = [str(key) for key in values if key not in known]
     if missing or unknown:

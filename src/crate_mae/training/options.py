@@ -126,9 +126,17 @@ def resolve_length(
     if given["batch_size"] is None:
         given["batch_size"] = default_batch_size(images, share)
     batch = given["batch_size"]
-    if batch > images:
-        fits = f"--batch-size {images // share * share}" if images >= share else "fewer processes or --accumulation"
-        mistakes.append(f"A batch of {batch} is larger than the {images} training images: the most is {fits}.")
+    if share > images:
+        mistakes.append(
+            f"Each of {processes} process(es) needs an image for each of {given['accumulation']} accumulated "
+            f"micro-batches, {share} in all, but there are {images} to train on: take fewer processes or a smaller "
+            "--accumulation."
+        )
+    elif batch > images:
+        most = images // share * share
+        mistakes.append(
+            f"A batch of {batch} is larger than the {images} training images: the most is --batch-size {most}."
+        )
     elif batch % share:
         nearest = max(share, round(batch / share) * share)
         pairs = " in pairs, which --mixup and --cutmix (or 0 for both) need" if in_pairs else ""
