@@ -64,13 +64,13 @@ def test_with_an_average_the_checkpoint_is_the_average_and_goes_on_from_the_weig
     trainee = trainee_of(tiny_model, ema=0.9)
     train(trainee, 4)
     folder = checkpoint.write(tmp_path, checkpoint.gather(trainee), tiny_model.config, STATE)
-    assert not equal(trainee.measured, trainee.model)
-    assert equal(load(folder), trainee.measured)
+    assert not equal(trainee.kept, trainee.model)
+    assert equal(load(folder), trainee.kept)
     other = fresh(trainee, ema=0.9)
     checkpoint.read(folder, other)
     train(trainee, 2)
     train(other, 2)
-    assert equal(trainee.model, other.model) and equal(trainee.measured, other.measured)
+    assert equal(trainee.model, other.model) and equal(trainee.kept, other.kept)
 
 
 def test_a_checkpoint_is_a_model_without_pickles(saved):

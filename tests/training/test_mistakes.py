@@ -7,7 +7,7 @@ from PIL import Image
 
 from crate_mae.commands.pretrain import resume
 from crate_mae.errors import UserError
-from crate_mae.training.options import default_batch_size
+from crate_mae.training.options import Mistakes, default_batch_size, resolve_length
 from crate_mae.training.resolve import default_base_lr
 
 
@@ -73,9 +73,45 @@ def test_a_folder_with_something_else_in_it_is_refused(refused, tmp_path):
     assert "not empty and not a run" in refused()
 
 
-def test_a_launcher_that_shards_the_model_is_refused(refused, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    assert "one whole model per process" in refused()
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "the launcher has set ACCELERATE_USE_DEEPSPEED"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "`fsdp_version: 2`"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "--grad-checkpointing",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "`fsdp_offload_params: false`",
+        ),
+    ],
+)
+def test_a_launcher_that_asks_for_what_is_not_there_is_refused(refused, monkeypatch, variables, expected):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert expected in refused()
+
+
+def test_more_processes_than_images_are_refused():
+    given = {"accumulation": 2, "batch_size": None}
+    mistakes = Mistakes()
+    resolve_length(given, 7, 4, mistakes, epochs=1, warmup=0.0)
+    assert mistakes[0].startswith(
+        "Each of 4 process(es) needs an image for each of 2 accumulated micro-batches, 8 in all"
+    )
+    assert "there are 7 to train on: take fewer processes" in mistakes[0]
+
+
+def test_a_compiler_that_does_not_work_is_told_before_anything_is_written(refused, monkeypatch):
+    def broken(*_arguments, **_options):
+        raise RuntimeError("No working C++ compiler found\nmany more lines")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    message = refused(compile=True)
+    assert message.splitlines()[0] == "--compile does not work on this machine: No working C++ compiler found"
+    assert "g++" in message
 
 
 def test_resuming_what_is_no_run_is_refused(tmp_path):

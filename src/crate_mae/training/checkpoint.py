@@ -2,7 +2,12 @@
 
 A checkpoint folder is a MODEL like any other: the model that the run measures. Where that is a running average of the
 weights, the weights themselves, from which training goes on, stand beside it. All names are those of the unwrapped
-model, so a run may go on with another number of processes than it began with.
+model, so a run may go on with another number of processes than it began with, sharded or not.
+
+Of a sharded model each process writes a file of its own: not its slices, but a share of the tensors, each of them
+whole. Tensors are gathered one after another, so that no process ever holds more than its share and one tensor; and
+the files, with an index, are those in which Hugging Face splits large models. Slices would spare the gathering, which
+takes about as much traffic as a forward pass, but only programs that know how they were cut could read them.
 """
 
 from __future__ import annotations
@@ -12,12 +17,15 @@ import json
 import logging
 import shutil
 from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+from accelerate import Accelerator
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -28,16 +36,19 @@ from torch.distributed.checkpoint.state_dict import (
 
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
-from crate_mae.models.tensors import misfits, read_tensors
-from crate_mae.models.weights import WEIGHTS_FILE, Config, newest_checkpoint, save_tensors
-from crate_mae.training.files import whole_folder
+from crate_mae.models.tensors import misfits, stream_tensors
+from crate_mae.models.weights import CONFIG_FILE, WEIGHTS_FILE, Config, newest_checkpoint, save_config
+from crate_mae.training.files import flush_to_disk, whole_folder
+from crate_mae.training.parts import part_of, share_out, write_index
+from crate_mae.training.processes import all_succeed, first_decides
+from crate_mae.training.sharding import WHOLE, cut_like, whole_tensor
 from crate_mae.training.trainee import Trainee
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
 TRAINED_FILE = "trained.safetensors"
-_WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+OPTIMIZER_FILE = "optimizer.safetensors"
 
 
 @dataclass
@@ -87,54 +98,120 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights and optimizer state of a moment, gathered from all processes; empty on all but the first.
+    """Weights and optimizer state of a moment.
 
     Attributes:
-        weights: that are trained.
-        optimizer: its state.
-        average: of the weights; None if the run keeps none.
+        files: the tensors that this process writes, by file. Of whole models the first process writes all.
+        groups: of the optimizer's parameters.
+        holders: of a sharded model: which process writes which tensor, by file; else None.
     """
 
-    weights: dict[str, Any]
-    optimizer: dict[str, Any]
-    average: dict[str, Any] | None = None
-
-    @property
-    def measured(self) -> dict[str, Any]:
-        """The weights that the run measures: the average if there is one."""
-        return self.weights if self.average is None else self.average
+    files: dict[str, dict[str, Tensor]]
+    groups: list[Any]
+    holders: dict[str, dict[str, int]] | None = None
 
 
 def gather(trainee: Trainee) -> Snapshot:
     """Collect what a checkpoint holds from a plain or a distributed model. All processes must call this together."""
+    options = _options(trainee)
     # An optimizer that has not stepped yet has no state; torch would invent one, by a step with zero gradients.
-    states = {}
+    states: dict[str, Any] = {}
     if trainee.optimizer.state:
-        states = get_optimizer_state_dict(trainee.model, trainee.optimizer, options=_WHOLE)
-    average = None if trainee.average is None else get_model_state_dict(trainee.average.module, options=_WHOLE)
-    return Snapshot(get_model_state_dict(trainee.model, options=_WHOLE), states, average)
+        states = get_optimizer_state_dict(trainee.model, trainee.optimizer, options=options)
+    weights = get_model_state_dict(trainee.model, options=options)
+    files: dict[str, dict[str, Any]] = {WEIGHTS_FILE: weights}
+    if trainee.average is not None:
+        average = get_model_state_dict(trainee.average.module, options=options)
+        files = {WEIGHTS_FILE: average, TRAINED_FILE: weights}
+    files[OPTIMIZER_FILE] = {
+        f"{parameter}.{key}": value.contiguous()
+        for parameter, values in states.get("state", {}).items()
+        for key, value in values.items()
+    }
+    snapshot = Snapshot(files, states.get("param_groups", []))
+    return shared_out(snapshot) if trainee.is_sharded else snapshot
+
+
+def shared_out(snapshot: Snapshot) -> Snapshot:
+    """The same where each process keeps its share of the tensors, whole. All processes must call this together."""
+    rank, processes = dist.get_rank(), dist.get_world_size()
+    holders = {file: share_out(tensors, processes) for file, tensors in snapshot.files.items()}
+    files: dict[str, dict[str, Tensor]] = {}
+    for file, tensors in snapshot.files.items():
+        files[file] = {}
+        for name, tensor in tensors.items():
+            whole = whole_tensor(tensor)
+            if holders[file][name] == rank:
+                files[file][name] = whole.cpu().contiguous()
+    return Snapshot(files, snapshot.groups, holders)
 
 
 def write(checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainState) -> Path:
-    """Write a checkpoint and name it the last one, and the best one if it is.
+    """Write a checkpoint of a whole model, from one process, and name it the last one, and the best one if it is.
 
     Removed are all others but the best, and the one that was last before.
     """
-    folder, before = checkpoints / f"step-{state.step}", newest_checkpoint(checkpoints.parent)
+    folder = checkpoints / f"step-{state.step}"
     with whole_folder(folder) as temporary:
-        save_tensors(snapshot.measured, config, temporary)
-        if snapshot.average is not None:
-            save_file(snapshot.weights, temporary / TRAINED_FILE)
-        moments = {
-            f"{parameter}.{key}": value.contiguous()
-            for parameter, values in snapshot.optimizer.get("state", {}).items()
-            for key, value in values.items()
-        }
-        save_file(moments, temporary / "optimizer.safetensors")
-        groups = snapshot.optimizer.get("param_groups", [])
-        content = {"schema": SCHEMA, **dataclasses.asdict(state), "parameter_groups": groups}
-        (temporary / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    kept = [folder, before]
+        save_config(config, temporary)
+        for file, tensors in snapshot.files.items():
+            _write_tensors(tensors, temporary / file)
+        _write_state(temporary, snapshot, state)
+    _name_last(folder, state)
+    return folder
+
+
+def write_parts(
+    accelerator: Accelerator, checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainState
+) -> None:
+    """`write` of a sharded model: each process writes its part. All processes must call this together.
+
+    Raises:
+        UserError: if one of them cannot, or not into the same folder; then nothing is left of the checkpoint.
+    """
+    folder = checkpoints / f"step-{state.step}"
+    holders, processes = snapshot.holders, accelerator.num_processes
+    assert holders is not None, "the snapshot is of a sharded model"
+    with ExitStack() as stack:
+
+        def begin() -> Path:
+            temporary = stack.enter_context(whole_folder(folder))
+            save_config(config, temporary)
+            return temporary
+
+        def write_part() -> None:
+            if not (temporary / CONFIG_FILE).is_file():
+                raise UserError(f"{checkpoints} is not the same folder on all machines: give an --out that they share.")
+            for file, tensors in snapshot.files.items():
+                path = part_of(temporary / file, accelerator.process_index, processes)
+                _write_tensors(tensors, path)
+                flush_to_disk(path)
+
+        def complete() -> None:
+            for file, holder in holders.items():
+                write_index(temporary / file, holder, processes)
+            _write_state(temporary, snapshot, state)
+            stack.close()  # the folder takes its name
+            _name_last(folder, state)
+
+        temporary = first_decides(accelerator, begin)
+        all_succeed(accelerator, write_part)
+        first_decides(accelerator, complete)
+
+
+def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copymode(path.with_name(CONFIG_FILE), path)  # safetensors makes files that only their owner can read
+
+
+def _write_state(folder: Path, snapshot: Snapshot, state: TrainState) -> None:
+    content = {"schema": SCHEMA, **dataclasses.asdict(state), "parameter_groups": snapshot.groups}
+    (folder / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _name_last(folder: Path, state: TrainState) -> None:
+    checkpoints = folder.parent
+    kept = [folder, newest_checkpoint(checkpoints.parent)]
     if state.best_score is not None:
         kept.append(checkpoints / f"step-{state.best_step}")
         write_whole(checkpoints / "best", f"step-{state.best_step}\n".encode())
@@ -143,7 +220,6 @@ def write(checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainSta
         if other not in kept:
             shutil.rmtree(other)
     logger.info("Saved %s.", folder)
-    return folder
 
 
 def read(folder: Path, trainee: Trainee) -> TrainState:
@@ -154,29 +230,35 @@ def read(folder: Path, trainee: Trainee) -> TrainState:
     """
     state, groups = _read_state(folder / "state.json")
     trained = WEIGHTS_FILE if trainee.average is None else TRAINED_FILE
-    _read_weights(folder / trained, trainee.model)
+    _read_weights(folder / trained, trainee.model, trainee)
     if trainee.average is not None:
-        _read_weights(folder / WEIGHTS_FILE, trainee.average.module)
+        _read_weights(folder / WEIGHTS_FILE, trainee.average.module, trainee)
+    examples = dict(trainee.plain.named_parameters())
     moments: dict[str, Any] = defaultdict(dict)
-    for name, value in read_tensors(folder / "optimizer.safetensors").items():
+    for name, value in stream_tensors(folder / OPTIMIZER_FILE):
         parameter, _, key = name.rpartition(".")
-        moments[parameter][key] = value
+        moments[parameter][key] = cut_like(value, examples.get(parameter))
     if moments:
         states = {"state": moments, "param_groups": groups}
         try:
-            set_optimizer_state_dict(trainee.model, trainee.optimizer, states, options=_WHOLE)
+            set_optimizer_state_dict(trainee.model, trainee.optimizer, states, options=_options(trainee))
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder} holds the optimizer of another model, or is damaged: {error}.") from error
     return state
 
 
-def _read_weights(path: Path, model: nn.Module) -> None:
-    weights: dict[str, Any] = {**read_tensors(path)}
-    # Ranks other than the first hold an empty `wanted`; the first speaks for all.
-    wanted: dict[str, Any] = get_model_state_dict(model, options=_WHOLE)
+def _options(trainee: Trainee) -> StateDictOptions | None:
+    """In which form torch takes and gives the state of a trainee: by parts if it is sharded, else whole."""
+    return None if trainee.is_sharded else WHOLE
+
+
+def _read_weights(path: Path, model: nn.Module, trainee: Trainee) -> None:
+    # Of whole models, ranks other than the first hold an empty `wanted`; the first speaks for all.
+    wanted: dict[str, Any] = get_model_state_dict(model, options=_options(trainee))
+    weights: dict[str, Any] = {name: cut_like(value, wanted.get(name)) for name, value in stream_tensors(path)}
     if wanted and (problems := misfits(weights, wanted)):
         raise UserError(f"{path} holds the weights of another model: {problems}.")
-    set_model_state_dict(model, weights, options=_WHOLE)
+    set_model_state_dict(model, weights, options=_options(trainee))
 
 
 def _read_state(path: Path) -> tuple[TrainState, list[Any]]:

@@ -27,7 +27,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for file in temporary.iterdir():
-            _flush_to_disk(file)
+            flush_to_disk(file)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)
@@ -98,7 +98,7 @@ class CsvLog:
             self.path.unlink()
 
 
-def _flush_to_disk(file: Path) -> None:
+def flush_to_disk(file: Path) -> None:
     """Have the operating system write a file out: its new name must not reach the disk before its contents."""
     with file.open("r+b") as opened:
         os.fsync(opened.fileno())

@@ -6,13 +6,13 @@ import time
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
-from torch import nn
 
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.processes import first_decides
 from crate_mae.training.report import RunReport
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Measured, Task
+from crate_mae.training.trainee import Trainee
 
 BEST = "best_score"  # the column with the best score so far
 
@@ -56,11 +56,11 @@ class Logbook:
         self.images_per_second = self.data_wait = 0.0
         self._restart_clock()
 
-    def record(self, model: nn.Module, state: TrainState, step: StepLog, *, bad_images: int) -> bool:
+    def record(self, trainee: Trainee, state: TrainState, step: StepLog, *, bad_images: int) -> bool:
         """Note one step: its speed always, a row and what held-out images say when they are due.
 
         Args:
-            model: to measure, unwrapped.
+            trainee: to measure.
             state: after the step; its running mean of the loss is emptied into the row, and its best score noted.
             step: what the step did.
             bad_images: unreadable images so far.
@@ -91,7 +91,7 @@ class Logbook:
         state.loss_sum, state.loss_count = 0.0, 0
         is_best = False
         if measures:
-            measured = self._measure(model, state.step)
+            measured = self._measure(trainee, state.step)
             is_best = state.note_score(measured.score)
             row |= measured.values
             row |= {} if state.best_score is None else {BEST: state.best_score}
@@ -100,15 +100,16 @@ class Logbook:
         self._restart_clock()  # measuring and drawing are no part of the speed
         return is_best
 
-    def begin(self, model: nn.Module) -> None:
+    def begin(self, trainee: Trainee) -> None:
         """Write the row of step 0: what the model does before it learns; it is not saved, and cannot be the best."""
-        measured = self._measure(model, 0)
+        measured = self._measure(trainee, 0)
         self._write({"step": 0, "epoch": 0.0, **measured.values})
         self._restart_clock()
 
-    def _measure(self, model: nn.Module, step: int) -> Measured:
+    def _measure(self, trainee: Trainee, step: int) -> Measured:
         """What held-out images say, which all processes must know since it decides about checkpoints."""
-        return first_decides(self.accelerator, lambda: self.task.measure(model, step, self.directory))
+        with trainee.measured(self.accelerator) as model:
+            return first_decides(self.accelerator, lambda: self.task.measure(model, step, self.directory))
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:

@@ -20,7 +20,8 @@ from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.files import is_disk_full
 from crate_mae.training.images import training_batches
 from crate_mae.training.logbook import Logbook
-from crate_mae.training.processes import first_decides, stop_requests
+from crate_mae.training.memory import first_step
+from crate_mae.training.processes import first_decides, lost_processes_explained, stop_requests
 from crate_mae.training.progress import Display
 from crate_mae.training.report import RunReport
 from crate_mae.training.run_directory import RunDirectory
@@ -28,7 +29,7 @@ from crate_mae.training.saver import Saver
 from crate_mae.training.step import training_step
 from crate_mae.training.task import Task
 from crate_mae.training.trackers import close_trackers, start_trackers
-from crate_mae.training.trainee import Trainee, average_of
+from crate_mae.training.trainee import Trainee, build_trainee
 
 logger = logging.getLogger(__name__)
 
@@ -51,24 +52,29 @@ def train(
         UserError: for a reason to stop that the user can mend. What was saved stays whole.
         RunStopped: after SIGINT or SIGTERM, when everything has been saved.
     """
-    with ExitStack() as stack:
-        first_decides(accelerator, lambda: stack.enter_context(directory.opened(task.config)))
-        stack.enter_context(_full_disk_explained(directory))
-        display.lines(plan)
+    try:
+        with ExitStack() as stack:
+            first_decides(accelerator, lambda: stack.enter_context(directory.opened(task.config)))
+            stack.enter_context(_full_disk_explained(directory))
+            stack.enter_context(lost_processes_explained(accelerator, directory.resume_command))
+            display.lines(plan)
 
-        # Build.
-        trainee = _build(task, accelerator)
+            # Build.
+            trainee = build_trainee(task, accelerator)
 
-        # Resume.
-        state = _resume(task, accelerator, directory, trainee)
-        start_trackers(accelerator, task.config, directory.path, state.step)
-        stack.callback(close_trackers, accelerator)
+            # Resume.
+            state = _resume(task, accelerator, directory, trainee)
+            start_trackers(accelerator, task.config, directory.path, state.step)
+            stack.callback(close_trackers, accelerator)
 
-        # Closed with the run, so that no loader process outlives it, whatever ends it.
-        batches = stack.enter_context(closing(_batches(task, accelerator, state.step)))
-        report = RunReport(directory, task, plan, writes=accelerator.is_main_process)
-        stack.enter_context(closing(report))
-        _learn(task, accelerator, trainee, state, batches, directory=directory, display=display, report=report)
+            # Closed with the run, so that no loader process outlives it, whatever ends it.
+            batches = stack.enter_context(closing(_batches(task, accelerator, state.step)))
+            report = RunReport(directory, task, plan, writes=accelerator.is_main_process)
+            stack.enter_context(closing(report))
+            _learn(task, accelerator, trainee, state, batches, directory=directory, display=display, report=report)
+    except RunStopped:
+        accelerator.wait_for_everyone()  # a launcher ends all processes, at once, when the first has ended
+        raise
 
 
 def _learn(
@@ -91,18 +97,20 @@ def _learn(
 
     with stop_requests() as request, display.training(state.step, config.steps):
         if state.step == 0:
-            log.begin(trainee.measured)
+            log.begin(trainee)
+        begun_at = state.step
         while state.step < config.steps:
             # Step.
             due = saver.is_due_by_clock()
-            step = training_step(task, accelerator, trainee, batches, state.step, stop=request.signal, save=due)
+            with first_step(is_first=state.step == begun_at):
+                step = training_step(task, accelerator, trainee, batches, state.step, stop=request.signal, save=due)
             state.count(step.loss, step.is_finite)
             if step.is_finite:
                 trainee.move_average(state.step)
 
             # Log.
             too_many_bad = step.agreed.bad_images and _note_bad_images(task, bad_images, state.step, step.bad_images)
-            is_best = log.record(trainee.measured, state, step.log, bad_images=len(bad_images))
+            is_best = log.record(trainee, state, step.log, bad_images=len(bad_images))
             display.step(state.step, step.loss, log.images_per_second, log.data_wait)
 
             # Save.
@@ -116,14 +124,6 @@ def _learn(
                 display.lines([f"Stopped and saved at step {state.step}. To go on: {directory.resume_command}"])
                 raise RunStopped(step.agreed.stop)
         saver.save_model(state)
-
-
-def _build(task: Task, accelerator: Accelerator) -> Trainee:
-    if task.config.compile:
-        task.model.compile()
-    model, optimizer = accelerator.prepare(task.model, task.optimizer(task.model))
-    plain = accelerator.unwrap_model(model)
-    return Trainee(model, plain, optimizer.optimizer, accelerated=optimizer, average=average_of(plain, task.ema))
 
 
 def _resume(task: Task, accelerator: Accelerator, directory: RunDirectory, trainee: Trainee) -> TrainState:

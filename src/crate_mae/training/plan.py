@@ -9,6 +9,7 @@ from crate_mae.training.progress import count, duration
 from crate_mae.training.run import Run
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.schedule import scaled_lr
+from crate_mae.training.sharding import sharding_of
 from crate_mae.training.task import Task
 
 _MUCH_WAITING = 0.2
@@ -32,7 +33,7 @@ def describe_plan(
         f"{task.steps_per_epoch:,}",
         "precision": config.precision + (f" ({probe.reason})" if probe.reason else ""),
         "device": f"{accelerator.device.type}, {count(config.threads, 'thread')}, "
-        f"{count(config.workers, 'loader process')}" + (", compiled" if config.compile else ""),
+        f"{count(config.workers, 'loader process')}" + "".join(f", {way}" for way in _ways(task, accelerator)),
         "estimate": _estimate(task, probe, start_step),
         "folder": f"{directory.path}, with a checkpoint every {count(config.checkpoint_epochs, 'epoch')} and every "
         f"{config.checkpoint_minutes:g} min",
@@ -53,6 +54,16 @@ def describe_end(task: Task, run: Run, seconds: float, memory: int | None) -> li
     if waits and (share := sum(waits) / len(waits)) > _MUCH_WAITING:
         lines.append(f"{share:.0%} of the time was spent waiting for images: more --workers may help.")
     return lines
+
+
+def _ways(task: Task, accelerator: Accelerator) -> list[str]:
+    """What is special about how this run computes."""
+    ways = {
+        "compiled": task.config.compile,
+        "layers computed twice": task.config.grad_checkpointing,
+        "sharded": sharding_of(accelerator) is not None,
+    }
+    return [way for way, is_taken in ways.items() if is_taken]
 
 
 def _estimate(task: Task, probe: ProbeResult, start_step: int) -> str:

@@ -5,18 +5,24 @@ from __future__ import annotations
 import contextlib
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NamedTuple, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from jaxtyping import Float
+from torch import Tensor
 
 from crate_mae.errors import UserError
-from crate_mae.models.devices import fastest_device
+from crate_mae.models.devices import fastest_device, send
 
 T = TypeVar("T")
+
+_ECHO_SECONDS = 2.0  # in which a second signal is taken for the first one, passed on
 
 
 @contextlib.contextmanager
@@ -40,43 +46,104 @@ class Agreement(NamedTuple):
 
     Attributes:
         loss: of the global batch.
+        grad_norm: of its gradients, before clipping.
         bad_images: unreadable images that the step met.
         stop: the signal that asks for a stop, or 0.
         save: whether a checkpoint is due by the clock of the first process.
     """
 
     loss: float
+    grad_norm: float
     bad_images: int
     stop: int
     save: bool
 
 
-def agree(accelerator: Accelerator, *, loss: torch.Tensor, bad_images: int, stop: int, save: bool) -> Agreement:
-    """Bring together what each process found, in one exchange: the mean of the losses, the sum or any of the rest."""
-    flags = [bad_images, stop == signal.SIGINT, stop == signal.SIGTERM, save and accelerator.is_main_process]
-    mine = torch.stack([loss.float(), *loss.new_tensor(flags, dtype=torch.float32)])
+def agree(
+    accelerator: Accelerator,
+    *,
+    loss: Float[Tensor, ""],
+    grad_norm: Float[Tensor, ""],
+    bad_images: int,
+    stop: int,
+    save: bool,
+) -> Agreement:
+    """Bring together what each process found, in one exchange: the mean of the losses, the sum or any of the rest.
+
+    It is where a step waits for the device, and nowhere else.
+
+    Args:
+        accelerator: of the processes.
+        loss: of this process's images.
+        grad_norm: the same in all processes.
+        bad_images: that this process met.
+        stop: signal that this process was sent, or 0.
+        save: whether this process finds a checkpoint due.
+    """
+    first = accelerator.is_main_process
+    flags = torch.tensor([bad_images, stop == signal.SIGINT, stop == signal.SIGTERM, save and first])
+    losses = torch.stack([loss.float(), grad_norm.float() * first])
+    mine = torch.cat([losses, send(flags.float(), loss.device)])
     together = cast(torch.Tensor, accelerator.reduce(mine, "sum"))
-    total, bad, interrupted, terminated, due = together.tolist()
+    total, norm, bad, interrupted, terminated, due = together.tolist()
     stop = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
-    return Agreement(total / accelerator.num_processes, int(bad), int(stop), due > 0)
+    return Agreement(total / accelerator.num_processes, norm, int(bad), int(stop), due > 0)
 
 
 def first_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
-    """Call a function in the first process only; all processes return its value, or raise its `UserError`."""
+    """Call a function in the first process only; all processes return its value, or raise if it does."""
     outcome: list = [None, None]
+    failure: Exception | None = None
     if accelerator.is_main_process:
         try:
             outcome = [decide(), None]
-        except UserError as error:
-            outcome = [None, str(error)]
-        except OSError as error:
-            if accelerator.num_processes == 1:
-                raise
-            outcome = [None, f"The first process could not go on: {error}."]  # or the others would wait for it
+        except Exception as error:  # whatever it is, or the others would wait for the first process
+            failure, outcome = error, [None, _told(error, 0)]
     value, mistake = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
     if mistake is not None:
         raise UserError(mistake)
     return value
+
+
+def all_succeed(accelerator: Accelerator, act: Callable[[], None]) -> None:
+    """Call a function in every process. If it fails in one, that one raises its exception, the others a `UserError`."""
+    failure: Exception | None = None
+    try:
+        act()
+    except Exception as error:  # whatever it is, or the others would wait for this process
+        failure = error
+    mistakes = gather_object([failure and _told(failure, accelerator.process_index)])
+    if failure is not None:
+        raise failure
+    if found := [mistake for mistake in mistakes if mistake]:
+        raise UserError(found[0])
+
+
+def _told(error: Exception, process: int) -> str:
+    """What the other processes are told of an exception."""
+    return str(error) if isinstance(error, UserError) else f"Process {process} of the run could not go on: {error}."
+
+
+@contextlib.contextmanager
+def lost_processes_explained(accelerator: Accelerator, resume_command: str) -> Iterator[None]:
+    """Turn what communication raises when another process is gone into a `UserError` that says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes == 1 or not _is_of_communication(error):
+            raise
+        raise UserError(
+            f"Process {accelerator.process_index} of {accelerator.num_processes} has lost another one, which was ended "
+            "or cannot be reached: the launcher and its log say which.\n"
+            f"The run is as it was at its last checkpoint. To go on: {resume_command}, launched as before or otherwise"
+        ) from error
+
+
+def _is_of_communication(error: RuntimeError) -> bool:
+    """NCCL has a class of exceptions for it, Gloo only a message that names its source file."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 class StopRequest:
@@ -89,8 +156,9 @@ class StopRequest:
 def stop_requests() -> Iterator[StopRequest]:
     """Note SIGINT and SIGTERM instead of dying of them, so that a step can be finished and saved.
 
-    A second signal has its usual effect at once. Outside the main thread, Python lets nobody handle signals, and
-    nothing is changed.
+    A later signal has its usual effect at once. One that follows within moments does not: launchers pass on to their
+    processes what a terminal or SLURM has sent to all of them already. Outside the main thread, Python lets nobody
+    handle signals, and nothing is changed.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -99,10 +167,15 @@ def stop_requests() -> Iterator[StopRequest]:
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     # A shell starts background jobs deaf to Ctrl-C, which is meant for the job in front: they stay so.
     usual = {number: handler for number, handler in usual.items() if handler is not signal.SIG_IGN}
+    asked_at = 0.0
 
     def note(number: int, _frame: FrameType | None) -> None:
-        request.signal = number
-        signal.signal(number, usual[signal.Signals(number)])
+        nonlocal asked_at
+        if not request.signal:
+            request.signal, asked_at = number, time.monotonic()
+        elif time.monotonic() - asked_at > _ECHO_SECONDS:
+            signal.signal(number, usual[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in usual:
         signal.signal(number, note)

@@ -12,6 +12,7 @@ from crate_mae.training import checkpoint
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.processes import first_decides
 from crate_mae.training.run_directory import RunDirectory
+from crate_mae.training.sharding import whole_weights
 from crate_mae.training.task import Task
 from crate_mae.training.trainee import Trainee
 
@@ -47,7 +48,10 @@ class Saver:
         """Write a checkpoint. All processes must call this together."""
         snapshot, config = checkpoint.gather(self.trainee), self.task.model.config
         folder = self.directory.checkpoints
-        first_decides(self.accelerator, lambda: checkpoint.write(folder, snapshot, config, state))
+        if self.trainee.is_sharded:
+            checkpoint.write_parts(self.accelerator, folder, snapshot, config, state)
+        else:
+            first_decides(self.accelerator, lambda: checkpoint.write(folder, snapshot, config, state))
         self._saved_at = time.monotonic()
 
     def save_model(self, state: TrainState) -> None:
@@ -55,11 +59,11 @@ class Saver:
 
         It is the best one where models were compared, and otherwise the last one.
         """
-        snapshot, config = checkpoint.gather(self.trainee), self.task.model.config
+        last, config = whole_weights(self.trainee.kept), self.task.model.config
 
         def write() -> None:
             best = None if state.best_score is None else self.directory.checkpoints / f"step-{state.best_step}"
-            tensors = snapshot.measured if best is None else read_tensors(best / WEIGHTS_FILE)
+            tensors = last if best is None else read_tensors(best / WEIGHTS_FILE)
             save_tensors(tensors, config, self.directory.path)
 
         first_decides(self.accelerator, write)

@@ -7,28 +7,33 @@ import dataclasses
 import inspect
 import math
 import time
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, parse_flag_from_env
+from accelerate.utils import ProjectConfiguration, patch_environment
 from rich.console import Console
 
 from crate_mae.errors import UserError
 from crate_mae.models.weights import newest_checkpoint
 from crate_mae.training import checkpoint
+from crate_mae.training.compiling import check_compiler
 from crate_mae.training.config import RunConfig
 from crate_mae.training.loop import train
+from crate_mae.training.memory import StepTooLargeError, first_step, halved, refuse_too_large, too_large
 from crate_mae.training.plan import describe_end, describe_plan
 from crate_mae.training.probe import ProbeResult, peak_memory, probe
-from crate_mae.training.processes import computing_threads, first_decides, training_device
+from crate_mae.training.processes import all_succeed, computing_threads, training_device
 from crate_mae.training.progress import Display
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
 from crate_mae.training.resolve_finetuning import resolve_finetuning
 from crate_mae.training.run import Run
 from crate_mae.training.run_directory import RunDirectory
+from crate_mae.training.sharding import asked_sharding
 from crate_mae.training.task import Resolved, Task
 
 _RESOLVERS = {"pretrain": resolve_pretraining, "finetune": resolve_finetuning}
@@ -65,26 +70,49 @@ def start(
 
     with computing_threads(resolved.config.threads):
         accelerator = _build_accelerator(resolved.config, processes, out)
-        task, found = _build_task(resolved, accelerator)
-        newest = newest_checkpoint(out)
-        plan = describe_plan(task, accelerator, found, directory, checkpoint.step_of(newest) if newest else 0)
-        run = Run(out, task.config)
-        if dry_run:
-            display.lines([*plan, "This was a dry run: nothing has been written."])
-            return run
-        train(task, accelerator, directory=directory, display=display, plan=plan)
-        if accelerator.is_main_process:
-            display.lines(describe_end(task, run, time.monotonic() - started, peak_memory(accelerator.device)))
+        go = partial(_go, accelerator=accelerator, directory=directory, display=display, dry_run=dry_run)
+        with suppress(StepTooLargeError):
+            return go(resolved, started=started)
+        accelerator.free_memory()
+        smaller = halved(resolved.config, processes.num_processes)
+        display.lines([f"A step does not fit in memory: going on with --accumulation {smaller.accumulation}."])
+        try:
+            return go(resolved._replace(config=smaller), started=started)
+        except StepTooLargeError:
+            raise too_large(smaller, processes.num_processes) from None
+
+
+def _go(
+    resolved: Resolved,
+    *,
+    accelerator: Accelerator,
+    directory: RunDirectory,
+    display: Display,
+    dry_run: bool,
+    started: float,
+) -> Run:
+    """The run, from its task to its end."""
+    task, found = _build_task(resolved, accelerator)
+    newest = newest_checkpoint(directory.path)
+    plan = describe_plan(task, accelerator, found, directory, checkpoint.step_of(newest) if newest else 0)
+    run = Run(directory.path, task.config)
+    if dry_run:
+        display.lines([*plan, "This was a dry run: nothing has been written."])
         return run
+    train(task, accelerator, directory=directory, display=display, plan=plan)
+    if accelerator.is_main_process:
+        display.lines(describe_end(task, run, time.monotonic() - started, peak_memory(accelerator.device)))
+    return run
 
 
 def _build_accelerator(config: RunConfig, processes: PartialState, out: Path) -> Accelerator:
-    return Accelerator(
-        cpu=torch.device(processes.device or "cpu").type == "cpu",
-        mixed_precision="no",  # the loop says itself what runs in bfloat16
-        log_with=list(config.trackers) or None,
-        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
-    )
+    with patch_environment(accelerate_use_fsdp="false"):  # `sharding` does it, on every device alike
+        return Accelerator(
+            cpu=torch.device(processes.device or "cpu").type == "cpu",
+            mixed_precision="no",  # the loop says itself what runs in bfloat16
+            log_with=list(config.trackers) or None,
+            project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
+        )
 
 
 def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, ProbeResult]:
@@ -93,8 +121,12 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
         task = resolved.build()
+    if config.compile:
+        all_succeed(accelerator, lambda: check_compiler(accelerator.device))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
-    found = first_decides(accelerator, lambda: probe(task, micro_batch, accelerator.device))
+    with first_step():
+        refuse_too_large(task, accelerator)
+        found = probe(task, micro_batch, accelerator)
     task.config = _with_probe(config, found, task.steps_per_epoch)
     return task, found
 
@@ -121,16 +153,10 @@ def _join_processes() -> PartialState:
     Accelerate takes a machine without accelerators for a distributed one only when told to use its CPU.
 
     Raises:
-        UserError: for an engine that shards the model or brings its own optimizer: exact resuming and the held-out
-            signals are only known to work with whole models, and the largest preset fits on one device many times.
+        UserError: for an engine that we do not know.
     """
+    asked_sharding()
     processes = PartialState(cpu=training_device().type == "cpu")
-    sharding = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM")
-    if asked := [name for name in sharding if parse_flag_from_env(name)]:
-        raise UserError(
-            f"Training runs one whole model per process (DDP), but the launcher has set {asked[0]}.\n"
-            "Launch it with torchrun or with `accelerate launch --multi_gpu`."
-        )
     if processes.num_processes > 1:
         # Left to the end of the interpreter, the group's threads now and then bring a finished process down.
         atexit.register(processes.destroy_process_group)

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
+from crate_mae.models.devices import send
 from crate_mae.training.logbook import StepLog
 from crate_mae.training.precision import autocast
 from crate_mae.training.processes import Agreement, agree
 from crate_mae.training.randomness import seed_step
 from crate_mae.training.sampler import micro_slices
 from crate_mae.training.schedule import scaled_lr, warmup_cosine
+from crate_mae.training.sharding import synchronizing, whole_tensor
 from crate_mae.training.task import Task
 from crate_mae.training.trainee import Trainee
 
@@ -67,14 +69,13 @@ def training_step(
     optimizer = trainee.accelerated
     lr = _set_learning_rate(task, optimizer, step)
     loss, bad_images, waited = _gradients(task, accelerator, trainee, batches, step)
-    norm = accelerator.clip_grad_norm_(trainee.model.parameters(), task.config.clip_grad or math.inf)
-    grad_norm = float(cast(torch.Tensor, norm))
-    agreed = agree(accelerator, loss=loss, bad_images=len(bad_images), stop=stop, save=save)
-    is_finite = math.isfinite(agreed.loss) and math.isfinite(grad_norm)
+    norm = whole_tensor(clip_grad_norm_(trainee.model.parameters(), task.config.clip_grad or math.inf))
+    agreed = agree(accelerator, loss=loss, grad_norm=norm, bad_images=len(bad_images), stop=stop, save=save)
+    is_finite = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
     if is_finite:
         optimizer.step()
     optimizer.zero_grad()
-    return StepResult(agreed.loss, is_finite, bad_images, StepLog(lr, grad_norm, waited), agreed)
+    return StepResult(agreed.loss, is_finite, bad_images, StepLog(lr, agreed.grad_norm, waited), agreed)
 
 
 def _gradients(
@@ -94,9 +95,10 @@ def _gradients(
         batch = next(batches)
         waited += time.perf_counter() - started
         bad_images += batch.bad
-        images, labels = (x.to(device, non_blocking=True) for x in (batch.images, batch.labels))
-        # Gradients travel between processes once per step, with the last micro-batch.
-        with nullcontext() if number == len(parts) else accelerator.no_sync(model):
+        images, labels = (send(x, device) for x in (batch.images, batch.labels))
+        if device.type == "cuda":  # so that its convolution gives patches one after another, as tokens
+            images = images.contiguous(memory_format=torch.channels_last)
+        with synchronizing(accelerator, model, last=number == len(parts)):
             with autocast(device, config.precision):
                 part_loss = step_loss(model, images, labels, part) / len(parts)
             accelerator.backward(part_loss)

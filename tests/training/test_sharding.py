@@ -1,0 +1,109 @@
+"""Real processes that share one model, and processes that are lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import crate_mae
+from crate_mae.errors import UserError
+from crate_mae.training.parts import part_of, share_out, write_index
+
+FSDP = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp.yaml"
+CPU = {"ACCELERATE_USE_CPU": "true"}
+
+
+def sharded(processes):
+    launch = ("-m", "accelerate.commands.launch", "--config_file", str(FSDP), "--main_process_port=0")
+    return (*launch, f"--num_processes={processes}")
+
+
+def finish(process, code=0):
+    output, _ = process.communicate(timeout=1500)
+    assert process.returncode == code, output
+    return output
+
+
+def largest_difference(first, second):
+    first, second = (load_file(run / "model.safetensors") for run in (first, second))
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+def world_size(checkpoint):
+    return json.loads((checkpoint / "state.json").read_text())["world_size"]
+
+
+def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(tmp_path, driver):
+    options = ("precision=float32", "steps=12", "accumulation=2", "monitor_steps=4")
+    whole = driver("pretrain", tmp_path / "whole", *options)
+    run = tmp_path / "run"
+    finish(driver("pretrain", run, *options, "stop_at=3"), code=143)
+    finish(driver("resume", run, "stop_at=6", launcher=sharded(4), **CPU), code=1)  # the launcher's own code
+    four = run / "checkpoints" / "step-7"
+    parts = sorted(path.name for path in four.glob("model*"))
+    assert parts == [*(f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)), "model.safetensors.index.json"]
+    assert world_size(four) == 4
+    unfinished = crate_mae.load(run).state_dict()
+    by_part = [load_file(four / name) for name in parts[:-1]]
+    assert sorted(name for part in by_part for name in part) == sorted(unfinished)
+    assert all(torch.equal(unfinished[name], tensor) for part in by_part for name, tensor in part.items())
+    finish(driver("resume", run, "stop_at=9", launcher=sharded(2), **CPU), code=1)
+    assert world_size(run / "checkpoints" / "step-10") == 2
+    finish(driver("resume", run))
+    finish(whole)
+    assert largest_difference(tmp_path / "whole", run) < 1e-5
+    losses = [
+        [float(row.split(",")[2]) for row in (path / "metrics.csv").read_text().splitlines()[2:]]
+        for path in (tmp_path / "whole", run)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_a_sharded_model_is_fine_tuned_with_its_average_as_a_whole_one(tmp_path, driver, encoder_folder):
+    options = (f"model={encoder_folder}", "precision=float32", "steps=6", "monitor_steps=3", "drop_path=0.0")
+    one = driver("finetune", tmp_path / "one", *options)
+    two = ("finetune", tmp_path / "two", *options, "grad_checkpointing=true", "compile=true")
+    finish(driver(*two, launcher=sharded(2), **CPU))
+    finish(one)
+    assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
+    assert sorted(path.name for path in (tmp_path / "two" / "checkpoints" / "step-6").glob("trained*")) == [
+        "trained-00001-of-00002.safetensors",
+        "trained-00002-of-00002.safetensors",
+        "trained.safetensors.index.json",
+    ]
+    accuracies = [
+        [row.split(",")[8] for row in (tmp_path / name / "metrics.csv").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_when_one_process_is_killed_the_other_says_so_and_the_run_resumes(tmp_path, driver):
+    options = ("precision=float32", "steps=10", "checkpoint_minutes=0.0001")
+    whole = driver("pretrain", tmp_path / "whole", *options)
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    output = finish(driver("pretrain", tmp_path / "run", *options, "die_at=5", launcher=launcher, **CPU), code=1)
+    assert output.count("Process 0 of 2 has lost another one") == 1
+    assert f"To go on: crate-mae resume {tmp_path / 'run'}" in output
+    assert output.count("Traceback") == 1  # the launcher's own, about the process that was killed
+    assert not (tmp_path / "run" / "lock").exists()
+    finish(driver("resume", tmp_path / "run"))
+    finish(whole)
+    assert largest_difference(tmp_path / "whole", tmp_path / "run") < 1e-5
+
+
+def test_shares_are_about_equal_and_whole():
+    sizes = [7, 5, 3, 2, 2, 11]
+    holder = share_out({str(i): torch.empty(size) for i, size in enumerate(sizes)}, 2)
+    assert holder == {"0": 0, "1": 1, "2": 1, "3": 0, "4": 1, "5": 0}
+
+
+def test_a_part_that_did_not_appear_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    part_of(path, 0, 2).touch()
+    with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors did not appear"):
+        write_index(path, {"a": 0}, 2)
+    assert not (tmp_path / "model.safetensors.index.json").exists()
