@@ -32,6 +32,7 @@ _COMMANDS = {
     "compare": ("compare:compare", "Pretrain models under the same budget, and measure them alike."),
     "inspect": ("inspect:inspect", "Hold every layer of a model to what it was derived to do, next to controls."),
     "theory": ("theory:theory", "Test the theory where its assumptions hold, and explain what came out."),
+    "app": ("app:app", "Open a page to play with: hide parts of a picture, see it completed, look inside."),
     "estimate": ("estimate:estimate", "Count what a run asks for: operations, memory, time on many devices."),
     "models": ("models:models", "List the models that can be named."),
     "recipes": ("recipes:recipes", "List options of pretraining that were tried together, with what they gave."),

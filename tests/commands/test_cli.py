@@ -28,6 +28,7 @@ FUNCTIONS = {
     "compare": crate_mae.compare,
     "estimate": crate_mae.estimate,
     "theory": importlib.import_module("crate_mae.commands.theory").theory,
+    "app": importlib.import_module("crate_mae.commands.app").app,
     "models": importlib.import_module("crate_mae.commands.models").models,
     "doctor": crate_mae.doctor,
     "try": crate_mae.try_digits,

@@ -1,0 +1,1 @@
+"""The page: hide patches of a picture, watch it be completed, look inside."""

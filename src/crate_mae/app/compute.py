@@ -1,0 +1,200 @@
+"""From a picture, a mask and a model to arrays: everything that the page shows is computed here."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from PIL import Image
+from torch import Tensor
+
+from crate_mae.data.transforms import evaluation_transform
+from crate_mae.errors import UserError
+from crate_mae.evaluation.completion_quality import completion_quality
+from crate_mae.interpret.attention_maps import attention_on_grid
+from crate_mae.interpret.layer_measures import EPS, attention_norm, bases, has_subspaces, normalised, sparsity
+from crate_mae.interpret.statistics import find
+from crate_mae.interpret.streaming import LayerMeasure, Values, stream
+from crate_mae.interpret.tokens import token_colours
+from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.completion import Completion, complete, completion_of
+from crate_mae.models.features import depth, encode, evaluating
+from crate_mae.models.masking import patch_statistics, patchify, random_mask, unpatchify
+from crate_mae.models.tracing import trace
+from crate_mae.theory.coding_rate import projected_coding_rate
+from crate_mae.theory.subspaces import project
+
+_RATE = "subspace_rate_normalised"
+
+
+class Completed(NamedTuple):
+    """One completed picture.
+
+    Attributes:
+        pictures: of one image.
+        psnr: of the hidden patches, in decibels.
+        flat_psnr: of patches without a pattern in their place, which is what a model has to beat; see `flat_patches`.
+    """
+
+    pictures: Completion
+    psnr: float
+    flat_psnr: float
+
+
+class Inside(NamedTuple):
+    """What one layer makes of a whole picture.
+
+    Attributes:
+        colours: three principal components of the layer's tokens, in [0, 1].
+        explained: share of the tokens' variance that these show together.
+        heads: how much of its attention one patch gives to each, head by head.
+        patch: number of that patch, row by row.
+        even: what each would get if all tokens got the same.
+    """
+
+    colours: Float[np.ndarray, "gh gw 3"]
+    explained: float
+    heads: Float[np.ndarray, "h gh gw"]
+    patch: int
+    even: float
+
+
+class Curves(NamedTuple):
+    """What every layer of the encoder does to a whole picture; empty where a network has no such thing.
+
+    Attributes:
+        rate_before: subspace rate R^c of the tokens that come into a layer, as its MSSA sees them, in nats.
+        rate_after: the same after the step that is derived to lower it.
+        zeros: share of exact zeros in the layer's code.
+    """
+
+    rate_before: list[float]
+    rate_after: list[float]
+    zeros: list[float]
+
+
+def prepare(model: MaskedAutoencoder, picture: Image.Image) -> Float[Tensor, "1 c hh ww"]:
+    """A picture as the model takes it: its centre, scaled and normalised."""
+    c = model.config
+    return evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)(picture)[None]
+
+
+def seeded_mask(model: MaskedAutoencoder, mask_ratio: float, seed: int) -> Bool[Tensor, "gh gw"]:
+    """The mask that `crate-mae reconstruct` gives its first image."""
+    mask = random_mask(1, model.num_patches, mask_ratio, torch.Generator().manual_seed(seed))
+    return mask.unflatten(1, model.grid_size)[0]
+
+
+def fit_mask(mask: Bool[Tensor, "gh gw"], grid_size: tuple[int, int]) -> Bool[Tensor, "rows columns"]:
+    """A mask on another grid: each patch is hidden if the one at its centre was."""
+    rows, columns = (
+        ((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(grid_size, mask.shape, strict=True)
+    )
+    return mask[rows][:, columns]
+
+
+def mask_text(mask: Bool[Tensor, "gh gw"]) -> str:
+    """A mask as text: "1" where a patch is hidden, row by row."""
+    return "".join("1" if hidden else "0" for hidden in mask.flatten().tolist())
+
+
+def mask_from_text(text: object, grid: tuple[int, int]) -> Bool[Tensor, "gh gw"]:
+    """The mask that `mask_text` wrote.
+
+    Raises:
+        UserError: if it is not one of this grid.
+    """
+    if not isinstance(text, str) or len(text) != grid[0] * grid[1] or set(text) - {"0", "1"}:
+        raise UserError("The mask does not fit the picture: make a new one.")
+    return torch.tensor([mark == "1" for mark in text]).unflatten(0, grid)
+
+
+def complete_picture(model: MaskedAutoencoder, picture: Image.Image, mask: Bool[Tensor, "gh gw"]) -> Completed:
+    """Hide patches of a picture, and let the model complete it.
+
+    Raises:
+        UserError: if nothing is hidden, or the model's weights are not finite.
+    """
+    if not mask.any():
+        raise UserError("Nothing is hidden, so there is nothing to complete: paint over some patches.")
+    image, flat = prepare(model, picture), mask.flatten()[None]
+    with evaluating(model):
+        found = complete(model, image, flat)
+        if not found.completed.isfinite().all():
+            raise UserError("This model predicts numbers that are not finite: its weights are damaged.")
+    plain = completion_of(model.config, image, flat, flat_patches(model, image, flat))
+    psnr, flat_psnr = (
+        float(completion_quality(each, flat, model.config.patch_size).psnr[0]) for each in (found, plain)
+    )
+    return Completed(found, psnr, flat_psnr)
+
+
+def flat_patches(
+    model: MaskedAutoencoder, image: Float[Tensor, "1 c hh ww"], mask: Bool[Tensor, "1 n"]
+) -> Float[Tensor, "1 n q"]:
+    """Patches without a pattern, of what is known before anything is predicted.
+
+    That is the mean colour of the visible patches, or of the training images if none is visible; and if the model's
+    targets are normalised, so that brightness is taken from the original, each patch's own mean.
+    """
+    patches = patchify(image, model.config.patch_size)
+    if model.config.norm_pix_loss:
+        return patch_statistics(patches)[0].expand_as(patches)
+    visible = unpatchify(
+        (~mask)[..., None].expand_as(patches).to(image.dtype), model.config.patch_size, model.grid_size
+    )
+    colour = (image * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True).clamp(min=1)
+    return patchify(colour.expand_as(image), model.config.patch_size)
+
+
+def look_inside(model: MaskedAutoencoder, picture: Image.Image, layer: int, patch: int) -> Inside:
+    """Tokens and attention of one layer of the encoder, of which nothing is hidden.
+
+    Args:
+        model: its encoder is looked into.
+        picture: in mode RGB.
+        layer: from 0.
+        patch: number of the patch that looks, row by row.
+
+    Raises:
+        UserError: if there is no such layer or patch, or the model's weights are not finite.
+    """
+    encoder, image = model.encoder, prepare(model, picture)
+    if not 0 <= patch < model.num_patches:
+        raise UserError(f"There is no patch {patch}: this model has {model.num_patches}.")
+    with evaluating(model), trace(encoder, ["blocks.*.attention"]) as record:
+        tokens = encode(encoder, image, layer, "tokens")
+    attention = record[f"blocks.{layer}.attention"][0]
+    colours = token_colours(tokens, model.grid_size)
+    heads = attention_on_grid(attention, model.grid_size, query=encoder.num_prefix_tokens + patch)
+    shares, even = heads[0].float().numpy(), 1 / attention.shape[-1]
+    return Inside(colours.pictures[0], float(colours.explained.sum()), shares, patch, even)
+
+
+def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:
+    """Subspace rate and sparsity of every layer of the encoder, of which nothing is hidden.
+
+    Raises:
+        UserError: if the model's weights are not finite.
+    """
+    image = prepare(model, picture)
+    measures = [
+        LayerMeasure("subspace rate", ("z", "z_half"), _subspace_rates, has_subspaces),
+        LayerMeasure("sparsity of codes", ("code",), lambda layer, code: sparsity("code", layer, code)),
+    ]
+    with evaluating(model):
+        rows = stream(model.encoder, [image], measures).rows
+    curves = [(_RATE, "z"), (_RATE, "z_half"), ("zero_fraction", "code")]
+    return Curves(*([row.mean for row in find(rows, measure, point)] for measure, point in curves))
+
+
+def layers(model: MaskedAutoencoder) -> int:
+    """How many layers its encoder has."""
+    return depth(model.encoder)
+
+
+def _subspace_rates(layer: torch.nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
+    """R^c(LN(Z) | U) before and after the layer's MSSA."""
+    u, norm = bases(layer), attention_norm(layer)
+    rates = (projected_coding_rate(project(normalised(norm, z), u), EPS) for z in points)
+    return {(_RATE, point): rate for point, rate in zip(("z", "z_half"), rates, strict=True)}

@@ -1,0 +1,140 @@
+"""Curves over layers as SVG: sharp in any window, readable on a telephone, and with each number under the pointer."""
+
+import math
+from collections.abc import Sequence
+from html import escape
+from typing import NamedTuple
+
+from crate_mae.drawing.style import GREY
+
+MARKED = "#ffebab"  # behind the current layer
+_WIDTH, _HEIGHT = 380, 250  # of the panel with its labels, in the units of the drawing
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 16, 34, 44
+_LINE = 19  # of text
+_STEPS = (1, 2, 2.5, 5, 10)
+_LONGEST_NAME = 42  # characters
+
+
+class Line(NamedTuple):
+    """One line of a panel.
+
+    Attributes:
+        values: one of each layer.
+        colour: of the line and of its symbols.
+        tip: what a value is, for the pointer.
+        dotted: a dotted line with hollow symbols.
+        square: square symbols, not round ones.
+    """
+
+    values: Sequence[float]
+    colour: str
+    tip: str
+    dotted: bool = False
+    square: bool = False
+
+
+def draw_curves(
+    title: str, lines: Sequence[Line], keys: Sequence[tuple[str, Line]], layer: int, top: float | None = None
+) -> str:
+    """A panel of lines over layers, with the current layer marked, as an SVG element that is a file as well.
+
+    Args:
+        title: what is measured, and in what.
+        lines: of one length or of several.
+        keys: text of the legend, and a line that looks so.
+        layer: the current one, from 0.
+        top: the largest height shown; by default one a little above the largest value.
+    """
+    layers = max(len(line.values) for line in lines)
+    ticks = tick_values(top or max(value for line in lines for value in line.values))
+    place = _Place(layers, ticks[-1])
+    height = _HEIGHT + _LINE * len(keys)
+    parts = [
+        f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
+        _text(0, 16, title, "start", bold=True),
+        *_axes(place, ticks, min(layer, layers - 1)),
+        *(part for line in lines for part in _drawn(place, line)),
+        *(part for number, key in enumerate(keys) for part in _key(_HEIGHT + _LINE * number, *key)),
+    ]
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height}" role="img" '
+        f'font-family="system-ui, sans-serif" font-size="13" aria-label="{escape(title)}">{"".join(parts)}</svg>'
+    )
+
+
+def tick_values(largest: float) -> list[float]:
+    """Round numbers from 0 to the first that is not below the largest value; at most six."""
+    if not largest > 0:
+        return [0.0, 1.0]
+    power = 10.0 ** math.floor(math.log10(largest / 5))
+    step = next(power * each for each in _STEPS if largest <= 5 * power * each * (1 + 1e-9))
+    return [step * number for number in range(math.ceil(largest / step - 1e-9) + 1)]
+
+
+class _Place(NamedTuple):
+    """From layers and values to places in the drawing.
+
+    Attributes:
+        layers: how many there are.
+        top: the largest value shown.
+    """
+
+    layers: int
+    top: float
+
+    def x(self, layer: float | int) -> float:
+        return _LEFT + (layer + 0.5) * (_WIDTH - _LEFT - _RIGHT) / self.layers
+
+    def y(self, value: float | int) -> float:
+        return _TOP + (1 - value / self.top) * (_HEIGHT - _TOP - _BOTTOM)
+
+
+def _axes(place: _Place, ticks: Sequence[float], layer: int) -> list[str]:
+    left, right = place.x(-0.5), place.x(place.layers - 0.5)
+    floor, width = place.y(0), place.x(1) - place.x(0)
+    band = (
+        f'<rect x="{place.x(layer) - width / 2:.1f}" y="{_TOP}" width="{width:.1f}" height="{floor - _TOP:.1f}" '
+        f'fill="{MARKED}"/>'
+    )
+    parts = [band]
+    for tick in ticks:
+        y = place.y(tick)
+        shade = GREY if tick == 0 else "#d5d5d5"
+        parts.append(f'<path d="M{left:.1f} {y:.1f}H{right:.1f}" stroke="{shade}"/>')
+        parts.append(_text(left - 7, y + 4.5, f"{tick:.10g}", "end"))
+    every = math.ceil(place.layers / 12)
+    numbers = [
+        _text(place.x(number), floor + 18, str(number), "middle", bold=number == layer)
+        for number in range(0, place.layers, every)
+    ]
+    return [*parts, *numbers, _text((left + right) / 2, floor + 37, "layer of the encoder", "middle")]
+
+
+def _drawn(place: _Place, line: Line) -> list[str]:
+    points = [(place.x(number), place.y(value)) for number, value in enumerate(line.values)]
+    tips = [f"layer {number}: {value:.4g} {line.tip}" for number, value in enumerate(line.values)]
+    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+    return [_stroke(f"M{path}", line), *(_symbol(x, y, line, tip) for (x, y), tip in zip(points, tips, strict=True))]
+
+
+def _key(y: float | int, text: str, line: Line) -> list[str]:
+    short = text if len(text) <= _LONGEST_NAME else f"{text[:16]}…{text[17 - _LONGEST_NAME :]}"
+    return [_stroke(f"M2 {y + 8:.1f}H34", line), _symbol(18, y + 8, line), _text(44, y + 12.5, short, "start")]
+
+
+def _stroke(path: str, line: Line) -> str:
+    dots = ' stroke-dasharray="2 4"' if line.dotted else ""
+    return f'<path d="{path}" fill="none" stroke="{line.colour}" stroke-width="2"{dots}/>'
+
+
+def _symbol(x: float | int, y: float | int, line: Line, tip: str = "") -> str:
+    fill = "#fff" if line.dotted else line.colour
+    look = f'fill="{fill}" stroke="{line.colour}" stroke-width="2"><title>{escape(tip)}</title>'
+    if line.square:
+        return f'<rect x="{x - 4:.1f}" y="{y - 4:.1f}" width="8" height="8" {look}</rect>'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" {look}</circle>'
+
+
+def _text(x: float | int, y: float | int, text: str, anchor: str, *, bold: bool = False) -> str:
+    weight = ' font-weight="600"' if bold else ""
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222"{weight}>{escape(text)}</text>'

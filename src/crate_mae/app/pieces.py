@@ -1,0 +1,216 @@
+"""From arrays to pieces of the page: pictures as HTML that holds them, so that no file is ever written."""
+
+import re
+from collections.abc import Sequence
+from html import escape
+from urllib.parse import quote
+
+import matplotlib
+import numpy as np
+import torch
+from jaxtyping import Float
+from PIL import Image
+from torch import Tensor
+
+from crate_mae.app.compute import Completed, Curves, Inside, prepare
+from crate_mae.app.curves import Line, draw_curves
+from crate_mae.app.uploads import to_png, to_uri
+from crate_mae.data.pictures import picture_grid
+from crate_mae.drawing.style import GREY, colour
+from crate_mae.interpret.pictures.inputs import shown_images
+from crate_mae.models.autoencoder import MaskedAutoencoder
+
+HEAT = "cividis"  # which looks the same to people of all kinds of colour vision
+_TITLES = {
+    "original": ("original", ""),
+    "masked": ("masked", "what the model sees"),
+    "pasted": ("completed", "its prediction in the gaps"),
+    "completed": ("prediction alone", "noise where nothing was hidden: it learned gaps only"),
+}
+_CURVES = (
+    "Yellow is the layer chosen above. The first half of a layer is derived to lower the subspace rate Rᶜ, which is to "
+    "compress: from its hollow point to its full one. The second half is to put exact zeros into the code, which is to "
+    "make it sparse; what that does to the rate is the way to the next hollow point."
+)
+_SEVERAL = " Heights of Rᶜ can be compared between networks of the same shape only."
+
+
+def completion_piece(name: str, found: Completed) -> str:
+    """Original, masked, completed and predicted side by side, each to be saved, and all of them as one picture.
+
+    Args:
+        name: of the model.
+        found: what it completed.
+    """
+    stem, pictures = file_stem(name), found.pictures._asdict()
+    tiles = [
+        _tile(_to_uri(_pixels(pictures[key][0])), title, note, save_as=f"{stem}_{title.replace(' ', '_')}.png")
+        for key, (title, note) in _TITLES.items()
+    ]
+    rows = [(title, pictures[key]) for key, (title, _) in _TITLES.items()]
+    grid = picture_grid(rows, captions=[f"{found.psnr:.1f} dB"])
+    return (
+        f'<div class="completion"><p class="result"><strong>{escape(name)}</strong> '
+        f'<span class="score">{found.psnr:.1f} dB</span> <span>flat patches: {found.flat_psnr:.1f} dB</span> '
+        f'{_save(to_uri(grid), f"{stem}.png", "save all four")}</p><div class="tiles four">{"".join(tiles)}</div></div>'
+    )
+
+
+def inside_piece(name: str, layer: int, layers: int, found: Inside) -> str:
+    """Tokens as colours, and the attention of one patch, head by head, to be saved as one picture.
+
+    Args:
+        name: of the model.
+        layer: its layer, from 0.
+        layers: how many it has.
+        found: what that layer makes of the picture.
+    """
+    grid = (found.colours.shape[0], found.colours.shape[1])
+    row, column = divmod(found.patch, grid[1])
+    tokens = _tile(_to_uri(found.colours), "tokens", f"three components: {found.explained:.0%} of the variance")
+    maps = [_heat(each) for each in found.heads]
+    heads = [
+        _tile(
+            _to_uri(each),
+            f"head {number}",
+            f"up to {share(float(found.heads[number].max()))}",
+            mark=_mark(row, column, grid),
+        )
+        for number, each in enumerate(maps)
+    ]
+    rows = [("tokens", _images([found.colours])), ("heads", _images(maps))]
+    picture = to_uri(picture_grid(rows, captions=[f"head {number}" for number in range(len(maps))]))
+    return (
+        f'<p class="result"><strong>{escape(name)}</strong> <span>layer {layer} of 0 to {layers - 1}</span> '
+        f"{_save(picture, f'{file_stem(name)}_layer_{layer}.png', 'save these maps')}</p>"
+        f'<div class="inside"><div class="tiles one">{tokens}</div>'
+        f'<div class="tiles heads">{"".join(heads)}</div></div>'
+        f'<p class="small">The patch that looks is framed: row {row + 1}, column {column + 1}. Spread evenly, its '
+        f"attention would give each patch {share(found.even)}.</p>"
+    )
+
+
+def curves_piece(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
+    """Subspace rate and sparsity over the layers of each model, with the current layer marked.
+
+    Args:
+        curves: of each model that is compared, by name.
+        layer: the current one, from 0.
+    """
+    shown = [(name, found) for name, found in curves if found.zeros]
+    missing = "".join(
+        f"<p>{escape(name)} has neither subspaces nor codes: these curves are of CRATE's layers only.</p>"
+        for name, found in curves
+        if not found.zeros
+    )
+    if not shown:
+        return missing
+    said = "".join(f"<li>{escape(name)}: {_in_words(found, layer)}</li>" for name, found in shown)
+    return (
+        f'<div class="curves">{_figure(_draw_rates(shown, layer), "subspace_rate.svg")}'
+        f'{_figure(_draw_zeros(shown, layer), "zeros.svg")}</div><ul class="said">{said}</ul>'
+        f'<p class="small">{_CURVES}{_SEVERAL if len(shown) > 1 else ""}</p>{missing}'
+    )
+
+
+def shown_picture(model: MaskedAutoencoder, picture: Image.Image) -> str:
+    """The part of a picture that a model sees, in its own size, as an address that begins with "data:"."""
+    c = model.config
+    return _to_uri(shown_images(prepare(model, picture), c.mean, c.std)[0])
+
+
+def notice(sentence: str) -> str:
+    """What went wrong, where the result would have been."""
+    return f'<p class="notice" role="alert">{escape(sentence)}</p>'
+
+
+def file_stem(name: str) -> str:
+    """The name of a model as that of a file."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "model"
+
+
+def share(value: float) -> str:
+    """A part of a whole, in two digits."""
+    percent = 100 * value
+    return f"{percent:.1f}%" if percent < 9.95 else f"{percent:.0f}%"
+
+
+def _tile(uri: str, title: str, note: str = "", *, save_as: str = "", mark: str = "") -> str:
+    save = f" {_save(uri, save_as, 'save')}" if save_as else ""
+    small = f"<small>{escape(note)}</small>" if note else ""
+    return (
+        f'<figure><div class="framed"><img src="{uri}" alt="{escape(title)}">{mark}</div>'
+        f"<figcaption>{escape(title)}{save}{small}</figcaption></figure>"
+    )
+
+
+def _save(uri: str, file: str, words: str) -> str:
+    return f'<a class="save" href="{uri}" download="{escape(file)}">{words}</a>'
+
+
+def _figure(svg: str, file: str) -> str:
+    uri = f"data:image/svg+xml,{quote(svg)}"
+    return f"<figure>{svg}<figcaption>{_save(uri, file, 'save')}</figcaption></figure>"
+
+
+def _mark(row: int, column: int, grid: tuple[int, int]) -> str:
+    """A frame around a patch of a picture of patches."""
+    places = {"left": column / grid[1], "top": row / grid[0], "width": 1 / grid[1], "height": 1 / grid[0]}
+    return f'<i style="{";".join(f"{key}:{100 * value:.3f}%" for key, value in places.items())}"></i>'
+
+
+def _to_uri(pixels: Float[np.ndarray, "hh ww 3"]) -> str:
+    levels = np.rint(255 * np.clip(pixels, 0, 1)).astype(np.uint8)
+    return to_uri(to_png(Image.fromarray(np.ascontiguousarray(levels))))
+
+
+def _pixels(image: Float[Tensor, "c hh ww"]) -> Float[np.ndarray, "hh ww 3"]:
+    """In colour, also of one channel."""
+    return image.float().expand(3, -1, -1).permute(1, 2, 0).numpy()
+
+
+def _images(pixels: Sequence[Float[np.ndarray, "hh ww 3"]]) -> Float[Tensor, "k 3 hh ww"]:
+    return torch.from_numpy(np.stack(pixels).astype(np.float32)).permute(0, 3, 1, 2)
+
+
+def _heat(values: Float[np.ndarray, "gh gw"]) -> Float[np.ndarray, "gh gw 3"]:
+    """From dark (0) to bright (the map's own largest value)."""
+    largest = values.max()
+    return matplotlib.colormaps[HEAT](values / largest if largest > 0 else values)[..., :3]
+
+
+def _in_words(found: Curves, layer: int) -> str:
+    """What the current layer did, or the last if there are fewer."""
+    at = min(layer, len(found.zeros) - 1)
+    before, after = found.rate_before[at], found.rate_after[at]
+    verb = "lowers" if after < before else "raises"
+    return (
+        f"in layer {at}, MSSA {verb} Rᶜ from {before:.0f} to {after:.0f} nats; {found.zeros[at]:.0%} of the code is 0."
+    )
+
+
+def _draw_rates(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
+    """Rᶜ before and after each layer's compression."""
+    lines, keys = [], []
+    for number, (name, found) in enumerate(curves):
+        look = {"colour": colour(number), "square": number > 0}
+        lines += [
+            Line(found.rate_before, tip=f"nats before compression ({name})", dotted=True, **look),
+            Line(found.rate_after, tip=f"nats after it ({name})", **look),
+        ]
+        keys.append((name, lines[-1]))
+    keys += [
+        ("hollow: before the layer's compression", Line([], GREY, "", dotted=True)),
+        ("full: after it", Line([], GREY, "")),
+    ]
+    return draw_curves("subspace rate Rᶜ, in nats", lines, keys, layer)
+
+
+def _draw_zeros(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
+    """Sparsity of each layer's code."""
+    lines = [
+        Line(found.zeros, colour(number), f"of the code is 0 ({name})", square=number > 0)
+        for number, (name, found) in enumerate(curves)
+    ]
+    keys = [(name, line) for (name, _), line in zip(curves, lines, strict=True)]
+    return draw_curves("share of exact zeros in the code", lines, keys, layer, top=1.0)

@@ -1,0 +1,152 @@
+"""The pieces of the page, without the page."""
+
+import base64
+import io
+import re
+from urllib.parse import unquote
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crate_mae.app.answers import answer_completion, answer_inside, fit_patch
+from crate_mae.app.compute import Curves
+from crate_mae.app.curves import MARKED, Line, draw_curves, tick_values
+from crate_mae.app.pieces import curves_piece, file_stem, notice
+from crate_mae.app.shown_models import ShownModel, open_models
+from crate_mae.models.presets import create_model
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    return open_models(["crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8"])
+
+
+def pictures(piece):
+    found = re.findall(r'<img src="data:image/png;base64,([^"]+)"', piece)
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in found]
+
+
+def test_a_completion_shows_four_pictures_and_says_what_they_are(fresh, photograph):
+    model = fresh["crate_mae_nano_patch2_8"]
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[0, 1] = True
+    piece = answer_completion(photograph, [model], mask)
+    original, masked, pasted, completed = pictures(piece)
+    assert (masked[:2, 2:4] == 128).all()
+    assert (original[2:] == masked[2:]).all()
+    assert (pasted[:2, 2:4] == completed[:2, 2:4]).all()
+    assert (pasted[2:] == original[2:]).all()
+    assert (pasted != completed).any()
+    assert re.search(r"\d+\.\d dB", piece)
+    assert piece.count("download=") == 5
+    assert "weights are fresh and untrained" in piece
+    assert "It sees 8 x 8 pixels in patches of 2 x 2" in piece
+    assert "mean colour of all that is visible" in piece
+    assert "Brightness" not in piece
+
+
+def test_normalised_targets_are_owned_up_to(models, photograph):
+    piece = answer_completion(photograph, list(models.values()), torch.ones(8, 8, dtype=torch.bool))
+    assert "Brightness and contrast are the original's" in piece
+    assert "untrained" not in piece
+
+
+def test_two_models_of_other_grids_are_asked_about_the_same_place(fresh, models, photograph):
+    small, large = fresh["crate_mae_nano_patch2_8"], next(iter(models.values()))
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[3, 0] = True
+    masked = pictures(answer_completion(photograph, [small, large], mask))[5]
+    assert (masked[24:, :8] == 128).all()
+    assert not (masked[:24] == 128).all(-1).any()
+    assert fit_patch(12, (4, 4), (8, 8)) == 7 * 8 + 1
+    assert fit_patch(7 * 8 + 1, (8, 8), (4, 4)) == 12
+    assert fit_patch(5, (2, 3), (2, 3)) == 5
+
+
+def test_the_inside_has_tokens_heads_and_curves(fresh, photograph):
+    model = fresh["crate_mae_nano_patch2_8"]
+    piece = answer_inside(photograph, [model], 2, 5)
+    assert "layer 2 of 0 to 3" in piece
+    assert [picture.shape[:2] for picture in pictures(piece)[:5]] == 5 * [(4, 4)]  # tokens and four heads
+    assert piece.count('class="curves"') == 1
+    assert "row 2, column 2" in piece
+    assert piece.count('<i style="left:25.000%;top:25.000%') == 4
+    assert piece.count(" download=") == 3
+    assert piece != answer_inside(photograph, [model], 3, 5)
+    assert "layer 3 of 0 to 3" in answer_inside(photograph, [model], 99, 5)
+
+
+def test_a_transformer_says_what_it_has_not(fresh, photograph):
+    piece = answer_inside(photograph, [fresh["vit_mae_nano_patch2_8"]], 0, 0)
+    assert "vit_mae_nano_patch2_8 has neither subspaces nor codes" in piece
+    assert 'class="curves"' not in piece
+
+
+def test_the_current_layer_is_marked_on_both_curves():
+    curves = [("a", Curves([1.0, 2.0, 3.0], [0.5, 1.0, 2.0], [0.1, 0.2, 0.3]))]
+    drawn = [re.findall(r"<svg.*?</svg>", curves_piece(curves, layer)) for layer in range(3)]
+    assert [len(panels) for panels in drawn] == [2, 2, 2]
+    for panel in range(2):
+        found = [re.findall(rf'<rect x="([\d.]+)"[^>]*fill="{MARKED}"', panels[panel]) for panels in drawn]
+        assert [len(places) for places in found] == [1, 1, 1]
+        left, middle, right = (float(places[0]) for places in found)
+        assert right - middle == pytest.approx(middle - left)
+        assert right - middle > 50
+
+
+def test_curves_are_at_their_heights_and_can_be_saved():
+    line = Line([0.0, 4.0, 2.0], "#000", "nats & so on")
+    drawn = draw_curves("title <1>", [line], [("a" * 99, line)], 7)
+    ElementTree.fromstring(drawn)  # what a file must be
+    heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)][:3]
+    assert heights[0] - heights[2] == pytest.approx(heights[2] - heights[1])
+    assert heights[0] > heights[2] > heights[1]
+    assert "layer 1: 4 nats &amp; so on" in drawn
+    assert "a" * 50 not in drawn
+    saved = re.search(
+        r'href="data:image/svg\+xml,([^"]+)" download', curves_piece([("a", Curves([1.0], [2.0], [0.5]))], 0)
+    )
+    assert unquote(saved[1]).startswith("<svg")
+
+
+@pytest.mark.parametrize(
+    ("largest", "ticks"),
+    [
+        (1.0, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        (967.0, [0, 200, 400, 600, 800, 1000]),
+        (11.0, [0, 2.5, 5, 7.5, 10, 12.5]),
+        (0.0, [0, 1]),
+    ],
+)
+def test_ticks_are_round_and_reach_the_top(largest, ticks):
+    assert tick_values(largest) == pytest.approx(ticks)
+
+
+def test_what_a_layer_did_is_said_in_words_that_can_be_wrong():
+    curves = [("a", Curves([10.0, 20.0], [7.0, 21.0], [0.25, 0.5]))]
+    assert "in layer 0, MSSA lowers Rᶜ from 10 to 7 nats; 25% of the code" in curves_piece(curves, 0)
+    assert "in layer 1, MSSA raises Rᶜ from 20 to 21 nats; 50% of the code" in curves_piece(curves, 9)
+
+
+def test_damage_is_said_where_the_pictures_would_be(fresh, photograph):
+    damaged = create_model("crate_mae_nano_patch2_8").eval()
+    with torch.no_grad():
+        for parameter in damaged.parameters():
+            parameter.fill_(torch.nan)
+    both = [ShownModel("damaged", damaged), fresh["crate_mae_nano_patch2_8"]]
+    for piece in (
+        answer_completion(photograph, both, torch.ones(4, 4, dtype=torch.bool)),
+        answer_inside(photograph, both, 0, 0),
+    ):
+        assert 'role="alert"' in piece
+        assert "finite" in piece
+        assert len(pictures(piece)) >= 4
+
+
+def test_names_are_text_and_no_markup():
+    assert notice("<script>") == '<p class="notice" role="alert">&lt;script&gt;</p>'
+    assert file_stem('runs/my "best" <one>') == "runs_my_best_one"
+    assert file_stem("///") == "model"

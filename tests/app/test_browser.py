@@ -1,0 +1,203 @@
+"""A visitor: the page in a real Chromium, wide and narrow, from a first look to saved pictures."""
+
+import base64
+import io
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="there is no Chromium on this machine: apt-get install chromium"
+)
+WAIT = 60_000  # milliseconds, on a machine with much else to do
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    reason = "the browser is driven by playwright: pip install playwright"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """A page that is open: what is on it, and what it asked for."""
+
+    def __init__(self, tab):
+        self.tab = tab
+        self.asked = []
+        self.complaints = []
+        tab.set_default_timeout(WAIT)
+        tab.on("request", lambda request: self.asked.append(request.url))
+        tab.on("console", lambda line: self.complaints.append(line.text) if line.type == "error" else None)
+        tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def picture(self, place):
+        """The picture at a place, as pixels."""
+        return pixels(self.tab.locator(place).first.get_attribute("src"))
+
+    def mask(self):
+        marks = self.tab.locator("#painter .cells button").evaluate_all("all => all.map(e => e.ariaPressed)")
+        return np.array([mark == "true" for mark in marks]).reshape(8, 8)
+
+    def centre(self, place, number):
+        box = self.tab.locator(f"{place} .cells button").nth(number).bounding_box()
+        return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+    def save(self, link):
+        """The file that the first such link saves."""
+        with self.tab.expect_download() as download:
+            self.tab.locator(link).first.click()
+        return download.value.path()
+
+    def changes(self, place, action):
+        """Do something, and wait until the pictures of a part of the page are others."""
+        pictures = "place => Array.from(document.querySelectorAll(place + ' img')).map(e => e.src).join()"
+        before = self.tab.evaluate(pictures, place)
+        action()
+        self.tab.wait_for_function(f"([place, before]) => ({pictures})(place) !== before", arg=[place, before])
+
+
+def pixels(uri):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2]))).convert("RGB")).astype(int)
+
+
+@pytest.fixture
+def visit(chromium, served):
+    opened = []
+
+    def come(width=1280, height=900, **options):
+        tab = chromium.new_page(viewport={"width": width, "height": height}, **options)
+        opened.append(Visit(tab))
+        tab.goto(served.url)
+        tab.wait_for_selector("#inside .heads img", timeout=WAIT)
+        tab.wait_for_selector("#painter .cells button", timeout=WAIT)
+        return opened[-1]
+
+    yield come
+    for each in opened:
+        each.tab.close()
+        assert each.complaints == []
+        assert {re.split("[/:]", url)[3] for url in each.asked if not url.startswith("data:")} == {"127.0.0.1"}
+
+
+def test_a_visitor_hides_completes_and_looks_inside(visit, as_file, served):
+    page = visit()
+    first_mask = page.mask()
+    assert first_mask.sum() == 48
+
+    red = Image.new("RGB", (90, 60), "red")
+    red.paste("blue", (45, 0, 90, 60))
+    file = {"name": "two.png", "mimeType": "image/png", "buffer": as_file(red)}
+    page.changes("#completed", lambda: page.tab.set_input_files("#chooser input", file))
+    original = page.picture("#completed img")
+    assert original.shape == (32, 32, 3)
+    assert original[16, 2].tolist() == [255, 0, 0]
+    assert original[16, -2].tolist() == [0, 0, 255]
+    assert np.array_equal(page.picture("#picker img"), original)
+
+    page.changes("#completed", lambda: page.tab.get_by_role("button", name="Another mask").click())
+    assert page.mask().sum() == 48
+    assert (page.mask() != first_mask).any()
+
+    def stroke():
+        shown = int(np.flatnonzero(~page.mask().ravel())[0])
+        page.tab.mouse.move(*page.centre("#painter", shown))
+        page.tab.mouse.down()
+        page.tab.mouse.move(*page.centre("#painter", shown // 8 * 8), steps=4)
+        page.tab.mouse.move(*page.centre("#painter", shown // 8 * 8 + 7), steps=9)
+        page.tab.mouse.up()
+
+    before = page.mask()
+    page.changes("#completed", stroke)
+    row = int(np.flatnonzero(~before.ravel())[0]) // 8
+    after = before.copy()
+    after[row] = True
+    assert np.array_equal(page.mask(), after)
+    masked = page.picture("#completed figure:nth-of-type(2) img")
+    assert (masked[row * 4 : row * 4 + 4] == masked[row * 4, 0]).all()
+
+    old_heads = page.picture("#inside .heads img")
+    page.tab.locator("#picker").scroll_into_view_if_needed()
+    page.changes("#inside", lambda: page.tab.mouse.click(*page.centre("#picker", 9)))
+    assert (page.picture("#inside .heads img") != old_heads).any()
+    assert page.tab.locator("#picker [aria-pressed=true]").get_attribute("aria-label") == "patch in row 2, column 2"
+
+    slider, panel = page.tab.get_by_label("Layer of the encoder").last, page.tab.locator("#inside svg").first
+    assert panel.locator("text[font-weight='600']").all_inner_texts()[1:] == ["0"]
+    page.changes("#inside", lambda: slider.fill("2"))
+    assert "layer 2 of 0 to 2" in page.tab.locator("#inside").inner_text()
+    assert panel.locator("text[font-weight='600']").all_inner_texts()[1:] == ["2"]
+    assert served.noted() == []
+
+
+def test_two_models_are_compared_and_pictures_saved(visit):
+    page = visit()
+    page.tab.get_by_label("Compare with").click()
+    page.changes("#completed", lambda: page.tab.get_by_role("option", name="the same, untrained").click())
+    scores = page.tab.locator("#completed .score").all_inner_texts()
+    trained, untrained = (float(score.removesuffix(" dB")) for score in scores)
+    assert trained > untrained
+    assert page.tab.locator("#inside .heads").count() == 2
+    assert page.tab.locator("#inside .said li").count() == 2
+    for link, shape in (
+        ("#completed .result .save", None),
+        ("#completed figcaption .save", (32, 32)),
+        ("#inside .result .save", None),
+    ):
+        with Image.open(page.save(link)) as saved:
+            assert saved.format == "PNG"
+            assert shape in (None, saved.size)
+            assert saved.width >= 32
+    assert page.save("#inside .curves .save").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_a_drawing_begins_with_nothing_hidden(visit):
+    page = visit()
+    page.changes("#completed", lambda: page.tab.get_by_role("button", name="Show all").click())
+    assert not page.mask().any()
+    assert "Nothing is hidden" in page.tab.locator("#completed").inner_text()
+    page.changes("#completed", lambda: page.tab.mouse.click(*page.centre("#painter", 27)))
+    assert np.flatnonzero(page.mask().ravel()).tolist() == [27]
+    page.changes("#completed", lambda: page.tab.mouse.click(*page.centre("#painter", 27)))
+    assert not page.mask().any()
+
+
+def test_nonsense_is_answered_with_a_sentence_and_the_picture_stays(visit):
+    page = visit()
+    before = page.picture("#completed img")
+    for name, content, words in (
+        ("text.png", b"no picture at all", "is no PNG"),
+        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no PNG"),
+        ("large.png", b"\0" * (12 * 2**20 + 1), "larger than 12 MB"),
+    ):
+        page.tab.set_input_files("#chooser input", {"name": name, "mimeType": "image/png", "buffer": content})
+        shown = "words => document.querySelector('#chooser .message').innerText.includes(words)"
+        page.tab.wait_for_function(shown, arg=words)
+    assert np.array_equal(page.picture("#completed img"), before)
+    page.changes("#completed", lambda: page.tab.locator("#chooser .examples button").nth(1).click())
+    assert not page.tab.locator("#chooser .message").is_visible()
+
+
+@pytest.mark.parametrize(("width", "touch"), [(1280, False), (390, True)])
+def test_it_fits_the_window_and_works_by_keyboard_and_finger(width, touch, visit):
+    page = visit(width, 850, has_touch=touch, color_scheme="dark")
+    assert page.tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.tab.locator("h1").count() == 1
+    assert page.tab.locator("body.dark").count() == 0
+    grid = page.tab.locator("#painter .cells").bounding_box()
+    assert grid["x"] >= 0
+    assert grid["width"] == pytest.approx(grid["height"], abs=1)
+    assert grid["width"] >= 280
+    before = page.mask()
+    cell = page.tab.locator("#painter .cells button").nth(0)
+    page.changes("#completed", cell.tap if touch else lambda: cell.press(" "))
+    assert (page.mask() != before).ravel().tolist() == [True] + 63 * [False]
