@@ -37,8 +37,9 @@ def site_files(root: Path = ROOT) -> dict[Path, Path]:
             # A folder's README is its page; Python is read in the tree.
             if path.suffix != ".py":
                 found[inside] = inside.with_name("index.md") if inside.name == "README.md" else inside
-    found[Path("CONTRIBUTING.md")] = Path("contributing.md")
-    found[Path("CHANGELOG.md")] = Path("changelog.md")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        if (root / name).is_file():
+            found[Path(name)] = Path(name.lower())
     return found
 
 
@@ -104,16 +105,31 @@ def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file() and "__pycache__" not in path.parts)
 
 
+def build(folder: Path = BUILD) -> None:
+    """Make the site of what was assembled, without its cache and without a warning.
+
+    Raises:
+        subprocess.CalledProcessError: if Zensical warns of anything.
+    """
+    _zensical("build", "--strict", "--clean", folder=folder)
+
+
+def _zensical(*words: str, folder: Path) -> None:
+    # From the root, so that Zensical can import the extension `docs.tools.mathml`.
+    command = [sys.executable, "-m", "zensical", *words, "--config-file", str(folder / "zensical.toml")]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
 def main() -> None:
     """The command line of this file."""
     parser = argparse.ArgumentParser(description="Build the documentation site into build/site.")
     parser.add_argument("--serve", action="store_true", help="show it on a local port as well")
     serve = parser.parse_args().serve
     assemble()
-    todo = ["serve"] if serve else ["build", "--strict", "--clean"]
-    # From the root, so that Zensical can import the extension `docs.tools.mathml`.
-    done = subprocess.run([sys.executable, "-m", "zensical", *todo, "--config-file", BUILD / "zensical.toml"], cwd=ROOT)
-    sys.exit(done.returncode)
+    try:
+        _zensical("serve", folder=BUILD) if serve else build()
+    except subprocess.CalledProcessError as failed:
+        sys.exit(failed.returncode)
 
 
 if __name__ == "__main__":
