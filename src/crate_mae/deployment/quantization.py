@@ -11,7 +11,12 @@ NOTE = (
 
 
 def quantize(path: Path) -> None:
-    """Replace an ONNX file by one with the weights of its matrix products as 8-bit integers, channel by channel."""
+    """Replace an ONNX file by one with the weights of its matrix products as 8-bit integers, channel by channel.
+
+    They are unsigned: on processors without VNNI, products of signed weights saturate. With a trained model on AVX2
+    the largest difference of its tokens was 0.33 with unsigned weights, 0.51 with signed ones, and 0.94 with signed
+    ones of 7 bits, which do not saturate; all three files are of one size.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
@@ -20,7 +25,7 @@ def quantize(path: Path) -> None:
         logging.disable(logging.WARNING)  # it would advise a step that changes nothing here
         try:
             quantize_dynamic(
-                whole, path, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"]
+                whole, path, weight_type=QuantType.QUInt8, per_channel=True, op_types_to_quantize=["MatMul"]
             )
         finally:
             logging.disable(before)

@@ -68,7 +68,8 @@ def _autoencoder(
 ) -> Conversion:
     width = tensors["blocks.0.layers.0.0.fn.qkv.weight"].shape[1]
     heads = _heads(path, width, num_heads, notes)
-    model = from_official(tensors, num_heads=heads, **({"name": path.stem} | settings))
+    options: dict[str, Any] = {"name": path.stem} | settings
+    model = from_official(tensors, num_heads=heads, **options)
     c: Any = model.config
     if model.official_unused:
         count = sum(value.numel() for value in model.official_unused.values())

@@ -111,7 +111,7 @@ def _build(**options: Any) -> nn.Module:
     if not options.pop("patch_norm", False):
         return MaskedEncoder(block=block, **options)
     encoder = MaskedEncoder(block=block, embed_layer=NormedPatchEmbed, **options)
-    encoder.norm.eps = NormedPatchEmbed.EPS  # pyright: ignore[reportAttributeAccessIssue]  # of the same models
+    encoder.norm.eps = NormedPatchEmbed.EPS  # pyright: ignore[reportArgumentType]  # of the same models
     return encoder
 
 
