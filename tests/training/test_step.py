@@ -7,6 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from crate_mae.training import loop
 from crate_mae.training import step as step_module
 from crate_mae.training.images import open_images, training_batches
 from crate_mae.training.pretraining import Pretraining
@@ -62,6 +63,18 @@ def test_a_step_waits_for_the_device_where_processes_agree_and_nowhere_else(
         result = training_step(task, accelerator, trainee, prepared, 0, stop=0, save=False)
     assert waits.found == ["agreeing"]
     assert result.is_finite and result.log.grad_norm > 0
+
+
+@pytest.mark.parametrize(("device", "is_pinned"), [("cuda", True), ("cpu", False)])
+def test_batches_are_pinned_where_they_are_copied_to_cuda(
+    config, tiny_model, accelerator, monkeypatch, device, is_pinned
+):
+    asked = {}
+    monkeypatch.setattr(loop, "training_batches", lambda *_, **options: asked.update(options) or (x for x in ()))
+    monkeypatch.setattr(Accelerator, "device", torch.device(device))
+    task = Pretraining(dataclasses.replace(config, image_size=(8, 8)), open_images("digits"), tiny_model.config)
+    loop._batches(task, accelerator, 0)
+    assert asked["pin_memory"] is is_pinned
 
 
 def test_the_counter_of_waits_counts():
