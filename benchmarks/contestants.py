@@ -10,7 +10,7 @@ from torch.optim import AdamW, Optimizer
 
 from benchmarks.textbook import Textbook
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
-from crate_mae.models.config import ModelConfig
+from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.masking import random_mask
 from crate_mae.models.official import to_official
 from crate_mae.models.presets import preset
@@ -33,6 +33,15 @@ class Size:
     ours: ModelConfig
     twin: ModelConfig
     batch: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {"ours": self.ours.to_dict(), "twin": self.twin.to_dict(), "batch": self.batch}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "Size":
+        """What `to_dict` gave."""
+        return cls(config_from_dict(fields["ours"]), config_from_dict(fields["twin"]), fields["batch"])
 
 
 @dataclass(frozen=True)

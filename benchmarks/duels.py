@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.contestants import sizes
 from benchmarks.worker import ask
 
 # Ours, and what it is held against.
@@ -67,7 +68,7 @@ HEAD = "| size | precision | task | first / second | ms | ratio | Gflop | share 
 
 def fight(size: str, precision: str, task: str, names: tuple[str, str], **options: Any) -> Duel:
     """Time two contestants; the options are `rounds`, `clock` and `threads`."""
-    found = ask("times", names=names, size=size, precision=precision, task=task, **options)
+    found = ask("times", sizes()[size], names=names, precision=precision, task=task, **options)
     first, second = (found["seconds"][name] for name in names)
     ratios = [b / a for a, b in zip(first, second, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")

@@ -5,12 +5,9 @@ round, which says what the machine can do. A ratio is one of times in the same r
 """
 
 import argparse
-import datetime
 import itertools
-import platform
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,12 +15,11 @@ import torch
 from benchmarks.chart import draw_duels
 from benchmarks.contestants import CONTESTANTS, sizes
 from benchmarks.duels import DUELS, HEAD, Duel, fight
-from benchmarks.worker import CLOCKS, ask
+from benchmarks.report import common_options, heading, result_path
+from benchmarks.worker import ask
 from crate_mae.data.files import write_whole
 from crate_mae.models.devices import fastest_device
 from crate_mae.training.precision import multiplies_in_bfloat16
-
-RESULTS = Path(__file__).parent / "results"
 
 
 class Memory(NamedTuple):
@@ -42,43 +38,24 @@ class Memory(NamedTuple):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write a table and a chart."""
-    options = parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     duels = list(_duels(options))
     memories = list(_memories(options)) if "training" in options.tasks else []
-    command = " ".join(["python -m benchmarks.steps", *(sys.argv[1:] if arguments is None else arguments)])
-    text = "\n".join([*heading("Steps", command, options), *_tables(duels, memories), ""])
-    path = options.out / f"steps_{options.machine}_{datetime.date.today()}.md"
+    text = "\n".join([*heading("Steps", "benchmarks.steps", options, arguments), *_tables(duels, memories), ""])
+    path = result_path("steps", options)
     write_whole(path, text.encode())
     draw_duels(duels, path.with_suffix(".png"))
     print(text)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of the options on the command line."""
+def _parser() -> argparse.ArgumentParser:
     slow = fastest_device().type == "cpu" and not multiplies_in_bfloat16(torch.device("cpu"))
     precisions = ["float32"] if slow else ["float32", "bfloat16"]
-    found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--machine", required=True, help="its name in the results")
+    found = common_options(__doc__, rounds=9)
     found.add_argument("--sizes", nargs="+", choices=sizes(), default=["base", "micro"])
     found.add_argument("--precisions", nargs="+", choices=["float32", "bfloat16"], default=precisions)
     found.add_argument("--tasks", nargs="+", choices=DUELS, default=list(DUELS))
-    found.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor")
-    found.add_argument("--rounds", type=int, default=9)
-    found.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of one thread, beside other work")
-    found.add_argument("--out", type=Path, default=RESULTS, help="folder")
     return found
-
-
-def heading(title: str, command: str, options: argparse.Namespace) -> Iterator[str]:
-    """What it takes to measure the same again."""
-    yield f"# {title} on {options.machine}, {datetime.date.today()}"
-    yield f"\n    {command}\n"
-    device = fastest_device()
-    hardware = _processor() if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}, {_processor()}"
-    yield (
-        f"{hardware}, {options.threads} thread(s), {options.clock} clock, PyTorch {torch.__version__}, "
-        f"{options.rounds} rounds, seed 0."
-    )
 
 
 def _duels(options: argparse.Namespace) -> Iterator[Duel]:
@@ -92,8 +69,8 @@ def _duels(options: argparse.Namespace) -> Iterator[Duel]:
 
 def _memories(options: argparse.Namespace) -> Iterator[Memory]:
     for size, precision in itertools.product(options.sizes, options.precisions):
-        what = {"size": size, "precision": precision, "task": "training", "threads": options.threads}
-        yield Memory(size, precision, {name: ask("memory", name=name, **what) for name in CONTESTANTS})
+        what = {"precision": precision, "task": "training", "threads": options.threads}
+        yield Memory(size, precision, {name: ask("memory", sizes()[size], name=name, **what) for name in CONTESTANTS})
 
 
 def _tables(duels: Sequence[Duel], memories: Sequence[Memory]) -> Iterator[str]:
@@ -118,13 +95,6 @@ def _memory_row(memory: Memory) -> str:
         for found in memory.found.values()
     ]
     return f"| {memory.size} | {memory.precision} | {' | '.join(cells)} |"
-
-
-def _processor() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -21,14 +21,14 @@ from crate_mae.training.precision import autocast
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _SETTLING_STEPS = 3  # in which the optimizer, and the C library's heap, take what they keep
-_COUNTED_STEPS = 5
+_COUNTED_STEPS = 2
 
 
-def ask(kind: str, **question: Any) -> Any:
+def ask(kind: str, size: Size, **question: Any) -> Any:
     """Have a question answered in a new process: `kind` names a function of this file, the rest are its arguments."""
     answer = subprocess.run(
         [sys.executable, "-m", __name__],
-        input=json.dumps({"kind": kind, **question}),
+        input=json.dumps({"kind": kind, "size": size.to_dict(), **question}),
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -55,10 +55,11 @@ def times(
 
 
 def memory(device: torch.device, name: str, size: Size, precision: str, task: str) -> dict[str, float]:
-    """Bytes at the peak of some steps above what the imports took, and page faults of each later step."""
+    """Bytes at the peak of some steps above what the imports took, page faults of each later step, and parameters."""
     work(device, name, sizes()["nano"], precision, task)()  # imports what is imported at the first step only
     before = restart_peak()
-    turn = work(device, name, size, precision, task)
+    contestant = _enter(device, name, size, precision)
+    turn = _WORK[task](contestant, device, precision)
     for _ in range(_SETTLING_STEPS):
         turn()
     faults = _page_faults()
@@ -66,18 +67,29 @@ def memory(device: torch.device, name: str, size: Size, precision: str, task: st
         turn()
     faults = (_page_faults() - faults) / _COUNTED_STEPS
     if device.type == "cuda":
-        return {"peak": torch.cuda.max_memory_allocated(device), "faults": faults}
-    after = peak_memory()
-    assert before is not None
-    assert after is not None
-    return {"peak": after - before, "faults": faults}
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        after = peak_memory()
+        assert before is not None
+        assert after is not None
+        peak = after - before
+    return {"peak": peak, "faults": faults, "parameters": sum(p.numel() for p in contestant.model.parameters())}
+
+
+def costs(device: torch.device, name: str, size: Size, precision: str, rounds: int, clock: str) -> dict[str, Any]:
+    """Both, of one contestant's training."""
+    weighed = memory(device, name, size, precision, "training")
+    return weighed | times(device, [name], size, precision, "training", rounds, clock)
 
 
 def work(device: torch.device, name: str, size: Size, precision: str, task: str) -> Callable[[], object]:
     """A training step, or the encoding of a batch."""
-    with autocast(device, precision):
-        contestant = CONTESTANTS[name](size, device)
-    return {"training": _training, "encoding": _encoding}[task](contestant, device, precision)
+    return _WORK[task](_enter(device, name, size, precision), device, precision)
+
+
+def _enter(device: torch.device, name: str, size: Size, precision: str) -> Contestant:
+    with autocast(device, precision):  # so that it can see how it will be asked to compute
+        return CONTESTANTS[name](size, device)
 
 
 def _training(contestant: Contestant, device: torch.device, precision: str) -> Callable[[], object]:
@@ -102,6 +114,9 @@ def _encoding(contestant: Contestant, device: torch.device, precision: str) -> C
             contestant.encode()
 
     return encode
+
+
+_WORK = {"training": _training, "encoding": _encoding}
 
 
 def _count(turn: Callable[[], object]) -> int:
@@ -138,8 +153,8 @@ def _page_faults() -> int:
 def _main() -> None:
     question: dict[str, Any] = json.loads(sys.stdin.read())
     torch.set_num_threads(question.pop("threads"))
-    question["size"] = sizes()[question["size"]]
-    answer = {"times": times, "memory": memory}[question.pop("kind")](fastest_device(), **question)
+    question["size"] = Size.from_dict(question["size"])
+    answer = {"times": times, "memory": memory, "costs": costs}[question.pop("kind")](fastest_device(), **question)
     sys.stdout.write(json.dumps(answer))
 
 
