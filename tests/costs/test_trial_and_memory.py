@@ -9,7 +9,7 @@ from crate_mae.comparison.costs import seconds_in_turns
 from crate_mae.costs.memory import step_memory
 from crate_mae.costs.trial import StepSettings, TrialStep, flop_counter
 from crate_mae.models import create_model
-from crate_mae.theory.attention import ssa
+from crate_mae.theory.attention import SymmetricAttention, ssa
 from crate_mae.theory.sparse_coding import ista_step
 
 CPU = torch.device("cpu")
@@ -35,33 +35,50 @@ def forward_and_backward(function, *shapes):
     return forward.get_total_flops(), backward.get_total_flops()
 
 
+def symmetric(w):
+    return SymmetricAttention.apply(w, 0.3)
+
+
 def test_our_attention_is_counted_forward_and_backward():
     product = 2 * B * N * N * P
-    forward, backward = forward_and_backward(ssa, (B, N, P))
+    forward, backward = forward_and_backward(symmetric, (B, N, P))
     assert forward == 2 * product  # W W^T, P W
     assert backward == 4 * product  # dO W^T, P^T dO, dS W, dS^T W
 
 
+def test_fused_attention_is_counted_forward_and_backward():
+    product = 2 * 2 * B * N * N * P
+    forward, backward = forward_and_backward(ssa, (2, B, N, P))
+    assert forward == 2 * product
+    assert backward == 5 * product  # W W^T again
+
+
 def test_torch_itself_overlooks_half_of_our_backward_pass():
     w = torch.randn(B, N, P, requires_grad=True)
-    output = ssa(w).sum()
+    output = symmetric(w).sum()
     with FlopCounterMode(display=False) as counter:
         output.backward()
     # When this fails, torch counts `baddbmm_` itself, and `flop_counter` need not.
     assert counter.get_total_flops() == 2 * 2 * B * N * N * P
 
 
+def test_torch_itself_overlooks_the_fused_attention_of_processors():
+    with FlopCounterMode(display=False) as counter:
+        ssa(torch.randn(2, B, N, P))
+    assert counter.get_total_flops() == 0
+
+
 def test_attention_in_pieces_is_counted_like_attention_at_once(monkeypatch):
-    whole = forward_and_backward(ssa, (B, N, P))
+    whole = forward_and_backward(symmetric, (B, N, P))
     monkeypatch.setattr("crate_mae.theory.attention._PIECE_BYTES", 2 * N * N * 4)
-    assert forward_and_backward(ssa, (B, N, P)) == whole
+    assert forward_and_backward(symmetric, (B, N, P)) == whole
 
 
 def test_an_ista_step_is_counted_forward_and_backward():
     tokens, square = 2 * B * N * P * P, 2 * P**3
     forward, backward = forward_and_backward(lambda x, d: ista_step(x, d, 0.1, 0.5), (B, N, P), (P, P))
     assert forward == tokens + square  # X W, D^T D
-    assert backward == 2 * tokens + 2 * square
+    assert backward == 2 * tokens + square  # G W^T, X^T G, D (dW + dW^T)
 
 
 def test_the_flops_of_a_crate_encoder_are_those_of_its_formula():

@@ -73,30 +73,40 @@ def test_linear_ssa_by_hand():
 @pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("scale", [0.0, 0.3, 5.0])
 def test_value_and_gradient_are_the_textbooks(scale, generator):
-    w, grad_out = projections(3, 5, 11, 7, generator=generator), projections(3, 5, 11, 7, generator=generator)
-    ours = value_and_gradient(ssa, w, grad_out, scale)
+    w, grad_out = projections(15, 11, 7, generator=generator), projections(15, 11, 7, generator=generator)
+    ours = value_and_gradient(SymmetricAttention.apply, w, grad_out, scale)
     oracle = value_and_gradient(textbook_ssa, w, grad_out, scale)
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [None, 0.0, 0.3, 5.0])
-def test_the_form_for_gpus_has_the_textbooks_value_and_gradient(scale, generator):
+def test_the_fused_form_has_the_textbooks_value_and_gradient(scale, generator):
     w, grad_out = projections(3, 5, 11, 7, generator=generator), projections(3, 5, 11, 7, generator=generator)
     ours = value_and_gradient(fused_ssa, w, grad_out, scale)
     oracle = value_and_gradient(textbook_ssa, w, grad_out, 7**-0.5 if scale is None else scale)
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("device", "expected"), [("cuda", 1), ("cpu", 0)])
-def test_gpus_and_no_others_take_the_form_for_gpus(device, expected, monkeypatch):
+@pytest.mark.parametrize(
+    ("device", "dtype", "expected"),
+    [
+        ("cuda", torch.float32, 1),
+        ("cuda", torch.bfloat16, 1),
+        ("cpu", torch.float64, 1),
+        ("cpu", torch.float32, 1),
+        ("cpu", torch.float16, 0),
+        ("cpu", torch.bfloat16, 0),
+    ],
+)
+def test_all_but_half_precision_on_a_processor_takes_the_fused_form(device, dtype, expected, monkeypatch):
     calls = []
     monkeypatch.setattr(attention, "fused_ssa", lambda w, scale: calls.append(scale) or w)
     with FakeTensorMode():
-        ssa(torch.empty(3, 11, 7, device=device), 0.3)
+        ssa(torch.empty(3, 11, 7, device=device, dtype=dtype), 0.3)
     assert len(calls) == expected
 
 
-def test_the_form_for_gpus_keeps_the_precision_of_its_input_under_autocast(generator):
+def test_the_fused_form_keeps_the_precision_of_its_input_under_autocast(generator):
     w = projections(3, 11, 7, generator=generator, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = fused_ssa(w)
@@ -114,9 +124,13 @@ def test_views_and_expanded_gradients_are_handled(generator):
     flat = projections(3, 11, 5 * 7, generator=generator)
     w = flat.unflatten(-1, (5, 7)).transpose(1, 2)
     expanded = torch.ones((), dtype=w.dtype).expand(w.shape)
-    ours = value_and_gradient(ssa, w, expanded, 0.3)
     oracle = value_and_gradient(textbook_ssa, w, expanded, 0.3)
+    ours = value_and_gradient(ssa, w, expanded, 0.3)
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
+    ours = value_and_gradient(
+        lambda w, scale: SymmetricAttention.apply(w.reshape(15, 11, 7), scale), w, expanded.reshape(15, 11, 7), 0.3
+    )
+    torch.testing.assert_close(ours[1], oracle[1], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 1.5e-3)])
@@ -162,7 +176,8 @@ def test_nothing_is_saved_without_gradients(generator):
 
 def test_a_second_derivative_is_refused_and_not_wrong(generator):
     w = projections(3, 11, 7, generator=generator).requires_grad_()
-    (grad,) = torch.autograd.grad(ssa(w).square().sum(), w, create_graph=True)
+    out = SymmetricAttention.apply(w, 0.3)
+    (grad,) = torch.autograd.grad(out.square().sum(), w, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from crate_mae.models.autoencoder import build
 from crate_mae.models.config import ModelConfig
@@ -111,12 +111,27 @@ class TrialStep:
 def flop_counter() -> FlopCounterMode:
     """PyTorch's counter of the operations of matrix products and convolutions; a multiplication with addition is 2.
 
-    It overlooks `baddbmm_`, which the backward pass of our attention uses: a whole half of that pass. So that is added.
+    It overlooks `baddbmm_`, which `theory.attention.SymmetricAttention` uses backward, and the fused attention of CPUs:
+    two products forward; backward five, since it forms the weights again. So those are added.
     """
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.baddbmm_: _baddbmm_flops})
+    aten = torch.ops.aten
+    overlooked = {
+        aten.baddbmm_: _baddbmm_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    return FlopCounterMode(display=False, custom_mapping=overlooked)
 
 
 def _baddbmm_flops(_sum: Any, a: Any, b: Any, *_rest: Any, **_options: Any) -> int:
     """2 b n k m for a (b n k) times b (b k m); the counter gives shapes."""
     batch, n, k = a
     return 2 * batch * n * k * b[-1]
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_rest: Any, **_options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_rest: Any, **_options: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)

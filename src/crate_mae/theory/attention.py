@@ -42,9 +42,10 @@ def attention_membership(w: Float[Tensor, "*batch n p"], scale: float | None = N
 def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
     r"""SSA(W) = softmax(s W W^T) W, subspace self-attention.
 
-    The function is `attention_membership(w, scale) @ w`; the form computed saves less for the backward pass:
-    `fused_ssa` on CUDA, elsewhere `SymmetricAttention`, which is also faster. It runs in the precision in which `w`
-    arrives, also under autocast. Leading dimensions (images, heads) are independent of each other.
+    The function is `attention_membership(w, scale) @ w`; what is computed is one of two forms that hold less for the
+    backward pass and take less time: `fused_ssa`, and, in half precision on a CPU, where that is slow,
+    `SymmetricAttention`. It runs in the precision in which `w` arrives, also under autocast. Leading dimensions
+    (images, heads) are independent of each other.
 
     Source: arXiv 2306.01129, section 2.3. There s = 1; the official code, and we by default, take s = p^-1/2.
 
@@ -52,7 +53,7 @@ def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Ten
         w: projections W = Z U_k of the tokens onto one subspace.
         scale: s, the inverse temperature; p^-1/2 if None.
     """
-    if w.device.type == "cuda":
+    if w.device.type == "cuda" or w.dtype.itemsize >= torch.float32.itemsize:
         return fused_ssa(w, scale)
     n, p = w.shape[-2:]
     return SymmetricAttention.apply(w.reshape(-1, n, p), _scale(w, scale)).view(w.shape)
@@ -61,9 +62,9 @@ def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Ten
 def fused_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
     r"""`ssa` by PyTorch's own attention kernels, with W as query, key and value: softmax(s W W^T) W.
 
-    On a GPU they hold no n x n matrix in memory, neither forward nor backward (FlashAttention in half precision). The
-    gradient of W is the sum of those of query, key and value. On a CPU `SymmetricAttention` is faster, in bfloat16
-    by far.
+    They hold no n x n matrix in memory, neither forward nor backward (on a GPU: FlashAttention in half precision). The
+    gradient of W is the sum of those of query, key and value. On a CPU, in float32, MSSA forward and backward takes as
+    long as with `SymmetricAttention`, and forward alone up to a sixth less; in bfloat16 that one is faster by far.
     """
     with torch.autocast(w.device.type, enabled=False):
         return F.scaled_dot_product_attention(w, w, w, scale=_scale(w, scale))
