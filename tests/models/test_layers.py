@@ -1,8 +1,11 @@
 """The layers, held to the equations of the paper."""
 
+import copy
+
 import pytest
 import torch
 
+from crate_mae.models import layers
 from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, Dictionary, EncoderLayer, OvercompleteISTA
 
 
@@ -38,6 +41,56 @@ def test_ista_is_the_three_product_form_with_the_same_gradients():
     theirs = torch.autograd.grad((textbook * weight).sum(), [x, d])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def change_numbers(d):
+    d.data[1, 2] += 0.5
+
+
+def take_other_memory(d):
+    d.data = d.data + 0.5
+
+
+def step(d):
+    with torch.no_grad():
+        d.add_(0.5)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("change", [change_numbers, take_other_memory, step])
+def test_at_rest_the_operator_is_formed_once_and_again_when_the_dictionary_changes(change, mode, monkeypatch):
+    formed = []
+    form = layers.ista_operator
+    monkeypatch.setattr(layers, "ista_operator", lambda *of: formed.append(of) or form(*of))
+    layer, x = ISTA(11, step_size=0.13, threshold=0.3).eval(), torch.randn(2, 7, 11)
+
+    def at_rest():
+        with mode():
+            return layer(x)
+
+    for change_something in (lambda: None, lambda: change(layer.dictionary), lambda: setattr(layer, "step_size", 0.17)):
+        change_something()
+        del formed[:]
+        outputs = [at_rest() for _ in range(3)]
+        assert len(formed) == 1
+        d = layer.dictionary.detach()
+        expected = torch.relu(x + layer.step_size * (x @ d - x @ d.T @ d) - layer.step_size * 0.3)
+        for output in outputs:
+            torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-13)
+    layer.train()(x)
+    assert layer._kept is None
+    assert list(layer.state_dict()) == ["dictionary"]
+
+
+def test_the_kept_operator_follows_the_precision():
+    layer, x = ISTA(11).float().eval(), torch.randn(2, 7, 11, dtype=torch.float32)
+    with torch.no_grad():
+        wide = layer(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert layer(x).dtype == torch.bfloat16
+        assert torch.equal(layer(x), wide)
+        assert layer.double()(x.double()).dtype == torch.float64
+        assert torch.equal(copy.deepcopy(layer)(x.double()), layer(x.double()))
 
 
 def test_encoder_layer_compresses_then_sparsifies():

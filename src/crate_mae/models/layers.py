@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crate_mae.errors import UserError
 from crate_mae.theory.attention import ssa
-from crate_mae.theory.sparse_coding import ista_step, sparse_codes
+from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, ista_step, sparse_codes
 
 OutputProjection = Literal["free", "tied"]
 
@@ -70,7 +70,8 @@ class ISTA(nn.Module):
     """One proximal-gradient step towards the sparse code of the tokens in a learned dictionary.
 
     ISTA(X | D) = relu(X + eta (X D - X D^T D) - eta lambda), computed by `theory.sparse_coding.ista_step` as one
-    matrix product. `crate_encoder.py`, `FeedForward`, of the official code.
+    matrix product, X W. At rest (in `eval()`, without gradients, on a CPU) W is formed once and kept: that costs d^3,
+    which for a single image is half the layer. `crate_encoder.py`, `FeedForward`, of the official code.
 
     Attributes:
         dictionary: D, d x d; a code A reconstructs X as A D^T.
@@ -91,6 +92,7 @@ class ISTA(nn.Module):
         self.step_size = step_size
         self.threshold = threshold
         self.dictionary = nn.Parameter(torch.empty(embed_dim, embed_dim, device=device, dtype=dtype))
+        self._kept: tuple[object, Tensor, Tensor] | None = None  # settings, dictionary, and W that was formed of them
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -99,7 +101,26 @@ class ISTA(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """The non-negative sparse code after one step from the tokens themselves."""
+        at_rest = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
+        if at_rest and x.device.type == "cpu":
+            return apply_ista_operator(x, self._operator_at_rest(), self.step_size * self.threshold)
         return ista_step(x, self.dictionary, self.step_size, self.threshold)
+
+    def train(self, mode: bool = True) -> "ISTA":
+        """As PyTorch does; what was kept at rest is forgotten."""
+        self._kept = None
+        return super().train(mode)
+
+    def _operator_at_rest(self) -> Float[Tensor, "d d"]:
+        """W, formed anew if any number of the dictionary has changed, however that came about."""
+        precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dictionary.dtype
+        settings = self.step_size, precision
+        kept = self._kept
+        if kept is None or kept[0] != settings or not torch.equal(kept[1], self.dictionary):
+            with torch.inference_mode(False), torch.no_grad():  # for what is kept will be used outside that mode, too
+                dictionary = self.dictionary.clone()
+                kept = self._kept = settings, dictionary, ista_operator(dictionary, self.step_size)
+        return kept[2]
 
     def extra_repr(self) -> str:
         """Width, step size and threshold, for `print(model)`."""
