@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.contestants import Size
-from benchmarks.report import common_options, heading, result_path
+from benchmarks.report import command_line, common_options, heading, result_path
 from benchmarks.worker import ask
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.style import colour, encode, legend_above, marker, new_figure, panels
@@ -66,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     points = list(_points(options))
     path = result_path("growth", options)
-    text = "\n".join([*heading("Growth of cost", "benchmarks.growth", options, arguments), *_tables(points), ""])
+    command = command_line("benchmarks.growth", arguments)
+    text = "\n".join([*heading("Growth of cost", command, options), *_tables(points), ""])
     write_whole(path, text.encode())
     write_whole(path.with_suffix(".csv"), _csv(points).encode())
     _draw(points, path.with_suffix(".png"))

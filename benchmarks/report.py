@@ -12,7 +12,7 @@ import torch
 from benchmarks.worker import CLOCKS
 from crate_mae.models.devices import fastest_device
 
-_RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "results"
 
 
 def common_options(description: str | None, rounds: int) -> argparse.ArgumentParser:
@@ -22,7 +22,7 @@ def common_options(description: str | None, rounds: int) -> argparse.ArgumentPar
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the processor")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: of one thread, beside other work")
-    parser.add_argument("--out", type=Path, default=_RESULTS, help="folder")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder")
     return parser
 
 
@@ -31,10 +31,15 @@ def result_path(what: str, options: argparse.Namespace) -> Path:
     return options.out / f"{what}_{options.machine}_{datetime.date.today()}.md"
 
 
-def heading(title: str, module: str, options: argparse.Namespace, arguments: Sequence[str] | None) -> Iterator[str]:
-    """What it takes to measure the same again; arguments None are those of the command line."""
+def command_line(module: str, arguments: Sequence[str] | None) -> str:
+    """What was typed; arguments None are those of the command line."""
+    return " ".join(["python -m", module, *(sys.argv[1:] if arguments is None else arguments)])
+
+
+def heading(title: str, command: str, options: argparse.Namespace) -> Iterator[str]:
+    """What it takes to measure the same again."""
     yield f"# {title} on {options.machine}, {datetime.date.today()}"
-    yield f"\n    python -m {' '.join([module, *(sys.argv[1:] if arguments is None else arguments)])}\n"
+    yield f"\n    {command}\n"
     device = fastest_device()
     hardware = _processor() if device.type == "cpu" else f"{torch.cuda.get_device_name(device)}, {_processor()}"
     yield (

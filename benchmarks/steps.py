@@ -15,7 +15,7 @@ import torch
 from benchmarks.chart import draw_duels
 from benchmarks.contestants import CONTESTANTS, sizes
 from benchmarks.duels import DUELS, HEAD, Duel, fight
-from benchmarks.report import common_options, heading, result_path
+from benchmarks.report import command_line, common_options, heading, result_path
 from benchmarks.worker import ask
 from crate_mae.data.files import write_whole
 from crate_mae.models.devices import fastest_device
@@ -41,7 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     duels = list(_duels(options))
     memories = list(_memories(options)) if "training" in options.tasks else []
-    text = "\n".join([*heading("Steps", "benchmarks.steps", options, arguments), *_tables(duels, memories), ""])
+    command = command_line("benchmarks.steps", arguments)
+    text = "\n".join([*heading("Steps", command, options), *_tables(duels, memories), ""])
     path = result_path("steps", options)
     write_whole(path, text.encode())
     draw_duels(duels, path.with_suffix(".png"))
