@@ -42,11 +42,13 @@ def test_state_and_traffic_are_those_of_the_formulas():
     assert found.sharded.memory_cuda == alone.copies.memory_cuda + 2 * 4 * layer - 3 * weights * 3 // 4
 
 
-def test_attention_saves_a_matrix_for_every_image_head_and_layer():
-    tokens = 1 + 3 * 4
-    assert crate_mae.estimate(model=NANO, **OPTIONS).attention_bytes == 8 * (4 + 4) * 4 * tokens**2 * 4
-    visible = crate_mae.estimate(model="crate_mae_nano_visible_patch2_8", **OPTIONS)
-    assert visible.attention_bytes == 8 * 4 * 4 * (7**2 + tokens**2) * 4
+def test_attention_saves_a_matrix_for_every_image_head_and_layer_unless_it_is_fused():
+    tokens, half = 1 + 3 * 4, {**OPTIONS, "precision": "bfloat16"}
+    assert crate_mae.estimate(model=NANO, **half).attention_bytes == 8 * (4 + 4) * 4 * tokens**2 * 2
+    visible = crate_mae.estimate(model="crate_mae_nano_visible_patch2_8", **half)
+    assert visible.attention_bytes == 8 * 4 * 4 * (7**2 + tokens**2) * 2
+    assert crate_mae.estimate(model=NANO, **OPTIONS).attention_bytes == 0
+    assert crate_mae.estimate(model="vit_mae_nano_patch2_8", **OPTIONS).attention_bytes > 0
 
 
 def test_times_follow_from_speed_and_link(crate_mae_command):
