@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+import crate_mae
+
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "crate_mae"
 
 # Each layer, and the layers of ours it may import. `errors`, `lazy` and `after_import` are everybody's.
@@ -72,6 +74,11 @@ def violations(path, source):
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_imports_only_point_down(path):
     assert list(violations(path, path.read_text(encoding="utf-8"))) == []
+
+
+def test_no_folder_hides_a_public_name():
+    """`import crate_mae.export`, were it a folder, would put a module where `crate_mae.export` was a function."""
+    assert not set(crate_mae.__all__) & {path.stem for path in PACKAGE.iterdir()}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Published weights as folders of this library."""
 
 import argparse
+import json
 
 import pytest
 import timm
@@ -191,6 +192,20 @@ class Dangerous:
 
     def __reduce__(self):
         return (setattr, (Dangerous, "ran", True))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"format_version": 9}, "knows versions up to 1"), ({"treshold": 1.0}, 'Did you mean "threshold"?')],
+)
+def test_descriptions_of_a_newer_version_or_with_unknown_keys(official, tmp_path, crate_mae_command, change, words):
+    crate_mae.save(official[0], tmp_path / "ours")
+    path = tmp_path / "ours" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+    for command in ("convert", "export"):
+        code, _, err = crate_mae_command(command, tmp_path / "ours", "--out", tmp_path / "x")
+        assert code == 2 and words in err and str(path) in err
+        assert not (tmp_path / "x").exists()
 
 
 def test_a_folder_that_is_there_is_left_alone(official, tmp_path, crate_mae_command):

@@ -98,9 +98,18 @@ def test_a_model_of_transformers_pushes_its_card_too(run, hub, tmp_path):
     transformers = pytest.importorskip("transformers")
     crate_mae.export(run, out=tmp_path / "x", format="hf")
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "x")
-    theirs.push_to_hub("somebody/encoder", revision="main")
-    assert hub.uploaded["repo_id"] == "somebody/encoder"
-    assert "photos/train" in hub.uploaded["files"]["README.md"].decode()
+    for upload, name in ((_by_push, "somebody/encoder"), (_by_save, "somebody/other")):
+        upload(theirs, name, tmp_path / "y")
+        assert hub.uploaded["repo_id"] == name
+        assert "photos/train" in hub.uploaded["files"]["README.md"].decode()
+
+
+def _by_push(model, name, _folder):
+    model.push_to_hub(name, revision="main")
+
+
+def _by_save(model, name, folder):
+    model.save_pretrained(folder, push_to_hub=True, repo_id=name)
 
 
 @pytest.mark.parametrize(

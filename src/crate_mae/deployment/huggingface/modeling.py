@@ -87,13 +87,18 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         self.gradient_checkpointing = enable
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # pyright: ignore
-        """Write weights, configuration, image processor and card; see transformers."""
+        """Write weights, configuration, image processor and card; the options are those of transformers."""
+        from crate_mae.deployment.hub import upload
         from crate_mae.deployment.huggingface.folders import write_card
         from crate_mae.deployment.huggingface.processing import CrateMAEImageProcessor
 
+        repository = options.pop("repo_id", None) or Path(save_directory).name
+        uploads = options.pop("push_to_hub", False)  # transformers would do it at once, with a card of its own
         super().save_pretrained(save_directory, **options)
         CrateMAEImageProcessor.for_model(self.config.autoencoder).save_pretrained(save_directory)
         write_card(self, Path(save_directory))
+        if uploads:
+            upload(Path(save_directory), repository, token=options.get("token"))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore
         """Upload what `save_pretrained` writes, the card too; see `hub.upload` for the options."""
