@@ -28,10 +28,18 @@ def reference_pages(root: Path) -> dict[str, str]:
     for package, title in REFERENCE.items():
         if (source / package / "__init__.py").is_file():
             modules = [path for path in sorted((source / package).rglob("*.py")) if _is_documented(path)]
-            names = [".".join(path.relative_to(source.parent).with_suffix("").parts) for path in modules]
-            names = [name.removesuffix(".__init__") for name in names]
-            pages[f"reference/{package}.md"] = f"# {title}\n\n" + "\n".join(f"::: {name}\n" for name in names)
+            pages[f"reference/{package}.md"] = f"# {title}\n\n" + "\n".join(
+                _entry(path, source.parent) for path in modules
+            )
     return pages
+
+
+def _entry(path: Path, source: Path) -> str:
+    """A module, or of a folder what it says of itself: what it exports is described in the modules it is from."""
+    name = ".".join(path.relative_to(source).with_suffix("").parts)
+    if path.name == "__init__.py":
+        return f"::: {name.removesuffix('.__init__')}\n    options:\n      members: false\n"
+    return f"::: {name}\n"
 
 
 def _is_documented(path: Path) -> bool:
@@ -43,33 +51,35 @@ def _is_documented(path: Path) -> bool:
 
 
 def results(root: Path) -> str:
-    """One row for each folder of results: what it is, and the command that makes it again."""
-    rows = ["| what was measured | the command that measures it again | files beside it |", "|---|---|---|"]
+    """Every folder of results: what it is, the command that makes it again, and the files beside its page."""
+    parts = []
     for folder in [*sorted((root / "results").iterdir()), root / "benchmarks"]:
         readme = folder / "README.md"
         if readme.is_file():
             text = readme.read_text(encoding="utf-8")
             title = re.search(r"^# (.+)$", text, flags=re.MULTILINE)
             assert title is not None, f"{readme} has no title"
-            link = f"../{readme.relative_to(root).as_posix()}"
-            rows.append(f"| [{title[1]}]({link}) | {_command(text)} | {_beside(folder)} |")
-    return "\n".join(rows)
+            parts.append(
+                f"### [{title[1]}](../{readme.relative_to(root).as_posix()})\n\n{_command(text)}{_beside(folder)}"
+            )
+    return "\n\n".join(parts)
 
 
 def _command(text: str) -> str:
-    """The first command of a page, on one line."""
-    found = re.search(
-        r"^(?:    )?((?:crate-mae|python -m|accelerate|torchrun) (?:.*\\\n)*.*)$", text, flags=re.MULTILINE
-    )
+    """The first command of a page, as it stands there."""
+    start = r"(?:crate-mae|\S*python\S* -m|accelerate|torchrun) "
+    found = re.search(rf"^(?:    )?({start}(?:[^\n]*\\\n)*[^\n]*)$", text, flags=re.MULTILINE)
     if found is None:
-        return "on its page"
-    return "`" + re.sub(r"\s*\\\n\s*", " ", found[1]).replace("|", "\\|") + "`"
+        return "How it is measured again is told on its page.\n"
+    lines = [line.strip() for line in found[1].splitlines()]
+    return "```text\n" + "\n    ".join(lines) + "\n```\n"
 
 
 def _beside(folder: Path) -> str:
-    kinds = {".json", ".csv", ".yaml", ".html"}
-    names = sorted(path.name for path in folder.rglob("*") if path.suffix in kinds)
-    return ", ".join(f"`{name}`" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    """The tables and reports of a folder, a few by their names."""
+    names = sorted(path.name for path in folder.rglob("*") if path.suffix in {".json", ".csv", ".yaml", ".html"})
+    shown = ", ".join(f"`{name}`" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return f"\nBeside it: {shown}." if names else ""
 
 
 def minutes(root: Path) -> str:

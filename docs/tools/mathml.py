@@ -27,15 +27,20 @@ class _Formula(InlineProcessor):
         return self.md.htmlStash.store(formula), m.start(0), m.end(0)
 
 
+class _InnerProduct(InlineProcessor):
+    def handleMatch(self, m: re.Match[str], data: str) -> tuple[str, int, int]:  # noqa: N802, ARG002  (Markdown's name)
+        return self.md.htmlStash.store("&lt;"), m.start(0), m.end(0)
+
+
 class MathML(Extension):
-    """Formulas in LaTeX, drawn by the browser."""
+    """Formulas in LaTeX, drawn by the browser; and inner products such as <a, b> in docstrings, which are no tags."""
 
     def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802  (Markdown's name)
         """Read formulas after code (priority 190), where a dollar is a dollar, and before escapes (180)."""
-        md.inlinePatterns.register(_Formula(r"\$\$(.+?)\$\$", md, display="block"), "math-block", 186)
-        md.inlinePatterns.register(
-            _Formula(r"(?<![\\$\w])\$(?=\S)([^$\n]+?)\$(?!\w)", md, display="inline"), "math", 185
-        )
+        block, inline = r"\$\$(.+?)\$\$", r"(?<![\\$\w])\$(?=\S)([^$\n]+?)\$(?!\w)"
+        md.inlinePatterns.register(_Formula(block, md, display="block"), "math-block", 186)
+        md.inlinePatterns.register(_Formula(inline, md, display="inline"), "math", 185)
+        md.inlinePatterns.register(_InnerProduct(r"<(?=\w+, \w+>)", md), "inner-product", 95)  # before tags (90)
 
 
 def makeExtension(**options: Any) -> MathML:  # noqa: N802  (Markdown's name)

@@ -67,7 +67,7 @@ def test_links_hold_in_the_site(tree):
     assemble.assemble(tree, tree / "build")
     page = (tree / "build/docs/index.md").read_text()
     assert page.startswith("[run](results/run/index.md#a) code [web](https://arxiv.org) `[x](y.md)`\n")
-    assert "| [A run](results/run/index.md) | `crate-mae pretrain FOLDER --out runs/a` |" in page
+    assert "### [A run](results/run/index.md)\n\n```text\ncrate-mae pretrain FOLDER \\\n    --out runs/a\n```\n" in page
     assert "no.md" not in (tree / "build/zensical.toml").read_text()
 
 
@@ -85,6 +85,7 @@ def test_formulas_become_mathml():
     assert shown.count("<math") == 1
     assert "<mo>&lt;</mo>" in shown
     assert "<code>$HOME</code> and 5$ and 6$." in shown
+    assert convert("<a, b> and <b>c</b>") == "<p>&lt;a, b&gt; and <b>c</b></p>"
     assert 'display="block"' in convert("$$\nx\n$$")
     assert "&amp;" not in convert(r"$R(Z) \ge 0$")
 
