@@ -16,7 +16,6 @@ DUELS = {
         ("ours, visible patches", "textbook"),
         ("ours, visible patches", "transformers"),
         ("ours, visible patches", "timm blocks"),
-        ("ours", "timm blocks"),
     ],
     "encoding": [("ours", "textbook"), ("ours", "timm blocks"), ("ours", "transformers")],
 }
