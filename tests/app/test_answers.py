@@ -42,8 +42,8 @@ def test_a_completion_shows_four_pictures_and_says_what_they_are(fresh, photogra
     assert (pasted != completed).any()
     assert re.search(r"\d+\.\d dB", piece)
     assert piece.count("download=") == 5
-    assert "weights are fresh and untrained" in piece
-    assert "It sees 8 x 8 pixels in patches of 2 x 2" in piece
+    assert "Fresh, untrained weights" in piece
+    assert "8 x 8 pixels in patches of 2 x 2" in piece
     assert "mean colour of all that is visible" in piece
     assert "Brightness" not in piece
 

@@ -34,11 +34,16 @@ class Visit:
     def __init__(self, tab):
         self.tab = tab
         self.asked = []
+        self.questions = 0
         self.complaints = []
         tab.set_default_timeout(WAIT)
-        tab.on("request", lambda request: self.asked.append(request.url))
+        tab.on("request", self.note)
         tab.on("console", lambda line: self.complaints.append(line.text) if line.type == "error" else None)
         tab.on("pageerror", lambda error: self.complaints.append(str(error)))
+
+    def note(self, request):
+        self.asked.append(request.url)
+        self.questions += "queue/join" in request.url
 
     def picture(self, place):
         """The picture at a place, as pixels."""
@@ -132,10 +137,10 @@ def test_a_visitor_hides_completes_and_looks_inside(visit, as_file, served):
     assert page.tab.locator("#picker [aria-pressed=true]").get_attribute("aria-label") == "patch in row 2, column 2"
 
     slider, panel = page.tab.get_by_label("Layer of the encoder").last, page.tab.locator("#inside svg").first
-    assert panel.locator("text[font-weight='600']").all_inner_texts()[1:] == ["0"]
+    assert panel.locator("text[font-weight='600']").all_text_contents()[1:] == ["0"]
     page.changes("#inside", lambda: slider.fill("2"))
     assert "layer 2 of 0 to 2" in page.tab.locator("#inside").inner_text()
-    assert panel.locator("text[font-weight='600']").all_inner_texts()[1:] == ["2"]
+    assert panel.locator("text[font-weight='600']").all_text_contents()[1:] == ["2"]
     assert served.noted() == []
 
 
@@ -144,6 +149,7 @@ def test_two_models_are_compared_and_pictures_saved(visit):
     page.tab.get_by_label("Compare with").click()
     page.changes("#completed", lambda: page.tab.get_by_role("option", name="the same, untrained").click())
     scores = page.tab.locator("#completed .score").all_inner_texts()
+    assert page.questions == 1
     trained, untrained = (float(score.removesuffix(" dB")) for score in scores)
     assert trained > untrained
     assert page.tab.locator("#inside .heads").count() == 2
@@ -171,14 +177,17 @@ def test_a_drawing_begins_with_nothing_hidden(visit):
     assert not page.mask().any()
 
 
-def test_nonsense_is_answered_with_a_sentence_and_the_picture_stays(visit):
+def test_nonsense_is_answered_with_a_sentence_and_the_picture_stays(visit, as_file):
     page = visit()
     before = page.picture("#completed img")
     for name, content, words in (
         ("text.png", b"no picture at all", "is no PNG"),
-        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no PNG"),
         ("large.png", b"\0" * (12 * 2**20 + 1), "larger than 12 MB"),
+        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no PNG"),
+        ("dot.png", as_file(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
+        ("dot.png", as_file(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
     ):
+        page.tab.evaluate("document.querySelector('#chooser .message').innerText = ''")
         page.tab.set_input_files("#chooser input", {"name": name, "mimeType": "image/png", "buffer": content})
         shown = "words => document.querySelector('#chooser .message').innerText.includes(words)"
         page.tab.wait_for_function(shown, arg=words)

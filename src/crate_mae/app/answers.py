@@ -13,11 +13,11 @@ from crate_mae.app.shown_models import ShownModel
 from crate_mae.errors import UserError
 
 NORMALISED = (
-    "What it predicts is the pattern of each patch. Brightness and contrast are the original's, so picture and "
-    "PSNR are better than the model alone could make them. It has to beat flat patches of that brightness."
+    "What is predicted is the pattern of each patch. Brightness and contrast are the original's, so picture and PSNR "
+    "are better than a model alone could make them. To be beaten are flat patches of that brightness."
 )
-RAW = "It has to beat flat patches, which have the mean colour of all that is visible."
-FRESH = "Its weights are fresh and untrained: this is what a network knows that has never seen a picture."
+RAW = "To be beaten are flat patches, of the mean colour of all that is visible."
+FRESH = "Fresh, untrained weights: this is what a network knows that has never seen a picture."
 
 
 def answer_completion(picture: Image.Image, models: Sequence[ShownModel], mask: Bool[Tensor, "gh gw"]) -> str:
@@ -89,6 +89,6 @@ def _size(model: ShownModel) -> str:
     c, millions = model.net.config, sum(each.numel() for each in model.net.parameters()) / 1e6
     height, width = c.image_size
     return (
-        f"It sees {width} x {height} pixels in patches of {c.patch_size} x {c.patch_size}. It has {layers(model.net)} "
-        f"layers of encoder, {c.decoder_depth} of decoder, and {millions:.2f} million parameters."
+        f"{width} x {height} pixels in patches of {c.patch_size} x {c.patch_size}; {layers(model.net)} layers of "
+        f"encoder, {c.decoder_depth} of decoder; {millions:.2f} million parameters."
     )

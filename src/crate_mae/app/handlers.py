@@ -75,14 +75,14 @@ class Handlers:
     def upload(self, event: gr.EventData, *values: Any) -> list[Any]:
         """A file of the visitor's: all that shows the picture changes, or a sentence says why not."""
         try:
-            image = read_upload(from_uri(getattr(event, "content", None)), self._side)
+            image = read_upload(from_uri(_detail(event, "content")), self._side)
         except UserError as error:
-            return [gr.HTML(message=str(error)), *[gr.skip()] * 4]
-        return self._show(to_uri(to_png(image)), Controls(*values))
+            return [gr.HTML(message=[_detail(event, "attempt"), str(error)]), *[gr.skip()] * 4]
+        return self._show(event, to_uri(to_png(image)), Controls(*values))
 
     def select(self, event: gr.EventData, *values: Any) -> list[Any]:
         """An example."""
-        return self._show(self._example(event.number), Controls(*values))
+        return self._show(event, self._example(_detail(event, "number")), Controls(*values))
 
     def switch(self, *values: Any) -> list[Any]:
         """Another model: its grid, its layers, and its answers."""
@@ -141,9 +141,9 @@ class Handlers:
         """The picture as the model takes it, for both grids."""
         return shown_picture(self._chosen(c)[0].net, _picture(c))
 
-    def _show(self, picture: str, c: Controls) -> list[Any]:
-        c = c._replace(picture=picture)
-        return [gr.HTML(picture, message=""), *self._grids(c), self.completed(*c), self.inside(*c)]
+    def _show(self, event: gr.EventData, picture: str, c: Controls) -> list[Any]:
+        c, message = c._replace(picture=picture), [_detail(event, "attempt"), ""]
+        return [gr.HTML(picture, message=message), *self._grids(c), self.completed(*c), self.inside(*c)]
 
     def _grids(self, c: Controls) -> list[Any]:
         """The grid to paint on, and the one to pick from."""
@@ -166,6 +166,14 @@ class Handlers:
             self.examples[number] if isinstance(number, int) and 0 <= number < len(self.examples) else self.examples[0]
         )
         return to_uri(to_png(read_upload(to_png(chosen.image), self._side)))
+
+
+def _detail(event: gr.EventData, name: str) -> object:
+    """What came with an event; None if it did not, which no page of ours does."""
+    try:
+        return getattr(event, name)
+    except (AttributeError, TypeError):
+        return None
 
 
 def _picture(c: Controls) -> Image.Image:

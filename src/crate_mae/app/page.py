@@ -10,7 +10,7 @@ from crate_mae.app.handlers import ALONE, UNTRAINED, Controls, Handlers
 from crate_mae.app.shown_models import ShownModel
 from crate_mae.app.widgets import chooser, patch_grid
 
-_MAX_WAITING = 100  # questions; whoever comes later is told to try again
+_MAX_WAITING = 64  # questions; whoever comes later is told to try again
 _TITLE = "CRATE-MAE: hide most of a picture, and watch it be completed"
 _INTRO = """<div class="intro"><h1>Hide most of a picture, and watch it be completed</h1>
 <p>CRATE-MAE is a neural network in which every layer is derived to compress what it sees and to make it sparse. Paint
@@ -54,13 +54,13 @@ def build_page(models: dict[str, ShownModel]) -> gr.Blocks:
                     another = gr.Button("Another mask", size="md", min_width=130)
                     clear = gr.Button("Show all", size="md", min_width=90)
                 ratio = gr.Slider(0.05, 0.95, start.mask_ratio, step=0.05, label="Share to hide at random")
-                seed = gr.Number(start.seed, label="Seed of the random mask", precision=0, minimum=0)
+                seed = gr.Number(start.seed, label="Seed of the random mask", precision=0)
             with gr.Column(scale=3, min_width=300):
                 _heading(*_COMPLETED)
                 with gr.Row():
-                    model = gr.Dropdown(names, value=start.model, label="Model", min_width=140)
+                    model = gr.Dropdown(names, value=start.model, label="Model", min_width=200)
                     beside = gr.Dropdown(
-                        [ALONE, UNTRAINED, *names], value=start.beside, label="Compare with", min_width=140
+                        [ALONE, UNTRAINED, *names], value=start.beside, label="Compare with", min_width=200
                     )
                 completed = gr.HTML(handlers.completed(*start), js_on_load=None, elem_id="completed")
         _heading(*_INSIDE)
@@ -76,7 +76,8 @@ def build_page(models: dict[str, ShownModel]) -> gr.Blocks:
         _connect(picture.upload, handlers.upload, controls, [picture, *whole])
         _connect(picture.select, handlers.select, controls, [picture, *whole])
         for choice in (model, beside):
-            _connect(choice.input, handlers.switch, controls, [mask, patch, layer, completed, inside])
+            # `input` comes twice of one choice.
+            _connect(choice.select, handlers.switch, controls, [mask, patch, layer, completed, inside])
         for number in (ratio, seed):
             _connect(number.input, handlers.random, controls, [mask, completed])
         _connect(another.click, handlers.another, controls, [seed, mask, completed])

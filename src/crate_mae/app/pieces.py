@@ -25,7 +25,7 @@ _TITLES = {
     "original": ("original", ""),
     "masked": ("masked", "what the model sees"),
     "pasted": ("completed", "its prediction in the gaps"),
-    "completed": ("prediction alone", "noise where nothing was hidden: it learned gaps only"),
+    "completed": ("prediction alone", "it learned to fill gaps: elsewhere this is noise"),
 }
 _CURVES = (
     "Yellow is the layer chosen above. The first half of a layer is derived to lower the subspace rate Rᶜ, which is to "

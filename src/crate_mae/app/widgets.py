@@ -27,7 +27,8 @@ def chooser(picture: str, examples: Sequence[Example]) -> gr.HTML:
     """Where a picture is dropped or an example clicked; its value is the present picture.
 
     It triggers `upload` with the file's content, as an address that begins with "data:", and `select` with the number
-    of an example. Gradio's own component for images would write each of them to a file.
+    of an example; both with the number of the visitor's attempt, which comes back with what is said about it. Gradio's
+    own component for images would write each of them to a file.
 
     Args:
         picture: the first, as such an address.
@@ -43,7 +44,7 @@ def chooser(picture: str, examples: Sequence[Example]) -> gr.HTML:
         js_on_load=static_text("chooser.js"),
         elem_id="chooser",
         examples=offered,
-        message="",
+        message=[0, ""],  # the attempt that it answers, and a sentence
         formats=", ".join(FORMATS),
         max_megabytes=MAX_BYTES // 2**20,
         max_bytes=MAX_BYTES,

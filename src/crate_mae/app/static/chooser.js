@@ -4,6 +4,7 @@ const zone = element.querySelector(".drop");
 const input = element.querySelector("input");
 const list = element.querySelector(".examples");
 const message = element.querySelector(".message");
+let attempt = 0; // of the visitor to choose a picture: what the server says of an earlier one is old news
 
 function say(text) {
   message.textContent = text;
@@ -12,10 +13,12 @@ function say(text) {
 
 function send(file) {
   if (!file) return;
+  attempt += 1;
   if (file.size > props.max_bytes) return say(props.too_large);
   say("");
+  const own = attempt;
   const reader = new FileReader();
-  reader.onload = () => trigger("upload", { content: reader.result });
+  reader.onload = () => trigger("upload", { content: reader.result, attempt: own });
   reader.onerror = () => say("Your browser could not read this file.");
   reader.readAsDataURL(file);
 }
@@ -48,9 +51,13 @@ list.replaceChildren(
     choice.append(picture);
     choice.addEventListener("click", () => {
       say("");
-      trigger("select", { number });
+      attempt += 1;
+      trigger("select", { number, attempt });
     });
     return choice;
   }),
 );
-watch("message", () => say(props.message));
+watch("message", () => {
+  const [answered, text] = props.message;
+  if (answered === attempt) say(text);
+});
