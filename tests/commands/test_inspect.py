@@ -72,7 +72,12 @@ def test_a_file_is_refused(tmp_path):
 
 
 def test_nothing_is_written_after_a_mistake(crate_mae_command, tmp_path):
-    for words in (["no/model", "digits:test"], [MODEL, "no/data"], [MODEL, "digits:test", "--count", "0"]):
+    for words in (
+        ["no/model", "digits:test"],
+        [MODEL, "no/data"],
+        [MODEL, "digits:test", "--count", "0"],
+        [MODEL, "digits:test", "--foregrounds", "no/masks"],
+    ):
         code, _, error = crate_mae_command("inspect", *words, "--out", tmp_path / "report")
         assert code == 2
         assert error.startswith("Error:")

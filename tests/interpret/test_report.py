@@ -154,6 +154,12 @@ def test_every_claim_about_every_layer_has_a_symbol_and_its_numbers(inspection, 
     assert all(number(row.low) + " to " + number(row.high) in section for row in rows)
 
 
+def test_claims_are_counted_and_their_changes_averaged_for_each_subject(inspection, page):
+    rows = [row for row in inspection.subject("random").measures.audit if row.measure == "ista_gini"]
+    held, mean = sum(row.holds for row in rows), sum(row.change for row in rows) / len(rows)
+    assert f'<td>{held} of 2<br><span class="small">{number(mean)}</span></td>' in page
+
+
 def test_a_black_box_baseline_is_drawn_and_told(inspection, page):
     rates = plan_figures(inspection)["layers"][0]
     labels = [[line.label for line in panel.lines] for panel in rates.panels]

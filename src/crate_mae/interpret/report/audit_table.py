@@ -1,6 +1,7 @@
 """The audit as tables: every claim about every layer, in symbols that need no colour."""
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import Literal
 
 from crate_mae.drawing.page import table
@@ -64,14 +65,18 @@ def all_numbers(rows: Sequence[AuditRow]) -> str:
 
 
 def by_subject(inspection: Inspection) -> str:
-    """In how many layers each claim holds, for the model and each control."""
+    """In how many layers each claim holds, and by how much on average, for the model and each control."""
     subjects = [found for found in inspection.measured if found.measures.audit]
     claims = [claims_of(found.measures.audit) for found in subjects]
     lines = [
         [rates_set(rows[0].claim), *(_count(found.get(name, [])) for found in claims)]
         for name, rows in claims[0].items()
     ]
-    return table(["claim", *(found.label for found in subjects)], lines, "Layers in which each claim holds")
+    return table(
+        ["claim", *(found.label for found in subjects)],
+        lines,
+        "Layers in which each claim holds; below, the mean change over layers",
+    )
 
 
 def _symbol(row: AuditRow) -> str:
@@ -80,4 +85,7 @@ def _symbol(row: AuditRow) -> str:
 
 
 def _count(rows: Sequence[AuditRow]) -> str:
-    return f"{sum(row.holds for row in rows)} of {len(rows)}" if rows else "–"
+    if not rows:
+        return "–"
+    held = f"{sum(row.holds for row in rows)} of {len(rows)}"
+    return f'{held}<br><span class="small">{number(fmean(row.change for row in rows))}</span>'

@@ -118,7 +118,8 @@ def _against_random(inspection: Inspection, held: dict[str, int]) -> list[str]:
     fewer = sum(count < control[name] for name, count in held.items())
     return [
         f"Against random weights, {more} of them hold in more layers, {fewer} in fewer, and "
-        f"{len(held) - more - fewer} in as many. What holds with random weights as well was not learned."
+        f"{len(held) - more - fewer} in as many. Where a claim holds with random weights as well, at most the size of "
+        "the change was learned."
     ]
 
 
