@@ -177,7 +177,7 @@ def test_a_drawing_begins_with_nothing_hidden(visit):
     assert not page.mask().any()
 
 
-def test_nonsense_is_answered_with_a_sentence_and_the_picture_stays(visit, as_file):
+def test_nonsense_is_answered_with_a_sentence_and_the_picture_stays(visit, as_file, tmp_path):
     page = visit()
     before = page.picture("#completed img")
     for name, content, words in (
@@ -188,7 +188,8 @@ def test_nonsense_is_answered_with_a_sentence_and_the_picture_stays(visit, as_fi
         ("dot.png", as_file(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
     ):
         page.tab.evaluate("document.querySelector('#chooser .message').innerText = ''")
-        page.tab.set_input_files("#chooser input", {"name": name, "mimeType": "image/png", "buffer": content})
+        (tmp_path / name).write_bytes(content)
+        page.tab.set_input_files("#chooser input", tmp_path / name)
         shown = "words => document.querySelector('#chooser .message').innerText.includes(words)"
         page.tab.wait_for_function(shown, arg=words)
     assert np.array_equal(page.picture("#completed img"), before)
