@@ -42,9 +42,9 @@ def times(
 ) -> dict[str, Any]:
     """Seconds of each contestant in each round, operations of each, and the rate of a plain product in each round."""
     works = {name: work(device, name, size, precision, task) for name in names}
-    flops = {name: _count(turn) for name, turn in works.items()}
     for turn in works.values():
-        turn()
+        turn()  # before anything is counted: what is formed once and kept is no part of later turns
+    flops = {name: _count(turn) for name, turn in works.items()}
     seconds: dict[str, list[float]] = {name: [] for name in names}
     rates = []
     for _ in range(rounds):
