@@ -9,7 +9,7 @@ with it. Nothing else is changed, no file is looked for differently, and each no
 
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Sequence, Mapping
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -37,7 +37,7 @@ class _Notes(MetaPathFinder):
         self.waiting = waiting
 
     def find_spec(
-        self, fullname: str, path: Iterable[str] | None, target: ModuleType | None = None
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         """The spec of a module that is waited for, whose loader then imports ours as well; else None."""
         if fullname not in self.waiting:
