@@ -9,7 +9,7 @@ with it. Nothing else is changed, no file is looked for differently, and each no
 
 import sys
 import warnings
-from collections.abc import Sequence, Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
