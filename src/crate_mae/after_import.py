@@ -9,11 +9,12 @@ with it. Nothing else is changed, no file is looked for differently, and each no
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def import_after(homes: Mapping[str, str]) -> None:
@@ -36,9 +37,7 @@ class _Notes(MetaPathFinder):
     def __init__(self, waiting: dict[str, str]) -> None:
         self.waiting = waiting
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         """The spec of a module that is waited for, whose loader then imports ours as well; else None."""
         if fullname not in self.waiting:
             return None

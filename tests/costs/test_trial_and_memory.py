@@ -127,7 +127,8 @@ def test_training_costs_about_three_times_the_forward_pass():
     step = TrialStep(c, settings(), CPU)
     with torch.no_grad(), flop_counter() as forward:
         step.model(step.images, mask=step.mask)
-    assert 2.5 < step.training_flops() / forward.get_total_flops() < 3.1
+    # A product has two more in its backward pass. Fused attention has five for its two: it forms its weights again.
+    assert 2.5 < step.training_flops() / forward.get_total_flops() < 3.5
 
 
 def test_a_trial_step_changes_weights_and_nothing_else():

@@ -181,6 +181,10 @@ def stop_requests() -> Iterator[StopRequest]:
         signal.signal(number, note)
     try:
         yield request
+    except RuntimeError as error:
+        if _is_of_communication(error) and signal.SIGTERM in usual:
+            usual[signal.SIGTERM] = signal.SIG_IGN  # of the launcher: this process ends by itself, and says why first
+        raise
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
