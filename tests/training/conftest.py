@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,17 @@ def tiny_finetuning(tmp_path, encoder_folder):
         return finetune(model, out=tmp_path / name, **{**TINY_FINETUNING, **options})
 
     return run
+
+
+@pytest.fixture
+def usual_signals():
+    """The handlers of a program in the foreground, also when the tests run in the background; both raise."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -111,17 +111,6 @@ def test_the_same_seed_gives_the_same_weights_and_another_does_not(tiny_run):
     assert weights(tiny_run("c", drop_path=0.3, seed=1).path) != weights(first.path)
 
 
-@pytest.fixture
-def usual_signals():
-    """The handlers of a program in the foreground, also when the tests run in the background."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_resuming_gives_the_weights_of_a_run_never_stopped(tiny_run, monkeypatch, capsys, number):

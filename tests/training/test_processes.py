@@ -10,17 +10,7 @@ import pytest
 from crate_mae.training.processes import stop_requests
 
 
-@pytest.fixture(autouse=True)
-def usual_signals():
-    """The handlers of a program in the foreground, also when the tests run in the background."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
+@pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_a_launcher_passes_on_is_no_second_one(number, monkeypatch):
     with stop_requests() as request:

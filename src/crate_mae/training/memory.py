@@ -19,9 +19,8 @@ from crate_mae.training.precision import autocast
 from crate_mae.training.processes import first_decides
 from crate_mae.training.task import Task
 
-_FEW_IMAGES = (
-    2  # and twice as many: what an image adds, not what weights keep; even, for images that are mixed in pairs
-)
+# And twice as many: what an image adds, not what weights keep. Even, for images that are mixed in pairs.
+_FEW_IMAGES = 2
 _STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments
 _WORDS = ("not enough memory", "can't allocate memory", "out of memory")  # PyTorch's, on Windows, on Linux, elsewhere
 
