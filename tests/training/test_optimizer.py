@@ -27,8 +27,8 @@ def test_every_parameter_of_a_model_is_in_exactly_one_group(tiny_model):
     assert optimizer.defaults["betas"] == (0.9, 0.95)
 
 
-@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", None)])
-def test_on_cuda_the_optimizer_is_one_kernel(device, fused):
+@pytest.mark.parametrize(("device", "fused"), [("cuda", True), ("cpu", True), ("meta", None)])
+def test_the_optimizer_is_one_kernel_on_cuda_and_cpus(device, fused):
     with FakeTensorMode():  # a tensor without numbers is on CUDA also where there is none
         parameter = nn.Parameter(torch.empty(3, device=device))
     assert adamw([{"params": [parameter]}], (0.9, 0.95)).defaults["fused"] is fused
