@@ -7,7 +7,6 @@ import torch
 
 from crate_mae.costs import foretold
 from crate_mae.costs.foretold import LIBRARY_BYTES, foretell_memory, two_steps
-from crate_mae.costs.heap import Heap
 from crate_mae.costs.live import LiveTensors
 from crate_mae.costs.memory import step_memory
 from crate_mae.costs.trial import StepSettings, TrialStep
@@ -51,10 +50,12 @@ def test_tensors_without_numbers_take_the_memory_of_real_ones(name, precision):
     with LiveTensors() as live:
         real = TrialStep(c, s, CPU)
         live.peak = live.now
-        saved = two_steps(real.model, real.images, real.mask, precision, live)
+        saved, standing = two_steps(real.model, real.images, real.mask, precision, live)
     # In bfloat16 the CPU keeps a few sums of the layer norms in float32, which shapes alone do not show.
     tolerance = 0 if precision == "float32" else 0.02
     assert found.saved == pytest.approx(saved, rel=tolerance)
+    # Weights, two moments of each that is learned, and the images.
+    assert standing > sum(3 * p.nbytes for p in real.model.parameters() if p.requires_grad) + real.images.nbytes
     assert found.tensors == pytest.approx(live.peak, rel=tolerance, abs=real.mask.nbytes)  # made before we follow
 
 
@@ -65,7 +66,7 @@ def test_memory_is_continued_to_larger_batches(monkeypatch):
     continued = foretell_memory(c, settings(23))
     assert continued.saved == whole.saved
     assert continued.tensors == pytest.approx(whole.tensors, rel=0.01)
-    assert continued.resident == pytest.approx(whole.resident, rel=0.1)
+    assert continued.resident == pytest.approx(whole.resident, rel=0.01)
 
 
 def test_nothing_of_the_process_changes():
@@ -97,42 +98,4 @@ def test_a_real_process_with_its_heap_is_nearer_to_what_is_foretold_than_to_its_
         pytest.skip("this system does not tell the memory of a process, or lays it out in another way")
     found = foretell_memory(c, s)
     assert abs(found.resident - measured) < abs(found.tensors - measured)
-    assert found.resident == pytest.approx(measured, rel=0.3)
-
-
-KB, HEADER = 1024, 16
-
-
-def test_a_hole_takes_a_smaller_block_but_none_of_its_own_size():
-    heap = Heap()
-    for block in range(3):
-        heap.allocate(block, 64 * KB)
-    assert heap.peak == 3 * (64 * KB + HEADER)
-    heap.release(1)
-    heap.allocate(3, 63 * KB)
-    assert heap.peak == 3 * (64 * KB + HEADER)
-    heap.release(3)
-    heap.allocate(4, 64 * KB)
-    assert heap.peak == 4 * (64 * KB + HEADER)
-
-
-def test_free_neighbours_become_one_hole():
-    heap = Heap()
-    for block in range(4):
-        heap.allocate(block, 64 * KB)
-    peak = heap.peak
-    heap.release(1)
-    heap.release(2)
-    heap.allocate(5, 120 * KB)
-    assert heap.peak == peak
-
-
-def test_a_large_block_has_memory_of_its_own_until_one_is_freed():
-    heap = Heap()
-    heap.allocate(0, 1000 * KB)
-    heap.release(0)
-    heap.allocate(1, 500 * KB)  # on the heap from now on
-    heap.allocate(2, 2 * KB)
-    heap.release(1)
-    heap.allocate(3, 400 * KB)
-    assert heap.peak == 1000 * KB + HEADER
+    assert found.resident == pytest.approx(measured, rel=0.15)

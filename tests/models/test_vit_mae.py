@@ -9,6 +9,8 @@ import pytest
 import torch
 
 import crate_mae
+from crate_mae.costs.live import LiveTensors
+from crate_mae.training.precision import autocast
 
 transformers = pytest.importorskip("transformers", reason="the transformers library (extra dev) is not installed")
 
@@ -150,3 +152,20 @@ def test_a_wrong_epsilon_would_be_seen(twins, images):
             module.eps = 1e-2
     output, expected = both(ours, theirs, images)
     assert (output.prediction - expected.logits).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize(("precision", "kernel"), [("float32", True), ("bfloat16", False)])
+def test_attention_takes_the_faster_form_on_a_processor(precision, kernel):
+    model = crate_mae.create_model("vit_mae_nano_patch2_8")
+    with torch.no_grad(), autocast(torch.device("cpu"), precision):
+        model.encoder.forward_features(torch.randn(1, 3, 8, 8))
+    assert {block.attn.fused_attn for block in model.encoder.blocks} == {kernel}
+
+
+def test_attention_of_the_baseline_holds_no_square_of_tokens():
+    model = crate_mae.create_model("vit_mae_nano_patch2_8", image_size=(64, 64), depth=1)
+    images = torch.randn(1, 3, 64, 64)
+    tokens, heads = 1 + 32**2, 4
+    with LiveTensors() as live:
+        model.encoder.forward_features(images).sum().backward()
+    assert live.peak < heads * tokens**2 * 4

@@ -21,6 +21,10 @@ from crate_mae.training.precision import autocast
 # libraries that are first touched. Measured (docs/planning.md).
 LIBRARY_BYTES = {"float32": 30_000_000, "bfloat16": 50_000_000}
 
+# What the C library's heap takes for the tensors that come and go in a step, by what they hold: between them it leaves
+# holes too small for the next. Measured: 1.3 to 1.5 for most models (benchmarks/memory.py, docs/planning.md).
+HEAP = 4 / 3
+
 _MOST_IMAGES = 32  # that are followed; memory grows by the same amount with every image, and is continued from there
 _CPU = torch.device("cpu")
 
@@ -44,13 +48,13 @@ def foretell_memory(config: ModelConfig, settings: StepSettings) -> StepMemory:
     """The memory of a step as `costs.trial.TrialStep` takes it, on a CPU."""
     most = settings.batch_size
     if most <= _MOST_IMAGES:
-        saved, tensors, heap = _followed(config, settings)
+        saved, standing, tensors = _followed(config, settings)
     else:
         half, whole = (_followed(config, settings.replace(batch_size=n)) for n in (_MOST_IMAGES // 2, _MOST_IMAGES))
         share = most / _MOST_IMAGES
-        saved, tensors = (round(b + (2 * share - 2) * (b - a)) for a, b in zip(half[:2], whole[:2], strict=True))
-        heap = round(tensors * whole[2] / whole[1])
-    return StepMemory(saved, tensors, heap + LIBRARY_BYTES[settings.precision])
+        saved, standing, tensors = (round(b + (2 * share - 2) * (b - a)) for a, b in zip(half, whole, strict=True))
+    resident = standing + HEAP * (tensors - standing) + LIBRARY_BYTES[settings.precision]
+    return StepMemory(saved, tensors, round(resident))
 
 
 def build_without_memory(config: ModelConfig) -> MaskedAutoencoder:
@@ -60,20 +64,26 @@ def build_without_memory(config: ModelConfig) -> MaskedAutoencoder:
 
 
 def _followed(config: ModelConfig, settings: StepSettings) -> tuple[int, int, int]:
-    """What is saved, what lives at the peak, and what the heap needs for it."""
+    """What is saved, what stays from step to step, and what lives at the peak."""
     without_memory = build_without_memory(config).train()
     mask = random_mask(settings.batch_size, without_memory.num_patches, settings.mask_ratio, torch.Generator())
     with FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
         model = without_memory.to_empty(device=_CPU)
         images = torch.empty(settings.batch_size, config.in_chans, *config.image_size)
-        saved = two_steps(model, images, mask, settings.precision, live)
-    return saved, live.peak, live.heap.peak
+        saved, standing = two_steps(model, images, mask, settings.precision, live)
+    return saved, standing, live.peak
 
 
-def two_steps(model: MaskedAutoencoder, images: Tensor, mask: Tensor, precision: str, live: LiveTensors) -> int:
-    """Have `live` follow a first step and a second, in which AdamW has its moments; what the latter's forward saves."""
+def two_steps(
+    model: MaskedAutoencoder, images: Tensor, mask: Tensor, precision: str, live: LiveTensors
+) -> tuple[int, int]:
+    """Have `live` follow a first step and a second, in which AdamW has its moments.
+
+    Returns:
+        bytes that the second step's forward pass saves, and bytes that were there before it.
+    """
     moments: list[Tensor] = []
-    saved = 0
+    saved = before = 0
     for _ in range(2):
         before = live.now
         with autocast(_CPU, precision):
@@ -83,4 +93,4 @@ def two_steps(model: MaskedAutoencoder, images: Tensor, mask: Tensor, precision:
         if not moments:
             moments = [torch.empty_like(parameter) for parameter in model.parameters() for _ in range(2)]
         model.zero_grad()
-    return saved
+    return saved, before

@@ -1,4 +1,4 @@
-"""Memory of tensors, followed operation by operation: how much of it lives at once, and what the heap makes of it."""
+"""Memory of tensors, followed operation by operation: how much of it lives at once."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -11,8 +11,6 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from crate_mae.costs.heap import Heap
-
 
 class LiveTensors(TorchDispatchMode):
     """Follows the memory of every tensor that operations inside this context make, until nobody holds it.
@@ -23,16 +21,13 @@ class LiveTensors(TorchDispatchMode):
     Attributes:
         now: bytes alive.
         peak: the most so far.
-        heap: the same, as a heap without numbers lays them out.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
-        self.heap = Heap()
         self._alive: dict[int, Any] = {}
-        self._made = 0
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Sequence[type], args: tuple = (), kwargs: dict[str, Any] | None = None
@@ -53,14 +48,10 @@ class LiveTensors(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()  # what tells memory of fake tensors, which has no address, apart
         if key in self._alive:
             return
-        self._made += 1
-        block = self._made
         self.now += size
-        self.heap.allocate(block, size)
 
         def gone(_storage: object) -> None:
             del self._alive[key]
             self.now -= size
-            self.heap.release(block)
 
         self._alive[key] = weakref.ref(storage, gone)
