@@ -5,29 +5,32 @@
 Each trial is a run of `crate_mae.pretrain` in RUNS on the first 45,000 training images; one that has been probed is not
 made again. Labels of the first 10,000 are for the probes, and the last 5,000 training images are what they are asked.
 No test image has a part in it. Results: trials.csv (of every trial the default features, by layer) and poolings.csv
-(every layer and pooling).
+(every layer and pooling). Two are not trained here: the recipe's network with random weights, and the model of the full
+recipe, which comes with the library; that one has seen all training images, without their labels.
 """
 
 import csv
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from torch import nn
 
 import crate_mae
 from crate_mae.data import ImageSource, open_source
+from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.files import write_whole
 from crate_mae.data.part import Part
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import knn_probe, linear_probe
 from crate_mae.training.recipes import recipe_text
-from crate_mae.training.run import Run
 
 STEPS, BATCH = 1000, 64
 SEEN, LABELLED, ASKED = 45_000, 10_000, 5_000
@@ -80,47 +83,65 @@ TRIALS: dict[str, dict[str, Any]] = {
     "ViT-MAE, same widths and depths": {"model": "vit_mae_micro_patch4_32"},
     "ViT-MAE, lr / 3": {"model": "vit_mae_micro_patch4_32", "lr": 1.2e-3},
 }
+UNTRAINED: dict[str, Callable[[], nn.Module]] = {
+    "random weights": lambda: crate_mae.create_model(recipe()["model"], **recipe()["model_settings"]),
+    "the full recipe": lambda: crate_mae.load("crate_mae_micro_cifar10"),
+}
 
 
 def main(data: str, runs: str, *names: str) -> None:
     """Make what is missing of the named trials, and write the tables of all that exist."""
     torch.set_num_threads(1)
     source = open_source(data)
-    for name in names or TRIALS:
+    for name in names or (*UNTRAINED, *TRIALS):
         folder = Path(runs) / name.replace(" ", "_").replace("/", "by")
         if not (folder / "scores.json").exists():
-            start = time.perf_counter()
-            run = trained(source, folder, TRIALS[name])
-            minutes = (time.perf_counter() - start) / 60
-            write_whole(folder / "scores.json", json.dumps(scores(name, run, minutes, source), indent=1).encode())
-    found = [json.loads(path.read_text()) for path in Path(runs).glob("*/scores.json")]
-    found.sort(key=lambda trial: list(TRIALS).index(trial["trial"]))
-    write_tables(found)
+            found = {"trial": name, **(untrained(name) if name in UNTRAINED else trained(source, folder, TRIALS[name]))}
+            found["probes"] = list(probes(found.pop("model"), source))
+            folder.mkdir(exist_ok=True)
+            write_whole(folder / "scores.json", json.dumps(found, indent=1).encode())
+    every = [json.loads(path.read_text()) for path in Path(runs).glob("*/scores.json")]
+    order = [*UNTRAINED, *TRIALS]
+    write_tables(sorted(every, key=lambda trial: order.index(trial["trial"])))
 
 
-def trained(source: ImageSource, folder: Path, changed: dict[str, Any]) -> Run:
-    """A run with the options of the recipe, those of all trials and those of this one."""
-    recipe: dict[str, Any] = yaml.safe_load(recipe_text("small_color"))
-    settings = {**recipe.pop("model_settings"), **changed.get("model_settings", {})}
-    options = {**recipe, **ALWAYS, **changed, "model_settings": settings}
-    return crate_mae.pretrain(Part(source, np.arange(SEEN)), out=folder, **options)
+def recipe() -> dict[str, Any]:
+    """Options of the recipe that is varied."""
+    return yaml.safe_load(recipe_text("small_color"))
 
 
-def scores(name: str, run: Run, minutes: float, source: ImageSource) -> dict[str, Any]:
-    """Losses, and the accuracy of both probes for every layer and pooling."""
+def untrained(name: str) -> dict[str, Any]:
+    """A model that is not trained here."""
+    with default_generator_seeded(0):
+        model = UNTRAINED[name]()
+    return {"model": model, "parameters": learned(model), "minutes": 0.0, "loss_before": None, "loss": None}
+
+
+def trained(source: ImageSource, folder: Path, changed: dict[str, Any]) -> dict[str, Any]:
+    """A model by the options of the recipe, those of all trials and those of this one; its minutes and losses."""
+    start = time.perf_counter()
+    options = recipe()
+    settings = {**options.pop("model_settings"), **changed.get("model_settings", {})}
+    options = {**options, **ALWAYS, **changed, "model_settings": settings}
+    run = crate_mae.pretrain(Part(source, np.arange(SEEN)), out=folder, **options)
+    minutes = (time.perf_counter() - start) / 60
     losses = [row["held_out_loss"] for row in run.metrics() if row["held_out_loss"] is not None]
-    parameters = sum(p.numel() for p in run.model().parameters() if p.requires_grad)
+    model = run.model()
     return {
-        "trial": name,
-        "parameters": parameters,
+        "model": model,
+        "parameters": learned(model),
         "minutes": minutes,
         "loss_before": losses[0],
         "loss": losses[-1],
-        "probes": list(probes(run.path, source)),
     }
 
 
-def probes(model: Any, source: ImageSource) -> list[dict[str, Any]]:
+def learned(model: nn.Module) -> int:
+    """How many parameters are learned."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def probes(model: nn.Module, source: ImageSource) -> list[dict[str, Any]]:
     """Accuracy of k-NN and of a linear classifier by layer and pooling."""
     backbone, labels = open_backbone(model), source.labels
     assert labels is not None, "CIFAR-10 has labels"
@@ -149,8 +170,7 @@ def write_tables(trials: list[dict[str, Any]]) -> None:
                 "trial": trial["trial"],
                 "parameters": trial["parameters"],
                 "minutes": f"{trial['minutes']:.1f}",
-                "loss_before": f"{trial['loss_before']:.3f}",
-                "loss": f"{trial['loss']:.3f}",
+                **{key: "" if trial[key] is None else f"{trial[key]:.3f}" for key in ("loss_before", "loss")},
                 **{f"{p}_by_layer": " ".join(f"{100 * row[p]:.1f}" for row in default) for p in ("linear", "knn")},
             }
         )

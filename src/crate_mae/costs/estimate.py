@@ -11,7 +11,7 @@ from crate_mae.costs.counting import forward_flops, masked_encoder_flops, traini
 from crate_mae.costs.foretold import build_without_memory, foretell_memory
 from crate_mae.costs.trial import StepSettings
 from crate_mae.models.autoencoder import MaskedAutoencoder
-from crate_mae.models.config import CrateConfig, ModelConfig
+from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import visible_patches
 from crate_mae.training.options import option_name
 
@@ -212,7 +212,7 @@ def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
 
 def membership_bytes(config: ModelConfig, settings: StepSettings) -> int:
     """What attention saves as n x n matrices on a CPU: one for every image, head and layer, or none if it is fused."""
-    if isinstance(config, CrateConfig) and settings.precision == "float32":  # see `theory.attention.ssa`
+    if settings.precision == "float32":  # see `theory.attention.ssa`; timm's attention is told to do the same
         return 0
     patches = config.grid_size[0] * config.grid_size[1]
     encoded = visible_patches(patches, settings.mask_ratio) if config.mask_tokens == "decoder" else patches
