@@ -20,16 +20,17 @@ def test_the_exponent_of_a_power_is_found(power):
     assert growth.exponent(points(power), "mb_per_image") == pytest.approx(0.0, abs=1e-12)
 
 
-def test_a_small_run_writes_exponents_numbers_and_a_figure(tmp_path, capsys):
+def test_a_small_run_writes_exponents_numbers_and_a_figure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(growth, "MODELS", {"ours": "CRATE-MAE"})  # each point is measured in a process of its own
     few = ["--axes", "batch", "--most", "2", "--threads", "1", "--rounds", "2"]
     growth.main(["--machine", "test", "--out", str(tmp_path), *few])
     (table,), (numbers,), (figure,) = (tmp_path.glob(f"growth_test_*.{kind}") for kind in ("md", "csv", "png"))
     text = table.read_text()
     assert capsys.readouterr().out.strip() == text.strip()
-    assert text.count("| batch, 1 to 2 |") == len(growth.MODELS)
+    assert text.count("| batch, 1 to 2 | CRATE-MAE |") == 1
     with numbers.open() as file:
         rows = list(csv.DictReader(file))
-    assert [row["value"] for row in rows] == ["1"] * 3 + ["2"] * 3
+    assert [row["value"] for row in rows] == ["1", "2"]
     assert all(float(row[cost]) > 0 for row in rows for cost in growth.COSTS)
     assert figure.stat().st_size > 1000
 
