@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import gc
 import inspect
 import math
 import time
@@ -158,9 +159,18 @@ def _join_processes() -> PartialState:
     asked_sharding()
     processes = PartialState(cpu=training_device().type == "cpu")
     if processes.num_processes > 1:
-        # Left to the end of the interpreter, the group's threads now and then bring a finished process down.
-        atexit.register(processes.destroy_process_group)
+        atexit.register(_leave, processes)
     return processes
+
+
+def _leave(processes: PartialState) -> None:
+    """End the process group and its threads.
+
+    Left to the end of the interpreter, a thread that then frees a Python object brings a finished process down
+    ("terminate called without an active exception"). Wrapped models, which may be part of a cycle, hold the group.
+    """
+    gc.collect()
+    processes.destroy_process_group()
 
 
 def _fill_from(existing: RunConfig, options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
