@@ -16,7 +16,6 @@ from crate_mae.costs.foretold import foretell_memory
 from crate_mae.costs.memory import step_memory
 from crate_mae.costs.trial import StepSettings
 from crate_mae.data.files import write_whole
-from crate_mae.models.config import ModelConfig
 from crate_mae.models.presets import preset
 
 PRECISIONS = ("float32", "bfloat16")
@@ -76,20 +75,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = common_options(__doc__, rounds=3)
-    parser.add_argument("--only", default="", help="models whose names hold this")
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=list(PRECISIONS))
     return parser
 
 
 def _rows(options: argparse.Namespace) -> Iterator[Row]:
     for name, settings, images in MODELS:
-        if options.only in name:
-            for precision in options.precisions:
-                yield _row(name, settings, images, precision, options)
+        for precision in options.precisions:
+            yield _row(name, settings, images, precision, options)
 
 
 def _row(name: str, changed: dict[str, Any], images: int, precision: str, options: argparse.Namespace) -> Row:
-    config: ModelConfig = preset(name).replace(**changed)
+    config = preset(name).replace(**changed)
     settings = StepSettings(batch_size=images, mask_ratio=0.75, weight_decay=0.05, clip_grad=1.0, precision=precision)
     found = [step_memory(config, settings, torch.device("cpu"), options.threads) for _ in range(options.rounds)]
     measured = statistics.median(value for value in found if value is not None)
