@@ -33,7 +33,7 @@ def largest_difference(first, second):
     return max(float((first[key] - second[key]).abs().max()) for key in first)
 
 
-@pytest.mark.parametrize("options", [("precision=float32", "drop_path=0.2"), ("precision=bfloat16", "workers=1")])
+@pytest.mark.parametrize("options", [("drop_path=0.2",), ("precision=bfloat16", "workers=1")])
 def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, driver, options):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted = driver("pretrain", whole, *options)
@@ -73,7 +73,7 @@ def test_a_killed_run_of_fine_tuning_ends_with_the_same_bits(tmp_path, driver, e
 
 
 def test_a_real_sigterm_ends_with_143_and_the_command_to_go_on(tmp_path, driver):
-    process = driver("pretrain", tmp_path / "run", "precision=float32", "workers=1", "pause=0.05")
+    process = driver("pretrain", tmp_path / "run", "workers=1", "pause=0.05")
     wait_for(process, "step 4")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
@@ -83,8 +83,8 @@ def test_a_real_sigterm_ends_with_143_and_the_command_to_go_on(tmp_path, driver)
 
 
 def test_a_compiled_model_has_the_names_and_nearly_the_weights_of_a_plain_one(tmp_path, driver):
-    plain = driver("pretrain", tmp_path / "plain", "precision=float32", "steps=4")
-    finish(driver("pretrain", tmp_path / "compiled", "precision=float32", "steps=4", "compile=true"))
+    plain = driver("pretrain", tmp_path / "plain", "steps=4")
+    finish(driver("pretrain", tmp_path / "compiled", "steps=4", "compile=true"))
     finish(plain)
     assert largest_difference(tmp_path / "plain", tmp_path / "compiled") < 1e-5
 
@@ -98,7 +98,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize(("launcher", "number"), [("torchrun", 2), ("accelerate", 4)])
 def test_several_processes_give_the_weights_of_one(tmp_path, driver, launcher, number):
-    options = ("precision=float32", "steps=12")
+    options = ("steps=12",)
     one = driver("pretrain", tmp_path / "one", *options)
     several = driver(
         "pretrain", tmp_path / "several", *options, launcher=LAUNCHERS[launcher], ACCELERATE_USE_CPU="true"
@@ -118,7 +118,7 @@ def test_several_processes_give_the_weights_of_one(tmp_path, driver, launcher, n
 
 
 def test_two_processes_fine_tune_as_one(tmp_path, driver, encoder_folder):
-    options = (f"model={encoder_folder}", "precision=float32", "steps=8", "monitor_steps=4", "drop_path=0.0")
+    options = (f"model={encoder_folder}", "steps=8", "monitor_steps=4", "drop_path=0.0")
     one = driver("finetune", tmp_path / "one", *options)
     two = driver("finetune", tmp_path / "two", *options, launcher=LAUNCHERS["torchrun"], ACCELERATE_USE_CPU="true")
     finish(two)

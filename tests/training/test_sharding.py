@@ -37,7 +37,7 @@ def world_size(checkpoint):
 
 
 def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(tmp_path, driver):
-    options = ("precision=float32", "steps=12", "accumulation=2", "monitor_steps=4")
+    options = ("steps=12", "accumulation=2", "monitor_steps=4")
     whole = driver("pretrain", tmp_path / "whole", *options)
     run = tmp_path / "run"
     finish(driver("pretrain", run, *options, "stop_at=3"), code=143)
@@ -63,7 +63,7 @@ def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(tmp_path, dri
 
 
 def test_a_sharded_model_is_fine_tuned_with_its_average_as_a_whole_one(tmp_path, driver, encoder_folder):
-    options = (f"model={encoder_folder}", "precision=float32", "steps=6", "monitor_steps=3", "drop_path=0.0")
+    options = (f"model={encoder_folder}", "steps=6", "monitor_steps=3", "drop_path=0.0")
     one = driver("finetune", tmp_path / "one", *options)
     two = ("finetune", tmp_path / "two", *options, "grad_checkpointing=true", "compile=true")
     finish(driver(*two, launcher=sharded(2), **CPU))
@@ -82,7 +82,7 @@ def test_a_sharded_model_is_fine_tuned_with_its_average_as_a_whole_one(tmp_path,
 
 
 def test_when_one_process_is_killed_the_other_says_so_and_the_run_resumes(tmp_path, driver):
-    options = ("precision=float32", "steps=10", "checkpoint_minutes=0.0001")
+    options = ("steps=10", "checkpoint_minutes=0.0001")
     whole = driver("pretrain", tmp_path / "whole", *options)
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     output = finish(driver("pretrain", tmp_path / "run", *options, "die_at=5", launcher=launcher, **CPU), code=1)
