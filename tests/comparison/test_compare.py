@@ -188,14 +188,15 @@ def test_without_labels_completions_alone_are_measured(compare, tmp_path):
     assert not any("probe" in title for title in titles)
 
 
-def test_a_rate_that_does_not_stay_finite_is_the_worst(compared, tmp_path):
+def test_a_rate_that_does_not_stay_finite_is_the_worst(compared, tmp_path, monkeypatch):
+    monkeypatch.setattr("crate_mae.comparison.runs.next_rate", lambda losses, first: 1e30 if losses else first)
     options = Options(models=(CRATE, VIT), **plan_options(compared))
     contestant = resolve_contestants(options, open_images(options))[0]
     lines = []
     trainer = Trainer(options, ComparisonDirectory(tmp_path), lines.append)
     costs = compared.outcomes[0].costs
     assert isinstance(costs, Costs)
-    losses, minutes = trainer._search(contestant, costs, Course((1e-3, 1e30), 8, 1))
+    losses, minutes = trainer._search(contestant, costs, Course(1e-3, 2, 8, 1))
     assert math.isfinite(losses[1e-3]) and losses[1e30] == math.inf
     assert minutes > 0
     assert any("did not stay finite at 1e+30" in line for line in lines)

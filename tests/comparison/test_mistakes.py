@@ -1,12 +1,13 @@
 """Every mistake is told before a file is written, and before anything is trained."""
 
+import math
 import re
 
 import pytest
 import torch
 
 from crate_mae.comparison.costs import Costs
-from crate_mae.comparison.course import plan_course, rate_grid
+from crate_mae.comparison.course import next_rate, plan_course
 from crate_mae.comparison.options import Budget, parse_budget
 from crate_mae.errors import UserError
 
@@ -142,14 +143,31 @@ def test_a_budget_becomes_steps(budget, workers, steps):
         memory=None,
     )
     options = {"name": "x", "batch_size": 7, "workers": workers}
-    alone = plan_course(budget, costs, rates=(0.1,), share=0.5, **options)
-    assert (alone.search_steps, alone.final_steps) == (0, steps)
-    course = plan_course(budget, costs, rates=(0.1, 0.3, 0.9), share=0.5, **options)
+    alone = plan_course(budget, costs, first_rate=0.1, tries=1, share=0.5, **options)
+    assert (alone.tries, alone.search_steps, alone.final_steps) == (0, 0, steps)
+    course = plan_course(budget, costs, first_rate=0.1, tries=3, share=0.5, **options)
     assert course.search_steps == int(steps * 0.5 / 3)
     assert 3 * course.search_steps + course.final_steps == steps  # the search counts
 
 
-def test_rates_lie_around_the_default():
-    assert rate_grid(0.0027, 1) == (0.0027,)
-    assert rate_grid(0.003, 3) == (0.001, 0.003, 0.009)
-    assert rate_grid(0.003, 2) == (0.00173, 0.0052)
+@pytest.mark.parametrize(
+    ("best", "tried"),
+    [
+        (0.0025, [0.003, 0.009, 0.001, 0.00173, 0.00228]),
+        (0.1, [0.003, 0.009, 0.027, 0.081, 0.243]),
+        (1e-5, [0.003, 0.009, 0.001, 0.000333, 0.000111]),
+        (0.01, [0.003, 0.009, 0.027, 0.0156, 0.0118]),
+    ],
+)
+def test_the_search_follows_the_loss_and_closes_in_on_the_best_rate(best, tried):
+    losses = {}
+    for _ in tried:
+        rate = next_rate(losses, 0.003)
+        losses[rate] = abs(math.log(rate / best))
+    assert list(losses) == tried
+
+
+def test_the_search_turns_back_from_a_rate_that_does_not_stay_finite():
+    assert next_rate({0.003: 0.9, 0.009: math.inf}, 0.003) == 0.001
+    assert next_rate({0.003: math.inf}, 0.003) == 0.001
+    assert next_rate({0.003: math.inf, 0.001: math.inf}, 0.003) == 0.000333

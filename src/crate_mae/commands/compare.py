@@ -61,7 +61,8 @@ def compare(
         mask_ratio: Share of patches hidden in training.
         norm_pix_loss: Predict patches normalised by their own mean and standard deviation.
         seeds: Final runs of each contestant, each with the same steps; the budget is for the first.
-        lr_search: Learning rates to try, each three times the one before, around each model's default; 1 tries none.
+        lr_search: Learning rates to try, beginning with each model's default: each three times the best so far, or a
+            third of it, whichever way the loss falls, then between the best and its neighbour; 1 tries none.
         search_share: Share of the budget for the search, in equal parts.
         probe_layer: Encoder layer of the features, from 0, or negative from the end. By default as `crate-mae eval`.
         pooling: Class token, mean of patches, or both. By default as `crate-mae eval`.

@@ -9,7 +9,7 @@ from typing import Any
 
 from crate_mae.comparison.contestants import Contestant, Images, open_images, resolve_contestants
 from crate_mae.comparison.costs import Costs, measure_costs
-from crate_mae.comparison.course import Course, plan_course, rate_grid
+from crate_mae.comparison.course import Course, plan_course
 from crate_mae.comparison.directory import ComparisonDirectory
 from crate_mae.comparison.figure import draw_curves, draw_scores
 from crate_mae.comparison.notes import describe
@@ -102,7 +102,8 @@ def _plan(options: Options, contestants: Sequence[Contestant], costs: Sequence[C
             name=contestant.name,
             batch_size=contestant.config.batch_size,
             workers=contestant.config.workers,
-            rates=rate_grid(contestant.config.lr, options.lr_search),
+            first_rate=contestant.config.lr,
+            tries=options.lr_search,
             share=options.search_share,
         )
         for contestant, cost in zip(contestants, costs, strict=True)
@@ -115,11 +116,15 @@ def _plan_content(
     """What `comparison.yaml` holds."""
     planned = {}
     for contestant, cost, course in zip(contestants, costs, courses, strict=True):
-        plan = {"rates": list(course.rates), "search_steps": course.search_steps, "final_steps": course.final_steps}
         model = {key: list(v) if isinstance(v, tuple) else v for key, v in contestant.model.to_dict().items()}
         c = contestant.config
         settled = {"batch_size": c.batch_size, "workers": c.workers, "threads": c.threads}
-        planned[contestant.name] = {"costs": dataclasses.asdict(cost), "plan": plan, **settled, "model": model}
+        planned[contestant.name] = {
+            "costs": dataclasses.asdict(cost),
+            "plan": dataclasses.asdict(course),
+            **settled,
+            "model": model,
+        }
     return {"options": plain, "contestants": planned, "environment": environment()}
 
 
@@ -130,7 +135,7 @@ def _read_plan(
     try:
         planned = [content["contestants"][contestant.name] for contestant in contestants]
         costs = [Costs(**of_one["costs"]) for of_one in planned]
-        courses = [Course(**{**of_one["plan"], "rates": tuple(of_one["plan"]["rates"])}) for of_one in planned]
+        courses = [Course(**of_one["plan"]) for of_one in planned]
     except (KeyError, TypeError) as error:
         raise UserError(
             f"{out}/comparison.yaml has no whole plan of this version of crate-mae. Give a new folder with --out."
@@ -145,14 +150,13 @@ def _plan_lines(
     for contestant, cost, course in zip(contestants, costs, courses, strict=True):
         c = contestant.config
         seconds = cost.seconds_per_step(c.workers)
-        tries = len(course.rates) if course.search_steps else 0
-        total += seconds * (tries * course.search_steps + options.seeds * course.final_steps)
-        search = f"search {tries} x {course.search_steps:,} steps, " if tries else ""
-        rates = ", ".join(f"{rate:.3g}" for rate in course.rates)
+        total += seconds * (course.tries * course.search_steps + options.seeds * course.final_steps)
+        search = f"search {course.tries} x {course.search_steps:,} steps, " if course.tries else ""
         seeds = f" for each of {options.seeds} seeds" if options.seeds > 1 else ""
         yield (
             f"{contestant.name}: {cost.parameters / 1e6:.2f} M parameters, {1000 * seconds:.3g} ms a step of "
-            f"{c.batch_size} in {cost.precision}; {search}final run {course.final_steps:,} steps{seeds}; lr {rates}"
+            f"{c.batch_size} in {cost.precision}; {search}final run {course.final_steps:,} steps{seeds}; "
+            f"lr {course.first_rate:.3g}{' at first' if course.tries else ''}"
         )
     yield f"Training takes about {duration(total)} in all, one run after another; measuring comes on top."
 

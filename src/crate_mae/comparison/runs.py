@@ -10,7 +10,7 @@ from typing import Any
 
 from crate_mae.comparison.contestants import Contestant
 from crate_mae.comparison.costs import Costs
-from crate_mae.comparison.course import Course
+from crate_mae.comparison.course import Course, next_rate
 from crate_mae.comparison.directory import ComparisonDirectory
 from crate_mae.comparison.options import Options
 from crate_mae.errors import DivergedError, UserError
@@ -110,10 +110,12 @@ class Trainer:
 
     def _search(self, contestant: Contestant, costs: Costs, course: Course) -> tuple[dict[float, float], float]:
         """Held-out loss by learning rate, and the minutes of training; without a search, the only rate."""
-        if not course.search_steps:
-            return {course.rates[0]: 0.0}, 0.0
-        losses, minutes = {}, 0.0
-        for rate in course.rates:
+        if not course.tries:
+            return {course.first_rate: 0.0}, 0.0
+        losses: dict[float, float] = {}
+        minutes = 0.0
+        for _ in range(course.tries):
+            rate = next_rate(losses, course.first_rate)
             out = self.directory.search_run(contestant.name, rate)
             self._announce(f"{contestant.name}: search", out, course.search_steps, rate)
             try:
