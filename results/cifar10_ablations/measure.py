@@ -80,11 +80,11 @@ TRIALS: dict[str, dict[str, Any]] = {
     "weight decay 0.2": {"weight_decay": 0.2},
     "no clipping": {"clip_grad": 0.0},
     "random crops from 20%": {"min_crop": 0.2},
-    "ViT-MAE, same widths and depths": {"model": "vit_mae_micro_patch4_32"},
-    "ViT-MAE, lr / 3": {"model": "vit_mae_micro_patch4_32", "lr": 1.2e-3},
+    "ViT-MAE, same widths and depths": {"model": "vit_mae_micro_wide_patch4_32"},
+    "ViT-MAE, lr / 3": {"model": "vit_mae_micro_wide_patch4_32", "lr": 1.2e-3},
 }
 UNTRAINED: dict[str, Callable[[], nn.Module]] = {
-    "random weights": lambda: crate_mae.create_model(recipe()["model"], **recipe()["model_settings"]),
+    "random weights": lambda: crate_mae.create_model(recipe()["model"]),
     "the full recipe": lambda: crate_mae.load("crate_mae_micro_cifar10"),
 }
 
@@ -120,9 +120,7 @@ def untrained(name: str) -> dict[str, Any]:
 def trained(source: ImageSource, folder: Path, changed: dict[str, Any]) -> dict[str, Any]:
     """A model by the options of the recipe, those of all trials and those of this one; its minutes and losses."""
     start = time.perf_counter()
-    options = recipe()
-    settings = {**options.pop("model_settings"), **changed.get("model_settings", {})}
-    options = {**options, **ALWAYS, **changed, "model_settings": settings}
+    options = {**recipe(), **ALWAYS, **changed}
     run = crate_mae.pretrain(Part(source, np.arange(SEEN)), out=folder, **options)
     minutes = (time.perf_counter() - start) / 60
     losses = [row["held_out_loss"] for row in run.metrics() if row["held_out_loss"] is not None]

@@ -5,7 +5,8 @@ Every `crate_mae_<size>` has two ViT-MAE twins: `vit_mae_<size>` of the same wid
 where a CRATE layer has 3 d^2, so the matched twin has half the width, with heads of the same dimension.
 `crate_mae_<size>_isometric` is the same model, started so that tokens do not collapse (`models.initialization`), and
 `crate_mae_<size>_visible` is that with mask tokens only at the decoder, as ViT-MAE has them: the encoder sees visible
-patches alone.
+patches alone. `crate_mae_micro_wide` is for hours and not for days of training: like `_visible`, but with few wide
+layers (`results/cifar10_small_color`), and with twins of its own.
 `vit_mae_{small,base,large}_published` are the baselines that the CRATE-MAE paper's tables compare with.
 """
 
@@ -32,6 +33,16 @@ _SIZES = {
     "small_patch16_224": (576, 12, 12, 16, 224),
     "base_patch16_224": (768, 12, 12, 16, 224),
     "large_patch16_224": (1024, 16, 24, 16, 224),
+}
+
+# Few wide layers: width, heads and depth of either side.
+_WIDE = {
+    "embed_dim": 512,
+    "num_heads": 8,
+    "depth": 3,
+    "decoder_embed_dim": 192,
+    "decoder_num_heads": 6,
+    "decoder_depth": 2,
 }
 
 # size: (width, heads, depth, decoder width, decoder heads, decoder depth)
@@ -62,6 +73,13 @@ def _presets() -> dict[str, ModelConfig]:
         presets[name] = ViTConfig(name=name, embed_dim=width, num_heads=heads, **shared)
         name = f"vit_mae_{stem}_matched_{shape}"
         presets[name] = ViTConfig(name=name, embed_dim=width // 2, num_heads=heads // 2, **shared)
+    half = {key: value if key.endswith("depth") else value // 2 for key, value in _WIDE.items()}
+    for name, like, settings in (
+        ("crate_mae_micro_wide_patch4_32", "crate_mae_micro_visible_patch4_32", _WIDE),
+        ("vit_mae_micro_wide_patch4_32", "vit_mae_micro_patch4_32", _WIDE),
+        ("vit_mae_micro_wide_matched_patch4_32", "vit_mae_micro_patch4_32", half),
+    ):
+        presets[name] = presets[like].replace(name=name, **settings)
     for size, (width, heads, depth, decoder_width, decoder_heads, decoder_depth) in _PUBLISHED_VIT.items():
         name = f"vit_mae_{size}_published_patch16_224"
         presets[name] = ViTConfig(
