@@ -1,8 +1,5 @@
 """Real processes that share one model, and processes that are lost."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -10,30 +7,7 @@ from safetensors.torch import load_file
 import crate_mae
 from crate_mae.errors import UserError
 from crate_mae.training.parts import part_of, share_out, write_index
-
-FSDP = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp.yaml"
-CPU = {"ACCELERATE_USE_CPU": "true"}
-
-
-def sharded(processes):
-    launch = ("-m", "accelerate.commands.launch", "--config_file", str(FSDP), "--main_process_port=0")
-    return (*launch, f"--num_processes={processes}")
-
-
-def finish(process, code=0):
-    output, _ = process.communicate(timeout=1500)
-    assert process.returncode == code, output
-    return output
-
-
-def largest_difference(first, second):
-    first, second = (load_file(run / "model.safetensors") for run in (first, second))
-    assert first.keys() == second.keys()
-    return max(float((first[key] - second[key]).abs().max()) for key in first)
-
-
-def world_size(checkpoint):
-    return json.loads((checkpoint / "state.json").read_text())["world_size"]
+from tests.training.real_processes import CPU, TORCHRUN, column, finish, largest_difference, sharded, world_size
 
 
 def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(tmp_path, driver):
@@ -55,10 +29,7 @@ def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(tmp_path, dri
     finish(driver("resume", run))
     finish(whole)
     assert largest_difference(tmp_path / "whole", run) < 1e-5
-    losses = [
-        [float(row.split(",")[2]) for row in (path / "metrics.csv").read_text().splitlines()[2:]]
-        for path in (tmp_path / "whole", run)
-    ]
+    losses = [[float(loss) for loss in column(each, 2)[1:]] for each in (tmp_path / "whole", run)]
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
@@ -74,18 +45,13 @@ def test_a_sharded_model_is_fine_tuned_with_its_average_as_a_whole_one(tmp_path,
         "trained-00002-of-00002.safetensors",
         "trained.safetensors.index.json",
     ]
-    accuracies = [
-        [row.split(",")[8] for row in (tmp_path / name / "metrics.csv").read_text().splitlines()]
-        for name in ("one", "two")
-    ]
-    assert accuracies[0] == accuracies[1]
+    assert column(tmp_path / "one", 8) == column(tmp_path / "two", 8)  # accuracies
 
 
 def test_when_one_process_is_killed_the_other_says_so_and_the_run_resumes(tmp_path, driver):
     options = ("steps=10", "checkpoint_minutes=0.0001")
     whole = driver("pretrain", tmp_path / "whole", *options)
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    output = finish(driver("pretrain", tmp_path / "run", *options, "die_at=5", launcher=launcher, **CPU), code=1)
+    output = finish(driver("pretrain", tmp_path / "run", *options, "die_at=5", launcher=TORCHRUN, **CPU), code=1)
     assert output.count("Process 0 of 2 has lost another one") == 1
     assert f"To go on: crate-mae resume {tmp_path / 'run'}" in output
     assert output.count("Traceback") == 1  # the launcher's own, about the process that was killed

@@ -1,0 +1,29 @@
+"""Several real processes that train together as one would alone."""
+
+import pytest
+
+from tests.training.real_processes import CPU, TORCHRUN, accelerate, column, finish, largest_difference, world_size
+
+
+@pytest.mark.parametrize(("launcher", "number"), [(TORCHRUN, 2), (accelerate(4), 4)], ids=["torchrun", "accelerate"])
+def test_several_processes_give_the_weights_of_one(tmp_path, driver, launcher, number):
+    alone, together = tmp_path / "one", tmp_path / "several"
+    one = driver("pretrain", alone, "steps=12")
+    finish(driver("pretrain", together, "steps=12", launcher=launcher, **CPU))
+    finish(one)
+    assert [world_size(run / "checkpoints" / "step-12") for run in (alone, together)] == [1, number]
+    assert largest_difference(alone, together) < 1e-5
+    assert column(alone, 0) == column(together, 0)
+    losses = [[float(loss) for loss in column(run, 2)[1:]] for run in (alone, together)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_two_processes_fine_tune_as_one(tmp_path, driver, encoder_folder):
+    options = (f"model={encoder_folder}", "steps=8", "monitor_steps=4", "drop_path=0.0")
+    alone, together = tmp_path / "one", tmp_path / "two"
+    one = driver("finetune", alone, *options)
+    finish(driver("finetune", together, *options, launcher=TORCHRUN, **CPU))
+    finish(one)
+    assert world_size(together / "checkpoints" / "step-8") == 2
+    assert largest_difference(*(run / "checkpoints" / "step-8" for run in (alone, together))) < 1e-5
+    assert column(alone, 8) == column(together, 8)  # accuracies
