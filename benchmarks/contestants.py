@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from benchmarks.textbook import Textbook
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import ModelConfig, config_from_dict
-from crate_mae.models.masking import random_mask
+from crate_mae.models.masking import random_mask, visible_indices
 from crate_mae.models.official import to_official
 from crate_mae.models.presets import preset
-from crate_mae.training.optimizer import BETAS, build_optimizer, decay_groups
+from crate_mae.training.optimizer import BETAS, adamw, decay_groups
 
 MASK_RATIO = 0.75
 _WEIGHT_DECAY = 0.05
@@ -52,13 +52,15 @@ class Contestant:
         model: all its parameters are trained.
         loss: the forward pass of training.
         encode: features of the unmasked images.
-        optimizer: AdamW, as those who wrote the model train it.
     """
 
     model: nn.Module
     loss: Callable[[], Tensor]
     encode: Callable[[], Tensor]
-    optimizer: Callable[[], Optimizer]
+
+    def optimizer(self) -> Optimizer:
+        """AdamW in one kernel, for all alike: what is compared is the models."""
+        return adamw(decay_groups(self.model.named_parameters(), _WEIGHT_DECAY), BETAS)
 
 
 def sizes() -> dict[str, Size]:
@@ -92,7 +94,7 @@ def _frugal(size: Size, device: torch.device) -> Contestant:
 def _textbook(size: Size, device: torch.device) -> Contestant:
     model = Textbook(to_official(_build(size.ours, device)), size.ours.num_heads).to(device)
     images, mask = images_and_mask(size, device)
-    return Contestant(model, lambda: model(images, mask), lambda: model.features(images), lambda: _plain_adamw(model))
+    return Contestant(model, lambda: model(images, mask), lambda: model.features(images))
 
 
 def _timm(size: Size, device: torch.device) -> Contestant:
@@ -103,11 +105,11 @@ def _timm(size: Size, device: torch.device) -> Contestant:
 def _of_config(size: Size, config: ModelConfig, device: torch.device) -> Contestant:
     model = _build(config, device)
     images, mask = images_and_mask(size, device)
+    visible = visible_indices(mask)  # known before the step, as in training
     return Contestant(
         model,
-        lambda: model(images, mask=mask).loss,
+        lambda: model(images, mask=mask, visible=visible).loss,
         lambda: model.encoder.forward_features(images),
-        lambda: build_optimizer(model, _WEIGHT_DECAY),
     )
 
 
@@ -133,7 +135,7 @@ def _transformers(size: Size, device: torch.device) -> Contestant:
         model.config.mask_ratio = MASK_RATIO
         return features
 
-    return Contestant(model, lambda: model(images, noise=noise).loss, encode, lambda: _plain_adamw(model))
+    return Contestant(model, lambda: model(images, noise=noise).loss, encode)
 
 
 def _transformers_config(size: Size) -> Any:
@@ -153,11 +155,6 @@ def _transformers_config(size: Size) -> Any:
         patch_size=twin.patch_size,
         mask_ratio=MASK_RATIO,
     )
-
-
-def _plain_adamw(model: nn.Module) -> AdamW:
-    """PyTorch's AdamW with its own settings, as the official training scripts take it."""
-    return AdamW(decay_groups(model.named_parameters(), _WEIGHT_DECAY), lr=0.0, betas=BETAS)
 
 
 CONTESTANTS: dict[str, Callable[[Size, torch.device], Contestant]] = {

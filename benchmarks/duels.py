@@ -32,7 +32,8 @@ class Duel:
         names: ours, then the other.
         seconds: median of each.
         gigaflops: operations of each, in thousands of millions.
-        shares: of the rate of a plain product that each reached.
+        peak: rate of a plain product in the same rounds, thousands of millions of operations a second.
+        shares: of the peak that each reached.
         ratio: how many times as long the other takes: lower quartile, median, upper quartile over rounds.
     """
 
@@ -42,6 +43,7 @@ class Duel:
     names: tuple[str, str]
     seconds: tuple[float, float]
     gigaflops: tuple[float, float]
+    peak: float
     shares: tuple[float, float]
     ratio: tuple[float, float, float]
 
@@ -57,12 +59,13 @@ class Duel:
             _pair([second * 1000 for second in self.seconds], ",.1f"),
             f"**{middle:.2f}** ({low:.2f} to {high:.2f})",
             _pair(self.gigaflops, ",.1f"),
+            f"{self.peak:,.0f}",
             _pair(self.shares, ".0%"),
         ]
         return f"| {' | '.join(cells)} |"
 
 
-HEAD = "| size | precision | task | first / second | ms | ratio | Gflop | share of peak |\n" + "|---" * 8 + "|"
+HEAD = "| size | precision | task | first / second | ms | ratio | Gflop | peak | share of peak |\n" + "|---" * 9 + "|"
 
 
 def fight(size: str, precision: str, task: str, names: tuple[str, str], **options: Any) -> Duel:
@@ -75,7 +78,7 @@ def fight(size: str, precision: str, task: str, names: tuple[str, str], **option
     gigaflops = found["flops"][names[0]] / 1e9, found["flops"][names[1]] / 1e9
     peak = statistics.median(found["rates"]) / 1e9
     shares = gigaflops[0] / seconds[0] / peak, gigaflops[1] / seconds[1] / peak
-    return Duel(size, precision, task, names, seconds, gigaflops, shares, (low, middle, high))
+    return Duel(size, precision, task, names, seconds, gigaflops, peak, shares, (low, middle, high))
 
 
 def _pair(numbers: Sequence[float], form: str) -> str:

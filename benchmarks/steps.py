@@ -78,7 +78,8 @@ def _tables(duels: Sequence[Duel], memories: Sequence[Memory]) -> Iterator[str]:
     batches = ", ".join(f"{size} {sizes()[size].batch}" for size in dict.fromkeys(duel.size for duel in duels))
     yield f"Images a step: {batches}.\n"
     yield "A ratio says how many times as long the second takes: median (quartiles) over rounds. Times are medians."
-    yield "Operations are those of matrix products. The peak is the rate of one large product in the same rounds.\n"
+    yield "Operations are those of matrix products. The peak is the rate of one large product in the same rounds, in"
+    yield "Gflop a second. All contestants have the same optimizer, AdamW in one kernel.\n"
     yield HEAD
     yield from (duel.row for duel in duels)
     if memories:

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from benchmarks.contestants import CONTESTANTS, Contestant, Size, sizes
-from crate_mae.costs.memory import peak_memory, restart_peak
 from crate_mae.costs.trial import flop_counter
 from crate_mae.models.devices import fastest_device
 from crate_mae.training.precision import autocast
+from crate_mae.training.resident import peak_memory, restart_peak
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _SETTLING_STEPS = 3  # in which the optimizer, and the C library's heap, take what they keep
@@ -45,6 +45,8 @@ def times(
     for turn in works.values():
         turn()  # before anything is counted: what is formed once and kept is no part of later turns
     flops = {name: _count(turn) for name, turn in works.items()}
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     rates = []
     for _ in range(rounds):

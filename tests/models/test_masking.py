@@ -3,7 +3,14 @@ import torch
 
 import crate_mae
 from crate_mae.models.completion import MASK_GREY, complete
-from crate_mae.models.masking import patchify, random_mask, unpatchify, visible_indices
+from crate_mae.models.masking import (
+    hide_all_but,
+    patchify,
+    quietest_patches,
+    random_mask,
+    unpatchify,
+    visible_indices,
+)
 
 
 @pytest.mark.parametrize(("n", "ratio", "hidden"), [(196, 0.75, 147), (17, 0.5, 9), (13, 0.0, 0), (10, 0.95, 10)])
@@ -15,6 +22,16 @@ def test_every_image_hides_the_official_number_of_patches(n, ratio, hidden):
 def test_all_patches_are_equally_likely_to_be_hidden():
     share = random_mask(20_000, 7, 0.5, torch.Generator().manual_seed(0)).float().mean(0)
     assert (share - 4 / 7).abs().max() < 0.02
+
+
+def test_the_patches_with_the_least_noise_stay_visible():
+    noise = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.2, 0.2, 0.2]])
+    visible = quietest_patches(noise, 0.5)
+    assert visible[0].tolist() == [1, 3]
+    mask = hide_all_but(visible, 4)
+    assert mask[0].tolist() == [True, False, True, False]
+    assert mask.sum(dim=1).tolist() == [2, 2]  # also where noise ties
+    assert torch.equal(visible_indices(mask), visible)
 
 
 def test_visible_indices_are_ascending_and_complete():

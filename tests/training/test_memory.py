@@ -5,6 +5,7 @@ import torch
 
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.classifier import Classifier
 from crate_mae.training import memory
 from crate_mae.training.config import load_config
 from crate_mae.training.memory import StepTooLargeError, first_step
@@ -101,3 +102,32 @@ def test_what_is_kept_is_what_autograd_saves():
     weight, x = torch.nn.Parameter(torch.randn(3, 5)), torch.randn(7, 3)
     kept = memory.kept_bytes(lambda: (x @ weight).relu().sum(), [weight])
     assert kept == 4 * (7 * 3 + 7 * 5)  # the input of the product, the output of the ReLU
+
+
+def test_images_that_are_mixed_in_pairs_are_halved_in_pairs(tiny_finetuning, monkeypatch, tmp_path):
+    plain = Classifier.forward
+
+    def forward(self, x):
+        if self.training and len(x) > 4:
+            raise OUT_OF_MEMORY
+        return plain(self, x)
+
+    monkeypatch.setattr(Classifier, "forward", forward)
+    assert tiny_finetuning(batch_size=8, steps=2).config.accumulation == 2
+    with pytest.raises(UserError, match="with 6 images at a time"):
+        tiny_finetuning("odd", batch_size=6, steps=2)
+    assert not (tmp_path / "odd").exists()
+    monkeypatch.setattr(memory, "free_memory", lambda: 3_000_000)
+    with pytest.raises(UserError, match="needs at least") as refusal:
+        tiny_finetuning("large", batch_size=252)
+    words = str(refusal.value).split()
+    accumulation = int(words[words.index("--accumulation") + 1].rstrip(","))
+    assert 252 % (2 * accumulation) == 0
+    assert int(words[words.index("--batch-size") + 1].rstrip(".")) % 2 == 0
+
+
+def test_processes_of_one_machine_share_its_memory(tiny_run, monkeypatch):
+    monkeypatch.setattr(memory, "free_memory", lambda: 100_000_000)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "30")
+    with pytest.raises(UserError, match=r"are free for each of 30 processes: give"):
+        tiny_run()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+import os
 from pathlib import Path
 
 import cyclopts
@@ -13,6 +14,7 @@ from crate_mae.commands.finetune import finetune
 from crate_mae.commands.pretrain import pretrain
 from crate_mae.errors import UserError
 from crate_mae.training.config import FinetuneConfig, PretrainConfig
+from crate_mae.training.options import resolve_machine
 
 
 def parse(words, *files, command="pretrain"):
@@ -81,3 +83,14 @@ def test_every_option_of_a_configuration_is_one_of_its_command(command, kind, fo
 def test_every_option_is_explained(command):
     explained = inspect.getdoc(command).split("Args:")[1]
     assert all(f"    {name}: " in explained for name in inspect.signature(command).parameters)
+
+
+@pytest.mark.parametrize(("processes", "here", "workers"), [(1, None, 8), (4, None, 3), (64, "8", 1), (16, "16", 0)])
+def test_cores_are_shared_by_the_processes_of_one_machine(processes, here, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if here:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
+    given = {"workers": None, "threads": 1, "checkpoint_epochs": None}
+    resolve_machine(given, processes)
+    assert given["workers"] == workers

@@ -36,6 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from crate_mae.models import create_model
 from crate_mae.training.sharding import asked_sharding, shard, synchronizing
+from crate_mae.training.start import WHOLE_MODELS
 
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
 with patch_environment(accelerate_use_fsdp="false"):
@@ -53,7 +54,7 @@ def whole():
         future.set_result(bucket.buffer())
         return future
 
-    model = DistributedDataParallel(build(), init_sync=False)
+    model = DistributedDataParallel(build(), init_sync=False, **WHOLE_MODELS.to_kwargs())
     model.register_comm_hook(None, count)
     return model
 
@@ -64,6 +65,7 @@ def sharded():
 
 name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
 scatter = getattr(dist, name)
+dist._broadcast_coalesced = lambda *args, **options: counted.append(args)  # of buffers
 setattr(dist, name, lambda *args, **options: counted.append(args) or scatter(*args, **options))
 for make in (whole, sharded):
     for accumulation in (1, 3):

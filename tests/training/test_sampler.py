@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from crate_mae.training.randomness import Purpose, derive_seed, seed_step, step_mask
+from crate_mae.training.randomness import Purpose, derive_seed, seed_step, step_noise
 from crate_mae.training.sampler import StepSampler, epoch_order, micro_slices
 
 
@@ -61,11 +61,11 @@ def test_seeds_differ_by_purpose_and_position_and_fit_into_63_bits():
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
-def test_masks_are_a_function_of_seed_and_step():
-    mask = step_mask(3, 11, global_batch=7, num_patches=16, mask_ratio=0.75)
-    assert (mask.sum(dim=1) == 12).all()
-    assert torch.equal(mask, step_mask(3, 11, 7, 16, 0.75))
-    assert not torch.equal(mask, step_mask(3, 12, 7, 16, 0.75))
+def test_what_is_hidden_is_a_function_of_seed_and_step():
+    noise = step_noise(3, 11, global_batch=7, num_patches=16)
+    assert noise.shape == (7, 16)
+    assert torch.equal(noise, step_noise(3, 11, 7, 16))
+    assert not torch.equal(noise, step_noise(3, 12, 7, 16))
 
 
 @pytest.mark.parametrize("position", [(4, 0), (5, 1)])

@@ -30,11 +30,6 @@ def masked_encoder_flops(config: ModelConfig, settings: StepSettings) -> int:
     return _continued(lambda model, images: _trial(model, settings, images).masked_encoder_flops(), config, settings)
 
 
-def encoding_flops(config: ModelConfig, settings: StepSettings) -> int:
-    """The same of the encoder alone, forward, with nothing hidden."""
-    return _continued(lambda model, images: _trial(model, settings, images).encoder_flops(), config, settings)
-
-
 def activation_bytes(config: ModelConfig, settings: StepSettings) -> int:
     """Memory that the forward pass keeps for the backward pass, beside the parameters; shared memory counts once."""
     return _continued(lambda model, images: saved_bytes(_trial(model, settings, images)), config, settings)

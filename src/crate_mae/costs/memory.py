@@ -5,18 +5,16 @@ alike. The peak is that of resident memory above what the process has after its 
 """
 
 import json
-import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from crate_mae.costs.trial import StepSettings, TrialStep
 from crate_mae.models.config import ModelConfig, config_from_dict
+from crate_mae.training.resident import peak_memory, restart_peak
 
-_STATUS = Path("/proc/self/status")
 _STEPS = 3  # AdamW has all its memory after the first
 
 
@@ -50,35 +48,6 @@ def main() -> None:
         after = peak_memory()
         peak = None if before is None or after is None else after - before
     sys.stdout.write(json.dumps(peak))
-
-
-def restart_peak() -> int | None:
-    """Forget the peak so far, which imports may have set; resident memory now."""
-    if not _STATUS.exists():
-        return peak_memory()  # macOS: what lies under the imports' own peak is not seen
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:  # not allowed in this container: as on macOS
-        return peak_memory()
-    return _status("VmRSS")
-
-
-def peak_memory() -> int | None:
-    """The most resident memory since the start of the process, or `restart_peak`; None where nobody counts it."""
-    if _STATUS.exists():
-        # Not getrusage: its peak of a new process is at least what the process that started it had.
-        return _status("VmHWM")
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS
-
-
-def _status(key: str) -> int:
-    found = re.search(rf"^{key}:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
-    assert found is not None, "proc(5) promises it"
-    return int(found[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -31,11 +31,20 @@ def random_mask(
     """
     if not 0.0 <= mask_ratio < 1.0:
         raise UserError(f"mask_ratio is {mask_ratio}, but must be at least 0 and less than 1.")
-    keep = visible_patches(num_patches, mask_ratio)
     noise = torch.rand(batch, num_patches, generator=generator, device=generator.device if generator else None)
-    # The rank of each patch's noise; ranks are distinct even if two noises tie.
-    rank = noise.argsort(dim=1).argsort(dim=1)
-    return rank >= keep
+    return hide_all_but(quietest_patches(noise, mask_ratio), num_patches)
+
+
+def quietest_patches(noise: Float[Tensor, "b n"], mask_ratio: float) -> Int[Tensor, "b keep"]:
+    """Positions of the patches that stay visible, in ascending order: those with the least noise."""
+    keep = visible_patches(noise.shape[1], mask_ratio)
+    return noise.argsort(dim=1)[:, :keep].sort(dim=1).values
+
+
+def hide_all_but(visible: Int[Tensor, "b keep"], num_patches: int) -> Bool[Tensor, "b n"]:
+    """The mask that leaves these patches visible: `visible_indices` the other way round."""
+    hidden = torch.ones(len(visible), num_patches, dtype=torch.bool, device=visible.device)
+    return hidden.scatter(1, visible, False)
 
 
 def visible_patches(num_patches: int, mask_ratio: float) -> int:

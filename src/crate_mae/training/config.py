@@ -66,6 +66,11 @@ class RunConfig:
     monitor_steps: int = _speed()
     trackers: tuple[str, ...] = _speed()
 
+    @property
+    def inseparable(self) -> int:
+        """So many neighbours of a batch must be in one micro-batch."""
+        return 1
+
     def differences(self, other: RunConfig) -> list[str]:
         """Lines "key: value here -> value there" for the options that decide the result."""
         return [
@@ -92,6 +97,11 @@ class RunConfig:
     def save(self, path: Path) -> None:
         """Write `to_yaml()` to a file, whole or not at all."""
         write_whole(path, self.to_yaml().encode())
+
+
+def inseparable(mixup: float, cutmix: float) -> int:
+    """How many neighbours must stay together for `mixing.Mixing`."""
+    return 2 if mixup > 0 or cutmix > 0 else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +137,11 @@ class FinetuneConfig(RunConfig):
     rand_augment: str
     label_smoothing: float
     ema: float
+
+    @property
+    def inseparable(self) -> int:
+        """Two where images are mixed, each with its neighbour."""
+        return inseparable(self.mixup, self.cutmix)
 
 
 def load_config(path: Path) -> PretrainConfig | FinetuneConfig:

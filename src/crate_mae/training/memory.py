@@ -16,7 +16,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from crate_mae.errors import UserError
 from crate_mae.training.config import RunConfig
 from crate_mae.training.precision import autocast
-from crate_mae.training.processes import first_decides
+from crate_mae.training.processes import first_decides, processes_here
+from crate_mae.training.sharding import sharding_of
 from crate_mae.training.task import Task
 
 # And twice as many: what an image adds, not what weights keep. Even, for images that are mixed in pairs.
@@ -55,7 +56,7 @@ def halved(config: RunConfig, processes: int) -> RunConfig:
     Raises:
         UserError: if a single process does not decide, or its images cannot be halved.
     """
-    if processes > 1 or _at_a_time(config, processes) % 2:
+    if processes > 1 or _at_a_time(config, processes) % (2 * config.inseparable):
         raise too_large(config, processes)
     return dataclasses.replace(config, accumulation=2 * config.accumulation)
 
@@ -83,25 +84,33 @@ def refuse_too_large(task: Task, accelerator: Accelerator) -> None:
         UserError: naming what fits.
     """
     if accelerator.device.type == "cpu" and task.config.batch_size >= 2 * _FEW_IMAGES:
-        first_decides(accelerator, lambda: _refuse_too_large(task, accelerator.num_processes))
+        is_sharded = sharding_of(accelerator) is not None
+        first_decides(accelerator, lambda: _refuse_too_large(task, accelerator.num_processes, is_sharded))
 
 
-def _refuse_too_large(task: Task, processes: int) -> None:
-    config, micro, free = task.config, _at_a_time(task.config, processes), free_memory()
-    state = _STATE_BYTES * sum(parameter.numel() for parameter in task.model.parameters()) // processes
+def _refuse_too_large(task: Task, processes: int, is_sharded: bool) -> None:
+    config, micro, free = task.config, _at_a_time(task.config, processes), free_memory() // processes_here(processes)
+    state = _STATE_BYTES * sum(parameter.numel() for parameter in task.model.parameters())
+    state //= processes if is_sharded else 1
     per_image = _kept_per_image(task)
     if (needed := state + per_image * micro) <= free:
         return
-    fits = max(0, int((free - state) // per_image))
-    times = next((n for n in range(1, micro + 1) if micro % n == 0 and micro // n <= fits), None)
+    fits = max(0, int((free - state) // per_image)) // config.inseparable * config.inseparable
+    divisors = (n for n in range(1, micro + 1) if micro % (n * config.inseparable) == 0)
+    times = next((n for n in divisors if micro // n <= fits), None)
     advice = "give a smaller --model"
     if times is not None:
         largest = fits * processes * config.accumulation
         advice = f"give --accumulation {times * config.accumulation}, or --batch-size {largest}"
     raise UserError(
         f"A step with {micro} images at a time needs at least {needed / 2**30:.1f} GiB of memory, but "
-        f"{free / 2**30:.1f} GiB are free: {advice}."
+        f"{free / 2**30:.1f} GiB are free{_for_each(processes)}: {advice}."
     )
+
+
+def _for_each(processes: int) -> str:
+    here = processes_here(processes)
+    return f" for each of {here} processes" if here > 1 else ""
 
 
 def free_memory() -> int:

@@ -8,6 +8,7 @@ from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
 from crate_mae.data.dataset import global_generators_seeded
+from crate_mae.training.config import inseparable
 from crate_mae.training.randomness import Purpose, derive_seed
 
 
@@ -27,7 +28,7 @@ class Mixing:
     """
 
     def __init__(self, mixup: float, cutmix: float, *, label_smoothing: float, num_classes: int, seed: int) -> None:
-        self.mixes = mixes(mixup, cutmix)
+        self.mixes = inseparable(mixup, cutmix) > 1
         self.label_smoothing = label_smoothing
         self.num_classes = num_classes
         self.seed = seed
@@ -44,8 +45,3 @@ class Mixing:
         order = torch.cat([even, even.flip(0) + 1])  # 0 2 4 5 3 1: timm then mixes 0 with 1, 2 with 3, 4 with 5
         with global_generators_seeded(derive_seed(self.seed, Purpose.MIX, step) % 2**32):
             return self._mixup(images[order], labels[order])
-
-
-def mixes(mixup: float, cutmix: float) -> bool:
-    """Whether images are mixed at all, and micro-batches must have an even number of them."""
-    return mixup > 0 or cutmix > 0

@@ -12,6 +12,7 @@ import torch
 
 from crate_mae.errors import UserError
 from crate_mae.models.classifier import HeadPooling
+from crate_mae.training.processes import processes_here
 from crate_mae.training.trackers import choose_trackers
 
 _POSITIVE: tuple[Callable[[Any], bool], str] = (lambda x: x > 0, "more than 0")
@@ -107,7 +108,7 @@ def resolve_length(
     *,
     epochs: int,
     warmup: float,
-    in_pairs: bool = False,
+    inseparable: int = 1,
 ) -> None:
     """Fill in batch size, number of steps and warm-up.
 
@@ -118,11 +119,11 @@ def resolve_length(
         mistakes: to add to; with any, nothing more is filled in.
         epochs: length by default.
         warmup: share of the run that warms up by default.
-        in_pairs: whether every micro-batch must have an even number of images.
+        inseparable: neighbours of a batch that must be in one micro-batch.
     """
     if any(option_name(key) in mistake for mistake in mistakes for key in ("batch_size", "accumulation")):
         return
-    share = given["accumulation"] * processes * (2 if in_pairs else 1)
+    share = given["accumulation"] * processes * inseparable
     if given["batch_size"] is None:
         given["batch_size"] = default_batch_size(images, share)
     batch = given["batch_size"]
@@ -139,7 +140,7 @@ def resolve_length(
         )
     elif batch % share:
         nearest = max(share, round(batch / share) * share)
-        pairs = " in pairs, which --mixup and --cutmix (or 0 for both) need" if in_pairs else ""
+        pairs = " in pairs, which --mixup and --cutmix (or 0 for both) need" if inseparable > 1 else ""
         mistakes.append(
             f"A batch of {batch} cannot be divided among {processes} process(es) x {given['accumulation']} accumulated "
             f"micro-batches{pairs}: take --batch-size {nearest}."
@@ -164,7 +165,7 @@ def resolve_machine(given: dict[str, Any], processes: int) -> None:
     """Fill in how many processes load images and how many threads compute."""
     if given["workers"] is None:
         cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        given["workers"] = max(0, min(8, cpus // processes - 1))
+        given["workers"] = max(0, min(8, cpus // processes_here(processes) - 1))
     given["threads"] = given["threads"] or torch.get_num_threads()
     given["checkpoint_epochs"] = given["checkpoint_epochs"] or 0
 

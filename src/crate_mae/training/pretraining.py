@@ -14,13 +14,14 @@ from crate_mae.data import evaluation_transform, pretrain_transform
 from crate_mae.data.transforms import Preparation
 from crate_mae.models.autoencoder import build
 from crate_mae.models.config import ModelConfig
-from crate_mae.models.masking import visible_indices
+from crate_mae.models.devices import send
+from crate_mae.models.masking import hide_all_but, quietest_patches
 from crate_mae.training.config import PretrainConfig
 from crate_mae.training.images import PYTHON_OBJECT, RunImages, read_held_out
 from crate_mae.training.monitor import Monitor
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.progress import count
-from crate_mae.training.randomness import step_mask
+from crate_mae.training.randomness import step_noise
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Measured, StepLoss, Task
 
@@ -59,13 +60,13 @@ class Pretraining(Task):
     def step_loss(self, step: int) -> StepLoss:
         """The mean error in the patches that this step hides."""
         c = self.options
-        masks = step_mask(c.seed, step, c.batch_size, self.model.num_patches, c.mask_ratio)
-        visible = visible_indices(masks) if self.model.config.mask_tokens == "decoder" else None
+        noise = step_noise(c.seed, step, c.batch_size, self.model.num_patches)
 
         def loss(
             model: nn.Module, images: Float[Tensor, "b c hh ww"], _labels: Int[Tensor, "b"], part: slice
         ) -> Float[Tensor, ""]:
-            return model(images, mask=masks[part], visible=None if visible is None else visible[part]).loss
+            visible = send(quietest_patches(noise[part], c.mask_ratio), images.device)
+            return model(images, mask=hide_all_but(visible, noise.shape[1]), visible=visible).loss
 
         return loss
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import statistics
-import sys
 import time
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
@@ -16,6 +15,7 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from crate_mae.errors import UserError
 from crate_mae.training.precision import WORTHWHILE, autocast, multiplies_in_bfloat16
 from crate_mae.training.processes import first_decides
+from crate_mae.training.resident import peak_memory
 from crate_mae.training.sharding import shard, sharding_of
 from crate_mae.training.task import Task
 
@@ -114,7 +114,7 @@ def _measured(task: Task, micro_batch: int, stepper: _Stepper, precision: str, r
             precision = "bfloat16" if slow / fast > WORTHWHILE else "float32"
             reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
             seconds = min(slow, fast) if precision == "bfloat16" else slow
-    return ProbeResult(cast(Precision, precision), reason, seconds, peak_memory(device) if full_size else None)
+    return ProbeResult(cast(Precision, precision), reason, seconds, peak_on(device) if full_size else None)
 
 
 def _seconds_per_step(task: Task, micro_batch: int, precision: str, stepper: _Stepper) -> tuple[float, bool]:
@@ -145,13 +145,6 @@ def _seconds_per_step(task: Task, micro_batch: int, precision: str, stepper: _St
     return statistics.median(step(micro_batch) for _ in range(_TIMED_STEPS)), True
 
 
-def peak_memory(device: torch.device) -> int | None:
+def peak_on(device: torch.device) -> int | None:
     """Bytes at the peak so far: of the GPU if there is one, else of this process; None where nobody can tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()

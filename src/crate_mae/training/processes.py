@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 import time
@@ -57,6 +58,11 @@ class Agreement(NamedTuple):
     bad_images: int
     stop: int
     save: bool
+
+
+def processes_here(processes: int) -> int:
+    """How many of a launch's processes are on this machine: what the launcher says, or else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
 
 def agree(

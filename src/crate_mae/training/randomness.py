@@ -6,10 +6,8 @@ from enum import IntEnum
 
 import numpy as np
 import torch
-from jaxtyping import Bool
+from jaxtyping import Float
 from torch import Tensor
-
-from crate_mae.models.masking import random_mask
 
 
 class Purpose(IntEnum):
@@ -32,22 +30,14 @@ def derive_seed(seed: int, purpose: Purpose, *position: int) -> int:
     return int(mixed[0] >> np.uint64(1))
 
 
-def step_mask(
-    seed: int,
-    step: int,
-    global_batch: int,
-    num_patches: int,
-    mask_ratio: float,
-) -> Bool[Tensor, "b n"]:
-    """The masks of one step, for the images of all processes together.
+def step_noise(seed: int, step: int, global_batch: int, num_patches: int) -> Float[Tensor, "b n"]:
+    """What decides which patches one step hides, for the images of all processes together, on the CPU.
 
-    Every process draws the whole and takes its share, so that two processes hide what one process would hide.
-
-    Returns:
-        True = hidden, on the CPU.
+    Every process draws the whole and takes its share, so that two processes hide what one process would hide. Sorting
+    it (`masking.quietest_patches`), which is the greater part of the work, each does with its own share alone.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, Purpose.MASK, step))
-    return random_mask(global_batch, num_patches, mask_ratio, generator)
+    return torch.rand(global_batch, num_patches, generator=generator)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

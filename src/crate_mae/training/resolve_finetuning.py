@@ -12,10 +12,9 @@ from crate_mae.models.classifier import ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.presets import list_models, preset
 from crate_mae.models.weights import load, read_config
-from crate_mae.training.config import FinetuneConfig
+from crate_mae.training.config import FinetuneConfig, inseparable
 from crate_mae.training.finetuning import Finetuning, StartingPoint
 from crate_mae.training.labelled import open_labelled
-from crate_mae.training.mixing import mixes
 from crate_mae.training.options import begin, resolve_length, resolve_machine
 from crate_mae.training.resolve import with_measured_statistics
 from crate_mae.training.task import Resolved
@@ -42,7 +41,6 @@ def resolve_finetuning(options: dict[str, Any], processes: int, newest: Path | N
     with mistakes.collected():
         share = 1.0 if mistakes else given["labels"]
         images = open_labelled(given["train"], given["val"], share, given["seed"])
-        in_pairs = bool(mistakes) or mixes(given["mixup"], given["cutmix"])
         resolve_length(
             given,
             len(images.train),
@@ -50,7 +48,7 @@ def resolve_finetuning(options: dict[str, Any], processes: int, newest: Path | N
             mistakes,
             epochs=DEFAULT_EPOCHS,
             warmup=WARMUP_SHARE,
-            in_pairs=in_pairs,
+            inseparable=2 if mistakes else inseparable(given["mixup"], given["cutmix"]),
         )
     with mistakes.collected():
         start = _starting_point(given, images.train if images else None, newest)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import ProjectConfiguration, patch_environment
+from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, patch_environment
 from rich.console import Console
 
 from crate_mae.errors import UserError
@@ -26,7 +26,7 @@ from crate_mae.training.config import RunConfig
 from crate_mae.training.loop import train
 from crate_mae.training.memory import StepTooLargeError, first_step, halved, refuse_too_large, too_large
 from crate_mae.training.plan import describe_end, describe_plan
-from crate_mae.training.probe import ProbeResult, peak_memory, probe
+from crate_mae.training.probe import ProbeResult, peak_on, probe
 from crate_mae.training.processes import all_succeed, computing_threads, training_device
 from crate_mae.training.progress import Display
 from crate_mae.training.randomness import Purpose, derive_seed
@@ -38,6 +38,8 @@ from crate_mae.training.sharding import asked_sharding
 from crate_mae.training.task import Resolved, Task
 
 _RESOLVERS = {"pretrain": resolve_pretraining, "finetune": resolve_finetuning}
+# Of one whole model per process: its buffers are positions, alike in all and never changed; gradients are held once.
+WHOLE_MODELS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
 
 
@@ -102,7 +104,7 @@ def _go(
         return run
     train(task, accelerator, directory=directory, display=display, plan=plan)
     if accelerator.is_main_process:
-        display.lines(describe_end(task, run, time.monotonic() - started, peak_memory(accelerator.device)))
+        display.lines(describe_end(task, run, time.monotonic() - started, peak_on(accelerator.device)))
     return run
 
 
@@ -113,6 +115,7 @@ def _build_accelerator(config: RunConfig, processes: PartialState, out: Path) ->
             mixed_precision="no",  # the loop says itself what runs in bfloat16
             log_with=list(config.trackers) or None,
             project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
+            kwargs_handlers=[WHOLE_MODELS],
         )
 
 

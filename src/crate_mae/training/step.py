@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
@@ -69,13 +69,22 @@ def training_step(
     optimizer = trainee.accelerated
     lr = _set_learning_rate(task, optimizer, step)
     loss, bad_images, waited = _gradients(task, accelerator, trainee, batches, step)
-    norm = whole_tensor(clip_grad_norm_(trainee.model.parameters(), task.config.clip_grad or math.inf))
+    norm = _clipped_norm(trainee.model.parameters(), task.config.clip_grad)
     agreed = agree(accelerator, loss=loss, grad_norm=norm, bad_images=len(bad_images), stop=stop, save=save)
     is_finite = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
     if is_finite:
         optimizer.step()
     optimizer.zero_grad()
     return StepResult(agreed.loss, is_finite, bad_images, StepLog(lr, agreed.grad_norm, waited), agreed)
+
+
+def _clipped_norm(parameters: Iterable[Tensor], most: float) -> Float[Tensor, ""]:
+    """The norm of all gradients, which are then scaled down to at most `most`; 0 leaves them as they are."""
+    parameters = list(parameters)
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if most:
+        clip_grads_with_norm_(parameters, most, norm)
+    return whole_tensor(norm)
 
 
 def _gradients(
