@@ -4,10 +4,14 @@ Exit codes: 0 done; 1 a defect of ours, with its traceback; 2 a mistake that the
 Ctrl-C and SIGTERM.
 """
 
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from types import FrameType
 from typing import Annotated, Any
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
@@ -105,11 +109,31 @@ def _options_of(file: Yaml, app: App, commands: tuple[str, ...], arguments: Argu
     Dict(options, source=str(file.path))(app, commands, arguments)
 
 
+@contextmanager
+def _terminated_cleanly() -> Iterator[None]:
+    """Let SIGTERM end the program as Ctrl-C does, so that no half-written file is left behind."""
+    usual = signal.getsignal(signal.SIGTERM)
+    if usual is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is end:  # a run that has lost its other processes ignores it from then on
+            signal.signal(signal.SIGTERM, usual)
+
+
 def main(tokens: Sequence[str] | None = None) -> None:
     """Run the command line, on `sys.argv` if no tokens are given; see the module for exit codes."""
     console = Console(stderr=True, highlight=False)
     try:
-        build_app().meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+        with _terminated_cleanly():
+            build_app().meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
         console.print("[bold red]Error:[/] ", end="")
         console.print(str(error), markup=False, soft_wrap=True)

@@ -157,6 +157,21 @@ def test_ctrl_c_while_encoding_ends_quietly(model, tmp_path, monkeypatch, crate_
     assert list(tmp_path.iterdir()) == []
 
 
+def test_sigterm_while_writing_leaves_nothing(model, tmp_path, monkeypatch, crate_mae_command):
+    from crate_mae.evaluation import feature_files
+
+    def stop_half_way(features, path):
+        path.write_bytes(b"half of it")
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setitem(feature_files._WRITERS, ".npy", stop_half_way)
+    usual = signal.getsignal(signal.SIGTERM)
+    code, _, error = crate_mae_command("embed", model, DATA, "--out", tmp_path / "f.npy")
+    assert (code, error) == (143, "")
+    assert list(tmp_path.iterdir()) == []
+    assert signal.getsignal(signal.SIGTERM) is usual
+
+
 def test_unreadable_images_are_listed_and_left_out(model, tmp_path, crate_mae_command):
     folder = tmp_path / "images"
     folder.mkdir()

@@ -182,7 +182,7 @@ def test_weights_that_hold_nan_are_refused(kind, photos, tmp_path, crate_mae_com
     tokens = ["--train", photos[0], "--val", photos[1], "--out", tmp_path / "e.json"]
     code, _, error = crate_mae_command("eval", kind, tmp_path / "model", *tokens)
     assert code == 2
-    assert "not finite numbers, first for" in error
+    assert "not finite, in 1 tensor(s) such as encoder.norm.bias" in error
     assert not (tmp_path / "e.json").exists()
 
 
@@ -204,6 +204,9 @@ def test_unreadable_images_are_left_out_listed_and_written_down(photos, crate_ma
         (["knn", MODEL, *DIGITS, "--out", "x.csv"], "--out x.csv must name a .json file"),
         (["knn", MODEL, *DIGITS, "--out", "there.json"], "is there already"),
         (["knn", MODEL, *DIGITS, "--k", "0"], "--k is 0"),
+        (["linear", MODEL, *DIGITS, "--seed", "-1"], "--seed is -1, but must be between 0 and 4294967295"),
+        (["fewshot", MODEL, *DIGITS, "--seed", "9999999999999"], "--seed is 9999999999999"),
+        (["reconstruction", MODEL, "digits", "--seed", "-1"], "--seed is -1"),
         (["knn", MODEL, *DIGITS, "--k", "1501"], "between 1 and the 1500 training images"),
         (["linear", MODEL, *DIGITS, "--layer", "7"], "There is no layer 7"),
         (["linear", MODEL, *DIGITS, "--layer", "some"], "--layer"),

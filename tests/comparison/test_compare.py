@@ -172,10 +172,11 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(compare, tmp_path, capsys):
     assert not (tmp_path / "dry").exists()
 
 
-def test_without_labels_completions_alone_are_measured(compare, tmp_path):
+def test_without_labels_completions_alone_are_measured(compare, tmp_path, capsys):
     images = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(90)]
     options = {"budget": "steps=2", "lr_search": 1, "seeds": 1, "batch_size": 20, "norm_pix_loss": True}
-    comparison = compare(tmp_path / "out", train=images[:60], val=images[60:], **options)
+    comparison = compare(tmp_path / "out", train=images[:60], val=images[60:], **options, quiet=False)
+    assert "No probes: " in capsys.readouterr().out.partition("final run, seed 0")[0]  # not only when all is trained
     rows = read_csv(tmp_path / "out" / "table.csv")
     assert [row["weights"] for row in rows] == ["trained", "trained"]
     assert "linear_mean" not in rows[0] and float(rows[0]["psnr_mean"]) > 0

@@ -2,6 +2,7 @@
 
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -90,6 +91,20 @@ def test_all_mistakes_are_told_at_once(refused):
 def test_labels_that_no_probe_can_use_are_refused_before_the_training(refused, train, val, expected):
     message = refused(CRATE, VIT, train=images(200, train), val=images(60, val), batch_size=10)
     assert re.search(expected, message), message
+
+
+def test_validation_images_that_cannot_be_read_are_told_before_the_training(refused, digits, tmp_path):
+    broken = tmp_path.parent / f"{tmp_path.name}-broken"
+    shutil.copytree(digits["val"], broken)
+    for file in sorted(broken.glob("*/*.png"))[:3]:
+        file.write_bytes(b"no picture")
+    message = refused(CRATE, VIT, val=str(broken))
+    assert "3 of 90 held-out images cannot be read" in message
+    assert "give other images with --val" in message
+
+
+def test_nothing_to_validate_on_is_refused(refused):
+    assert "is empty" in refused(CRATE, VIT, val=[])
 
 
 def test_too_few_labelled_images_for_the_neighbours_are_refused(refused):

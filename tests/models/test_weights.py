@@ -53,6 +53,15 @@ def test_a_name_loads_a_fresh_model():
     assert crate_mae.load("crate_mae_nano_patch2_8", threshold=0.2).config.threshold == 0.2
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(folder, value):
+    tensors = load_file(folder / "model.safetensors")
+    tensors["decoder.norm.weight"][3] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(crate_mae.UserError, match=r"not finite, in 1 tensor\(s\) such as decoder\.norm\.weight"):
+        crate_mae.load(folder)
+
+
 def test_settings_can_be_changed_on_loading_if_the_tensors_still_fit(folder):
     assert crate_mae.load(folder, norm_pix_loss=False).config.norm_pix_loss is False
     with pytest.raises(crate_mae.UserError, match="weights of another model"):

@@ -243,6 +243,13 @@ def test_five_such_steps_in_a_row_stop_the_run_with_advice(tiny_run, broken_step
         tiny_run(batch_size=256, checkpoint_epochs=1)
 
 
+def test_a_short_run_of_such_steps_alone_is_not_called_finished(tiny_run, broken_steps, tmp_path):
+    broken_steps |= {1, 2, 3}
+    with pytest.raises(UserError, match="3 steps in a row, up to step 3"):
+        tiny_run(steps=3)
+    assert not (tmp_path / "run" / "model.safetensors").exists()
+
+
 def full_disk(*_arguments, **_options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.pretrain import Data
-from crate_mae.commands.showing import extract_shown, refuse_existing, show_bad, show_fresh
+from crate_mae.commands.showing import check_seed, extract_shown, refuse_existing, show_bad, show_fresh
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.extract import Features
@@ -90,6 +90,7 @@ def embed(
     from crate_mae.evaluation.feature_files import check_feature_file, unit_length, write_features
     from crate_mae.models.features import DEFAULT_LAYER
 
+    check_seed(seed)
     out = Path(out)
     check_feature_file(out, pooling)
     refuse_existing(out, overwrite=overwrite)

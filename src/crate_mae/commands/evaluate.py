@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.pretrain import Data
-from crate_mae.commands.showing import extract_shown, new_file, show_bad, show_fresh
+from crate_mae.commands.showing import check_seed, extract_shown, new_file, show_bad, show_fresh
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.probes import Score
@@ -204,6 +204,7 @@ def _evaluate(
     from crate_mae.evaluation.probing import probe
     from crate_mae.models.features import DEFAULT_LAYER
 
+    check_seed(options["seed"])
     out = options["out"]
     out = None if out is None else new_file("--out", out, ".json", overwrite=options["overwrite"])
     layer = DEFAULT_LAYER if options["layer"] is None else options["layer"]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from crate_mae.commands.evaluate import Evaluation, write_report
 from crate_mae.commands.pretrain import Data
-from crate_mae.commands.showing import OWN_STATISTICS, new_file, show_bad, show_fresh
+from crate_mae.commands.showing import OWN_STATISTICS, check_seed, new_file, show_bad, show_fresh
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -72,6 +72,7 @@ def eval_reconstruction(
     from crate_mae.models.presets import list_models
     from crate_mae.models.weights import load_autoencoder
 
+    check_seed(seed)
     out = None if out is None else new_file("--out", out, ".json", overwrite=overwrite)
     picture = None if picture is None else new_file("--picture", picture, ".png", overwrite=overwrite)
     if count < 1 or batch_size < 1 or not mask_ratios:
@@ -132,7 +133,7 @@ def _show(console: Console, net: "MaskedAutoencoder", scores: "list[CompletionSc
     table = Table("hidden", "error", "error, normalised patches", "PSNR", "SSIM", box=None)
     for score in scores:
         table.add_row(
-            f"{100 * score.mask_ratio:g}% ({score.hidden} patches)",
+            f"{100 * score.mask_ratio:g}% ({score.hidden} of {net.num_patches} patches)",
             f"{score.mse:.4g}",
             f"{score.normalised_mse:.4g}",
             f"{score.psnr:.2f} dB",

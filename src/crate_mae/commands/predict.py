@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from crate_mae.commands.pretrain import Data
+from crate_mae.commands.showing import new_file
 from crate_mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,11 +78,7 @@ def predict(
     from crate_mae.data.files import write_whole
     from crate_mae.models.weights import load_classifier
 
-    out = Path(out)
-    if out.suffix.lower() != ".csv":
-        raise UserError(f"--out {out} must name a .csv file.")
-    if out.exists() and not overwrite:
-        raise UserError(f"{out} is there already. Name another file, or add --overwrite.")
+    out = new_file("--out", out, ".csv", overwrite=overwrite)
     if batch_size < 1 or workers < 0:
         raise UserError(f"--batch-size {batch_size} must be at least 1, and --workers {workers} at least 0.")
     source = open_source(images)

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from crate_mae.commands.showing import OWN_STATISTICS, new_file, show_bad, show_fresh
+from crate_mae.commands.showing import OWN_STATISTICS, check_seed, new_file, show_bad, show_fresh
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ def reconstruct(
     from crate_mae.models.presets import list_models
     from crate_mae.models.weights import load_autoencoder
 
+    check_seed(seed)
     path = new_file("--out", out, ".png", overwrite=overwrite)
     if count < 1:
         raise UserError(f"--count is {count}, but must be at least 1.")

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from crate_mae.evaluation.backbones import Backbone
     from crate_mae.evaluation.extract import Extraction, Features
 
+_LARGEST_SEED = 2**32 - 1
 OWN_STATISTICS = "Brightness and contrast of each patch come from the original: targets were normalised."
 
 
@@ -29,6 +30,12 @@ def new_file(option: str, path: Path | str, suffix: str, *, overwrite: bool) -> 
         raise UserError(f"{option} {path} must name a {suffix} file.")
     refuse_existing(path, overwrite=overwrite)
     return path
+
+
+def check_seed(seed: int) -> None:
+    """Raise a `UserError` for a seed that not every generator takes."""
+    if not 0 <= seed <= _LARGEST_SEED:
+        raise UserError(f"--seed is {seed}, but must be between 0 and {_LARGEST_SEED}.")
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.pretrain import Data
-from crate_mae.commands.showing import refuse_existing, show_bad, show_fresh
+from crate_mae.commands.showing import check_seed, refuse_existing, show_bad, show_fresh
 from crate_mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -199,6 +199,7 @@ def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, Re
     from crate_mae.evaluation.backbones import open_backbone
     from crate_mae.evaluation.reconstruction import read_images
 
+    check_seed(seed)
     if count < 1:
         raise UserError(f"--count is {count}, but must be at least 1.")
     source = open_source(images)

@@ -66,6 +66,8 @@ def compare(options: Options, out: Path, *, dry_run: bool, say: Say) -> Comparis
             costs, courses = _read_plan(existing, contestants, out)
         for line in _plan_lines(options, contestants, costs, courses):
             say(line)
+        if images.why_no_probes:
+            say(f"No probes: {images.why_no_probes}")
         if dry_run:
             say("This was a dry run: nothing has been written.")
             return Comparison(out, [], [], [])

@@ -7,7 +7,7 @@ import torch
 
 from crate_mae.comparison.options import Options
 from crate_mae.costs.trial import StepSettings
-from crate_mae.data import ImageSource
+from crate_mae.data import BadImage, ImageSource, UnreadableImage, same_images
 from crate_mae.data.labels import occurring_classes
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
@@ -18,7 +18,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER
 from crate_mae.training.config import PretrainConfig
-from crate_mae.training.images import open_named
+from crate_mae.training.images import open_named, refuse_many_bad
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
 
@@ -85,21 +85,32 @@ def open_images(options: Options) -> Images:
     """Open both, and see whether their labels fit.
 
     Raises:
-        UserError: if there is no such data, both are the same, or a probe could not be fitted to the labels.
+        UserError: if there is no such data, both are the same, a probe could not be fitted to the labels, or too many
+            validation images cannot be read, which would come out after all training.
     """
     (train, train_name), (val, val_name) = open_named(options.train), open_named(options.val)
-    fingerprint = train.fingerprint()
-    if train is val or (fingerprint is not None and fingerprint == val.fingerprint()):
+    if same_images(train, val):
         raise UserError(
             f"--train and --val are the same images ({train.name}), so models would be asked what they were told.\n"
             "Give images that no contestant is trained on with --val."
         )
+    _check_readable(val)
     unlabelled = [source.name for source in (train, val) if source.labels is None]
     if not unlabelled:
         _check_classes(train, val)
     why = f"{' and '.join(unlabelled)} without labels: only completions are measured." if unlabelled else ""
     classes = 0 if unlabelled else len(occurring_classes(train))
     return Images(train=train, val=val, train_name=train_name, val_name=val_name, classes=classes, why_no_probes=why)
+
+
+def _check_readable(val: ImageSource) -> None:
+    bad = []
+    for i in range(len(val)):
+        try:
+            val.read(i)
+        except UnreadableImage as error:
+            bad.append(BadImage(error.location, error.reason))
+    refuse_many_bad(val, bad, Extraction().max_bad)
 
 
 def resolve_contestants(options: Options, images: Images) -> list[Contestant]:

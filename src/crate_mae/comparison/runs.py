@@ -116,6 +116,8 @@ class Trainer:
         minutes = 0.0
         for _ in range(course.tries):
             rate = next_rate(losses, course.first_rate)
+            if rate in losses:  # closer than three digits can tell
+                break
             out = self.directory.search_run(contestant.name, rate)
             self._announce(f"{contestant.name}: search", out, course.search_steps, rate)
             try:

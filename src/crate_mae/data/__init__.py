@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from crate_mae.data.pictures import save_picture_grid
     from crate_mae.data.report import check
     from crate_mae.data.results import BadImage, DataReport, ImageFacts
-    from crate_mae.data.sources import full_name, open_source
+    from crate_mae.data.sources import full_name, open_source, same_images
     from crate_mae.data.transforms import evaluation_transform, finetune_transform, pretrain_transform
 
 _HOMES = {
@@ -44,6 +44,7 @@ _HOMES = {
     "open_source": "sources",
     "pretrain_transform": "transforms",
     "readable_batches": "dataset",
+    "same_images": "sources",
     "save_picture_grid": "pictures",
     "suggest_model": "facts",
     "to_channels": "decode",
@@ -74,6 +75,7 @@ __all__ = [
     "open_source",
     "pretrain_transform",
     "readable_batches",
+    "same_images",
     "save_picture_grid",
     "suggest_model",
     "to_channels",

@@ -72,6 +72,12 @@ def full_name(data: str | Path) -> str:
     return str(path.resolve()) if path.exists() or _PATTERN.search(text) else text
 
 
+def same_images(first: ImageSource, second: ImageSource) -> bool:
+    """Whether two sources are known to be the same images, by their files."""
+    fingerprint = first.fingerprint()
+    return first is second or (fingerprint is not None and fingerprint == second.fingerprint())
+
+
 def _open_text(data: str) -> ImageSource:
     if not data.strip():
         raise UserError(f"The data has an empty name.\n{FORMS}")

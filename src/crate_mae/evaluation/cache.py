@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -15,7 +17,7 @@ from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.models.features import Pooling
 
-_VERSION = 1
+_VERSIONS = (version("crate-mae"), torch.__version__)  # of what prepares images, and of what computes
 # About 14 times the features of CIFAR-10 at a width of 2 x 384. What has not been used for longest goes first.
 MOST_BYTES = 4 * 2**30
 
@@ -23,9 +25,10 @@ MOST_BYTES = 4 * 2**30
 class FeatureCache:
     """Pooled features of one data source by one backbone, a file a layer.
 
-    The name of a file is a digest of the weights, the architecture, the preparation of images, and the paths, sizes
-    and modification times of the data. Data or networks that only Python knows have no such digest, and nothing is
-    kept for them. The cache is only for speed: a file that is damaged, or cannot be read or written, is done without.
+    The name of a file is a digest of the weights, the architecture, the preparation of images, versions, and the
+    paths, sizes and modification times of the data. Data or networks that only Python knows have no such digest, and
+    nothing is kept for them. The cache is only for speed: a file that is damaged, or cannot be read or written, is done
+    without.
 
     Args:
         backbone: whose features.
@@ -36,7 +39,7 @@ class FeatureCache:
     def __init__(self, backbone: Backbone, source: ImageSource, pooling: Pooling) -> None:
         data = source.fingerprint()
         weights = backbone.fingerprint() if data is not None else None
-        self._key = None if weights is None else [_VERSION, weights, data, pooling]
+        self._key = None if weights is None else [*_VERSIONS, weights, data, pooling]
         self._images = len(source)
 
     def read(self, layer: int) -> np.ndarray | None:

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from crate_mae.data import BadImage, ImageSource, full_name, open_source
+from crate_mae.data import BadImage, ImageSource, full_name, open_source, same_images
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone, open_backbone
 from crate_mae.evaluation.extract import Extraction, Features, extract
@@ -119,8 +119,7 @@ def versions() -> dict[str, str]:
 
 
 def _refuse_same(train: ImageSource, val: ImageSource) -> None:
-    fingerprint = train.fingerprint()
-    if train is val or (fingerprint is not None and fingerprint == val.fingerprint()):
+    if same_images(train, val):
         raise UserError(
             f"--train and --val are the same images ({train.name}), so a probe would be asked what it was told.\n"
             "Give test images that it has not seen with --val."

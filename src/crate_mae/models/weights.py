@@ -72,7 +72,8 @@ def load(model: str | Path, **settings: Any) -> Model:
         settings: model settings to change, such as `norm_pix_loss`; those that change a tensor's shape are refused.
 
     Raises:
-        UserError: if there is no such model, or its files are damaged or do not belong together.
+        UserError: if there is no such model, its files are damaged or do not belong together, or hold numbers that are
+            not finite.
     """
     name = str(model)
     if name in list_models():
@@ -193,6 +194,11 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     if problems := misfits(tensors, model.state_dict()):
         raise UserError(
             f"{path} holds the weights of another model than {CONFIG_FILE} and the settings describe:\n{problems}."
+        )
+    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise UserError(
+            f"{path} holds numbers that are not finite, in {len(broken)} tensor(s) such as {broken[0]}.\n"
+            "Nothing can be computed with it: take an earlier checkpoint of the run, or another model."
         )
     model.load_state_dict(tensors)
     return model.eval()

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from crate_mae.data import NO_LABEL, ImageSource, Part, label_names, occurring_classes
+from crate_mae.data import NO_LABEL, ImageSource, Part, label_names, occurring_classes, same_images
 from crate_mae.errors import UserError
 from crate_mae.training.images import RunImages, open_named
 from crate_mae.training.randomness import Purpose, derive_seed
@@ -28,6 +28,11 @@ def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
             leaves a class without an image.
     """
     (train_images, train_name), (val_images, val_name) = open_named(train), open_named(val)
+    if same_images(train_images, val_images):
+        raise UserError(
+            f"--train and --val are the same images ({train_images.name}): the best model would be the one that knows "
+            "them by heart.\nGive images that are not trained on with --val."
+        )
     classes = _classes_of(train_images, "--train")
     if len(classes) < 2:
         raise UserError(f"All images of {train_images.name} are of one class, {classes[0]}: there is nothing to learn.")

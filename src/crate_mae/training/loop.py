@@ -118,7 +118,7 @@ def _learn(
                 saver.save(state)
             if too_many_bad:
                 raise bad_images.error(task.images_seen(state.step))
-            if state.skipped_in_a_row >= MOST_SKIPPED_IN_A_ROW:
+            if state.skipped_in_a_row >= min(MOST_SKIPPED_IN_A_ROW, config.steps):
                 raise _diverged(directory, state)
             if step.agreed.stop and state.step < config.steps:
                 display.lines([f"Stopped and saved at step {state.step}. To go on: {directory.resume_command}"])
