@@ -12,6 +12,7 @@ import torch
 
 from crate_mae.commands.finetune import finetune
 from crate_mae.commands.pretrain import pretrain
+from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.models import create_model
 from crate_mae.models.weights import save
 from crate_mae.training.config import FinetuneConfig, PretrainConfig, RunConfig
@@ -114,7 +115,8 @@ def finetune_config(config) -> FinetuneConfig:
 
 @pytest.fixture
 def tiny_model():
-    return create_model("crate_mae_nano_patch2_8", in_chans=1, **TINY_MODEL)
+    with default_generator_seeded(0):
+        return create_model("crate_mae_nano_patch2_8", in_chans=1, **TINY_MODEL)
 
 
 @pytest.fixture
