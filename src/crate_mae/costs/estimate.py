@@ -230,7 +230,7 @@ def _times(c: Circumstances, flops: int, sent_by_all_but_one: int) -> dict[str, 
 
 
 def _more_on_copies(c: Circumstances, parameters: int) -> int:
-    """Bytes that DDP adds to those of one process alone: gradients once more, gathered to be sent."""
+    """Bytes that DDP adds to those of one process alone: room for gradients, kept between steps."""
     return parameters * _FLOAT if c.devices > 1 else 0
 
 
@@ -254,7 +254,7 @@ def _assumptions(c: Circumstances) -> Iterator[str]:
         "GPU's is without the n x n matrices of attention and without what its allocator and libraries keep besides."
     )
     if c.devices > 1:
-        yield "DDP holds gradients twice, and sends 2 (N - 1) / N of them in a ring: each device as much as it gets."
+        yield "DDP keeps room for gradients between steps, and sends 2 (N - 1) / N of them in a ring: as much as it gets."
         yield "FSDP gathers weights forward and backward and scatters gradients: 3 (N - 1) / N; two layers are whole."
         yield "All devices are equally fast, and so are the links among them."
     if c.flops_per_s is not None:

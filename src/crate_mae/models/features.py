@@ -13,7 +13,7 @@ from crate_mae.errors import UserError
 
 Pooling = Literal["cls", "mean", "cls+mean", "tokens"]
 
-# What every command and method takes unless told otherwise. Chosen over 20 models: results/cifar10_ablations.
+# What every command and method takes unless told otherwise. Chosen over 21 models: results/cifar10_ablations.
 DEFAULT_POOLING: Pooling = "cls+mean"
 DEFAULT_LAYER = -1
 
