@@ -254,7 +254,7 @@ def _assumptions(c: Circumstances) -> Iterator[str]:
         "GPU's is without the n x n matrices of attention and without what its allocator and libraries keep besides."
     )
     if c.devices > 1:
-        yield "DDP keeps room for gradients between steps, and sends 2 (N - 1) / N of them in a ring: as much as it gets."
+        yield "DDP keeps room for gradients between steps, and sends 2 (N - 1) / N of them: as much as it gets."
         yield "FSDP gathers weights forward and backward and scatters gradients: 3 (N - 1) / N; two layers are whole."
         yield "All devices are equally fast, and so are the links among them."
     if c.flops_per_s is not None:
