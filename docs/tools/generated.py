@@ -83,11 +83,11 @@ def _beside(folder: Path) -> str:
 
 
 def minutes(root: Path) -> str:
-    """The scores of models that had the same 18 minutes each, from the file that the comparison wrote."""
-    scores = json.loads((root / "results" / "cifar10_minutes" / "scores.json").read_text(encoding="utf-8"))
+    """The scores of models that had the same 20 minutes each, from the file that the comparison wrote."""
+    scores = json.loads((root / "results" / "cifar10_normalised" / "scores.json").read_text(encoding="utf-8"))
     rows = ["| model | linear probe | k-NN | PSNR of hidden patches |", "|---|---|---|---|"]
     for name, score in scores.items():
-        model, kind = name.split("/")
+        model, _, kind = name.partition("/")
         label = f"`{model}`" + (", untrained" if kind.startswith("random") else "")
         psnr = f"{score['psnr']:.1f} dB" if "psnr" in score else ""
         rows.append(f"| {label} | {score['linear']:.1%} | {score['knn']:.1%} | {psnr} |")
