@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from cyclopts import Parameter
 
 from crate_mae.commands.pretrain import Data
-from crate_mae.commands.showing import new_file
+from crate_mae.commands.showing import new_file, show_bad
 from crate_mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,8 +95,7 @@ def predict(
     accuracy = _accuracy(predicted, truth, classes)
 
     console = Console(highlight=False)
-    for location, reason in bad:
-        console.print(f"Left out: {location}: {reason}", soft_wrap=True, markup=False)
+    show_bad(console, bad)
     if accuracy is not None:
         console.print(f"Accuracy: {accuracy:.2%} of {len(files):,} images")
     elif truth is not None:
