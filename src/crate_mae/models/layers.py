@@ -18,7 +18,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from crate_mae.errors import UserError
-from crate_mae.theory.attention import ssa
+from crate_mae.theory.attention import attention_membership, ssa
 from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, ista_step, sparse_codes
 
 OutputProjection = Literal["free", "tied"]
@@ -57,13 +57,24 @@ class MSSA(nn.Module):
         """The subspace bases U_k, as a view of the parameters."""
         return self.subspaces.weight.unflatten(0, (self.num_heads, -1)).mT
 
-    def forward(self, z: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """Attend within each subspace and bring the results back to the ambient space."""
-        w = self.subspaces(z).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        heads = ssa(w).transpose(1, 2).flatten(2)
-        if self.proj is None:
-            return F.linear(heads, self.subspaces.weight.t())
-        return self.proj(heads)
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """The step that the layer adds: attend within each subspace and go back to the space of the tokens."""
+        w = self.project(x)
+        return self.step(w, ssa(w))
+
+    def project(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n p"]:
+        """W_k = X U_k for all subspaces."""
+        return self.subspaces(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def membership(self, w: Float[Tensor, "b h n p"]) -> Float[Tensor, "b h n n"]:
+        """P_k = softmax(s W_k W_k^T): which tokens each token reads."""
+        return attention_membership(w)
+
+    def step(self, w: Float[Tensor, "b h n p"], mixed: Float[Tensor, "b h n p"]) -> Float[Tensor, "b n d"]:
+        """sum_k (P_k W_k) W_k^T from the mixed tokens P_k W_k; the published step has no use for W_k unmixed."""
+        del w
+        heads = mixed.transpose(1, 2).flatten(2)
+        return F.linear(heads, self.subspaces.weight.t()) if self.proj is None else self.proj(heads)
 
 
 class ISTA(nn.Module):
