@@ -14,7 +14,6 @@ from crate_mae.interpret.streaming import LayerMeasure, Values
 from crate_mae.interpret.weights import dictionary_of, refuse_non_finite
 from crate_mae.models.layers import ISTA
 from crate_mae.models.tracing import layers_of
-from crate_mae.theory.sparse_coding import ista_operator
 from crate_mae.theory.subspaces import affinity, match_up_to_scale
 
 
@@ -119,7 +118,7 @@ def _operator_cosine(layer: nn.Module, other: nn.Module) -> Float[Tensor, ""] | 
     ista, e = getattr(layer, "ista", None), dictionary_of(other)
     if not isinstance(ista, ISTA) or e is None or e.shape != ista.dictionary.shape:
         return None
-    there_and_back = ista_operator(ista.dictionary.double(), ista.step_size) @ e.double().mT
+    there_and_back = ista.operator().double() @ e.double().mT
     return match_up_to_scale(torch.eye(len(e), dtype=e.double().dtype, device=e.device), there_and_back).cosine
 
 

@@ -81,7 +81,8 @@ class MaskedAutoencoder(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters, besides one-dimensional ones, that weight decay should skip."""
-        return {"mask_token", *(f"encoder.{name}" for name in self.encoder.no_weight_decay())}
+        of_encoder = {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
+        return {"mask_token"} | of_encoder | {f"decoder.{name}" for name in orthogonal_parameters(self.decoder)}
 
     def forward(
         self,
@@ -187,6 +188,7 @@ def build(config: ModelConfig) -> MaskedAutoencoder:
     if isinstance(c, CrateConfig):
         init = c.init
         block = crate_block(
+            layer=c.layer,
             step_size=c.step_size,
             threshold=c.threshold,
             output_projection=c.output_projection,
@@ -194,7 +196,7 @@ def build(config: ModelConfig) -> MaskedAutoencoder:
             overcomplete=c.overcomplete,
         )
         decoder_block = crate_decoder_block(
-            c.decoder_embed_dim, c.decoder_num_heads, output_projection=c.output_projection
+            c.decoder_embed_dim, c.decoder_num_heads, layer=c.layer, output_projection=c.output_projection
         )
         block_options: dict[str, Any] = {}
     else:

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 from crate_mae.errors import UserError
 
 Initialization = Literal["official", "isometric"]
+Layer = Literal["published", "monotone"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # as timm has them; this file imports nothing that takes time
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -141,9 +142,11 @@ _DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConf
 
 @dataclass(frozen=True, kw_only=True)
 class CrateConfig(ModelConfig):
-    """CRATE-MAE: the layers of `models.layers`.
+    """CRATE-MAE: the layers of `models.layers`, or those of `models.monotone`.
 
     Attributes:
+        layer: "published", the layers of the official code; or "monotone", layers that provably compress and sparsify,
+            which have no `output_projection`, `ista_skip` and `overcomplete` to choose.
         step_size: eta of the ISTA step.
         threshold: lambda of the ISTA step.
         output_projection: MSSA's output projection: a "free" one with bias as in the official code, or the subspaces
@@ -157,6 +160,7 @@ class CrateConfig(ModelConfig):
 
     architecture: ClassVar[str] = "crate"
 
+    layer: Layer = "published"
     step_size: float = 0.1
     threshold: float = 0.5
     output_projection: Literal["free", "tied"] = "free"
@@ -174,8 +178,16 @@ class CrateConfig(ModelConfig):
             yield f"threshold is {self.threshold}, but must not be negative."
         if self.output_projection not in ("free", "tied"):
             yield f'output_projection is "{self.output_projection}", but must be "free" or "tied".'
+        if self.layer not in ("published", "monotone"):
+            yield f'layer is "{self.layer}", but must be "published" or "monotone".'
+        of_published = [key for key in _OF_PUBLISHED if getattr(self, key) != getattr(CrateConfig, key)]
+        if self.layer == "monotone" and of_published:
+            yield f'{" and ".join(of_published)}: monotone layers have no such setting. Leave it, or set layer="published".'
         if self.init not in ("official", "isometric"):
             yield f'init is "{self.init}", but must be "official" or "isometric".'
+
+
+_OF_PUBLISHED = ("output_projection", "ista_skip", "overcomplete")  # settings that monotone layers do not have
 
 
 @dataclass(frozen=True, kw_only=True)

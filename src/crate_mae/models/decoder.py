@@ -10,9 +10,10 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from crate_mae.models.config import Initialization
+from crate_mae.models.config import Initialization, Layer
 from crate_mae.models.initialization import initialize
 from crate_mae.models.layers import DecoderLayer, OutputProjection
+from crate_mae.models.monotone import MonotoneDecoderLayer
 from crate_mae.models.positions import sincos_positions
 
 
@@ -92,9 +93,11 @@ class Decoder(nn.Module):
 
 
 def crate_decoder_block(
-    embed_dim: int, num_heads: int, *, output_projection: OutputProjection
+    embed_dim: int, num_heads: int, *, layer: Layer = "published", output_projection: OutputProjection = "free"
 ) -> Callable[[], nn.Module]:
     """A builder of CRATE's decoder layers."""
+    if layer == "monotone":
+        return partial(MonotoneDecoderLayer, embed_dim, num_heads)
     return partial(DecoderLayer, embed_dim, num_heads, output_projection=output_projection)
 
 

@@ -1,6 +1,6 @@
 """The encoder: a timm Vision Transformer with fixed positions that also takes masked images."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,10 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from crate_mae.models.config import Initialization
+from crate_mae.models.config import Initialization, Layer
 from crate_mae.models.initialization import initialize
 from crate_mae.models.layers import EncoderLayer, OutputProjection
+from crate_mae.models.monotone import MonotoneEncoderLayer, orthogonal_parameters
 from crate_mae.models.positions import sincos_positions
 
 
@@ -70,8 +71,8 @@ class MaskedEncoder(VisionTransformer):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """As timm says, less the table of positions, which is no parameter here."""
-        return super().no_weight_decay() - {"pos_embed"}
+        """As timm says, less the table of positions, which is no parameter here, and orthogonal matrices besides."""
+        return super().no_weight_decay() - {"pos_embed"} | orthogonal_parameters(self)
 
     def set_input_size(
         self,
@@ -134,14 +135,19 @@ class MaskedEncoder(VisionTransformer):
 
 def crate_block(
     *,
+    layer: Layer = "published",
     step_size: float = 0.1,
     threshold: float = 0.5,
     output_projection: OutputProjection = "free",
     ista_skip: bool = False,
     overcomplete: int = 1,
-    layer: type[EncoderLayer] = EncoderLayer,
+    classes: Mapping[Layer, type[EncoderLayer]] | None = None,
 ) -> Callable[..., nn.Module]:
-    """A block builder for `MaskedEncoder` that makes CRATE's layers, in the form that `layer` is written in."""
+    """A block builder for `MaskedEncoder` that makes CRATE's layers, by other `classes` than the usual ones if given."""
+    kind = (classes or {"published": EncoderLayer, "monotone": MonotoneEncoderLayer})[layer]
+    settings: dict[str, Any] = {"step_size": step_size, "threshold": threshold}
+    if layer == "published":
+        settings |= {"output_projection": output_projection, "ista_skip": ista_skip, "overcomplete": overcomplete}
 
     # timm hands every block the options of an MLP and of ordinary attention. A CRATE layer has neither.
     def build(
@@ -153,18 +159,7 @@ def crate_block(
         dtype: torch.dtype | None = None,
         **_vit_only: Any,
     ) -> nn.Module:
-        return layer(
-            dim,
-            num_heads,
-            step_size=step_size,
-            threshold=threshold,
-            output_projection=output_projection,
-            ista_skip=ista_skip,
-            overcomplete=overcomplete,
-            drop_path=drop_path,
-            device=device,
-            dtype=dtype,
-        )
+        return kind(dim, num_heads, **settings, drop_path=drop_path, device=device, dtype=dtype)
 
     return build
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crate_mae.errors import UserError
 from crate_mae.theory.attention import attention_membership, ssa
-from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, ista_step, sparse_codes
+from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, sparse_codes
 
 OutputProjection = Literal["free", "tied"]
 
@@ -80,7 +80,7 @@ class MSSA(nn.Module):
 class ISTA(nn.Module):
     """One proximal-gradient step towards the sparse code of the tokens in a learned dictionary.
 
-    ISTA(X | D) = relu(X + eta (X D - X D^T D) - eta lambda), computed by `theory.sparse_coding.ista_step` as one
+    ISTA(X | D) = relu(X + eta (X D - X D^T D) - eta lambda), computed as `theory.sparse_coding.ista_step` does, by one
     matrix product, X W. At rest (in `eval()`, without gradients, on a CPU) W is formed once and kept: that costs d^3,
     which for a single image is half the layer. `crate_encoder.py`, `FeedForward`, of the official code.
 
@@ -113,9 +113,12 @@ class ISTA(nn.Module):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """The non-negative sparse code after one step from the tokens themselves."""
         at_rest = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        if at_rest and x.device.type == "cpu":
-            return apply_ista_operator(x, self._operator_at_rest(), self.step_size * self.threshold)
-        return ista_step(x, self.dictionary, self.step_size, self.threshold)
+        operator = self._operator_at_rest() if at_rest and x.device.type == "cpu" else self.operator()
+        return apply_ista_operator(x, operator, self.step_size * self.threshold)
+
+    def operator(self) -> Float[Tensor, "d d"]:
+        """W = I + eta (D - D^T D), of which the code is relu(X W - eta lambda)."""
+        return ista_operator(self.dictionary, self.step_size)
 
     def train(self, mode: bool = True) -> "ISTA":
         """As PyTorch does; what was kept at rest is forgotten."""
@@ -130,7 +133,7 @@ class ISTA(nn.Module):
         if kept is None or kept[0] != settings or not torch.equal(kept[1], self.dictionary):
             with torch.inference_mode(False), torch.no_grad():  # for what is kept will be used outside that mode, too
                 dictionary = self.dictionary.clone()
-                kept = self._kept = settings, dictionary, ista_operator(dictionary, self.step_size)
+                kept = self._kept = settings, dictionary, self.operator()
         return kept[2]
 
     def extra_repr(self) -> str:
@@ -245,9 +248,15 @@ class EncoderLayer(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("Subspace self-attention is defined over all tokens: it takes no mask and is not causal.")
-        z_half = z + self.drop_path(self.attn(self.norm1(z)))
+        x = self.norm1(z)
+        z_half = self.step_start(z, x) + self.drop_path(self.attn(x))
         code = self.ista(self.norm2(z_half))
         return z_half + self.drop_path(code) if self.ista_skip else code
+
+    def step_start(self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What the attention step is added to, of the tokens Z and X = LN(Z): Z."""
+        del x
+        return z
 
 
 class DecoderLayer(nn.Module):
@@ -267,7 +276,13 @@ class DecoderLayer(nn.Module):
     def forward(self, y: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """One layer."""
         y_half = self.dictionary(self.norm1(y))
-        return y_half - self.attn(self.norm2(y_half))
+        x = self.norm2(y_half)
+        return self.step_start(y_half, x) - self.attn(x)
+
+    def step_start(self, y_half: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What the attention step is taken from, of the tokens Y_half and X = LN(Y_half): Y_half."""
+        del x
+        return y_half
 
 
 def _init_dictionary(dictionary: Tensor) -> None:

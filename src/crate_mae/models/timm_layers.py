@@ -5,6 +5,7 @@ knows no annotated shapes and no autograd functions, `torch.fx` no branches on v
 a softmax and a module called `attn_drop`.
 """
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar, Final
 
@@ -14,9 +15,12 @@ from timm.layers import PatchEmbed, use_fused_attn
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
+from crate_mae.models.config import Layer
 from crate_mae.models.layers import ISTA, MSSA, EncoderLayer, OutputProjection, OvercompleteISTA
 from crate_mae.models.masking import patchify, unpatchify
+from crate_mae.models.monotone import BoundedISTA, Compression, MonotoneEncoderLayer
 from crate_mae.theory.attention import ssa
+from crate_mae.theory.compression import balanced_ssa
 from crate_mae.theory.sparse_coding import ista_step
 
 
@@ -107,6 +111,76 @@ class TimmEncoderLayer(EncoderLayer):
         return z_half + self.drop_path(code) if self.ista_skip else code
 
 
+class TimmCompression(Compression):
+    """`Compression`, written so that TorchScript can read it; for `torch.fx` it is one piece.
+
+    After `timm.layers.set_fused_attn(False)` the balanced memberships pass through `attn_drop`, for hooks.
+    """
+
+    fused_attn: Final[bool]
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        *,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(embed_dim, num_heads, device=device, dtype=dtype)
+        self.fused_attn = use_fused_attn()
+        self.attn_drop = nn.Dropout(0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Compression`; b n d to b n d."""
+        if torch.jit.is_scripting():
+            u = self.subspaces.weight
+            for _ in range(10):  # to rest, from any weight of a trained model
+                u = 1.5 * u - 0.5 * (u @ (u.t() @ u))
+            w = F.linear(x, u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            root = torch.exp(self.log_scale / 2)[:, None, None]
+            membership = torch.softmax((root * w) @ (root * w).transpose(-2, -1), dim=-1)
+            mixed = membership @ (w * membership.sum(dim=-2).unsqueeze(-1).rsqrt())
+            change = torch.sigmoid(self.rate_logit)[:, None, None] * (mixed - w)
+            return F.linear(change.transpose(1, 2).flatten(2), u.t())
+        else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+            w = self.project(x)
+            fused = self.fused_attn or x.is_meta
+            return self.step(w, balanced_ssa(w, self.scale()) if fused else self.attn_drop(self.membership(w)) @ w)
+
+
+class TimmBoundedISTA(BoundedISTA):
+    """`BoundedISTA`, written so that TorchScript can read it; for `torch.fx` it is one piece."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `BoundedISTA`; b n d to b n d."""
+        if torch.jit.is_scripting():
+            norm = torch.linalg.matrix_norm(self.dictionary, ord=2)
+            dictionary = self.dictionary / (self.step_size**0.5 * norm).clamp(min=1)
+            return F.relu(self.step_size * (x @ dictionary) - self.step_size * self.threshold)
+        else:  # noqa: RET505
+            return super().forward(x)
+
+
+class TimmMonotoneEncoderLayer(MonotoneEncoderLayer):
+    """`MonotoneEncoderLayer`, written so that it can be read."""
+
+    attention = TimmCompression
+    sparse_coding = TimmBoundedISTA
+
+    def forward(self, z: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """See `MonotoneEncoderLayer`; b n d to b n d."""
+        refuse_mask(attn_mask, is_causal)
+        x = self.norm1(z)
+        return self.ista(self.norm2(x + self.drop_path(self.attn(x))))
+
+
+TIMM_LAYERS: Mapping[Layer, type[EncoderLayer]] = {
+    "published": TimmEncoderLayer,
+    "monotone": TimmMonotoneEncoderLayer,
+}
+
+
 class NormedPatchEmbed(PatchEmbed):
     """Patches to tokens as in the official CRATE classifiers: a patch's pixels are normalised, and so is its token.
 
@@ -128,4 +202,5 @@ class NormedPatchEmbed(PatchEmbed):
         return super().forward(unpatchify(self.pixel_norm(patchify(x, self.side)), self.side, grid))
 
 
-register_notrace_module(OvercompleteISTA)
+for _module in (OvercompleteISTA, TimmCompression, TimmBoundedISTA):
+    register_notrace_module(_module)

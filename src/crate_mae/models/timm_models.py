@@ -26,7 +26,7 @@ from crate_mae.models.presets import bundled_folder, list_bundled, list_models, 
 # Models of other sizes than any preset's go by these names; their arguments say what they are.
 CUSTOM = {CrateConfig: "crate_mae_custom", ViTConfig: "vit_mae_custom"}
 
-_CRATE_OPTIONS = ("step_size", "threshold", "output_projection", "ista_skip", "overcomplete")
+_CRATE_OPTIONS = ("layer", "step_size", "threshold", "output_projection", "ista_skip", "overcomplete")
 
 
 def timm_arguments(config: ModelConfig) -> dict[str, Any]:
@@ -102,12 +102,12 @@ def _config_of_bundled(name: str) -> ModelConfig:
 
 def _build(**options: Any) -> nn.Module:
     from crate_mae.models.encoder import MaskedEncoder, crate_block, vit_block
-    from crate_mae.models.timm_layers import NormedPatchEmbed, TimmEncoderLayer
+    from crate_mae.models.timm_layers import TIMM_LAYERS, NormedPatchEmbed
 
     if "mlp_ratio" in options:
         return MaskedEncoder(block=vit_block(), **options)
     of_layers = {key: options.pop(key) for key in _CRATE_OPTIONS}
-    block = crate_block(**of_layers, layer=TimmEncoderLayer)
+    block = crate_block(**of_layers, classes=TIMM_LAYERS)
     if not options.pop("patch_norm", False):
         return MaskedEncoder(block=block, **options)
     encoder = MaskedEncoder(block=block, embed_layer=NormedPatchEmbed, **options)

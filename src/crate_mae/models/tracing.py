@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from crate_mae.errors import UserError
 from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, EncoderLayer, OvercompleteISTA
-from crate_mae.theory.attention import attention_membership
-from crate_mae.theory.sparse_coding import ista_operator
+from crate_mae.models.monotone import Compression
 
 INTERMEDIATES = ("z", "z_half", "z_next", "projections", "attention", "preactivation", "code")
 
@@ -97,10 +96,10 @@ def taps_of(layer: nn.Module) -> dict[str, Tap]:
     if isinstance(layer, (EncoderLayer, DecoderLayer, Block)):
         taps["z_half"] = Tap(layer.norm2, _input)
     attn, ista = getattr(layer, "attn", None), getattr(layer, "ista", None)
-    if isinstance(attn, MSSA):
+    if isinstance(attn, (MSSA, Compression)):
         heads = attn.num_heads
         taps["projections"] = Tap(attn.subspaces, lambda _z, w: _split(w, heads))
-        taps["attention"] = Tap(attn.subspaces, lambda _z, w: _memberships(_split(w, heads)))
+        taps["attention"] = Tap(attn.subspaces, lambda _z, w: _memberships(attn, _split(w, heads)))
     elif isinstance(attn, Attention):
         taps["attention"] = Tap(attn.qkv, lambda _z, qkv: _timm_attention(attn, qkv))
     if isinstance(ista, ISTA):
@@ -143,10 +142,10 @@ def _split(w: Tensor, heads: int) -> Tensor:
     return w.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _memberships(w: Tensor) -> Tensor:
+def _memberships(attn: MSSA | Compression, w: Tensor) -> Tensor:
     """As the layer computes them: in the precision in which the projections are, also under autocast."""
     with torch.autocast(w.device.type, enabled=False):
-        return attention_membership(w)
+        return attn.membership(w)
 
 
 def _timm_attention(attn: Attention, qkv: Tensor) -> Tensor:
@@ -157,6 +156,6 @@ def _timm_attention(attn: Attention, qkv: Tensor) -> Tensor:
 
 
 def _preactivation(ista: ISTA, x: Tensor) -> Tensor:
-    operator = ista_operator(ista.dictionary, ista.step_size)
+    operator = ista.operator()
     shift = operator.new_full(operator.shape[:1], -ista.step_size * ista.threshold)
     return F.linear(x, operator.mT, shift)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from crate_mae.models.description import (
     is_of_transformers,
     without_version,
 )
+from crate_mae.models.monotone import check_monotone
 from crate_mae.models.presets import bundled_folder, create_model, list_bundled, list_models
 from crate_mae.models.tensors import has_tensors, misfits, read_tensors
 
@@ -191,6 +193,8 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     model = build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
     path = folder / WEIGHTS_FILE
     tensors = read_tensors(path)
+    if hint := _other_layers(tensors, model.state_dict()):
+        raise UserError(f"{path} {hint}")
     if problems := misfits(tensors, model.state_dict()):
         raise UserError(
             f"{path} holds the weights of another model than {CONFIG_FILE} and the settings describe:\n{problems}."
@@ -201,7 +205,26 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
             "Nothing can be computed with it: take an earlier checkpoint of the run, or another model."
         )
     model.load_state_dict(tensors)
+    try:
+        check_monotone(model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
     return model.eval()
+
+
+def _other_layers(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+    """What to say of weights of the one kind of layers where the other is wanted; empty if that is not so."""
+    kinds = [
+        "monotone" if any(name.endswith("attn.rate_logit") for name in tensors) else "published"
+        for tensors in (found, wanted)
+        if any("attn.subspaces.weight" in name for name in tensors)
+    ]
+    if len(kinds) < 2 or kinds[0] == kinds[1]:
+        return ""
+    return (
+        f"holds the weights of {kinds[0]} layers, but {CONFIG_FILE} and the settings describe {kinds[1]} ones.\n"
+        f'The two compute different functions: load it with layer="{kinds[0]}", or train a model of {kinds[1]} layers.'
+    )
 
 
 def folder_of(model: str | Path) -> Path:

@@ -13,7 +13,7 @@ The first form is how the papers (arXiv 2306.01129, section 2.4) and the officia
 tokens and dictionary; the second, which we use, takes one. D^T D costs d^3, little beside the n d^2 of many tokens.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -134,3 +134,50 @@ def sparse_codes(
         residual_correlation = correlation - codes @ dictionary.mT @ dictionary
         codes = F.relu(codes + step_size * residual_correlation - step_size * threshold)
     return codes
+
+
+class SingularPair(NamedTuple):
+    """Unit vectors u and v with D v = sigma u for the largest singular value sigma = u^T D v = ||D||_2."""
+
+    u: Float[Tensor, "d"]
+    v: Float[Tensor, "m"]
+
+
+@torch.no_grad()
+def top_singular_pair(dictionary: Float[Tensor, "d m"], iterations: int | None = None) -> SingularPair:
+    r"""The directions of the largest singular value. ||D||_2 = u^T D v then has the right gradient, u v^T, too.
+
+    Args:
+        dictionary: D.
+        iterations: of the power method on D^T D, from a fixed start: u^T D v is an estimate of ||D||_2 from below, at a
+            cost of 2 d m multiplications an iteration. None computes the singular value decomposition.
+    """
+    if iterations is None:
+        u, _, vh = torch.linalg.svd(dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)))
+        return SingularPair(u[:, 0].to(dictionary.dtype), vh[0].to(dictionary.dtype))
+    # A start in which all atoms take part, with signs of no pattern: the sines of square numbers.
+    atoms = torch.arange(dictionary.shape[1], device=dictionary.device, dtype=torch.float32)
+    v = F.normalize(torch.sin(atoms.square()).to(dictionary.dtype), dim=0)
+    for _ in range(iterations):
+        v = F.normalize(dictionary.mT @ (dictionary @ v), dim=0)
+    return SingularPair(F.normalize(dictionary @ v, dim=0), v)
+
+
+def bounded_dictionary(
+    dictionary: Float[Tensor, "d m"], step_size: float, norm: Float[Tensor, ""]
+) -> Float[Tensor, "d m"]:
+    r"""D scaled down, where need be, to eta ||D||_2^2 <= 1: what an ISTA step needs to descend from any feasible code.
+
+    With that bound a step from A >= 0 to A' = relu(A + eta (X - A D^T) D - eta lambda) has
+
+        F(A') <= F(A) - (1/eta - ||D||_2^2 / 2) ||A' - A||^2 <= F(A) - 1/(2 eta) ||A' - A||^2,
+
+    F being `lasso_objective` (the sufficient decrease of proximal gradient steps). The middle term is negative up to
+    eta ||D||_2^2 = 2: an estimate of the norm that is too low by less than a factor of sqrt(2) does not cost descent.
+
+    Args:
+        dictionary: D.
+        step_size: eta.
+        norm: ||D||_2, see `top_singular_pair`.
+    """
+    return dictionary / (step_size**0.5 * norm).clamp(min=1)

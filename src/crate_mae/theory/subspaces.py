@@ -51,6 +51,52 @@ def _orthonormal_columns(gaussian: Float[Tensor, "*batch d m"]) -> Float[Tensor,
     return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
+def newton_schulz(u: Float[Tensor, "*batch d d"], steps: int = 1) -> Float[Tensor, "*batch d d"]:
+    r"""`steps` times U <- 3/2 U - 1/2 U U^T U, which draws a square matrix to the nearest orthogonal one.
+
+    A singular value sigma becomes sigma (3 - sigma^2)/2: for 0 < sigma < sqrt(3) it comes nearer to 1, quadratically,
+    and is at most 1 from the first step on. If ||U^T U - I||_2 = delta < 1, after a step it is at most
+    3/4 delta^2 + 1/4 delta^3. A step costs two products of d x d matrices.
+    """
+    for _ in range(steps):
+        u = 1.5 * u - 0.5 * (u @ (u.mT @ u))
+    return u
+
+
+def distance_from_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
+    r"""||U^T U - I||_F / sqrt(d), the root mean square over singular values of sigma^2 - 1; 0 if U is orthogonal."""
+    gram = u.mT @ u
+    gram.diagonal().sub_(1)
+    return torch.linalg.matrix_norm(gram) / len(u) ** 0.5
+
+
+def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    r"""The orthogonal matrix nearest to U, its polar factor U (U^T U)^-1/2, by `newton_schulz` until it rests.
+
+    Computed in float64 and returned in the precision of U.
+
+    Raises:
+        UserError: if U is so far from orthogonal that its polar factor says little of it: if `distance_from_orthogonal`
+            is more than `FAR_FROM_ORTHOGONAL`, or a singular value is near 0 or beyond sqrt(3).
+    """
+    exact = u.double()
+    distance = float(distance_from_orthogonal(exact))
+    if distance <= FAR_FROM_ORTHOGONAL:
+        for _ in range(_MOST_STEPS):
+            if float(distance_from_orthogonal(exact)) < _AT_REST:
+                return exact.to(u.dtype)
+            exact = newton_schulz(exact)
+    raise UserError(
+        f"A matrix of subspaces of size {len(u)} x {len(u)} is far from orthogonal: the root mean square of sigma^2 - 1 "
+        f"over its singular values is {distance:.3g}, and may be at most {FAR_FROM_ORTHOGONAL}.\n"
+        "These are not the weights of monotone layers: load them as what they were trained as."
+    )
+
+
+FAR_FROM_ORTHOGONAL = 0.5  # Gaussian matrices with columns of unit length have 1
+_MOST_STEPS, _AT_REST = 30, 1e-10
+
+
 def coherence(u: Float[Tensor, "h d p"]) -> Float[Tensor, ""]:
     """max_{k != l} ||U_k^T U_l||_2: the cosine of the smallest angle between two different subspaces.
 

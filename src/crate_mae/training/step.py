@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
 from crate_mae.models.devices import send
+from crate_mae.models.monotone import retract_
 from crate_mae.training.logbook import StepLog
 from crate_mae.training.precision import autocast
 from crate_mae.training.processes import Agreement, agree
@@ -74,6 +75,7 @@ def training_step(
     is_finite = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
     if is_finite:
         optimizer.step()
+        retract_(trainee.plain)
     optimizer.zero_grad()
     return StepResult(agreed.loss, is_finite, bad_images, StepLog(lr, agreed.grad_norm, waited), agreed)
 

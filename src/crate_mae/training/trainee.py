@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
+from crate_mae.models.monotone import retract_
 from crate_mae.training.sharding import shard, sharding_of, whole_weights
 from crate_mae.training.task import Task
 
@@ -92,6 +93,7 @@ def build_trainee(task: Task, accelerator: Accelerator) -> Trainee:
         for each in (plain, *([] if average is None else [average.module])):
             shard(each, accelerator, settings)
         model = plain
+    retract_(plain)
     optimizer = task.optimizer(plain)
     accelerated = accelerator.prepare_optimizer(optimizer)
     return Trainee(model, plain, optimizer, accelerated=accelerated, average=average, whole=whole)

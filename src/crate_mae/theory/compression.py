@@ -1,0 +1,216 @@
+r"""Compression that is a theorem: an attention step which lowers the rate of tokens in every subspace, whatever they are.
+
+The published step Z + MSSA(Z) is not a descent step on R^c: it drops a term of the gradient, and its output projection
+is free. Even with both restored, W_k - kappa (W_k - P_k W_k) with a softmax P_k raises R^c in about a third of random
+cases (`tests/theory/test_compression.py` keeps one). What is missing is that P_k contracts.
+
+**Balance.** For any matrix A of positive affinities, with D_r and D_c the diagonals of its row sums and column sums,
+
+    B = D_r^-1/2 A D_c^-1/2   has   ||B||_2 <= 1:
+
+u^T B v = sum_ij A_ij (u_i / sqrt r_i)(v_j / sqrt c_j) <= 1/2 sum_ij A_ij (u_i^2 / r_i + v_j^2 / c_j)
+= 1/2 (||u||^2 + ||v||^2), which is 1 for unit vectors (a Schur test).
+
+**Theorem.** Let U = [U_1 .. U_h] be orthogonal, W_k = X U_k, 0 <= kappa_k <= 1 and ||B_k||_2 <= 1. The step
+
+    W_k' = (1 - kappa_k) W_k + kappa_k B_k W_k,   that is   X' = X + sum_k kappa_k (B_k W_k - W_k) U_k^T,
+
+has R^c(X' | U) <= R^c(X | U) for every distortion eps, subspace by subspace. *Proof.* M = (1 - kappa) I + kappa B has
+||M||_2 <= 1 by the triangle inequality, so W^T M^T M W <= W^T W in the order of positive semidefinite matrices, and
+logdet(I + a .) is monotone in that order. U being orthogonal, X' U_k = W_k', so that the subspaces do not disturb each
+other. All singular values of W_k fall, and with them every monotone function of them.
+
+**Reverse.** W_k' = (1 + kappa_k) W_k - kappa_k B_k W_k has ||((1 + kappa) I - kappa B) v|| >= ||v||: no rate falls.
+It undoes the step to first order in kappa, since (I - kappa (I - B))^-1 = I + kappa (I - B) + O(kappa^2).
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+Scale = float | Float[Tensor, "*#batch 1 1"]
+
+
+def balance(log_affinity: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch n n"]:
+    r"""B = D_r^-1/2 A D_c^-1/2 of A = exp(log_affinity), D_r and D_c its row and column sums; ||B||_2 <= 1.
+
+    The exponents log A_ij - 1/2 log r_i - 1/2 log c_j are at most 0, so that nothing overflows.
+    """
+    rows = torch.logsumexp(log_affinity, dim=-1, keepdim=True)
+    columns = torch.logsumexp(log_affinity, dim=-2, keepdim=True)
+    return torch.exp(log_affinity - rows / 2 - columns / 2)
+
+
+def symmetric_membership(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n n"]:
+    r"""P = G^-1/2 exp(s W W^T) G^-1/2 with G the diagonal of row sums: the normalisation of spectral clustering.
+
+    Symmetric and positive semidefinite, with eigenvalues in [0, 1]. A token reads another as much as it is read by it.
+
+    Args:
+        w: projections W = Z U_k of the tokens onto one subspace.
+        scale: s >= 0, the inverse temperature.
+    """
+    return balance(_log_affinity(w, scale))
+
+
+def balanced_membership(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n n"]:
+    r"""B = P D^-1/2, where P = softmax(s W W^T) row by row and D is the diagonal of the column sums of P.
+
+    Attention in which a token that is read by many gives each of them less; where all are read alike it is the softmax.
+    `balance` of a matrix whose rows add up to 1 already. It need not be symmetric: short tokens read long ones.
+
+    Args:
+        w: projections W = Z U_k of the tokens onto one subspace.
+        scale: s >= 0, the inverse temperature.
+    """
+    return balance(torch.log_softmax(_log_affinity(w, scale), dim=-1))
+
+
+def compression_step(
+    w: Float[Tensor, "*batch n p"], mixed: Float[Tensor, "*batch n p"], rate: Scale
+) -> Float[Tensor, "*batch n p"]:
+    r"""W' = (1 - kappa) W + kappa B W: no singular value rises, and so no coding rate, if ||B||_2 <= 1.
+
+    Args:
+        w: projections W of the tokens onto one subspace.
+        mixed: B W.
+        rate: kappa, in [0, 1].
+    """
+    return w + rate * (mixed - w)
+
+
+def decompression_step(
+    w: Float[Tensor, "*batch n p"], mixed: Float[Tensor, "*batch n p"], rate: Scale
+) -> Float[Tensor, "*batch n p"]:
+    r"""W' = (1 + kappa) W - kappa B W, the decoder's step: no singular value falls if ||B||_2 <= 1 and kappa >= 0.
+
+    To first order in kappa it is the inverse of `compression_step` with the same B.
+
+    Args:
+        w: projections W of the tokens onto one subspace.
+        mixed: B W.
+        rate: kappa, at least 0.
+    """
+    return w - rate * (mixed - w)
+
+
+def balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n p"]:
+    r"""B W with B = `balanced_membership(w, scale)`, in a form that holds less for the backward pass.
+
+    On a CPU that is `BalancedAttention`, in float32 at least: affinities rounded to 8 bits would no longer contract.
+    Elsewhere it is `fused_balanced_ssa`. Leading dimensions (images, heads) are independent of each other.
+
+    Args:
+        w: projections W = Z U_k of the tokens onto one subspace.
+        scale: s >= 0, the inverse temperature.
+    """
+    with torch.autocast(w.device.type, enabled=False):
+        root = scale**0.5
+        n, p = w.shape[-2:]
+        if w.device.type != "cpu":
+            return fused_balanced_ssa(w, scale)
+        t = (root * w.to(torch.promote_types(w.dtype, torch.float32))).reshape(-1, n, p)
+        return (BalancedAttention.apply(t).view(w.shape) / root).to(w.dtype)
+
+
+def fused_balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n p"]:
+    r"""`balanced_ssa` by PyTorch's attention kernels: softmax(S) (D^-1/2 W), after one more pass for D.
+
+    Queries and keys are sqrt(s) W, so that s may be learned.
+    """
+    with torch.autocast(w.device.type, enabled=False):
+        n, p = w.shape[-2:]
+        t = (scale**0.5 * w).reshape(-1, n, p)
+        sums = _ColumnSums.apply(t).view(*w.shape[:-1], 1)
+        t = t.view(w.shape).to(w.dtype)
+        return F.scaled_dot_product_attention(t, t, (w * sums.rsqrt()).to(w.dtype), scale=1.0)
+
+
+class BalancedAttention(torch.autograd.Function):
+    r"""O = P D^-1/2 T with P = softmax(T T^T) and D the column sums of P; query, key and value are one tensor.
+
+    Given dO, with V = D^-1/2 T:
+
+        dV = P^T dO,   dD_j = -1/2 D_j^-3/2 <T_j, dV_j>
+        dP = dO V^T + 1 dD^T,   dS = P * (dP - rowsum(P * dP))
+        dT = D^-1/2 dV + (dS + dS^T) T
+
+    Only T and P are saved. As in `theory.attention.SymmetricAttention`, the batch is worked off in pieces of which P
+    stays in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, t: Float[Tensor, "b n p"]) -> Float[Tensor, "b n p"]:
+        """The output, piece by piece."""
+        memberships, out = [], torch.empty_like(t)
+        for t_i, out_i in zip(_pieces(t), _pieces(out), strict=True):
+            p_i = torch.softmax(t_i @ t_i.mT, dim=-1)
+            torch.bmm(p_i, t_i * _columns(p_i).rsqrt(), out=out_i)
+            if ctx.needs_input_grad[0]:
+                memberships.append(p_i)
+        ctx.save_for_backward(t, *memberships)
+        return out
+
+    @staticmethod
+    @once_differentiable  # Its annotation hides that ctx may be named, which the base class allows.
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Float[Tensor, "b n p"]
+    ) -> tuple[Float[Tensor, "b n p"]]:
+        """The gradient, piece by piece."""
+        (grad_out,) = grad_outputs
+        t, *memberships = ctx.saved_tensors
+        grad_t = torch.empty_like(t)
+        pieces = zip(_pieces(t), memberships, _pieces(grad_out), _pieces(grad_t), strict=True)
+        for t_i, p_i, grad_out_i, grad_t_i in pieces:
+            weight = _columns(p_i).rsqrt()
+            grad_v = p_i.mT @ grad_out_i
+            grad_columns = -0.5 * weight**3 * (t_i * grad_v).sum(-1, keepdim=True)
+            grad_p = torch.baddbmm(grad_columns.mT, grad_out_i, (t_i * weight).mT)
+            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p_i, -1, t.dtype)
+            torch.mul(weight, grad_v, out=grad_t_i)
+            grad_t_i.baddbmm_(grad_s, t_i).baddbmm_(grad_s.mT, t_i)
+        return (grad_t,)
+
+
+class _ColumnSums(torch.autograd.Function):
+    """The column sums of softmax(T T^T), from T alone: P is formed piece by piece, and again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Float[Tensor, "b n p"]) -> Float[Tensor, "b n 1"]:
+        ctx.save_for_backward(t)
+        return torch.cat([_columns(torch.softmax(t_i @ t_i.mT, dim=-1)) for t_i in _pieces(t)])
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Float[Tensor, "b n 1"]
+    ) -> tuple[Float[Tensor, "b n p"]]:
+        (grad_columns,) = grad_outputs
+        (t,) = ctx.saved_tensors
+        grads = []
+        for t_i, grad_i in zip(_pieces(t), grad_columns.split([len(x) for x in _pieces(t)]), strict=True):
+            p_i = torch.softmax(t_i @ t_i.mT, dim=-1)
+            grad_s = torch.ops.aten._softmax_backward_data(grad_i.mT.expand_as(p_i), p_i, -1, t.dtype)
+            grads.append((grad_s + grad_s.mT) @ t_i)
+        return (torch.cat(grads),)
+
+
+_PIECE_BYTES = {"cpu": 2_000_000, "other": 256_000_000}  # one piece of P: a core's cache, or a little of a GPU's memory
+
+
+def _pieces(t: Float[Tensor, "b n p"]) -> tuple[Tensor, ...]:
+    size = _PIECE_BYTES["cpu" if t.device.type == "cpu" else "other"]
+    return t.split(max(1, size // (t.shape[1] ** 2 * t.element_size())))
+
+
+def _columns(p: Float[Tensor, "b n n"]) -> Float[Tensor, "b n 1"]:
+    return p.sum(-2).unsqueeze(-1)
+
+
+def _log_affinity(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n n"]:
+    root = scale**0.5  # on both sides, so that the product of W with itself stays symmetric
+    return (root * w) @ (root * w).mT
