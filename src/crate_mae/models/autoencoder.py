@@ -18,6 +18,7 @@ from crate_mae.models.embedding import OneImage, embed_images
 from crate_mae.models.encoder import MaskedEncoder, crate_block, vit_block
 from crate_mae.models.features import DEFAULT_LAYER, Pooling
 from crate_mae.models.masking import patch_statistics, patchify, random_mask, visible_indices
+from crate_mae.models.monotone import orthogonal_parameters
 
 
 class MAEOutput(NamedTuple):

@@ -1,4 +1,4 @@
-r"""Compression that is a theorem: an attention step which lowers the rate of tokens in every subspace, whatever they are.
+r"""Compression that is a theorem: an attention step which never raises the rate of tokens in any subspace.
 
 The published step Z + MSSA(Z) is not a descent step on R^c: it drops a term of the gradient, and its output projection
 is free. Even with both restored, W_k - kappa (W_k - P_k W_k) with a softmax P_k raises R^c in about a third of random

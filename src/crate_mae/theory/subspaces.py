@@ -87,8 +87,8 @@ def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
                 return exact.to(u.dtype)
             exact = newton_schulz(exact)
     raise UserError(
-        f"A matrix of subspaces of size {len(u)} x {len(u)} is far from orthogonal: the root mean square of sigma^2 - 1 "
-        f"over its singular values is {distance:.3g}, and may be at most {FAR_FROM_ORTHOGONAL}.\n"
+        f"A matrix of subspaces of size {len(u)} x {len(u)} is far from orthogonal: the root mean square of "
+        f"sigma^2 - 1 over its singular values is {distance:.3g}, and may be at most {FAR_FROM_ORTHOGONAL}.\n"
         "These are not the weights of monotone layers: load them as what they were trained as."
     )
 
