@@ -182,7 +182,7 @@ class CrateConfig(ModelConfig):
             yield f'layer is "{self.layer}", but must be "published" or "monotone".'
         of_published = [key for key in _OF_PUBLISHED if getattr(self, key) != getattr(CrateConfig, key)]
         if self.layer == "monotone" and of_published:
-            yield f'{" and ".join(of_published)}: monotone layers have no such setting. Leave it, or set layer="published".'
+            yield f'monotone layers have no {" and no ".join(of_published)}: leave it, or set layer to "published".'
         if self.init not in ("official", "isometric"):
             yield f'init is "{self.init}", but must be "official" or "isometric".'
 

@@ -143,7 +143,7 @@ def crate_block(
     overcomplete: int = 1,
     classes: Mapping[Layer, type[EncoderLayer]] | None = None,
 ) -> Callable[..., nn.Module]:
-    """A block builder for `MaskedEncoder` that makes CRATE's layers, by other `classes` than the usual ones if given."""
+    """A block builder for `MaskedEncoder` that makes CRATE's layers, of other `classes` than the usual if given."""
     kind = (classes or {"published": EncoderLayer, "monotone": MonotoneEncoderLayer})[layer]
     settings: dict[str, Any] = {"step_size": step_size, "threshold": threshold}
     if layer == "published":

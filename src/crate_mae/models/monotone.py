@@ -103,7 +103,10 @@ class OrthogonalSubspaces(nn.Module):
 
     @torch.no_grad()
     def _retract_if_changed(self) -> None:
-        """One step, once for each change of the weight: a graph that holds the weight from a pass before stays valid."""
+        """One step, once for each change of the weight, so that a graph of an earlier pass stays valid.
+
+        Numbers are compared: PyTorch's fused AdamW changes them without a new version of the tensor.
+        """
         if self._kept is None or not torch.equal(self._kept[0], self.weight):
             self.weight.copy_(newton_schulz(self.weight))
             kept = self.weight.detach().clone()
