@@ -323,8 +323,8 @@ def check_monotone(model: nn.Module) -> None:
             continue
         if not bool((module.scale() <= MOST_SCALE).all()):
             raise UserError(
-                f"{name}.log_scale is {float(module.log_scale.max()):.3g} at most, an inverse temperature beyond "
-                f"{MOST_SCALE:g}: attention cannot be computed with it.\n"
+                f"{name}.log_scale is {float(module.log_scale.detach().max()):.3g} at most, an inverse temperature "
+                f"beyond {MOST_SCALE:g}: attention cannot be computed with it.\n"
                 "Training has run away: take an earlier checkpoint of the run."
             )
         try:

@@ -5,8 +5,10 @@ Every `crate_mae_<size>` has two ViT-MAE twins: `vit_mae_<size>` of the same wid
 where a CRATE layer has 3 d^2, so the matched twin has half the width, with heads of the same dimension.
 `crate_mae_<size>_isometric` is the same model, started so that tokens do not collapse (`models.initialization`), and
 `crate_mae_<size>_visible` is that with mask tokens only at the decoder, as ViT-MAE has them: the encoder sees visible
-patches alone. `crate_mae_micro_wide` is for hours and not for days of training: like `_visible`, but with few wide
-layers (`results/cifar10_small_color`), and with twins of its own.
+patches alone. `crate_mae_<size>_monotone` is `_visible` with layers that provably compress and sparsify
+(`models.monotone`); these have 2 d^2 weights, and `vit_mae_<size>_monotone_matched` has as many parameters.
+`crate_mae_micro_wide` is for hours and not for days of training: like `_visible`, but with few wide
+layers (`results/cifar10_small_color`), and with twins of its own; `crate_mae_micro_wide_monotone` likewise.
 `vit_mae_{small,base,large}_published` are the baselines that the CRATE-MAE paper's tables compare with.
 """
 
@@ -33,6 +35,17 @@ _SIZES = {
     "small_patch16_224": (576, 12, 12, 16, 224),
     "base_patch16_224": (768, 12, 12, 16, 224),
     "large_patch16_224": (1024, 16, 24, 16, 224),
+}
+
+# Width and heads of the ViT with as many weights as monotone layers: 12 w^2 is about 2 d^2.
+_MONOTONE_TWINS = {
+    96: (40, 2),
+    192: (80, 4),
+    384: (156, 6),
+    512: (208, 8),
+    576: (240, 6),
+    768: (312, 6),
+    1024: (416, 8),
 }
 
 # Few wide layers: width, heads and depth of either side.
@@ -69,15 +82,31 @@ def _presets() -> dict[str, ModelConfig]:
         presets[name] = presets[f"crate_mae_{size}"].replace(name=name, init="isometric")
         name = f"crate_mae_{stem}_visible_{shape}"
         presets[name] = presets[f"crate_mae_{size}"].replace(name=name, init="isometric", mask_tokens="decoder")
+        name = f"crate_mae_{stem}_monotone_{shape}"
+        presets[name] = presets[f"crate_mae_{stem}_visible_{shape}"].replace(name=name, layer="monotone")
         name = f"vit_mae_{size}"
         presets[name] = ViTConfig(name=name, embed_dim=width, num_heads=heads, **shared)
         name = f"vit_mae_{stem}_matched_{shape}"
         presets[name] = ViTConfig(name=name, embed_dim=width // 2, num_heads=heads // 2, **shared)
+        name, (twin_width, twin_heads) = f"vit_mae_{stem}_monotone_matched_{shape}", _MONOTONE_TWINS[width]
+        presets[name] = ViTConfig(name=name, embed_dim=twin_width, num_heads=twin_heads, **shared)
+    (width, heads), (decoder_width, decoder_heads) = (
+        _MONOTONE_TWINS[_WIDE[key]] for key in ("embed_dim", "decoder_embed_dim")
+    )
+    twin = {
+        **_WIDE,
+        "embed_dim": width,
+        "num_heads": heads,
+        "decoder_embed_dim": decoder_width,
+        "decoder_num_heads": decoder_heads,
+    }
     half = {key: value if key.endswith("depth") else value // 2 for key, value in _WIDE.items()}
     for name, like, settings in (
         ("crate_mae_micro_wide_patch4_32", "crate_mae_micro_visible_patch4_32", _WIDE),
+        ("crate_mae_micro_wide_monotone_patch4_32", "crate_mae_micro_monotone_patch4_32", _WIDE),
         ("vit_mae_micro_wide_patch4_32", "vit_mae_micro_patch4_32", _WIDE),
         ("vit_mae_micro_wide_matched_patch4_32", "vit_mae_micro_patch4_32", half),
+        ("vit_mae_micro_wide_monotone_matched_patch4_32", "vit_mae_micro_patch4_32", twin),
     ):
         presets[name] = presets[like].replace(name=name, **settings)
     for size, (width, heads, depth, decoder_width, decoder_heads, decoder_depth) in _PUBLISHED_VIT.items():

@@ -74,9 +74,9 @@ class TimmMSSA(MSSA):
         self.scale = (embed_dim // num_heads) ** -0.5
         self.attn_drop = nn.Dropout(0.0)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """See `MSSA`; b n d to b n d."""
-        w = self.subspaces(z).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        w = self.subspaces(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         if self.fused_attn:
             heads = attend(w)
         else:
