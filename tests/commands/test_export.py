@@ -42,7 +42,9 @@ def classifier(tmp_path):
     return tmp_path / "classifier"
 
 
-@pytest.mark.parametrize("settings", [{}, {"output_projection": "tied"}, {"mask_tokens": "decoder"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"output_projection": "tied"}, {"mask_tokens": "decoder"}, {"layer": "monotone"}]
+)
 def test_a_folded_model_is_the_same_function(settings):
     torch.manual_seed(1)
     net = crate_mae.create_model(NANO, **SMALL, **settings).eval()

@@ -16,7 +16,13 @@ from crate_mae.models import create_model
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "name", ["crate_mae_nano_patch2_8", "crate_mae_nano_visible_patch2_8", "vit_mae_nano_patch2_8"]
+    "name",
+    [
+        "crate_mae_nano_patch2_8",
+        "crate_mae_nano_visible_patch2_8",
+        "crate_mae_nano_monotone_patch2_8",
+        "vit_mae_nano_patch2_8",
+    ],
 )
 def test_counts_are_continued_exactly(name, precision):
     config = create_model(name, in_chans=1, embed_dim=20, num_heads=5, depth=3, decoder_depth=4).config

@@ -42,7 +42,13 @@ def test_tensors_are_followed_until_nobody_holds_them():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
-    "name", ["crate_mae_nano_patch2_8", "crate_mae_nano_visible_patch2_8", "vit_mae_nano_patch2_8"]
+    "name",
+    [
+        "crate_mae_nano_patch2_8",
+        "crate_mae_nano_visible_patch2_8",
+        "crate_mae_nano_monotone_patch2_8",
+        "vit_mae_nano_patch2_8",
+    ],
 )
 def test_tensors_without_numbers_take_the_memory_of_real_ones(name, precision):
     c, s = config(name), settings(5, precision)

@@ -10,7 +10,12 @@ from crate_mae.models import create_model
 from crate_mae.models.masking import random_mask
 
 TINY = {"in_chans": 1, "embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_depth": 3}
-NAMES = ("crate_mae_nano_patch2_8", "crate_mae_nano_visible_patch2_8", "vit_mae_nano_patch2_8")
+NAMES = (
+    "crate_mae_nano_patch2_8",
+    "crate_mae_nano_visible_patch2_8",
+    "crate_mae_nano_monotone_patch2_8",
+    "vit_mae_nano_patch2_8",
+)
 
 
 def gradients(model, images, mask):

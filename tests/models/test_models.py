@@ -20,6 +20,8 @@ VARIANTS = [
     ("crate_mae_nano_patch2_8", {"ista_skip": True, "overcomplete": 3}),
     ("crate_mae_nano_isometric_patch2_8", {}),
     ("crate_mae_nano_visible_patch2_8", {}),
+    ("crate_mae_nano_monotone_patch2_8", {}),
+    ("crate_mae_nano_monotone_patch2_8", {"drop_path": 0.1, "mask_tokens": "encoder"}),
     ("crate_mae_nano_patch2_8", {"in_chans": 5, "image_size": [6, 14], "patch_size": 2}),
     ("vit_mae_nano_patch2_8", {}),
     ("vit_mae_nano_patch2_8", {"decoder_embed_dim": 20, "decoder_num_heads": 5, "mlp_ratio": 2.0}),
@@ -152,7 +154,8 @@ def test_settings_reach_the_layers():
 
 CRATE_PRESETS = [name for name in crate_mae.list_models() if name.startswith("crate")]
 WIDE = "crate_mae_micro_wide_patch4_32"
-ONE_WIDTH = [name for name in CRATE_PRESETS if name != WIDE]
+MONOTONE = [name for name in CRATE_PRESETS if "_monotone_" in name]
+ONE_WIDTH = [name for name in CRATE_PRESETS if name != WIDE and name not in MONOTONE]
 PUBLISHED = [name for name in ONE_WIDTH if "_isometric_" not in name and "_visible_" not in name]
 PUBLISHED_MILLIONS = {"tiny": 11.56, "small": 25.41, "base": 44.64, "large": 154.27}
 
@@ -190,6 +193,30 @@ def test_every_model_has_a_twin_of_its_configuration_and_one_of_its_size(name):
         counts = [sum(p.numel() for p in crate_mae.create_model(c.name).parameters()) for c in (ours, matched)]
     assert counts[1] == pytest.approx(counts[0], rel=0.04)
     assert ours.embed_dim / ours.num_heads == matched.embed_dim / matched.num_heads
+
+
+@pytest.mark.parametrize("name", MONOTONE)
+def test_monotone_layers_have_a_matrix_less_and_a_twin_of_their_size(name):
+    with torch.device("meta"):
+        ours, published, twin = (
+            crate_mae.create_model(each)
+            for each in (
+                name,
+                name.replace("_wide_monotone_", "_wide_").replace("_monotone_", "_visible_"),
+                name.replace("crate_mae", "vit_mae").replace("_monotone_", "_monotone_matched_"),
+            )
+        )
+    c = ours.config
+    less = sum(
+        depth * (d * d + d - 2 * heads)  # no free output projection with its bias, but kappa and s
+        for depth, d, heads in (
+            (c.depth, c.embed_dim, c.num_heads),
+            (c.decoder_depth, c.decoder_embed_dim, c.decoder_num_heads),
+        )
+    )
+    counts = [sum(p.numel() for p in model.parameters()) for model in (ours, published, twin)]
+    assert counts[0] == counts[1] - less
+    assert counts[2] == pytest.approx(counts[0], rel=0.03)
 
 
 @pytest.mark.parametrize(("size", "millions"), [("small", 47.6), ("base", 143.8), ("large", 406.1)])

@@ -74,7 +74,10 @@ def test_every_preset_and_trained_model_is_there():
     assert timm.list_pretrained("crate_mae_*") == list_bundled()
 
 
-@pytest.mark.parametrize("name", [NANO, "crate_mae_nano_visible_patch2_8", "vit_mae_nano_matched_patch2_8"])
+@pytest.mark.parametrize(
+    "name",
+    [NANO, "crate_mae_nano_visible_patch2_8", "crate_mae_nano_monotone_patch2_8", "vit_mae_nano_matched_patch2_8"],
+)
 def test_timm_builds_the_encoder_of_the_preset(name):
     ours = crate_mae.create_model(name).encoder.eval()
     theirs = timm.create_model(name).eval()

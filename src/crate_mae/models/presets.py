@@ -37,15 +37,15 @@ _SIZES = {
     "large_patch16_224": (1024, 16, 24, 16, 224),
 }
 
-# Width and heads of the ViT with as many weights as monotone layers: 12 w^2 is about 2 d^2.
+# Width of monotone layers: width and heads of the ViT with as many parameters; 12 w^2 is about 2 d^2.
 _MONOTONE_TWINS = {
     96: (40, 2),
-    192: (80, 4),
-    384: (156, 6),
-    512: (208, 8),
-    576: (240, 6),
-    768: (312, 6),
-    1024: (416, 8),
+    192: (80, 2),
+    384: (160, 4),
+    512: (216, 4),
+    576: (240, 5),
+    768: (320, 5),
+    1024: (420, 7),
 }
 
 # Few wide layers: width, heads and depth of either side.
