@@ -98,6 +98,7 @@ def test_the_notes_say_where_the_first_is_behind_and_how_to_read_it(compared):
         "random weights",
         "raw pixels",
         "never by the validation images",
+        "within 95% of what other images or other seeds would give",
     ):
         assert words in text
     behind, ahead = compared.notes[:2]
@@ -184,6 +185,7 @@ def test_without_labels_completions_alone_are_measured(compare, tmp_path, capsys
     assert "without labels: only completions are measured" in text
     assert "brightness and contrast of each completed patch come from the original" in text
     assert "One run each: there is no spread" in text
+    assert "One seed cannot tell models apart by less than the spread of seeds" in text
     titles = [row[0] for row in comparison.table]
     assert "completion: PSNR of hidden patches, own statistics" in titles
     assert not any("probe" in title for title in titles)

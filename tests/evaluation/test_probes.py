@@ -32,6 +32,8 @@ def test_knn_is_the_weighted_vote_spelled_out():
     train, train_labels = clouds(83)
     test, test_labels = clouds(31, spread=2.5, seed=1)
     result = knn_probe(train, train_labels, test, test_labels, k=13)
+    mean, std = train.mean(axis=0), train.std(axis=0)
+    train, test = (train - mean) / std, (test - mean) / std
     hits1 = hits5 = 0
     for x, label in zip(test.astype(np.float64), test_labels, strict=True):
         similarity = train @ x / np.linalg.norm(train, axis=1) / np.linalg.norm(x)
@@ -46,12 +48,32 @@ def test_knn_is_the_weighted_vote_spelled_out():
     assert 0.3 < result.top1.value < result.top5.value < 1, "the example must be neither hopeless nor trivial"
 
 
-def test_knn_looks_at_directions_alone():
-    train, train_labels = clouds(70)
-    test, test_labels = clouds(30, seed=1)
-    scales = np.random.default_rng(5).uniform(0.01, 100, (70, 1)).astype(np.float32)
+def test_knn_by_hand():
+    # Means are (2, 2) and deviations (2, 1): standardised, the training images are (-1, -1), (-1, 1), (1, -1), (1, 1).
+    train = np.array([[0, 1], [0, 3], [4, 1], [4, 3]], dtype=np.float32)
+    labels = np.array([0, 1, 2, 3])
+    # (1, 1) becomes (-0.5, -1), nearest in direction to (-1, -1); as it stands it would be nearest to (4, 3).
+    # (1, -5) becomes (-0.5, -7), nearest to (-1, -1) again; as it stands, to (4, 1). (5, 9) becomes (1.5, 7).
+    test = np.array([[1, 1], [1, -5], [5, 9]], dtype=np.float32)
+    assert knn_probe(train, labels, test, np.array([0, 0, 3]), k=1).top1.value == 1
+
+
+def test_knn_does_not_depend_on_the_units_of_features():
+    train, train_labels = clouds(70, spread=1.5)
+    test, test_labels = clouds(60, spread=1.5, seed=1)
     plain = knn_probe(train, train_labels, test, test_labels)
-    assert knn_probe(train * scales, train_labels, test * 7, test_labels) == plain
+    random = np.random.default_rng(5)
+    scale, shift = random.uniform(0.01, 100, 11).astype(np.float32), random.normal(size=11).astype(np.float32)
+    assert knn_probe(train * scale + shift, train_labels, test * scale + shift, test_labels) == plain
+    assert 0.3 < plain.top1.value < 1, "the example must be neither hopeless nor trivial"
+
+
+def test_a_feature_that_is_the_same_in_all_training_images_changes_nothing():
+    train, train_labels = clouds(70, spread=1.5)
+    test, test_labels = clouds(60, spread=1.5, seed=1)
+    plain = knn_probe(train, train_labels, test, test_labels)
+    wider = [np.pad(x, ((0, 0), (0, 1)), constant_values=7.0) for x in (train, test)]
+    assert knn_probe(wider[0], train_labels, wider[1], test_labels) == plain
 
 
 def test_five_classes_have_no_top5():

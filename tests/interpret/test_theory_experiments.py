@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from crate_mae.interpret.theory.attention import measure_attention, tilt_bases
+from crate_mae.interpret.theory.attention import measure_attention, softmax_steps, tilt_bases
 from crate_mae.interpret.theory.denoising import measure_denoising
 from crate_mae.interpret.theory.diffusion import measure_diffusion
 from crate_mae.interpret.theory.experiments import measure_theory
@@ -57,6 +57,33 @@ def test_an_order_of_the_series_errs_by_the_next_power():
             assert beyond > 1
     assert results.orthogonal[0].coherence.mean < 1e-12 < 0.05 < results.coherent[0].coherence.mean
     assert results.orthogonal[0].mixing["order 1"].mean == pytest.approx(1, abs=1e-3)
+
+
+def test_steps_by_hand():
+    # In R^2 with the two axes for subspaces: tokens (1, 0) and (-1, 0) are 1 and -1 in the first and 0 in the second.
+    u = torch.eye(2, dtype=torch.float64).reshape(2, 2, 1)
+    z = torch.tensor([[1.0, 0.0], [-1.0, 0.0]], dtype=torch.float64)
+    steps = softmax_steps(z, u)
+    attended = math.tanh(1)  # softmax of (1, -1), times (1, -1): the same for both scales, since p = 1
+    for scale in ("s = 1", "s = p^-1/2"):
+        torch.testing.assert_close(steps[f"published, {scale}"], attended * z)
+        torch.testing.assert_close(steps[f"restored, {scale}"], (attended - 1) * z)
+
+
+def test_the_restored_step_goes_downhill_and_the_published_one_uphill():
+    results = measure_attention(0, 2, radii=(0.01, 0.3, 3.0))
+    for point in (*results.orthogonal, *results.coherent):
+        for scale in ("s = 1", "s = p^-1/2"):
+            restored, published = f"restored, {scale}", f"published, {scale}"
+            assert point.descent[published].mean < -0.5 < 0.3 < point.descent[restored].mean
+            assert point.descent[restored].mean == pytest.approx(point.cosine[f"softmax, {scale}"].mean)
+            # Of the same length, no step lowers R^c by more than the gradient's own, and the published one raises it.
+            assert point.change["gradient"].mean < point.change[restored].mean < 0 < point.change[published].mean
+            # What does not see length falls with both, and with the restored step of s = 1 by more.
+            assert point.official_change[restored].mean < 0
+            assert point.official_change[published].mean < 0
+    assert results.orthogonal[1].descent["restored, s = p^-1/2"].mean == pytest.approx(0.94, abs=0.02)
+    assert results.orthogonal[1].descent["published, s = p^-1/2"].mean == pytest.approx(-0.80, abs=0.02)
 
 
 def test_tilted_bases_stay_orthonormal(generator):

@@ -77,6 +77,17 @@ def test_the_page_says_what_was_measured(results):
     assert "0.12 ± 0.02" in write_sections(other)[0].found[0]
 
 
+def test_the_page_says_which_step_was_measured(results):
+    section = write_sections(results)[1]
+    assert section.title == "Attention keeps one of the two terms of the gradient step"
+    point = next(point for point in results.attention.orthogonal if point.radius == 0.3)
+    sentence = next(text for text in section.found if text.startswith("Cosine with"))
+    for step in ("restored, s = 1", "restored, s = p^-1/2", "published, s = 1", "published, s = p^-1/2"):
+        assert number(point.descent[step]) in sentence
+    assert "downhill at 7 of 7 distortions, the published one at 0" in sentence
+    assert number(point.descent["published, s = p^-1/2"]) in section.glance
+
+
 def test_a_claim_that_would_hold_or_fail_is_said_to(results):
     snr = results.signal_to_noise
     none = tuple(dataclasses.replace(curve, layers_held=0) for curve in snr.curves)

@@ -52,7 +52,8 @@ def eval_knn(
     """Classify images by their nearest neighbours among the frozen features of labelled ones.
 
     Each of the k training images with the largest cosine similarity votes with the weight exp(similarity / 0.07).
-    Nothing is trained. Scores come with Wilson's 95% interval over the test images.
+    Features are standardised over the training images first. Nothing is trained. Scores come with Wilson's 95% interval
+    over the test images.
 
     Args:
         model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh

@@ -17,10 +17,11 @@ def theory(
 ) -> Path:
     """Test the theory on data with known subspaces, and explain what came out on a page.
 
-    Five claims are measured on noisy tokens of known subspaces: that compressing is denoising, that attention is a
-    gradient step, that each layer raises the signal-to-noise ratio by a constant factor, that the decoder's minus sign
-    undoes the encoder's step, and that a sparse-coding step approaches the solution of a lasso. It takes less than a
-    minute on one CPU core, and gives the same numbers for the same seed.
+    Five claims are measured on noisy tokens of known subspaces: that compressing is denoising, that attention comes
+    from a gradient step (and what the published layer leaves out of it), that each layer raises the signal-to-noise
+    ratio by a constant factor, that the decoder's minus sign undoes the encoder's step, and that a sparse-coding step
+    approaches the solution of a lasso. It takes less than a minute on one CPU core, and gives the same numbers for the
+    same seed.
 
     `out` then holds theory.html, to be read; theory.json, with all numbers; and each figure as PNG and PDF.
 

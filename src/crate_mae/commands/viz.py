@@ -140,7 +140,7 @@ def viz_layers(
 ) -> Picture:
     """Show what each layer does: subspace rate before and after its steps, sparsity, and ranks of tokens and features.
 
-    A white-box layer is derived to lower the subspace rate of the tokens (by MSSA) and to make them sparse (by ISTA).
+    A white-box layer is meant to lower the subspace rate of the tokens (by MSSA) and to make them sparse (by ISTA).
     Measured on whole images. A Vision Transformer has neither subspaces nor codes: it shows its ranks, and the rate of
     its heads' values as a stand-in for the subspace rate.
 

@@ -3,12 +3,15 @@
 import math
 from collections.abc import Iterator, Sequence
 
+from scipy.stats import t as student_t
+
 from crate_mae.comparison.contestants import Images
 from crate_mae.comparison.options import Budget, Options
-from crate_mae.comparison.outcome import PROBES, SCORES, Outcome, spread
+from crate_mae.comparison.outcome import PROBES, SCORES, Outcome, Spread, spread
 from crate_mae.comparison.scores import MASK_RATIO
 from crate_mae.comparison.table import score_text
 
+_NORMAL_QUANTILE = 1.96  # two-sided, 95%
 _MUCH_LONGER = 1.15
 _WORTH_SAYING = 0.02  # of a cost
 _NAMES = {
@@ -24,6 +27,7 @@ def describe(outcomes: Sequence[Outcome], options: Options, budget: Budget, imag
     """All notes, in the order in which they matter."""
     return [
         *_standing(outcomes, images),
+        *_certainty(options, images),
         *_terms(outcomes, options, budget),
         *_warnings(outcomes, budget, images),
     ]
@@ -40,7 +44,7 @@ def _standing(outcomes: Sequence[Outcome], images: Images) -> Iterator[str]:
                 continue
             is_better = (mine.mean > theirs.mean) == SCORES[name]
             text = " against ".join(score_text(name, score, with_range=False) for score in (mine, theirs))
-            chance = ", may be chance" if _may_be_chance(name, first, other, len(images.val)) else ""
+            chance = ", may be chance" if may_be_chance(name, mine, theirs, len(images.val)) else ""
             text = f"{title} ({text}{chance})"
             (ahead if is_better else behind).append(text)
         costs = {
@@ -57,21 +61,47 @@ def _standing(outcomes: Sequence[Outcome], images: Images) -> Iterator[str]:
         yield f"{first.name} is ahead of {other.name} in: {', '.join(ahead) or 'nothing that was measured'}."
 
 
-def _may_be_chance(name: str, first: Outcome, other: Outcome, val_images: int) -> bool:
+def may_be_chance(name: str, mine: Spread, theirs: Spread, val_images: int) -> bool:
     """Whether a difference lies within what another choice of images, or of seeds, would give.
 
-    Two standard errors of the difference. Of one seed only that of a share of the validation images is known, and
-    nothing of what another seed would have done; so a difference that is marked may be chance, and others may be too.
+    The bound is the two-sided 95% quantile of Student's t, with the degrees of freedom of the seeds, times the standard
+    error of the difference: 4.3 standard errors for two seeds each, 2.8 for three; for one seed each, 1.96.
+
+    The outcome of each image is not kept, so the probes' errors count as independent, although they are of the same
+    images. Two models mostly err on the same images, so that the true standard error is smaller: a difference that is
+    not marked is surer than that, and one that is marked might pass a test of pairs such as McNemar's. Of one seed
+    nothing is known of what another seed would give; `_certainty` says so.
     """
-    mine, theirs = spread(first.scores, name), spread(other.scores, name)
-    assert mine is not None and theirs is not None, "whoever asks has both"
-    variance = 0.0
+    variance, freedom = 0.0, 0
     for score in (mine, theirs):
         if name in PROBES:
             variance += score.mean * (1 - score.mean) / val_images
         if score.std is not None:
             variance += score.std**2 / score.count
-    return abs(mine.mean - theirs.mean) < 2 * math.sqrt(variance)
+            freedom += score.count - 1
+    bound = float(student_t.ppf(0.975, freedom)) if freedom else _NORMAL_QUANTILE
+    return abs(mine.mean - theirs.mean) < bound * math.sqrt(variance)
+
+
+def _certainty(options: Options, images: Images) -> Iterator[str]:
+    """What is, and what is not, behind the words "may be chance"."""
+    if options.seeds > 1:
+        yield (
+            f"Scores are means over {options.seeds} seeds ± the sample standard deviation, and the range. Each seed "
+            "had a final run of the same length; the search was done once, with the first."
+        )
+    else:
+        yield (
+            "One run each: there is no spread, so nobody can tell what another seed would change. One seed cannot tell "
+            "models apart by less than the spread of seeds, whatever the number of images: read every difference above "
+            "as that of two runs, not of two models. Try --seeds 3."
+        )
+    if images.classes:
+        yield (
+            "A difference of probes may be chance if it is within 95% of what other images"
+            f"{' or other seeds' if options.seeds > 1 else ', not other seeds,'} would give, as if each model had been "
+            "asked about images of its own. All were asked about the same ones, which makes this bound a cautious one."
+        )
 
 
 def _terms(outcomes: Sequence[Outcome], options: Options, budget: Budget) -> Iterator[str]:
@@ -95,13 +125,6 @@ def _terms(outcomes: Sequence[Outcome], options: Options, budget: Budget) -> Ite
             f"Mask tokens come in where each model's design has them: {listed}. An encoder without them works on "
             "visible patches alone, which saves it FLOPs in training."
         )
-    if options.seeds > 1:
-        yield (
-            f"Scores are means over {options.seeds} seeds ± the sample standard deviation, and the range. Each seed "
-            "had a final run of the same length; the search was done once, with the first."
-        )
-    else:
-        yield "One run each: there is no spread, so nobody can tell what another seed would change. Try --seeds 3."
     yield (
         "FLOPs are those of matrix products and convolutions as they are computed, a multiplication with addition "
         "counted as 2. Norms, softmax and the optimizer are not counted."

@@ -106,7 +106,12 @@ def knn_probe(
 ) -> KnnResult:
     """Vote among the k most similar training images, each with the weight exp(cosine similarity / 0.07).
 
-    The protocol of instance discrimination (Wu et al. 2018) and DINO.
+    The vote is that of instance discrimination (Wu et al. 2018) and DINO. Features are standardised first, as in
+    `linear_probe`: each less its mean, divided by its deviation, over the training images. Cosines depend on where the
+    origin is, and without this step the choice of units decides the score: with 50,000 training images of CIFAR-10, raw
+    pixels in [-1, 1] had 46.2% and the same pixels in [0, 1] 36.3% (standardised, 46.1%). With 8,000, the features of
+    `crate_mae_micro_cifar10` had 45.9%, standardised 49.0%. Pixels and the features of every model are now treated
+    alike, and no score changes with the units of a feature.
 
     Raises:
         UserError: if there are fewer training images than k.
@@ -114,11 +119,12 @@ def knn_probe(
     if not 1 <= k <= len(train):
         raise UserError(f"--k is {k}, but must be between 1 and the {len(train)} training images.")
 
+    train, test = (np.asarray(normalize(x)) for x in _standardised(train, test))
     # Of unit vectors, the squared distance is 2 - 2 cos: the order is the same, and the search much faster.
     weights: Any = lambda distances: np.exp((1 - distances**2 / 2) / TEMPERATURE)  # noqa: E731
     classifier = KNeighborsClassifier(k, weights=weights, algorithm="brute")
-    classifier.fit(normalize(train), train_labels)
-    top1, top5 = _top_scores(classifier, np.asarray(normalize(test)), test_labels)
+    classifier.fit(train, train_labels)
+    top1, top5 = _top_scores(classifier, test, test_labels)
     return KnnResult(top1, top5, k)
 
 

@@ -1,4 +1,8 @@
-"""Second claim: attention is a gradient step on the subspace rate, expanded to first order."""
+"""Second claim: attention comes from a gradient step on the subspace rate, expanded to first order.
+
+The step downhill has two terms, -W, which shrinks tokens, and +P W, which mixes them. The published layer keeps the
+second alone. Both are measured here: the step with both terms ("restored") and the published one.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +15,20 @@ from torch import Tensor
 from crate_mae.interpret.theory.spread import Spread, cosine, generator, relative_error, spreads
 from crate_mae.theory import (
     coherence,
+    official_subspace_coding_rate,
     orthonormal_bases,
     project,
     sample_mixture,
     ssa,
+    subspace_coding_rate,
     subspace_coding_rate_gradient,
     unproject,
 )
 
 RADII = (0.01, 0.03, 0.1, 0.3, 0.9, 3.0, 10.0)
 ORDERS = (0, 1, 2)
+SCALES = {"s = 1": 1.0, "s = p^-1/2": None}
+STEP_LENGTH = 0.1  # of a step whose change of R^c is measured, as a share of the tokens' norm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,9 @@ class AttentionPoint:
         error: relative, of each approximation; of the softmax forms after the best factor has been put before them.
         cosine: between each approximation and the exact gradient.
         mixing: cosine between the parts that mix tokens: a W_k minus the exact gradient, and what stands for it.
+        descent: cosine between the exact descent direction, -grad R^c, and each step of `softmax_steps`.
+        change: relative change of R^c by each step and by the exact one, all of the same length.
+        official_change: the same of R^c as the official code takes it, which does not see the length of projections.
         coherence: of the subspaces.
     """
 
@@ -39,6 +50,9 @@ class AttentionPoint:
     error: dict[str, Spread]
     cosine: dict[str, Spread]
     mixing: dict[str, Spread]
+    descent: dict[str, Spread]
+    change: dict[str, Spread]
+    official_change: dict[str, Spread]
     coherence: Spread
 
 
@@ -67,6 +81,9 @@ def measure_attention(seed: int = 0, draws: int = 5, *, radii: Sequence[float] =
             error=spreads([row.error for row in rows]),
             cosine=spreads([row.cosine for row in rows]),
             mixing=spreads([row.mixing for row in rows]),
+            descent=spreads([row.descent for row in rows]),
+            change=spreads([row.change for row in rows]),
+            official_change=spreads([row.official_change for row in rows]),
             coherence=Spread.of([row.coherence for row in rows]),
         )
 
@@ -86,6 +103,9 @@ class _Draw(NamedTuple):
     error: dict[str, float]
     cosine: dict[str, float]
     mixing: dict[str, float]
+    descent: dict[str, float]
+    change: dict[str, float]
+    official_change: dict[str, float]
     coherence: float
 
 
@@ -94,6 +114,20 @@ def tilt_bases(u: Float[Tensor, "h d p"], tilt: float, source: torch.Generator |
     noise = torch.randn(u.shape, generator=source, dtype=u.dtype)
     q, r = torch.linalg.qr(u + tilt * noise)
     return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+
+
+def softmax_steps(z: Float[Tensor, "n d"], u: Float[Tensor, "h d p"]) -> dict[str, Float[Tensor, "n d"]]:
+    r"""Steps with the softmax in the place of the auto-correlation, for both scales.
+
+    Restored: sum_k (P_k W_k - W_k) U_k^T, the two terms of the step downhill. Published: sum_k P_k W_k U_k^T, which is
+    MSSA with tied projections.
+    """
+    w = project(z, u)
+    steps = {}
+    for name, scale in SCALES.items():
+        attended = ssa(w, scale)
+        steps |= {f"restored, {name}": unproject(attended - w, u), f"published, {name}": unproject(attended, u)}
+    return steps
 
 
 def _draw(
@@ -108,10 +142,8 @@ def _draw(
     exact = subspace_coding_rate_gradient(z, u, eps)
     series = {f"order {m}": subspace_coding_rate_gradient(z, u, eps, neumann_order=m) for m in ORDERS}
     # The gradient with softmax(s W W^T) in the place of a W W^T.
-    softmax = {
-        "softmax, s = 1": a * unproject(w - ssa(w, 1.0), u),
-        "softmax, s = p^-1/2": a * unproject(w - ssa(w), u),
-    }
+    steps = softmax_steps(z, u)
+    softmax = {f"softmax, {name}": -a * steps[f"restored, {name}"] for name in SCALES}
     errors = {name: relative_error(x, exact) for name, x in series.items()}
     errors |= {name: relative_error(_best_factor(x, exact) * x, exact) for name, x in softmax.items()}
     # All forms begin with a W_k, a mere shrinking. What they take from it is the part in which tokens meet.
@@ -120,7 +152,29 @@ def _draw(
         name: cosine(shrinking - x, shrinking - exact) for name, x in (series | softmax).items() if name != "order 0"
     }
     cosines = {name: cosine(x, exact) for name, x in (series | softmax).items()}
-    return _Draw(errors, cosines, mixing, coherence(u).item())
+    moved = {name: _move(z, step) for name, step in {"gradient": -exact, **steps}.items()}
+    return _Draw(
+        error=errors,
+        cosine=cosines,
+        mixing=mixing,
+        descent={name: cosine(step, -exact) for name, step in steps.items()},
+        change={
+            name: _change(subspace_coding_rate(x, u, eps), subspace_coding_rate(z, u, eps)) for name, x in moved.items()
+        },
+        official_change={
+            name: _change(official_subspace_coding_rate(project(x, u)), official_subspace_coding_rate(w))
+            for name, x in moved.items()
+        },
+        coherence=coherence(u).item(),
+    )
+
+
+def _move(z: Tensor, step: Tensor) -> Tensor:
+    return z + STEP_LENGTH * torch.linalg.vector_norm(z) / torch.linalg.vector_norm(step) * step
+
+
+def _change(after: Tensor, before: Tensor) -> float:
+    return (after / before - 1).item()
 
 
 def _best_factor(x: Tensor, exact: Tensor) -> Tensor:

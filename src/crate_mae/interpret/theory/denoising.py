@@ -96,7 +96,11 @@ def _point(seed: int, draws: int, *, noise_std: float, d: int, h: int, p: int = 
 
 
 def _steps(sample: MixtureSample, u: Float[Tensor, "h d p"], noise_std: float) -> dict[str, Tensor]:
-    r"""Tokens after one step of each kind, all with kappa = 1/a, at which Z - kappa grad R^c ~ MSSA(Z).
+    r"""Tokens after one step of each kind, all with kappa = 1/a.
+
+    At that size the step with softmax, Z - kappa a sum_k (W_k - P_k W_k) U_k^T, is MSSA(Z) where orthogonal subspaces
+    fill the space; elsewhere MSSA(Z) also drops what lies outside of them. The network adds MSSA(Z) to Z instead: see
+    `attention`.
 
     The distortion is chosen in favour of the claim: 1/a lies between the noise's energy and the signal's (their
     geometric mean), so that the gradient is strong where there is noise and weak where there is signal.

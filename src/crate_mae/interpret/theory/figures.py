@@ -72,9 +72,9 @@ def draw_denoising(results: Denoising) -> Figure:
 
 
 def draw_attention(results: Attention) -> Figure:
-    """Errors of the series, and direction of the part that mixes tokens."""
-    figure = new_figure(11.0, 4.8)
-    axes = panels(figure, 1, 2)[0]
+    """Errors of the series, direction of the part that mixes tokens, and direction of whole steps."""
+    figure = new_figure(14.0, 4.8)
+    axes = panels(figure, 1, 3)[0]
     names = ["order 0", "order 1", "order 2", "softmax, s = 1", "softmax, s = p^-1/2"]
     families = (("orthogonal", results.orthogonal, "-"), ("coherent", results.coherent, "--"))
     for family, points, line in families:
@@ -84,6 +84,9 @@ def draw_attention(results: Attention) -> Figure:
             _draw_spreads(axes[0], x, [point.error[name] for point in points], number, label, linestyle=line)
             if name in points[0].mixing:
                 _draw_spreads(axes[1], x, [point.mixing[name] for point in points], number, label, linestyle=line)
+        for number, name in enumerate(points[0].descent):
+            label = name.replace("p^-1/2", "p$^{-1/2}$") if family == "orthogonal" else "_"
+            _draw_spreads(axes[2], x, [point.descent[name] for point in points], number, label, linestyle=line)
     for panel in axes:
         panel.set_xscale("log")
         panel.set_xlabel("a max ‖W$_k$‖² (the series converges below 1)")
@@ -93,6 +96,10 @@ def draw_attention(results: Attention) -> Figure:
     axes[0].set_ylabel("relative error of the gradient")
     axes[1].set_ylabel("cosine of the part that mixes tokens")
     axes[1].set_title("solid: orthogonal subspaces; dashed: slightly coherent", color=GREY)
+    axes[2].set_ylabel("cosine of the step with −∇R$^c$")
+    axes[2].set_ylim(-1.05, 1.05)
+    axes[2].axhline(0, color=GREY, linewidth=1)
+    axes[2].legend(frameon=False, loc="center right")
     legend_above(figure, axes[0], 5)
     return figure
 

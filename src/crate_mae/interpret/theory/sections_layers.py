@@ -100,8 +100,9 @@ def diffusion_section(results: Diffusion) -> Section:
     return Section(
         figure="diffusion",
         title="Structured diffusion, and its reverse",
-        claim="Small steps down R<sup>c</sup> move tokens onto the subspaces: the encoder. The same steps with a "
-        "plus sign take them back: the decoder.",
+        claim="Small steps down R<sup>c</sup> move tokens onto the subspaces: the model of an encoder. The same steps "
+        "with a plus sign take them back: the model of a decoder. The steps are those of the exact gradient, not those "
+        "of the published layers (section 2).",
         formula="forward: Z ← Z − κ ∇R<sup>c</sup>(Z | U) &nbsp;&nbsp; reverse: Z ← Z + κ ∇R<sup>c</sup>(Z | U)",
         how=f"{results.tokens} tokens on lines in the plane or in space, with noise σ = {results.noise_std:g}; ε = "
         f"{results.eps:.3g}; {first.steps} steps forward and as many back; {results.draws} draws. Angles to the lines "
