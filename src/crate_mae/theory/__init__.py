@@ -13,7 +13,8 @@ columns. Every formula here is the transpose of the papers', once and for all: t
 | eta    | `step_size`       | number         | step of one proximal-gradient (ISTA) iteration               |
 | lambda | `threshold`       | number         | weight of the l1 norm in the lasso                           |
 
-Read `coding_rate` (what is optimised), then `attention` (its gradient becomes attention), then `sparse_coding`.
+Read `coding_rate` (what is optimised), then `attention` (its gradient becomes attention), then `sparse_coding`, then
+`compression` (an attention step that provably does what the gradient promises).
 
 Papers: "White-Box Transformers via Sparse Rate Reduction" (arXiv 2306.01129, extended in 2311.13110) and "Masked
 Completion via Structured Diffusion with White-Box Transformers" (arXiv 2404.02446).
@@ -30,6 +31,14 @@ from crate_mae.theory.coding_rate import (
     subspace_coding_rate,
     subspace_coding_rate_gradient,
 )
+from crate_mae.theory.compression import (
+    balance,
+    balanced_membership,
+    balanced_ssa,
+    compression_step,
+    decompression_step,
+    symmetric_membership,
+)
 from crate_mae.theory.denoising import mixture_denoiser, mixture_log_density, mixture_membership
 from crate_mae.theory.diffusion import structured_diffusion
 from crate_mae.theory.measures import (
@@ -44,17 +53,23 @@ from crate_mae.theory.measures import (
 )
 from crate_mae.theory.mixtures import MixtureSample, sample_mixture
 from crate_mae.theory.sparse_coding import (
+    SingularPair,
     apply_ista_operator,
+    bounded_dictionary,
     ista_operator,
     ista_step,
     lasso_objective,
     sparse_codes,
+    top_singular_pair,
 )
 from crate_mae.theory.subspaces import (
     affinity,
     best_subspace_energy,
     coherence,
+    distance_from_orthogonal,
     match_up_to_scale,
+    nearest_orthogonal,
+    newton_schulz,
     orthonormal_bases,
     orthonormalised,
     orthonormality_error,
@@ -66,13 +81,21 @@ from crate_mae.theory.subspaces import (
 
 __all__ = [
     "MixtureSample",
+    "SingularPair",
     "affinity",
     "apply_ista_operator",
     "attention_membership",
+    "balance",
+    "balanced_membership",
+    "balanced_ssa",
     "best_subspace_energy",
+    "bounded_dictionary",
     "coding_rate",
     "coding_rate_gradient",
     "coherence",
+    "compression_step",
+    "decompression_step",
+    "distance_from_orthogonal",
     "effective_rank",
     "gini",
     "isometry_error",
@@ -87,6 +110,8 @@ __all__ = [
     "mixture_membership",
     "mssa",
     "mutual_coherence",
+    "nearest_orthogonal",
+    "newton_schulz",
     "official_subspace_coding_rate",
     "orthonormal_bases",
     "orthonormalised",
@@ -104,7 +129,9 @@ __all__ = [
     "structured_diffusion",
     "subspace_coding_rate",
     "subspace_coding_rate_gradient",
+    "symmetric_membership",
     "token_diversity",
+    "top_singular_pair",
     "unproject",
     "zero_fraction",
 ]
