@@ -1,0 +1,178 @@
+"""The way from the published layer to the monotone one, a piece at a time, for `measure.py`.
+
+Nothing of this is in the library, which has the two ends. A `Pieces` says which pieces a layer has; `installed` builds
+all layers so while a model is built or loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from crate_mae.models import autoencoder
+from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer
+from crate_mae.models.monotone import BoundedISTA, OrthogonalSubspaces
+from crate_mae.theory.attention import attention_membership
+from crate_mae.theory.compression import balanced_membership, symmetric_membership
+from crate_mae.theory.sparse_coding import sparse_codes
+
+MEMBERSHIPS = {
+    "softmax": attention_membership,
+    "symmetric": symmetric_membership,
+    "balanced": balanced_membership,
+    "none": lambda w, _scale: torch.eye(w.shape[-2], device=w.device, dtype=w.dtype),
+}
+
+
+class Pieces(NamedTuple):
+    """What a layer is made of.
+
+    Attributes:
+        subspaces: U "free", or square and "orthogonal"; the output projection is tied to it either way.
+        step: "published", Z + sum_k P_k W_k U_k^T, or "descent", X + sum_k kappa_k (P_k W_k - W_k) U_k^T.
+        membership: which P.
+        temperature: s = p^-1/2 "fixed", or "learned" for each head.
+        shared: whether all layers of a side have one U.
+        dictionary: "published" ISTA; its D "bounded"; bounded and started from "relu" of X or from "zero"; "zero two",
+            two steps from zero; or "none", relu(X) alone.
+        threshold: lambda "fixed", or "learned" for each layer (with "zero" alone).
+    """
+
+    subspaces: Literal["free", "orthogonal"] = "orthogonal"
+    step: Literal["published", "descent"] = "descent"
+    membership: Literal["softmax", "symmetric", "balanced", "none"] = "balanced"
+    temperature: Literal["fixed", "learned"] = "learned"
+    shared: bool = False
+    dictionary: Literal["published", "bounded", "relu", "zero", "zero two", "none"] = "zero"
+    threshold: Literal["fixed", "learned"] = "fixed"
+
+
+class FreeSubspaces(OrthogonalSubspaces):
+    """The same parameter, used as it is."""
+
+    def matrix(self) -> Tensor:
+        """U^T, of no particular kind."""
+        return self.weight
+
+    def retract_(self) -> None:
+        """Nothing to keep."""
+
+
+class Step(nn.Module):
+    """The attention step of some pieces."""
+
+    def __init__(self, embed_dim: int, num_heads: int, pieces: Pieces, side: list[OrthogonalSubspaces]) -> None:
+        super().__init__()
+        self.pieces, self.num_heads = pieces, num_heads
+        if not (pieces.shared and side):
+            kind = OrthogonalSubspaces if pieces.subspaces == "orthogonal" else FreeSubspaces
+            self.own = kind(embed_dim)
+            side.append(self.own)
+        self.used = (side[-1],)  # in a tuple, so that a U that is shared is a parameter once
+        start = torch.full((num_heads, 1, 1), -0.5 * math.log(embed_dim / num_heads))
+        if pieces.temperature == "learned":
+            self.log_scale = nn.Parameter(start)
+        else:
+            self.register_buffer("log_scale", start, persistent=False)
+        if pieces.step == "descent":
+            self.rate_logit = nn.Parameter(torch.zeros(num_heads, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """What the encoder adds and the decoder takes away."""
+        (subspaces,) = self.used
+        w = subspaces(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        # The softmax takes a number for its scale; a scale inside W serves all.
+        root = torch.exp(self.log_scale / 2)
+        mixed = MEMBERSHIPS[self.pieces.membership](root * w, 1.0) @ w
+        change = mixed if self.pieces.step == "published" else torch.sigmoid(self.rate_logit) * (mixed - w)
+        return subspaces.back(change.transpose(1, 2).flatten(2))
+
+
+class Sparsify(BoundedISTA):
+    """The sparse coding of some pieces, other than the published one and the library's own."""
+
+    def __init__(self, embed_dim: int, pieces: Pieces, **settings: Any) -> None:
+        super().__init__(embed_dim, **settings)
+        self.pieces = pieces
+        if pieces.threshold == "learned":
+            self.log_threshold = nn.Parameter(torch.tensor(math.log(self.threshold)))
+        if pieces.dictionary == "none":
+            self.dictionary.requires_grad_(False)
+        if pieces.dictionary in ("bounded", "relu"):
+            ISTA.reset_parameters(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Codes of the tokens X."""
+        if self.pieces.dictionary == "none":
+            return F.relu(x)
+        steps = 2 if self.pieces.dictionary == "zero two" else 1
+        start = {"bounded": x, "relu": F.relu(x)}.get(self.pieces.dictionary)
+        threshold: Any = self.log_threshold.exp() if self.pieces.threshold == "learned" else self.threshold
+        return sparse_codes(x, self.bounded(), self.step_size, threshold, steps, start=start)
+
+
+class PiecesEncoderLayer(EncoderLayer):
+    """An encoder layer of some pieces."""
+
+    def __init__(
+        self, embed_dim: int, num_heads: int, pieces: Pieces, side: list[OrthogonalSubspaces], drop_path: float
+    ) -> None:
+        nn.Module.__init__(self)
+        self.pieces, self.ista_skip = pieces, False
+        self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
+        self.attn = Step(embed_dim, num_heads, pieces, side)
+        self.drop_path = DropPath(drop_path)
+        self.ista = ISTA(embed_dim) if pieces.dictionary == "published" else Sparsify(embed_dim, pieces)
+
+    def step_start(self, z: Tensor, x: Tensor) -> Tensor:
+        """Z or X."""
+        return z if self.pieces.step == "published" else x
+
+
+class PiecesDecoderLayer(DecoderLayer):
+    """A decoder layer of some pieces."""
+
+    def __init__(self, embed_dim: int, num_heads: int, pieces: Pieces, side: list[OrthogonalSubspaces]) -> None:
+        nn.Module.__init__(self)
+        self.pieces = pieces
+        self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
+        self.dictionary = Dictionary(embed_dim)
+        self.attn = Step(embed_dim, num_heads, pieces, side)
+
+    def step_start(self, y_half: Tensor, x: Tensor) -> Tensor:
+        """Y_half or X."""
+        return y_half if self.pieces.step == "published" else x
+
+
+@contextmanager
+def installed(pieces: Pieces | None) -> Iterator[None]:
+    """While the block runs, CRATE's layers are built of these pieces; None leaves them as they are."""
+    if pieces is None:
+        yield
+        return
+
+    def encoder_block(**_settings: Any) -> Any:
+        side: list[OrthogonalSubspaces] = []
+
+        def build(*, dim: int, num_heads: int, drop_path: float, **_vit_only: Any) -> nn.Module:
+            return PiecesEncoderLayer(dim, num_heads, pieces, side, drop_path)
+
+        return build
+
+    def decoder_block(dim: int, num_heads: int, **_settings: Any) -> Any:
+        side: list[OrthogonalSubspaces] = []
+        return lambda: PiecesDecoderLayer(dim, num_heads, pieces, side)
+
+    with (
+        mock.patch.object(autoencoder, "crate_block", encoder_block),
+        mock.patch.object(autoencoder, "crate_decoder_block", decoder_block),
+    ):
+        yield
