@@ -38,9 +38,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path, driver):
 def test_two_processes_have_the_weights_of_one(tmp_path, driver, launcher, options):
     one = driver("pretrain", tmp_path / "one", MONOTONE, "steps=6", "monitor_steps=3")
     finish(
-        driver(
-            "pretrain", tmp_path / "two", MONOTONE, "steps=6", "monitor_steps=3", *options, launcher=launcher, **CPU
-        )
+        driver("pretrain", tmp_path / "two", MONOTONE, "steps=6", "monitor_steps=3", *options, launcher=launcher, **CPU)
     )
     finish(one)
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5

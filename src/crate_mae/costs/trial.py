@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from crate_mae.models.autoencoder import build
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import random_mask
+from crate_mae.models.monotone import retract_
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.precision import autocast
 
@@ -58,6 +59,7 @@ class TrialStep:
             shape = (settings.batch_size, config.in_chans, *config.image_size)
             self.images = torch.randn(shape).to(device)
             self.mask = random_mask(settings.batch_size, self.model.num_patches, settings.mask_ratio)
+        retract_(self.model)
         self.optimizer = build_optimizer(self.model, settings.weight_decay)
 
     def __call__(self) -> float:
@@ -67,6 +69,7 @@ class TrialStep:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
         self.optimizer.step()
+        retract_(self.model)
         self.optimizer.zero_grad()
         loss.item()  # waits for the device
         return time.perf_counter() - started
@@ -75,6 +78,7 @@ class TrialStep:
         """Floating-point operations of the matrix products of a step, forward and backward."""
         with flop_counter() as counter:
             self.loss().backward()
+            retract_(self.model)
         self.optimizer.zero_grad()
         return counter.get_total_flops()
 

@@ -134,6 +134,8 @@ class Compression(nn.Module):
         log_scale: s_k = exp(log_scale[k]), one per head; p^-1/2 at first, as in the published layer.
     """
 
+    orthogonal: ClassVar[type[OrthogonalSubspaces]] = OrthogonalSubspaces
+
     def __init__(
         self,
         embed_dim: int,
@@ -146,7 +148,7 @@ class Compression(nn.Module):
         if embed_dim % num_heads:
             raise UserError(f"The width {embed_dim} cannot be split into {num_heads} heads of equal dimension.")
         self.num_heads = num_heads
-        self.subspaces = OrthogonalSubspaces(embed_dim, device=device, dtype=dtype)
+        self.subspaces = self.orthogonal(embed_dim, device=device, dtype=dtype)
         self.rate_logit = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.reset_parameters()

@@ -52,6 +52,7 @@ _NAMES = {
 _OURS = {ours: official for official, ours in _NAMES.items()}
 # What the official code's classes have no arguments for, or what its weights do not tell.
 OFFICIAL_SETTINGS = {
+    "layer": "published",
     "step_size": 0.1,
     "threshold": 0.5,
     "output_projection": "free",

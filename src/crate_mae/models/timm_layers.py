@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from crate_mae.models.config import Layer
 from crate_mae.models.layers import ISTA, MSSA, EncoderLayer, OutputProjection, OvercompleteISTA
 from crate_mae.models.masking import patchify, unpatchify
-from crate_mae.models.monotone import BoundedISTA, Compression, MonotoneEncoderLayer
+from crate_mae.models.monotone import BoundedISTA, Compression, MonotoneEncoderLayer, OrthogonalSubspaces
 from crate_mae.theory.attention import ssa
 from crate_mae.theory.compression import balanced_ssa
 from crate_mae.theory.sparse_coding import ista_step
@@ -111,12 +111,32 @@ class TimmEncoderLayer(EncoderLayer):
         return z_half + self.drop_path(code) if self.ista_skip else code
 
 
+def settled(weight: Tensor) -> Tensor:
+    """`theory.subspaces.nearest_orthogonal` for TorchScript, of any weight that training leaves."""
+    u = weight
+    for _ in range(10):
+        u = 1.5 * u - 0.5 * (u @ (u.t() @ u))
+    return u
+
+
+class TimmSubspaces(OrthogonalSubspaces):
+    """`OrthogonalSubspaces`, written so that TorchScript can read it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `OrthogonalSubspaces`; b n d to b n d."""
+        if torch.jit.is_scripting():
+            return F.linear(x, settled(self.weight))
+        else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+            return F.linear(x, self.matrix())
+
+
 class TimmCompression(Compression):
     """`Compression`, written so that TorchScript can read it; for `torch.fx` it is one piece.
 
     After `timm.layers.set_fused_attn(False)` the balanced memberships pass through `attn_drop`, for hooks.
     """
 
+    orthogonal = TimmSubspaces
     fused_attn: Final[bool]
 
     def __init__(
@@ -134,19 +154,19 @@ class TimmCompression(Compression):
     def forward(self, x: Tensor) -> Tensor:
         """See `Compression`; b n d to b n d."""
         if torch.jit.is_scripting():
-            u = self.subspaces.weight
-            for _ in range(10):  # to rest, from any weight of a trained model
-                u = 1.5 * u - 0.5 * (u @ (u.t() @ u))
+            u = settled(self.subspaces.weight)
             w = F.linear(x, u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             root = torch.exp(self.log_scale / 2)[:, None, None]
             membership = torch.softmax((root * w) @ (root * w).transpose(-2, -1), dim=-1)
             mixed = membership @ (w * membership.sum(dim=-2).unsqueeze(-1).rsqrt())
             change = torch.sigmoid(self.rate_logit)[:, None, None] * (mixed - w)
             return F.linear(change.transpose(1, 2).flatten(2), u.t())
-        else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+        else:  # noqa: RET505
             w = self.project(x)
-            fused = self.fused_attn or x.is_meta
-            return self.step(w, balanced_ssa(w, self.scale()) if fused else self.attn_drop(self.membership(w)) @ w)
+            fused = self.fused_attn and not x.is_meta  # shapes alone have no autocast
+            return self.step(
+                w, balanced_ssa(w, self.scale()) if fused else self.attn_drop(self.membership(w)).to(w.dtype) @ w
+            )
 
 
 class TimmBoundedISTA(BoundedISTA):
