@@ -74,11 +74,9 @@ class OrthogonalSubspaces(nn.Module):
 
     def matrix(self) -> Float[Tensor, "d d"]:
         """U^T, orthogonal: in training up to the error of one Newton-Schulz step, at rest to working precision."""
-        if self.weight.is_meta:
-            return self.weight
         if not self.training:
             return _as_if(self.weight, self._at_rest())
-        if self.retracts_itself and not (torch.compiler.is_compiling() or isinstance(self.weight, FakeTensor)):
+        if self.retracts_itself and not _is_traced(self.weight):
             self._retract_if_changed()
         return self.weight
 
@@ -113,8 +111,9 @@ class OrthogonalSubspaces(nn.Module):
             self._kept = kept, kept
 
     def _at_rest(self) -> Float[Tensor, "d d"]:
-        if isinstance(self.weight, FakeTensor):
-            return self.weight.detach()
+        if _is_traced(self.weight):
+            with torch.no_grad():
+                return newton_schulz(self.weight, steps=10)  # to rest, from any weight that training leaves
         if self._kept is None or not torch.equal(self._kept[0], self.weight):
             with torch.inference_mode(False), torch.no_grad():  # what is kept will be used outside that mode, too
                 weight = self.weight.clone()
@@ -233,6 +232,8 @@ class BoundedISTA(ISTA):
         return self
 
     def _pair_at_rest(self) -> SingularPair:
+        if _is_traced(self.dictionary):
+            return top_singular_pair(self.dictionary, 10 * self.POWER_ITERATIONS)
         if self._pair is None or not torch.equal(self._pair[0], self.dictionary):
             with torch.inference_mode(False), torch.no_grad():  # what is kept will be used outside that mode, too
                 dictionary = self.dictionary.clone()
@@ -292,6 +293,11 @@ class MonotoneDecoderLayer(DecoderLayer):
         """What the attention step is taken from, of the tokens Y_half and X = LN(Y_half): X."""
         del y_half
         return x
+
+
+def _is_traced(tensor: Tensor) -> bool:
+    """Whether a program reads the computation and no number can be looked at: a compiler, or shapes alone."""
+    return torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
 
 
 def _as_if(parameter: Tensor, value: Tensor) -> Tensor:
