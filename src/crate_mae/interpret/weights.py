@@ -76,8 +76,9 @@ def _measure_layer(name: str, layer: nn.Module) -> Iterator[Row]:
 def output_projections(layer: nn.Module) -> Float[Tensor, "h d p"] | None:
     """The free output projections W_k of MSSA(Z) = sum_k SSA(Z | U_k) W_k^T; None where they are tied to the U_k."""
     attn = layer.get_submodule("attn")
-    assert isinstance(attn, MSSA)
-    return None if attn.proj is None else attn.proj.weight.detach().unflatten(1, (attn.num_heads, -1)).transpose(0, 1)
+    if not isinstance(attn, MSSA) or attn.proj is None:
+        return None
+    return attn.proj.weight.detach().unflatten(1, (attn.num_heads, -1)).transpose(0, 1)
 
 
 def dictionary_of(layer: nn.Module) -> Float[Tensor, "d m"] | None:

@@ -245,9 +245,15 @@ class EncoderLayer(nn.Module):
         """
         if attn_mask is not None or is_causal:
             raise ValueError("Subspace self-attention is defined over all tokens: it takes no mask and is not causal.")
-        z_half = z + self.drop_path(self.attn(self.norm1(z)))
+        x = self.norm1(z)
+        z_half = self.step_start(z, x) + self.drop_path(self.attn(x))
         code = self.ista(self.norm2(z_half))
         return z_half + self.drop_path(code) if self.ista_skip else code
+
+    def step_start(self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What the attention's step is added to: the tokens Z before the normalisation, not X = LN(Z) after it."""
+        del x
+        return z
 
 
 class DecoderLayer(nn.Module):
@@ -267,7 +273,13 @@ class DecoderLayer(nn.Module):
     def forward(self, y: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """One layer."""
         y_half = self.dictionary(self.norm1(y))
-        return y_half - self.attn(self.norm2(y_half))
+        x = self.norm2(y_half)
+        return self.step_start(y_half, x) - self.attn(x)
+
+    def step_start(self, y_half: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What the attention's step is subtracted from: Y_half before the normalisation, not LN(Y_half) after it."""
+        del x
+        return y_half
 
 
 def _init_dictionary(dictionary: Tensor) -> None:

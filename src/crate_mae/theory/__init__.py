@@ -23,6 +23,7 @@ from crate_mae.theory.attention import attention_membership, linear_ssa, mssa, s
 from crate_mae.theory.coding_rate import (
     coding_rate,
     coding_rate_gradient,
+    moment_coding_rate,
     official_subspace_coding_rate,
     projected_coding_rate,
     rate_reduction,
@@ -85,6 +86,7 @@ __all__ = [
     "mixture_denoiser",
     "mixture_log_density",
     "mixture_membership",
+    "moment_coding_rate",
     "mssa",
     "mutual_coherence",
     "official_subspace_coding_rate",
