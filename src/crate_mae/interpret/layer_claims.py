@@ -65,6 +65,7 @@ def measure_claims(
     *,
     seed: int = 0,
     quick: bool = False,
+    pools: bool = True,
 ) -> dict[Place, LayerClaims]:
     """Measure every claim about every layer with attention in subspaces.
 
@@ -74,6 +75,7 @@ def measure_claims(
         forward: runs the network on a batch.
         seed: of the random controls.
         quick: see `measure_layer`.
+        pools: whether to measure claims about all images at once.
 
     Raises:
         UserError: if tokens are not finite.
@@ -84,7 +86,7 @@ def measure_claims(
             for name in names:
                 layer = net.get_submodule(name)
                 part, number = place_of(name)
-                measured, z = measure_layer(layer, z, name, seed=seed, quick=quick)
+                measured, z = measure_layer(layer, z, name, seed=seed, quick=quick, pools=pools)
                 theorems: frozenset[str] = getattr(layer, "theorems", frozenset())
                 found[Place(tokens, part, number)] = LayerClaims(measured, theorems)  # pyright: ignore[reportArgumentType]
     return found
@@ -92,7 +94,13 @@ def measure_claims(
 
 @torch.no_grad()
 def measure_layer(
-    layer: nn.Module, z: Float[Tensor, "b n d"], name: str = "blocks.0", *, seed: int = 0, quick: bool = False
+    layer: nn.Module,
+    z: Float[Tensor, "b n d"],
+    name: str = "blocks.0",
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    pools: bool = True,
 ) -> tuple[dict[str, Measured], Float[Tensor, "b n d"]]:
     """All claims about one layer, and its output.
 
@@ -102,6 +110,7 @@ def measure_layer(
         name: of the layer, for a message.
         seed: of the random controls.
         quick: measure image by image in the first of `GROUPS` groups of images alone, and pool without a jackknife.
+        pools: whether to measure claims about all images at once.
     """
     generator = torch.Generator().manual_seed(seed)
     rotation = orthonormal_bases(1, z.shape[-1], z.shape[-1], generator)[0].to(z)
@@ -121,7 +130,7 @@ def measure_layer(
             of_images = _subspace_rates(layer, moves) | (_sparse_coding(layer, points) if has_codes else {})
             for claim, of_claim in of_images.items():
                 _append(values.setdefault(claim, {}), of_claim)
-        if not is_decoder:
+        if pools and not is_decoder:
             _append(sums, _sums_of_attention(moves) | (_sums_of_sparse_coding(layer, points) if has_codes else {}))
         outputs.append(points["z_next"])
     found = {claim: _per_image(claim, of_claim) for claim, of_claim in values.items()}

@@ -76,17 +76,21 @@ def controls_table() -> str:
 
 
 def by_subject(inspection: Inspection) -> str:
-    """In how many layers each claim holds, for the model and each control that was audited; on all tokens."""
-    subjects = [found for found in inspection.measured if found.measures.audit]
-    claims = [claims_of([row for row in found.measures.audit if row.tokens == "all"]) for found in subjects]
+    """In how many layers each claim holds, for the model and each control that was audited."""
+    columns = {
+        found.label + {"all": "", "visible": ", as in training"}[tokens]: claims_of(
+            [row for row in found.measures.audit if row.tokens == tokens]
+        )
+        for found in inspection.measured
+        for tokens in dict.fromkeys(row.tokens for row in found.measures.audit)
+    }
+    first = next(iter(columns.values()))
     lines = [
-        [rates_set(rows[0].text), *(_count(found.get(key, [])) for found in claims)] for key, rows in claims[0].items()
+        [rates_set(rows[0].text), *(_count(claims.get(key, [])) for claims in columns.values())]
+        for key, rows in first.items()
     ]
     return table(
-        ["claim", *(found.label for found in subjects)],
-        lines,
-        "Layers in which each claim holds, on all tokens. Untrained draws are compared with where networks differ in "
-        "weights; on other images they are not",
+        ["claim", *columns], lines, "Layers in which each claim holds. Untrained draws are a control on DATA alone"
     )
 
 

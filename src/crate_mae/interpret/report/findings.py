@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from crate_mae.drawing.page import table
-from crate_mae.interpret.audit import SPARSITY
+from crate_mae.interpret.audit import SPARSITY, AuditRow
 from crate_mae.interpret.layer_measures import OFFICIAL_POINT, OFFICIAL_RATE, VALUE_RATE
 from crate_mae.interpret.report.audit_table import is_met
 from crate_mae.interpret.report.findings_layers import (
@@ -78,7 +80,8 @@ def rates_finding(inspection: Inspection) -> Finding:
 def sparsity_finding(inspection: Inspection) -> Finding:
     """Whether tokens become sparser with depth, and whether ISTA makes them so."""
     trends = _trends(inspection, {measure: (measure, "z_next") for measure in SPARSER})
-    more = [*_against_relu(inspection.model)]
+    rows = [row for row in inspection.model.measures.audit if (row.claim, row.tokens) == (SPARSITY, "all")]
+    more = [_against_relu(rows)] if rows else []
     more += [f"{_capitalised(found.label)}: {_sparser(trends[found.key])}." for found in inspection.measured[1:]]
     if inspection.model.find("zero_fraction", "z_next")[-1].mean == 0:
         more.append("There are no exact zeros in the last layer’s output.")
@@ -86,7 +89,8 @@ def sparsity_finding(inspection: Inspection) -> Finding:
     return Finding(
         anchor="sparsity",
         title="Sparsity through the encoder",
-        answer=f"From the first encoder layer to the last they become {_sparser(trends['model'])}.",
+        answer=f"From the first encoder layer to the last, outputs become {_sparser(trends['model'])}"
+        f"{_than_relu(rows)}.",
         more=tuple(more),
         table=_trend_table(inspection, trends, names, "Outputs of layers, first → last encoder layer"),
     )
@@ -182,17 +186,17 @@ def _against_random(own: dict[str, Trend], random: dict[str, Trend] | None, is_f
     return [f"With random weights it {_tally(random)}. {lesson}"]
 
 
-def _against_relu(model: Measured) -> list[str]:
-    """Whether zeros are ISTA's, or those that relu(x) makes as well."""
-    rows = [row for row in model.measures.audit if (row.claim, row.tokens) == (SPARSITY, "all")]
+def _than_relu(rows: Sequence[AuditRow]) -> str:
+    """In how many layers that is ISTA's doing."""
     if not rows:
-        return []
-    layers = "; ".join(f"layer {row.layer}: ISTA {percent(row.after)}, relu(x) {percent(row.before)}" for row in rows)
-    more = sum(is_met(row) for row in rows)
-    return [
-        f"Exact zeros by layer: {layers}. ISTA makes more zeros than relu(x) of the same input in "
-        f"{more} of {plural(len(rows), 'layer')}; elsewhere ReLU would be as sparse."
-    ]
+        return ""
+    return f"; ISTA makes more exact zeros than ReLU in {sum(map(is_met, rows))} of {plural(len(rows), 'layer')}"
+
+
+def _against_relu(rows: Sequence[AuditRow]) -> str:
+    """Exact zeros of ISTA, and those that relu(x) makes of the same input."""
+    layers = [f"ISTA {percent(row.after)}, relu(x) {percent(row.before)} in layer {row.layer}" for row in rows]
+    return f"Exact zeros: {'; '.join(layers)}. Where ISTA makes no more than relu(x), ReLU would be as sparse."
 
 
 def _collapse(model: Measured) -> list[str]:

@@ -119,7 +119,7 @@ def attention_finding(inspection: Inspection) -> Finding:
         f"{number(whole.change)}, from {number(use[0].loss)}{_accuracies(use[0], whole)}.",
         more=(
             f"A token gives {shares} of its attention to itself, layer by layer; uniform attention gives "
-            f"{percent(uniform[0].mean)}. A layer works on single tokens if loss and probe stay the same without mixing.",
+            f"{percent(uniform[0].mean)}. A layer whose loss and probe stay the same works on single tokens.",
         ),
         table=_use_table(use),
     )
@@ -184,20 +184,16 @@ def information_finding(inspection: Inspection) -> Finding:
 
 
 def _of_tokens(rows: Sequence[AuditRow], tokens: str) -> str:
-    """Such as "All tokens: in every layer, ...; in some layers, ...; in no layer, ..."."""
-    claims = claims_of([row for row in rows if row.tokens == tokens])
-    groups: dict[str, list[str]] = {"in every layer": [], "in some layers": [], "in no layer": []}
-    for found in claims.values():
-        held = [f"{row.part[0].upper()}{row.layer}" for row in found if is_met(row)]
-        text = rates_set(found[0].text)
-        if len(held) == len(found):
-            groups["in every layer"].append(text)
-        elif held:
-            groups["in some layers"].append(f"{text} ({listed(held)})")
-        else:
-            groups["in no layer"].append(text)
+    """What holds where on one kind of tokens, such as "On all tokens: Attention lowers R^c (E0 and E2)."."""
     name = {"all": "On all tokens", "visible": "On tokens as in training"}[tokens]
-    return f"{name}: " + ". ".join(f"{where}: {'; '.join(texts)}" for where, texts in groups.items() if texts) + "."
+    held = {}
+    for found in claims_of([row for row in rows if row.tokens == tokens]).values():
+        places = [f"{row.part[0].upper()}{row.layer}" for row in found if is_met(row)]
+        if places:
+            held[rates_set(found[0].text)] = "in every layer" if len(places) == len(found) else listed(places)
+    if not held:
+        return f"{name}: no claim holds in any layer."
+    return f"{name}: {'; '.join(f'{text} ({places})' for text, places in held.items())}. No other claim holds."
 
 
 def _change(row: AuditRow | None) -> str:

@@ -124,9 +124,9 @@ def _audit(inspection: Inspection) -> str:
         "<details><summary>All numbers of the audit: values, margins, intervals, shares of images</summary>\n"
         f"{all_numbers(rows)}</details>\n"
         '<p class="small">Everything is paired: step and controls start from the same tokens of the same images, and '
-        "the margin of an image is that over its best control. Intervals of mean margins are Student’s, those of claims "
-        "on all images together a jackknife’s. The untrained column is the largest margin of five untrained draws of the "
-        "network, as a share of the value before. The same table is in <code>audit.csv</code>.</p>\n"
+        "the margin of an image is that over its best control. Intervals of mean margins are Student’s; those of "
+        "claims on all images together are a jackknife’s. The untrained column is the largest margin of five untrained "
+        "draws of the network, as a share of the value before. The same table is in <code>audit.csv</code>.</p>\n"
     )
 
 

@@ -129,8 +129,8 @@ def number(value: float) -> str:
 
 
 def rates_set(text: str) -> str:
-    """Text as HTML, in which R^c is set as it should be."""
-    return escape(text).replace("R^c", "R<sup>c</sup>")
+    """Text as HTML, in which R^c and minus signs are set as they should be."""
+    return escape(text).replace("R^c", "R<sup>c</sup>").replace(" - ", " − ")
 
 
 def percent(share: float) -> str:
