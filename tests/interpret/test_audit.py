@@ -100,7 +100,7 @@ def test_claims_and_layers_are_corrected_together_and_kinds_of_tokens_apart():
 
 
 def test_what_untrained_networks_do_as_well_was_not_learned():
-    found = measured(claims.COMPRESS, [90.0, 91.0, 90.5], a=[100.0, 100.0, 100.0])
+    found = measured(claims.COMPRESS, [90.0, 91.0, 90.5], **{claims.NO_CHANGE: [100.0, 100.0, 100.0]})
     weaker, stronger = (measured(claims.COMPRESS, [x, x], a=[100.0, 100.0]) for x in (95.0, 80.0))
     row = judged(found, draws=[weaker, weaker])
     assert (row.learned, row.untrained, row.status) == (True, pytest.approx(0.05), "holds")

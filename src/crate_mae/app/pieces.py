@@ -115,7 +115,7 @@ def curves_piece(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
     if not shown:
         return missing
     said = "".join(f"<li>{escape(name)}: {_in_words(found, layer)}</li>" for name, found in shown)
-    audits = "".join(_audit(name, found.audit) for name, found in shown)
+    audits = "".join(_audit(name, found.audit) for name, found in shown if found.audit)
     return (
         f'<div class="curves">{_figure(_draw_rates(shown, layer), "subspace_rate.svg")}'
         f'{_figure(_draw_zeros(shown, layer), "zeros.svg")}</div><ul class="said">{said}</ul>'
@@ -209,7 +209,7 @@ def _audit(name: str, rows: Sequence[AuditRow]) -> str:
     )
     return (
         f'<details class="audit" open><summary>{escape(name)}: steps and their controls, on this picture</summary>'
-        f'<div class="wide"><table><tr><th>layer</th>{header}</tr>{lines}</table></div>'
+        f"<div><table><tr><th>layer</th>{header}</tr>{lines}</table></div>"
         f'<p class="small">{_AUDIT}</p></details>'
     )
 
