@@ -275,9 +275,9 @@ def test_encoders_of_visible_patches_are_audited_on_those_too(build):
     found = measure_layers(build(mask_tokens="decoder"), "digits:test", count=5, untrained=2)
     assert {row.tokens for row in found.audit} == {"all", "visible"}
     rows = {(row.tokens, row.part, row.layer, row.claim): row for row in found.audit}
-    for (tokens, *place), row in rows.items():
-        if tokens == "all" and place[0] == "encoder":
-            assert rows["visible", *place].after != row.after
+    for (tokens, part, layer, key), row in rows.items():
+        if tokens == "all" and part == "encoder":
+            assert rows["visible", part, layer, key].after != row.after
     assert {row.tokens for row in measure_layers(build(), "digits:test", count=5, untrained=0).audit} == {"all"}
 
 
