@@ -18,8 +18,7 @@ from crate_mae.data import open_source
 from crate_mae.data.facts import fixed_sample
 from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret import layer_measures as measures
-from crate_mae.interpret.measure import Opened, open_measurable
-from crate_mae.interpret.report.subjects import fresh_twin
+from crate_mae.interpret.measure import Opened, fresh_twin, open_measurable
 from crate_mae.interpret.statistics import Row
 from crate_mae.interpret.streaming import LayerMeasure, Values, stream
 from crate_mae.theory.coding_rate import official_subspace_coding_rate

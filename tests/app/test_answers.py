@@ -1,6 +1,7 @@
 """The pieces of the page, without the page."""
 
 import base64
+import dataclasses
 import io
 import re
 from urllib.parse import unquote
@@ -12,7 +13,7 @@ import torch
 from PIL import Image
 
 from crate_mae.app.answers import answer_completion, answer_inside, fit_patch
-from crate_mae.app.compute import Curves
+from crate_mae.app.compute import Curves, measure_curves
 from crate_mae.app.curves import MARKED, Line, draw_curves, tick_values
 from crate_mae.app.pieces import curves_piece, file_stem, notice
 from crate_mae.app.shown_models import ShownModel, open_models
@@ -86,7 +87,7 @@ def test_a_transformer_says_what_it_has_not(fresh, photograph):
 
 
 def test_the_current_layer_is_marked_on_both_curves():
-    curves = [("a", Curves([1.0, 2.0, 3.0], [0.5, 1.0, 2.0], [0.1, 0.2, 0.3]))]
+    curves = [("a", Curves([1.0, 2.0, 3.0], [0.5, 1.0, 2.0], [0.1, 0.2, 0.3], []))]
     drawn = [re.findall(r"<svg.*?</svg>", curves_piece(curves, layer)) for layer in range(3)]
     assert [len(panels) for panels in drawn] == [2, 2, 2]
     for panel in range(2):
@@ -107,7 +108,7 @@ def test_curves_are_at_their_heights_and_can_be_saved():
     assert "layer 1: 4 nats &amp; so on" in drawn
     assert "a" * 50 not in drawn
     saved = re.search(
-        r'href="data:image/svg\+xml,([^"]+)" download', curves_piece([("a", Curves([1.0], [2.0], [0.5]))], 0)
+        r'href="data:image/svg\+xml,([^"]+)" download', curves_piece([("a", Curves([1.0], [2.0], [0.5], []))], 0)
     )
     assert unquote(saved[1]).startswith("<svg")
 
@@ -125,10 +126,26 @@ def test_ticks_are_round_and_reach_the_top(largest, ticks):
     assert tick_values(largest) == pytest.approx(ticks)
 
 
+def test_statuses_of_the_claims_on_a_picture_name_the_closest_control(fresh, photograph):
+    model = fresh["crate_mae_nano_patch2_8"]
+    audit = measure_curves(model.net, photograph).audit
+    assert {row.part for row in audit} == {"encoder"} and "sort" not in {row.claim for row in audit}
+    piece = answer_inside(photograph, [model], 0, 0)
+    cells = re.findall(r"<td>([∎✓✗‼]) (.*?)</td>", piece)
+    assert len(cells) == len(audit)
+    for (symbol, text), row in zip(cells, audit, strict=True):
+        assert (symbol == "✓") is (row.margin_share >= 0.01)
+        assert row.closest_control in text
+    theorem = dataclasses.replace(audit[0], status="theorem")
+    broken = dataclasses.replace(audit[1], status="contradiction")
+    drawn = curves_piece([("a", Curves([1.0], [2.0], [0.5], [theorem, broken]))], 0)
+    assert "∎ theorem" in drawn and "‼ contradiction" in drawn
+
+
 def test_what_a_layer_did_is_said_in_words_that_can_be_wrong():
-    curves = [("a", Curves([10.0, 20.0], [7.0, 21.0], [0.25, 0.5]))]
-    assert "in layer 0, MSSA lowers Rᶜ from 10 to 7 nats; 25% of the code" in curves_piece(curves, 0)
-    assert "in layer 1, MSSA raises Rᶜ from 20 to 21 nats; 50% of the code" in curves_piece(curves, 9)
+    curves = [("a", Curves([10.0, 20.0], [7.0, 21.0], [0.25, 0.5], []))]
+    assert "in layer 0, attention lowers Rᶜ from 10 to 7 nats; 25% of the code" in curves_piece(curves, 0)
+    assert "in layer 1, attention raises Rᶜ from 20 to 21 nats; 50% of the code" in curves_piece(curves, 9)
 
 
 def test_damage_is_said_where_the_pictures_would_be(fresh, photograph):

@@ -129,7 +129,7 @@ def test_curves_are_those_of_the_library(small, photograph, tmp_path):
 
 def test_a_transformer_has_attention_but_no_such_curves(photograph):
     twin = create_model("vit_mae_nano_patch2_8").eval()
-    assert measure_curves(twin, photograph) == ([], [], [])
+    assert measure_curves(twin, photograph) == ([], [], [], [])
     assert look_inside(twin, photograph, 0, 5).heads.shape == (4, 4, 4)
 
 

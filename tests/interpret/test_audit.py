@@ -1,101 +1,313 @@
-"""The audit holds claims to images before and after a step, and is not easily pleased."""
+"""The audit can fail: steps are held against controls, by hand-computed margins, and the rule is applied as written."""
+
+import dataclasses
 
 import pytest
 import torch
+from scipy.stats import ttest_1samp
 
-from crate_mae.interpret.audit import CLAIMS, audit, audit_measures
-from crate_mae.interpret.statistics import Row
-from crate_mae.interpret.streaming import stream
-from crate_mae.models.tracing import trace
+import crate_mae
+from crate_mae.interpret import audit as claims
+from crate_mae.interpret.audit import (
+    CLAIMS,
+    CONTROLS,
+    LayerClaims,
+    Measured,
+    Place,
+    audit,
+    contradicts,
+    holm,
+    jackknife,
+    margins_over,
+    p_value,
+)
+from crate_mae.interpret.layer_claims import measure_claims, measure_layer
+from crate_mae.interpret.measure import measure_layers
+from crate_mae.interpret.statistics import statistic
+from crate_mae.models.features import evaluating
 from crate_mae.theory import lasso_objective, subspace_coding_rate
 
+E0 = Place("all", "encoder", 0)
 
-def changed(measure, mean, spread, share, n=50, part="encoder"):
-    return [
-        Row(part, 0, measure, "change", mean, spread, n, "images"),
-        Row(part, 0, measure, "share", share, 0.1, n, "images"),
-    ]
+
+def measured(key, after, **controls):
+    """A claim whose value before is 100 in every image."""
+    after = torch.tensor(after)
+    before = torch.full_like(after, 100.0)
+    margins = margins_over(CLAIMS[key].sign, after, {name: torch.tensor(c) for name, c in controls.items()})
+    return Measured(before, after, margins, before)
+
+
+def judged(found, key=claims.COMPRESS, theorems=frozenset(), draws=()):
+    layers = {E0: LayerClaims({key: found}, theorems)}
+    (row,) = audit(layers, [{E0: LayerClaims({key: draw})} for draw in draws])
+    return row
+
+
+def walk(net, images, **options):
+    def show(net, batch):
+        return net(batch, mask_ratio=0.0)
+
+    with evaluating(net):
+        return measure_claims(net, {"all": list(images.split(4))}, show, **options)
+
+
+def test_margins_are_over_the_best_control_image_by_image():
+    found = measured(claims.COMPRESS, [90.0, 80.0, 99.0], a=[95.0, 100.0, 98.0], b=[100.0, 85.0, 99.5])
+    row = judged(found)
+    # Per image: min(5, 10), min(20, 5), min(-1, 0.5).
+    assert row.margin == pytest.approx((5 + 5 - 1) / 3)
+    assert row.margin_share == pytest.approx(0.03)
+    assert row.share_of_images == pytest.approx(2 / 3)
+    assert row.closest_control == "b"  # means: 8 over a, 5.17 over b
+    assert row.p_holm == pytest.approx(ttest_1samp([5, 5, -1], 0, alternative="greater").pvalue)
+    assert (row.before, row.after, row.n) == (100, pytest.approx(89.6667), 3)
+    assert row.status == "does not hold"
+
+
+def test_a_claim_that_value_rises_is_judged_the_other_way():
+    found = measured(claims.EXPAND, [110.0, 112.0, 114.0], a=[100.0, 100.0, 100.0])
+    row = judged(found, claims.EXPAND)
+    assert (row.margin, row.status) == (pytest.approx(12), "holds")
 
 
 @pytest.mark.parametrize(
-    ("measure", "part", "mean", "holds"),
-    [
-        ("mssa_subspace_rate", "encoder", -1.0, True),
-        ("mssa_subspace_rate", "encoder", -0.2, False),  # its interval, 0.284 to either side, has 0 in it
-        ("mssa_subspace_rate", "encoder", 1.0, False),
-        ("ista_gini", "encoder", 1.0, True),
-        ("ista_gini", "encoder", -1.0, False),
-        ("undo_subspace_rate", "decoder", 1.0, True),
-        ("undo_subspace_rate", "decoder", -1.0, False),
-    ],
+    ("share_of_images", "mean_share", "holds"), [(1.0, 0.02, True), (0.9, 0.02, False), (1.0, 0.009, False)]
 )
-def test_a_claim_holds_if_its_whole_interval_has_the_promised_sign(measure, part, mean, holds):
-    (row,) = audit(changed(measure, mean, 1.0, 0.8, part=part))
-    assert row.holds is holds
-    assert row.claim == CLAIMS[measure].text
-    assert (row.low, row.high) == pytest.approx((mean - 0.2842, mean + 0.2842), abs=1e-3)
-    assert row.share == pytest.approx(0.8)
-    assert 0.66 < row.share_low < 0.68 and 0.88 < row.share_high < 0.90  # Wilson, 40 of 50
+def test_a_claim_needs_nearly_all_images_and_an_effect(share_of_images, mean_share, holds):
+    margins = torch.full((100,), 100 * mean_share) + 0.01 * torch.randn(100, generator=torch.Generator().manual_seed(0))
+    margins[: round(100 * (1 - share_of_images))] = -0.1
+    found = Measured(torch.full((100,), 100.0), 100 - margins, {"a": margins}, torch.full((100,), 100.0))
+    assert judged(found).holds is holds
+
+
+def test_holms_correction_is_that_computed_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+    assert holm([0.8, 0.7]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+def test_claims_and_layers_are_corrected_together_and_kinds_of_tokens_apart():
+    one = measured(claims.COMPRESS, [97.0, 90.0, 99.0], a=[100.0, 100.0, 100.0])
+    layer = LayerClaims({claims.COMPRESS: one, claims.COMPRESS_UNIT: one})
+    places = [Place(tokens, "encoder", number) for tokens in ("all", "visible") for number in (0, 1, 2)]
+    (alone,) = audit({E0: LayerClaims({claims.COMPRESS: one})})
+    rows = audit(dict.fromkeys(places, layer))
+    assert len(rows) == 12
+    assert [row.p_holm for row in rows] == pytest.approx([min(1.0, 6 * alone.p_holm)] * 12)
+    assert 0 < 6 * alone.p_holm < 1
+
+
+def test_what_untrained_networks_do_as_well_was_not_learned():
+    found = measured(claims.COMPRESS, [90.0, 91.0, 90.5], **{claims.NO_CHANGE: [100.0, 100.0, 100.0]})
+    weaker, stronger = (measured(claims.COMPRESS, [x, x], a=[100.0, 100.0]) for x in (95.0, 80.0))
+    row = judged(found, draws=[weaker, weaker])
+    assert (row.learned, row.untrained, row.status) == (True, pytest.approx(0.05), "holds")
+    row = judged(found, draws=[weaker, stronger])
+    assert (row.learned, row.untrained, row.status) == (False, pytest.approx(0.2), "does not hold")
+    # Theorems, and the lasso of a network's own dictionary, do not have to be learned.
+    assert judged(found, theorems=frozenset({claims.COMPRESS}), draws=[stronger]).holds
+    assert judged(found, claims.LASSO, draws=[stronger]).status == "holds"
+
+
+def test_a_theorem_stands_unless_an_image_contradicts_it():
+    theorems = frozenset({claims.COMPRESS})
+    kept = Measured(
+        *(torch.tensor([100.0, 100.0]), torch.tensor([99.9, 99.0])),
+        {claims.NO_CHANGE: torch.tensor([0.1, 1.0]), claims.NO_MIXING: torch.tensor([-5.0, -5.0])},
+        torch.tensor([100.0, 100.0]),
+    )
+    row = judged(kept, theorems=theorems)
+    assert (row.status, row.holds) == ("theorem", False)  # true of all weights, and no better than without mixing
+    broken = kept._replace(margins={claims.NO_CHANGE: torch.tensor([0.1, -0.1])})
+    assert contradicts(claims.COMPRESS, broken)
+    assert judged(broken, theorems=theorems).status == "contradiction"
+    rounded = kept._replace(margins={claims.NO_CHANGE: torch.tensor([0.1, -1e-4])})
+    assert not contradicts(claims.COMPRESS, rounded)
 
 
 def test_one_image_proves_nothing():
-    (row,) = audit(changed("ista_gini", 1.0, None, 1.0, n=1))
-    assert row.holds is False
-    assert row.low is row.high is None
+    row = judged(measured(claims.COMPRESS, [50.0], a=[100.0]))
+    assert (row.holds, row.p_holm, row.margin_low, row.margin_high) == (False, 1.0, None, None)
 
 
-def test_changes_are_those_of_the_traces(build, images):
+def test_p_values_of_equal_margins():
+    assert p_value(statistic(torch.full((5,), 2.0))) == 0
+    assert p_value(statistic(torch.zeros(5))) == 1
+
+
+def test_the_jackknife_of_a_mean_is_its_standard_error():
+    x = torch.tensor([1.0, 4.0, 2.0, 9.0, 3.0], dtype=torch.float64)
+    without = (x.sum() - x) / 4
+    found = jackknife(torch.cat([x.mean()[None], without]))
+    assert (found.mean, found.n) == (pytest.approx(float(x.mean())), 5)
+    assert found.spread == pytest.approx(float(x.std()))
+    assert jackknife(torch.tensor([3.0])).spread is None
+
+
+def test_every_control_of_the_table_is_explained():
+    assert {control for claim in CLAIMS.values() for control in claim.controls} == set(CONTROLS)
+
+
+def test_values_are_those_of_the_layer(build, images):
     model = build()
-    rows = audit(stream(model, images.split(3), audit_measures()).rows)
-    assert len(rows) == 2 * 8 + 2 * 3
-    with torch.no_grad(), trace(model, ["*.z", "*.z_half", "*.z_next", "*.code"]) as record:
+    rows = {(row.part, row.layer, row.claim): row for row in audit(walk(model, images))}
+    layer = model.encoder.blocks[0]
+    with torch.no_grad(), crate_mae.trace(model, ["*.z", "*.z_half", "*.z_next", "*.code"]) as record:
         model(images, mask_ratio=0.0)
     points = {name: values[0] for name, values in record.items()}
-    layer = model.encoder.blocks[1]
+    z, z_half, code = (points[f"encoder.blocks.0.{kind}"] for kind in ("z", "z_half", "code"))
     with torch.no_grad():
-        u = layer.attn.bases()
-        rate = [subspace_coding_rate(points[f"encoder.blocks.1.{point}"], u) for point in ("z", "z_half")]
-        x = layer.norm2(points["encoder.blocks.1.z_half"])
+        u, x = layer.attn.bases(), layer.norm2(z_half)
+        step = z_half - z
+        w = layer.attn.project(layer.norm1(z))
+        alone = layer.attn.step(w, w)
+        rates = [subspace_coding_rate(t, u) for t in (z, z_half, z - step, z + alone)]
         lasso = [
-            lasso_objective(a, x, layer.ista.dictionary, 0.5) for a in (x, x.relu(), points["encoder.blocks.1.code"])
+            float(lasso_objective(a, x, layer.ista.dictionary, 0.5)) for a in (code, x.relu(), torch.zeros_like(x))
         ]
-        u = model.decoder.blocks[0].attn.bases()
-        undo = [subspace_coding_rate(points[f"decoder.blocks.0.{point}"], u) for point in ("z_half", "z_next")]
-    expected = {
-        ("encoder", 1, "mssa_subspace_rate"): rate[1] - rate[0],
-        ("encoder", 1, "ista_lasso"): lasso[2] - lasso[0],
-        ("encoder", 1, "ista_lasso_feasible"): lasso[2] - lasso[1],
-        ("decoder", 0, "undo_subspace_rate"): undo[1] - undo[0],
-    }
-    found = {(row.part, row.layer, row.measure): row for row in rows}
-    for key, change in expected.items():
-        assert found[key].change == pytest.approx(float(change.mean()), rel=1e-3, abs=1e-3)
-        assert found[key].n == 7
-    share = ((rate[1] - rate[0]) < 0).float().mean()
-    assert found["encoder", 1, "mssa_subspace_rate"].share == pytest.approx(float(share))
+        y, y_next = (points[f"decoder.blocks.0.{kind}"] for kind in ("z_half", "z_next"))
+        undo = [subspace_coding_rate(t, model.decoder.blocks[0].attn.bases()) for t in (y, y_next)]
+    row = rows["encoder", 0, claims.COMPRESS]
+    assert (row.before, row.after) == pytest.approx([float(r.mean()) for r in rates[:2]], rel=1e-4)
+    best = torch.stack([rates[0] - rates[1], rates[2] - rates[1], rates[3] - rates[1]]).amin(0)
+    assert row.margin <= float(best.mean()) + 1e-3
+    row = rows["encoder", 0, claims.LASSO]
+    assert (row.after, row.before) == pytest.approx((lasso[0], lasso[2]), rel=1e-4)
+    assert rows["encoder", 0, claims.LASSO_ZERO].margin == pytest.approx(lasso[2] - lasso[0], rel=1e-3)
+    row = rows["encoder", 0, claims.SPARSITY]
+    assert row.after - row.before == pytest.approx(float(((code == 0).float() - (x <= 0).float()).mean()), abs=1e-5)
+    row = rows["decoder", 0, claims.DECOMPRESS]
+    assert (row.before, row.after) == pytest.approx([float(r.mean()) for r in undo], rel=1e-4)
+    assert {row.n for row in rows.values()} == {7}
 
 
-def test_a_layer_whose_attention_compresses_passes_and_its_negative_fails(build, images):
-    """W_k = -U_k times a little is a step down the linear part of R^c; with the other sign it is a step up."""
-    for sign, passes in ((-1.0, True), (1.0, False)):
+def descending(layer, sign=1.0):
+    """Make a layer's step one down R^c: tied to orthogonal subspaces, with -W_k that the published step lacks."""
+    attn = layer.attn
+    with torch.no_grad():
+        attn.subspaces.weight.copy_(torch.eye(24))
+        attn.proj.weight.copy_(torch.eye(24))
+        attn.proj.bias.zero_()
+    step = type(attn).step
+    attn.step = lambda w, mixed: sign * 0.3 * step(attn, w, mixed - w)
+    attn.register_forward_hook(lambda m, inputs, _: m.step(w := m.project(inputs[0]), m.membership(w) @ w))
+
+
+def test_a_descending_step_compresses_and_its_negative_does_not(build, images):
+    for sign, status in ((1.0, "holds"), (-1.0, "does not hold")):
         model = build(depth=1, decoder_depth=1)
-        attn = model.encoder.blocks[0].attn
-        with torch.no_grad():
-            attn.proj.weight.copy_(sign * 0.05 * attn.subspaces.weight.t())
-            attn.proj.bias.zero_()
-        rows = audit(stream(model, [images], audit_measures()).rows)
-        (row,) = [row for row in rows if row.measure == "mssa_subspace_rate"]
-        assert row.holds is passes
-        assert row.share == float(passes)
+        descending(model.encoder.blocks[0], sign)
+        (row,) = [row for row in audit(walk(model, images)) if row.claim == claims.COMPRESS]
+        assert row.status == status
+        if sign < 0:
+            assert row.closest_control in (claims.FLIPPED, claims.NO_CHANGE, claims.NO_MIXING)
+            assert row.share_of_images == 0
 
 
-def test_an_overcomplete_code_is_compared_with_nothing(build, images):
-    rows = audit(stream(build(overcomplete=4), [images], audit_measures()).rows)
-    measures = {row.measure for row in rows}
-    assert "ista_lasso" in measures and "ista_lasso_feasible" not in measures
+def test_a_network_without_attention_compresses_nothing(build, images):
+    """The review found that one passes a test of the sign alone: here its step is one of its own controls."""
+    model = build()
+    for layer in model.encoder.blocks:
+        layer.attn.membership = lambda w: torch.eye(w.shape[-2]).expand(*w.shape[:-1], w.shape[-2])
+        layer.attn.register_forward_hook(lambda m, inputs, _: m.step(w := m.project(inputs[0]), w))
+    forms = (claims.COMPRESS, claims.COMPRESS_NORMALISED, claims.COMPRESS_UNIT)
+    rows = [row for row in audit(walk(model, images)) if row.claim in forms]
+    assert len(rows) == 6
+    assert {row.status for row in rows} == {"does not hold"}
+    assert all(row.margin <= 1e-4 for row in rows)
+
+
+def test_relu_in_the_place_of_ista_is_neither_sparse_nor_sparse_coding(build, images):
+    model = build()
+    for layer in model.encoder.blocks:
+        layer.ista.register_forward_hook(lambda _m, inputs, _code: inputs[0].relu())
+    keys = (claims.SPARSITY, claims.LASSO, claims.EXPAND, claims.EXPAND_REDUCTION)
+    rows = [row for row in audit(walk(model, images)) if row.claim in keys]
+    assert {row.status for row in rows} == {"does not hold"}
+    assert all(row.margin <= 1e-6 for row in rows)
+    assert {row.closest_control for row in rows if row.claim == claims.SPARSITY} == {claims.RELU}
+
+
+def test_plain_shrinking_and_averaging_sort_nothing(build, images):
+    """Each has a margin of 0 over itself at an equal fall of R^c."""
+    for shrink in (True, False):
+        model = build(depth=1, decoder_depth=1)
+        layer = model.encoder.blocks[0]
+
+        def move(_m, inputs, _output, shrink=shrink):
+            z = inputs[0] if shrink else inputs[0] - inputs[0].mean(1, keepdim=True)
+            return -0.2 * z
+
+        layer.norm1 = torch.nn.LayerNorm(24, elementwise_affine=False)
+        layer.norm1.register_forward_hook(lambda _m, inputs, _x: inputs[0])
+        layer.attn.register_forward_hook(move)
+        with torch.no_grad(), crate_mae.trace(model.encoder, ["blocks.0.z"]) as record:
+            model.encoder.forward_features(images)
+        found, _ = measure_layer(layer, record["blocks.0.z"][0])
+        own = claims.SHRINKING if shrink else claims.UNIFORM
+        assert float(found[claims.SORT].margins[own][0]) == pytest.approx(0, abs=1e-3)
+        assert float(found[claims.SORT].margins[claims.NO_CHANGE][0]) > 0
+
+
+def test_an_overcomplete_code_is_compared_with_no_code_alone(build, images):
+    rows = audit(walk(build(overcomplete=4), images))
+    keys = {row.claim for row in rows}
+    assert claims.LASSO_ZERO in keys
+    assert not keys & {claims.LASSO, claims.SPARSITY, claims.EXPAND}
 
 
 def test_a_vit_has_nothing_to_audit(build, images):
-    found = stream(build("vit_mae_nano_patch2_8"), [images], audit_measures())
-    assert audit(found.rows) == []
-    assert found.left_out == ["subspace rates", "audit of ISTA"]
+    assert audit(walk(build("vit_mae_nano_patch2_8"), images)) == []
+
+
+def test_layers_declare_their_theorems(build, images):
+    model = build()
+    model.encoder.blocks[1].theorems = frozenset({claims.LASSO_ZERO, claims.SPARSITY})
+    status = {(row.layer, row.claim): row.status for row in audit(walk(model, images)) if row.part == "encoder"}
+    for key in (claims.LASSO_ZERO, claims.SPARSITY):
+        assert status[1, key] in ("theorem", "contradiction")
+        assert status[0, key] in ("holds", "does not hold")
+
+
+def test_encoders_of_visible_patches_are_audited_on_those_too(build):
+    found = measure_layers(build(mask_tokens="decoder"), "digits:test", count=5, untrained=2)
+    assert {row.tokens for row in found.audit} == {"all", "visible"}
+    rows = {(row.tokens, row.part, row.layer, row.claim): row for row in found.audit}
+    for (tokens, part, layer, key), row in rows.items():
+        if tokens == "all" and part == "encoder":
+            assert rows["visible", part, layer, key].after != row.after
+    assert {row.tokens for row in measure_layers(build(), "digits:test", count=5, untrained=0).audit} == {"all"}
+
+
+def test_the_same_numbers_come_again_and_untrained_draws_are_reported(build):
+    found = [measure_layers(build(), "digits:test", count=6, untrained=2).audit for _ in range(2)]
+    assert found[0] == found[1]
+    assert all(row.untrained is not None and row.learned is not None for row in found[0])
+    assert all(row.learned is None for row in measure_layers(build(), "digits:test", count=3, untrained=0).audit)
+
+
+def test_quick_measures_are_the_first_of_all(build, images):
+    whole, quick = (walk(build(), images, quick=quick) for quick in (False, True))
+    for place, layer in whole.items():
+        for key, found in layer.measured.items():
+            part = quick[place].measured[key]
+            assert len(part.after) == 1
+            assert part.after[0] == pytest.approx(float(found.after[0]), rel=1e-6)
+
+
+def test_the_published_bundled_model_does_not_hold(shared):
+    """What the review measured: no compression, lasso above the all-zero code, no more zeros than ReLU, no sorting."""
+    found = measure_layers(
+        "crate_mae_micro_cifar10", str(shared / "data/cifar10/test.parquet"), count=12, untrained=0
+    ).audit
+    rows = [row for row in found if row.tokens == "all" and row.part == "encoder"]
+    assert {row.status for row in rows} == {"does not hold"}
+    by = {(row.layer, row.claim): row for row in rows}
+    assert by[0, claims.COMPRESS].after > by[0, claims.COMPRESS].before + 20
+    assert by[1, claims.COMPRESS_UNIT].after < by[1, claims.COMPRESS_UNIT].before - 50  # and controls do it, too
+    assert by[1, claims.COMPRESS_UNIT].margin < 0
+    assert all(by[layer, claims.LASSO].after > 1.3 * by[layer, claims.LASSO].before for layer in range(3))
+    assert all(by[layer, claims.LASSO].closest_control == claims.ZERO for layer in range(3))
+    assert dataclasses.asdict(rows[0])["closest_control"]

@@ -27,11 +27,13 @@ def test_everything_is_measured_and_written(digits_model, tmp_path):
     assert digits_model.training
     assert all(torch.equal(a, b) for a, b in zip(before, digits_model.parameters(), strict=True))
     assert not any(module._forward_hooks for module in digits_model.modules())
-    assert stages == ["weights", "rates, sparsity, ranks", "inverses", "information"]
+    assert stages == ["weights", "rates, sparsity, ranks", "inverses", "information", "audit"]
     assert (found.images, found.data, found.mask_ratio, found.left_out) == (9, "digits:test", None, {})
     for measure, point in [
         ("subspace_rate", "z_half"),
-        ("objective", "z_next"),
+        ("sparsity_penalty", "z_next"),
+        ("subspace_rate_official", "projections"),
+        ("pooled_rate_reduction", "z_next"),
         ("gini", "code"),
         ("output_cosine", ""),
         ("inverse_dictionary_cosine", ""),
@@ -41,8 +43,8 @@ def test_everything_is_measured_and_written(digits_model, tmp_path):
         ("feature_rank", "z_next"),
     ]:
         assert [row.layer for row in find(found.rows, measure, point)] == [0, 1]
-    assert len(found.audit) == 2 * 8 + 2 * 3
-    assert not [row for row in found.rows if row.point in ("change", "share")]
+    assert len(found.audit) == 2 * 11 + 2 * 3
+    assert not {"rate_reduction", "objective"} & {row.measure for row in found.rows}
     again = measure_layers(digits_model, "digits:test", count=9, batch_size=4)
     assert again == found
 
@@ -53,7 +55,12 @@ def test_everything_is_measured_and_written(digits_model, tmp_path):
     table = list(csv.DictReader(io.StringIO((tmp_path / "a.csv").read_text())))
     assert len(table) == len(found.rows)
     assert float(table[3]["mean"]) == pytest.approx(found.rows[3].mean)
-    assert len(list(csv.DictReader(io.StringIO(found.audit_csv())))) == len(found.audit)
+    judged = list(csv.DictReader(io.StringIO(found.audit_csv())))
+    assert len(judged) == len(found.audit)
+    columns = {"tokens", "part", "layer", "claim", "text", "before", "after", "closest_control", "margin", "p_holm"}
+    columns |= {"margin_low", "margin_high", "margin_share", "share_of_images", "n", "untrained", "learned"}
+    assert set(judged[0]) == columns | {"holds", "status"}
+    assert {row["status"] for row in judged} <= {"holds", "does not hold"}
     with pytest.raises(UserError, match=r"\.json or \.csv"):
         found.write(tmp_path / "a.txt")
 
@@ -77,7 +84,7 @@ def test_a_vit_is_measured_as_far_as_it_goes(build):
         "dictionaries",
         "subspace rates",
         "sparsity of codes",
-        "audit of ISTA",
+        "audit",
         "dead coordinates",
     }
     assert "value projections stand in" in found.left_out["subspace rates"]

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import crate_mae
-from crate_mae.interpret.report.audit_table import SYMBOLS
+from crate_mae.interpret.report.audit_table import CLASSES, SYMBOLS
 from crate_mae.interpret.report.figures import plan_figures
 from crate_mae.interpret.report.findings import STAND_IN_LIMITS
 from crate_mae.interpret.report.inspection import Training, inspect_model
@@ -23,7 +23,17 @@ from crate_mae.interpret.report.wording import number, percent
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
 SECTIONS = {"model", "findings", "layers", "audit", "weights", "attention", "tokens", "left-out"}
 FIGURES = {
-    *("completions", "subspace_rates", "within_layers", "rates", "sparsity", "ranks", "information", "weights"),
+    *(
+        "completions",
+        "subspace_rates",
+        "within_layers",
+        "mixing",
+        "rates",
+        "sparsity",
+        "ranks",
+        "information",
+        "weights",
+    ),
     *("inverses", "heads", "saliency", "foregrounds", "token_colours", "neighbours"),
 }
 
@@ -143,21 +153,41 @@ def test_the_files_hold_the_numbers_of_the_page(inspection, files, page):
     ]
 
 
-def test_every_claim_about_every_layer_has_a_symbol_and_its_numbers(inspection, page):
+def test_every_claim_about_every_layer_has_a_symbol_its_control_and_its_numbers(inspection, page):
     section = page[page.index('id="audit"') : page.index('id="weights"')]
     rows = inspection.model.measures.audit
-    cells = re.findall(r'<td class="(holds|fails|open)"[^>]*>(.)<br>(\d+%)', section)
+    cells = re.findall(
+        r'<td class="(\w+)" title[^>]*>(.)<br>(\d+%|pooled)<br><span class="small">(.*?)</span>', section
+    )
     expected = [row for part in ("encoder", "decoder") for row in rows if row.part == part]
-    assert [cell[2] for cell in cells] == [percent(row.share) for row in expected]
-    assert sum(cell[0] == "holds" for cell in cells) == sum(row.holds for row in rows)
-    assert all(SYMBOLS[name] == symbol for name, symbol, _ in cells)
-    assert all(number(row.low) + " to " + number(row.high) in section for row in rows)
+    assert [(cell[0], cell[1]) for cell in cells] == [(CLASSES[row.status], SYMBOLS[row.status]) for row in expected]
+    assert [cell[2] for cell in cells] == [
+        "pooled" if row.share_of_images is None else percent(row.share_of_images) for row in expected
+    ]
+    assert [cell[3] for cell in cells] == [row.closest_control for row in expected]
+    assert all(number(row.margin_low) + " to " + number(row.margin_high) in section for row in rows)
 
 
-def test_claims_are_counted_and_their_changes_averaged_for_each_subject(inspection, page):
-    rows = [row for row in inspection.subject("random").measures.audit if row.measure == "ista_gini"]
-    held, mean = sum(row.holds for row in rows), sum(row.change for row in rows) / len(rows)
-    assert f'<td>{held} of 2<br><span class="small">{number(mean)}</span></td>' in page
+def test_untrained_networks_are_controls_of_the_trained_ones_alone(inspection):
+    audits = {found.key: found.measures.audit for found in inspection.measured}
+    assert {key for key, rows in audits.items() if rows} == {"model", "other", "train"}
+    assert all(row.learned is not None for row in audits["model"])
+    assert all(row.learned is None for row in (*audits["other"], *audits["train"]))
+
+
+def test_the_model_without_mixing_is_in_the_files_and_on_the_page(inspection, files, page):
+    use = inspection.attention_use
+    assert [(u.part, u.layer) for u in use] == [
+        ("", None),
+        *(("encoder", layer) for layer in (0, 1, None)),
+        *(("decoder", layer) for layer in (0, 1, None)),
+    ]
+    assert (use[0].change, use[0].change_low) == (0, 0)
+    assert all((u.accuracy is None) == (u.part == "decoder") for u in use)
+    table = list(csv.DictReader(io.StringIO(files["attention.csv"].decode())))
+    assert [float(row["loss"]) for row in table] == [u.loss for u in use]
+    assert json.loads(files["measures.json"])["attention_use"][1]["change"] == use[1].change
+    assert number(use[3].loss) in page and "Without mixing in the encoder" in page
 
 
 def test_a_black_box_baseline_is_drawn_and_told(inspection, page):

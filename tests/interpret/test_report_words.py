@@ -6,20 +6,26 @@ import pytest
 import torch
 
 import crate_mae
-from crate_mae.interpret.audit import CLAIMS, AuditRow
-from crate_mae.interpret.report.audit_table import status
+from crate_mae.interpret.attention_use import AttentionUse
 from crate_mae.interpret.report.findings import STAND_IN_LIMITS, rates_finding, sparsity_finding, write_findings
-from crate_mae.interpret.report.findings_layers import information_finding, inverses_finding, steps_finding
+from crate_mae.interpret.report.findings_layers import (
+    attention_finding,
+    information_finding,
+    inverses_finding,
+    lengths_finding,
+    steps_finding,
+)
 from crate_mae.interpret.report.inspection import Measured, inspect_model
 from crate_mae.interpret.report.settings import Settings
-from crate_mae.interpret.report.wording import course, listed, number, percent, plural, rates_set
+from crate_mae.interpret.report.wording import listed, number, percent, plural, rates_set, trend
 from crate_mae.interpret.statistics import Row
 
-FORMS = ("subspace_rate", "subspace_rate_normalised", "subspace_rate_official")
+FORMS = {"subspace_rate": "z_half", "subspace_rate_normalised": "z_half", "subspace_rate_official": "projections"}
 
 
 def curve(means, *, measure="x", point="", spread=1.0, n=100, over="images", part="encoder"):
-    return [Row(part, i, measure, point, mean, spread, n, over) for i, mean in enumerate(means)]
+    """Rows in which the change of every image from the first layer has the spread."""
+    return [Row(part, i, measure, point, m, spread, n, over, m - means[0], spread) for i, m in enumerate(means)]
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +50,8 @@ def with_curve(inspection, key, measure, point, means, **options):
 
 def rates(inspection, **means):
     for key, values in means.items():
-        for form in FORMS:
-            inspection = with_curve(inspection, key, form, "z_half", values)
+        for form, point in FORMS.items():
+            inspection = with_curve(inspection, key, form, point, values)
     return rates_finding(inspection)
 
 
@@ -58,14 +64,16 @@ def test_numbers_are_written_shortly():
     assert rates_set("lowers R^c < 1") == "lowers R<sup>c</sup> &lt; 1"
 
 
-def test_a_verdict_needs_intervals_that_do_not_overlap():
-    assert str(course(curve([5.0, 6.0, 3.0]))) == "5.00 → 3.00, falls (1 of 2 steps)"
-    assert str(course(curve([3.0, 5.0]))) == "3.00 → 5.00, rises (1 of 1 step)"
-    assert course(curve([5.0, 3.0], spread=20.0)).verdict == "unclear"
-    assert course(curve([5.0, 3.0], spread=None, n=1)).verdict == "unclear"
-    assert course(curve([5.0, 3.0], spread=None, n=1, over="layer")).verdict == "falls"
-    assert course(curve([5.0])).verdict == "unclear"
-    assert course([]) is None
+def test_a_verdict_needs_a_paired_change_whose_interval_is_not_around_0():
+    assert str(trend(curve([5.0, 6.0, 3.0]))) == "5.00 → 3.00, falls (1 of 2 steps)"
+    assert str(trend(curve([3.0, 5.0]))) == "3.00 → 5.00, rises (1 of 1 step)"
+    assert trend(curve([5.0, 3.0], spread=20.0)).verdict == "unclear"
+    alike = [dataclasses.replace(row, change_spread=0.1) for row in curve([5.0, 3.0], spread=20.0)]
+    assert trend(alike).verdict == "falls"  # images differ by much more than any of them changes
+    assert trend(curve([5.0, 3.0], spread=None, n=1)).verdict == "unclear"
+    assert trend(curve([5.0, 3.0], spread=None, n=1, over="layer")).verdict == "falls"
+    assert trend(curve([5.0])).verdict == "unclear"
+    assert trend([]) is None
 
 
 def test_a_fall_of_the_rate_is_said_and_weighed_against_random_weights(inspection):
@@ -83,7 +91,7 @@ def test_a_fall_of_the_rate_is_said_and_weighed_against_random_weights(inspectio
 @pytest.mark.parametrize(("means", "words"), [([5.0, 9.0], "5.00 → 9.00, rises"), ([9.0, 5.0], "9.00 → 5.00, falls")])
 def test_a_black_box_is_told_by_its_stand_in_and_its_limits_are_said(inspection, means, words):
     random = inspection.measured[1]
-    rows = curve(means, measure="value_rate_official", point="z_half")
+    rows = curve(means, measure="value_rate_official", point="projections")
     black_box = dataclasses.replace(random, key="baseline", measures=dataclasses.replace(random.measures, rows=rows))
     found = rates_finding(dataclasses.replace(inspection, measured=[*inspection.measured, black_box]))
     assert (
@@ -99,7 +107,7 @@ def test_a_black_box_is_told_by_its_stand_in_and_its_limits_are_said(inspection,
 def test_a_black_box_is_weighed_against_its_own_random_weights(inspection):
     def told(trained, fresh):
         means = {"baseline": trained, "random_baseline": fresh}
-        rows = {key: curve(values, measure="value_rate_official", point="z_half") for key, values in means.items()}
+        rows = {key: curve(values, measure="value_rate_official", point="projections") for key, values in means.items()}
         random = inspection.measured[1]
         boxes = [
             dataclasses.replace(random, key=key, measures=dataclasses.replace(random.measures, rows=found))
@@ -113,9 +121,10 @@ def test_a_black_box_is_weighed_against_its_own_random_weights(inspection):
 
 
 def test_forms_that_disagree_are_told_apart(inspection):
-    mixed = with_curve(inspection, "model", FORMS[0], "z_half", [5.0, 9.0])
-    for form in FORMS[1:]:
-        mixed = with_curve(mixed, "model", form, "z_half", [9.0, 5.0])
+    first, *others = FORMS.items()
+    mixed = with_curve(inspection, "model", *first, [5.0, 9.0])
+    for form in others:
+        mixed = with_curve(mixed, "model", *form, [9.0, 5.0])
     answer = rates_finding(mixed).answer
     assert "falls of normalised tokens and as the official code takes it and rises of tokens as they are" in answer
 
@@ -136,15 +145,39 @@ def test_sparsity_goes_either_way(inspection, means, words):
     assert words in found.answer
 
 
+def with_audit(inspection, status, share=1.0):
+    rows = [dataclasses.replace(row, status=status, holds=status == "holds") for row in inspection.model.measures.audit]
+    model = dataclasses.replace(inspection.model, measures=dataclasses.replace(inspection.model.measures, audit=rows))
+    return dataclasses.replace(inspection, measured=[model, *inspection.measured[1:]])
+
+
 def test_claims_are_counted(inspection):
-    audit = inspection.model.measures.audit
-    for holds, words in ((True, "11 hold in every layer, 0 in some and 0 in none"), (False, "0 hold in every layer")):
-        judged = [dataclasses.replace(row, holds=holds) for row in audit]
-        model = dataclasses.replace(
-            inspection.model, measures=dataclasses.replace(inspection.model.measures, audit=judged)
-        )
-        changed = dataclasses.replace(inspection, measured=[model, *inspection.measured[1:]])
-        assert words in steps_finding(changed).answer
+    held = steps_finding(with_audit(inspection, "holds"))
+    assert "Of 28 claims about single steps of single layers, 28 hold" in held.answer
+    assert "ISTA makes more exact zeros than relu(x) (in every layer)" in held.more[0]
+    failed = steps_finding(with_audit(inspection, "does not hold"))
+    assert "28 claims about single steps of single layers, 0 hold" in failed.answer
+    assert failed.more == ("On all tokens: no claim holds in any layer.",)
+
+
+def test_a_contradicted_theorem_is_said_first(inspection):
+    assert "Theorems of this model’s layers" in steps_finding(with_audit(inspection, "theorem")).more[-1]
+    found = steps_finding(with_audit(inspection, "contradiction"))
+    assert found.more[0].startswith("<b>Contradiction: an image contradicts a theorem") and "(E1)" in found.more[0]
+
+
+def test_sparsity_is_istas_only_where_it_makes_more_zeros_than_relu(inspection):
+    assert "than ReLU in 0 of 2 layers" in sparsity_finding(with_audit(inspection, "does not hold")).answer
+    assert "than ReLU in 2 of 2 layers" in sparsity_finding(with_audit(inspection, "holds")).answer
+
+
+def test_shrinking_and_mixing_are_told(inspection):
+    found = lengths_finding(with_audit(inspection, "does not hold"))
+    assert "sorts tokens in 0 of 2 layers" in found.answer
+    use = [AttentionUse("", None, 0.5, 0.0, 0.0, 0.0, 9, 0.4, 0.3, 0.5)]
+    use += [AttentionUse("encoder", None, 0.75, 0.25, 0.2, 0.3, 9, 0.3, 0.2, 0.4)]
+    answer = attention_finding(dataclasses.replace(inspection, attention_use=use)).answer
+    assert "changes by 0.250, from 0.500, and a linear probe of the last layer gives 30% where it gave 40%" in answer
 
 
 def test_an_inverse_must_beat_doing_nothing(inspection):
@@ -158,17 +191,7 @@ def test_what_is_kept_is_told(inspection):
     assert "98% of the pixels’ variance after the first encoder layer, and 35% after the last" in found.answer
 
 
-def test_every_question_has_one_answer(inspection):
+def test_every_subject_has_one_answer(inspection):
     found = write_findings(inspection)
-    assert len({finding.anchor for finding in found}) == len(found) == 5
+    assert len({finding.anchor for finding in found}) == len(found) == 7
     assert all(finding.answer.endswith(".") for finding in found)
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "holds", "expected"),
-    [(-2.0, -1.0, True, "holds"), (1.0, 2.0, False, "fails"), (-1.0, 1.0, False, "open"), (None, None, False, "open")],
-)
-def test_a_claim_holds_fails_or_is_open(low, high, holds, expected):
-    claim = CLAIMS["ista_lasso"]
-    row = AuditRow("encoder", 0, "ista_lasso", claim.text, 0.0, low, high, 0.5, 0.1, 0.9, 9, holds)
-    assert status(row) == expected

@@ -1,4 +1,4 @@
-"""Sums over batches are the statistics of all values, and measures are those of the definitions."""
+"""Values of batches are the statistics of all values, and measures are those of the definitions."""
 
 import math
 import weakref
@@ -9,20 +9,26 @@ import torch
 
 from crate_mae.errors import UserError
 from crate_mae.interpret.layer_measures import layer_measures
-from crate_mae.interpret.statistics import Running, Statistic, find
+from crate_mae.interpret.statistics import Statistic, find, rows_over_layers, statistic
 from crate_mae.interpret.streaming import LayerMeasure, stream
 from crate_mae.models.tracing import trace
 from crate_mae.theory import coding_rate, effective_rank, official_subspace_coding_rate, subspace_coding_rate
 from crate_mae.theory.measures import gini
 
 
-def test_batches_of_any_size_have_the_statistic_of_all():
-    values = 1e6 + torch.randn(23, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    running = Running()
-    for part in values.split([1, 7, 2, 13]):
-        running.add(part)
-    found = running.result()
-    assert found == pytest.approx((float(values.mean()), float(values.std()), 23), rel=1e-9)
+def test_statistics_are_in_float64():
+    values = 1e6 + torch.randn(23, generator=torch.Generator().manual_seed(0))
+    exact = values.double()
+    assert statistic(values) == pytest.approx((float(exact.mean()), float(exact.std()), 23), rel=1e-9)
+
+
+def test_changes_from_the_first_layer_are_paired_over_images():
+    first, last = torch.tensor([1.0, 10.0, 100.0]), torch.tensor([2.0, 12.0, 103.0])
+    values = {("encoder", 0): first, ("decoder", 0): last, ("encoder", 1): last}
+    rows = {(row.part, row.layer): row for row in rows_over_layers(values, "x")}
+    assert (rows["encoder", 1].change, rows["encoder", 1].change_spread) == pytest.approx((2.0, 1.0))
+    assert rows["encoder", 1].spread > 50
+    assert (rows["decoder", 0].change, rows["encoder", 0].change_spread) == (0.0, 0.0)
 
 
 def test_intervals_are_students():
@@ -39,7 +45,10 @@ def test_streamed_measures_are_those_of_the_traces(build, images, batch_size):
         if "norm" in name:  # fresh ones are all alike, and could be mistaken for each other
             parameter.data.add_(0.5 * torch.randn(parameter.shape, generator=generator))
     rows = stream(model, images.split(batch_size), layer_measures()).rows
-    with torch.no_grad(), trace(model, ["*.z", "*.z_half", "*.z_next", "*.projections", "*.code"]) as record:
+    with (
+        torch.no_grad(),
+        trace(model, ["*.z", "*.z_half", "*.z_next", "*.projections", "*.attention", "*.code"]) as record,
+    ):
         model(images, mask_ratio=0.0)
     for name, part, layer in (("encoder.blocks.1", "encoder", 1), ("decoder.blocks.0", "decoder", 0)):
         block = model.get_submodule(name)
@@ -49,11 +58,13 @@ def test_streamed_measures_are_those_of_the_traces(build, images, batch_size):
             tokens = record[f"{name}.{point}"][0]
             expected["coding_rate", point] = coding_rate(tokens)
             expected["subspace_rate", point] = subspace_coding_rate(tokens, u)
-            expected["rate_reduction", point] = coding_rate(tokens) - subspace_coding_rate(tokens, u)
-            l0 = (tokens != 0).sum((1, 2))
-            expected["objective", point] = expected["rate_reduction", point] - 0.1 * l0
+            expected["sparsity_penalty", point] = 0.1 * (tokens != 0).sum((1, 2)).float()
         seen = "z" if part == "encoder" else "z_half"
-        expected["subspace_rate_official", seen] = official_subspace_coding_rate(record[f"{name}.projections"][0])
+        hooked = official_subspace_coding_rate(record[f"{name}.projections"][0])
+        expected["subspace_rate_official", "projections"] = expected["subspace_rate_unit", seen] = hooked
+        before, after = (record[f"{name}.{p}"][0] for p in (("z", "z_half") if seen == "z" else ("z_half", "z_next")))
+        expected["length_ratio", ""] = (after.norm(dim=-1) / before.norm(dim=-1)).mean(1)
+        expected["self_attention", ""] = record[f"{name}.attention"][0].diagonal(dim1=-2, dim2=-1).mean((1, 2))
         expected["effective_rank", "z_next"] = effective_rank(tokens)
         expected["gini", "z_next"] = gini(tokens).mean(1)
         for (measure, point), values in expected.items():
@@ -89,7 +100,7 @@ def test_a_black_boxs_stand_in_is_the_official_rate_of_its_values(build, images)
         attn, norm = model.blocks[layer].attn, model.blocks[layer].norm1
         values = (record[f"blocks.{layer}.attn.qkv"][0] - attn.qkv.bias)[..., 2 * 24 :]
         after = norm(record[f"blocks.{layer}.z_next"][0]) @ attn.qkv.weight[2 * 24 :].T
-        for point, projected in (("z", values), ("z_next", after)):
+        for point, projected in (("z", values), ("projections", values), ("z_next", after)):
             expected = official_subspace_coding_rate(projected.detach().unflatten(-1, (3, 8)).transpose(1, 2))
             assert find(rows, "value_rate_official", point)[layer].mean == pytest.approx(
                 float(expected.mean()), rel=1e-5
@@ -107,7 +118,7 @@ def test_only_the_direction_of_values_counts(build, images):
     assert after[1].mean != pytest.approx(before[1].mean, rel=1e-3)
 
 
-def test_nothing_but_sums_is_kept(build, images):
+def test_tokens_are_not_kept(build, images):
     seen = []
 
     def values(layer, code):
@@ -150,7 +161,7 @@ def test_equal_tokens_have_the_measures_of_one_direction(build, name, fill):
     layer = build(name).encoder.blocks[0]
     tokens = torch.full((2, 17, 24), fill)
     for measure in layer_measures():
-        if measure.name != "sparsity of codes" and measure.applies("", layer):
+        if set(measure.needs) <= {"z", "z_half", "z_next"} and measure.applies("", layer):
             for (name, _), values in measure.values(layer, *[tokens] * len(measure.needs)).items():
                 assert values.isfinite().all()
                 if name in ("effective_rank", "participation_ratio"):
@@ -164,7 +175,7 @@ def test_under_autocast_measures_are_close_to_those_in_float32(build, images):
     exact = stream(model, [images], layer_measures()).rows
     with torch.autocast("cpu", torch.bfloat16):
         found = stream(model, [images], layer_measures()).rows
-    for measure in ("coding_rate", "subspace_rate", "subspace_rate_official", "effective_rank"):
+    for measure in ("coding_rate", "subspace_rate", "subspace_rate_unit", "effective_rank"):
         pairs = zip(find(found, measure, "z_next"), find(exact, measure, "z_next"), strict=True)
         assert all(
             row.mean == pytest.approx(wanted.mean, rel=0.05) and row.mean != wanted.mean for row, wanted in pairs

@@ -12,19 +12,26 @@ from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
 from crate_mae.evaluation.completion_quality import completion_quality
 from crate_mae.interpret.attention_maps import attention_on_grid
-from crate_mae.interpret.layer_measures import EPS, attention_norm, bases, has_subspaces, normalised, sparsity
+from crate_mae.interpret.audit import AuditRow, audit
+from crate_mae.interpret.layer_claims import measure_claims
+from crate_mae.interpret.layer_measures import (
+    RATE_OF,
+    bases,
+    has_subspaces,
+    rates_in_subspaces,
+    sparsity,
+    step_start,
+)
 from crate_mae.interpret.statistics import find
-from crate_mae.interpret.streaming import LayerMeasure, Values, stream
+from crate_mae.interpret.streaming import LayerMeasure, Values, default_pass, stream
 from crate_mae.interpret.tokens import token_colours
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.completion import Completion, complete, completion_of
 from crate_mae.models.features import depth, encode, evaluating
 from crate_mae.models.masking import patch_statistics, patchify, random_mask, unpatchify
 from crate_mae.models.tracing import trace
-from crate_mae.theory.coding_rate import projected_coding_rate
-from crate_mae.theory.subspaces import project
 
-_RATE = "subspace_rate_normalised"
+_RATE = RATE_OF["normalised"]
 
 
 class Completed(NamedTuple):
@@ -66,11 +73,13 @@ class Curves(NamedTuple):
         rate_before: subspace rate R^c of the tokens that come into a layer, as its MSSA sees them, in nats.
         rate_after: the same after the step that is derived to lower it.
         zeros: share of exact zeros in the layer's code.
+        audit: every claim about single images, on this picture alone.
     """
 
     rate_before: list[float]
     rate_after: list[float]
     zeros: list[float]
+    audit: list[AuditRow]
 
 
 def prepare(model: MaskedAutoencoder, picture: Image.Image) -> Float[Tensor, "1 c hh ww"]:
@@ -184,8 +193,13 @@ def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:
     ]
     with evaluating(model):
         rows = stream(model.encoder, [image], measures).rows
+        found = measure_claims(model.encoder, {"all": [image]}, _show, pools=False)
     curves = [(_RATE, "z"), (_RATE, "z_half"), ("zero_fraction", "code")]
-    return Curves(*([row.mean for row in find(rows, measure, point)] for measure, point in curves))
+    return Curves(*([row.mean for row in find(rows, measure, point)] for measure, point in curves), audit(found))
+
+
+def _show(encoder: torch.nn.Module, image: Tensor) -> object:
+    return default_pass(encoder)(image)
 
 
 def layers(model: MaskedAutoencoder) -> int:
@@ -194,7 +208,7 @@ def layers(model: MaskedAutoencoder) -> int:
 
 
 def _subspace_rates(layer: torch.nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
-    """R^c(LN(Z) | U) before and after the layer's MSSA."""
-    u, norm = bases(layer), attention_norm(layer)
-    rates = (projected_coding_rate(project(normalised(norm, z), u), EPS) for z in points)
+    """R^c of the tokens as the layer's attention sees them, before and after its step."""
+    u, before, after = bases(layer), step_start(layer, points[0]), points[1]
+    rates = (rates_in_subspaces(layer, tokens, u)["normalised"] for tokens in (before, after))
     return {(_RATE, point): rate for point, rate in zip(("z", "z_half"), rates, strict=True)}

@@ -17,7 +17,10 @@ from crate_mae.app.curves import Line, draw_curves
 from crate_mae.app.uploads import to_png, to_uri
 from crate_mae.data.pictures import picture_grid
 from crate_mae.drawing.style import GREY, colour
+from crate_mae.interpret.audit import LEAST_MARGIN_SHARE, AuditRow
 from crate_mae.interpret.pictures.inputs import shown_images
+from crate_mae.interpret.report.audit_table import SYMBOLS, claims_of
+from crate_mae.interpret.report.wording import rates_set
 from crate_mae.models.autoencoder import MaskedAutoencoder
 
 HEAT = "cividis"  # which looks the same to people of all kinds of colour vision
@@ -31,6 +34,12 @@ _CURVES = (
     "Yellow is the layer chosen above. The first half of a layer is derived to lower the subspace rate Rᶜ, which is to "
     "compress: from its hollow point to its full one. The second half is to put exact zeros into the code, which is to "
     "make it sparse; what that does to the rate is the way to the next hollow point."
+)
+_AUDIT = (
+    "∎ a theorem of the layer, true for every picture; ✓ the step beats the best of its controls, by that share of the "
+    "value before it; ✗ the control named does as well or better. A control is a move that needs no derivation, such "
+    "as the same step with its sign flipped, without mixing tokens, or in random subspaces. One picture tests nothing: "
+    "crate-mae inspect does, on many."
 )
 _SEVERAL = " Heights of Rᶜ can be compared between networks of the same shape only."
 
@@ -106,10 +115,11 @@ def curves_piece(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
     if not shown:
         return missing
     said = "".join(f"<li>{escape(name)}: {_in_words(found, layer)}</li>" for name, found in shown)
+    audits = "".join(_audit(name, found.audit) for name, found in shown if found.audit)
     return (
         f'<div class="curves">{_figure(_draw_rates(shown, layer), "subspace_rate.svg")}'
         f'{_figure(_draw_zeros(shown, layer), "zeros.svg")}</div><ul class="said">{said}</ul>'
-        f'<p class="small">{_CURVES}{_SEVERAL if len(shown) > 1 else ""}</p>{missing}'
+        f'<p class="small">{_CURVES}{_SEVERAL if len(shown) > 1 else ""}</p>{audits}{missing}'
     )
 
 
@@ -184,9 +194,33 @@ def _in_words(found: Curves, layer: int) -> str:
     at = min(layer, len(found.zeros) - 1)
     before, after = found.rate_before[at], found.rate_after[at]
     verb = "lowers" if after < before else "raises"
-    return (
-        f"in layer {at}, MSSA {verb} Rᶜ from {before:.0f} to {after:.0f} nats; {found.zeros[at]:.0%} of the code is 0."
+    rates = f"Rᶜ from {before:.0f} to {after:.0f} nats"
+    return f"in layer {at}, attention {verb} {rates}; {found.zeros[at]:.0%} of the code is 0."
+
+
+def _audit(name: str, rows: Sequence[AuditRow]) -> str:
+    """Each claim of each layer on this picture: whether it is a theorem, or the step beats all of its controls."""
+    claims = claims_of(rows)
+    count = max(len(found) for found in claims.values())
+    header = "".join(f"<th>{layer}</th>" for layer in range(count))
+    lines = "".join(
+        f"<tr><th>{rates_set(found[0].text)}</th>{''.join(f'<td>{_status(row)}</td>' for row in found)}</tr>"
+        for found in claims.values()
     )
+    return (
+        f'<details class="audit" open><summary>{escape(name)}: steps and their controls, on this picture</summary>'
+        f"<div><table><tr><th>layer</th>{header}</tr>{lines}</table></div>"
+        f'<p class="small">{_AUDIT}</p></details>'
+    )
+
+
+def _status(row: AuditRow) -> str:
+    """On one picture nothing can be tested: the margin over the best control is all there is."""
+    if row.status in ("theorem", "contradiction"):
+        return f"{SYMBOLS[row.status]} {row.status}"
+    if row.margin_share >= LEAST_MARGIN_SHARE:
+        return f"{SYMBOLS['holds']} by {share(row.margin_share)}, before {escape(row.closest_control)}"
+    return f"{SYMBOLS['does not hold']} no better than {escape(row.closest_control)}"
 
 
 def _draw_rates(curves: Sequence[tuple[str, Curves]], layer: int) -> str:

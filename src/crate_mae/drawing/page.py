@@ -30,10 +30,11 @@ th[scope=row] { min-width: 9rem; vertical-align: top; font-weight: 400; }
 .facts { overflow-wrap: anywhere; }
 .facts th { color: #444; }
 /* Verdicts differ in symbol and lightness as well as in colour. */
-.holds, .fails, .open { text-align: center; }
+.holds, .fails, .theorem, .contradiction { text-align: center; }
+.theorem { background: #9ccbe8; }
+.contradiction { background: #d55e00; color: #fff; font-weight: 700; }
 .holds { background: #cfe5f3; }
 .fails { background: #f6c9a8; }
-.open { background: #f1f1f1; }
 summary { cursor: pointer; color: #00558a; font-weight: 600; margin: .6rem 0; }
 nav { font-size: .95rem; margin: .8rem 0; }
 .limits { border-left: 4px solid #d55e00; padding-left: .9rem; }
@@ -52,7 +53,7 @@ a { color: #00558a; }
 @media (min-width: 68rem) { figure { margin: 1.4rem -6rem; } figcaption { margin: 0 6rem; } }
 @media print { .wide { overflow: visible; } nav { display: none; } tr { break-inside: avoid; }
   details::details-content { content-visibility: visible; block-size: auto; }
-  .holds, .fails, .open { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
+  .holds, .fails, .theorem, .contradiction { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
   table { font-size: 8.5pt; } th, td { padding: .15rem .35rem; }
   body { max-width: none; font-size: 10.5pt; padding: 0; }
   h2, h3 { break-after: avoid; }

@@ -1,48 +1,217 @@
-"""Does each layer do what its derivation promises? Every claim is held to the same images before and after the step."""
+"""Does each step of a layer do what it was derived to do? Claims, their controls, and the rule that judges them.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+Every claim is about one step of one layer, and is measured on the same images before the step, after it, and after
+each of its controls: what could stand in the step's place without any derivation. `CLAIMS` is the whole table.
+
+**The margin** of an image is by how much the step beats the best of its controls in that image, in the direction that
+is claimed:
+
+    margin_i = min over controls c of  sign (after_i - control_ci),    sign = +1 if the value is to rise, -1 to fall.
+
+**A claim holds** in a layer if all of this is true:
+
+1. the margin is positive in at least 95% of the images;
+2. its mean is at least 1% of the mean value before the step;
+3. the one-sided paired t-test of "the mean margin is positive" has p < 0.05 after Holm's correction over all claims
+   and layers of the network on these tokens;
+4. it was learned: that share of the value before the step is larger than in each of several untrained draws of the
+   same network, on the same images (of claims about single images, the first of them). This is asked of all claims but
+   those about the lasso, since an objective is defined by the network's own dictionary, and the all-zero code and
+   relu(x) are all that it has to beat; and of no theorem, since a theorem holds for all weights, trained or not.
+   Without untrained draws it is not asked.
+
+Some claims are about all images at once (`Claim.pooled`). Their margin has no share of images; its spread is that of a
+jackknife over groups of images, and the t-test has one degree of freedom less than there are groups.
+
+Which control belongs to which claim is part of the claim. Collapse (uniform attention, plain shrinking) lowers R^c
+more than any sorting does, so it is a control of the claim that a step sorts, at an equal fall of R^c, and not of the
+claim that it compresses. A random move raises R^c more than any undoing of a compression does, so it is no control of
+the claim that the decoder decompresses.
+
+**A theorem** is a claim that a layer lists in its attribute `theorems`: that the step is no worse than the first of the
+claim's controls, for all weights and all tokens. If one image contradicts it, the module has a bug, and the status
+says so. Its controls are measured all the same, and `AuditRow.holds` says whether it beats them.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from scipy.stats import t as student_t
+from torch import Tensor
 
-from crate_mae.evaluation.probes import wilson_interval
-from crate_mae.interpret.layer_measures import (
-    POINTS,
-    SUBSPACE_RATES,
-    SUBSPACES,
-    has_subspaces,
-    normalised,
-    subspace_rates,
-)
-from crate_mae.interpret.statistics import Row, Statistic, find
-from crate_mae.interpret.streaming import LayerMeasure, Values
-from crate_mae.models.layers import ISTA, EncoderLayer, OvercompleteISTA
-from crate_mae.theory.measures import gini, l1_to_l2
-from crate_mae.theory.sparse_coding import lasso_objective
+from crate_mae.interpret.statistics import Statistic, statistic
 
+Part = Literal["encoder", "decoder"]
+Tokens = Literal["all", "visible"]
+Status = Literal["theorem", "holds", "does not hold", "contradiction"]
 
-class _Claim(NamedTuple):
-    text: str
-    part: str
-    sign: int  # of the change that is promised
+COMPRESS = "compress"
+COMPRESS_NORMALISED = "compress_normalised"
+COMPRESS_UNIT = "compress_unit"
+SORT = "sort"
+EXPAND = "expand"
+EXPAND_LAYER = "expand_layer"
+EXPAND_REDUCTION = "expand_reduction"
+EXPAND_REDUCTION_LAYER = "expand_reduction_layer"
+LASSO = "lasso"
+LASSO_ZERO = "lasso_zero"
+SPARSITY = "sparsity"
+DECOMPRESS = "decompress"
+DECOMPRESS_NORMALISED = "decompress_normalised"
+DECOMPRESS_UNIT = "decompress_unit"
 
-
-CLAIMS = {
-    "mssa_subspace_rate": _Claim("MSSA lowers R^c of the tokens as they are", "encoder", -1),
-    "mssa_subspace_rate_normalised": _Claim("MSSA lowers R^c of normalised tokens", "encoder", -1),
-    "mssa_subspace_rate_official": _Claim("MSSA lowers R^c as the official code takes it", "encoder", -1),
-    "ista_lasso": _Claim("ISTA lowers its lasso objective", "encoder", -1),
-    "ista_lasso_feasible": _Claim("ISTA's code is better than the positive part of its input", "encoder", -1),
-    "ista_zero_fraction": _Claim("ISTA makes exact zeros", "encoder", 1),
-    "ista_l1_to_l2": _Claim("ISTA lowers l1/l2", "encoder", -1),
-    "ista_gini": _Claim("ISTA raises the Gini index", "encoder", 1),
-    "undo_subspace_rate": _Claim("The decoder's step raises R^c of the tokens as they are", "decoder", 1),
-    "undo_subspace_rate_normalised": _Claim("The decoder's step raises R^c of normalised tokens", "decoder", 1),
-    "undo_subspace_rate_official": _Claim("The decoder's step raises R^c as the official code takes it", "decoder", 1),
+NO_CHANGE = "no change"
+FLIPPED = "flipped sign"
+NO_MIXING = "no mixing"
+RANDOM_MOVE = "random move"
+RANDOM_SUBSPACES = "random subspaces"
+UNIFORM = "uniform attention"
+SHRINKING = "plain shrinking"
+RELU = "relu(x)"
+ZERO = "all-zero code"
+CONTROLS = {
+    NO_CHANGE: "the tokens before the step",
+    FLIPPED: "the step with its sign flipped",
+    NO_MIXING: "the step without mixing tokens, P = I",
+    RANDOM_MOVE: "a random direction, of each token's own step length",
+    RANDOM_SUBSPACES: "the step in randomly rotated subspaces, of each token's own step length",
+    UNIFORM: "all tokens of an image move towards their mean, until R^c is that after the step",
+    SHRINKING: "all tokens shrink by one factor, until R^c is that after the step",
+    RELU: "relu(x) in the place of ISTA(x)",
+    ZERO: "a code of zeros alone",
 }
+_MOVES = (NO_CHANGE, FLIPPED, NO_MIXING, RANDOM_MOVE, RANDOM_SUBSPACES)
+_REVERSES = (NO_CHANGE, FLIPPED, NO_MIXING, RANDOM_SUBSPACES)
+
+
+class Claim(NamedTuple):
+    """What a step is derived to do, and what it has to beat.
+
+    Attributes:
+        text: in words.
+        part: of the network.
+        sign: +1 if the step is to raise the value, -1 if it is to lower it.
+        value: what is measured.
+        controls: a theorem is about the first.
+        pooled: whether the value is one of all images.
+        is_learned: whether training must have brought it about, see the module's rule.
+    """
+
+    text: str
+    part: Part
+    sign: Literal[1, -1]
+    value: str
+    controls: tuple[str, ...]
+    pooled: bool = False
+    is_learned: bool = True
+
+
+CLAIMS: dict[str, Claim] = {
+    COMPRESS: Claim("Attention lowers R^c of tokens as they are", "encoder", -1, "R^c, nats", _MOVES),
+    COMPRESS_NORMALISED: Claim("Attention lowers R^c of normalised tokens", "encoder", -1, "R^c, nats", _MOVES),
+    COMPRESS_UNIT: Claim("Attention lowers R^c of unit-length projections", "encoder", -1, "R^c, nats", _MOVES),
+    SORT: Claim(
+        "Attention sorts: R falls less than at an equal fall of R^c by uniform attention or shrinking",
+        "encoder",
+        1,
+        "R of all images, nats",
+        (NO_CHANGE, UNIFORM, SHRINKING),
+        pooled=True,
+    ),
+    EXPAND: Claim("ISTA raises R of tokens of equal length", "encoder", 1, "R, nats", (NO_CHANGE, RELU)),
+    EXPAND_LAYER: Claim("The layer raises R of tokens of equal length", "encoder", 1, "R, nats", (NO_CHANGE, RELU)),
+    EXPAND_REDUCTION: Claim(
+        "ISTA raises R - R^c of all images",
+        "encoder",
+        1,
+        "R - R^c of all images, nats",
+        (NO_CHANGE, RELU),
+        pooled=True,
+    ),
+    EXPAND_REDUCTION_LAYER: Claim(
+        "The layer raises R - R^c of all images",
+        "encoder",
+        1,
+        "R - R^c of all images, nats",
+        (NO_CHANGE, RELU),
+        pooled=True,
+    ),
+    LASSO: Claim(
+        "The code has a lower lasso objective than relu(x) and than the all-zero code",
+        "encoder",
+        -1,
+        "lasso objective",
+        (RELU, ZERO),
+        is_learned=False,
+    ),
+    LASSO_ZERO: Claim(
+        "The code has a lower lasso objective than the all-zero code",
+        "encoder",
+        -1,
+        "lasso objective",
+        (ZERO,),
+        is_learned=False,
+    ),
+    SPARSITY: Claim("ISTA makes more exact zeros than relu(x)", "encoder", 1, "share of exact zeros", (RELU,)),
+    DECOMPRESS: Claim("The decoder's step raises R^c of tokens as they are", "decoder", 1, "R^c, nats", _REVERSES),
+    DECOMPRESS_NORMALISED: Claim(
+        "The decoder's step raises R^c of normalised tokens", "decoder", 1, "R^c, nats", _REVERSES
+    ),
+    DECOMPRESS_UNIT: Claim(
+        "The decoder's step raises R^c of unit-length projections", "decoder", 1, "R^c, nats", _REVERSES
+    ),
+}
+
+LEAST_SHARE_OF_IMAGES = 0.95
+LEAST_MARGIN_SHARE = 0.01
+LARGEST_P = 0.05
+_ROUNDING = 1e-5  # of the value before: what a theorem may miss by in float32
+
+
+class Measured(NamedTuple):
+    """A claim in numbers, one an image; of a pooled claim that of all images first, then without each group of them.
+
+    Attributes:
+        before: the value before the step.
+        after: the value after it.
+        margins: by how much the step beats each control in the claimed direction.
+        scale: what margins are shares of; the value before, unless that can be 0.
+    """
+
+    before: Float[Tensor, "r"]
+    after: Float[Tensor, "r"]
+    margins: Mapping[str, Float[Tensor, "r"]]
+    scale: Float[Tensor, "r"]
+
+
+class Place(NamedTuple):
+    """Which step was measured on what.
+
+    Attributes:
+        tokens: "all" of whole images, or "visible": as in training, where the encoder sees visible patches alone.
+        part: "encoder" or "decoder".
+        layer: number of the layer, from 0.
+    """
+
+    tokens: Tokens
+    part: Part
+    layer: int
+
+
+class LayerClaims(NamedTuple):
+    """What was measured of one layer.
+
+    Attributes:
+        measured: by claim.
+        theorems: the claims that the layer says are theorems.
+    """
+
+    measured: Mapping[str, Measured]
+    theorems: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -50,106 +219,171 @@ class AuditRow:
     """One claim about one layer.
 
     Attributes:
+        tokens: "all" or "visible", see `Place`.
         part: "encoder" or "decoder".
         layer: number of the layer, from 0.
-        measure: short name of the claim.
-        claim: in words.
-        change: mean over images of the value after the step less the value before it.
-        low: of the 95% interval of that mean (Student's t, paired over images); None for one image.
-        high: of the same.
-        share: of images in which the change has the promised sign.
-        share_low: of Wilson's 95% interval of the share.
-        share_high: of the same.
-        n: number of images.
-        holds: whether all of the interval of the change has the promised sign.
+        claim: its key in `CLAIMS`.
+        text: the claim in words.
+        before: mean value before the step.
+        after: mean value after it.
+        closest_control: the control that came closest on average.
+        margin: mean margin over the best control, in the unit of the value.
+        margin_low: of its 95% interval (Student's t); None for one image.
+        margin_high: of the same.
+        margin_share: the mean margin as a share of the value before (of R before, where that is R - R^c).
+        share_of_images: in which the margin is positive; None of a pooled claim.
+        n: number of images, or of groups of images of a pooled claim.
+        p_holm: of the t-test, corrected for all claims and layers on these tokens.
+        untrained: largest margin share among the untrained draws; None without any.
+        learned: whether the margin share is larger than theirs on the same images.
+        holds: see the module's rule.
+        status: "theorem", "holds" or "does not hold"; "contradiction" of a theorem that an image contradicts.
     """
 
+    tokens: str
     part: str
     layer: int
-    measure: str
     claim: str
-    change: float
-    low: float | None
-    high: float | None
-    share: float
-    share_low: float
-    share_high: float
+    text: str
+    before: float
+    after: float
+    closest_control: str
+    margin: float
+    margin_low: float | None
+    margin_high: float | None
+    margin_share: float
+    share_of_images: float | None
     n: int
+    p_holm: float
+    untrained: float | None
+    learned: bool | None
     holds: bool
+    status: Status
 
 
-def audit_measures() -> list[LayerMeasure]:
-    """What `audit` judges, for `streaming.stream`; rates are measured on the way, and not twice."""
+def audit(layers: Mapping[Place, LayerClaims], untrained: Sequence[Mapping[Place, LayerClaims]] = ()) -> list[AuditRow]:
+    """Judge every claim about every layer, claim by claim.
+
+    Args:
+        layers: what was measured of the network.
+        untrained: the same of untrained draws of it.
+    """
+    rows = [
+        _unjudged(place, key, layers[place].measured[key], [draw[place].measured[key] for draw in untrained])
+        for key in CLAIMS
+        for place in layers
+        if key in layers[place].measured
+    ]
+    corrected: dict[int, float] = {}
+    for tokens in dict.fromkeys(row.tokens for row in rows):
+        family = [number for number, row in enumerate(rows) if row.tokens == tokens]
+        corrected |= zip(family, holm([rows[number].p_holm for number in family]), strict=True)
     return [
-        LayerMeasure(SUBSPACES, POINTS, audited_subspace_rates, has_subspaces),
-        LayerMeasure("audit of ISTA", ("z_half", "code"), sparse_coding_changes),
+        _judged(replace(row, p_holm=corrected[number]), layers[Place(row.tokens, row.part, row.layer)])  # pyright: ignore[reportArgumentType]
+        for number, row in enumerate(rows)
     ]
 
 
-def audited_subspace_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
-    """`layer_measures.subspace_rates`, and by how much the layer's attention step changes R^c in its three forms."""
-    rates = subspace_rates(layer, *points)
-    step, before, after = ("mssa", "z", "z_half") if isinstance(layer, EncoderLayer) else ("undo", "z_half", "z_next")
-    changes = {f"{step}_{form}": rates[form, after] - rates[form, before] for form in SUBSPACE_RATES}
-    return {**rates, **_with_shares(changes)}
+def margins_over(
+    sign: int, after: Float[Tensor, "r"], controls: Mapping[str, Float[Tensor, "r"]]
+) -> dict[str, Float[Tensor, "r"]]:
+    """By how much a step beats each control: sign (after - control)."""
+    return {name: sign * (after - control) for name, control in controls.items()}
 
 
-def sparse_coding_changes(layer: nn.Module, z_half: Float[Tensor, "b n d"], code: Float[Tensor, "b n m"]) -> Values:
-    """The lasso objective and sparsity of the code, less those of what sparse coding started from.
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction: the i-th smallest of m p-values times m - i + 1, made monotone, at most 1.
 
-    ISTA starts from its input X itself, which has negative entries and so is no feasible code; "feasible" compares
-    with the positive part of X. CRATE-alpha's sparse coding starts from 0, with which its objective is compared.
+    Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 1979.
     """
-    ista = layer.get_submodule("ista")
-    assert isinstance(ista, (ISTA, OvercompleteISTA))
-    x = normalised(layer.get_submodule("norm2"), z_half)
-    dictionary = ista.dictionary.to(x.dtype)
-
-    def lasso(codes: Tensor) -> Tensor:
-        pairs = zip(codes, x, strict=True)
-        return torch.stack([lasso_objective(a, x_i, dictionary, ista.threshold) for a, x_i in pairs])
-
-    after = lasso(code)
-    changes = {"ista_lasso": after - lasso(x if isinstance(ista, ISTA) else torch.zeros_like(code))}
-    if isinstance(ista, ISTA):
-        changes["ista_lasso_feasible"] = after - lasso(x.relu())
-    changes["ista_zero_fraction"] = (code == 0).float().mean((1, 2)) - (x == 0).float().mean((1, 2))
-    changes["ista_l1_to_l2"] = (l1_to_l2(code) - l1_to_l2(x)).mean(1)
-    changes["ista_gini"] = (gini(code) - gini(x)).mean(1)
-    return _with_shares(changes)
+    corrected, largest = [0.0] * len(p), 0.0
+    for rank, number in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[number]))
+        corrected[number] = largest
+    return corrected
 
 
-def audit(rows: Sequence[Row]) -> list[AuditRow]:
-    """Judge every claim that the rows of `audit_measures` speak of, claim by claim and layer by layer."""
-    found = []
-    for measure, claim in CLAIMS.items():
-        changes, shares = (find(rows, measure, point, claim.part) for point in ("change", "share"))
-        found += [_judged(change, share, claim) for change, share in zip(changes, shares, strict=True)]
-    return found
+def p_value(margin: Statistic) -> float:
+    """One-sided p-value of the t-test that a mean is positive; 1 for a single value."""
+    if margin.spread is None:
+        return 1.0
+    if margin.spread == 0:
+        return float(margin.mean <= 0)
+    return float(student_t.sf(margin.mean * math.sqrt(margin.n) / margin.spread, margin.n - 1))
 
 
-def _with_shares(changes: dict[str, Float[Tensor, "b"]]) -> Values:
-    found = {}
-    for name, change in changes.items():
-        found[name, "change"] = change
-        found[name, "share"] = (CLAIMS[name].sign * change > 0).float()
-    return found
+def jackknife(values: Float[Tensor, "r"]) -> Statistic:
+    """A value of everything (first), with the spread that makes `Statistic.interval` its jackknife interval.
+
+    The squared standard error is (g - 1)/g times the sum of squared deviations of the g values without one group each.
+    """
+    whole, without = float(values[0]), values[1:].double()
+    g = len(without)
+    if g < 2:
+        return Statistic(whole, None, 1)
+    return Statistic(whole, float(((g - 1) * (without - without.mean()).square().sum()).sqrt()), g)
 
 
-def _judged(change: Row, share: Row, claim: _Claim) -> AuditRow:
-    low, high = Statistic(change.mean, change.spread, change.n).interval()
-    score = wilson_interval(round(share.mean * share.n), share.n)
+def contradicts(key: str, found: Measured) -> bool:
+    """Whether the step is worse than the first control in some image, beyond rounding."""
+    margin = found.margins[CLAIMS[key].controls[0]]
+    return bool((margin < -_ROUNDING * found.scale.abs().clamp_min(1.0)).any())
+
+
+def _unjudged(place: Place, key: str, found: Measured, draws: Iterable[Measured]) -> AuditRow:
+    """The row with its p-value uncorrected, and not yet judged."""
+    claim = CLAIMS[key]
+    best, margin = _best_margin(claim, found)
+    low, high = margin.interval()
+    draws = list(draws)
+    untrained = max((_margin_share(claim, draw) for draw in draws), default=None)
+    learned = all(_margin_share(claim, found, len(draw.after)) > _margin_share(claim, draw) for draw in draws)
+    center = (lambda values: float(values[0])) if claim.pooled else (lambda values: float(values.double().mean()))
     return AuditRow(
-        part=change.part,
-        layer=change.layer,
-        measure=change.measure,
-        claim=claim.text,
-        change=change.mean,
-        low=low if change.n > 1 else None,
-        high=high if change.n > 1 else None,
-        share=score.value,
-        share_low=score.low,
-        share_high=score.high,
-        n=change.n,
-        holds=low > 0 if claim.sign > 0 else high < 0,
+        tokens=place.tokens,
+        part=place.part,
+        layer=place.layer,
+        claim=key,
+        text=claim.text,
+        before=center(found.before),
+        after=center(found.after),
+        closest_control=min(found.margins, key=lambda name: center(found.margins[name])),
+        margin=margin.mean,
+        margin_low=None if margin.spread is None else low,
+        margin_high=None if margin.spread is None else high,
+        margin_share=_margin_share(claim, found),
+        share_of_images=None if claim.pooled else float((best > 0).double().mean()),
+        n=margin.n,
+        p_holm=p_value(margin),
+        untrained=untrained,
+        learned=learned if draws else None,
+        holds=False,
+        status="does not hold",
     )
+
+
+def _judged(row: AuditRow, layer: LayerClaims) -> AuditRow:
+    is_theorem = row.claim in layer.theorems
+    holds = (
+        (row.share_of_images is None or row.share_of_images >= LEAST_SHARE_OF_IMAGES)
+        and row.margin_share >= LEAST_MARGIN_SHARE
+        and row.p_holm < LARGEST_P
+        and (is_theorem or not CLAIMS[row.claim].is_learned or row.learned is not False)
+    )
+    status: Status = "holds" if holds else "does not hold"
+    if is_theorem:
+        status = "contradiction" if contradicts(row.claim, layer.measured[row.claim]) else "theorem"
+    return replace(row, holds=holds, status=status)
+
+
+def _best_margin(claim: Claim, found: Measured) -> tuple[Float[Tensor, "r"], Statistic]:
+    """Margins over the best control, image by image, and their statistic."""
+    best = torch.stack(list(found.margins.values())).amin(0)
+    return best, jackknife(best) if claim.pooled else statistic(best)
+
+
+def _margin_share(claim: Claim, found: Measured, images: int | None = None) -> float:
+    """The mean margin as a share of the mean scale; of the first images alone, if the claim is about single images."""
+    best, _ = _best_margin(claim, found)
+    chosen = slice(1) if claim.pooled else slice(images)
+    return float(best[chosen].double().mean() / found.scale[chosen].double().mean().abs().clamp_min(1e-12))

@@ -13,7 +13,7 @@ from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import Score, linear_probe
-from crate_mae.interpret.statistics import Row, Statistic, place_of, row, statistic
+from crate_mae.interpret.statistics import Row, Statistic, place_of, row, rows_over_layers
 from crate_mae.interpret.streaming import default_pass
 from crate_mae.models.masking import patchify
 from crate_mae.models.tracing import layers_of, taps_of, trace
@@ -97,13 +97,12 @@ def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], p
             error = (y - y_mean - (x - x_mean) @ weight).square().sum((1, 2))
             total = (y - y_mean).square().sum((1, 2))
             scores[name].append(torch.stack([error, total], 1))
-    rows = []
+    told = {}
     for name, found in scores.items():
         error, total = torch.cat(found).unbind(1)
         # Divided by the mean image's variance: their mean is the usual R^2, and flat images do not outweigh all others.
-        told = 1 - error / total.mean().clamp_min(1e-12)
-        rows.append(row(place_of(name), "pixel_r2", statistic(told), point="z_next"))
-    return rows
+        told[place_of(name)] = 1 - error / total.mean().clamp_min(1e-12)
+    return rows_over_layers(told, "pixel_r2", "z_next")
 
 
 @dataclass(frozen=True)

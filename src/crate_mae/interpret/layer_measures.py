@@ -1,18 +1,24 @@
-"""What is measured of every layer, image by image: rates, sparsity, ranks, diversity.
+"""What is measured of every layer, image by image: rates, sparsity, lengths, ranks, diversity.
 
-Rates are given at three points of a layer (`z`, `z_half`, `z_next`), all with the layer's own subspaces, and in three
-forms, because a rate grows with the length of tokens and layers change lengths:
+Subspace rates are given at three points of a layer (`z`, `z_half`, `z_next`), all with the layer's own subspaces, and
+in three forms, because a rate grows with the length of tokens and layers change lengths:
 
 - `subspace_rate`: exact R^c(Z | U) of the tokens as they are;
-- `subspace_rate_normalised`: exact R^c(LN(Z) | U) after the normalisation that comes before the layer's MSSA, so that
-  all three points are measured as MSSA would see them;
-- `subspace_rate_official`: as the official code, projections after that normalisation scaled to unit length.
+- `subspace_rate_normalised`: exact R^c of the tokens as the layer's attention would see them, see `seen`;
+- `subspace_rate_unit`: of those, with every projection scaled to unit length, and 0.01 for eps^2.
 
-A black-box Vision Transformer has no subspaces, and gets a stand-in for the last form alone: `value_rate_official`, see
-`value_rates`.
+`subspace_rate_official` is the last form where the official code takes it: at the input of MSSA, whose projections its
+hook records. The point of that measure is called `projections`, once a layer.
+
+A black-box Vision Transformer has no subspaces, and gets a stand-in for that last form: `value_rate_official`, see
+`value_rates`. The objective is given by its parts, R, R^c and lambda ||Z||_0, since lambda = 0.1 makes their sum nearly
+a count of non-zeros. R - R^c of a single image is not given: an image has fewer tokens than dimensions, which caps R
+far below R^c; `pooled` has it over all images.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -22,12 +28,11 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from crate_mae.interpret.streaming import LayerMeasure, Values
-from crate_mae.models.layers import MSSA, DecoderLayer
+from crate_mae.models.layers import DecoderLayer
 from crate_mae.theory.coding_rate import (
     coding_rate,
     official_subspace_coding_rate,
     projected_coding_rate,
-    subspace_coding_rate,
 )
 from crate_mae.theory.measures import effective_rank, gini, l1_to_l2, participation_ratio, token_diversity
 from crate_mae.theory.subspaces import best_subspace_energy, project
@@ -35,10 +40,35 @@ from crate_mae.theory.subspaces import best_subspace_energy, project
 POINTS = ("z", "z_half", "z_next")
 SUBSPACES = "subspace rates"
 STAND_IN = "subspace rates by value projections"
-SUBSPACE_RATES = ("subspace_rate", "subspace_rate_normalised", "subspace_rate_official")
+FORMS = ("as is", "normalised", "unit")  # of a subspace rate
+RATE_OF = {"as is": "subspace_rate", "normalised": "subspace_rate_normalised", "unit": "subspace_rate_unit"}
+OFFICIAL_RATE = "subspace_rate_official"
+OFFICIAL_POINT = "projections"
 VALUE_RATE = "value_rate_official"
+LENGTH_RATIO = "length_ratio"
 EPS = 0.5  # distortion of the exact rates, that of the papers
 SPARSITY_WEIGHT = 0.1  # lambda of the objective
+
+
+@runtime_checkable
+class SubspaceAttention(Protocol):
+    """Attention within subspaces, in the parts that it can be taken apart into; `models.layers.MSSA` is one."""
+
+    def bases(self) -> Tensor:
+        """U_k, h d p."""
+        ...
+
+    def project(self, x: Tensor) -> Tensor:
+        """W_k = X U_k, b h n p."""
+        ...
+
+    def membership(self, w: Tensor) -> Tensor:
+        """P_k, b h n n."""
+        ...
+
+    def step(self, w: Tensor, mixed: Tensor) -> Tensor:
+        """The step in token space, b n d, from W_k and P_k W_k."""
+        ...
 
 
 def layer_measures() -> list[LayerMeasure]:
@@ -47,6 +77,7 @@ def layer_measures() -> list[LayerMeasure]:
         LayerMeasure(SUBSPACES, POINTS, subspace_rates, has_subspaces),
         LayerMeasure(STAND_IN, POINTS, value_rates, has_value_projections),
         *(LayerMeasure("coding rates", (point,), partial(coding_rates, point)) for point in POINTS),
+        LayerMeasure("attention on the token itself", ("attention",), self_attention),
         LayerMeasure("ranks and token diversity", ("z_next",), spectra),
         LayerMeasure("sparsity of tokens", ("z_next",), partial(sparsity, "z_next")),
         LayerMeasure("sparsity of codes", ("code",), partial(sparsity, "code")),
@@ -54,14 +85,21 @@ def layer_measures() -> list[LayerMeasure]:
 
 
 def has_subspaces(_name: str, layer: nn.Module) -> bool:
-    """Whether the layer's attention is MSSA."""
-    return isinstance(getattr(layer, "attn", None), MSSA)
+    """Whether the layer's attention is one within subspaces."""
+    return isinstance(getattr(layer, "attn", None), SubspaceAttention)
 
 
 def has_value_projections(_name: str, layer: nn.Module) -> bool:
     """Whether the layer is a block of timm whose heads have values of their own, behind a LayerNorm."""
     attn = getattr(layer, "attn", None)
     return isinstance(layer, Block) and isinstance(attn, Attention) and isinstance(layer.norm1, nn.LayerNorm)
+
+
+def attention_of(layer: nn.Module) -> SubspaceAttention:
+    """A layer's attention within subspaces."""
+    attn = layer.get_submodule("attn")
+    assert isinstance(attn, SubspaceAttention)
+    return attn
 
 
 def attention_norm(layer: nn.Module) -> nn.Module:
@@ -77,11 +115,37 @@ def normalised(norm: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor,
     return F.layer_norm(tokens, tokens.shape[-1:], weight, bias, norm.eps)
 
 
+def equal_lengths(tokens: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+    """Every token scaled to length sqrt(d); zero tokens stay zero."""
+    return tokens.shape[-1] ** 0.5 * F.normalize(tokens, dim=-1)
+
+
+def step_start(layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    """The tokens that a layer's attention step is added to (subtracted from, in a decoder).
+
+    Args:
+        layer: with attention in subspaces.
+        tokens: those that come to the normalisation in front of it.
+    """
+    starting: Any = layer.step_start
+    return starting(tokens, normalised(attention_norm(layer), tokens))
+
+
+def seen(layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+    """Tokens as the layer's attention would see them: after its normalisation.
+
+    Where the step starts from normalised tokens already, they are scaled to equal lengths instead: the weights of the
+    normalisation would be applied twice.
+    """
+    starting: Any = layer.step_start
+    before, after = torch.empty(1, 1, 1), torch.empty(1, 1, 1)
+    is_normalised = starting(before, after) is after
+    return equal_lengths(tokens) if is_normalised else normalised(attention_norm(layer), tokens)
+
+
 def bases(layer: nn.Module) -> Float[Tensor, "h d p"]:
     """The subspaces of a layer, in float32 at least."""
-    attn = layer.get_submodule("attn")
-    assert isinstance(attn, MSSA)
-    u = attn.bases()
+    u = attention_of(layer).bases()
     return u.to(torch.promote_types(u.dtype, torch.float32))
 
 
@@ -94,22 +158,34 @@ def value_bases(layer: nn.Module) -> Float[Tensor, "h d p"]:
 
 
 def subspace_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
-    """R^c in three forms, R - R^c, the objective R - R^c - lambda ||Z||_0, and the energy in the best subspaces."""
-    u, norm, found = bases(layer), attention_norm(layer), {}
-    for point, tokens in zip(POINTS, points, strict=True):
-        w = project(normalised(norm, tokens), u)
-        rate, subspace_rate = coding_rate(tokens, EPS), subspace_coding_rate(tokens, u, EPS)
-        found["subspace_rate", point] = subspace_rate
-        found["subspace_rate_normalised", point] = projected_coding_rate(w, EPS)
-        found["subspace_rate_official", point] = official_subspace_coding_rate(w)
-        found["rate_reduction", point] = rate - subspace_rate
-        found["objective", point] = rate - subspace_rate - SPARSITY_WEIGHT * tokens.count_nonzero(dim=(1, 2))
+    """R^c in its forms, lambda ||Z||_0, energy in the best subspaces, and by how much the step changes lengths."""
+    u, is_decoder = bases(layer), isinstance(layer, DecoderLayer)
+    tokens_at, found = dict(zip(POINTS, points, strict=True)), {}
+    before, after = ("z_half", "z_next") if is_decoder else ("z", "z_half")
+    hooked = project(normalised(attention_norm(layer), tokens_at[before]), u)
+    found[OFFICIAL_RATE, OFFICIAL_POINT] = official_subspace_coding_rate(hooked)
+    tokens_at[before] = step_start(layer, tokens_at[before])
+    for point, tokens in tokens_at.items():
+        for form, rate in rates_in_subspaces(layer, tokens, u).items():
+            found[RATE_OF[form], point] = rate
+        found["sparsity_penalty", point] = SPARSITY_WEIGHT * tokens.count_nonzero(dim=(1, 2)).float()
         found["best_subspace_energy", point] = best_subspace_energy(tokens, u)
+    lengths = {point: tokens_at[point].norm(dim=-1) for point in (before, after)}
+    found[LENGTH_RATIO, ""] = (lengths[after] / lengths[before].clamp_min(1e-12)).mean(1)
     return found
 
 
+def rates_in_subspaces(
+    layer: nn.Module, tokens: Float[Tensor, "b n d"], u: Float[Tensor, "h d p"]
+) -> Mapping[str, Float[Tensor, "b"]]:
+    """R^c of each image in the three `FORMS`."""
+    w = project(seen(layer, tokens), u)
+    rates = projected_coding_rate(project(tokens, u), EPS), projected_coding_rate(w, EPS)
+    return dict(zip(FORMS, (*rates, official_subspace_coding_rate(w)), strict=True))
+
+
 def value_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
-    """A stand-in for R^c where heads have no subspaces: `subspace_rate_official` with W_v of head k for U_k.
+    """A stand-in for R^c where heads have no subspaces: `subspace_rate_unit` with W_v of head k for U_k.
 
     MSSA has one matrix where a Transformer has three. Taken is that of the values, since what attention mixes and
     passes on are values, as MSSA mixes and passes on U_k^T z: a head that compresses anything compresses those. Queries
@@ -122,16 +198,22 @@ def value_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
     """
     w_v, norm = value_bases(layer), attention_norm(layer)
     projected = (project(normalised(norm, tokens), w_v) for tokens in points)
-    return {(VALUE_RATE, point): official_subspace_coding_rate(w) for point, w in zip(POINTS, projected, strict=True)}
+    rates = {point: official_subspace_coding_rate(w) for point, w in zip(POINTS, projected, strict=True)}
+    return {(VALUE_RATE, point): rate for point, rate in (rates | {OFFICIAL_POINT: rates["z"]}).items()}
 
 
 def coding_rates(point: str, _layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Values:
-    """R(Z) of the tokens as they are, and with every token normalised to mean 0 and deviation 1."""
-    unit = F.layer_norm(tokens, tokens.shape[-1:])
+    """R(Z) of the tokens as they are, and with every token scaled to length sqrt(d)."""
     return {
         ("coding_rate", point): coding_rate(tokens, EPS),
-        ("coding_rate_normalised", point): coding_rate(unit, EPS),
+        ("coding_rate_normalised", point): coding_rate(equal_lengths(tokens), EPS),
     }
+
+
+def self_attention(_layer: nn.Module, attention: Float[Tensor, "b h n n"]) -> Values:
+    """How much of its attention a token gives to itself, mean over tokens and heads; uniform attention gives 1/n."""
+    own = attention.diagonal(dim1=-2, dim2=-1).mean((1, 2))
+    return {("self_attention", ""): own, ("self_attention_uniform", ""): torch.full_like(own, 1 / attention.shape[-1])}
 
 
 def spectra(_layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Values:

@@ -19,14 +19,22 @@ from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone, open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
-from crate_mae.interpret.audit import CLAIMS, AuditRow, audit, audit_measures
+from crate_mae.interpret.audit import (
+    EXPAND_REDUCTION_LAYER,
+    AuditRow,
+    Tokens,
+    audit,
+)
 from crate_mae.interpret.depth import dead_coordinates, feature_ranks, pixels_from_layers
 from crate_mae.interpret.inversion import inverse_measures, layer_pairs, measure_inverse_weights
+from crate_mae.interpret.layer_claims import measure_claims
 from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT, STAND_IN, SUBSPACES, layer_measures
 from crate_mae.interpret.statistics import Row, place_of
-from crate_mae.interpret.streaming import LayerMeasure, default_pass, stream
+from crate_mae.interpret.streaming import default_pass, stream
 from crate_mae.interpret.weights import measure_weights
-from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.config import config_from_dict
 from crate_mae.models.features import evaluating
 from crate_mae.models.presets import list_models
 from crate_mae.models.tracing import layers_of
@@ -62,7 +70,7 @@ class LayerMeasures:
         eps: distortion of the exact rates.
         sparsity_weight: lambda of the objective.
         rows: every measure of every layer.
-        audit: whether the layers do what they were derived to do.
+        audit: whether the layers do what they were derived to do; empty if that was not asked.
         left_out: measures that this model does not have, and why.
         bad: images that could not be read, and so are left out.
     """
@@ -111,6 +119,9 @@ def measure_layers(
     mask_ratio: float | None = None,
     seed: int = 0,
     batch_size: int = 32,
+    audited: bool = True,
+    untrained: int = 5,
+    training_mask_ratio: float = 0.75,
     on_stage: Progress | None = None,
 ) -> LayerMeasures:
     """Measure every layer of a model on images.
@@ -127,6 +138,10 @@ def measure_layers(
         mask_ratio: share of patches to hide; None hides none. Only an autoencoder of this library can hide any.
         seed: of that choice, of the masks, and of fresh weights.
         batch_size: images that go through the model at once.
+        audited: whether to judge each step against its controls, see `interpret.audit`.
+        untrained: how many untrained draws of the network are among these; none of a network that nobody can build.
+        training_mask_ratio: share of patches that was hidden in training, for the audit of an encoder that sees
+            visible patches alone.
         on_stage: told what is measured next.
 
     Raises:
@@ -143,7 +158,15 @@ def measure_layers(
     masks = None
     if autoencoder is not None and mask_ratio is not None:
         masks = nested_masks(len(read.images), autoencoder.num_patches, mask_ratio, seed)
-    rows, left_out = _measure(net, backbone, read.images, masks, batch_size, on_stage or (lambda _stage: None))
+    tell = on_stage or (lambda _stage: None)
+    rows, left_out = _measure(net, backbone, read.images, masks, batch_size, tell)
+    judged: list[AuditRow] = []
+    if audited:
+        tell("audit")
+        views = _views(net, read.images, masks, training_mask_ratio, seed, batch_size)
+        judged = _audit(Opened(name, net, backbone), views, seed, untrained)
+        if not judged:
+            left_out["audit"] = "no layer has attention in subspaces, or sparse codes"
     return LayerMeasures(
         model=name,
         data=images_from.name,
@@ -152,8 +175,8 @@ def measure_layers(
         seed=seed,
         eps=EPS,
         sparsity_weight=SPARSITY_WEIGHT,
-        rows=[row for row in rows if row.measure not in CLAIMS],
-        audit=audit(rows),
+        rows=rows + _pooled_rows(judged),
+        audit=judged,
         left_out=left_out,
         bad=read.bad,
     )
@@ -181,6 +204,23 @@ def open_measurable(model: Any, seed: int) -> Opened:
     return Opened(name, net, replace(backbone, is_fresh=backbone.is_fresh or is_preset))
 
 
+def fresh_twin(model: Opened, seed: int) -> Opened | None:
+    """The same network with fresh weights; None if it came from Python and nobody can tell how it is built."""
+    described = model.backbone.architecture
+    if described is None:
+        return None
+    if described.startswith("timm:"):
+        return open_measurable(":".join([*described.split(":")[:2], "random"]), seed)
+    values = json.loads(described)
+    with default_generator_seeded(seed):
+        is_classifier = values["architecture"] == ClassifierConfig.architecture
+        twin = (
+            build_classifier(ClassifierConfig.from_dict(values)) if is_classifier else build(config_from_dict(values))
+        )
+    opened = open_measurable(twin, seed)
+    return Opened(model.name, opened.net, replace(opened.backbone, is_fresh=True))
+
+
 def _is_transformer(encoder: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
     """Whether there is one list of layers a part, of tokens: convolutions have none, and Swin has one a stage."""
     places = {place_of(name) for name in layers}
@@ -195,7 +235,7 @@ def _measure(
     batch_size: int,
     on_stage: Progress,
 ) -> tuple[list[Row], dict[str, str]]:
-    """All rows, those of the audit among them, and what was left out."""
+    """All rows, and what was left out."""
     forward = _forward(net, masks is not None)
     batches = list(zip(images.split(batch_size), masks.split(batch_size), strict=True)) if masks is not None else None
     batches = batches or [(part, None) for part in images.split(batch_size)]
@@ -206,7 +246,7 @@ def _measure(
         if not any(row.measure.startswith("dictionary") for row in rows):
             left_out["dictionaries"] = "no layer has any"
         on_stage("rates, sparsity, ranks")
-        streamed = stream(net, batches, _streamed_measures(), forward=forward)
+        streamed = stream(net, batches, layer_measures(), forward=forward)
         rows += streamed.rows
         left_out |= _why_not(streamed.left_out)
         on_stage("inverses")
@@ -230,10 +270,43 @@ def _why_not(missing: list[str]) -> dict[str, str]:
     return reasons
 
 
-def _streamed_measures() -> list[LayerMeasure]:
-    audits = audit_measures()
-    names = {measure.name for measure in audits}
-    return [*audits, *(measure for measure in layer_measures() if measure.name not in names)]
+def _views(
+    net: nn.Module, images: Tensor, masks: Tensor | None, mask_ratio: float, seed: int, batch_size: int
+) -> dict[Tokens, list[Any]]:
+    """What the audit shows a network: all tokens and, if its encoder is trained on visible patches, those alone."""
+    parts = images.split(batch_size)
+    whole = [(part, None) for part in parts]
+    if not isinstance(net, MaskedAutoencoder) or net.config.mask_tokens == "encoder":
+        return {"all": whole if masks is None else list(zip(parts, masks.split(batch_size), strict=True))}
+    hidden = masks if masks is not None else nested_masks(len(images), net.num_patches, mask_ratio, seed)
+    return {"all": whole, "visible": list(zip(parts, hidden.split(batch_size), strict=True))}
+
+
+def _audit(model: Opened, views: dict[Tokens, list[Any]], seed: int, untrained: int) -> list[AuditRow]:
+    """Every claim of the network on these views, next to untrained draws of it."""
+
+    def show(net: nn.Module, batch: Any) -> object:
+        return _forward(net, batch[1] is not None)(batch)
+
+    with evaluating(model.net):
+        found = measure_claims(model.net, views, show, seed=seed)
+    draws = []
+    for draw in range(untrained if found else 0):
+        twin = fresh_twin(model, seed + 1 + draw)
+        if twin is not None:
+            twin.net.to(next(model.net.parameters()).device)
+            with evaluating(twin.net):
+                draws.append(measure_claims(twin.net, views, show, seed=seed, quick=True))
+    return audit(found, draws)
+
+
+def _pooled_rows(judged: list[AuditRow]) -> list[Row]:
+    """R - R^c of all images' tokens at the output of each layer, as the audit measured it on all tokens."""
+    return [
+        Row(found.part, found.layer, "pooled_rate_reduction", "z_next", found.after, None, 1, "layer")
+        for found in judged
+        if (found.claim, found.tokens) == (EXPAND_REDUCTION_LAYER, "all")
+    ]
 
 
 def _information(

@@ -1,10 +1,10 @@
-"""Mean, spread and number of values that are seen one batch at a time."""
+"""Mean, spread and number of values, as rows of a table of layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jaxtyping import Float
@@ -35,34 +35,10 @@ class Statistic(NamedTuple):
         return self.mean - half, self.mean + half
 
 
-class Running:
-    """The statistic of values that come in batches, of which only sums are kept (Chan, Golub and LeVeque 1983)."""
-
-    def __init__(self) -> None:
-        self.n = 0
-        self._mean = 0.0
-        self._squares = 0.0  # sum of squared differences from the mean
-
-    def add(self, values: Float[Tensor, "b"]) -> None:
-        """Take in one batch, in float64."""
-        values = values.detach().cpu().double()
-        n, mean = len(values), float(values.mean())
-        total, difference = self.n + n, mean - self._mean
-        self._squares += float((values - mean).square().sum()) + difference**2 * self.n * n / total
-        self._mean += difference * n / total
-        self.n = total
-
-    def result(self) -> Statistic:
-        """The statistic of everything so far."""
-        assert self.n, "a statistic of nothing"
-        return Statistic(self._mean, math.sqrt(self._squares / (self.n - 1)) if self.n > 1 else None, self.n)
-
-
 def statistic(values: Float[Tensor, "b"]) -> Statistic:
-    """The statistic of values that are all there."""
-    running = Running()
-    running.add(values)
-    return running.result()
+    """The statistic of values, in float64."""
+    values = values.detach().cpu().double()
+    return Statistic(float(values.mean()), float(values.std()) if len(values) > 1 else None, len(values))
 
 
 @dataclass(frozen=True)
@@ -78,6 +54,8 @@ class Row:
         spread: standard deviation over the same; None of a single value.
         n: number of values.
         over: "images", "heads", "pairs" of heads or of layers, "draws", or "layer" for one value of all of it.
+        change: mean change from the first layer of the part, image by image; None of what has no images.
+        change_spread: standard deviation of that change; None of a single image.
     """
 
     part: str
@@ -88,6 +66,8 @@ class Row:
     spread: float | None
     n: int
     over: str
+    change: float | None = None
+    change_spread: float | None = None
 
 
 def row(place: tuple[str, int], measure: str, found: Statistic, *, point: str = "", over: str = "images") -> Row:
@@ -99,6 +79,21 @@ def row(place: tuple[str, int], measure: str, found: Statistic, *, point: str = 
     if not math.isfinite(found.mean):
         raise not_finite(place, measure)
     return Row(*place, measure, point, found.mean, found.spread, found.n, over)
+
+
+def rows_over_layers(values: Mapping[tuple[str, int], Float[Tensor, "b"]], measure: str, point: str = "") -> list[Row]:
+    """A row for each place from one value an image, with the change from the part's first layer, paired over images.
+
+    Raises:
+        UserError: if a value is not finite.
+    """
+    first: dict[str, Tensor] = {}
+    rows = []
+    for place, found in values.items():
+        change = statistic(found.double() - first.setdefault(place[0], found).double())
+        made = row(place, measure, statistic(found), point=point)
+        rows.append(replace(made, change=change.mean, change_spread=change.spread))
+    return rows
 
 
 def rows_of(place: tuple[str, int], values: Mapping[str, Float[Tensor, "k"]], over: str) -> list[Row]:

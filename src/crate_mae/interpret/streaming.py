@@ -1,4 +1,4 @@
-"""Measures over a data set that keep sums, not tensors."""
+"""Measures over a data set that keep one number an image, not tensors."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crate_mae.interpret.statistics import Row, Running, not_finite, place_of, row
+from crate_mae.interpret.statistics import Row, not_finite, place_of, rows_over_layers
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.tracing import layers_of, taps_of, trace
 
@@ -62,7 +62,7 @@ def stream(
     Args:
         model: ours, or anything with timm's `blocks`; in `eval()` mode.
         batches: what `forward` takes.
-        measures: see `layer_measures`, `audit` and `inversion`.
+        measures: see `layer_measures` and `inversion`.
         forward: runs the model on a batch; by default on normalised images of which nothing is hidden, through encoder
             and, if there is one, decoder.
 
@@ -76,15 +76,12 @@ def stream(
     if not used:
         return Streamed([], left_out)
     run = forward or default_pass(model)
-    sums: dict[str, dict[tuple[str, str], Running]] = {name: {} for name, chosen in plan.items() if chosen}
-    with _measuring(model, layers, plan, sums), torch.no_grad():
+    kept: dict[str, dict[tuple[str, str], list[Tensor]]] = {name: {} for name, chosen in plan.items() if chosen}
+    with _measuring(model, layers, plan, kept), torch.no_grad():
         for batch in batches:
             run(batch)
-    rows = [
-        row(place_of(name), measure, running.result(), point=point)
-        for name, found in sums.items()
-        for (measure, point), running in found.items()
-    ]
+    keys = dict.fromkeys(key for found in kept.values() for key in found)
+    rows = [row for key in keys for row in _curve(kept, key)]
     return Streamed(rows, left_out)
 
 
@@ -100,12 +97,18 @@ def _has(name: str, layer: nn.Module, measure: LayerMeasure) -> bool:
     return set(measure.needs) <= set(taps_of(layer)) and measure.applies(name, layer)
 
 
+def _curve(kept: Mapping[str, Mapping[tuple[str, str], list[Tensor]]], key: tuple[str, str]) -> list[Row]:
+    """One measure over the layers that have it."""
+    values = {place_of(name): torch.cat(found[key]) for name, found in kept.items() if key in found}
+    return rows_over_layers(values, *key)
+
+
 @contextmanager
 def _measuring(
     model: nn.Module,
     layers: Mapping[str, nn.Module],
     plan: Mapping[str, Sequence[LayerMeasure]],
-    sums: dict[str, dict[tuple[str, str], Running]],
+    kept: dict[str, dict[tuple[str, str], list[Tensor]]],
 ) -> Iterator[None]:
     """Trace what is needed; the hook of a layer comes after those of the trace, and takes what they collected."""
     patterns = sorted({f"{name}.{kind}" for name, chosen in plan.items() for m in chosen for kind in m.needs})
@@ -114,11 +117,11 @@ def _measuring(
         def consume(name: str) -> Any:
             @torch.no_grad()
             def hook(layer: nn.Module, _inputs: Any, _output: Any) -> None:
-                _add(name, layer, record, plan[name], sums[name])
+                _add(name, layer, record, plan[name], kept[name])
 
             return hook
 
-        handles = [layers[name].register_forward_hook(consume(name)) for name in sums]
+        handles = [layers[name].register_forward_hook(consume(name)) for name in kept]
         try:
             yield
         finally:
@@ -131,7 +134,7 @@ def _add(
     layer: nn.Module,
     record: dict[str, list[Tensor]],
     measures: Sequence[LayerMeasure],
-    sums: dict[tuple[str, str], Running],
+    kept: dict[tuple[str, str], list[Tensor]],
 ) -> None:
     kinds = {kind for measure in measures for kind in measure.needs}
     tensors = {kind: _at_least_float(record[f"{name}.{kind}"].pop()) for kind in kinds}
@@ -144,7 +147,7 @@ def _add(
             for key, values in measure.values(layer, *(tensors[kind] for kind in measure.needs)).items():
                 if not values.isfinite().all():
                     raise not_finite(place_of(name), key[0])
-                sums.setdefault(key, Running()).add(values)
+                kept.setdefault(key, []).append(values.cpu())
 
 
 def _at_least_float(x: Tensor) -> Tensor:

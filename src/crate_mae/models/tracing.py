@@ -1,7 +1,7 @@
 """One way to look inside: named intermediates of a forward pass."""
 
 import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -63,7 +63,20 @@ def trace(model: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, list[
     Raises:
         UserError: if a pattern matches nothing.
     """
-    taps = _taps(model, patterns)
+    with _listening(_taps(model, patterns)) as record:
+        yield record
+
+
+def trace_layer(layer: nn.Module, z: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
+    """Run one layer on tokens alone, and give the intermediates of these names that it has."""
+    with _listening({name: tap for name, tap in taps_of(layer).items() if name in kinds}) as record:
+        layer(z)
+    return {name: values[0] for name, values in record.items()}
+
+
+@contextmanager
+def _listening(taps: Mapping[str, Tap]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record what comes by at the taps while the block runs."""
     record: dict[str, list[Tensor]] = {name: [] for name in taps}
 
     def keep(name: str, read: Callable[[Any, Tensor], Tensor]) -> Any:

@@ -24,6 +24,7 @@ from crate_mae.theory.attention import attention_membership, linear_ssa, mssa, s
 from crate_mae.theory.coding_rate import (
     coding_rate,
     coding_rate_gradient,
+    moment_coding_rate,
     official_subspace_coding_rate,
     projected_coding_rate,
     rate_reduction,
@@ -108,6 +109,7 @@ __all__ = [
     "mixture_denoiser",
     "mixture_log_density",
     "mixture_membership",
+    "moment_coding_rate",
     "mssa",
     "mutual_coherence",
     "nearest_orthogonal",

@@ -45,6 +45,18 @@ def projected_coding_rate(w: Float[Tensor, "*batch h n p"], eps: float = 0.5) ->
     return _like(_half_logdet(_double(w), p / (n * eps**2)).sum(-1), w)
 
 
+def moment_coding_rate(moment: Float[Tensor, "*batch d d"], eps: float = 0.5) -> Float[Tensor, "*batch"]:
+    r"""R(Z) = 1/2 logdet(I_d + d/eps^2 M) from the second moment M = Z^T Z / n of any number n of tokens alone.
+
+    Sylvester's identity turns `coding_rate` into this form, which pools the tokens of many images: moments add up. With
+    Q_k^T M Q_k for M, p x p, it is the term of subspace Q_k in R^c.
+    """
+    exact = _double(moment)
+    identity = torch.eye(moment.shape[-1], dtype=exact.dtype, device=exact.device)
+    factor = torch.linalg.cholesky_ex(identity + moment.shape[-1] / eps**2 * exact).L
+    return _like(factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), moment)
+
+
 def subspace_coding_rate(
     z: Float[Tensor, "*batch n d"], u: Float[Tensor, "h d p"], eps: float = 0.5
 ) -> Float[Tensor, "*batch"]:

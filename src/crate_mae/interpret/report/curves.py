@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from crate_mae.interpret.foregrounds import LOCALISED, OVERLAP
+from crate_mae.interpret.layer_measures import LENGTH_RATIO, OFFICIAL_POINT, OFFICIAL_RATE
 from crate_mae.interpret.report.inspection import Inspection, Measured
 from crate_mae.interpret.report.panels import COLOUR_OF, Curves, Line, Panel, by_subject, line_of
 from crate_mae.interpret.report.probes import ACCURACY
@@ -12,7 +13,7 @@ _POINTS = {"z": "input", "z_half": "after the first step", "z_next": "output"}
 _FORMS = {
     "subspace_rate": "R$^c$ of tokens as they are (nats)",
     "subspace_rate_normalised": "R$^c$ of normalised tokens (nats)",
-    "subspace_rate_official": "R$^c$ as the official code (nats)",
+    "subspace_rate_unit": "R$^c$ of unit-length projections (nats)",
 }
 
 
@@ -21,6 +22,7 @@ def layer_figures(inspection: Inspection) -> list[Curves]:
     figures = [
         _subspace_rates(inspection),
         _within_layers(inspection.model),
+        _mixing(inspection),
         _rates(inspection),
         _sparsity(inspection),
         _ranks(inspection),
@@ -62,11 +64,19 @@ def _subspace_rates(inspection: Inspection) -> Curves:
     return Curves(
         "subspace_rates",
         "The subspace rate, layer by layer",
-        "Each line is R<sup>c</sup> between the two steps of a layer (after MSSA in the encoder), as mean over images "
-        "with its 95% interval, of the model or of one control; a dashed line is the stand-in of a network without "
-        "subspaces. The derivation promises lines that fall from left to right through the encoder (E) and rise "
-        "through the decoder (D), and promises nothing of dashed ones.",
-        by_subject(inspection.measured, [(title, form, "z_half") for form, title in _FORMS.items()]),
+        "Each line is R<sup>c</sup> between the two steps of a layer (after the attention step in the encoder), and on "
+        "the right that of the projections in its attention, where the official code takes it, as mean over images "
+        "with its 95% interval; a dashed line is the stand-in of a network without subspaces. The derivation promises "
+        "lines that fall from left to right through the encoder (E) and rise through the decoder (D), and promises "
+        "nothing of dashed ones.",
+        by_subject(
+            inspection.measured,
+            [
+                ("R$^c$ of tokens as they are (nats)", "subspace_rate", "z_half"),
+                ("R$^c$ of normalised tokens (nats)", "subspace_rate_normalised", "z_half"),
+                ("R$^c$ as the official code (nats)", OFFICIAL_RATE, OFFICIAL_POINT),
+            ],
+        ),
     )
 
 
@@ -89,9 +99,30 @@ def _within_layers(model: Measured) -> Curves:
         + (
             "The model has no subspaces, so that these are of its stand-in, and nothing says where squares should lie."
             if is_stand_in
-            else "In the encoder the first step is MSSA, so that squares should lie below circles; in the decoder the "
-            "second step is MSSA with a minus sign, so that triangles should lie above squares."
+            else "In the encoder the first step is attention, so that squares should lie below circles; in the decoder "
+            "the second step is attention with a minus sign, so that triangles should lie above squares."
         ),
+        panels,
+    )
+
+
+def _mixing(inspection: Inspection) -> Curves:
+    asked = [
+        ("attention on the token itself (share)", "self_attention", ""),
+        ("length of tokens after the step / before", LENGTH_RATIO, ""),
+    ]
+    panels = by_subject(inspection.measured, asked)
+    for panel in panels[:1]:
+        uniform = inspection.model.find("self_attention_uniform")
+        uniform += inspection.model.find("self_attention_uniform", part="decoder")
+        panel.lines.append(Line("uniform attention", len(LABELS), uniform, dashed=True))
+    return Curves(
+        "mixing",
+        "How much attention mixes",
+        "On the left, the share of its attention that a token gives to itself, mean over tokens and heads: at 1 no "
+        "token reads any other, and the dashed line is attention that reads all tokens alike. On the right, what the "
+        "attention step does to the length of tokens: below 1 they shrink, which lowers R<sup>c</sup> as it is without "
+        "sorting anything.",
         panels,
     )
 
@@ -99,18 +130,19 @@ def _within_layers(model: Measured) -> Curves:
 def _rates(inspection: Inspection) -> Curves:
     return Curves(
         "rates",
-        "Coding rate, rate reduction, objective",
-        "Each line is a measure of the layers’ outputs: R counts the nats to code all tokens, R − R<sup>c</sup> what "
-        "telling the subspaces apart saves, and the objective, which is the encoder’s alone, also subtracts λ for each "
-        "non-zero entry. An encoder that climbs its objective has lines of R − R<sup>c</sup> and of the objective that "
-        "rise from left to right.",
+        "Coding rate, rate reduction, number of non-zeros",
+        "Each line is a measure of the layers’ outputs: R counts the nats to code all tokens of an image, as they are "
+        "and with all tokens of equal length, R − R<sup>c</sup> of the tokens of all images is what telling the "
+        "subspaces apart saves, and λ‖Z‖<sub>0</sub> is the third part of the objective, a price for each non-zero. An "
+        "encoder that climbs its objective has a line of R − R<sup>c</sup> that rises and one of λ‖Z‖<sub>0</sub> that "
+        "falls from left to right.",
         by_subject(
             inspection.measured,
             [
                 ("R of tokens as they are (nats)", "coding_rate", "z_next"),
-                ("R of normalised tokens (nats)", "coding_rate_normalised", "z_next"),
-                ("R − R$^c$ (nats)", "rate_reduction", "z_next"),
-                ("objective R − R$^c$ − λ‖Z‖$_0$", "objective", "z_next"),
+                ("R of tokens of equal length (nats)", "coding_rate_normalised", "z_next"),
+                ("R − R$^c$ of all images (nats)", "pooled_rate_reduction", "z_next"),
+                ("λ‖Z‖$_0$", "sparsity_penalty", "z_next"),
             ],
         ),
     )

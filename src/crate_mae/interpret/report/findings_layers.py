@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 from crate_mae.drawing.page import table
-from crate_mae.interpret.audit import AuditRow
-from crate_mae.interpret.report.audit_table import by_subject, claims_of
+from crate_mae.interpret.attention_use import AttentionUse
+from crate_mae.interpret.audit import COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT, SORT, AuditRow
+from crate_mae.interpret.layer_measures import LENGTH_RATIO
+from crate_mae.interpret.report.audit_table import by_subject, claims_of, is_met, place_of
 from crate_mae.interpret.report.inspection import Inspection
 from crate_mae.interpret.report.probes import ACCURACY
-from crate_mae.interpret.report.wording import Finding, course, number, percent, plural, rates_set
+from crate_mae.interpret.report.wording import Finding, listed, number, percent, plural, rates_set, trend
 from crate_mae.interpret.statistics import Row
 
 # Measure: its name, and what that of its control ends in.
@@ -30,35 +32,107 @@ KEPT: dict[str, tuple[str, str, Callable[[float], str]]] = {
 
 
 def steps_finding(inspection: Inspection) -> Finding:
-    """Does each step do what it was derived to do?"""
-    anchor, question = "steps", "Does each step of a layer do what it was derived to do?"
-    claims = claims_of(inspection.model.measures.audit)
-    if not claims:
-        answer = "The claims are about MSSA and ISTA, which this model does not have."
-        return Finding(anchor=anchor, question=question, answer=answer)
-    held = {name: _layers_held(rows) for name, rows in claims.items()}
-    everywhere = [rates_set(rows[0].claim) for name, rows in claims.items() if held[name] == len(rows)]
-    nowhere = [rates_set(rows[0].claim) for name, rows in claims.items() if held[name] == 0]
-    more = [f"In every layer: {'; '.join(everywhere)}."] if everywhere else []
-    more += [f"In no layer: {'; '.join(nowhere)}."] if nowhere else []
+    """Which steps beat their controls."""
+    anchor, title = "steps", "Each step against its controls"
+    rows = inspection.model.measures.audit
+    if not rows:
+        answer = "The claims are about attention in subspaces and sparse coding, which this model does not have."
+        return Finding(anchor=anchor, title=title, answer=answer)
+    more = [_of_tokens(rows, tokens) for tokens in dict.fromkeys(row.tokens for row in rows)]
+    broken = [f"{rates_set(row.text)} ({place_of(row)})" for row in rows if row.status == "contradiction"]
+    if broken:
+        more.insert(
+            0,
+            f"<b>Contradiction: an image contradicts a theorem, so that a layer has a bug. {'; '.join(broken)}.</b>",
+        )
+    theorems = list(dict.fromkeys(rates_set(row.text) for row in rows if row.status == "theorem"))
+    if theorems:
+        more.append(f"Theorems of this model’s layers: {'; '.join(theorems)}.")
+    held = sum(is_met(row) for row in rows)
     return Finding(
         anchor=anchor,
-        question=question,
-        answer=f"Of {plural(len(claims), 'claim')} about single steps, {len(everywhere)} hold in every layer, "
-        f"{len(claims) - len(everywhere) - len(nowhere)} in some and {len(nowhere)} in none.",
-        more=(*more, *_against_random(inspection, held)),
+        title=title,
+        answer=f"Of {plural(len(rows), 'claim')} about single steps of single layers, {held} hold: "
+        "there the step beats the best of its controls in nearly every image, by a margin that counts.",
+        more=tuple(more),
         table=by_subject(inspection),
     )
 
 
+def lengths_finding(inspection: Inspection) -> Finding:
+    """Whether attention steps shrink tokens, or sort them."""
+    anchor, title = "lengths", "Shrinking and sorting"
+    model = inspection.model
+    ratios = model.find(LENGTH_RATIO)
+    if not ratios:
+        return Finding(anchor=anchor, title=title, answer="This model has no attention in subspaces.")
+    audit = {(row.claim, row.layer): row for row in model.measures.audit if row.tokens == "all"}
+    lines = [
+        [
+            f"E{row.layer}",
+            percent(row.mean),
+            *(_change(audit.get((key, row.layer))) for key in (COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT)),
+            _margin(audit.get((SORT, row.layer))),
+        ]
+        for row in ratios
+    ]
+    sorts = sum(is_met(row) for (key, _), row in audit.items() if key == SORT)
+    return Finding(
+        anchor=anchor,
+        title=title,
+        answer=f"The attention step changes the length of tokens to {listed([percent(row.mean) for row in ratios])} of "
+        f"what it was, layer by layer, and sorts tokens in {sorts} of {plural(len(ratios), 'layer')}.",
+        more=(
+            "A step that only shrinks tokens lowers R<sup>c</sup> as it is, and leaves that of unit-length projections "
+            "alone. A step sorts if R, at an equal fall of R<sup>c</sup>, falls less than by plain shrinking of all "
+            "tokens and by uniform attention.",
+        ),
+        table=table(
+            [
+                "",
+                "length after / before",
+                "R<sup>c</sup> as it is",
+                "normalised",
+                "unit length",
+                "sorting margin (nats)",
+            ],
+            lines,
+            "Change in the attention step, nats per image; the sorting margin is over all images",
+        ),
+    )
+
+
+def attention_finding(inspection: Inspection) -> Finding:
+    """Whether the network needs tokens to be mixed."""
+    anchor, title = "mixing", "Use of attention"
+    use = inspection.attention_use
+    own, uniform = (inspection.model.find(name) for name in ("self_attention", "self_attention_uniform"))
+    if not use or not own:
+        answer = "Attention without mixing is measured of autoencoders with attention in subspaces alone."
+        return Finding(anchor=anchor, title=title, answer=answer)
+    whole = next(found for found in use if found.part == "encoder" and found.layer is None)
+    shares = listed([percent(row.mean) for row in own])
+    return Finding(
+        anchor=anchor,
+        title=title,
+        answer=f"Without mixing in the encoder (P = I in all layers) the loss on hidden patches changes by "
+        f"{number(whole.change)}, from {number(use[0].loss)}{_accuracies(use[0], whole)}.",
+        more=(
+            f"A token gives {shares} of its attention to itself, layer by layer; uniform attention gives "
+            f"{percent(uniform[0].mean)}. A layer whose loss and probe stay the same works on single tokens.",
+        ),
+        table=_use_table(use),
+    )
+
+
 def inverses_finding(inspection: Inspection) -> Finding:
-    """Does the decoder undo the encoder?"""
-    anchor, question = "inverses", "Does the decoder undo the encoder, layer by layer?"
+    """How near decoder layers come to inverses of encoder layers."""
+    anchor, title = "inverses", "Decoder layers as inverses of encoder layers"
     model = inspection.model
     own, idle = model.find("inverse_cosine"), model.find("inverse_cosine_identity")
     if not own:
         reason = model.measures.left_out.get("inverses", "it was not measured")
-        return Finding(anchor=anchor, question=question, answer=f"This cannot be asked here: {reason}.")
+        return Finding(anchor=anchor, title=title, answer=f"Not measured: {reason}.")
     more = []
     for measure, (name, suffix) in INVERSES.items():
         rows, control = model.find(measure), model.find(f"{measure}_control")
@@ -68,7 +142,7 @@ def inverses_finding(inspection: Inspection) -> Finding:
             )
     return Finding(
         anchor=anchor,
-        question=question,
+        title=title,
         answer="Given an encoder layer’s output, its decoder layer comes nearer to the layer’s input than doing "
         f"nothing does in {_more(own, idle)} (cosine {_mean(own)} against {_mean(idle)}, means over layers).",
         more=tuple(more),
@@ -77,12 +151,12 @@ def inverses_finding(inspection: Inspection) -> Finding:
 
 
 def information_finding(inspection: Inspection) -> Finding:
-    """What is kept on the way?"""
-    anchor, question = "information", "What is kept on the way through the encoder?"
-    pixels = course(inspection.model.find("pixel_r2", "z_next"))
+    """What is kept on the way through the encoder."""
+    anchor, title = "information", "Information kept through the encoder"
+    pixels = trend(inspection.model.find("pixel_r2", "z_next"))
     if pixels is None:
         answer = "How much of the pixels tokens still tell was not measured; see what is left out."
-        return Finding(anchor=anchor, question=question, answer=answer)
+        return Finding(anchor=anchor, title=title, answer=answer)
     more = []
     if probe := inspection.model.find(ACCURACY):
         best = max(probe, key=lambda row: row.mean)
@@ -101,7 +175,7 @@ def information_finding(inspection: Inspection) -> Finding:
     ]
     return Finding(
         anchor=anchor,
-        question=question,
+        title=title,
         answer=f"A linear map from a token to its own patch explains {percent(pixels.first)} of the pixels’ variance "
         f"after the first encoder layer, and {percent(pixels.last)} after the last.",
         more=tuple(more),
@@ -109,22 +183,51 @@ def information_finding(inspection: Inspection) -> Finding:
     )
 
 
-def _against_random(inspection: Inspection, held: dict[str, int]) -> list[str]:
-    random = inspection.subject("random")
-    if random is None:
-        return []
-    control = {name: _layers_held(rows) for name, rows in claims_of(random.measures.audit).items()}
-    more = sum(count > control[name] for name, count in held.items())
-    fewer = sum(count < control[name] for name, count in held.items())
-    return [
-        f"Against random weights, {more} of them hold in more layers, {fewer} in fewer, and "
-        f"{len(held) - more - fewer} in as many. Where a claim holds with random weights as well, at most the size of "
-        "the change was learned."
-    ]
+def _of_tokens(rows: Sequence[AuditRow], tokens: str) -> str:
+    """What holds where on one kind of tokens, such as "On all tokens: Attention lowers R^c (E0 and E2)."."""
+    name = {"all": "On all tokens", "visible": "On tokens as in training"}[tokens]
+    held = {}
+    for found in claims_of([row for row in rows if row.tokens == tokens]).values():
+        places = [f"{row.part[0].upper()}{row.layer}" for row in found if is_met(row)]
+        if places:
+            held[rates_set(found[0].text)] = "in every layer" if len(places) == len(found) else listed(places)
+    if not held:
+        return f"{name}: no claim holds in any layer."
+    return f"{name}: {'; '.join(f'{text} ({places})' for text, places in held.items())}. No other claim holds."
 
 
-def _layers_held(rows: Sequence[AuditRow]) -> int:
-    return sum(row.holds for row in rows)
+def _change(row: AuditRow | None) -> str:
+    return "–" if row is None else number(row.after - row.before)
+
+
+def _margin(row: AuditRow | None) -> str:
+    return "–" if row is None else f"{number(row.margin)} over {row.closest_control}"
+
+
+def _accuracies(intact: AttentionUse, without: AttentionUse) -> str:
+    if intact.accuracy is None or without.accuracy is None:
+        return ""
+    gave, gives = percent(intact.accuracy), percent(without.accuracy)
+    return f", and a linear probe of the last layer gives {gives} where it gave {gave}"
+
+
+def _use_table(use: Sequence[AttentionUse]) -> str:
+    lines = []
+    for found in use:
+        where = "nothing changed" if not found.part else f"{found.part[0].upper()}{found.layer}"
+        if found.part and found.layer is None:
+            where = f"all of the {found.part}"
+        low, high = found.change_low, found.change_high
+        change = "–" if low is None or high is None else f"{number(low)} to {number(high)}"
+        score = "–"
+        if found.accuracy is not None and found.accuracy_low is not None and found.accuracy_high is not None:
+            score = f"{percent(found.accuracy)} ({percent(found.accuracy_low)} to {percent(found.accuracy_high)})"
+        lines.append([where, number(found.loss), number(found.change), change if found.part else "–", score])
+    return table(
+        ["no mixing in", "masked loss", "change", "95% interval", "linear probe"],
+        lines,
+        "Each row has P = I in these layers; changes of the loss are paired, image by image",
+    )
 
 
 def _inverses_table(inspection: Inspection) -> str:

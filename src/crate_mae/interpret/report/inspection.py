@@ -10,21 +10,33 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from crate_mae.data.facts import fixed_sample
 from crate_mae.errors import UserError
 from crate_mae.evaluation.probing import versions
+from crate_mae.evaluation.reconstruction import nested_masks, read_images
+from crate_mae.interpret.attention_use import AttentionUse, attention_use
 from crate_mae.interpret.audit import AuditRow
 from crate_mae.interpret.foregrounds import Drawings, read_drawings, read_drawn, score_foregrounds
 from crate_mae.interpret.measure import LayerMeasures, Progress, measure_layers
 from crate_mae.interpret.report.description import describe, tokens_of
 from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples, grid_size
-from crate_mae.interpret.report.probes import ProbeImages, probe_images, probe_rows
+from crate_mae.interpret.report.probes import (
+    ProbeImages,
+    last_layer_score,
+    probe_images,
+    probe_rows,
+    split_probe_images,
+)
 from crate_mae.interpret.report.settings import Settings
-from crate_mae.interpret.report.subjects import LABELS, NETWORKS, Subject, open_subjects
+from crate_mae.interpret.report.subjects import LABELS, NETWORKS, UNTRAINED, Subject, open_subjects
 from crate_mae.interpret.statistics import Row, find
+from crate_mae.models.autoencoder import MaskedAutoencoder
+
+_DRAWS = 5  # of untrained networks, for the audit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +92,7 @@ class Inspection:
         description: what the model is, line by line.
         training: how it was trained, likewise; empty if nobody can tell.
         measured: the model first, then its controls.
+        attention_use: what the model loses when its attention mixes no tokens; empty if it has no such attention.
         examples: what is looked at.
         left_out: what the report as a whole does not have, and why.
         notes: sentences on numbers that are less than they seem.
@@ -90,6 +103,7 @@ class Inspection:
     description: dict[str, str]
     training: dict[str, str]
     measured: list[Measured]
+    attention_use: list[AttentionUse]
     examples: Examples
     left_out: dict[str, str]
     notes: list[str]
@@ -120,6 +134,7 @@ class Inspection:
                 }
                 for found in self.measured
             ],
+            "attention_use": [asdict(found) for found in self.attention_use],
             "completions": _completions(self.examples),
             "left_out": self.left_out,
             "notes": self.notes,
@@ -134,6 +149,10 @@ class Inspection:
     def audit_csv(self) -> str:
         """Every claim about every layer and subject, one a line."""
         return _csv(AuditRow, {m.key: m.measures.audit for m in self.measured})
+
+    def attention_csv(self) -> str:
+        """The model without mixing in some of its layers, one choice of layers a line."""
+        return _csv(AttentionUse, {self.model.key: self.attention_use})
 
 
 def inspect_model(
@@ -159,12 +178,14 @@ def inspect_model(
         left_out["linear probes"] = why_not
     notes: list[str] = []
     measured = []
+    hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
     for subject in subjects.values():
         say(f"{subject.label}: {subject.opened.name} on {subject.source.name}")
         scores = _foreground_rows(subject, settings, drawings)
-        measured.append(_measure(subject, settings, images, notes, say, scores))
+        measured.append(_measure(subject, settings, hidden, images, notes, say, scores))
+    say("the model without mixing")
+    use = _attention_use(subjects["model"], settings, hidden, images, left_out)
     say("pictures")
-    hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
     examples = collect_examples(subjects, count=settings.count, mask_ratio=hidden, seed=settings.seed)
     notes += _shortages(subjects, measured, settings)
     return Inspection(
@@ -172,6 +193,7 @@ def inspect_model(
         description=describe(subjects["model"].opened),
         training=known.lines,
         measured=measured,
+        attention_use=use,
         examples=examples,
         left_out=left_out | examples.left_out,
         notes=notes,
@@ -182,6 +204,7 @@ def inspect_model(
 def _measure(
     subject: Subject,
     settings: Settings,
+    hidden: float,
     images: ProbeImages | None,
     notes: list[str],
     say: Progress,
@@ -193,6 +216,9 @@ def _measure(
         count=settings.count,
         mask_ratio=settings.mask_ratio,
         seed=settings.seed,
+        audited=subject.key not in UNTRAINED,
+        untrained=_DRAWS if subject.key in NETWORKS else 0,
+        training_mask_ratio=hidden,
         on_stage=lambda stage: say(f"{subject.label}: {stage}"),
     )
     measures = dataclasses.replace(measures, rows=[*measures.rows, *scores])
@@ -208,6 +234,30 @@ def _measure(
         tokens=tokens_of(subject.opened),
         measures=measures,
     )
+
+
+def _attention_use(
+    model: Subject, settings: Settings, hidden: float, images: ProbeImages | None, left_out: dict[str, str]
+) -> list[AttentionUse]:
+    """The model without mixing, judged by its loss and, where there are labels, a probe."""
+    net, source = model.opened.net, model.source
+    if not isinstance(net, MaskedAutoencoder):
+        left_out["masked loss without mixing"] = "the model has no decoder"
+        return []
+    backbone = model.opened.backbone
+    if images is None and settings.probe_images:
+        try:
+            images = split_probe_images(source, settings.probe_images, settings.seed)
+        except UserError as error:
+            left_out["linear probe without mixing"] = str(error)
+    chosen = fixed_sample(len(source), settings.count, settings.seed)
+    shown = read_images(source, backbone.transform(), chosen, settings.count).images
+    masks = nested_masks(len(shown), net.num_patches, hidden, settings.seed)
+    probe = None if images is None else partial(last_layer_score, backbone, images)
+    found = attention_use(net, shown, masks, probe=probe)
+    if not found:
+        left_out["masked loss without mixing"] = "no layer has attention in subspaces"
+    return found
 
 
 def _foreground_rows(subject: Subject, settings: Settings, drawings: Drawings | None) -> list[Row]:

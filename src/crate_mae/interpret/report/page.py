@@ -25,6 +25,7 @@ def report_files(inspection: Inspection) -> dict[str, bytes]:
     files["measures.json"] = inspection.to_json().encode()
     files["measures.csv"] = inspection.to_csv().encode()
     files["audit.csv"] = inspection.audit_csv().encode()
+    files["attention.csv"] = inspection.attention_csv().encode()
     findings = write_findings(inspection)
     sections = write_sections(inspection, findings, plan, pictures)
     files[PAGE] = write_page(inspection, findings, sections).encode()
@@ -36,7 +37,7 @@ def write_page(inspection: Inspection, findings: Sequence[Finding], sections: Se
     model = escape(name_of(inspection.settings.model))
     images = inspection.model.measures
     glances = "".join(
-        f'<li><a href="#{found.anchor}">{escape(found.question)}</a> {found.answer}</li>\n' for found in findings
+        f'<li><a href="#{found.anchor}">{escape(found.title)}</a> {found.answer}</li>\n' for found in findings
     )
     links = " · ".join(
         f'<a href="#{section.anchor}">{number}. {escape(section.title)}</a>'
@@ -48,8 +49,9 @@ def write_page(inspection: Inspection, findings: Sequence[Finding], sections: Se
         for number, section in enumerate(sections, start=1)
     )
     content = f"""<p>Every layer of a CRATE-MAE is derived: it is to compress tokens against its subspaces, and to make
-them sparse in its dictionary. Here <b>{model}</b> is held to that on {images.images:,} images of
-<b>{escape(images.data)}</b>, next to controls that show what comes about without its training.</p>
+them sparse in its dictionary. Here <b>{model}</b> is measured on {images.images:,} images of
+<b>{escape(images.data)}</b>, and each step is compared with controls: moves that need no derivation, and networks
+without its training.</p>
 <h2>At a glance</h2>
 <ul>
 {glances}</ul>

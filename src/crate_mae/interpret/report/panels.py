@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from crate_mae.interpret.layer_measures import VALUE_RATE
+from crate_mae.interpret.layer_measures import OFFICIAL_RATE, RATE_OF, VALUE_RATE
 from crate_mae.interpret.report.inspection import Measured
 from crate_mae.interpret.report.subjects import LABELS
 from crate_mae.interpret.statistics import Row
 
 COLOUR_OF = {key: number for number, key in enumerate(LABELS)}
-_ENCODER_ALONE = ("rate_reduction", "objective")  # which the decoder is not derived to climb
 
 
 class Line(NamedTuple):
@@ -65,14 +64,13 @@ def by_subject(subjects: Iterable[Measured], asked: Sequence[tuple[str, str, str
 
 
 def line_of(subject: Measured, measure: str, point: str) -> Line | None:
-    """A subject's curve; of the official R^c, which a black box does not have, its stand-in."""
+    """A subject's curve; of R^c of unit-length projections, which a black box does not have, its stand-in."""
     if rows := _both_parts(subject, measure, point):
         return Line(subject.label, COLOUR_OF[subject.key], rows)
-    if measure == "subspace_rate_official" and (rows := _both_parts(subject, VALUE_RATE, point)):
+    if measure in (OFFICIAL_RATE, RATE_OF["unit"]) and (rows := _both_parts(subject, VALUE_RATE, point)):
         return Line(f"{subject.label} (stand-in)", COLOUR_OF[subject.key], rows, dashed=True)
     return None
 
 
 def _both_parts(subject: Measured, measure: str, point: str) -> list[Row]:
-    encoder = subject.find(measure, point)
-    return encoder if measure in _ENCODER_ALONE else encoder + subject.find(measure, point, part="decoder")
+    return subject.find(measure, point) + subject.find(measure, point, part="decoder")

@@ -5,7 +5,7 @@ from html import escape
 
 from crate_mae.drawing.page import figure, table
 from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT
-from crate_mae.interpret.report.audit_table import LEGEND, all_numbers, overview
+from crate_mae.interpret.report.audit_table import LEGEND, all_numbers, controls_table, overview
 from crate_mae.interpret.report.figures import Plan
 from crate_mae.interpret.report.inspection import Inspection, Measured
 from crate_mae.interpret.report.wording import VERDICT_RULE, Finding, Section, plural
@@ -21,14 +21,19 @@ them inside each subspace. A rate grows with the length of tokens, and layers ch
 in three forms:</p>
 <ul>
 <li><b>of tokens as they are</b>, the formula of the papers;</li>
-<li><b>of normalised tokens</b>: after the normalisation in front of the layer’s MSSA, so as MSSA sees them;</li>
-<li><b>as the official code takes it</b>: the same, with every projection scaled to length 1, and 0.01 for ε².</li>
+<li><b>of normalised tokens</b>: after the normalisation in front of the layer’s attention, so as attention sees
+them;</li>
+<li><b>of unit-length projections</b>: the same, with every projection scaled to length 1, and 0.01 for ε². At the input
+of the layer’s attention this is what the official code records, and is called “as the official code takes it” there and
+nowhere else.</li>
 </ul>
+<p>R − R<sup>c</sup> is given for the tokens of all images together: an image has fewer tokens than dimensions, which
+caps its R far below its R<sup>c</sup>.</p>
 <p>A network whose attention is not MSSA has no subspaces. If its heads have values of their own, their projections
 stand in for U<sub>k</sub>, in the last form alone, where the size of a projection does not count.</p>
 <p class="small">E0, E1, … are layers of the encoder, D0, D1, … of the decoder, numbered from 0 as everywhere in
 crate-mae. Rates also depend on the number of tokens and on their width: of networks of another shape compare how curves
-go, and not how high they are. The objective takes λ = {SPARSITY_WEIGHT:g}.</p>
+go, and not how high they are. λ = {SPARSITY_WEIGHT:g} in λ‖Z‖<sub>0</sub>.</p>
 """
 _WEIGHTS = """<p>What the derivation takes for granted about a layer’s weights, and whether each decoder layer undoes
 its encoder layer (the first the last one, and so on), which it never was trained to do.</p>
@@ -62,10 +67,10 @@ def write_sections(
 
     return [
         section("model", "The model, and what it is compared with", _model(inspection)),
-        section("findings", "What was found, in plain words", _findings(findings)),
+        section("findings", "Findings", _findings(findings)),
         figures("layers", "Layer by layer", _FORMS),
-        section("audit", "Audit: does each step do what it was derived to do?", _audit(inspection)),
-        figures("weights", "What was learned: subspaces, dictionaries, inverses", _WEIGHTS),
+        section("audit", "Audit: each step against its controls", _audit(inspection)),
+        figures("weights", "Weights: subspaces, dictionaries, inverses", _WEIGHTS),
         figures("attention", "What the class token looks at", _ATTENTION),
         figures("tokens", "What tokens stand for", ""),
         section("left-out", "What is left out, and how to make it again", _left_out(inspection)),
@@ -101,7 +106,7 @@ def _findings(findings: Sequence[Finding]) -> str:
     for found in findings:
         more = "".join(f"<li>{sentence}</li>" for sentence in found.more)
         parts.append(
-            f'<h3 id="{found.anchor}">{escape(found.question)}</h3>\n<p class="glance">{found.answer}</p>\n'
+            f'<h3 id="{found.anchor}">{escape(found.title)}</h3>\n<p class="glance">{found.answer}</p>\n'
             + (f"<ul>{more}</ul>\n" if more else "")
             + found.table
         )
@@ -111,14 +116,17 @@ def _findings(findings: Sequence[Finding]) -> str:
 def _audit(inspection: Inspection) -> str:
     rows = inspection.model.measures.audit
     if not rows:
-        return "<p>The claims are about MSSA and ISTA, and no layer of this model has them.</p>"
+        return (
+            "<p>The claims are about attention in subspaces and sparse coding, and no layer of this model has them.</p>"
+        )
     return (
-        f"<p>{LEGEND}</p>\n{overview(rows)}\n"
-        "<details><summary>All numbers of the audit: changes, intervals, shares of images</summary>\n"
+        f"<p>{LEGEND}</p>\n{overview(rows)}\n<h3>The controls</h3>\n{controls_table()}\n"
+        "<details><summary>All numbers of the audit: values, margins, intervals, shares of images</summary>\n"
         f"{all_numbers(rows)}</details>\n"
-        '<p class="small">Changes are paired: the value after the step less that before it, on the same image. '
-        "Intervals of means are Student’s, of shares Wilson’s; one in twenty misses what it is an interval of. The "
-        "same table for each control is in <code>audit.csv</code>.</p>\n"
+        '<p class="small">Everything is paired: step and controls start from the same tokens of the same images, and '
+        "the margin of an image is that over its best control. Intervals of mean margins are Student’s; those of "
+        "claims on all images together are a jackknife’s. The untrained column is the largest margin of five untrained "
+        "draws of the network, as a share of the value before. The same table is in <code>audit.csv</code>.</p>\n"
     )
 
 
@@ -133,6 +141,7 @@ def _left_out(inspection: Inspection) -> str:
 <h3>To make it again</h3>
 <p><code>{escape(inspection.settings.command())}</code></p>
 <p class="small">Images, masks and fresh weights are functions of the seed ({inspection.settings.seed}; random weights
-take the next). All numbers are in <code>measures.json</code>, <code>measures.csv</code> and <code>audit.csv</code>;
+take the next). All numbers are in <code>measures.json</code>, <code>measures.csv</code>, <code>audit.csv</code> and
+<code>attention.csv</code>;
 each figure is also a PNG and a PDF file in <code>figures</code>. Versions: {versions}.</p>
 """

@@ -1,19 +1,15 @@
 """What a report looks at: the model, and its controls: other networks on the same images, and other images."""
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import nn
 
 from crate_mae.data import ImageSource, open_source
-from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.errors import UserError
-from crate_mae.interpret.measure import Opened, open_measurable
+from crate_mae.interpret.measure import Opened, fresh_twin, open_measurable
 from crate_mae.interpret.report.settings import Settings
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
-from crate_mae.models.classifier import ClassifierConfig, build_classifier
-from crate_mae.models.config import config_from_dict
+from crate_mae.models.autoencoder import MaskedAutoencoder
 
 # The order is that of columns and of colours.
 LABELS = {
@@ -24,6 +20,7 @@ LABELS = {
     "other": "other images",
     "train": "training images",
 }
+UNTRAINED = ("random", "random_baseline")  # whose audit is in that of the trained networks
 NETWORKS = ("model", "random", "baseline", "random_baseline")  # those with weights of their own
 
 
@@ -85,23 +82,6 @@ def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str
     for subject in found.values():
         _refuse_unfit(subject.opened, settings.mask_ratio)
     return found, left_out
-
-
-def fresh_twin(model: Opened, seed: int) -> Opened | None:
-    """The same network with fresh weights; None if it came from Python and nobody can tell how it is built."""
-    described = model.backbone.architecture
-    if described is None:
-        return None
-    if described.startswith("timm:"):
-        return open_measurable(":".join([*described.split(":")[:2], "random"]), seed)
-    values = json.loads(described)
-    with default_generator_seeded(seed):
-        is_classifier = values["architecture"] == ClassifierConfig.architecture
-        twin = (
-            build_classifier(ClassifierConfig.from_dict(values)) if is_classifier else build(config_from_dict(values))
-        )
-    opened = open_measurable(twin, seed)
-    return Opened(model.name, opened.net, replace(opened.backbone, is_fresh=True))
 
 
 def _add_twin(found: dict[str, Subject], key: str, network: Opened, seed: int, left_out: dict[str, str]) -> None:

@@ -13,8 +13,9 @@ from crate_mae.interpret.statistics import Row, Statistic
 Verdict = Literal["falls", "rises", "unclear"]
 
 VERDICT_RULE = (
-    "A curve “falls” or “rises” if the 95% intervals of its mean in the first and in the last layer do not overlap, "
-    "and has “no clear change” if they do; steps say how many of the ways from layer to layer go down or up."
+    "A curve “falls” or “rises” if the 95% interval of its change from the first layer to the last does not contain 0, "
+    "and shows “no clear change” if it does; changes are paired, image by image. Steps count the layers after which "
+    "the mean is lower or higher."
 )
 
 
@@ -35,24 +36,24 @@ class Section:
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """A question to the model, and what the numbers answer.
+    """What the numbers say about one subject.
 
     Attributes:
         anchor: what links lead to.
-        question: as text.
-        answer: one or two sentences, as HTML.
+        title: the subject, as text.
+        answer: one or two statements, as HTML.
         more: further sentences, as HTML.
         table: of the numbers behind it, as HTML; empty if there are none.
     """
 
     anchor: str
-    question: str
+    title: str
     answer: str
     more: tuple[str, ...] = ()
     table: str = ""
 
 
-class Course(NamedTuple):
+class Trend(NamedTuple):
     """How a measure goes from the first layer to the last.
 
     Attributes:
@@ -89,20 +90,23 @@ class Course(NamedTuple):
         return f"{self.ends}, {self.direction}"
 
 
-def course(rows: Sequence[Row]) -> Course | None:
-    """The course of a curve over the layers; None without a curve."""
+def trend(rows: Sequence[Row]) -> Trend | None:
+    """The trend of a curve over the layers; None without a curve."""
     if not rows:
         return None
     means = [row.mean for row in rows]
-    (low_first, high_first), (low_last, high_last) = (interval(row) for row in (rows[0], rows[-1]))
-    verdict: Verdict = "unclear"
-    if high_last < low_first:
-        verdict = "falls"
-    elif low_last > high_first:
-        verdict = "rises"
+    low, high = _change(rows[0], rows[-1])
+    verdict: Verdict = "falls" if high < 0 else "rises" if low > 0 else "unclear"
     pairs = list(pairwise(means))
     down, up = sum(b < a for a, b in pairs), sum(b > a for a, b in pairs)
-    return Course(means[0], means[-1], verdict, down, up, len(pairs))
+    return Trend(means[0], means[-1], verdict, down, up, len(pairs))
+
+
+def _change(first: Row, last: Row) -> tuple[float, float]:
+    """The 95% interval of the change from the first layer, paired over images; one value of a layer is its own."""
+    if last.over == "layer":
+        return last.mean - first.mean, last.mean - first.mean
+    return Statistic(last.change or 0.0, last.change_spread, last.n).interval()
 
 
 def interval(row: Row) -> tuple[float, float]:
@@ -125,8 +129,8 @@ def number(value: float) -> str:
 
 
 def rates_set(text: str) -> str:
-    """Text as HTML, in which R^c is set as it should be."""
-    return escape(text).replace("R^c", "R<sup>c</sup>")
+    """Text as HTML, in which R^c and minus signs are set as they should be."""
+    return escape(text).replace("R^c", "R<sup>c</sup>").replace(" - ", " − ")
 
 
 def percent(share: float) -> str:
