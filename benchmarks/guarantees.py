@@ -83,7 +83,7 @@ def nothing_kept() -> Iterator[None]:
     """While the block runs, monotone layers compute without their guarantees."""
     with (
         mock.patch.object(OrthogonalSubspaces, "retract_", lambda _self: None),
-        mock.patch.object(BoundedISTA, "bounded", lambda self: self.dictionary),
+        mock.patch.object(BoundedISTA, "lasso_dictionary", lambda self: self.dictionary),
     ):
         yield
 

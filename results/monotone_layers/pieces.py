@@ -116,7 +116,7 @@ class Sparsify(BoundedISTA):
         steps = 2 if self.pieces.dictionary == "zero two" else 1
         start = {"bounded": x, "relu": F.relu(x)}.get(self.pieces.dictionary)
         threshold: Any = self.log_threshold.exp() if self.pieces.threshold == "learned" else self.threshold
-        return sparse_codes(x, self.bounded(), self.step_size, threshold, steps, start=start)
+        return sparse_codes(x, self.lasso_dictionary(), self.step_size, threshold, steps, start=start)
 
 
 class PiecesEncoderLayer(EncoderLayer):

@@ -27,7 +27,7 @@ def test_without_guarantees_nothing_is_drawn_back_or_bounded():
     with guarantees.nothing_kept():
         subspaces.retract_()
         torch.testing.assert_close(torch.linalg.svdvals(subspaces.weight.detach()), torch.full((8,), 1.1))
-        assert torch.equal(ista.bounded(), ista.dictionary)
+        assert torch.equal(ista.lasso_dictionary(), ista.dictionary)
     subspaces.retract_()
     assert torch.linalg.matrix_norm(subspaces.weight.detach(), ord=2) <= 1 + 1e-6
-    torch.testing.assert_close(2 * ista.bounded(), ista.dictionary)
+    torch.testing.assert_close(2 * ista.lasso_dictionary(), ista.dictionary)

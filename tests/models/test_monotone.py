@@ -92,7 +92,7 @@ def test_the_step_is_its_formula(generator):
 def test_no_code_is_worse_than_none(training, generator):
     for size in (0.01, 1.0, 100.0):
         ista = anything(BoundedISTA(WIDTH, step_size=0.3, threshold=0.2).double(), generator, size).train(training)
-        x, d = hostile_tokens(generator), ista.bounded()
+        x, d = hostile_tokens(generator), ista.lasso_dictionary()
         codes = ista(x)
         assert (codes >= 0).all()
         bound = 1.05 if training else 1 + 1e-9
@@ -104,7 +104,7 @@ def test_no_code_is_worse_than_none(training, generator):
 def test_a_fresh_code_is_the_exact_minimum_of_its_lasso(generator):
     ista = BoundedISTA(WIDTH, step_size=0.3, threshold=0.2).double().eval()
     x = hostile_tokens(generator)
-    code, d = ista(x), ista.bounded()
+    code, d = ista(x), ista.lasso_dictionary()
     correlation = (x - code @ d.mT) @ d  # minus the gradient: lambda where a code is active, at most that elsewhere
     torch.testing.assert_close(correlation[code > 0], torch.full_like(correlation[code > 0], 0.2), rtol=1e-3, atol=0)
     assert (correlation[code == 0] <= 0.2 + 1e-4).all()

@@ -218,10 +218,9 @@ def _sparse_coding(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[str, 
     x, code = layer.get_submodule("norm2")(points["z_half"]), points["code"]
     is_square = x.shape == code.shape
     codes = {_AFTER: code, claims.ZERO: torch.zeros_like(code)} | ({claims.RELU: x.relu()} if is_square else {})
+    dictionary = ista.lasso_dictionary()
     lasso = {
-        name: torch.stack(
-            [lasso_objective(a, x_i, ista.dictionary, ista.threshold) for a, x_i in zip(c, x, strict=True)]
-        )
+        name: torch.stack([lasso_objective(a, x_i, dictionary, ista.threshold) for a, x_i in zip(c, x, strict=True)])
         for name, c in codes.items()
     }
     lasso[_BEFORE] = lasso[claims.ZERO]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from crate_mae.interpret.layer_measures import bases, has_subspaces
 from crate_mae.interpret.statistics import Row, not_finite, place_of, rows_of
 from crate_mae.models.layers import ISTA, MSSA, Dictionary, OvercompleteISTA
-from crate_mae.models.monotone import BoundedISTA
 from crate_mae.models.tracing import layers_of
 from crate_mae.theory.measures import isometry_error, mutual_coherence
 from crate_mae.theory.subspaces import affinity, match_up_to_scale, orthonormality_error, principal_cosines
@@ -85,10 +84,8 @@ def output_projections(layer: nn.Module) -> Float[Tensor, "h d p"] | None:
 def dictionary_of(layer: nn.Module) -> Float[Tensor, "d m"] | None:
     """D of an encoder's layer, as its step takes it, E of a decoder's; None of a layer without sparse coding."""
     ista, dictionary = getattr(layer, "ista", None), getattr(layer, "dictionary", None)
-    if isinstance(ista, BoundedISTA):
-        return ista.bounded().detach()
     if isinstance(ista, (ISTA, OvercompleteISTA)):
-        return ista.dictionary.detach()
+        return ista.lasso_dictionary().detach()
     return dictionary.weight.detach() if isinstance(dictionary, Dictionary) else None
 
 

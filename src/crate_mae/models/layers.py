@@ -120,6 +120,10 @@ class ISTA(nn.Module):
         """W = I + eta (D - D^T D), of which the code is relu(X W - eta lambda)."""
         return ista_operator(self.dictionary, self.step_size)
 
+    def lasso_dictionary(self) -> Float[Tensor, "d d"]:
+        """The dictionary of the lasso that the step is about: D."""
+        return self.dictionary
+
     def train(self, mode: bool = True) -> "ISTA":
         """As PyTorch does; what was kept at rest is forgotten."""
         self._kept = None
@@ -176,6 +180,10 @@ class OvercompleteISTA(nn.Module):
     def reset_parameters(self) -> None:
         """Entries of D uniform in +-sqrt(6/m); G is a linear map and initialised as one."""
         _init_dictionary(self.dictionary)
+
+    def lasso_dictionary(self) -> Float[Tensor, "d m"]:
+        """The dictionary of the lasso that the steps are about: D."""
+        return self.dictionary
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Tokens rebuilt from their non-negative sparse codes."""

@@ -218,10 +218,10 @@ class BoundedISTA(ISTA):
 
     def operator(self) -> Float[Tensor, "d d"]:
         """Eta D', of which the code is relu(X (eta D') - eta lambda)."""
-        return self.step_size * self.bounded()
+        return self.step_size * self.lasso_dictionary()
 
-    def bounded(self) -> Float[Tensor, "d d"]:
-        """D', the dictionary whose lasso the step descends."""
+    def lasso_dictionary(self) -> Float[Tensor, "d d"]:
+        """D'."""
         u, v = top_singular_pair(self.dictionary, self.POWER_ITERATIONS) if self.training else self._pair_at_rest()
         return bounded_dictionary(self.dictionary, self.step_size, u @ (self.dictionary @ v))
 
