@@ -311,3 +311,36 @@ def test_the_published_bundled_model_does_not_hold(shared):
     assert all(by[layer, claims.LASSO].after > 1.3 * by[layer, claims.LASSO].before for layer in range(3))
     assert all(by[layer, claims.LASSO].closest_control == claims.ZERO for layer in range(3))
     assert dataclasses.asdict(rows[0])["closest_control"]
+
+
+MONOTONE = "crate_mae_nano_monotone_patch2_8"
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_no_image_contradicts_a_theorem_of_monotone_layers(seed):
+    torch.manual_seed(seed)
+    net = crate_mae.create_model(MONOTONE, embed_dim=24, num_heads=3, depth=2, decoder_depth=2)
+    with torch.no_grad():  # any weights at all
+        for name, parameter in net.named_parameters():
+            if "subspaces" not in name and "pred" not in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.5)
+    rows = audit(walk(net, torch.randn(12, 3, 8, 8)))
+    theorems = [row for row in rows if row.status == "theorem"]
+    assert [(row.part, row.claim) for row in theorems] == [
+        *[("encoder", claims.COMPRESS)] * 2,
+        *[("encoder", claims.LASSO_ZERO)] * 2,
+        *[("decoder", claims.DECOMPRESS)] * 2,
+    ]
+    assert all(row.share_of_images is not None for row in theorems)
+    assert not [row for row in rows if row.status == "contradiction"]
+
+
+def test_a_monotone_step_of_the_wrong_sign_is_a_contradiction(monkeypatch):
+    torch.manual_seed(0)
+    net = crate_mae.create_model(MONOTONE, embed_dim=24, num_heads=3, depth=2, decoder_depth=2)
+    kind = type(net.encoder.blocks[0].attn)
+    step = kind.step
+    monkeypatch.setattr(kind, "step", lambda self, w, mixed: -step(self, w, mixed))
+    rows = audit(walk(net, torch.randn(12, 3, 8, 8)))
+    wrong = {row.claim for row in rows if row.status == "contradiction"}
+    assert wrong == {claims.COMPRESS, claims.DECOMPRESS}
