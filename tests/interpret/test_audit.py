@@ -8,6 +8,7 @@ from scipy.stats import ttest_1samp
 
 import crate_mae
 from crate_mae.interpret import audit as claims
+from crate_mae.interpret import pooled
 from crate_mae.interpret.audit import (
     CLAIMS,
     CONTROLS,
@@ -25,7 +26,7 @@ from crate_mae.interpret.layer_claims import measure_claims, measure_layer
 from crate_mae.interpret.measure import measure_layers
 from crate_mae.interpret.statistics import statistic
 from crate_mae.models.features import evaluating
-from crate_mae.theory import lasso_objective, subspace_coding_rate
+from crate_mae.theory import coding_rate, lasso_objective, subspace_coding_rate
 
 E0 = Place("all", "encoder", 0)
 
@@ -269,6 +270,38 @@ def test_layers_declare_their_theorems(build, images):
     for key in (claims.LASSO_ZERO, claims.SPARSITY):
         assert status[1, key] in ("theorem", "contradiction")
         assert status[0, key] in ("holds", "does not hold")
+
+
+def test_a_step_from_normalised_tokens_is_measured_from_there(build, images):
+    model = build()
+    layer = model.encoder.blocks[0]
+    with torch.no_grad():
+        layer.norm1.weight.mul_(1.7)  # applied once, and not twice
+        layer.step_start = lambda _z, x: x
+        z = torch.randn(4, 9, 24, generator=torch.Generator().manual_seed(0))
+        found, _ = measure_layer(layer, z)
+        x = layer.norm1(z)
+        assert found[claims.COMPRESS].before.tolist() == pytest.approx(
+            subspace_coding_rate(x, layer.attn.bases()).tolist(), rel=1e-5
+        )
+        scaled = 24**0.5 * torch.nn.functional.normalize(x, dim=-1)
+        assert found[claims.COMPRESS_NORMALISED].before.tolist() == pytest.approx(
+            subspace_coding_rate(scaled, layer.attn.bases()).tolist(), rel=1e-5
+        )
+
+
+def test_pooled_rates_are_those_of_all_tokens_with_and_without_each_group():
+    z = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    q = torch.eye(8, dtype=torch.float64).unflatten(1, (2, 4)).transpose(0, 1)
+    groups = z.tensor_split(3)
+    found = pooled.pool([pooled.token_sum(g) for g in groups], torch.full((3,), 10.0, dtype=torch.float64), q)
+    rest = [z, z[2:], torch.cat([z[:2], z[4:]]), z[:4]]
+    assert found.rate().tolist() == pytest.approx([float(coding_rate(t.flatten(0, 1))) for t in rest])
+    assert found.subspace_rate().tolist() == pytest.approx(
+        [float(subspace_coding_rate(t.flatten(0, 1), q)) for t in rest]
+    )
+    means = z.mean(1, keepdim=True).expand_as(z)
+    torch.testing.assert_close(pooled.mean_sum(z), pooled.token_sum(means))
 
 
 def test_encoders_of_visible_patches_are_audited_on_those_too(build):

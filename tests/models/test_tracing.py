@@ -5,7 +5,7 @@ import timm
 import torch
 
 import crate_mae
-from crate_mae.models.tracing import INTERMEDIATES, layers_of, trace
+from crate_mae.models.tracing import INTERMEDIATES, layers_of, trace, trace_layer
 from crate_mae.theory import attention_membership, ista_step
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1, "in_chans": 1}
@@ -158,3 +158,15 @@ def test_a_name_of_sub_modules_never_asks_for_intermediates():
         trace(model, ["encoder.blocks.7.attention"]),
     ):
         pass
+
+
+def test_one_layer_alone_gives_what_it_gives_in_the_model():
+    model = build()
+    found = traced(model, [f"encoder.blocks.1.{kind}" for kind in ("z", "z_half", "code")], unmasked)
+    layer = model.encoder.blocks[1]
+    with torch.no_grad():
+        alone = trace_layer(layer, found["encoder.blocks.1.z"], ("z_half", "code"))
+    assert set(alone) == {"z_half", "code"}
+    for kind, value in alone.items():
+        assert_same(value, found[f"encoder.blocks.1.{kind}"])
+    assert not any(module._forward_hooks for module in layer.modules())

@@ -11,6 +11,7 @@ from crate_mae.theory import (
     coding_rate,
     coding_rate_gradient,
     linear_ssa,
+    moment_coding_rate,
     official_subspace_coding_rate,
     orthonormal_bases,
     project,
@@ -208,6 +209,13 @@ def test_a_gradient_step_compresses(generator):
 def test_negative_neumann_order_is_refused(generator):
     with pytest.raises(UserError, match="neumann_order=-1"):
         subspace_coding_rate_gradient(torch.zeros(5, 7), torch.zeros(2, 7, 3), neumann_order=-1)
+
+
+def test_the_rate_of_a_moment_is_that_of_its_tokens_and_pools_images(generator):
+    z = torch.randn(3, 7, 5, generator=generator, dtype=torch.float64)
+    moments = z.mT @ z / 7
+    torch.testing.assert_close(moment_coding_rate(moments, EPS), coding_rate(z, EPS))
+    torch.testing.assert_close(moment_coding_rate(moments.mean(0), EPS), coding_rate(z.flatten(0, 1), EPS))
 
 
 def test_rate_reduction_and_its_sparse_form_are_their_differences(generator):

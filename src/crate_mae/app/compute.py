@@ -181,7 +181,7 @@ def look_inside(model: MaskedAutoencoder, picture: Image.Image, layer: int, patc
 
 
 def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:
-    """Subspace rate and sparsity of every layer of the encoder, of which nothing is hidden.
+    """Subspace rate, sparsity and claims of every layer of the encoder, of which nothing is hidden.
 
     Raises:
         UserError: if the model's weights are not finite.
@@ -194,8 +194,11 @@ def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:
     with evaluating(model):
         rows = stream(model.encoder, [image], measures).rows
         found = measure_claims(model.encoder, {"all": [image]}, _show, pools=False)
-    curves = [(_RATE, "z"), (_RATE, "z_half"), ("zero_fraction", "code")]
-    return Curves(*([row.mean for row in find(rows, measure, point)] for measure, point in curves), audit(found))
+    before, after, zeros = (
+        [row.mean for row in find(rows, measure, point)]
+        for measure, point in ((_RATE, "z"), (_RATE, "z_half"), ("zero_fraction", "code"))
+    )
+    return Curves(before, after, zeros, audit(found))
 
 
 def _show(encoder: torch.nn.Module, image: Tensor) -> object:

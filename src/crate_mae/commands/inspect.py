@@ -31,12 +31,13 @@ def inspect(
     """Measure a model layer by layer, next to controls, and explain what came out on a page.
 
     Rates, sparsity, ranks, subspaces, dictionaries, inverses and what tokens still tell are measured on images, every
-    step of a layer is held to what it was derived to do, and a few images are looked at. The same is measured of the
-    same network with random weights, and of the controls that you name. What a model does not have is left out, and
-    the page says so.
+    step of a layer is compared with controls (moves that need no derivation, and five untrained draws of the network),
+    the model is measured with attention that mixes no tokens, and a few images are looked at. The same is measured of
+    the same network with random weights, and of the controls that you name. What a model does not have is left out,
+    and the page says so.
 
-    `out` then holds report.html, one file to read without a network; measures.json, measures.csv and audit.csv, with
-    all numbers; and each figure as PNG and PDF.
+    `out` then holds report.html, one file to read without a network; measures.json, measures.csv, audit.csv and
+    attention.csv, with all numbers; and each figure as PNG and PDF.
 
     Args:
         model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
@@ -51,7 +52,8 @@ def inspect(
             (image,left,top,right,bottom); foregrounds that each layer tells are held to them.
         count: most images of each kind.
         mask_ratio: share of patches to hide while layers are measured. By default none.
-        probe_images: most images that a probe is fitted to, and most that it is measured on; 0 for no probes.
+        probe_images: most images that a probe is fitted to, and most that it is measured on; 0 for no probes. Without
+            train_data, the model without mixing is probed on halves of that many images of DATA, if they have labels.
         seed: of the choice of images, of masks, and of random weights.
         quiet: show nothing.
 
