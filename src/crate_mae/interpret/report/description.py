@@ -48,10 +48,11 @@ def _of_autoencoder(net: MaskedAutoencoder) -> dict[str, str]:
 
 
 def _of_crate(c: CrateConfig) -> dict[str, str]:
-    tied = "tied to the subspaces, W_k = U_k" if c.output_projection == "tied" else "free, as in the official code"
+    is_tied = c.layer == "monotone" or c.output_projection == "tied"
     start = "isometric" if c.init == "isometric" else "as in the official code"
     lines = {
-        "Output projection": tied,
+        "Layers": "monotone: that attention compresses is a theorem" if c.layer == "monotone" else "as published",
+        "Output projection": "tied to the subspaces, W_k = U_k" if is_tied else "free, as in the official code",
         "Sparse coding": f"step size η = {c.step_size:g}, threshold λ = {c.threshold:g}",
         "Start of the weights": start,
     }
