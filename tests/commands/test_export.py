@@ -55,6 +55,16 @@ def test_a_folded_model_is_the_same_function(settings):
     assert not any(isinstance(part, FoldedISTA) for part in net.modules())
 
 
+@pytest.mark.parametrize("kind", ["safetensors", "timm", "pt2", "onnx"])
+@EXPORTERS
+def test_monotone_layers_are_exported_and_verified(tmp_path, crate_mae_command, kind):
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    model = saved(tmp_path / "model", layer="monotone")
+    code, _, err = crate_mae_command("export", model, "--out", tmp_path / "x", "--format", kind, "--verify")
+    assert code == 0, err
+
+
 def run_card(folder, monkeypatch, **names):
     """Do what the card says, in the folder."""
     monkeypatch.chdir(folder)
