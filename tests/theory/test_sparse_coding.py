@@ -6,7 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from crate_mae.theory import apply_ista_operator, ista_operator, ista_step, lasso_objective, sparse_codes
+from crate_mae.theory import (
+    apply_ista_operator,
+    bounded_dictionary,
+    ista_operator,
+    ista_step,
+    lasso_objective,
+    sparse_codes,
+    top_singular_pair,
+)
 
 
 def official_ista_step(x, dictionary, step_size, threshold):
@@ -154,3 +162,44 @@ def test_iterations_go_on_from_a_start():
     torch.testing.assert_close(
         sparse_codes(x, dictionary, 0.1, 0.2, 2, start=halfway), sparse_codes(x, dictionary, 0.1, 0.2, 5)
     )
+
+
+def test_the_largest_singular_value_and_its_gradient():
+    generator = torch.Generator().manual_seed(3)
+    d = torch.randn(7, 11, generator=generator, dtype=torch.float64, requires_grad=True)
+    exact = torch.linalg.matrix_norm(d, ord=2)
+    (expected,) = torch.autograd.grad(exact, d)
+    for iterations, tolerance in ((None, 1e-10), (200, 1e-6)):
+        u, v = top_singular_pair(d, iterations)
+        norm = u @ (d @ v)
+        torch.testing.assert_close(norm, exact, rtol=tolerance, atol=0)
+        (found,) = torch.autograd.grad(norm, d)
+        torch.testing.assert_close(found, expected, rtol=0, atol=10 * tolerance**0.5)
+    norms = [(lambda pair: pair.u @ (d @ pair.v))(top_singular_pair(d, n)) for n in (1, 2, 4, 8)]
+    assert all(a < b <= exact for a, b in pairwise(norms))
+
+
+def test_a_dictionary_is_scaled_down_and_never_up():
+    d = torch.diag(torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64))
+    norm = torch.tensor(4.0, dtype=torch.float64)
+    torch.testing.assert_close(bounded_dictionary(d, 0.25, norm), d / 2)
+    torch.testing.assert_close(bounded_dictionary(d, 1 / 16, norm), d)
+    torch.testing.assert_close(bounded_dictionary(d, 0.01, norm), d)
+    zero = torch.zeros_like(d)
+    assert torch.equal(bounded_dictionary(zero, 1.0, torch.zeros((), dtype=torch.float64)), zero)
+
+
+@pytest.mark.parametrize("too_low", [1.0, 1.2, 1.4])
+def test_a_step_of_a_bounded_dictionary_descends_by_as_much_as_it_promises(too_low):
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(50):
+        d, eta, threshold = torch.randn(5, 9, generator=generator, dtype=torch.float64), 0.3, 0.2
+        x = torch.randn(6, 5, generator=generator, dtype=torch.float64)
+        start = torch.randn(6, 9, generator=generator, dtype=torch.float64).relu()
+        d = bounded_dictionary(d, eta, torch.linalg.matrix_norm(d, ord=2) / too_low)
+        length = torch.linalg.matrix_norm(d, ord=2)
+        code = sparse_codes(x, d, eta, threshold, 1, start=start)
+        promised = (1 / eta - length**2 / 2) * (code - start).square().sum(-1).mean()
+        assert promised > 0
+        before, after = (lasso_objective(a, x, d, threshold) for a in (start, code))
+        assert after <= before - promised + 1e-12

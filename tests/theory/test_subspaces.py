@@ -8,6 +8,9 @@ import torch
 from crate_mae.errors import UserError
 from crate_mae.theory import (
     coherence,
+    distance_from_orthogonal,
+    nearest_orthogonal,
+    newton_schulz,
     orthonormal_bases,
     orthonormality_error,
     project,
@@ -124,3 +127,51 @@ def test_matches_are_up_to_scale(generator):
     assert found.error.item() == pytest.approx(((a - found.scale * b).norm() / a.norm()).item())
     assert ((a - (found.scale + 0.01) * b).norm() / a.norm()) > found.error
     assert match_up_to_scale(a, 0 * a) == (0, 0, 1)
+
+
+def rotation_of(*singular_values):
+    """A matrix with these singular values, and its polar factor; a reflection, to be sure."""
+    generator = torch.Generator().manual_seed(5)
+    d = len(singular_values)
+    left, right = (orthonormal_bases(1, d, d, generator)[0] for _ in range(2))
+    left[:, 0] *= -torch.linalg.det(left @ right).sign()
+    return left @ torch.tensor(singular_values, dtype=torch.float64).diag() @ right, left @ right
+
+
+def test_newton_schulz_turns_singular_values_as_its_formula_says():
+    u, _ = rotation_of(0.5, 1.0, 1.2, 1.6)
+    found = torch.linalg.svdvals(newton_schulz(u)).sort().values
+    expected = torch.tensor([s * (3 - s * s) / 2 for s in (0.5, 1.0, 1.2, 1.6)], dtype=torch.float64).sort().values
+    torch.testing.assert_close(found, expected)
+    assert (found <= 1 + 1e-12).all()
+
+
+def test_newton_schulz_converges_quadratically():
+    u, _ = rotation_of(0.9, 1.0, 1.05, 1.1)
+    for _ in range(3):
+        identity = torch.eye(4, dtype=torch.float64)
+        before = torch.linalg.matrix_norm(u.mT @ u - identity, ord=2)
+        u = newton_schulz(u)
+        after = torch.linalg.matrix_norm(u.mT @ u - identity, ord=2)
+        assert after <= 3 / 4 * before**2 + 1 / 4 * before**3 + 1e-14
+    assert torch.equal(newton_schulz(u, steps=2), newton_schulz(newton_schulz(u)))
+
+
+def test_the_nearest_orthogonal_matrix_is_the_polar_factor():
+    u, polar = rotation_of(0.7, 0.9, 1.0, 1.3, 1.1)
+    assert torch.linalg.det(polar) == pytest.approx(-1)
+    torch.testing.assert_close(nearest_orthogonal(u), polar)
+    assert nearest_orthogonal(u.float()).dtype == torch.float32
+
+
+def test_distance_from_orthogonal_by_hand():
+    # Singular values 1, 2: sigma^2 - 1 is 0 and 3, its root mean square 3 / sqrt(2).
+    u = torch.tensor([[0.0, 2.0], [-1.0, 0.0]], dtype=torch.float64)
+    assert distance_from_orthogonal(u) == pytest.approx(3 / 2**0.5)
+
+
+@pytest.mark.parametrize("values", [(0.0, 1.0, 1.0, 1.0, 1.0, 1.0), (0.1, 2.0, 0.5, 1.0, 1.0), (0.0, 0.0)])
+def test_a_matrix_far_from_orthogonal_has_no_nearest(values):
+    u, _ = rotation_of(*values)
+    with pytest.raises(UserError, match="far from orthogonal"):
+        nearest_orthogonal(u)
