@@ -175,8 +175,8 @@ def viz_layers(
             raise UserError(f"Nobody can tell how a {opened.name} from Python is built anew: leave out --control.")
     console = Console(highlight=False)
     with console.status("Measuring the layers"):
-        found = measure_layers(opened, data, count=count, seed=seed)
-        beside = measure_layers(twin, data, count=count, seed=seed).rows if twin is not None else []
+        found = measure_layers(opened, data, count=count, seed=seed, audited=False)
+        beside = [] if twin is None else measure_layers(twin, data, count=count, seed=seed, audited=False).rows
     _write(draw_layers(found.rows, beside), path)
     show_bad(console, found.bad)
     if opened.backbone.is_fresh:
