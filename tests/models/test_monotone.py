@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import crate_mae
+from crate_mae.deployment.folding import FoldedCompression
 from crate_mae.errors import UserError
 from crate_mae.models.monotone import (
     MOST_SCALE,
@@ -237,3 +238,48 @@ def test_settings_that_do_not_fit_are_named():
         crate_mae.create_model(NANO, **(TINY | {"num_heads": 5}))
     with pytest.raises(UserError, match="cannot be split into 3 heads"):
         Compression(20, 3)
+
+
+def test_autocast_neither_rounds_nor_outdates_the_retraction(generator):
+    subspaces = anything(OrthogonalSubspaces(WIDTH), generator).train()
+    x = torch.eye(WIDTH)[None]
+    with torch.no_grad():
+        subspaces.weight.mul_(1.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        applied = subspaces(x)[0].float()
+        for _ in range(30):
+            subspaces.train()(x)
+    assert distance_from_orthogonal(subspaces.weight.detach()) < 0.2
+    assert (torch.linalg.svdvals(applied.detach()) < 1.02).all()
+
+
+def test_precision_may_change_between_calls(generator):
+    layer = anything(MonotoneEncoderLayer(WIDTH, HEADS), generator).eval()
+    z = hostile_tokens(generator)
+    single = layer(z.float())
+    torch.testing.assert_close(layer.double()(z), single.double(), rtol=1e-3, atol=1e-3)
+    assert MonotoneEncoderLayer(WIDTH, HEADS, dtype=torch.bfloat16).eval()(z.bfloat16()).isfinite().all()
+
+
+def test_a_pass_leaves_earlier_graphs_and_frozen_weights_alone(generator):
+    subspaces = anything(OrthogonalSubspaces(WIDTH), generator).train()
+    x = torch.randn(2, 3, WIDTH, generator=generator)
+    first = subspaces(x).sum()
+    (first + subspaces.eval()(x).sum() + subspaces.train()(x).sum()).backward()
+    frozen = anything(OrthogonalSubspaces(WIDTH), generator).train().requires_grad_(False)
+    before = frozen.weight.clone()
+    u = frozen(torch.eye(WIDTH)[None])[0]
+    assert torch.equal(frozen.weight, before)
+    assert distance_from_orthogonal(u) < 1e-5
+
+
+@pytest.mark.parametrize("log_scale", [-300.0, 0.0, 5.0, 300.0])
+def test_no_temperature_makes_numbers_that_are_not_finite(log_scale, generator):
+    attn = Compression(4, 1)
+    torch.nn.init.constant_(attn.log_scale, log_scale)
+    x = torch.tensor([[[24.0, 0, 0, 0], [12.0, 0, 0, 0]]]) @ attn.subspaces.matrix().detach()
+    out = attn(x.requires_grad_())
+    out.square().sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+    torch.testing.assert_close(FoldedCompression(attn.eval())(x), attn(x), rtol=1e-4, atol=1e-4)

@@ -165,9 +165,16 @@ def test_half_precision_is_computed_in_full_and_nothing_overflows():
     assert balanced_ssa(half, scale).dtype == torch.bfloat16
     torch.testing.assert_close(balanced_ssa(half, scale), exact.to(torch.bfloat16))
     # Affinities of up to 10,000, of which no exponential exists in any precision.
-    long = (60 * w).half().requires_grad_()
-    out = balanced_ssa(long, scale)
-    out.float().square().sum().backward()
-    assert out.isfinite().all()
-    assert long.grad.isfinite().all()
+    for form in (balanced_ssa, fused_balanced_ssa):
+        long = (60 * w).half().requires_grad_()
+        out = form(long, scale)
+        out.float().square().sum().backward()
+        assert out.isfinite().all()
+        assert long.grad.isfinite().all()
     assert symmetric_membership(60 * w, scale).isfinite().all()
+
+
+def test_the_fused_form_contracts_as_it_rounds():
+    w = torch.tensor([[[27.0], [27.125]]], dtype=torch.bfloat16)
+    mixed = fused_balanced_ssa(w, 0.125)
+    assert mixed.double().norm() <= w.double().norm() * (1 + 2**-9)

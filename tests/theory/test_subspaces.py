@@ -175,3 +175,9 @@ def test_a_matrix_far_from_orthogonal_has_no_nearest(values):
     u, _ = rotation_of(*values)
     with pytest.raises(UserError, match="far from orthogonal"):
         nearest_orthogonal(u)
+
+
+def test_a_singular_value_beyond_the_basin_keeps_its_sign():
+    u = torch.eye(64, dtype=torch.float64)
+    u[0, 0] = 2.0  # Newton-Schulz would take it to -1
+    torch.testing.assert_close(nearest_orthogonal(u), torch.eye(64, dtype=torch.float64))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from crate_mae.models.layers import ISTA, MSSA
 from crate_mae.models.monotone import Compression
+from crate_mae.theory.compression import LEAST_COLUMN_SUM
 
 
 class FoldedISTA(nn.Module):
@@ -74,7 +75,7 @@ class FoldedCompression(nn.Module):
         w = self.subspaces(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         t = self.root * w
         membership = torch.softmax(t @ t.mT, dim=-1)
-        mixed = membership @ (w * membership.sum(-2).unsqueeze(-1).rsqrt())
+        mixed = membership @ (w * membership.sum(-2).unsqueeze(-1).clamp_min(LEAST_COLUMN_SUM).rsqrt())
         return self.back((mixed - w).transpose(1, 2).flatten(2))
 
 

@@ -114,7 +114,7 @@ class TimmEncoderLayer(EncoderLayer):
 def settled(weight: Tensor) -> Tensor:
     """`theory.subspaces.nearest_orthogonal` for TorchScript, of any weight that training leaves."""
     u = weight
-    for _ in range(10):
+    for _ in range(20):
         u = 1.5 * u - 0.5 * (u @ (u.t() @ u))
     return u
 
@@ -158,7 +158,7 @@ class TimmCompression(Compression):
             w = F.linear(x, u).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             root = torch.exp(self.log_scale / 2)[:, None, None]
             membership = torch.softmax((root * w) @ (root * w).transpose(-2, -1), dim=-1)
-            mixed = membership @ (w * membership.sum(dim=-2).unsqueeze(-1).rsqrt())
+            mixed = membership @ (w * membership.sum(dim=-2).unsqueeze(-1).clamp(min=1e-24).rsqrt())
             change = torch.sigmoid(self.rate_logit)[:, None, None] * (mixed - w)
             return F.linear(change.transpose(1, 2).flatten(2), u.t())
         else:  # noqa: RET505

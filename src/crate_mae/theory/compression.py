@@ -1,4 +1,4 @@
-r"""Compression that is a theorem: an attention step which never raises the rate of tokens in any subspace.
+r"""An attention step that provably never raises the coding rate in any subspace.
 
 The published step Z + MSSA(Z) is not a descent step on R^c: it drops a term of the gradient, and its output projection
 is free. Even with both restored, W_k - kappa (W_k - P_k W_k) with a softmax P_k may raise R^c: it does in 81 of 1,000
@@ -18,7 +18,7 @@ u^T B v = sum_ij A_ij (u_i / sqrt r_i)(v_j / sqrt c_j) <= 1/2 sum_ij A_ij (u_i^2
 has R^c(X' | U) <= R^c(X | U) for every distortion eps, subspace by subspace. *Proof.* M = (1 - kappa) I + kappa B has
 ||M||_2 <= 1 by the triangle inequality, so W^T M^T M W <= W^T W in the order of positive semidefinite matrices, and
 logdet(I + a .) is monotone in that order. U being orthogonal, X' U_k = W_k', so that the subspaces do not disturb each
-other. All singular values of W_k fall, and with them every monotone function of them.
+other. No singular value of W_k rises, and so no monotone function of them.
 
 **Reverse.** W_k' = (1 + kappa_k) W_k - kappa_k B_k W_k has ||((1 + kappa) I - kappa B) v|| >= ||v||: no rate falls.
 It undoes the step to first order in kappa, since (I - kappa (I - B))^-1 = I + kappa (I - B) + O(kappa^2).
@@ -48,7 +48,7 @@ def balance(log_affinity: Float[Tensor, "*batch n n"]) -> Float[Tensor, "*batch 
 def symmetric_membership(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n n"]:
     r"""P = G^-1/2 exp(s W W^T) G^-1/2 with G the diagonal of row sums: the normalisation of spectral clustering.
 
-    Symmetric and positive semidefinite, with eigenvalues in [0, 1]. A token reads another as much as it is read by it.
+    Symmetric and positive semidefinite, with eigenvalues in [0, 1]: each pair of tokens weights each other equally.
 
     Args:
         w: projections W = Z U_k of the tokens onto one subspace.
@@ -60,7 +60,8 @@ def symmetric_membership(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[
 def balanced_membership(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n n"]:
     r"""B = P D^-1/2, where P = softmax(s W W^T) row by row and D is the diagonal of the column sums of P.
 
-    Attention in which a token that is read by many gives each of them less; where all are read alike it is the softmax.
+    Attention in which heavily attended tokens contribute less to each reader; it equals the softmax where every token
+    receives the same total attention.
     `balance` of a matrix whose rows add up to 1 already. It need not be symmetric: short tokens read long ones.
 
     Args:
@@ -109,10 +110,10 @@ def balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, 
         scale: s >= 0, the inverse temperature.
     """
     with torch.autocast(w.device.type, enabled=False):
-        root = scale**0.5
-        n, p = w.shape[-2:]
         if w.device.type != "cpu":
             return fused_balanced_ssa(w, scale)
+        root = scale**0.5
+        n, p = w.shape[-2:]
         t = (root * w.to(torch.promote_types(w.dtype, torch.float32))).reshape(-1, n, p)
         return (BalancedAttention.apply(t).view(w.shape) / root).to(w.dtype)
 
@@ -120,13 +121,17 @@ def balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, 
 def fused_balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n p"]:
     r"""`balanced_ssa` by PyTorch's attention kernels: softmax(S) (D^-1/2 W), after one more pass for D.
 
-    Queries and keys are sqrt(s) W, so that s may be learned.
+    Queries and keys are sqrt(s) W, so that s may be learned. D is that of the queries and keys as they are rounded to
+    the precision of W: otherwise the rounded step would not contract. In float16 all is computed in float32, since
+    D^-1/2 W may be beyond its range.
     """
+    if w.dtype == torch.float16:
+        return fused_balanced_ssa(w.float(), scale).to(w.dtype)
     with torch.autocast(w.device.type, enabled=False):
         n, p = w.shape[-2:]
-        t = (scale**0.5 * w).reshape(-1, n, p)
-        sums = _ColumnSums.apply(t).view(*w.shape[:-1], 1)
-        t = t.view(w.shape).to(w.dtype)
+        t = (scale**0.5 * w).to(w.dtype)
+        rounded = t.to(torch.promote_types(w.dtype, torch.float32)).reshape(-1, n, p)
+        sums = _ColumnSums.apply(rounded).view(*w.shape[:-1], 1)
         return F.scaled_dot_product_attention(t, t, (w * sums.rsqrt()).to(w.dtype), scale=1.0)
 
 
@@ -208,17 +213,17 @@ def _pieces(t: Float[Tensor, "b n p"]) -> tuple[Tensor, ...]:
     return t.split(max(1, size // (t.shape[1] ** 2 * t.element_size())))
 
 
-_LEAST = 1e-24  # column sum; a token that nobody reads, itself included, has 0 in any precision
+LEAST_COLUMN_SUM = 1e-24  # that of a token which nobody reads, itself included, may underflow to 0
 
 
 def _columns(p: Float[Tensor, "b n n"]) -> Float[Tensor, "b n 1"]:
-    """Column sums, not below `_LEAST`: a larger D only makes P D^-1/2 smaller, which contracts all the more."""
-    return p.sum(-2).unsqueeze(-1).clamp_min(_LEAST)
+    """Column sums, not below `LEAST_COLUMN_SUM`: a larger D makes P D^-1/2 smaller, which contracts all the more."""
+    return p.sum(-2).unsqueeze(-1).clamp_min(LEAST_COLUMN_SUM)
 
 
 def _are_free(p: Float[Tensor, "b n n"]) -> Bool[Tensor, "b n 1"]:
     """Which column sums are as they are, not clamped."""
-    return p.sum(-2).unsqueeze(-1) > _LEAST
+    return p.sum(-2).unsqueeze(-1) > LEAST_COLUMN_SUM
 
 
 def _log_affinity(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n n"]:

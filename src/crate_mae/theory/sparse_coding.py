@@ -153,7 +153,9 @@ def top_singular_pair(dictionary: Float[Tensor, "d m"], iterations: int | None =
             cost of 2 d m multiplications an iteration. None computes the singular value decomposition.
     """
     if iterations is None:
-        u, _, vh = torch.linalg.svd(dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)))
+        u, _, vh = torch.linalg.svd(
+            dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)), full_matrices=False
+        )
         return SingularPair(u[:, 0].to(dictionary.dtype), vh[0].to(dictionary.dtype))
     # A start in which all atoms take part, with signs of no pattern: the sines of square numbers.
     atoms = torch.arange(dictionary.shape[1], device=dictionary.device, dtype=torch.float32)
@@ -172,8 +174,8 @@ def bounded_dictionary(
 
         F(A') <= F(A) - (1/eta - ||D||_2^2 / 2) ||A' - A||^2 <= F(A) - 1/(2 eta) ||A' - A||^2,
 
-    F being `lasso_objective` (the sufficient decrease of proximal gradient steps). The middle term is negative up to
-    eta ||D||_2^2 = 2: an estimate of the norm that is too low by less than a factor of sqrt(2) does not cost descent.
+    F being `lasso_objective` (the sufficient decrease of proximal gradient steps). The first bound still
+    guarantees descent while eta ||D||_2^2 <= 2: the norm may be underestimated by a factor of up to sqrt(2).
 
     Args:
         dictionary: D.

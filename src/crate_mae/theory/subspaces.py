@@ -54,9 +54,9 @@ def _orthonormal_columns(gaussian: Float[Tensor, "*batch d m"]) -> Float[Tensor,
 def newton_schulz(u: Float[Tensor, "*batch d d"], steps: int = 1) -> Float[Tensor, "*batch d d"]:
     r"""`steps` times U <- 3/2 U - 1/2 U U^T U, which draws a square matrix to the nearest orthogonal one.
 
-    A singular value sigma becomes sigma (3 - sigma^2)/2: for 0 < sigma < sqrt(3) it comes nearer to 1, quadratically,
-    and is at most 1 from the first step on. If ||U^T U - I||_2 = delta < 1, after a step it is at most
-    3/4 delta^2 + 1/4 delta^3. A step costs two products of d x d matrices.
+    A singular value sigma becomes sigma (3 - sigma^2)/2: for 0 < sigma < sqrt(3) the iteration converges to 1, in the
+    end quadratically, and is at most 1 from the first step on. If ||U^T U - I||_2 = delta < 1, after a step it is at
+    most 3/4 delta^2 + 1/4 delta^3. A step costs two products of d x d matrices.
     """
     for _ in range(steps):
         u = 1.5 * u - 0.5 * (u @ (u.mT @ u))
@@ -71,30 +71,36 @@ def distance_from_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
 
 
 def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    r"""The orthogonal matrix nearest to U, its polar factor U (U^T U)^-1/2, by `newton_schulz` until it rests.
+    r"""The orthogonal matrix nearest to U, its polar factor U (U^T U)^-1/2.
 
-    Computed in float64 and returned in the precision of U.
+    Computed in float64 and returned in the precision of U: by `newton_schulz` where ||U^T U - I||_F < 1, which puts all
+    singular values between 0 and sqrt(2), and by a singular value decomposition elsewhere.
 
     Raises:
-        UserError: if U is so far from orthogonal that its polar factor says little of it: if `distance_from_orthogonal`
-            is more than `FAR_FROM_ORTHOGONAL`, or a singular value is near 0 or beyond sqrt(3).
+        UserError: if U is so far from orthogonal that its polar factor is not meaningful: if `distance_from_orthogonal`
+            is more than `FAR_FROM_ORTHOGONAL`, or a singular value is below `_LEAST_SINGULAR_VALUE`.
     """
-    exact = u.double()
+    exact = (u.cpu() if u.device.type == "mps" else u).double()  # Apple's GPUs have no float64
     distance = float(distance_from_orthogonal(exact))
-    if distance <= FAR_FROM_ORTHOGONAL:
-        for _ in range(_MOST_STEPS):
-            if float(distance_from_orthogonal(exact)) < _AT_REST:
-                return exact.to(u.dtype)
+    if distance * len(u) ** 0.5 < 1:
+        while float(distance_from_orthogonal(exact)) > _CONVERGED:
             exact = newton_schulz(exact)
+        return exact.to(u)
+    if distance <= FAR_FROM_ORTHOGONAL:
+        left, values, right = torch.linalg.svd(exact)
+        if float(values[-1]) >= _LEAST_SINGULAR_VALUE:
+            return (left @ right).to(u)
     raise UserError(
         f"A matrix of subspaces of size {len(u)} x {len(u)} is far from orthogonal: the root mean square of "
-        f"sigma^2 - 1 over its singular values is {distance:.3g}, and may be at most {FAR_FROM_ORTHOGONAL}.\n"
-        "These are not the weights of monotone layers: load them as what they were trained as."
+        f"sigma^2 - 1 over its singular values is {distance:.3g} and may be at most {FAR_FROM_ORTHOGONAL}, and no "
+        f"singular value may be below {_LEAST_SINGULAR_VALUE}.\n"
+        "Either these are not the weights of monotone layers, or their training has diverged."
     )
 
 
 FAR_FROM_ORTHOGONAL = 0.5  # Gaussian matrices with columns of unit length have 1
-_MOST_STEPS, _AT_REST = 30, 1e-10
+_LEAST_SINGULAR_VALUE = 1e-3
+_CONVERGED = 1e-10
 
 
 def coherence(u: Float[Tensor, "h d p"]) -> Float[Tensor, ""]:
