@@ -71,6 +71,9 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
     "bounded D from relu(X)": ({}, Pieces(dictionary="relu")),
     "two steps from zero": ({}, Pieces(dictionary="zero two")),
     "learned threshold": ({}, Pieces(threshold="learned")),
+    "monotone, threshold 1": ({"layer": "monotone", "threshold": 1.0}, None),
+    "monotone, threshold 2": ({"layer": "monotone", "threshold": 2.0}, None),
+    "monotone, 4 x 512": ({"layer": "monotone", "depth": 4}, None),
     "monotone, 6 x 384": ({"layer": "monotone", "depth": 6, "embed_dim": 384, "num_heads": 6}, None),
     "monotone, 12 x 256": ({"layer": "monotone", "depth": 12, "embed_dim": 256, "num_heads": 4}, None),
 }

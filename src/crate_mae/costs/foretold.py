@@ -15,6 +15,7 @@ from crate_mae.costs.trial import StepSettings
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import random_mask
+from crate_mae.models.monotone import retract_
 from crate_mae.training.precision import autocast
 
 # Resident memory of a step of the smallest model above that of its tensors: kernels that oneDNN compiles, and pages of
@@ -69,6 +70,7 @@ def _followed(config: ModelConfig, settings: StepSettings) -> tuple[int, int, in
     mask = random_mask(settings.batch_size, without_memory.num_patches, settings.mask_ratio, torch.Generator())
     with FakeTensorMode(allow_non_fake_inputs=True), LiveTensors() as live:
         model = without_memory.to_empty(device=_CPU)
+        retract_(model)  # as training does from its start, so that no pass draws its subspaces back by itself
         images = torch.empty(settings.batch_size, config.in_chans, *config.image_size)
         saved, standing = two_steps(model, images, mask, settings.precision, live)
     return saved, standing, live.peak
