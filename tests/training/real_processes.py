@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CPU = {"ACCELERATE_USE_CPU": "true"}
+MONOTONE = "model_settings={embed_dim: 24, num_heads: 2, depth: 2, decoder_depth: 2, layer: monotone}"
 _LAUNCH = ("-m", "accelerate.commands.launch", "--main_process_port=0")
 _FSDP = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp.yaml"
 

@@ -5,9 +5,10 @@ import signal
 
 import pytest
 
-from tests.training.real_processes import finish, largest_difference, wait_for
+from tests.training.real_processes import MONOTONE, finish, largest_difference, wait_for
 
 CHECKPOINT_OFTEN = ("checkpoint_minutes=0.0001",)
+KILLS = ((1, 5), (8, 12), (15, 18))  # each at a random step of a range
 
 
 def result(run):
@@ -15,13 +16,21 @@ def result(run):
     return (run / "model.safetensors").read_bytes(), rows, (run / "layers.csv").read_text()
 
 
-@pytest.mark.parametrize("options", [("drop_path=0.2",), ("precision=bfloat16", "workers=1")])
-def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, driver, options):
+@pytest.mark.parametrize(
+    ("options", "kills"),
+    [
+        (("drop_path=0.2",), KILLS),
+        (("precision=bfloat16", "workers=1"), KILLS[1:2]),
+        ((MONOTONE, "drop_path=0.2"), KILLS[1:2]),
+    ],
+    ids=["drop_path", "bfloat16", "monotone"],
+)
+def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, driver, options, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted = driver("pretrain", whole, *options)
     chance = random.Random(0)
     command = "pretrain"
-    for first, last in ((1, 5), (8, 12), (15, 18)):
+    for first, last in kills:
         process = driver(command, killed, *options, *CHECKPOINT_OFTEN, "pause=0.02")
         wait_for(process, f"step {chance.randint(first, last)}")
         process.send_signal(signal.SIGKILL)
@@ -38,7 +47,7 @@ def test_a_killed_run_of_fine_tuning_ends_with_the_same_bits(tmp_path, driver, e
     uninterrupted = driver("finetune", whole, *options)
     chance = random.Random(1)
     command = "finetune"
-    for first, last in ((3, 6), (12, 18)):
+    for first, last in KILLS[1:2]:
         process = driver(command, killed, *options, *CHECKPOINT_OFTEN, "pause=0.02")
         wait_for(process, f"step {chance.randint(first, last)}")
         process.send_signal(signal.SIGKILL)

@@ -2,16 +2,32 @@
 
 import pytest
 
-from tests.training.real_processes import CPU, TORCHRUN, accelerate, column, finish, largest_difference, world_size
+from tests.training.real_processes import (
+    CPU,
+    MONOTONE,
+    TORCHRUN,
+    accelerate,
+    column,
+    finish,
+    largest_difference,
+    world_size,
+)
 
 
-@pytest.mark.parametrize(("launcher", "number"), [(TORCHRUN, 2), (accelerate(4), 4)], ids=["torchrun", "accelerate"])
-def test_several_processes_give_the_weights_of_one(tmp_path, driver, launcher, number):
+@pytest.mark.parametrize(
+    ("launcher", "number", "options"),
+    [(TORCHRUN, 2, ("steps=12",)), (accelerate(4), 4, ("steps=6", MONOTONE))],
+    ids=["torchrun", "accelerate, monotone"],
+)
+def test_several_processes_give_the_weights_of_one(tmp_path, driver, launcher, number, options):
     alone, together = tmp_path / "one", tmp_path / "several"
-    one = driver("pretrain", alone, "steps=12")
-    finish(driver("pretrain", together, "steps=12", launcher=launcher, **CPU))
+    one = driver("pretrain", alone, *options)
+    finish(driver("pretrain", together, *options, launcher=launcher, **CPU))
     finish(one)
-    assert [world_size(run / "checkpoints" / "step-12") for run in (alone, together)] == [1, number]
+    assert [world_size(run / "checkpoints" / options[0].replace("steps=", "step-")) for run in (alone, together)] == [
+        1,
+        number,
+    ]
     assert largest_difference(alone, together) < 1e-5
     assert column(alone, 0) == column(together, 0)
     losses = [[float(loss) for loss in column(run, 2)[1:]] for run in (alone, together)]

@@ -59,7 +59,7 @@ def newton_schulz(u: Float[Tensor, "*batch d d"], steps: int = 1) -> Float[Tenso
     most 3/4 delta^2 + 1/4 delta^3. A step costs two products of d x d matrices.
     """
     for _ in range(steps):
-        u = 1.5 * u - 0.5 * (u @ (u.mT @ u))
+        u = torch.addmm(u, u, u.mT @ u, beta=1.5, alpha=-0.5)
     return u
 
 
