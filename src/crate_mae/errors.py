@@ -1,8 +1,11 @@
-"""The exceptions of ours: what the user can mend, and how a run may end early."""
+"""Exceptions of the library, and the phrases that error messages share."""
+
+import difflib
+from collections.abc import Iterable, Sequence
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: what is wrong, where, and how to mend it, in one to four lines.
+    """A mistake in the user's input: what is wrong, where, and how to fix it, in one to four lines.
 
     The command line prints the message without a traceback and exits with code 2; Python callers get a `ValueError`.
     """
@@ -12,13 +15,43 @@ class DivergedError(UserError):
     """A run whose loss or gradients did not stay finite."""
 
 
-class RunStopped(Exception):  # noqa: N818  # it is no error: the run did what it was told
-    """A run was told to stop, and has saved.
+class RunStopped(Exception):  # noqa: N818  # not an error: the run did what it was asked to do
+    """A run that was asked to stop, and has saved.
 
     Attributes:
-        signal: the number of the signal that told it so.
+        signal: number of the signal that asked for it.
     """
 
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
         self.signal = signal
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its class name if the message is empty."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def and_more(items: Sequence[str], most: int = 10, separator: str = ", ") -> str:
+    """The first `most` items in one line, and how many more there are: "a, b and 3 more"."""
+    return separator.join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
+
+
+def nearest(name: str, known: Iterable[str], similarity: float = 0.6) -> str | None:
+    """The known name that is most similar to `name` without regard to case; None if all are too different."""
+    by_lower = {candidate.lower(): candidate for candidate in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=similarity)
+    return by_lower[close[0]] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str], template: str = "{}", similarity: float = 0.6) -> str:
+    """The words " Did you mean NAME?" to append to a sentence; empty if no known name is similar.
+
+    Args:
+        name: what the user wrote.
+        known: the names that exist.
+        template: how the user has to write a name, such as "timm:{}".
+        similarity: how similar the name must be, from 0 to 1.
+    """
+    near = nearest(name, known, similarity)
+    return "" if near is None else f" Did you mean {template.format(near)}?"

@@ -64,12 +64,12 @@ def convert(
     """
     from rich.console import Console
 
-    from crate_mae.commands.showing import refuse_folder
+    from crate_mae.data.files import refuse_used_folder
     from crate_mae.models.conversion import understand
     from crate_mae.training.files import whole_folder
 
     file, out = Path(file), Path(out)
-    refuse_folder(out)
+    refuse_used_folder(out)
     if not file.exists():
         raise UserError(f"There is no file {file}.")
     given: dict[str, Any] = {"image_size": image_size, "threshold": threshold, "norm_pix_loss": norm_pix_loss}

@@ -76,13 +76,13 @@ def export(
     """
     from rich.console import Console
 
-    from crate_mae.commands.showing import refuse_folder
+    from crate_mae.data.files import refuse_used_folder
     from crate_mae.models.weights import load
     from crate_mae.training.files import whole_folder
 
     out = Path(out)
     part = part or ("full" if format in ("safetensors", "hf") else "encoder")
-    refuse_folder(out)
+    refuse_used_folder(out)
     check_options(format, part, int8=int8)
     from crate_mae.deployment import formats, verification
     from crate_mae.deployment.card import LICENSE

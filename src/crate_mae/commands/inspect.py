@@ -1,12 +1,12 @@
 """`crate-mae inspect`: does each layer of a trained model do what it was derived to do?"""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from crate_mae.commands.pretrain import Data
+from crate_mae.data.files import refuse_used_folder
 from crate_mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def inspect(
         UserError: for a mistake in the options, the models or the data; no file is written then.
     """
     folder = Path(out)
-    _refuse(folder)
+    refuse_used_folder(folder)
     from rich.console import Console
 
     from crate_mae.data.files import write_whole
@@ -98,19 +98,6 @@ def inspect(
     page = folder / PAGE
     console.print(f"Saved {page}, with its numbers and figures beside it", markup=False, soft_wrap=True)
     return page
-
-
-def _refuse(folder: Path) -> None:
-    """Find out before minutes of measuring that nothing can be written."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file. Give a new folder with --out.")
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is there already, and is not empty. Give a new folder with --out.")
-    above = folder.absolute()
-    while not above.exists():
-        above = above.parent
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"Cannot write into {above}. Give another folder with --out.")
 
 
 def _training(model: object) -> "Training":

@@ -44,12 +44,6 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path} is there already. Name another file, or add --overwrite.")
 
 
-def refuse_folder(path: Path) -> None:
-    """Raise a `UserError` for a folder to make that is there already, unless it is empty."""
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path} is there already. Name a new folder with --out.")
-
-
 def extract_shown(
     console: Console, backbone: "Backbone", source: "ImageSource", extraction: "Extraction"
 ) -> "list[Features]":

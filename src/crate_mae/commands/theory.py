@@ -5,6 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from crate_mae.data.files import refuse_used_folder
 from crate_mae.errors import UserError
 
 
@@ -67,7 +68,4 @@ def theory(
 def _refuse(folder: Path, seed: int, *, overwrite: bool) -> None:
     if seed < 0:
         raise UserError(f"--seed {seed}: give 0 or more.")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file. Give a folder with --out.")
-    if not overwrite and folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty. Give a new folder with --out, or add --overwrite.")
+    refuse_used_folder(folder, overwrite=overwrite)

@@ -8,9 +8,10 @@ import torch
 from crate_mae.comparison.options import Options
 from crate_mae.costs.trial import StepSettings
 from crate_mae.data import BadImage, ImageSource, UnreadableImage, same_images
+from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.labels import occurring_classes
 from crate_mae.data.transforms import Preparation
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction
 from crate_mae.evaluation.probes import refuse_small_classes
@@ -18,12 +19,11 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER
 from crate_mae.training.config import PretrainConfig
-from crate_mae.training.images import open_named, refuse_many_bad
+from crate_mae.training.images import open_named
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
 
 NEIGHBOURS = 20
-_LISTED = 10
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _check_readable(val: ImageSource) -> None:
             val.read(i)
         except UnreadableImage as error:
             bad.append(BadImage(error.location, error.reason))
-    refuse_many_bad(val, bad, Extraction().max_bad)
+    refuse_unreadable(val, bad, Extraction().max_bad, held_out=True)
 
 
 def resolve_contestants(options: Options, images: Images) -> list[Contestant]:
@@ -155,9 +155,8 @@ def _check_classes(train: ImageSource, val: ImageSource) -> None:
     """Find out before the training, not after it, that a probe cannot be fitted."""
     known, shown = occurring_classes(train), occurring_classes(val)
     if strange := [name for name in shown if name not in known]:
-        more = f" and {len(strange) - _LISTED} more" if len(strange) > _LISTED else ""
         raise UserError(
-            f"{val.name} has classes that {train.name} lacks: {', '.join(strange[:_LISTED])}{more}.\n"
+            f"{val.name} has classes that {train.name} lacks: {and_more(strange)}.\n"
             "Training and validation images must be of the same classes, with the same names."
         )
     if len(known) < 2:

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from crate_mae.data.files import write_whole
+from crate_mae.data.files import refuse_used_folder, write_whole
 from crate_mae.errors import UserError
 
 _HEADER = "# A comparison of crate-mae. The same command, given again, goes on with it.\n"
@@ -88,12 +88,4 @@ class ComparisonDirectory:
         return scores[key]
 
     def _refuse_other_content(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"{self.path} is a file. Give a folder for the comparison with --out.")
-        # A start that was killed at once leaves half a plan.
-        prefix = f".{self.plan_file.name}."
-        if self.path.exists() and any(not entry.name.startswith(prefix) for entry in self.path.iterdir()):
-            raise UserError(
-                f"{self.path} is not empty and not a comparison, so nothing was written there.\n"
-                "Give a new folder with --out."
-            )
+        refuse_used_folder(self.path, kind="a comparison", leftovers=(f".{self.plan_file.name}.",))

@@ -13,8 +13,11 @@ from PIL import Image
 from torch import Tensor
 
 from crate_mae.data.decode import UnreadableImage, decode
+from crate_mae.data.results import BadImage
+from crate_mae.errors import UserError
 
 NO_LABEL = -1
+_LEAST_SEEN = 100
 
 
 class ImageSource(ABC):
@@ -123,3 +126,32 @@ def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, li
     if not all(isinstance(label, (int, np.integer)) and label >= 0 for label in found):
         return None, None
     return np.array(found, dtype=np.int64), None
+
+
+def most_bad(max_bad: float, seen: int) -> float:
+    """How many unreadable images are allowed among `seen` distinct images, of which `max_bad` is the largest share.
+
+    The share is taken of at least 100 images, so that one bad file at the very beginning does not stop a run; with
+    `max_bad=0` none is allowed.
+    """
+    return max_bad * max(seen, _LEAST_SEEN)
+
+
+def refuse_unreadable(source: ImageSource, bad: Sequence[BadImage], max_bad: float, *, held_out: bool = False) -> None:
+    """Raise a `UserError` if more images of a source cannot be read than `max_bad` allows.
+
+    Args:
+        source: the images.
+        bad: those that cannot be read.
+        max_bad: largest share of unreadable images.
+        held_out: whether results are measured on the images, which then need at least one that can be read.
+    """
+    if len(bad) <= most_bad(max_bad, len(source)) and not (held_out and len(bad) == len(source)):
+        return
+    images = "held-out images" if held_out else f"images of {source.name}"
+    limit = "" if held_out else f", more than --max-bad {max_bad:g} allows"
+    remedy = "give other images with --val" if held_out else "raise --max-bad"
+    raise UserError(
+        f"{len(bad)} of {len(source)} {images} cannot be read{limit}, such as\n{bad[0].location}: {bad[0].reason}\n"
+        f"Fix or remove them (crate-mae data check {source.name} lists them), or {remedy}."
+    )

@@ -1,5 +1,6 @@
 """Images as training and evaluation draw them: by key, with a randomness that depends on nothing but the key."""
 
+import os
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
@@ -208,3 +209,9 @@ def default_generator_seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+def default_workers(processes: int = 1) -> int:
+    """How many processes should read images: one less than the cores of each training process, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores // processes - 1))

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
 
 DEEP_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
 GREY_MODES = DEEP_MODES | {"1", "L", "LA", "La"}
@@ -155,8 +155,7 @@ def _mismatch(found: int, wanted: int) -> UserError:
 
 
 def _short(error: Exception) -> str:
-    """The first line of Pillow's words, or the kind of error when there are none."""
+    """The first line of Pillow's message, or the class of the error if it has none."""
     if isinstance(error, MemoryError):
         return "not enough memory to decode it"
-    text = str(error).strip().split("\n")[0][:_LONGEST_REASON]
-    return text if text else f"damaged ({type(error).__name__})"
+    return first_line(error)[:_LONGEST_REASON] if str(error).strip() else f"damaged ({type(error).__name__})"

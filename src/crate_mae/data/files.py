@@ -46,3 +46,27 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write a file of these bytes, whole or not at all; see `whole_file`."""
     with whole_file(path) as temporary, temporary.open("xb") as file:
         file.write(content)
+
+
+def refuse_used_folder(
+    path: Path, *, kind: str = "", leftovers: tuple[str, ...] = (), overwrite: bool | None = None
+) -> None:
+    """Raise a `UserError` for an output folder that holds something else, or that nothing can be written into.
+
+    Args:
+        path: the folder, which need not exist.
+        kind: what the caller would have accepted in it, such as "a run of crate-mae", for the message.
+        leftovers: beginnings of the names of files that an interrupted start leaves behind, and that may be there.
+        overwrite: whether the folder may hold files; None if the command has no option --overwrite.
+    """
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file. Give a new folder with --out.")
+    if not overwrite and path.exists() and any(not entry.name.startswith(leftovers) for entry in path.iterdir()):
+        other = f" and not {kind}, so nothing was written there" if kind else ""
+        add = "" if overwrite is None else ", or add --overwrite"
+        raise UserError(f"{path} is there already. It is not empty{other}.\nGive a new folder with --out{add}.")
+    above = path.absolute()
+    while not above.exists():
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"Cannot write into {above}. Give another folder with --out.")

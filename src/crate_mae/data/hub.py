@@ -9,7 +9,7 @@ from jaxtyping import Int
 from crate_mae.data.base import EncodedSource, number_labels, read_file
 from crate_mae.data.decode import UnreadableImage
 from crate_mae.data.parquet import IMAGE_NAMES, LABEL_NAMES
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
 
 
 class HubSource(EncodedSource):
@@ -61,8 +61,7 @@ def _load(datasets: Any, name: str, split: str | None, full_name: str) -> Any:
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
     except Exception as error:  # network, authorisation, unknown name, missing configuration: the library's own words
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"Cannot open {full_name}: {reason}") from error
+        raise UserError(f"Cannot open {full_name}: {first_line(error)}") from error
     if not isinstance(loaded, dict):
         if split is not None:
             raise UserError(f"{full_name} was saved as one split: use hf:{name}.")

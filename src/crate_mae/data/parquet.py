@@ -15,7 +15,7 @@ from jaxtyping import Int
 
 from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable
 from crate_mae.data.decode import UnreadableImage
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "target", "cls", "fine_label")
@@ -92,7 +92,7 @@ class ParquetSource(EncodedSource):
             with pq.ParquetFile(self._paths[number]) as file:
                 table = file.read_row_group(local, columns=[self._column], use_threads=False)
         except (OSError, pa.ArrowException) as error:
-            raise UnreadableImage(self.location(i), f"its row group cannot be read ({_first_line(error)})") from error
+            raise UnreadableImage(self.location(i), f"its row group cannot be read ({first_line(error)})") from error
         struct = pa.types.is_struct(table.schema.field(0).type)
         column = table.flatten().column(f"{self._column}.bytes") if struct else table.column(0)
         rows = column.chunk(0) if column.num_chunks == 1 else column
@@ -106,7 +106,7 @@ def _open(path: Path) -> pq.ParquetFile:
     try:
         return pq.ParquetFile(path)
     except (OSError, pa.ArrowException) as error:
-        raise UserError(f"Cannot read {printable(path)} as a parquet file: {_first_line(error)}") from error
+        raise UserError(f"Cannot read {printable(path)} as a parquet file: {first_line(error)}") from error
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
@@ -154,7 +154,3 @@ def _read_labels(
         return None, None
     found = [label for file in files for label in file.read(columns=[column]).column(0).to_pylist()]
     return number_labels(found)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

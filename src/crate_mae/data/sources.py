@@ -1,6 +1,5 @@
 """One name for data everywhere: from what the user typed to an image source."""
 
-import difflib
 import os
 import re
 from itertools import product
@@ -15,7 +14,7 @@ from crate_mae.data.hub import HubSource
 from crate_mae.data.parquet import ParquetSource
 from crate_mae.data.shards import ShardSource
 from crate_mae.data.wrapped import DatasetSource, Indexable, open_torchvision
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, nearest
 
 FORMS = (
     "Data is a folder of images, an image, a .parquet file or a folder of them, .tar shards (path, glob, or\n"
@@ -183,18 +182,17 @@ def _no_images(path: Path, listing: Listing) -> UserError:
 
 def _not_found(path: Path, name: str) -> UserError:
     prefix, colon, rest = name.partition(":")
-    close = difflib.get_close_matches(prefix.lower(), _PREFIXES, n=1, cutoff=0.7)
-    if close and (colon or close[0] == "digits"):
-        return UserError(f'"{name}" is neither a path nor a known form. Did you mean {close[0]}{colon}{rest}?\n{FORMS}')
+    near = nearest(prefix, _PREFIXES, similarity=0.7)
+    if near and (colon or near == "digits"):
+        return UserError(f'"{name}" is neither a path nor a known form. Did you mean {near}{colon}{rest}?\n{FORMS}')
     if re.match(r"[A-Za-z][A-Za-z0-9+]+:", name):
         return UserError(f'"{name}" is neither a path nor a known form.\n{FORMS}')
     above = path.parent
     try:
-        near = difflib.get_close_matches(path.name, [entry.name for entry in above.iterdir()], n=1, cutoff=0.7)
+        near = nearest(path.name, [entry.name for entry in above.iterdir()], similarity=0.7)
     except OSError:
-        near = []
         while not above.exists() and above != above.parent:
             above = above.parent
         return UserError(f"{printable(path)} does not exist (nor does its folder; {printable(above)} does).\n{FORMS}")
-    hint = f" Did you mean {printable(above / near[0])}?" if near else ""
+    hint = f" Did you mean {printable(above / near)}?" if near else ""
     return UserError(f"{printable(path)} does not exist.{hint}\n{FORMS}")

@@ -1,7 +1,6 @@
 """Any indexable data set of PyTorch or in its manner, and those of torchvision by name."""
 
 import contextlib
-import difflib
 import inspect
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +13,7 @@ from torch import Tensor
 from crate_mae.data.base import NO_LABEL, ImageSource
 from crate_mae.data.decode import COLOUR_MODES, GREY_MODES, UnreadableImage, decode
 from crate_mae.data.files import cache_folder
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, did_you_mean, first_line
 
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values", "jpg", "png", "x")
 _LABEL_KEYS = ("label", "labels", "class", "target", "cls", "fine_label", "y")
@@ -104,14 +103,14 @@ class DatasetSource(ImageSource):
             try:
                 self._last = (i, self._dataset[i])
             except (OSError, SyntaxError) as error:  # Pillow's errors for damaged files
-                raise UnreadableImage(self.location(i), str(error).split("\n")[0]) from error
+                raise UnreadableImage(self.location(i), first_line(error)) from error
         return self._last[1]
 
     def _loaded(self, image: Image.Image, i: int) -> Image.Image:
         try:
             image.load()
         except Exception as error:  # as in `decode`
-            raise UnreadableImage(self.location(i), str(error).split("\n")[0]) from error
+            raise UnreadableImage(self.location(i), first_line(error)) from error
         if image.mode not in GREY_MODES and image.mode not in COLOUR_MODES:
             raise UnreadableImage(self.location(i), f"pixels of mode {image.mode} are not supported")
         return image
@@ -132,10 +131,8 @@ def open_torchvision(name: str, split: str | None) -> DatasetSource:
 
     known = [entry for entry in datasets.__all__ if isinstance(getattr(datasets, entry), type)]
     if name not in known:
-        by_lower = {entry.lower(): entry for entry in known}
-        close = difflib.get_close_matches(name.lower(), by_lower, n=1)
-        hint = f"Did you mean torchvision:{by_lower[close[0]]}?" if close else f"It has: {', '.join(known)}."
-        raise UserError(f'torchvision has no data set "{name}". {hint}')
+        hint = did_you_mean(name, known, "torchvision:{}") or f" It has: {', '.join(known)}."
+        raise UserError(f'torchvision has no data set "{name}".{hint}')
     kind = getattr(datasets, name)
     root = cache_folder() / "torchvision"
     parameters = inspect.signature(kind).parameters
@@ -146,9 +143,8 @@ def open_torchvision(name: str, split: str | None) -> DatasetSource:
         root.mkdir(parents=True, exist_ok=True)
         dataset = kind(root=str(root), **settings)
     except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
-        reason = str(error).strip().split("\n")[0]
         raise UserError(
-            f"Cannot open torchvision:{name}{f':{split}' if split else ''}: {reason}\n"
+            f"Cannot open torchvision:{name}{f':{split}' if split else ''}: {first_line(error)}\n"
             f"It is downloaded into {root}: check the network, or put the files there by hand."
         ) from error
     return DatasetSource(dataset, f"torchvision:{name}{f':{split}' if split else ''}")

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
 
 _CLIENTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}
 _LOGIN = "Log in with `hf auth login`, with a token that may write."
@@ -47,9 +47,8 @@ def upload(
     except LocalTokenNotFoundError as error:
         raise UserError(f"{repo_id}: {_LOGIN}") from error
     except HfHubHTTPError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = _LOGIN if getattr(error.response, "status_code", None) in (401, 403) else _OFFLINE
-        raise UserError(f"The Hugging Face Hub refused {repo_id}: {reason}\n{hint}") from error
+        raise UserError(f"The Hugging Face Hub refused {repo_id}: {first_line(error)}\n{hint}") from error
     except Exception as error:  # of the network, of as many kinds as there are libraries for it
         if not is_of_the_network(error):
             raise

@@ -1,6 +1,5 @@
 """Whatever can be evaluated, behind one contract: our encoders, timm's networks, and raw pixels as a control."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from crate_mae.data import evaluation_transform
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.transforms import Preparation
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, did_you_mean, first_line
 from crate_mae.models.autoencoder import build
 from crate_mae.models.description import config_from_settings, is_encoder_of_transformers, is_of_timm
 from crate_mae.models.presets import list_models
@@ -148,17 +147,15 @@ def _from_timm(model: str, seed: int) -> Backbone:
     if rest not in ([], ["random"]):
         raise UserError(f"{model} is no model: it must look like timm:NAME or timm:NAME:random.")
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        hint = f"Did you mean timm:{near[0]}? " if near else ""
-        raise UserError(f"timm has no model {name}. {hint}timm.list_models() lists the names.")
+        hint = did_you_mean(name, timm.list_models(), "timm:{}")
+        raise UserError(f"timm has no model {name}.{hint} timm.list_models() lists the names.")
     try:
         if not rest:
             _ask_hub(name)
         with default_generator_seeded(seed):
             encoder = timm.create_model(name, pretrained=not rest, num_classes=0)
     except Exception as error:  # the hub's, the network's, or timm's: no published weights
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"The weights of {model} cannot be had: {reason}\n{_OFFLINE}") from error
+        raise UserError(f"The weights of {model} cannot be had: {first_line(error)}\n{_OFFLINE}") from error
     return _with_timm_data(encoder, model, is_fresh=bool(rest), architecture=model)
 
 
@@ -166,8 +163,7 @@ def _from_timm_folder(folder: Path, name: str) -> Backbone:
     try:
         encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     except Exception as error:  # timm's, of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder} cannot be opened by timm: {reason}") from error
+        raise UserError(f"{folder} cannot be opened by timm: {first_line(error)}") from error
     return _with_timm_data(encoder, name, is_fresh=False, architecture=(folder / CONFIG_FILE).read_text("utf-8"))
 
 

@@ -1,6 +1,5 @@
 """Features of all images of a data source."""
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from crate_mae.data import BadImage, ImageSource, readable_batches
+from crate_mae.data.base import refuse_unreadable
+from crate_mae.data.dataset import default_workers
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.cache import FeatureCache
@@ -27,7 +28,6 @@ from crate_mae.models.features import (
 
 # Until a source is larger, processes take longer to start than they save.
 _FEW_IMAGES = 2000
-_LEAST_SEEN = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,14 +175,13 @@ def feature_batches(
     device = fastest_device()
     encoder.to(device)
     workers = _workers(extraction.workers, len(source))
-    unreadable = 0
+    unreadable: list[BadImage] = []
     transform = backbone.transform()
     for batch in readable_batches(
         source, transform, extraction.batch_size, workers=workers, worker_init=_ignore_interrupts
     ):
-        unreadable += len(batch.bad)
-        if unreadable > extraction.max_bad * max(len(source), _LEAST_SEEN):
-            raise _too_many(source, batch.bad[-1], unreadable, extraction.max_bad)
+        unreadable += batch.bad
+        refuse_unreadable(source, unreadable, extraction.max_bad)
         indices = batch.indices.numpy()
         values: list[np.ndarray] = []
         if len(indices):
@@ -233,15 +232,4 @@ def _ignore_interrupts(_worker: int) -> None:
 def _workers(wanted: int | None, images: int) -> int:
     if wanted is not None:
         return wanted
-    if images < _FEW_IMAGES:
-        return 0
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(0, min(8, cpus - 1))
-
-
-def _too_many(source: ImageSource, bad: BadImage, unreadable: int, max_bad: float) -> UserError:
-    return UserError(
-        f"{unreadable} of {len(source)} images of {source.name} cannot be read, more than --max-bad {max_bad:g} "
-        f"allows, such as\n{bad.location}: {bad.reason}\n"
-        f"Mend or remove them (crate-mae data check {source.name} lists them), or raise --max-bad."
-    )
+    return 0 if images < _FEW_IMAGES else default_workers()

@@ -4,10 +4,8 @@ import dataclasses
 
 import numpy as np
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.extract import Features
-
-_SHOWN = 10
 
 
 def comparable(train: Features, test: Features) -> tuple[Features, Features, list[str]]:
@@ -25,8 +23,8 @@ def comparable(train: Features, test: Features) -> tuple[Features, Features, lis
     if strange:
         missing = [name for name in classes if name not in test_names.values()]
         raise UserError(
-            f"{test.name} has classes that {train.name} lacks: {_listed(strange)}.\n"
-            + (f"Only {train.name} has: {_listed(missing)}.\n" if missing else "")
+            f"{test.name} has classes that {train.name} lacks: {and_more(strange)}.\n"
+            + (f"Only {train.name} has: {and_more(missing)}.\n" if missing else "")
             + "Training and validation images must be of the same classes, with the same names."
         )
     if len(classes) < 2:
@@ -51,7 +49,3 @@ def _renumbered(features: Features, names: dict[int, str], classes: list[str]) -
     number = {label: classes.index(name) for label, name in names.items()}
     labels = np.array([number[int(label)] for label in features.labels], dtype=np.int64)
     return dataclasses.replace(features, labels=labels, classes=classes)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")

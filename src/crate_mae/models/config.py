@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, did_you_mean
 
 Initialization = Literal["official", "isometric"]
 Layer = Literal["published", "monotone"]
@@ -209,9 +208,8 @@ def check_settings(config_class: type[ModelConfig], settings: dict[str, Any]) ->
     known = [field.name for field in dataclasses.fields(config_class)]
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f'Did you mean "{near[0]}"?' if near else f"It has: {', '.join(known)}."
-            raise UserError(f'A {config_class.architecture} model has no setting "{key}". {hint}')
+            hint = did_you_mean(key, known, '"{}"') or f" It has: {', '.join(known)}."
+            raise UserError(f'A {config_class.architecture} model has no setting "{key}".{hint}')
 
 
 def config_from_dict(values: dict[str, Any]) -> ModelConfig:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import CrateConfig, ModelConfig, config_from_dict
 from crate_mae.models.tensors import misfits, read_tensors, without_prefixes
@@ -139,7 +139,7 @@ def _infer_config(
     if patch is None or positions is None or "blocks.0.layers.0.0.fn.qkv.weight" not in tensors:
         raise UserError(
             f"{where} is not an official CRATE-MAE: it lacks patch_embed, decoder_pos_embed or blocks.0.layers.\n"
-            f"It holds {_few(sorted(tensors))}."
+            f"It holds {and_more(sorted(tensors), 4)}."
         )
     width, channels, patch_size, _ = patch.shape
     if image_size is None:
@@ -170,7 +170,3 @@ def _rename(name: str, names: dict[str, str]) -> str:
     numbers = re.findall(r"(?<=blocks\.)\d+", name)
     renamed = names.get(re.sub(r"(?<=blocks\.)\d+", "$", name), name)
     return renamed.replace("$", numbers[0]) if numbers else renamed
-
-
-def _few(items: list[str], most: int = 4) -> str:
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")

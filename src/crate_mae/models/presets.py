@@ -14,11 +14,10 @@ layers (`results/cifar10_small_color`), and with twins of its own; `crate_mae_mi
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, did_you_mean
 from crate_mae.models.config import CrateConfig, ModelConfig, ViTConfig, check_settings
 
 if TYPE_CHECKING:  # names are known, to timm for one, before anything is built: see `models.timm_models`
@@ -146,9 +145,8 @@ def preset(name: str) -> ModelConfig:
     """
     presets = _presets()
     if name not in presets:
-        near = difflib.get_close_matches(name, presets, n=1, cutoff=0.4)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise UserError(f"Unknown model {name}. {hint}`crate-mae models` lists the names.")
+        hint = did_you_mean(name, presets, similarity=0.4)
+        raise UserError(f"Unknown model {name}.{hint} `crate-mae models` lists the names.")
     return presets[name]
 
 

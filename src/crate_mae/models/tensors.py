@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 
 _PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of trainers, of torch.compile
 
@@ -118,4 +118,4 @@ def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], most: int
         for name, value in wanted.items()
         if name in found and found[name].shape != value.shape
     ]
-    return "; ".join(problems[:most]) + (f"; and {len(problems) - most} more" if len(problems) > most else "")
+    return and_more(problems, most, "; ")

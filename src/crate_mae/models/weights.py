@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
 from crate_mae.models.config import config_from_dict
@@ -262,8 +262,9 @@ def _download(repository: str) -> Path:
             f"`hf auth login`.\n{offline}"
         ) from error
     except HfHubHTTPError as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"hf:{repository} cannot be had from the Hugging Face Hub: {reason}\n{offline}") from error
+        raise UserError(
+            f"hf:{repository} cannot be had from the Hugging Face Hub: {first_line(error)}\n{offline}"
+        ) from error
 
 
 def _official_hint(path: Path) -> str:

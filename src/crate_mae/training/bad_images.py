@@ -5,16 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from crate_mae.data import BadImage
+from crate_mae.data.base import most_bad
 from crate_mae.errors import UserError
 from crate_mae.training.files import CsvLog
 
-LEAST_SEEN = 100
 _SHOWN = 3
-
-
-def most_bad(max_bad: float, seen: int) -> float:
-    """How many unreadable images are still allowed among `seen` distinct ones."""
-    return max_bad * max(seen, LEAST_SEEN)
 
 
 class BadImages:
@@ -60,5 +55,5 @@ class BadImages:
         return UserError(
             f"{len(self)} of the first {seen} images cannot be read, more than --max-bad {self.max_bad:g} allows.\n"
             f"They begin with {first}.\n"
-            f"All are listed in {self.table.path}. Mend or remove them, or raise --max-bad."
+            f"All are listed in {self.table.path}. Fix or remove them, or raise --max-bad."
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
 
 
 def check_compiler(device: torch.device) -> None:
@@ -16,10 +16,9 @@ def check_compiler(device: torch.device) -> None:
     try:
         torch.compile(_double)(torch.ones(3, device=device))
     except Exception as error:  # of whatever class the failing part of torch.compile has
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         needs = "a C++ compiler such as g++" if device.type == "cpu" else "Triton and a C compiler"
         raise UserError(
-            f"--compile does not work on this machine: {reason}\n"
+            f"--compile does not work on this machine: {first_line(error)}\n"
             f"It needs {needs}: install that, or leave --compile out."
         ) from error
 

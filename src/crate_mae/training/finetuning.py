@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from crate_mae.data import BadImage, ImageSource, Part, evaluation_transform, finetune_transform, readable_batches
+from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build
 from crate_mae.models.classifier import Classifier, ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.training.config import FinetuneConfig
-from crate_mae.training.images import PYTHON_OBJECT, RunImages, refuse_many_bad
+from crate_mae.training.images import PYTHON_OBJECT, RunImages
 from crate_mae.training.mixing import Mixing
 from crate_mae.training.monitor import evaluating
 from crate_mae.training.optimizer import adamw
@@ -174,7 +175,7 @@ class Finetuning(Task):
         for batch in self._batches(source):
             indices += batch.indices.tolist()
             bad += batch.bad
-        refuse_many_bad(source, bad, self.options.max_bad)
+        refuse_unreadable(source, bad, self.options.max_bad, held_out=True)
         readable, labels = np.array(indices, dtype=np.int64), source.labels
         assert labels is not None, "validation images have labels"
         return Part(source, readable, labels=labels[readable], classes=source.classes), bad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from crate_mae.data import (
     full_name,
     open_source,
 )
+from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
-from crate_mae.training.bad_images import most_bad
 from crate_mae.training.config import RunConfig
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.sampler import StepSampler
@@ -113,18 +113,8 @@ def read_held_out(
             images.append(transform(source.read(i)))
         except UnreadableImage as error:
             bad.append(BadImage(error.location, error.reason))
-    refuse_many_bad(source, bad, max_bad)
+    refuse_unreadable(source, bad, max_bad, held_out=True)
     return torch.stack(images), bad
-
-
-def refuse_many_bad(source: ImageSource, bad: Sequence[BadImage], max_bad: float) -> None:
-    """Raise a `UserError` if no held-out image can be read, or more cannot than `max_bad` allows."""
-    if len(bad) == len(source) or len(bad) > most_bad(max_bad, len(source)):
-        raise UserError(
-            f"{len(bad)} of {len(source)} held-out images cannot be read, such as\n"
-            f"{bad[0].location}: {bad[0].reason}\n"
-            f"Mend or remove them (crate-mae data check {source.name} lists them), or give other images with --val."
-        )
 
 
 def training_batches(

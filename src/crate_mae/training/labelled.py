@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from crate_mae.data import NO_LABEL, ImageSource, Part, label_names, occurring_classes, same_images
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 from crate_mae.training.images import RunImages, open_named
 from crate_mae.training.randomness import Purpose, derive_seed
 
@@ -66,8 +66,8 @@ def stratified_share(labels: np.ndarray, classes: list[str], share: float, seed:
             empty.append(f"{name} ({len(members)})")
     if empty:
         raise UserError(
-            f"--labels {share:g} leaves no image of {_listed(empty)}: in brackets, how many images there are.\n"
-            "Give a larger share."
+            f"--labels {share:g} leaves no image of {and_more(empty, _SHOWN)}: in brackets, how many images there are."
+            "\nGive a larger share."
         )
     return np.sort(np.concatenate(chosen))
 
@@ -88,7 +88,7 @@ def _refuse_differences(train: ImageSource, classes: list[str], val: ImageSource
         train.name: [name for name in classes if name not in val_classes],
         val.name: [name for name in val_classes if name not in classes],
     }
-    if found := [f"only in {source}: {_listed(names)}" for source, names in differences.items() if names]:
+    if found := [f"only in {source}: {and_more(names, _SHOWN)}" for source, names in differences.items() if names]:
         raise UserError(
             "Training and validation images have different classes,\n"
             + "; ".join(found)
@@ -100,8 +100,3 @@ def _numbered(source: ImageSource, classes: list[str]) -> np.ndarray:
     number: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
     # Only an image that could not be read is without a label by now; it is met, and told, again in training.
     return np.array([number.get(name, NO_LABEL) for name in label_names(source) or []], dtype=np.int64)
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, get_args
 
 import torch
 
+from crate_mae.data.dataset import default_workers
 from crate_mae.errors import UserError
 from crate_mae.models.classifier import HeadPooling
 from crate_mae.training.processes import processes_here
@@ -164,8 +164,7 @@ def resolve_length(
 def resolve_machine(given: dict[str, Any], processes: int) -> None:
     """Fill in how many processes load images and how many threads compute."""
     if given["workers"] is None:
-        cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        given["workers"] = max(0, min(8, cpus // processes_here(processes) - 1))
+        given["workers"] = default_workers(processes_here(processes))
     given["threads"] = given["threads"] or torch.get_num_threads()
     given["checkpoint_epochs"] = given["checkpoint_epochs"] or 0
 

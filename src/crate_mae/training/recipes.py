@@ -6,13 +6,12 @@ what it gave and how long it took.
 
 from __future__ import annotations
 
-import difflib
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, did_you_mean
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -29,9 +28,8 @@ def recipe_text(name: str) -> str:
         UserError: for an unknown name, with the nearest known one.
     """
     if name not in list_recipes():
-        near = difflib.get_close_matches(name, list_recipes(), n=1, cutoff=0.4)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise UserError(f"Unknown recipe {name}. {hint}There are: {', '.join(list_recipes())}.")
+        hint = did_you_mean(name, list_recipes(), similarity=0.4)
+        raise UserError(f"Unknown recipe {name}.{hint} There are: {', '.join(list_recipes())}.")
     return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 

@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 
-from crate_mae.data.files import write_whole
+from crate_mae.data.files import refuse_used_folder, write_whole
 from crate_mae.errors import UserError
 from crate_mae.training.config import FinetuneConfig, PretrainConfig, RunConfig, load_config
 from crate_mae.training.files import CsvLog
@@ -118,16 +118,7 @@ class RunDirectory:
         """
         if self.config_file.exists():
             return load_config(self.config_file)
-        if not self.path.exists():
-            return None
-        if not self.path.is_dir():
-            raise UserError(f"{self.path} is a file. Give a folder for the run with --out.")
-        # A start that was killed at once leaves a lock and half a configuration.
-        if any(entry.name != "lock" and not entry.name.startswith(".config.yaml.") for entry in self.path.iterdir()):
-            raise UserError(
-                f"{self.path} is not empty and not a run of crate-mae, so nothing was written there.\n"
-                "Give a new folder with --out."
-            )
+        refuse_used_folder(self.path, kind="a run of crate-mae", leftovers=("lock", ".config.yaml."))
         return None
 
     @contextlib.contextmanager
