@@ -13,10 +13,10 @@ REFERENCE = {
     "evaluation": "Evaluation",
     "costs": "Costs",
     "comparison": "Comparison",
-    "interpret": "Looking inside",
+    "interpret": "Interpretability",
     "deployment": "Deployment",
     "drawing": "Drawing",
-    "app": "The page to play with",
+    "app": "App",
     "commands": "Commands, from Python and from the shell",
 }
 
@@ -70,7 +70,7 @@ def _command(text: str) -> str:
     start = r"(?:crate-mae|\S*python\S* -m|accelerate|torchrun) "
     found = re.search(rf"^(?:    )?({start}(?:[^\n]*\\\n)*[^\n]*)$", text, flags=re.MULTILINE)
     if found is None:
-        return "How it is measured again is told on its page.\n"
+        return "The page says how to reproduce it.\n"
     lines = [line.strip() for line in found[1].splitlines()]
     return "```text\n" + "\n    ".join(lines) + "\n```\n"
 
