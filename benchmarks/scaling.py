@@ -27,9 +27,9 @@ from accelerate.utils import patch_environment
 
 from benchmarks.contestants import sizes
 from benchmarks.report import RESULTS, heading
-from crate_mae.commands.pretrain import pretrain_defaults
 from crate_mae.data import Batch
 from crate_mae.data.files import write_whole
+from crate_mae.training.options import PretrainOptions
 from crate_mae.training.resolve import resolve_pretraining
 from crate_mae.training.step import training_step
 from crate_mae.training.trainee import build_trainee
@@ -139,10 +139,19 @@ def member() -> None:
     with patch_environment(accelerate_use_fsdp="false"):  # as the training loop does it
         accelerator = Accelerator(cpu=True)
     images = torch.zeros(size.ours.in_chans, *size.ours.image_size)
-    options = {"data": [images] * (2 * size.batch), "model": size.ours.name, "batch_size": size.batch, "steps": 10**6}
-    machine = {"precision": "float32", "threads": question["threads"], "workers": 0, "trackers": ()}
-    given = {**pretrain_defaults(), **options, **machine}
-    task = resolve_pretraining(given, accelerator.num_processes, None).build()
+    options = PretrainOptions(
+        [images] * (2 * size.batch),
+        out="",
+        model=size.ours.name,
+        batch_size=size.batch,
+        steps=10**6,
+        precision="float32",
+        threads=question["threads"],
+        workers=0,
+        trackers=(),
+    )
+    resolved = resolve_pretraining(options, accelerator.num_processes)
+    task = resolved.build(resolved.config)
     trainee = build_trainee(task, accelerator)
     share = size.batch // accelerator.num_processes
     generator = torch.Generator().manual_seed(accelerator.process_index)

@@ -88,7 +88,7 @@ def test_no_folder_hides_a_public_name():
         ("data/x.py", "def f():\n    import crate_mae.models"),
         ("theory/x.py", "from crate_mae import models"),
         ("theory/x.py", "import crate_mae"),
-        ("evaluation/x.py", "from crate_mae.training.config import PretrainConfig"),
+        ("evaluation/x.py", "from crate_mae.training.options import PretrainOptions"),
         ("evaluation/x.py", "from crate_mae.comparison.options import Options"),
         ("commands/x.py", "import torch"),
         ("data/x.py", "from datasets import load_dataset"),

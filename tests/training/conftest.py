@@ -15,7 +15,7 @@ from crate_mae.commands.pretrain import pretrain
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.models import create_model
 from crate_mae.models.weights import save
-from crate_mae.training.config import FinetuneConfig, PretrainConfig, RunConfig
+from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
 
 TINY_MODEL = {"embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_depth": 2}
 TINY_RUN = {
@@ -55,10 +55,11 @@ def cpu(monkeypatch) -> None:
 
 
 @pytest.fixture
-def config() -> PretrainConfig:
+def config() -> PretrainOptions:
     """A configuration with something of every kind in it."""
-    return PretrainConfig(
+    return PretrainOptions(
         data="Bilder/Käse",
+        out="run",
         val=None,
         model="crate_mae_nano_patch2_8",
         model_settings={"threshold": 0.1, "depth": 2},
@@ -95,11 +96,12 @@ def config() -> PretrainConfig:
 
 
 @pytest.fixture
-def finetune_config(config) -> FinetuneConfig:
+def finetune_config(config) -> FinetuneOptions:
     """A configuration of the other command."""
-    shared = {option.name: getattr(config, option.name) for option in dataclasses.fields(RunConfig)}
-    return FinetuneConfig(
+    shared = {option.name: getattr(config, option.name) for option in dataclasses.fields(RunOptions)}
+    return FinetuneOptions(
         **shared,
+        model=config.model,
         train="Bilder/Käse",
         val="Bilder/Brot",
         labels=0.1,

@@ -17,7 +17,7 @@ from crate_mae.models import create_model
 from crate_mae.models.classifier import Classifier
 from crate_mae.models.weights import load, newest_checkpoint, save
 from crate_mae.training.finetuning import Finetuning
-from crate_mae.training.options import begin
+from crate_mae.training.options import FinetuneOptions, check
 from crate_mae.training.progress import Display
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "rand_augment": "", "flip": False, "min_crop": 1.0, "drop_path": 0.0, "ema": 0.0}
@@ -273,8 +273,8 @@ def test_a_mistake_is_named_and_leaves_no_file(tiny_finetuning, tmp_path, option
     ],
 )
 def test_a_value_of_a_wrong_type_from_python_is_a_sentence(option, value, expected):
-    given = {"epochs": None, "steps": None, "pooling": "cls", "trackers": (), option: value}
-    assert begin(given) == [expected + "."]
+    (mistake,) = check(FinetuneOptions("model", train="train", val="val", out="run", **{option: value}))
+    assert (mistake.message, mistake.option) == (expected + ".", option)
 
 
 def test_a_model_of_channels_that_cannot_be_converted_is_refused(tiny_finetuning, tmp_path):

@@ -58,6 +58,15 @@ def test_the_first_step_itself_is_halved_too(tiny_run, monkeypatch):
     assert len(run.metrics()) == len(tiny_run("other", steps=3, accumulation=2).metrics())
 
 
+def test_the_halved_step_is_judged_and_built_as_it_will_be_taken(tiny_run, limited, monkeypatch):
+    judged = []
+    monkeypatch.setattr("crate_mae.training.start.refuse_too_large", lambda task, _: judged.append(task.config))
+    limited(64, OUT_OF_MEMORY)
+    run = tiny_run(steps=3)
+    assert [config.accumulation for config in judged] == [1, 2]
+    assert run.config.accumulation == 2
+
+
 def test_what_does_not_fit_when_halved_stops_with_one_sentence(tiny_run, limited, tmp_path):
     limited(8, OUT_OF_MEMORY)
     with pytest.raises(UserError, match="does not fit in memory with 64 images at a time: give a larger"):

@@ -7,8 +7,8 @@ from PIL import Image
 
 from crate_mae.commands.pretrain import resume
 from crate_mae.errors import UserError
-from crate_mae.training.options import Mistakes, default_batch_size, resolve_length
-from crate_mae.training.resolve import default_base_lr
+from crate_mae.training.options import Mistakes, PretrainOptions
+from crate_mae.training.resolve import default_base_lr, default_batch_size, with_length
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def images(number, size=(8, 8)):
         ({"image_size": 9}, "do not divide images of 9 x 9"),
         ({"model": "crate_mae_nano_patch2_9"}, "Did you mean crate_mae_nano_patch2_8"),
         ({"model_settings": {"treshold": 0.1}}, 'Did you mean "threshold"'),
-        ({"model_settings": {"norm_pix_loss": True}}, "Say --norm-pix-loss instead"),
+        ({"model_settings": {"norm_pix_loss": True}}, "Give --norm-pix-loss instead"),
         ({"mean": (0.5,)}, "--mean and --std belong together"),
         ({"mean": (0.5, 0.5), "std": (0.2, 0.2)}, "mean has 2 values for 1 channels"),
         ({"mask_ratio": 1.0}, "--mask-ratio is 1.0, but must be between 0 and 1"),
@@ -95,13 +95,12 @@ def test_a_launcher_that_asks_for_what_is_not_there_is_refused(refused, monkeypa
 
 
 def test_more_processes_than_images_are_refused():
-    given = {"accumulation": 2, "batch_size": None}
     mistakes = Mistakes()
-    resolve_length(given, 7, 4, mistakes, epochs=1, warmup=0.0)
-    assert mistakes[0].startswith(
+    with_length(PretrainOptions("images", out="run", accumulation=2), 7, 4, mistakes, epochs=1, warmup=0.0)
+    assert mistakes[0].message.startswith(
         "Each of 4 process(es) needs an image for each of 2 accumulated micro-batches, 8 in all"
     )
-    assert "there are 7 to train on: take fewer processes" in mistakes[0]
+    assert "there are 7 to train on: take fewer processes" in mistakes[0].message
 
 
 def test_a_compiler_that_does_not_work_is_told_before_anything_is_written(refused, monkeypatch):

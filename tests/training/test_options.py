@@ -1,6 +1,5 @@
 """The command line, the configuration file and Python take the same options."""
 
-import dataclasses
 import functools
 import inspect
 import os
@@ -13,8 +12,9 @@ from crate_mae import cli
 from crate_mae.commands.finetune import finetune
 from crate_mae.commands.pretrain import pretrain
 from crate_mae.errors import UserError
-from crate_mae.training.config import FinetuneConfig, PretrainConfig
-from crate_mae.training.options import resolve_machine
+from crate_mae.training.config import save_config
+from crate_mae.training.options import FinetuneOptions, PretrainOptions, saved_options
+from crate_mae.training.resolve import with_machine
 
 
 def parse(words, *files, command="pretrain"):
@@ -50,31 +50,32 @@ def test_an_image_size_that_is_none_is_refused():
 
 
 def test_the_configuration_file_of_a_run_gives_the_same_options_again(config, tmp_path):
-    config.save(tmp_path / "config.yaml")
+    save_config(config, tmp_path / "config.yaml")
     arguments = parse(["--out", "again"], tmp_path / "config.yaml")
-    wanted = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
+    values = {key: getattr(config, key) for key in saved_options(PretrainOptions)}
+    wanted = {key: value for key, value in values.items() if value is not None}
     assert {key: arguments[key] for key in wanted} == wanted
 
 
 def test_so_does_that_of_fine_tuning(finetune_config, tmp_path):
-    finetune_config.save(tmp_path / "config.yaml")
+    save_config(finetune_config, tmp_path / "config.yaml")
     arguments = parse(["--out", "again"], tmp_path / "config.yaml", command="finetune")
-    wanted = dataclasses.asdict(finetune_config)
+    wanted = {key: getattr(finetune_config, key) for key in saved_options(FinetuneOptions)}
     assert {key: arguments[key] for key in wanted} == wanted
 
 
 def test_the_configuration_file_of_another_command_is_refused(config, tmp_path):
-    config.save(tmp_path / "config.yaml")
+    save_config(config, tmp_path / "config.yaml")
     with pytest.raises(UserError, match="options of `crate-mae pretrain`, not of `crate-mae finetune`"):
         parse(["--out", "again"], tmp_path / "config.yaml", command="finetune")
 
 
 @pytest.mark.parametrize(
-    ("command", "kind", "forgotten"), [(pretrain, PretrainConfig, {"recipe"}), (finetune, FinetuneConfig, set())]
+    ("command", "kind", "forgotten"), [(pretrain, PretrainOptions, {"recipe"}), (finetune, FinetuneOptions, set())]
 )
 def test_every_option_of_a_configuration_is_one_of_its_command(command, kind, forgotten):
     options = set(inspect.signature(command).parameters)
-    kept = {field.name for field in dataclasses.fields(kind)}
+    kept = set(saved_options(kind))
     assert options - kept == {"out", "epochs", "dry_run", "quiet"} | forgotten
     assert kept <= options
 
@@ -91,6 +92,17 @@ def test_cores_are_shared_by_the_processes_of_one_machine(processes, here, worke
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     if here:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", here)
-    given = {"workers": None, "threads": 1, "checkpoint_epochs": None}
-    resolve_machine(given, processes)
-    assert given["workers"] == workers
+    assert with_machine(PretrainOptions("images", out="run", threads=1), processes).workers == workers
+
+
+def test_python_takes_the_options_as_keywords_and_names_an_unknown_one():
+    with pytest.raises(TypeError, match="epocs"):
+        pretrain("digits", out="run", epocs=3)
+    with pytest.raises(TypeError, match="'out'"):
+        pretrain("digits")
+
+
+def test_options_at_their_defaults_are_taken_from_the_run_that_exists(config):
+    options = PretrainOptions("other", out="run", seed=0, mask_ratio=0.5).filled_from(config)
+    assert (options.data, options.mask_ratio, options.seed, options.steps) == ("other", 0.5, 2**40, 39)
+    assert PretrainOptions("other", out="run", epochs=3).filled_from(config).steps is None

@@ -1,22 +1,21 @@
 """Recipes are options of `pretrain` that fit it, and what the user says beside one wins."""
 
-import inspect
-
 import pytest
 import yaml
 
 from crate_mae.commands.pretrain import pretrain
 from crate_mae.commands.recipes import recipes
 from crate_mae.errors import UserError
+from crate_mae.training.options import PretrainOptions, saved_options
 from crate_mae.training.recipes import describe_recipe, list_recipes, recipe_text, with_recipe
 
-DEFAULTS = {key: parameter.default for key, parameter in inspect.signature(pretrain).parameters.items()}
+OPTIONS = {*saved_options(PretrainOptions), "epochs"}
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_fits_pretrain_and_says_what_it_is(name):
     options = yaml.safe_load(recipe_text(name))
-    assert options.keys() <= DEFAULTS.keys() - {"data", "out", "recipe"}
+    assert options.keys() <= OPTIONS - {"data"}
     assert describe_recipe(name).endswith(".")
 
 
@@ -34,17 +33,17 @@ def test_every_recipe_plans_a_run_on_digits(name, tmp_path, monkeypatch):
 
 
 def test_options_beside_a_recipe_win():
-    options = with_recipe("digits", {**DEFAULTS, "batch_size": 25, "steps": 7}, DEFAULTS)
-    assert (options["batch_size"], options["mask_ratio"], options["flip"]) == (25, 0.5, False)
-    assert (options["steps"], options["epochs"]) == (7, None)
+    options = with_recipe(PretrainOptions("digits", out="run", recipe="digits", batch_size=25, steps=7))
+    assert (options.batch_size, options.mask_ratio, options.flip) == (25, 0.5, False)
+    assert (options.steps, options.epochs) == (7, None)
 
 
 def test_settings_of_the_model_are_merged(monkeypatch):
     monkeypatch.setattr(
         "crate_mae.training.recipes.recipe_text", lambda _: "model_settings: {threshold: 0.1, depth: 3}"
     )
-    options = with_recipe("any", {**DEFAULTS, "model_settings": {"depth": 2}}, DEFAULTS)
-    assert options["model_settings"] == {"threshold": 0.1, "depth": 2}
+    options = with_recipe(PretrainOptions("digits", out="run", recipe="any", model_settings={"depth": 2}))
+    assert options.model_settings == {"threshold": 0.1, "depth": 2}
 
 
 def test_an_unknown_recipe_is_refused_before_anything_is_written(tmp_path):

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.pretrain import Data, ImageSize, pretrain_defaults
 from crate_mae.errors import RunStopped
+from crate_mae.training.options import Data, ImageSize
 
 if TYPE_CHECKING:
     from crate_mae.comparison.compare import Comparison
@@ -88,8 +88,6 @@ def compare(
     from crate_mae.comparison.compare import compare as run
     from crate_mae.comparison.options import Options
 
-    # A comparison has tables of its own, and no need of a tracker.
-    given["pretrain_defaults"] = {**pretrain_defaults(), "trackers": ()}
     console = Console(highlight=False, quiet=quiet)
 
     def say(line: str) -> None:

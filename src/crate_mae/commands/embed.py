@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.pretrain import Data
 from crate_mae.commands.showing import check_seed, extract_shown, refuse_existing, show_bad, show_fresh
+from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.extract import Features

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
-from crate_mae.commands.pretrain import ImageSize
 from crate_mae.errors import UserError
+from crate_mae.training.options import ImageSize
 
 if TYPE_CHECKING:
     from crate_mae.costs.estimate import Estimate, Load

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.pretrain import Data
 from crate_mae.commands.showing import check_seed, extract_shown, new_file, show_bad, show_fresh
+from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.probes import Score

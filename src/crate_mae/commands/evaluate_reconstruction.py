@@ -10,8 +10,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from crate_mae.commands.evaluate import Evaluation, write_report
-from crate_mae.commands.pretrain import Data
 from crate_mae.commands.showing import OWN_STATISTICS, check_seed, new_file, show_bad, show_fresh
+from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
     from jaxtyping import Float

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crate_mae.commands.pretrain import Data
 from crate_mae.data.files import refuse_used_folder
 from crate_mae.errors import UserError
+from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
     from crate_mae.interpret.report.inspection import Training
@@ -103,7 +103,8 @@ def inspect(
 def _training(model: object) -> "Training":
     """How a run trained its model; nothing if the model is no run."""
     from crate_mae.interpret.report.inspection import Training
-    from crate_mae.training.config import PretrainConfig, load_config
+    from crate_mae.training.config import load_config
+    from crate_mae.training.options import PretrainOptions
     from crate_mae.training.run_directory import RunDirectory
 
     if not isinstance(model, (str, Path)) or not RunDirectory(Path(model)).config_file.is_file():
@@ -115,13 +116,13 @@ def _training(model: object) -> "Training":
         return Training(lines={"Options": f"unknown: {error}"})
     logged = run.metrics().read()
     lines = {
-        "Images": config.data if isinstance(config, PretrainConfig) else config.train,
+        "Images": config.data if isinstance(config, PretrainOptions) else config.train,
         "Steps": f"{config.steps:,} of {config.batch_size} images",
         "Learning rate": f"{config.lr:g}, weight decay {config.weight_decay:g}",
         "Finished": "yes" if run.is_finished else f"no, at step {logged[-1]['step'] if logged else 0}",
         "Seed": str(config.seed),
     }
-    hidden = config.mask_ratio if isinstance(config, PretrainConfig) else None
+    hidden = config.mask_ratio if isinstance(config, PretrainOptions) else None
     if hidden is not None:
         lines["Hidden in training"] = f"{100 * hidden:g}% of the patches"
     for column, name in (("loss", "Loss"), ("held_out_loss", "Loss on held-out images")):

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from crate_mae.commands.pretrain import Data
 from crate_mae.commands.showing import new_file, show_bad
 from crate_mae.errors import UserError
+from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,10 +21,10 @@ def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) ->
     """
     from rich.console import Console
 
-    from crate_mae.training.config import PretrainConfig
+    from crate_mae.training.options import PretrainOptions
 
     run = pretrain("digits:train", out=out, val="digits:test", recipe="digits", epochs=epochs)
-    assert isinstance(run.config, PretrainConfig)
+    assert isinstance(run.config, PretrainOptions)
     picture = run.path / "completed_digits.png"
     reconstruct(str(run.path), "digits:test", out=picture, mask_ratio=run.config.mask_ratio, count=12, overwrite=True)
     rows = [row for row in run.metrics() if row["held_out_loss"] is not None]

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.pretrain import Data
 from crate_mae.commands.showing import check_seed, refuse_existing, show_bad, show_fresh
 from crate_mae.errors import UserError
+from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.backbones import Backbone

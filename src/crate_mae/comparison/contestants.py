@@ -1,7 +1,6 @@
 """The models of a comparison, all resolved for the same images, and the images themselves."""
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -18,8 +17,8 @@ from crate_mae.evaluation.probes import refuse_small_classes
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER
-from crate_mae.training.config import PretrainConfig
 from crate_mae.training.images import open_named
+from crate_mae.training.options import PretrainOptions
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
 
@@ -38,7 +37,7 @@ class Contestant:
     """
 
     name: str
-    config: PretrainConfig
+    config: PretrainOptions
     model: ModelConfig
     augmentation: Preparation
 
@@ -121,11 +120,10 @@ def resolve_contestants(options: Options, images: Images) -> list[Contestant]:
     """
     contestants = []
     for name in options.models:
-        resolved = resolve_pretraining(options.pretraining(name, steps=1), 1, None)
-        task = resolved.build()
-        config = cast(PretrainConfig, resolved.config)
-        contestants.append(Contestant(name, config, task.model.config, task.transform()))
-    sizes = {contestant.name: contestant.config.image_size for contestant in contestants}
+        resolved = resolve_pretraining(options.pretraining(name, steps=1), 1)
+        task = resolved.build(resolved.config)
+        contestants.append(Contestant(name, resolved.config, task.model.config, task.transform()))
+    sizes = {contestant.name: contestant.model.image_size for contestant in contestants}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
         raise UserError(

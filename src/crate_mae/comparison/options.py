@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
+from crate_mae.training.options import PretrainOptions
 
 _FORMS = "A budget is steps=N, minutes=N or flops=N, such as steps=2000, minutes=30 or flops=1e15."
 _KINDS = ("steps", "minutes", "flops")
@@ -50,9 +51,6 @@ def parse_budget(text: str) -> Budget:
 class Options:
     """What `crate_mae.compare`, which explains them, was given.
 
-    Attributes:
-        pretrain_defaults: what a comparison leaves as `crate_mae.pretrain` has it.
-
     Raises:
         UserError: with all mistakes that can be seen without the images.
     """
@@ -75,7 +73,6 @@ class Options:
     image_size: int | tuple[int, int] | None
     min_crop: float
     flip: bool
-    pretrain_defaults: dict[str, Any]
 
     def __post_init__(self) -> None:
         mistakes = []
@@ -98,11 +95,12 @@ class Options:
     def plain(self, train: str, val: str) -> dict[str, Any]:
         """The options for a file, with names that open the data from any folder."""
         values = {**dataclasses.asdict(dataclasses.replace(self, train=None, val=None)), "train": train, "val": val}
-        del values["pretrain_defaults"]
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    def pretraining(self, model: str, **settings: Any) -> dict[str, Any]:
-        """All options of `crate_mae.pretrain` for one of the models.
+    def pretraining(self, model: str, **settings: Any) -> PretrainOptions:
+        """The options of `crate_mae.pretrain` for one of the models.
+
+        A comparison has tables of its own, and no need of a tracker.
 
         Args:
             model: its name.
@@ -110,7 +108,8 @@ class Options:
         """
         shared = ("batch_size", "mask_ratio", "norm_pix_loss", "precision", "workers", "threads", "image_size")
         given = {key: getattr(self, key) for key in (*shared, "min_crop", "flip")}
-        return {**self.pretrain_defaults, **given, "data": self.train, "model": model, **settings}
+        fixed = {"out": "", "trackers": (), "quiet": True}
+        return PretrainOptions(self.train, **{**fixed, **given, "model": model, **settings})
 
 
 def _message_of(check: Any, value: str) -> list[str]:

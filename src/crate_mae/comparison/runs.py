@@ -1,9 +1,7 @@
 """The runs of a comparison: a search for each contestant's learning rate, then the final runs."""
 
-import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +139,7 @@ class Trainer:
         options = self.options.pretraining(
             contestant.name,
             **settings,
+            out=out,
             batch_size=c.batch_size,
             image_size=c.image_size,
             channels=c.channels,
@@ -150,8 +149,7 @@ class Trainer:
             workers=c.workers,
             threads=c.threads,
         )
-        with _progress_told(self.say):
-            return start("pretrain", out, options, self.options.pretrain_defaults, dry_run=False, quiet=True)
+        return start(options, on_progress=lambda line: self.say(f"    {line}"))
 
 
 def curve(run: Run) -> list[Moment]:
@@ -172,20 +170,3 @@ def _best(contestant: Contestant, losses: dict[float, float]) -> float:
         tried = ", ".join(f"{rate:.3g}" for rate in losses)
         raise UserError(f"{contestant.name} stays finite at none of the learning rates {tried}: it cannot be compared.")
     return rate
-
-
-@contextmanager
-def _progress_told(say: Say) -> Iterator[None]:
-    """Pass on the lines about steps that a quiet run still logs, twice a minute."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if (line := record.getMessage()).startswith("step "):
-                say(f"    {line}")
-
-    logger, handler = logging.getLogger("crate_mae.training.progress"), Handler()
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)

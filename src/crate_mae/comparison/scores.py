@@ -68,7 +68,7 @@ def measure_all(
             [score(f"{c.name}/random-{seed}", probed, c.fresh(seed)) for seed in range(options.seeds)]
             for c in contestants
         ],
-        pixels=score("pixels", probed, f"pixels:{min(_PIXELS_SIDE, *contestants[0].config.image_size)}"),
+        pixels=score("pixels", probed, f"pixels:{min(_PIXELS_SIDE, *contestants[0].model.image_size)}"),
     )
 
 

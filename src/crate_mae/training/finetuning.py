@@ -21,11 +21,11 @@ from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build
 from crate_mae.models.classifier import Classifier, ClassifierConfig
 from crate_mae.models.config import ModelConfig
-from crate_mae.training.config import FinetuneConfig
 from crate_mae.training.images import PYTHON_OBJECT, RunImages
 from crate_mae.training.mixing import Mixing
 from crate_mae.training.monitor import evaluating
 from crate_mae.training.optimizer import adamw
+from crate_mae.training.options import FinetuneOptions
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.progress import count
 from crate_mae.training.run_directory import RunDirectory
@@ -37,12 +37,12 @@ _TOP = 5
 
 
 @dataclass(frozen=True)
-class StartingPoint:
+class Initialisation:
     """The encoder that fine-tuning begins with.
 
     Attributes:
         config: of the autoencoder that it comes from.
-        weights: of the encoder; None for fresh ones.
+        weights: of the encoder; None for a random initialisation.
         image_size: to change the encoder to: its positions are interpolated.
     """
 
@@ -51,7 +51,7 @@ class StartingPoint:
     image_size: tuple[int, int]
 
     def build(self, classes: tuple[str, ...], pooling: Any) -> Classifier:
-        """A classifier with this encoder and a fresh head."""
+        """A classifier with this encoder and a head that is initialised at random."""
         encoder = build(self.config).encoder
         if self.weights is not None:
             encoder.load_state_dict(self.weights)
@@ -62,13 +62,13 @@ class StartingPoint:
 
 
 @final
-class Finetuning(Task):
+class Finetuning(Task[FinetuneOptions]):
     """Learns classes; measured on all validation images, by the averaged weights where an average is kept.
 
     Args:
         config: of the run.
         images: to train on and to validate on, with labels that mean the same.
-        start: the encoder to begin with.
+        initialisation: the encoder to begin with.
 
     Raises:
         UserError: if the validation images cannot be read.
@@ -76,11 +76,10 @@ class Finetuning(Task):
 
     measures: ClassVar[tuple[str, ...]] = ("val_loss", "val_accuracy", "val_accuracy_top5", "best_score")
 
-    def __init__(self, config: FinetuneConfig, images: RunImages, start: StartingPoint) -> None:
+    def __init__(self, config: FinetuneOptions, images: RunImages, initialisation: Initialisation) -> None:
         assert images.train.classes is not None, "labelled images have classes"
         classes = tuple(images.train.classes)
-        model = start.build(classes, config.pooling)
-        self.options = config
+        model = initialisation.build(classes, config.pooling)
         self.model_config = model.config
         self.ema = config.ema
         self.mixing = Mixing(
@@ -90,12 +89,12 @@ class Finetuning(Task):
             num_classes=len(classes),
             seed=config.seed,
         )
-        self.validation, bad = self._readable(images.held_out)
+        self.validation, bad = self._readable(images.held_out, config)
         super().__init__(config, images, model=model, bad_held_out=bad)
 
     def transform(self) -> Preparation:
         """Random crops and flips, then RandAugment."""
-        c, m = self.options, self.model_config
+        c, m = self.config, self.model_config
         return finetune_transform(
             m.image_size, m.in_chans, m.mean, m.std, min_scale=c.min_crop, flip=c.flip, rand_augment=c.rand_augment
         )
@@ -104,9 +103,9 @@ class Finetuning(Task):
         """AdamW, with smaller learning rates for earlier layers."""
         groups = param_groups_layer_decay(
             model,
-            self.options.weight_decay,
+            self.config.weight_decay,
             no_weight_decay_list=model.no_weight_decay(),
-            layer_decay=self.options.layer_decay,
+            layer_decay=self.config.layer_decay,
         )
         return adamw(groups, BETAS)
 
@@ -128,7 +127,7 @@ class Finetuning(Task):
             sums["val_accuracy_top5"] = 0.0
         device = model.head.weight.device
         with evaluating(model):
-            for batch in self._batches(self.validation):
+            for batch in self._batches(self.validation, self.config.workers):
                 if batch.bad:
                     raise UserError(f"A validation image can no longer be read: {batch.bad[0].location}.")
                 logits, labels = model(batch.images.to(device)).float(), batch.labels.to(device)
@@ -141,7 +140,7 @@ class Finetuning(Task):
 
     def describe(self) -> dict[str, str]:
         """Images, model, input, and what is done to images and learning rates."""
-        c, m = self.options, self.model_config
+        c, m = self.config, self.model_config
         millions = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         share = f" ({c.labels:.3g} of its labels)" if c.labels < 1 else ""
         height, width = m.image_size
@@ -159,7 +158,7 @@ class Finetuning(Task):
         """Accuracies, which model was kept, and how to use it."""
         measured = [row for row in rows if row["best_score"] is not None]
         last, best = measured[-1], max(measured, key=lambda row: row["val_accuracy"] or 0.0)
-        images = "IMAGES" if self.options.val.startswith(PYTHON_OBJECT) else shlex.quote(self.options.val)
+        images = "IMAGES" if self.config.val.startswith(PYTHON_OBJECT) else shlex.quote(self.config.val)
         return [
             f"Accuracy on validation images: {last['val_accuracy']:.2%} now; {best['val_accuracy']:.2%} at step "
             f"{best['step']:,.0f}, the best.",
@@ -168,24 +167,24 @@ class Finetuning(Task):
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]
 
-    def _readable(self, source: ImageSource) -> tuple[ImageSource, list[BadImage]]:
+    def _readable(self, source: ImageSource, config: FinetuneOptions) -> tuple[ImageSource, list[BadImage]]:
         """The images that can be read, and those that cannot."""
         indices: list[int] = []
         bad: list[BadImage] = []
-        for batch in self._batches(source):
+        for batch in self._batches(source, config.workers):
             indices += batch.indices.tolist()
             bad += batch.bad
-        refuse_unreadable(source, bad, self.options.max_bad, held_out=True)
+        refuse_unreadable(source, bad, config.max_bad, held_out=True)
         readable, labels = np.array(indices, dtype=np.int64), source.labels
         assert labels is not None, "validation images have labels"
         return Part(source, readable, labels=labels[readable], classes=source.classes), bad
 
-    def _batches(self, source: ImageSource) -> Any:
+    def _batches(self, source: ImageSource, workers: int) -> Any:
         m = self.model_config
         return readable_batches(
             source,
             evaluation_transform(m.image_size, m.in_chans, m.mean, m.std),
             _VALIDATED_AT_ONCE,
-            workers=self.options.workers,
+            workers=workers,
             worker_init=ignore_stop_requests,
         )

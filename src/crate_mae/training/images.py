@@ -29,7 +29,7 @@ from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
-from crate_mae.training.config import RunConfig
+from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.sampler import StepSampler
 
@@ -120,7 +120,7 @@ def read_held_out(
 def training_batches(
     source: ImageSource,
     transform: Callable[[Image.Image | Tensor], Tensor],
-    config: RunConfig,
+    config: RunOptions,
     start_step: int,
     *,
     rank: int,

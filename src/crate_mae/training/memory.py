@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from crate_mae.errors import UserError
-from crate_mae.training.config import RunConfig
+from crate_mae.training.options import RunOptions
 from crate_mae.training.precision import autocast
 from crate_mae.training.processes import first_decides, processes_here
 from crate_mae.training.sharding import sharding_of
@@ -46,7 +46,7 @@ def _is_out_of_memory(error: Exception) -> bool:
     return known or any(words in str(error) for words in _WORDS)
 
 
-def halved(config: RunConfig, processes: int) -> RunConfig:
+def halved(config: RunOptions, processes: int) -> RunOptions:
     """The configuration with half as many images at a time, and twice as many times; the steps are the same.
 
     Args:
@@ -61,7 +61,7 @@ def halved(config: RunConfig, processes: int) -> RunConfig:
     return dataclasses.replace(config, accumulation=2 * config.accumulation)
 
 
-def too_large(config: RunConfig, processes: int) -> UserError:
+def too_large(config: RunOptions, processes: int) -> UserError:
     """What to say when nothing more is tried."""
     return UserError(
         f"A step does not fit in memory with {_at_a_time(config, processes)} images at a time: give a larger "
@@ -69,7 +69,7 @@ def too_large(config: RunConfig, processes: int) -> UserError:
     )
 
 
-def _at_a_time(config: RunConfig, processes: int) -> int:
+def _at_a_time(config: RunOptions, processes: int) -> int:
     return config.batch_size // (processes * config.accumulation)
 
 

@@ -8,7 +8,6 @@ from timm.data.mixup import Mixup, mixup_target
 from torch import Tensor
 
 from crate_mae.data.dataset import global_generators_seeded
-from crate_mae.training.config import inseparable
 from crate_mae.training.randomness import Purpose, derive_seed
 
 
@@ -28,7 +27,7 @@ class Mixing:
     """
 
     def __init__(self, mixup: float, cutmix: float, *, label_smoothing: float, num_classes: int, seed: int) -> None:
-        self.mixes = inseparable(mixup, cutmix) > 1
+        self.mixes = mixup > 0 or cutmix > 0
         self.label_smoothing = label_smoothing
         self.num_classes = num_classes
         self.seed = seed

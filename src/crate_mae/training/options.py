@@ -1,66 +1,360 @@
-"""What all commands that train do with their options: limits, length, machine, and all mistakes at once."""
+"""The options of `pretrain` and `finetune`: each is declared once, with its default, help, range and choices.
 
-from __future__ import annotations
+The command line, the Python functions and `config.yaml` are all made from these dataclasses. An option whose default is
+None is open: `resolve` fills it in from the data and the machine, and in a run it has its declared type.
+"""
 
-import math
-from collections.abc import Callable, Iterator
+import dataclasses
+import inspect
+import textwrap
+import types
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, get_args
-
-import torch
-
-from crate_mae.data.dataset import default_workers
-from crate_mae.errors import UserError
-from crate_mae.models.classifier import HeadPooling
-from crate_mae.training.processes import processes_here
-from crate_mae.training.trackers import choose_trackers
-
-_POSITIVE: tuple[Callable[[Any], bool], str] = (lambda x: x > 0, "more than 0")
-_AT_LEAST_0: tuple[Callable[[Any], bool], str] = (lambda x: x >= 0, "at least 0")
-_AT_LEAST_1: tuple[Callable[[Any], bool], str] = (lambda x: x >= 1, "at least 1")
-_BELOW_1: tuple[Callable[[Any], bool], str] = (lambda x: 0 <= x < 1, "at least 0 and less than 1")
-_SHARE: tuple[Callable[[Any], bool], str] = (lambda x: 0 < x <= 1, "more than 0 and at most 1")
-_LIMITS = {
-    "epochs": _AT_LEAST_1,
-    "steps": _AT_LEAST_1,
-    "batch_size": _AT_LEAST_1,
-    "lr": _POSITIVE,
-    "min_lr": _AT_LEAST_0,
-    "warmup_epochs": _AT_LEAST_0,
-    "weight_decay": _AT_LEAST_0,
-    "clip_grad": _AT_LEAST_0,
-    "mask_ratio": (lambda x: 0 < x < 1, "between 0 and 1"),
-    "min_crop": _SHARE,
-    "channels": _AT_LEAST_1,
-    "seed": _AT_LEAST_0,
-    "labels": _SHARE,
-    "layer_decay": _SHARE,
-    "mixup": _AT_LEAST_0,
-    "cutmix": _AT_LEAST_0,
-    "label_smoothing": _BELOW_1,
-    "ema": _BELOW_1,
-    "accumulation": _AT_LEAST_1,
-    "workers": _AT_LEAST_0,
-    "threads": _AT_LEAST_1,
-    "max_bad": (lambda x: 0 <= x <= 1, "from 0 to 1"),
-    "checkpoint_minutes": _POSITIVE,
-    "checkpoint_epochs": _AT_LEAST_1,
-    "log_steps": _AT_LEAST_1,
-    "monitor_steps": _AT_LEAST_1,
-}
-_WHOLE = (
-    *("epochs", "steps", "batch_size", "channels", "seed", "accumulation", "workers", "threads"),
-    *("checkpoint_epochs", "log_steps", "monitor_steps"),
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import (
+    Annotated,
+    Any,
+    ClassVar,
+    Literal,
+    NamedTuple,
+    ParamSpec,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    no_type_check,
 )
-_CHOICES = {
-    "precision": ("auto", "float32", "bfloat16"),
-    "mask_tokens": (None, "encoder", "decoder"),
-    "pooling": get_args(HeadPooling),
-}
+
+from cyclopts import Parameter, Token
+
+from crate_mae.errors import UserError
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-class Mistakes(list[str]):
-    """Messages of the mistakes found so far."""
+def _as_text(_type: Any, tokens: Sequence[Token]) -> str:
+    return tokens[0].value
+
+
+def _as_size(_type: Any, tokens: Sequence[Token]) -> int | tuple[int, int]:
+    """Parse 224 or 128x192 on the command line, a number or a list of two in a file."""
+    words = [word for token in tokens for word in token.value.lower().split("x")]
+    if not 1 <= len(words) <= 2 or not all(word.isdigit() for word in words):
+        raise ValueError("an image size is a number of pixels, or HEIGHTxWIDTH")
+    return int(words[0]) if len(words) == 1 else (int(words[0]), int(words[1]))
+
+
+def _as_setting(_type: Any, tokens: Sequence[Token]) -> Any:
+    import yaml
+
+    return yaml.safe_load(tokens[0].value)
+
+
+# From Python, data may also be a torch.utils.data.Dataset: a type that only an import of torch could name.
+Data = Annotated[Any, Parameter(converter=_as_text, n_tokens=1)]
+Pixels = Annotated[int | tuple[int, int], Parameter(converter=_as_size, n_tokens=1, negative=())]
+ImageSize = Annotated[int | tuple[int, int] | None, Parameter(converter=_as_size, n_tokens=1, negative=())]
+Numbers = Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())]
+Names = Annotated[tuple[str, ...] | str, Parameter(consume_multiple=True, negative="--no-trackers")]
+Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
+
+
+class Range(NamedTuple):
+    """The numbers that an option takes.
+
+    Attributes:
+        contains: whether a number is one of them.
+        text: completes the sentence "--lr is -1, but must be ...".
+    """
+
+    contains: Callable[[Any], bool]
+    text: str
+
+
+_POSITIVE = Range(lambda x: x > 0, "more than 0")
+_AT_LEAST_0 = Range(lambda x: x >= 0, "at least 0")
+_AT_LEAST_1 = Range(lambda x: x >= 1, "at least 1")
+_BELOW_1 = Range(lambda x: 0 <= x < 1, "at least 0 and less than 1")
+_BETWEEN_0_AND_1 = Range(lambda x: 0 < x < 1, "between 0 and 1")
+_FROM_0_TO_1 = Range(lambda x: 0 <= x <= 1, "from 0 to 1")
+_SHARE = Range(lambda x: 0 < x <= 1, "more than 0 and at most 1")
+
+
+def option(default: Any, explanation: str, numbers: Range | None = None, **kind: bool) -> Any:
+    """A field for an option that may be left out.
+
+    Args:
+        default: None leaves the option open.
+        explanation: its help.
+        numbers: that it takes.
+        kind: see `_described`.
+    """
+    return field(default=default, **_described(explanation, numbers, **kind))
+
+
+def _described(
+    explanation: str, numbers: Range | None = None, *, speed: bool = False, saved: bool = True, later: bool = False
+) -> dict[str, Any]:
+    """Arguments of `dataclasses.field` for an option.
+
+    Args:
+        explanation: its help.
+        numbers: that it takes.
+        speed: whether it changes speed, safety and logging only, so that a resumed run may change it.
+        saved: whether it belongs to the run, and is saved in `config.yaml`, rather than to one call.
+        later: whether it is younger than the first runs, whose `config.yaml` lacks it.
+    """
+    metadata = {"help": explanation, "numbers": numbers, "speed": speed, "saved": saved, "later": later}
+    return {"metadata": metadata, "compare": saved}
+
+
+@no_type_check  # values come from users: `check` reports all wrong ones together
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """The options that `pretrain` and `finetune` share.
+
+    `accumulation`, `compile`, `grad_checkpointing` and `threads` change the last bits of the weights, not what is
+    computed, and so count as speed. Exact resuming needs them unchanged.
+
+    Attributes:
+        command: the command, and the function of `crate_mae`, that takes these options.
+    """
+
+    command: ClassVar[str]
+
+    out: Path | str = field(**_described("The folder of the run.", saved=False))
+    epochs: int = option(
+        None,
+        "Passes over the training images. If neither --epochs nor --steps is given, 100 for pretraining and 50 for "
+        "fine-tuning.",
+        _AT_LEAST_1,
+        saved=False,
+    )
+    steps: int = option(None, "Optimizer steps, instead of epochs.", _AT_LEAST_1)
+    batch_size: int = option(
+        None,
+        "Images per step, over all processes and micro-batches. By default 256, less for few images.",
+        _AT_LEAST_1,
+    )
+    lr: float = option(None, "Learning rate per 256 images; it is scaled by batch_size / 256.", _POSITIVE)
+    min_lr: float = option(0.0, "Learning rate at the end of the cosine, per 256 images.", _AT_LEAST_0)
+    warmup_epochs: float = option(
+        None, "Epochs of linear warm-up. By default 5% of a run of pretraining, 10% of fine-tuning.", _AT_LEAST_0
+    )
+    weight_decay: float = option(
+        0.05, "Decoupled weight decay of AdamW; norms, biases and tokens are spared.", _AT_LEAST_0
+    )
+    clip_grad: float = option(1.0, "Largest norm of the gradient; 0 does not clip.", _AT_LEAST_0)
+    drop_path: float = option(0.0, "Stochastic depth of the encoder's last layer.")
+    image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the model's.")
+    min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.", _SHARE)
+    flip: bool = option(True, "Mirror half of the images; wrong for writing.")
+    seed: int = option(0, "Of the weights, the order, the crops and the masks.", _AT_LEAST_0)
+    precision: Literal["auto", "float32", "bfloat16"] = option("auto", "By default whichever is faster here, measured.")
+
+    accumulation: int = option(1, "Micro-batches per step, to save memory.", _AT_LEAST_1, speed=True)
+    compile: bool = option(False, "Compile the model with torch.compile.", speed=True)
+    grad_checkpointing: bool = option(
+        False, "Compute layers again in the backward pass, to save memory.", speed=True, later=True
+    )
+    workers: int = option(
+        None,
+        "Processes that load images. By default one less than there are cores, at most 8.",
+        _AT_LEAST_0,
+        speed=True,
+    )
+    threads: int = option(None, "CPU threads that compute. By default PyTorch's choice.", _AT_LEAST_1, speed=True)
+    max_bad: float = option(0.01, "Largest share of unreadable images before the run stops.", _FROM_0_TO_1, speed=True)
+    checkpoint_minutes: float = option(10.0, "Save at least this often.", _POSITIVE, speed=True)
+    checkpoint_epochs: int = option(
+        None, "Save every so many epochs. By default as many as take about a minute.", _AT_LEAST_1, speed=True
+    )
+    log_steps: int = option(
+        None,
+        "Steps between rows of metrics.csv. By default about 200 rows, and at most 50 steps.",
+        _AT_LEAST_1,
+        speed=True,
+    )
+    monitor_steps: int = option(
+        None,
+        "Steps between measurements and pictures of held-out images. By default 20 times in a run, but not more than "
+        "once in an epoch or 100 steps.",
+        _AT_LEAST_1,
+        speed=True,
+    )
+    trackers: Names = option(
+        None,
+        "Such as tensorboard or wandb. By default TensorBoard if installed; --no-trackers for none.",
+        speed=True,
+    )
+    dry_run: bool = option(False, "Only check and show the plan.", saved=False)
+    quiet: bool = option(False, "Show nothing.", saved=False)
+
+    @property
+    def inseparable(self) -> int:
+        """So many neighbours of a batch must be in one micro-batch."""
+        return 1
+
+    def given(self) -> dict[str, Any]:
+        """The options that are not at their defaults. Data may be any Python object, so it is not compared."""
+        values = {item.name: (getattr(self, item.name), item.default) for item in dataclasses.fields(self)}
+        return {
+            name: value
+            for name, (value, default) in values.items()
+            if (value is not default if default in (None, dataclasses.MISSING) else value != default)
+        }
+
+    def filled_from(self: "OptionsT", existing: "RunOptions") -> "OptionsT":
+        """These options, with those left at their defaults taken from a run that exists."""
+        given = self.given()
+        kept = {name: getattr(existing, name) for name in saved_options(type(self)) if name not in given}
+        if "epochs" in given and "steps" not in given:
+            kept["steps"] = None
+        return dataclasses.replace(self, **kept)
+
+
+OptionsT = TypeVar("OptionsT", bound=RunOptions)
+
+
+@no_type_check
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions(RunOptions):
+    """The options of `crate_mae.pretrain`."""
+
+    command: ClassVar[str] = "pretrain"
+
+    data: Data = field(
+        kw_only=False,
+        **_described("A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits."),
+    )
+    recipe: str | None = option(
+        None,
+        "Options that were tried together, from `crate-mae recipes`; those given beside it win.",
+        saved=False,
+    )
+    model: str = option(None, "A name from `crate-mae models`. By default the one made for images of this size.")
+    lr: float = option(
+        None,
+        "Learning rate per 256 images; it is scaled by batch_size / 256. By default from width and batch.",
+        _POSITIVE,
+    )
+    val: Data = option(None, "Other data to measure on. By default 5% of the images, at most 512, are held out.")
+    model_settings: dict[str, Setting] = option(
+        None, "Any other setting of the model, such as --model-settings.threshold 0.1"
+    )
+    channels: int = option(None, "Channels to convert images to. By default those of the images.", _AT_LEAST_1)
+    mean: Numbers = option(
+        None, "Per channel, of pixels in [0, 1]. By default ImageNet's for 3 channels, otherwise measured."
+    )
+    std: Numbers = option(None, "Per channel, likewise.")
+    mask_ratio: float = option(0.75, "Share of hidden patches.", _BETWEEN_0_AND_1)
+    mask_tokens: Literal["encoder", "decoder"] = option(
+        None, "Where mask tokens come in. By default as the model's name says."
+    )
+    norm_pix_loss: bool = option(False, "Predict patches normalised by their own mean and standard deviation.")
+
+
+@no_type_check
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(RunOptions):
+    """The options of `crate_mae.finetune`."""
+
+    command: ClassVar[str] = "finetune"
+
+    model: str | Path = field(
+        kw_only=False,
+        **_described(
+            "A run folder, a folder with model.safetensors and config.json, hf:user/name, or a name from "
+            "`crate-mae models`, which means random initialisation."
+        ),
+    )
+    train: Data = field(
+        **_described(
+            "Labelled images: a folder with a folder for each class, .parquet, .tar shards, hf:name, digits:train ..."
+        )
+    )
+    val: Data = field(
+        **_described("Labelled images of the same classes, to measure on and to choose the best model by.")
+    )
+    labels: float = option(
+        1.0, "Share of the training images to use, of each class alike; the seed chooses them.", _SHARE
+    )
+    pooling: Literal["cls", "mean", "cls+mean"] = option(
+        "cls+mean", "What the head sees: the class token, the mean over patches, or both."
+    )
+    lr: float = option(
+        None,
+        "Learning rate of the head per 256 images; it is scaled by batch_size / 256. By default 1.5e-3, more for "
+        "batches of less than 256.",
+        _POSITIVE,
+    )
+    layer_decay: float = option(0.75, "The learning rate of each layer is that of the next, times this.", _SHARE)
+    mixup: float = option(
+        0.8, "How much two images are mixed (the parameter of a Beta distribution); 0 for never.", _AT_LEAST_0
+    )
+    cutmix: float = option(
+        1.0, "Likewise for a box cut out of one and pasted into the other; steps use one or the other.", _AT_LEAST_0
+    )
+    rand_augment: str = option("rand-m9-mstd0.5-inc1", 'timm\'s RandAugment policy; "" for none.')
+    label_smoothing: float = option(0.1, "Part of each target that is spread over all classes.", _BELOW_1)
+    ema: float = option(
+        0.9999,
+        "Decay of a running average of the weights, which is what is measured and kept; it forgets faster at the "
+        "beginning. 0 for none.",
+        _BELOW_1,
+    )
+    drop_path: float = option(0.1, "Stochastic depth of the encoder's last layer.")
+    image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the model's; positions are interpolated.")
+    seed: int = option(
+        0, "Of the random initialisation, the choice of labels, the order and the augmentation.", _AT_LEAST_0
+    )
+    monitor_steps: int = option(
+        None,
+        "Steps between validations. By default an epoch, or as many epochs as it takes to train on as many images as "
+        "are validated on.",
+        _AT_LEAST_1,
+        speed=True,
+    )
+
+    @property
+    def inseparable(self) -> int:
+        """Two where images are mixed, each with its neighbour."""
+        return 2 if self.mixup > 0 or self.cutmix > 0 else 1
+
+
+def own_first(kind: type[RunOptions]) -> list[dataclasses.Field]:
+    """The options of a command: first those that only it has, then the shared ones."""
+    shared = [item.name for item in dataclasses.fields(RunOptions)]
+    return sorted(dataclasses.fields(kind), key=lambda item: item.name in shared)
+
+
+def saved_options(kind: type[RunOptions], *, speed: bool | None = None) -> list[str]:
+    """The names of the options that a run keeps: all, or those that decide the result (False) or the others (True)."""
+    kept = [item for item in own_first(kind) if item.metadata["saved"]]
+    return [item.name for item in kept if speed in (None, item.metadata["speed"])]
+
+
+def option_name(key: str) -> str:
+    """The name of an option on the command line."""
+    return f"--{key.replace('_', '-')}"
+
+
+class Mistake(NamedTuple):
+    """What is wrong with the options.
+
+    Attributes:
+        message: a sentence for the user.
+        option: the name of the option that is wrong by itself, if it is one.
+    """
+
+    message: str
+    option: str = ""
+
+
+class Mistakes(list[Mistake]):
+    """The mistakes found so far, to be reported together."""
 
     @contextmanager
     def collected(self) -> Iterator[None]:
@@ -68,120 +362,121 @@ class Mistakes(list[str]):
         try:
             yield
         except UserError as error:
-            self.append(str(error))
+            self.append(Mistake(str(error)))
+
+    def concern(self, *options: str) -> bool:
+        """Whether one of these options is wrong by itself."""
+        return any(mistake.option in options for mistake in self)
 
     def raise_if_any(self) -> None:
         """Raise one `UserError` with all messages."""
         if self:
-            raise UserError("\n".join(dict.fromkeys(self)))
+            raise UserError("\n".join(dict.fromkeys(mistake.message for mistake in self)))
 
 
-def begin(given: dict[str, Any]) -> Mistakes:
-    """Check each option by itself, and choose the trackers; the mistakes so far."""
-    mistakes = Mistakes(_out_of_limits(given))
-    with mistakes.collected():
-        given["trackers"] = choose_trackers(given["trackers"])
+def check(options: RunOptions) -> Mistakes:
+    """Check each option by itself."""
+    mistakes = Mistakes()
+    for item in dataclasses.fields(options):
+        name, value = item.name, getattr(options, item.name)
+        if value is not None and (wrong := _mistake(value, item.type, item.metadata["numbers"])):
+            mistakes.append(Mistake(f"{option_name(name)} is {wrong}.", name))
+    if options.epochs is not None and options.steps is not None:
+        mistakes.append(Mistake("--epochs and --steps both say how long to train: give one of them."))
     return mistakes
 
 
-def option_name(key: str) -> str:
-    """How the command line calls an option."""
-    return f"--{key.replace('_', '-')}"
+def _mistake(value: Any, hint: Any, numbers: Range | None) -> str | None:
+    """Why an option cannot have a value, which completes a sentence that begins with "--lr is"; None if it can."""
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        return f"{value}, but must be one of {', '.join(get_args(hint))}"
+    if numbers is None:
+        return None
+    if not is_of_type(value, float):
+        return f"{value!r}, but must be a number"
+    if not numbers.contains(value):
+        return f"{value}, but must be {numbers.text}"
+    return None if is_of_type(value, hint) else f"{value}, but must be a whole number"
 
 
-def default_batch_size(images: int, share: int) -> int:
-    """The largest power of two that is at most 256 and an eighth of the images, so that an epoch has 8 steps or more.
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a value is of an option's type; whole numbers pass for fractions, true and false do not."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Annotated:
+        return is_of_type(value, inner[0])
+    if origin is Literal:
+        return value in inner
+    if origin in (Union, types.UnionType):
+        return any(is_of_type(value, part) for part in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(is_of_type(key, inner[0]) for key in value)
+    if origin is tuple:
+        parts = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(is_of_type, value, parts))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def takes(kind: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]], Callable[P, R]]:
+    """Make a function of options a function of keywords: a command, for Python and for the command line.
+
+    Its signature and the section "Args" of its docstring are made from the fields of the dataclass.
 
     Args:
-        images: training images.
-        share: processes times accumulated micro-batches, among which a batch must divide evenly.
+        kind: the dataclass.
     """
-    batch = 2 ** int(math.log2(max(1, min(256, images // 8))))
-    return max(1, batch // share) * share
+    signature = _signature(kind)
+
+    def decorate(function: Callable[[OptionsT], R]) -> Callable[P, R]:
+        def command(*args: P.args, **kwargs: P.kwargs) -> R:
+            signature.bind(*args, **kwargs)  # which names this function, and not the dataclass, in its error
+            return function(kind(*args, **kwargs))
+
+        annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+        result = function.__annotations__["return"]
+        command.__name__ = command.__qualname__ = function.__name__
+        command.__module__ = function.__module__
+        command.__doc__ = _explained(function.__doc__ or "", kind)
+        command.__annotations__ = {**annotations, "return": result}
+        command.__signature__ = signature.replace(return_annotation=result)  # pyright: ignore[reportFunctionMemberAccess]
+        return command
+
+    return decorate
 
 
-def resolve_length(
-    given: dict[str, Any],
-    images: int,
-    processes: int,
-    mistakes: Mistakes,
-    *,
-    epochs: int,
-    warmup: float,
-    inseparable: int = 1,
-) -> None:
-    """Fill in batch size, number of steps and warm-up.
+def _signature(kind: Any) -> inspect.Signature:
+    """One parameter for each option; those without a default come first."""
+    parameters = []
+    for item in sorted(own_first(kind), key=lambda item: (item.kw_only, item.default is not dataclasses.MISSING)):
+        default = inspect.Parameter.empty if item.default is dataclasses.MISSING else item.default
+        place = inspect.Parameter.KEYWORD_ONLY if item.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        hint: Any = _or_none(item.type) if default is None else item.type
+        parameters.append(inspect.Parameter(item.name, place, default=default, annotation=hint))
+    return inspect.Signature(parameters)
 
-    Args:
-        given: the options.
-        images: training images.
-        processes: training processes.
-        mistakes: to add to; with any, nothing more is filled in.
-        epochs: length by default.
-        warmup: share of the run that warms up by default.
-        inseparable: neighbours of a batch that must be in one micro-batch.
-    """
-    if any(option_name(key) in mistake for mistake in mistakes for key in ("batch_size", "accumulation")):
-        return
-    share = given["accumulation"] * processes * inseparable
-    if given["batch_size"] is None:
-        given["batch_size"] = default_batch_size(images, share)
-    batch = given["batch_size"]
-    if share > images:
-        mistakes.append(
-            f"Each of {processes} process(es) needs an image for each of {given['accumulation']} accumulated "
-            f"micro-batches, {share} in all, but there are {images} to train on: take fewer processes or a smaller "
-            "--accumulation."
+
+def _or_none(hint: Any) -> Any:
+    """A type that also allows None, with the same metadata."""
+    if get_origin(hint) is not Annotated:
+        return hint | None
+    inner, *metadata = get_args(hint)
+    return Annotated[(inner if inner is Any else inner | None, *metadata)]
+
+
+def _explained(docstring: str, kind: Any) -> str:
+    """A docstring with the section "Args" before that of what is returned."""
+    explanations = [
+        textwrap.fill(
+            f"{name}: {kind.__dataclass_fields__[name].metadata['help']}",
+            width=120,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 12,
+            break_long_words=False,
+            break_on_hyphens=False,
         )
-    elif batch > images:
-        most = images // share * share
-        mistakes.append(
-            f"A batch of {batch} is larger than the {images} training images: the most is --batch-size {most}."
-        )
-    elif batch % share:
-        nearest = max(share, round(batch / share) * share)
-        pairs = " in pairs, which --mixup and --cutmix (or 0 for both) need" if inseparable > 1 else ""
-        mistakes.append(
-            f"A batch of {batch} cannot be divided among {processes} process(es) x {given['accumulation']} accumulated "
-            f"micro-batches{pairs}: take --batch-size {nearest}."
-        )
-    if mistakes:
-        return
-    steps_per_epoch = images // batch
-    if given["steps"] is None:
-        given["steps"] = steps_per_epoch * (given["epochs"] or epochs)
-    steps = given["steps"]
-    if given["warmup_epochs"] is None:
-        given["warmup_epochs"] = round(warmup * steps / steps_per_epoch, 4)
-    if round(given["warmup_epochs"] * steps_per_epoch) >= steps:
-        mistakes.append(
-            f"--warmup-epochs {given['warmup_epochs']:g} is as long as the whole run of {steps / steps_per_epoch:g} "
-            "epochs: make it shorter."
-        )
-    given["log_steps"] = given["log_steps"] or max(1, min(50, steps // 200))
-
-
-def resolve_machine(given: dict[str, Any], processes: int) -> None:
-    """Fill in how many processes load images and how many threads compute."""
-    if given["workers"] is None:
-        given["workers"] = default_workers(processes_here(processes))
-    given["threads"] = given["threads"] or torch.get_num_threads()
-    given["checkpoint_epochs"] = given["checkpoint_epochs"] or 0
-
-
-def _out_of_limits(given: dict[str, Any]) -> Iterator[str]:
-    for key, (is_right, limits) in _LIMITS.items():
-        value = given.get(key)
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            yield f"{option_name(key)} is {value!r}, but must be a number."
-        elif not is_right(value):
-            yield f"{option_name(key)} is {value}, but must be {limits}."
-        elif key in _WHOLE and not isinstance(value, int):
-            yield f"{option_name(key)} is {value}, but must be a whole number."
-    for key, choices in _CHOICES.items():
-        if key in given and given[key] not in choices:
-            yield f"{option_name(key)} is {given[key]}, but must be one of {', '.join(map(str, choices))}."
-    if given["epochs"] is not None and given["steps"] is not None:
-        yield "--epochs and --steps both say how long to train: give one of them."
+        for name in _signature(kind).parameters
+    ]
+    return docstring.replace("    Returns:", "    Args:\n" + "\n".join(explanations) + "\n\n    Returns:", 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -20,10 +20,12 @@ class Display:
 
     Args:
         console: where to show it; None shows nothing.
+        on_progress: is called with a line about the step, twice a minute.
     """
 
-    def __init__(self, console: Console | None) -> None:
+    def __init__(self, console: Console | None, on_progress: Callable[[str], object] | None = None) -> None:
         self.console = console
+        self.on_progress = on_progress
         self._bar: Progress | None = None
         self._last_line = 0.0
 
@@ -61,6 +63,8 @@ class Display:
             left = (now - self._started) / (step - self._first_step) * (self._total_steps - step)
             line = f"step {step:,} of {self._total_steps:,}  {text}  {duration(left)} left"
             logger.info("%s", line)
+            if self.on_progress is not None:
+                self.on_progress(line)
             if self._bar is None and self.console is not None:
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -6,12 +6,14 @@ what it gave and how long it took.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from crate_mae.errors import UserError, did_you_mean
+from crate_mae.training.options import PretrainOptions
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -38,16 +40,18 @@ def describe_recipe(name: str) -> str:
     return recipe_text(name).splitlines()[0].removeprefix("#").strip()
 
 
-def with_recipe(name: str, options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Options of `crate_mae.pretrain` with a recipe's in the place of those that were left at their defaults.
+def with_recipe(options: PretrainOptions) -> PretrainOptions:
+    """Options with those of their recipe, if they name one, in place of those left at their defaults.
 
     Settings of the model are merged one by one. A length given as `epochs` or `steps` replaces the recipe's, whichever
     of the two that has.
     """
-    recipe: dict[str, Any] = yaml.safe_load(recipe_text(name))
-    given = {key: value for key, value in options.items() if value != defaults.get(key)}
+    if options.recipe is None:
+        return options
+    recipe: dict[str, Any] = yaml.safe_load(recipe_text(options.recipe))
+    given = options.given()
     if {"epochs", "steps"} & given.keys():
         recipe = {key: value for key, value in recipe.items() if key not in ("epochs", "steps")}
     if "model_settings" in given and "model_settings" in recipe:
         given["model_settings"] = {**recipe["model_settings"], **given["model_settings"]}
-    return {**options, **recipe, **given}
+    return dataclasses.replace(options, **{**recipe, **given})

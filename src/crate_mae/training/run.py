@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from crate_mae.training.config import RunConfig
+from crate_mae.training.options import RunOptions
 from crate_mae.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ class Run:
     """
 
     path: Path
-    config: RunConfig
+    config: RunOptions
 
     @property
     def resume_command(self) -> str:

@@ -44,8 +44,9 @@ import torch
 
 from crate_mae.data.files import refuse_used_folder, write_whole
 from crate_mae.errors import UserError
-from crate_mae.training.config import FinetuneConfig, PretrainConfig, RunConfig, load_config
+from crate_mae.training.config import load_config, save_config
 from crate_mae.training.files import CsvLog
+from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +111,7 @@ class RunDirectory:
         """What to type to go on."""
         return f"crate-mae resume {shlex.quote(str(self.path))}"
 
-    def existing_config(self) -> PretrainConfig | FinetuneConfig | None:
+    def existing_config(self) -> PretrainOptions | FinetuneOptions | None:
         """The configuration of the run that is already here; None if the folder is free to use.
 
         Raises:
@@ -122,7 +123,7 @@ class RunDirectory:
         return None
 
     @contextlib.contextmanager
-    def opened(self, config: RunConfig) -> Iterator[None]:
+    def opened(self, config: RunOptions) -> Iterator[None]:
         """Make the folder if need be, write down how this start came about, and keep others from writing meanwhile.
 
         Raises:
@@ -143,10 +144,10 @@ class RunDirectory:
             yield
 
     @contextlib.contextmanager
-    def _begun(self, config: RunConfig) -> Iterator[None]:
+    def _begun(self, config: RunOptions) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
         with _locked(self.path / "lock"):
-            config.save(self.config_file)
+            save_config(config, self.config_file)
             write_whole(self.path / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
             with (self.path / "command.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import gc
-import inspect
 import math
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -22,49 +21,44 @@ from crate_mae.errors import UserError
 from crate_mae.models.weights import newest_checkpoint
 from crate_mae.training import checkpoint
 from crate_mae.training.compiling import check_compiler
-from crate_mae.training.config import RunConfig
+from crate_mae.training.config import differences
 from crate_mae.training.loop import train
 from crate_mae.training.memory import StepTooLargeError, first_step, halved, refuse_too_large, too_large
+from crate_mae.training.options import RunOptions
 from crate_mae.training.plan import describe_end, describe_plan
 from crate_mae.training.probe import ProbeResult, peak_on, probe
 from crate_mae.training.processes import all_succeed, computing_threads, training_device
 from crate_mae.training.progress import Display
 from crate_mae.training.randomness import Purpose, derive_seed
-from crate_mae.training.resolve import resolve_pretraining
-from crate_mae.training.resolve_finetuning import resolve_finetuning
+from crate_mae.training.resolve import resolve
 from crate_mae.training.run import Run
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.sharding import asked_sharding
 from crate_mae.training.task import Resolved, Task
 
-_RESOLVERS = {"pretrain": resolve_pretraining, "finetune": resolve_finetuning}
 # Of one whole model per process: its buffers are positions, alike in all and never changed; gradients are held once.
 WHOLE_MODELS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
 
 
-def start(
-    command: str, out: Path, options: dict[str, Any], defaults: dict[str, Any], *, dry_run: bool, quiet: bool
-) -> Run:
-    """Start a run, or go on with the one that is in `out`; see `crate_mae.pretrain` and `crate_mae.finetune`.
+def start(options: RunOptions, on_progress: Callable[[str], object] | None = None) -> Run:
+    """Start a run, or go on with the one that is in `options.out`; see `crate_mae.pretrain` and `crate_mae.finetune`.
 
     Args:
-        command: which of the two.
-        out: the run's folder.
-        options: all other options of the command by name.
-        defaults: their defaults, which tell what the user left open.
-        dry_run: stop after showing the plan.
-        quiet: show nothing.
+        options: of either command.
+        on_progress: see `Display`.
     """
     started = time.monotonic()
+    out = Path(options.out)
     directory = RunDirectory(out)
     processes = _join_processes()
-    display = Display(Console() if processes.is_main_process and not quiet else None)
+    console = Console() if processes.is_main_process and not options.quiet else None
+    display = Display(console, on_progress if processes.is_main_process else None)
     existing = directory.existing_config()
     if existing is not None:
-        _refuse_other_kind(command, existing, out)
-        options = _fill_from(existing, options, defaults)
-    resolved = _RESOLVERS[command](options, processes.num_processes, newest_checkpoint(out))
+        _refuse_other_kind(existing, options)
+        options = options.filled_from(existing)
+    resolved = resolve(options, processes.num_processes, newest_checkpoint(out))
     if existing is not None:
         _refuse_differences(existing, resolved.config, out)
         if directory.is_finished:
@@ -73,14 +67,14 @@ def start(
 
     with computing_threads(resolved.config.threads):
         accelerator = _build_accelerator(resolved.config, processes, out)
-        go = partial(_go, accelerator=accelerator, directory=directory, display=display, dry_run=dry_run)
+        go = partial(_go, accelerator=accelerator, directory=directory, display=display)
         with suppress(StepTooLargeError):
             return go(resolved, started=started)
         accelerator.free_memory()
         smaller = halved(resolved.config, processes.num_processes)
         display.lines([f"A step does not fit in memory: going on with --accumulation {smaller.accumulation}."])
         try:
-            return go(resolved._replace(config=smaller), started=started)
+            return go(dataclasses.replace(resolved, config=smaller), started=started)
         except StepTooLargeError:
             raise too_large(smaller, processes.num_processes) from None
 
@@ -91,7 +85,6 @@ def _go(
     accelerator: Accelerator,
     directory: RunDirectory,
     display: Display,
-    dry_run: bool,
     started: float,
 ) -> Run:
     """The run, from its task to its end."""
@@ -99,7 +92,7 @@ def _go(
     newest = newest_checkpoint(directory.path)
     plan = describe_plan(task, accelerator, found, directory, checkpoint.step_of(newest) if newest else 0)
     run = Run(directory.path, task.config)
-    if dry_run:
+    if task.config.dry_run:
         display.lines([*plan, "This was a dry run: nothing has been written."])
         return run
     train(task, accelerator, directory=directory, display=display, plan=plan)
@@ -108,7 +101,7 @@ def _go(
     return run
 
 
-def _build_accelerator(config: RunConfig, processes: PartialState, out: Path) -> Accelerator:
+def _build_accelerator(config: RunOptions, processes: PartialState, out: Path) -> Accelerator:
     with patch_environment(accelerate_use_fsdp="false"):  # `sharding` does it, on every device alike
         return Accelerator(
             cpu=torch.device(processes.device or "cpu").type == "cpu",
@@ -124,7 +117,7 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
     config = resolved.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
-        task = resolved.build()
+        task = resolved.build(config)
     if config.compile:
         all_succeed(accelerator, lambda: check_compiler(accelerator.device))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
@@ -135,16 +128,16 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
     return task, found
 
 
-def _refuse_other_kind(command: str, existing: RunConfig, out: Path) -> None:
-    if existing.command != command:
+def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:
+    if existing.command != options.command:
         raise UserError(
-            f"{out} holds a run of `crate-mae {existing.command}`, not of `crate-mae {command}`.\n"
-            f"To go on with it: crate-mae resume {out}. For a new run, give another --out."
+            f"{options.out} holds a run of `crate-mae {existing.command}`, not of `crate-mae {options.command}`.\n"
+            f"To go on with it: crate-mae resume {options.out}. For a new run, give another --out."
         )
 
 
-def _refuse_differences(existing: RunConfig, config: RunConfig, out: Path) -> None:
-    if changed := existing.differences(config):
+def _refuse_differences(existing: RunOptions, config: RunOptions, out: Path) -> None:
+    if changed := differences(existing, config):
         raise UserError(
             f"{out} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
             "To resume it, leave these options out; for a new run, give another --out."
@@ -176,23 +169,7 @@ def _leave(processes: PartialState) -> None:
     processes.destroy_process_group()
 
 
-def _fill_from(existing: RunConfig, options: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Options that were left at their default, from the run that exists."""
-    filled = {**options, **dataclasses.asdict(existing)}
-    given = {key: value for key, value in options.items() if _is_given(value, defaults[key])}
-    if "epochs" in given:
-        filled["steps"] = given.get("steps")
-    return {**filled, **given}
-
-
-def _is_given(value: Any, default: Any) -> bool:
-    """Whether an option is not at its default. Data may be any Python object, which is not asked what it equals."""
-    if default is inspect.Parameter.empty or default is None:
-        return value is not default
-    return value != default
-
-
-def _with_probe(config: RunConfig, found: ProbeResult, steps_per_epoch: int) -> RunConfig:
+def _with_probe(config: RunOptions, found: ProbeResult, steps_per_epoch: int) -> RunOptions:
     """The configuration with what the probe decides."""
     seconds_per_epoch = found.seconds * config.accumulation * steps_per_epoch
     about_a_minute = max(1, math.ceil(_SECONDS_PER_CHECKPOINT / seconds_per_epoch))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -13,22 +14,25 @@ from torch.optim import Optimizer
 
 from crate_mae.data import BadImage
 from crate_mae.data.transforms import Preparation
-from crate_mae.training.config import RunConfig
 from crate_mae.training.images import RunImages
+from crate_mae.training.options import OptionsT
 from crate_mae.training.run_directory import RunDirectory
 
 # (model as the accelerator prepared it, images, labels, their place in the global batch) -> mean loss of the images
 StepLoss = Callable[[nn.Module, Float[Tensor, "b c hh ww"], Int[Tensor, "b"], slice], Float[Tensor, ""]]
 
 
-class Resolved(NamedTuple):
-    """A checked configuration, and how to build the task of it: with fresh weights from torch's global generator.
+@dataclass(frozen=True)
+class Resolved(Generic[OptionsT]):
+    """Options that have been checked and filled in, and how to build their task.
 
-    In the configuration only `precision` may still be "auto" and `checkpoint_epochs` 0, which the probe decides.
+    Attributes:
+        config: the options; only `precision` may still be "auto" and `checkpoint_epochs` 0, which the probe decides.
+        build: makes the task of a configuration, with weights from torch's global generator.
     """
 
-    config: RunConfig
-    build: Callable[[], Task]
+    config: OptionsT
+    build: Callable[[OptionsT], Task[OptionsT]]
 
 
 class Measured(NamedTuple):
@@ -43,7 +47,7 @@ class Measured(NamedTuple):
     score: float | None = None
 
 
-class Task(ABC):
+class Task(ABC, Generic[OptionsT]):
     """A model, and how it learns from images.
 
     Args:
@@ -61,7 +65,7 @@ class Task(ABC):
     ema: float = 0.0
 
     def __init__(
-        self, config: RunConfig, images: RunImages, *, model: nn.Module, bad_held_out: Sequence[BadImage]
+        self, config: OptionsT, images: RunImages, *, model: nn.Module, bad_held_out: Sequence[BadImage]
     ) -> None:
         self.config = config
         self.images = images

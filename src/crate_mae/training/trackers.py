@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 
 from crate_mae.errors import UserError
-from crate_mae.training.config import RunConfig
+from crate_mae.training.options import RunOptions
 
 
 def choose_trackers(asked: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ def choose_trackers(asked: str | Sequence[str] | None) -> tuple[str, ...]:
     return asked
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig, run: Path, start_step: int) -> None:
+def start_trackers(accelerator: Accelerator, config: RunOptions, run: Path, start_step: int) -> None:
     """Start the accelerator's trackers, and have TensorBoard forget what it was told beyond `start_step`."""
     if config.trackers:
         options = {"tensorboard": {"purge_step": start_step + 1}, "wandb": {"name": run.name}}
