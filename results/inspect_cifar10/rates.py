@@ -18,9 +18,9 @@ from crate_mae.data import open_source
 from crate_mae.data.facts import fixed_sample
 from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret import layer_measures as measures
-from crate_mae.interpret.measure import Opened, fresh_twin, open_measurable
+from crate_mae.interpret.layer_measures import LayerMeasure, Values, stream
+from crate_mae.interpret.measure import Opened, open_measurable, untrained_twin
 from crate_mae.interpret.statistics import Row
-from crate_mae.interpret.streaming import LayerMeasure, Values, stream
 from crate_mae.theory.coding_rate import official_subspace_coding_rate
 from crate_mae.theory.subspaces import project
 
@@ -37,7 +37,7 @@ def main(test: str, vit: str) -> None:
         for name, model in (("ViT-MAE twin", vit), (MODEL, MODEL)):
             trained = open_measurable(model, SEED)
             for seed in (None, *RANDOM_SEEDS):
-                network = trained if seed is None else fresh_twin(trained, seed)
+                network = trained if seed is None else untrained_twin(trained, seed)
                 assert network is not None, "both say how they are built"
                 weights = "trained" if seed is None else f"random, seed {seed}"
                 for row in rates(network, test):

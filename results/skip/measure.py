@@ -19,16 +19,20 @@ import crate_mae
 from crate_mae.data import open_source
 from crate_mae.drawing.style import draw_line, encode, legend_above, new_figure, panels
 from crate_mae.evaluation.reconstruction import read_images
-from crate_mae.interpret.depth import feature_ranks, pixels_from_layers
-from crate_mae.interpret.measure import Opened, open_measurable
-from crate_mae.interpret.report.probes import ACCURACY, ProbeImages, probe_images, probe_rows
-from crate_mae.interpret.report.subjects import fresh_twin
+from crate_mae.interpret.information import (
+    ProbeImages,
+    feature_ranks,
+    pixels_from_layers,
+    probe_images,
+    probe_rows,
+)
+from crate_mae.interpret.measure import Opened, open_measurable, untrained_twin
 from crate_mae.interpret.statistics import Row, find
 from crate_mae.models.features import evaluating
 
 STARTS = ("isometric", "official")
 MEASURES = {
-    (ACCURACY, ""): "accuracy of a linear probe",
+    ("probe_accuracy", ""): "accuracy of a linear probe",
     ("feature_rank", "z_next"): "effective rank of images’ features",
     ("pixel_r2", "z_next"): "pixels told by tokens (R²)",
 }
@@ -79,7 +83,7 @@ def main(name: str, train: str, test: str, runs: str) -> None:
     for start in STARTS:
         for skip in (False, True):
             model = open_measurable(_trained(name, Path(runs), train, start, skip), SEED)
-            twin = fresh_twin(model, SEED + 1)
+            twin = untrained_twin(model, SEED + 1)
             assert twin is not None, "a run says how its model is built"
             found += [Subject(start, skip, it is model, _measured(it, images)) for it in (model, twin)]
     folder = Path(__file__).parent

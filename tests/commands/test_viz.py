@@ -89,7 +89,7 @@ def test_a_picture_that_is_there_stays(photos, tmp_path, crate_mae_command, kind
         (["attention", "timm:test_resnet:random", "--out", "x.png"], "only Vision Transformers"),
         (["pca", MODEL, "--out", "x"], "must name a .png or .pdf file"),
         (["pca", "pixels", "--out", "x.png"], "do not lie on a grid"),
-        (["layers", "timm:test_resnet:random", "--out", "x.png"], "no Vision Transformer"),
+        (["layers", "timm:test_resnet:random", "--out", "x.png"], "not a Vision Transformer"),
         (["layers", MODEL, "--out", "x.png", "--control", "trained"], "--control"),
         (["reconstruction", MODEL, "--out", "x.txt"], "must name a .png file"),
     ],

@@ -3,18 +3,15 @@
 import pytest
 import torch
 
-from crate_mae.interpret.attention_maps import (
+from crate_mae.interpret.attention import (
+    CORRECT_IOU,
     attention_on_grid,
     box_overlap,
-    class_token_saliency,
-    correct_localisation,
     intersection_over_union,
     largest_boxes,
     mass_mask,
     principal_mask,
-    to_pixels,
 )
-from crate_mae.models.tracing import trace
 
 PICTURE = torch.tensor(
     [
@@ -32,23 +29,6 @@ def test_attention_is_laid_out_on_the_grid_behind_prefix_tokens():
     assert maps.shape == (2, 3, 2, 3)
     assert maps[1, 2].tolist() == attention[1, 2, 0, 1:].view(2, 3).tolist()
     assert attention_on_grid(attention, (2, 3), query=4)[0, 1, 1, 0] == attention[0, 1, 4, 4]
-
-
-def test_saliency_is_a_share_of_the_class_tokens_attention():
-    attention = torch.zeros(1, 2, 5, 5)
-    attention[0, 0, 0] = torch.tensor([0.5, 0.5, 0.0, 0.0, 0.0])
-    attention[0, 1, 0] = torch.tensor([0.0, 0.5, 0.5, 0.0, 0.0])
-    torch.testing.assert_close(class_token_saliency(attention, (2, 2)), torch.tensor([[[2 / 3, 1 / 3], [0.0, 0.0]]]))
-    assert class_token_saliency(0 * attention, (2, 2)).tolist() == [[[0, 0], [0, 0]]]
-
-
-def test_saliency_of_a_traced_pass_sums_to_one(build, images):
-    for name in ("crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8"):
-        model = build(name)
-        with torch.no_grad(), trace(model, ["encoder.blocks.1.attention"]) as record:
-            model.encoder.forward_features(images)
-        saliency = class_token_saliency(record["encoder.blocks.1.attention"][0], model.grid_size)
-        torch.testing.assert_close(saliency.sum((1, 2)), torch.ones(7))
 
 
 @pytest.mark.parametrize(("mass", "kept"), [(0.3, 1), (0.4, 1), (0.5, 2), (0.75, 3), (1.0, 4)])
@@ -85,8 +65,6 @@ def test_overlaps_by_hand():
     truth[0, 1:, 3] = True
     masks = torch.stack([PICTURE, torch.zeros_like(PICTURE)])
     assert intersection_over_union(masks, truth).tolist() == [0.5, 1.0]
-    assert to_pixels(masks, 2).shape == (2, 6, 10)
-    assert to_pixels(masks, 2)[0, 2:4, 4:8].all() and to_pixels(masks, 2)[0].sum() == 16
 
 
 def test_boxes_are_of_the_largest_connected_part():
@@ -95,8 +73,5 @@ def test_boxes_are_of_the_largest_connected_part():
     assert boxes.tolist() == [[1, 2, 3, 4], [0, 0, 0, 0], [0, 0, 3, 5]]
     truth = torch.tensor([[1, 2, 3, 5], [0, 0, 1, 1], [0, 0, 1, 3]])
     assert box_overlap(boxes, truth).tolist() == pytest.approx([4 / 6, 0, 3 / 15])
-    score = correct_localisation(boxes, truth)
-    assert score.value == pytest.approx(1 / 3)
-    assert score.low < 0.1 and score.high > 0.75
     # A half is not more than a half.
-    assert correct_localisation(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 0, 1, 2]])).value == 0
+    assert box_overlap(torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 0, 1, 2]])) <= CORRECT_IOU

@@ -9,7 +9,7 @@ from crate_mae.data import open_source
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction
-from crate_mae.interpret.depth import dead_coordinates, feature_ranks, pixels_from_layers, probe_layers
+from crate_mae.interpret.information import dead_coordinates, feature_ranks, pixels_from_layers, probe_layers
 from crate_mae.interpret.statistics import find
 from crate_mae.models.masking import patchify
 from crate_mae.models.tracing import trace

@@ -97,8 +97,8 @@ def test_without_a_class_token_there_is_no_attention(pictures, masks):
     [
         ("image,left\n1,2\n", "must have the columns image,left,top,right,bottom"),
         (HEADER, "holds no boxes"),
-        (HEADER + "1,2,3,4,five\n", "line 2: a side of the box is no number"),
-        (HEADER + "1,2,3,4\n", "line 2: a side of the box is no number"),
+        (HEADER + "1,2,3,4,five\n", "line 2: a side of the box is not a number"),
+        (HEADER + "1,2,3,4\n", "line 2: a side of the box is not a number"),
         (HEADER + "1,2,3,4,5\n1,4,3,2,5\n", "line 3: left must be less than right"),
     ],
 )
@@ -111,7 +111,7 @@ def test_odd_boxes_are_named(tmp_path, content, words):
 def test_odd_masks_are_named(pictures, masks, build, tmp_path):
     with pytest.raises(UserError, match="neither a folder of masks nor"):
         read_drawings(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="No foreground is of an image that is measured"):
+    with pytest.raises(UserError, match="No foreground belongs to a measured image"):
         read_drawn(read_drawings(masks), open_source("digits:test"), range(4), open_backbone(build()))
     Image.new("L", (5, 7)).save(masks / "below" / "1.png")
     with pytest.raises(UserError, match=r"1\.png has 5 x 7 pixels, its image 24 x 16"):

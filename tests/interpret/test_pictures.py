@@ -7,12 +7,11 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 
 from crate_mae.errors import UserError
-from crate_mae.interpret.attention_maps import attention_on_grid, class_token_saliency
+from crate_mae.interpret.attention import attention_on_grid, class_attention, overlapping
+from crate_mae.interpret.curves import draw_layers
 from crate_mae.interpret.measure import measure_layers
-from crate_mae.interpret.pictures.attention import class_attention, overlapping
-from crate_mae.interpret.pictures.figures import draw_attention, draw_token_colours
-from crate_mae.interpret.pictures.inputs import encode_patches, shown_images, token_grid
-from crate_mae.interpret.pictures.layers import draw_layers
+from crate_mae.interpret.pictures import draw_attention, draw_token_colours
+from crate_mae.interpret.tokens import encode_patches, shown_images, token_grid
 from crate_mae.models.tracing import trace
 
 
@@ -79,7 +78,8 @@ def test_attention_is_that_of_the_traced_pass(build, images, name, layer):
         encoder.forward_features(images)
     (attention,) = record[f"blocks.{layer % 2}.attention"]
     torch.testing.assert_close(found.heads, attention_on_grid(attention, (4, 4)))
-    torch.testing.assert_close(found.saliency, class_token_saliency(attention, (4, 4)))
+    mean = attention_on_grid(attention, (4, 4)).mean(1)
+    torch.testing.assert_close(found.saliency, mean / mean.sum((1, 2), keepdim=True))
 
 
 def test_finer_attention_is_of_shifted_images_and_stays_a_share(build, images):
@@ -177,13 +177,14 @@ def test_colours_stand_below_their_images(joint):
 def test_layers_of_both_parts_and_of_the_control_are_drawn(build):
     rows = measure_layers(build(mean=(0.3,), std=(0.4,)), "digits:test", count=4).rows
     rates, zeros, *_ = draw_layers(rows, rows).axes
-    assert rates.get_legend_handles_labels()[1] == [
-        *("before the layer", "between its two steps", "after the layer", "dashed: control")
+    assert [text.get_text() for text in rates.figure.legends[0].get_texts()] == [
+        *("input", "input, control", "after the first step", "after the first step, control", "output"),
+        "output, control",
     ]
     places = [list(line.get_xdata()) for line in rates.lines if len(line.get_xdata()) == 2]
     assert places.count([0, 1]) == places.count([2, 3]) == 6  # three points, of model and control
     assert [line.get_linestyle() for line in zeros.lines] == ["-", "--"]
-    assert [label.get_text() for label in rates.get_xticklabels()] == ["0", "1", "0", "1"]
+    assert [label.get_text() for label in rates.get_xticklabels()] == ["E0", "E1", "D0", "D1"]
     measured = [row.mean for row in rows if (row.measure, row.point) == ("zero_fraction", "code")]
     assert list(zeros.lines[0].get_ydata()) == measured
 
@@ -191,7 +192,9 @@ def test_layers_of_both_parts_and_of_the_control_are_drawn(build):
 def test_a_network_without_subspaces_shows_its_stand_in_and_ranks(build):
     encoder = build("vit_mae_nano_patch2_8", in_chans=3).encoder
     figure = draw_layers(measure_layers(encoder, "digits:test", count=2).rows)
-    assert [axes.get_ylabel() for axes in figure.axes if axes.get_ylabel()] == [
-        *("stand-in for R$^c$, by values (nats)", "effective rank of tokens", "effective rank of features"),
+    assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [
+        "stand-in for R$^c$, by value projections (nats)",
+        "effective rank of an image’s tokens",
+        "effective rank of images’ features",
     ]
-    assert {axes.get_xlabel() for axes in figure.axes if axes.get_ylabel()} == {"layer of the encoder"}
+    assert {axes.get_xlabel() for axes in figure.axes if axes.get_title()} == {"layer of the encoder"}

@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 
 import crate_mae
-from crate_mae.interpret.report.audit_table import CLASSES, SYMBOLS
+from crate_mae.drawing.text import html, number, percent
+from crate_mae.interpret.audit import SYMBOLS
 from crate_mae.interpret.report.figures import plan_figures
 from crate_mae.interpret.report.findings import STAND_IN_LIMITS
 from crate_mae.interpret.report.inspection import Training, inspect_model
 from crate_mae.interpret.report.page import PAGE, report_files
-from crate_mae.interpret.report.probes import ACCURACY
-from crate_mae.interpret.report.settings import Settings
-from crate_mae.interpret.report.wording import number, percent
+from crate_mae.interpret.report.subjects import Settings
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
 SECTIONS = {"model", "findings", "layers", "audit", "weights", "attention", "tokens", "left-out"}
@@ -104,7 +103,7 @@ def test_sections_and_answers_are_there_and_linked(page):
     assert {link[1:] for link in tags.links} == set(tags.ids)
     for words in (
         "the model",
-        "random weights",
+        "random initialisation",
         "baseline",
         "other images",
         "training images",
@@ -146,7 +145,7 @@ def test_the_files_hold_the_numbers_of_the_page(inspection, files, page):
             row.mean for row in found.find("gini", "z_next")
         ]
         if rates:
-            assert f"{number(rates[0])} → {number(rates[-1])}" in page
+            assert html(f"{number(rates[0])} → {number(rates[-1])}") in page
     assert content["versions"]["torch"] in page
     assert [f"{value:.1f}" for value in content["completions"]["psnr"]] == [
         f"{value:.1f}" for value in inspection.examples.completed.psnr
@@ -160,12 +159,14 @@ def test_every_claim_about_every_layer_has_a_symbol_its_control_and_its_numbers(
         r'<td class="(\w+)" title[^>]*>(.)<br>(\d+%|pooled)<br><span class="small">(.*?)</span>', section
     )
     expected = [row for part in ("encoder", "decoder") for row in rows if row.part == part]
-    assert [(cell[0], cell[1]) for cell in cells] == [(CLASSES[row.status], SYMBOLS[row.status]) for row in expected]
+    assert [(cell[0], cell[1]) for cell in cells] == [
+        ("fails" if row.status == "does not hold" else row.status, SYMBOLS[row.status]) for row in expected
+    ]
     assert [cell[2] for cell in cells] == [
         "pooled" if row.share_of_images is None else percent(row.share_of_images) for row in expected
     ]
     assert [cell[3] for cell in cells] == [row.closest_control for row in expected]
-    assert all(number(row.margin_low) + " to " + number(row.margin_high) in section for row in rows)
+    assert all(html(f"{number(row.margin_low)} to {number(row.margin_high)}") in section for row in rows)
 
 
 def test_untrained_networks_are_controls_of_the_trained_ones_alone(inspection):
@@ -187,20 +188,20 @@ def test_the_model_without_mixing_is_in_the_files_and_on_the_page(inspection, fi
     table = list(csv.DictReader(io.StringIO(files["attention.csv"].decode())))
     assert [float(row["loss"]) for row in table] == [u.loss for u in use]
     assert json.loads(files["measures.json"])["attention_use"][1]["change"] == use[1].change
-    assert number(use[3].loss) in page and "Without mixing in the encoder" in page
+    assert html(number(use[3].loss)) in page and "Without mixing in the encoder" in page
 
 
 def test_a_black_box_baseline_is_drawn_and_told(inspection, page):
     rates = plan_figures(inspection)["layers"][0]
-    labels = [[line.label for line in panel.lines] for panel in rates.panels]
+    labels = [[curve.label for curve in panel.curves] for panel in rates.panels]
     assert {"baseline (stand-in)", "random baseline (stand-in)"} < set(labels[2])
     assert "baseline" not in {label for panel in labels for label in panel}
-    assert "With random weights that stand-in" in page
-    assert STAND_IN_LIMITS in page
+    assert "With random initialisation that stand-in" in page
+    assert html(STAND_IN_LIMITS) in page
 
 
 def test_probes_are_rows_of_networks_alone(inspection):
-    accuracies = {found.key: found.find(ACCURACY) for found in inspection.measured}
+    accuracies = {found.key: found.find("probe_accuracy") for found in inspection.measured}
     assert {key: len(rows) for key, rows in accuracies.items()} == {
         "model": 2,
         "random": 2,

@@ -9,13 +9,11 @@ import torch
 
 import crate_mae
 from crate_mae.errors import UserError
+from crate_mae.interpret.report.examples import Grid, draw_grid
 from crate_mae.interpret.report.figures import plan_figures
-from crate_mae.interpret.report.findings import write_findings
 from crate_mae.interpret.report.inspection import inspect_model
 from crate_mae.interpret.report.page import write_page
-from crate_mae.interpret.report.pictures import Grid, draw_grid
-from crate_mae.interpret.report.sections import write_sections
-from crate_mae.interpret.report.settings import Settings
+from crate_mae.interpret.report.subjects import Settings
 
 
 def report(**options):
@@ -23,8 +21,7 @@ def report(**options):
     inspection = inspect_model(Settings(**({"data": "digits:test", "count": 3, "probe_images": 0} | options)))
     plan = plan_figures(inspection)
     pictures = {figure.name: b"" for figures in plan.values() for figure in figures}
-    findings = write_findings(inspection)
-    page = write_page(inspection, findings, write_sections(inspection, findings, plan, pictures))
+    page = write_page(inspection, plan, pictures)
     inspection.to_json()  # which refuses NaN
     return inspection, plan, page
 
@@ -81,11 +78,11 @@ def test_a_model_without_subspaces_has_what_is_left(build):
     inspection, plan, page = report(model=build("vit_mae_nano_patch2_8"))
     names = [figure.name for figures in plan.values() for figure in figures]
     assert "weights" not in names
-    titles = ("R$^c$ as the official code (nats)", "R$^c$ of unit-length projections (nats)")
+    titles = ("R^c as the official code takes it (nats)", "R^c of unit-length projections (nats)")
     for figure, title in zip(plan["layers"], titles, strict=False):  # of which there is the stand-in alone
         assert [panel.title for panel in figure.panels] == [title]
-        assert all(line.dashed for line in figure.panels[0].lines)
-    assert "so that these are of its stand-in, and nothing says where squares should lie" in page
+        assert all(curve.dashed for curve in figure.panels[0].curves)
+    assert "so these are of its stand-in, and nothing predicts where squares should lie" in page
     assert {
         "subspace_rates",
         "within_layers",
@@ -115,7 +112,7 @@ def test_a_network_from_python_has_no_decoder_and_no_twin():
         global_pool="avg",
     )
     inspection, plan, page = report(model=model)
-    assert {"random weights", "completions", "attention maps, the model"} <= set(inspection.left_out)
+    assert {"random initialisation", "completions", "attention maps, the model"} <= set(inspection.left_out)
     assert plan["model"] == [] and [figure.name for figure in plan["attention"]] == ["foregrounds"]
     assert "Not measured: " in page
     with pytest.raises(UserError, match="cannot hide patches"):
@@ -173,7 +170,7 @@ def test_probes_that_cannot_be_fitted_are_left_out(build, train, reason):
         ({"count": 0, "seed": -1, "mask_ratio": 1.0, "probe_images": -2}, "--count is 0(.|\n)*--mask-ratio is 1.0"),
         ({"train_data": "digits:test"}, "--train-data are the same images"),
         ({"other_data": "digits:test"}, "--other-data are the same images"),
-        ({"model": "pixels"}, "no Vision Transformer"),
+        ({"model": "pixels"}, "not a Vision Transformer"),
         ({"baseline": "no/such/model"}, "does not exist"),
         ({"data": "no/such/data"}, "does not exist"),
     ],
@@ -201,8 +198,8 @@ def test_drawn_foregrounds_are_scored_for_every_network(build, tmp_path):
         "other": [],
     }
     drawn = next(figure for figure in plan["attention"] if figure.name == "foreground_scores")
-    assert [line.label for line in drawn.panels[0].lines][-1] == "all of the image"
-    assert all(line.rows for panel in drawn.panels for line in panel.lines)
+    assert [curve.label for curve in drawn.panels[0].curves][-1] == "all of the image"
+    assert all(curve.rows for panel in drawn.panels for curve in panel.curves)
     assert f"--foregrounds {tmp_path / 'masks'}" in inspection.settings.command()
     without, _, page = report(**options)
     assert "--foregrounds" in without.left_out["scores of foregrounds"] and "scores of foregrounds" in page
@@ -213,7 +210,7 @@ def test_drawn_foregrounds_are_scored_for_every_network(build, tmp_path):
 def test_a_fresh_baseline_has_no_random_twin(build):
     inspection, _, _ = report(model=build(), baseline="vit_mae_nano_patch2_8")
     assert inspection.subject("random_baseline") is None
-    assert "random weights itself" in inspection.left_out["random baseline"]
+    assert "itself has random initialisation" in inspection.left_out["random baseline"]
 
 
 def test_broken_images_are_listed(build, tmp_path):

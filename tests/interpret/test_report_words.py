@@ -6,19 +6,22 @@ import pytest
 import torch
 
 import crate_mae
+from crate_mae.drawing.text import html, listed, mathtext, number, percent, plural
 from crate_mae.interpret.attention_use import AttentionUse
-from crate_mae.interpret.report.findings import STAND_IN_LIMITS, rates_finding, sparsity_finding, write_findings
-from crate_mae.interpret.report.findings_layers import (
+from crate_mae.interpret.report.findings import (
+    STAND_IN_LIMITS,
     attention_finding,
     information_finding,
     inverses_finding,
     lengths_finding,
+    rates_finding,
+    sparsity_finding,
     steps_finding,
+    write_findings,
 )
-from crate_mae.interpret.report.inspection import Measured, inspect_model
-from crate_mae.interpret.report.settings import Settings
-from crate_mae.interpret.report.wording import listed, number, percent, plural, rates_set, trend
-from crate_mae.interpret.statistics import Row
+from crate_mae.interpret.report.inspection import SubjectMeasures, inspect_model
+from crate_mae.interpret.report.subjects import Settings
+from crate_mae.interpret.statistics import Row, trend
 
 FORMS = {"subspace_rate": "z_half", "subspace_rate_normalised": "z_half", "subspace_rate_official": "projections"}
 
@@ -38,7 +41,7 @@ def inspection():
 
 def with_curve(inspection, key, measure, point, means, **options):
     """The inspection with another curve in place of a subject's own."""
-    measured: list[Measured] = []
+    measured: list[SubjectMeasures] = []
     for found in inspection.measured:
         if found.key == key:
             kept = [r for r in found.measures.rows if (r.measure, r.point) != (measure, point)]
@@ -56,12 +59,15 @@ def rates(inspection, **means):
 
 
 def test_numbers_are_written_shortly():
-    assert [number(x) for x in (0.0, 0.4, -12.345, 541.26, 12345.6, 1e-7, 3e8, 0.0123)] == [
+    assert [html(number(x)) for x in (0.0, 0.4, -12.345, 541.26, 12345.6, 1e-7, 3e8, 0.0123)] == [
         *("0", "0.400", "−12.3", "541", "12,346", "1.0·10<sup>−7</sup>", "3.0·10<sup>8</sup>", "0.0123"),
     ]
     assert (percent(0.995), plural(1, "layer"), plural(2000, "image")) == ("100%", "1 layer", "2,000 images")
     assert (listed(["a"]), listed(["a", "b", "c"])) == ("a", "a, b and c")
-    assert rates_set("lowers R^c < 1") == "lowers R<sup>c</sup> &lt; 1"
+    assert html("lowers R^c < 1") == "lowers R<sup>c</sup> &lt; 1"
+    assert html("R - U_k^⊤z of λ‖Z‖_0\na_b") == "R − U<sub>k</sub><sup>⊤</sup>z of λ‖Z‖<sub>0</sub><br>a_b"
+    assert html(html("a < b")) == "a &lt; b"
+    assert mathtext("R - R^c vs. U_k, λ‖Z‖_0") == "R − R$^c$ vs. U$_k$, λ‖Z‖$_0$"
 
 
 def test_a_verdict_needs_a_paired_change_whose_interval_is_not_around_0():
@@ -84,7 +90,7 @@ def test_a_fall_of_the_rate_is_said_and_weighed_against_random_weights(inspectio
     assert "shows nothing that was learned" in chance.more[0]
     broken = rates(inspection, model=[5.0, 9.0], random=[9.0, 4.0])
     assert "rises in all 3 forms" in broken.answer
-    assert "not kept" in broken.more[0]
+    assert "does not hold" in broken.more[0]
     assert "shows no clear change in all 3 forms" in rates(inspection, model=[5.0, 5.01], random=[5.0, 5.01]).answer
 
 
@@ -98,7 +104,7 @@ def test_a_black_box_is_told_by_its_stand_in_and_its_limits_are_said(inspection,
         f"Baseline, a black box, with value projections in the place of subspaces: {words} (1 of 1 step)." in found.more
     )
     assert found.more[-1] == STAND_IN_LIMITS
-    assert "baseline<br>(stand-in)" in found.table
+    assert "baseline\n(stand-in)" in [row[0] for row in found.table.rows]
     alone = rates_finding(dataclasses.replace(inspection, measured=[dataclasses.replace(black_box, key="model")]))
     assert "has no subspaces" in alone.answer and words in alone.answer
     assert STAND_IN_LIMITS not in rates_finding(inspection).more
@@ -126,7 +132,10 @@ def test_forms_that_disagree_are_told_apart(inspection):
     for form in others:
         mixed = with_curve(mixed, "model", *form, [9.0, 5.0])
     answer = rates_finding(mixed).answer
-    assert "falls of normalised tokens and as the official code takes it and rises of tokens as they are" in answer
+    assert (
+        "R^c of normalised tokens and R^c as the official code takes it fall and R^c of tokens as they are rises"
+        in answer
+    )
 
 
 def test_tokens_that_become_alike_are_blamed(inspection):
@@ -163,7 +172,7 @@ def test_claims_are_counted(inspection):
 def test_a_contradicted_theorem_is_said_first(inspection):
     assert "Theorems of this model’s layers" in steps_finding(with_audit(inspection, "theorem")).more[-1]
     found = steps_finding(with_audit(inspection, "contradiction"))
-    assert found.more[0].startswith("<b>Contradiction: an image contradicts a theorem") and "(E1)" in found.more[0]
+    assert found.warning.startswith("Contradiction: an image contradicts a theorem") and "(E1)" in found.warning
 
 
 def test_sparsity_is_istas_only_where_it_makes_more_zeros_than_relu(inspection):
@@ -177,7 +186,9 @@ def test_shrinking_and_mixing_are_told(inspection):
     use = [AttentionUse("", None, 0.5, 0.0, 0.0, 0.0, 9, 0.4, 0.3, 0.5)]
     use += [AttentionUse("encoder", None, 0.75, 0.25, 0.2, 0.3, 9, 0.3, 0.2, 0.4)]
     answer = attention_finding(dataclasses.replace(inspection, attention_use=use)).answer
-    assert "changes by 0.250, from 0.500, and a linear probe of the last layer gives 30% where it gave 40%" in answer
+    assert (
+        "changes by 0.250, from 0.500, and the accuracy of a linear probe of the last layer from 40% to 30%" in answer
+    )
 
 
 def test_an_inverse_must_beat_doing_nothing(inspection):

@@ -8,9 +8,8 @@ import timm
 import torch
 
 from crate_mae.errors import UserError
-from crate_mae.interpret.layer_measures import layer_measures
+from crate_mae.interpret.layer_measures import LayerMeasure, layer_measures, stream
 from crate_mae.interpret.statistics import Statistic, find, rows_over_layers, statistic
-from crate_mae.interpret.streaming import LayerMeasure, stream
 from crate_mae.models.tracing import trace
 from crate_mae.theory import coding_rate, effective_rank, official_subspace_coding_rate, subspace_coding_rate
 from crate_mae.theory.measures import gini

@@ -7,10 +7,9 @@ import pytest
 import torch
 
 from crate_mae.errors import UserError
-from crate_mae.interpret.inversion import inverse_measures, layer_pairs, measure_inverse_weights
+from crate_mae.interpret.layer_measures import stream
 from crate_mae.interpret.statistics import find
-from crate_mae.interpret.streaming import stream
-from crate_mae.interpret.weights import measure_weights
+from crate_mae.interpret.weights import inverse_measures, layer_pairs, measure_inverse_weights, measure_weights
 from crate_mae.theory import orthonormal_bases
 
 

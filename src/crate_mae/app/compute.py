@@ -11,19 +11,21 @@ from torch import Tensor
 from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
 from crate_mae.evaluation.completion_quality import completion_quality
-from crate_mae.interpret.attention_maps import attention_on_grid
+from crate_mae.interpret.attention import attention_on_grid
 from crate_mae.interpret.audit import AuditRow, audit
 from crate_mae.interpret.layer_claims import measure_claims
 from crate_mae.interpret.layer_measures import (
-    RATE_OF,
+    LayerMeasure,
+    Values,
     bases,
+    default_pass,
     has_subspaces,
     rates_in_subspaces,
     sparsity,
     step_start,
+    stream,
 )
 from crate_mae.interpret.statistics import find
-from crate_mae.interpret.streaming import LayerMeasure, Values, default_pass, stream
 from crate_mae.interpret.tokens import token_colours
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.completion import Completion, complete, completion_of
@@ -31,7 +33,7 @@ from crate_mae.models.features import depth, encode, evaluating
 from crate_mae.models.masking import patch_statistics, patchify, random_mask, unpatchify
 from crate_mae.models.tracing import trace
 
-_RATE = RATE_OF["normalised"]
+_RATE = "subspace_rate_normalised"
 
 
 class Completed(NamedTuple):
@@ -213,5 +215,5 @@ def layers(model: MaskedAutoencoder) -> int:
 def _subspace_rates(layer: torch.nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
     """R^c of the tokens as the layer's attention sees them, before and after its step."""
     u, before, after = bases(layer), step_start(layer, points[0]), points[1]
-    rates = (rates_in_subspaces(layer, tokens, u)["normalised"] for tokens in (before, after))
+    rates = (rates_in_subspaces(layer, tokens, u)[_RATE] for tokens in (before, after))
     return {(_RATE, point): rate for point, rate in zip(("z", "z_half"), rates, strict=True)}

@@ -17,10 +17,9 @@ from crate_mae.app.curves import Line, draw_curves
 from crate_mae.app.uploads import to_png, to_uri
 from crate_mae.data.pictures import picture_grid
 from crate_mae.drawing.style import GREY, colour
-from crate_mae.interpret.audit import LEAST_MARGIN_SHARE, AuditRow
-from crate_mae.interpret.pictures.inputs import shown_images
-from crate_mae.interpret.report.audit_table import SYMBOLS, claims_of
-from crate_mae.interpret.report.wording import rates_set
+from crate_mae.drawing.text import html
+from crate_mae.interpret.audit import LEAST_MARGIN_SHARE, SYMBOLS, AuditRow, by_claim
+from crate_mae.interpret.tokens import shown_images
 from crate_mae.models.autoencoder import MaskedAutoencoder
 
 HEAT = "cividis"  # which looks the same to people of all kinds of colour vision
@@ -200,11 +199,11 @@ def _in_words(found: Curves, layer: int) -> str:
 
 def _audit(name: str, rows: Sequence[AuditRow]) -> str:
     """Each claim of each layer on this picture: whether it is a theorem, or the step beats all of its controls."""
-    claims = claims_of(rows)
+    claims = by_claim(rows)
     count = max(len(found) for found in claims.values())
     header = "".join(f"<th>{layer}</th>" for layer in range(count))
     lines = "".join(
-        f"<tr><th>{rates_set(found[0].text)}</th>{''.join(f'<td>{_status(row)}</td>' for row in found)}</tr>"
+        f"<tr><th>{html(found[0].text)}</th>{''.join(f'<td>{_status(row)}</td>' for row in found)}</tr>"
         for found in claims.values()
     )
     return (

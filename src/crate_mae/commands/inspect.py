@@ -70,7 +70,7 @@ def inspect(
     from crate_mae.data.files import write_whole
     from crate_mae.interpret.report.inspection import inspect_model
     from crate_mae.interpret.report.page import PAGE, report_files
-    from crate_mae.interpret.report.settings import Settings
+    from crate_mae.interpret.report.subjects import Settings
 
     settings = Settings(
         model=model,

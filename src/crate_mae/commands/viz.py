@@ -72,9 +72,9 @@ def viz_attention(
     path = _new_picture(out, overwrite=overwrite)
     backbone, read = _open(model, images, count, seed)
 
-    from crate_mae.interpret.pictures.attention import class_attention
-    from crate_mae.interpret.pictures.figures import draw_attention
-    from crate_mae.interpret.pictures.inputs import shown_images
+    from crate_mae.interpret.attention import class_attention
+    from crate_mae.interpret.pictures import draw_attention
+    from crate_mae.interpret.tokens import shown_images
 
     found = class_attention(backbone.encoder, read.images, layer=layer, stride=stride)
     pictures = shown_images(read.images, backbone.mean, backbone.std)
@@ -117,9 +117,8 @@ def viz_pca(
     path = _new_picture(out, overwrite=overwrite)
     backbone, read = _open(model, images, count, seed)
 
-    from crate_mae.interpret.pictures.figures import draw_token_colours
-    from crate_mae.interpret.pictures.inputs import encode_patches, shown_images, token_grid
-    from crate_mae.interpret.tokens import token_colours
+    from crate_mae.interpret.pictures import draw_token_colours
+    from crate_mae.interpret.tokens import encode_patches, shown_images, token_colours, token_grid
 
     patches = encode_patches(backbone.encoder, read.images, layer)
     grid = token_grid(backbone.encoder, backbone.image_size, patches.shape[1], layer)
@@ -163,14 +162,13 @@ def viz_layers(
     path = _new_picture(out, overwrite=overwrite)
     from rich.console import Console
 
-    from crate_mae.interpret.measure import measure_layers, open_measurable
-    from crate_mae.interpret.pictures.layers import draw_layers
-    from crate_mae.interpret.report.subjects import fresh_twin
+    from crate_mae.interpret.curves import draw_layers
+    from crate_mae.interpret.measure import measure_layers, open_measurable, untrained_twin
 
     opened = open_measurable(model, seed)
     twin = None
     if control is not None:
-        twin = fresh_twin(opened, seed + 1)  # other weights than those of a model that is fresh itself
+        twin = untrained_twin(opened, seed + 1)  # other weights than those of a model that is fresh itself
         if twin is None:
             raise UserError(f"Nobody can tell how a {opened.name} from Python is built anew: leave out --control.")
     console = Console(highlight=False)

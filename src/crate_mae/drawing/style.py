@@ -52,13 +52,15 @@ def draw_line(
         axes: the panel.
         x: places.
         means: heights.
-        stds: half widths of the band.
+        stds: half widths of the band; empty for none.
         number: of the line's colour and symbol.
         label: for the legend.
         options: of matplotlib's lines.
     """
     style = {"color": colour(number), "marker": marker(number), "markersize": 5}
     axes.plot(x, means, label=label, linewidth=1.6, **{**style, **options})
+    if not stds:
+        return
     band = list(zip(means, stds, strict=True))
     low, high = [mean - std for mean, std in band], [mean + std for mean, std in band]
     axes.fill_between(x, low, high, color=style["color"], alpha=0.15, linewidth=0)

@@ -110,6 +110,7 @@ class Claim(NamedTuple):
     is_learned: bool = True
 
 
+SYMBOLS: dict[Status, str] = {"theorem": "∎", "holds": "✓", "does not hold": "✗", "contradiction": "‼"}
 CLAIMS: dict[str, Claim] = {
     COMPRESS: Claim("Attention lowers R^c of tokens as they are", "encoder", -1, "R^c, nats", _MOVES),
     COMPRESS_NORMALISED: Claim("Attention lowers R^c of normalised tokens", "encoder", -1, "R^c, nats", _MOVES),
@@ -260,6 +261,21 @@ class AuditRow:
     holds: bool
     status: Status
 
+    @property
+    def is_met(self) -> bool:
+        """Whether the claim is a theorem that stands, or holds as measured."""
+        return self.status in ("theorem", "holds")
+
+    @property
+    def place(self) -> str:
+        """Such as "E0" and "D1, visible"."""
+        return f"{self.part[0].upper()}{self.layer}" + (", visible" if self.tokens == "visible" else "")
+
+    @property
+    def symbol(self) -> str:
+        """Its status as a symbol."""
+        return SYMBOLS[self.status]
+
 
 def audit(layers: Mapping[Place, LayerClaims], untrained: Sequence[Mapping[Place, LayerClaims]] = ()) -> list[AuditRow]:
     """Judge every claim about every layer, claim by claim.
@@ -282,6 +298,12 @@ def audit(layers: Mapping[Place, LayerClaims], untrained: Sequence[Mapping[Place
         _judged(replace(row, p_holm=corrected[number]), layers[Place(row.tokens, row.part, row.layer)])  # pyright: ignore[reportArgumentType]
         for number, row in enumerate(rows)
     ]
+
+
+def by_claim(rows: Iterable[AuditRow]) -> dict[str, list[AuditRow]]:
+    """Rows by claim, in the order of `CLAIMS`, each in the order of the layers."""
+    rows = list(rows)
+    return {key: found for key in CLAIMS if (found := [row for row in rows if row.claim == key])}
 
 
 def margins_over(

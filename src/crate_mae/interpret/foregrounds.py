@@ -1,4 +1,4 @@
-"""Foregrounds that somebody drew, and how well a network finds them that nobody taught."""
+"""Foregrounds drawn by hand, and how well a network finds them that was trained without labels."""
 
 from __future__ import annotations
 
@@ -19,20 +19,19 @@ from crate_mae.data.base import printable, read_file
 from crate_mae.data.decode import UnreadableImage, decode
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
-from crate_mae.interpret.attention_maps import (
+from crate_mae.interpret.attention import (
     CORRECT_IOU,
     box_overlap,
+    class_attention,
     intersection_over_union,
     largest_boxes,
     mass_mask,
     principal_mask,
 )
-from crate_mae.interpret.pictures.attention import class_attention
-from crate_mae.interpret.pictures.inputs import encode_patches, shown_images
 from crate_mae.interpret.statistics import Row, row, statistic
+from crate_mae.interpret.tokens import encode_patches, shown_images
 from crate_mae.models.tracing import layers_of
 
-OVERLAP, LOCALISED = "foreground_iou", "correct_localisation"
 KINDS = ("attention", "component", "everything")  # the last is the control: all of the image
 _COLUMNS = ("image", "left", "top", "right", "bottom")
 
@@ -40,7 +39,7 @@ Box = tuple[float, float, float, float]  # left, top, right, bottom, the last tw
 
 
 class Drawings(NamedTuple):
-    """What somebody drew, by the names of images without folder and ending.
+    """Drawn foregrounds, by the names of images without folder and ending.
 
     Attributes:
         masks: files whose pixels that are not 0 are foreground.
@@ -52,7 +51,7 @@ class Drawings(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Images with the foregrounds that were drawn on them, both as a network takes them.
+    """Images with their drawn foregrounds, both as a network takes them.
 
     Attributes:
         images: normalised.
@@ -69,7 +68,7 @@ def read_drawings(path: Path) -> Drawings:
     """Masks of a folder, or boxes of a .csv file with the columns image, left, top, right, bottom.
 
     Raises:
-        UserError: if there are none, two masks have one name, or a line of the file makes no sense.
+        UserError: if there are none, two masks have one name, or a line of the file is invalid.
     """
     if path.is_dir():
         return Drawings(_mask_files(path), {})
@@ -79,10 +78,10 @@ def read_drawings(path: Path) -> Drawings:
 
 
 def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], backbone: Backbone) -> Drawn:
-    """Those of the numbered images that somebody drew on, and their foregrounds, scaled and cropped alike.
+    """The images with a drawn foreground, and their foregrounds, scaled and cropped alike.
 
     Raises:
-        UserError: if that is none of them, or a mask has another size than its image.
+        UserError: if no image has one, or a mask has another size than its image.
     """
     images, masks, boxes = [], [], []
     for i in indices:
@@ -93,26 +92,21 @@ def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], 
             picture = source.read(i)
             parts = _parts(drawings, name, _size(picture))
         except UnreadableImage:
-            continue  # which is said where images are measured
+            continue  # reported where images are measured
         prepared = torch.stack([_prepared(part, backbone) for part in parts])
         images.append(backbone.transform()(picture))
         masks.append(prepared.any(0))
         boxes.append(largest_boxes(prepared))
     if not images:
         raise UserError(
-            f"No foreground is of an image that is measured, such as {printable(Path(source.location(0)))}.\n"
-            "A mask has the name of its image, apart from the ending, and so has a line of a .csv file."
+            f"No foreground belongs to a measured image, such as {printable(Path(source.location(0)))}.\n"
+            "A mask, or a line of a .csv file, must have the name of its image, without the ending."
         )
     return Drawn(torch.stack(images), torch.stack(masks) if drawings.masks else None, boxes)
 
 
 def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
-    """How well each layer of an encoder tells the foregrounds, by attention and by the tokens' first component.
-
-    | measure                | is                                                                              |
-    |------------------------|---------------------------------------------------------------------------------|
-    | `foreground_iou`       | intersection over union of the found mask and the true one                      |
-    | `correct_localisation` | whether the box of its largest part overlaps a true box by more than a half     |
+    """Score the foregrounds that each layer finds, by attention and by the first component of the tokens.
 
     A network without a class token has no foreground by attention. Taking everything for foreground is the control,
     which a large thing in the middle makes a strong one.
@@ -123,15 +117,15 @@ def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
             place = ("encoder", layer)
             if drawn.masks is not None:
                 overlap = intersection_over_union(mask, drawn.masks)
-                rows.append(row(place, OVERLAP, statistic(overlap), point=kind))
-            rows.append(row(place, LOCALISED, statistic(_localised(mask, drawn.boxes)), point=kind))
+                rows.append(row(place, "foreground_iou", statistic(overlap), point=kind))
+            rows.append(row(place, "correct_localisation", statistic(_localised(mask, drawn.boxes)), point=kind))
     return rows
 
 
 def _found(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], layer: int) -> dict[str, Bool[Tensor, "b hh ww"]]:
-    """The foregrounds that one layer tells, as masks of pixels, and the control."""
+    """The foregrounds that one layer finds, as masks of pixels, and the control."""
     found: dict[str, Tensor] = {}
-    with suppress(UserError):  # no class token, or no attention: what is left out says so
+    with suppress(UserError):  # no class token, or no attention
         found["attention"] = mass_mask(class_attention(encoder, images, layer=layer).saliency)
     grid = encoder.get_submodule("patch_embed").grid_size
     found["component"] = principal_mask(encode_patches(encoder, images, layer), grid)  # pyright: ignore[reportArgumentType]
@@ -173,7 +167,7 @@ def _boxes_of(path: Path) -> dict[str, list[Box]]:
             try:
                 left, top, right, bottom = (float(line[name]) for name in _COLUMNS[1:])
             except (TypeError, ValueError):
-                raise UserError(f"{path}, line {number}: a side of the box is no number.") from None
+                raise UserError(f"{path}, line {number}: a side of the box is not a number.") from None
             if not (left < right and top < bottom):
                 raise UserError(f"{path}, line {number}: left must be less than right, and top less than bottom.")
             found.setdefault(Path(line["image"]).stem, []).append((left, top, right, bottom))
@@ -188,7 +182,7 @@ def _size(picture: Image.Image | Tensor) -> tuple[int, int]:
 
 
 def _parts(drawings: Drawings, name: str, size: tuple[int, int]) -> list[Bool[np.ndarray, "hh ww"]]:
-    """What was drawn on an image: its mask, or a mask of each box."""
+    """The drawn foreground of an image: its mask, or a mask of each box."""
     width, height = size
     if name in drawings.masks:
         path = drawings.masks[name]

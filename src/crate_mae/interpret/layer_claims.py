@@ -31,15 +31,16 @@ from crate_mae.theory.sparse_coding import lasso_objective
 from crate_mae.theory.subspaces import orthonormal_bases, orthonormalised
 
 GROUPS = 10  # of images, for the jackknife of pooled claims
+# Claims by the measure that they are about.
 _COMPRESS = {
-    "as is": claims.COMPRESS,
-    "normalised": claims.COMPRESS_NORMALISED,
-    "unit": claims.COMPRESS_UNIT,
+    "subspace_rate": claims.COMPRESS,
+    "subspace_rate_normalised": claims.COMPRESS_NORMALISED,
+    "subspace_rate_unit": claims.COMPRESS_UNIT,
 }
 _DECOMPRESS = {
-    "as is": claims.DECOMPRESS,
-    "normalised": claims.DECOMPRESS_NORMALISED,
-    "unit": claims.DECOMPRESS_UNIT,
+    "subspace_rate": claims.DECOMPRESS,
+    "subspace_rate_normalised": claims.DECOMPRESS_NORMALISED,
+    "subspace_rate_unit": claims.DECOMPRESS_UNIT,
 }
 _BEFORE, _AFTER = "before", "after"
 
@@ -205,8 +206,8 @@ def _subspace_rates(layer: nn.Module, moves: Moves) -> dict[str, dict[str, Tenso
     u, keys = bases(layer), _DECOMPRESS if isinstance(layer, DecoderLayer) else _COMPRESS
     found: dict[str, dict[str, Tensor]] = {key: {} for key in keys.values()}
     for name, tokens in {_AFTER: moves.after, **moves.controls}.items():
-        for form, rates in rates_in_subspaces(layer, tokens, u).items():
-            found[keys[form]][name] = rates
+        for measure, rates in rates_in_subspaces(layer, tokens, u).items():
+            found[keys[measure]][name] = rates
     for of_claim in found.values():
         of_claim[_BEFORE] = of_claim[claims.NO_CHANGE]
     return found

@@ -1,4 +1,4 @@
-"""What is measured of every layer, image by image: rates, sparsity, lengths, ranks, diversity.
+"""Measures of every layer, image by image: rates, sparsity, lengths, ranks, diversity; each is in `registry.MEASURES`.
 
 Subspace rates are given at three points of a layer (`z`, `z_half`, `z_next`), all with the layer's own subspaces, and
 in three forms, because a rate grows with the length of tokens and layers change lengths:
@@ -10,15 +10,16 @@ in three forms, because a rate grows with the length of tokens and layers change
 `subspace_rate_official` is the last form where the official code takes it: at the input of MSSA, whose projections its
 hook records. The point of that measure is called `projections`, once a layer.
 
-A black-box Vision Transformer has no subspaces, and gets a stand-in for that last form: `value_rate_official`, see
-`value_rates`. The objective is given by its parts, R, R^c and lambda ||Z||_0, since lambda = 0.1 makes their sum nearly
-a count of non-zeros. R - R^c of a single image is not given: an image has fewer tokens than dimensions, which caps R
-far below R^c; `pooled` has it over all images.
+A black-box Vision Transformer has no subspaces, and gets a stand-in for that last form, see `value_rates`. The
+objective is given by its parts, R, R^c and lambda ||Z||_0, since lambda = 0.1 makes their sum nearly a count of
+non-zeros. R - R^c of a single image is not given: an image has fewer tokens than dimensions, which caps R far below
+R^c; `pooled` has it over all images.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,10 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from crate_mae.interpret.streaming import LayerMeasure, Values
+from crate_mae.interpret.statistics import Row, not_finite, place_of, rows_over_layers
+from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.layers import DecoderLayer
+from crate_mae.models.tracing import layers_of, taps_of, trace
 from crate_mae.theory.coding_rate import (
     coding_rate,
     official_subspace_coding_rate,
@@ -40,14 +43,149 @@ from crate_mae.theory.subspaces import best_subspace_energy, project
 POINTS = ("z", "z_half", "z_next")
 SUBSPACES = "subspace rates"
 STAND_IN = "subspace rates by value projections"
-FORMS = ("as is", "normalised", "unit")  # of a subspace rate
-RATE_OF = {"as is": "subspace_rate", "normalised": "subspace_rate_normalised", "unit": "subspace_rate_unit"}
-OFFICIAL_RATE = "subspace_rate_official"
-OFFICIAL_POINT = "projections"
-VALUE_RATE = "value_rate_official"
-LENGTH_RATIO = "length_ratio"
 EPS = 0.5  # distortion of the exact rates, that of the papers
 SPARSITY_WEIGHT = 0.1  # lambda of the objective
+
+Values = Mapping[tuple[str, str], Float[Tensor, "b"]]  # (measure, point) -> one value an image
+
+
+def _every_layer(_name: str, _layer: nn.Module) -> bool:
+    return True
+
+
+class LayerMeasure(NamedTuple):
+    """Something that can be measured of one layer, image by image.
+
+    Attributes:
+        name: in the list of measures that no layer has.
+        needs: the intermediates that it is a function of, by their names in `models.tracing.trace`.
+        values: from the layer and these intermediates (in float32 at least) to values of each image.
+        applies: whether it applies to a layer of this name, which has these intermediates.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    values: Callable[..., Values]
+    applies: Callable[[str, nn.Module], bool] = _every_layer
+
+
+class Streamed(NamedTuple):
+    """The result of `stream`.
+
+    Attributes:
+        rows: means and spreads over images, layer by layer.
+        left_out: names of the measures that no layer of the model has.
+    """
+
+    rows: list[Row]
+    left_out: list[str]
+
+
+def stream(
+    model: nn.Module,
+    batches: Iterable[Any],
+    measures: Sequence[LayerMeasure],
+    *,
+    forward: Callable[[Any], object] | None = None,
+) -> Streamed:
+    """Measure the layers of a model on batches of any number.
+
+    Intermediates of a layer are measured and dropped as soon as the layer is done, so that never more than one layer's
+    are held. The measures are computed in float32 (rates in float64), also if the pass is under autocast.
+
+    Args:
+        model: ours, or anything with timm's `blocks`; in `eval()` mode.
+        batches: what `forward` takes.
+        measures: see `layer_measures` and `weights.inverse_measures`.
+        forward: runs the model on a batch; by default on normalised images of which nothing is hidden, through encoder
+            and, if there is one, decoder.
+
+    Raises:
+        UserError: if a value is not finite, or there is no batch.
+    """
+    layers = layers_of(model)
+    plan = {name: [m for m in measures if _has(name, layer, m)] for name, layer in layers.items()}
+    used = {measure.name for chosen in plan.values() for measure in chosen}
+    left_out = [measure.name for measure in measures if measure.name not in used]
+    if not used:
+        return Streamed([], left_out)
+    run = forward or default_pass(model)
+    kept: dict[str, dict[tuple[str, str], list[Tensor]]] = {name: {} for name, chosen in plan.items() if chosen}
+    with _measuring(model, layers, plan, kept), torch.no_grad():
+        for batch in batches:
+            run(batch)
+    keys = dict.fromkeys(key for found in kept.values() for key in found)
+    rows = [row for key in keys for row in _curve(kept, key)]
+    return Streamed(rows, left_out)
+
+
+def default_pass(model: nn.Module) -> Callable[[Any], object]:
+    """The pass of a model on whole images."""
+    if isinstance(model, MaskedAutoencoder):
+        return lambda images: model(images, mask_ratio=0.0)
+    features: Any = model.forward_features
+    return features
+
+
+def _has(name: str, layer: nn.Module, measure: LayerMeasure) -> bool:
+    return set(measure.needs) <= set(taps_of(layer)) and measure.applies(name, layer)
+
+
+def _curve(kept: Mapping[str, Mapping[tuple[str, str], list[Tensor]]], key: tuple[str, str]) -> list[Row]:
+    """One measure over the layers that have it."""
+    values = {place_of(name): torch.cat(found[key]) for name, found in kept.items() if key in found}
+    return rows_over_layers(values, *key)
+
+
+@contextmanager
+def _measuring(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    plan: Mapping[str, Sequence[LayerMeasure]],
+    kept: dict[str, dict[tuple[str, str], list[Tensor]]],
+) -> Iterator[None]:
+    """Trace what is needed; the hook of a layer runs after those of the trace, and takes what they collected."""
+    patterns = sorted({f"{name}.{kind}" for name, chosen in plan.items() for m in chosen for kind in m.needs})
+    with trace(model, patterns) as record:
+
+        def consume(name: str) -> Any:
+            @torch.no_grad()
+            def hook(layer: nn.Module, _inputs: Any, _output: Any) -> None:
+                _add(name, layer, record, plan[name], kept[name])
+
+            return hook
+
+        handles = [layers[name].register_forward_hook(consume(name)) for name in kept]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _add(
+    name: str,
+    layer: nn.Module,
+    record: dict[str, list[Tensor]],
+    measures: Sequence[LayerMeasure],
+    kept: dict[tuple[str, str], list[Tensor]],
+) -> None:
+    kinds = {kind for measure in measures for kind in measure.needs}
+    tensors = {kind: _at_least_float(record[f"{name}.{kind}"].pop()) for kind in kinds}
+    for kind, tensor in tensors.items():  # on NaN, LAPACK would raise an error without a sentence
+        if not tensor.isfinite().all():
+            raise not_finite(place_of(name), kind)
+    device = next(iter(tensors.values())).device.type
+    with torch.autocast(device, enabled=False):
+        for measure in measures:
+            for key, values in measure.values(layer, *(tensors[kind] for kind in measure.needs)).items():
+                if not values.isfinite().all():
+                    raise not_finite(place_of(name), key[0])
+                kept.setdefault(key, []).append(values.cpu())
+
+
+def _at_least_float(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @runtime_checkable
@@ -72,7 +210,7 @@ class SubspaceAttention(Protocol):
 
 
 def layer_measures() -> list[LayerMeasure]:
-    """Everything of this module, for `streaming.stream`."""
+    """All measures of this module, for `stream`."""
     return [
         LayerMeasure(SUBSPACES, POINTS, subspace_rates, has_subspaces),
         LayerMeasure(STAND_IN, POINTS, value_rates, has_value_projections),
@@ -109,7 +247,7 @@ def attention_norm(layer: nn.Module) -> nn.Module:
 
 
 def normalised(norm: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-    """LayerNorm with the weights of `norm`, in the precision of the tokens and unheard by hooks."""
+    """LayerNorm with the weights of `norm`, in the precision of the tokens and without calling hooks."""
     assert isinstance(norm, nn.LayerNorm)
     weight, bias = (x if x is None else x.to(tokens.dtype) for x in (norm.weight, norm.bias))
     return F.layer_norm(tokens, tokens.shape[-1:], weight, bias, norm.eps)
@@ -163,25 +301,28 @@ def subspace_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
     tokens_at, found = dict(zip(POINTS, points, strict=True)), {}
     before, after = ("z_half", "z_next") if is_decoder else ("z", "z_half")
     hooked = project(normalised(attention_norm(layer), tokens_at[before]), u)
-    found[OFFICIAL_RATE, OFFICIAL_POINT] = official_subspace_coding_rate(hooked)
+    found["subspace_rate_official", "projections"] = official_subspace_coding_rate(hooked)
     tokens_at[before] = step_start(layer, tokens_at[before])
     for point, tokens in tokens_at.items():
-        for form, rate in rates_in_subspaces(layer, tokens, u).items():
-            found[RATE_OF[form], point] = rate
+        for measure, rate in rates_in_subspaces(layer, tokens, u).items():
+            found[measure, point] = rate
         found["sparsity_penalty", point] = SPARSITY_WEIGHT * tokens.count_nonzero(dim=(1, 2)).float()
         found["best_subspace_energy", point] = best_subspace_energy(tokens, u)
     lengths = {point: tokens_at[point].norm(dim=-1) for point in (before, after)}
-    found[LENGTH_RATIO, ""] = (lengths[after] / lengths[before].clamp_min(1e-12)).mean(1)
+    found["length_ratio", ""] = (lengths[after] / lengths[before].clamp_min(1e-12)).mean(1)
     return found
 
 
 def rates_in_subspaces(
     layer: nn.Module, tokens: Float[Tensor, "b n d"], u: Float[Tensor, "h d p"]
 ) -> Mapping[str, Float[Tensor, "b"]]:
-    """R^c of each image in the three `FORMS`."""
+    """R^c of each image in its three forms, by their measures."""
     w = project(seen(layer, tokens), u)
-    rates = projected_coding_rate(project(tokens, u), EPS), projected_coding_rate(w, EPS)
-    return dict(zip(FORMS, (*rates, official_subspace_coding_rate(w)), strict=True))
+    return {
+        "subspace_rate": projected_coding_rate(project(tokens, u), EPS),
+        "subspace_rate_normalised": projected_coding_rate(w, EPS),
+        "subspace_rate_unit": official_subspace_coding_rate(w),
+    }
 
 
 def value_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
@@ -192,14 +333,14 @@ def value_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
     and keys only say how much of which token is mixed. The unit length of projections makes the scale of W_v
     irrelevant, and a bias, which is no part of a subspace, is left out.
 
-    It is no subspace rate: the columns of W_v are not orthonormal, tokens are compared by other projections, and no
-    step was derived to lower it. Neither does it compare in height with networks of other widths, or numbers of heads;
-    its course over layers, next to that of random weights, says whether the values of an image become more alike.
+    It is not a subspace rate: the columns of W_v are not orthonormal, tokens are compared by other projections, and no
+    step was derived to lower it. Its height does not compare with networks of other widths or numbers of heads; its
+    trend over layers, next to that of random initialisation, shows whether the values of an image become more alike.
     """
     w_v, norm = value_bases(layer), attention_norm(layer)
     projected = (project(normalised(norm, tokens), w_v) for tokens in points)
     rates = {point: official_subspace_coding_rate(w) for point, w in zip(POINTS, projected, strict=True)}
-    return {(VALUE_RATE, point): rate for point, rate in (rates | {OFFICIAL_POINT: rates["z"]}).items()}
+    return {("value_rate_official", point): rate for point, rate in (rates | {"projections": rates["z"]}).items()}
 
 
 def coding_rates(point: str, _layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Values:

@@ -1,12 +1,10 @@
-"""All curves over the layers of one model, measured on one source of images."""
+"""Measure every layer of one model on one source of images: the rows of a report, and its audit."""
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,23 +13,23 @@ from torch import Tensor, nn
 from crate_mae.data import BadImage, open_source
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.facts import fixed_sample
-from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone, open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
-from crate_mae.interpret.audit import (
-    EXPAND_REDUCTION_LAYER,
-    AuditRow,
-    Tokens,
-    audit,
-)
-from crate_mae.interpret.depth import dead_coordinates, feature_ranks, pixels_from_layers
-from crate_mae.interpret.inversion import inverse_measures, layer_pairs, measure_inverse_weights
+from crate_mae.interpret.audit import EXPAND_REDUCTION_LAYER, AuditRow, Tokens, audit
+from crate_mae.interpret.information import dead_coordinates, feature_ranks, pixels_from_layers
 from crate_mae.interpret.layer_claims import measure_claims
-from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT, STAND_IN, SUBSPACES, layer_measures
+from crate_mae.interpret.layer_measures import (
+    EPS,
+    SPARSITY_WEIGHT,
+    STAND_IN,
+    SUBSPACES,
+    default_pass,
+    layer_measures,
+    stream,
+)
 from crate_mae.interpret.statistics import Row, place_of
-from crate_mae.interpret.streaming import default_pass, stream
-from crate_mae.interpret.weights import measure_weights
+from crate_mae.interpret.weights import inverse_measures, layer_pairs, measure_inverse_weights, measure_weights
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
 from crate_mae.models.config import config_from_dict
@@ -47,7 +45,7 @@ class Opened(NamedTuple):
     """A model that can be measured.
 
     Attributes:
-        name: what the user called it.
+        name: the name that the user gave it.
         net: what is traced: an autoencoder with its decoder, else an encoder.
         backbone: its encoder, and how images are prepared for it.
     """
@@ -58,21 +56,21 @@ class Opened(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerMeasures:
+class Measurements:
     """What was measured.
 
     Attributes:
-        model: what the user called it.
+        model: the name that the user gave it.
         data: name of the source.
-        images: how many were measured.
-        mask_ratio: share of patches that were hidden; None if none were.
-        seed: of the choice of images, of the masks, and of fresh weights.
+        images: number of images.
+        mask_ratio: share of hidden patches; None if none were hidden.
+        seed: of the choice of images, of the masks, and of random initialisation.
         eps: distortion of the exact rates.
         sparsity_weight: lambda of the objective.
         rows: every measure of every layer.
-        audit: whether the layers do what they were derived to do; empty if that was not asked.
+        audit: whether the layers do what they were derived to do; empty if that was not asked for.
         left_out: measures that this model does not have, and why.
-        bad: images that could not be read, and so are left out.
+        bad: images that could not be read and are left out.
     """
 
     model: str
@@ -87,29 +85,6 @@ class LayerMeasures:
     left_out: dict[str, str]
     bad: list[BadImage]
 
-    def to_json(self) -> str:
-        """Everything, as JSON."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
-
-    def to_csv(self) -> str:
-        """The rows, one a line."""
-        return _csv(Row, self.rows)
-
-    def audit_csv(self) -> str:
-        """The audit, one claim about one layer a line."""
-        return _csv(AuditRow, self.audit)
-
-    def write(self, path: Path) -> None:
-        """Write the rows to a `.csv` file, or everything to a `.json` file, whole or not at all.
-
-        Raises:
-            UserError: for another ending, or a file that cannot be written.
-        """
-        forms = {".json": self.to_json, ".csv": self.to_csv}
-        if path.suffix not in forms:
-            raise UserError(f"{path} must end in .json or .csv.")
-        write_whole(path, forms[path.suffix]().encode())
-
 
 def measure_layers(
     model: Any,
@@ -123,26 +98,25 @@ def measure_layers(
     untrained: int = 5,
     training_mask_ratio: float = 0.75,
     on_stage: Progress | None = None,
-) -> LayerMeasures:
+) -> Measurements:
     """Measure every layer of a model on images.
 
-    Everything but the pixels that a layer still tells, which are always those of whole images, is measured on one kind
-    of pass: with `mask_ratio` on masked images, else on whole ones. What a model does not have is named and left out.
-    A measure that a single image does not have is left out likewise.
+    The pixels that tokens retain are measured on whole images, everything else on masked ones if there is a
+    `mask_ratio`. Measures that a model or a single image does not have are left out, with the reason.
 
     Args:
-        model: any form of MODEL, `timm:NAME` of a Vision Transformer, or a module from Python; or what
-            `open_measurable` made of one.
+        model: any form of MODEL, `timm:NAME` of a Vision Transformer, a module from Python, or a result of
+            `open_measurable`.
         source: any form of DATA.
-        count: most images; of more, a fixed pseudo-random choice is taken.
+        count: largest number of images; of more, a fixed pseudo-random choice is taken.
         mask_ratio: share of patches to hide; None hides none. Only an autoencoder of this library can hide any.
-        seed: of that choice, of the masks, and of fresh weights.
+        seed: of that choice, of the masks, and of random initialisation.
         batch_size: images that go through the model at once.
         audited: whether to judge each step against its controls, see `interpret.audit`.
-        untrained: how many untrained draws of the network are among these; none of a network that nobody can build.
+        untrained: number of untrained draws of the network among these controls, if its configuration is known.
         training_mask_ratio: share of patches that was hidden in training, for the audit of an encoder that sees
             visible patches alone.
-        on_stage: told what is measured next.
+        on_stage: called with the name of each stage.
 
     Raises:
         UserError: for a mistake in the options, the model or the data, or weights that are not finite.
@@ -158,16 +132,16 @@ def measure_layers(
     masks = None
     if autoencoder is not None and mask_ratio is not None:
         masks = nested_masks(len(read.images), autoencoder.num_patches, mask_ratio, seed)
-    tell = on_stage or (lambda _stage: None)
-    rows, left_out = _measure(net, backbone, read.images, masks, batch_size, tell)
+    report = on_stage or (lambda _stage: None)
+    rows, left_out = _measure(net, backbone, read.images, _batches(read.images, masks, batch_size), report)
     judged: list[AuditRow] = []
     if audited:
-        tell("audit")
+        report("audit")
         views = _views(net, read.images, masks, training_mask_ratio, seed, batch_size)
         judged = _audit(Opened(name, net, backbone), views, seed, untrained)
         if not judged:
             left_out["audit"] = "no layer has attention in subspaces, or sparse codes"
-    return LayerMeasures(
+    return Measurements(
         model=name,
         data=images_from.name,
         images=len(read.images),
@@ -187,10 +161,10 @@ def open_measurable(model: Any, seed: int) -> Opened:
 
     Args:
         model: see `measure_layers`.
-        seed: of fresh weights.
+        seed: of random initialisation.
 
     Raises:
-        UserError: if there is no such model, or it is no Vision Transformer.
+        UserError: if there is no such model, or it is not a Vision Transformer.
     """
     name = str(model) if isinstance(model, (str, Path)) else ""
     if name and not name.startswith(("timm:", "pixels")):
@@ -200,12 +174,12 @@ def open_measurable(model: Any, seed: int) -> Opened:
     name, is_preset = name or backbone.name, name in list_models()
     net = model if isinstance(model, MaskedAutoencoder) else backbone.encoder
     if not _is_transformer(backbone.encoder, layers_of(net)):
-        raise UserError(f"{name} is no Vision Transformer, and only layers of those can be measured.")
+        raise UserError(f"{name} is not a Vision Transformer, and only layers of those can be measured.")
     return Opened(name, net, replace(backbone, is_fresh=backbone.is_fresh or is_preset))
 
 
-def fresh_twin(model: Opened, seed: int) -> Opened | None:
-    """The same network with fresh weights; None if it came from Python and nobody can tell how it is built."""
+def untrained_twin(model: Opened, seed: int) -> Opened | None:
+    """The same network with random initialisation; None if it came from Python and its configuration is not known."""
     described = model.backbone.architecture
     if described is None:
         return None
@@ -222,7 +196,7 @@ def fresh_twin(model: Opened, seed: int) -> Opened | None:
 
 
 def _is_transformer(encoder: nn.Module, layers: Mapping[str, nn.Module]) -> bool:
-    """Whether there is one list of layers a part, of tokens: convolutions have none, and Swin has one a stage."""
+    """Whether each part has one list of layers of tokens: convolutions have none, and Swin has one for each stage."""
     places = {place_of(name) for name in layers}
     return bool(layers) and len(places) == len(layers) and hasattr(encoder, "num_prefix_tokens")
 
@@ -231,19 +205,16 @@ def _measure(
     net: nn.Module,
     backbone: Backbone,
     images: Tensor,
-    masks: Tensor | None,
-    batch_size: int,
+    batches: list[Any],
     on_stage: Progress,
 ) -> tuple[list[Row], dict[str, str]]:
-    """All rows, and what was left out."""
-    forward = _forward(net, masks is not None)
-    batches = list(zip(images.split(batch_size), masks.split(batch_size), strict=True)) if masks is not None else None
-    batches = batches or [(part, None) for part in images.split(batch_size)]
+    """All rows, and what is left out."""
+    forward = _forward(net)
     left_out: dict[str, str] = {}
     with evaluating(net):
         on_stage("weights")
         rows = measure_weights(net)
-        if not any(row.measure.startswith("dictionary") for row in rows):
+        if not any(row.measure == "dictionary_coherence" for row in rows):
             left_out["dictionaries"] = "no layer has any"
         on_stage("rates, sparsity, ranks")
         streamed = stream(net, batches, layer_measures(), forward=forward)
@@ -261,7 +232,7 @@ def _measure(
 
 
 def _why_not(missing: list[str]) -> dict[str, str]:
-    """Reasons for measures that no layer has; a stand-in is not missed where there is the real thing."""
+    """Reasons for measures that no layer has; a stand-in is not missing where there are subspaces."""
     reasons = dict.fromkeys(missing, "no layer has what it is measured on")
     if SUBSPACES not in missing:
         reasons.pop(STAND_IN, None)
@@ -273,26 +244,24 @@ def _why_not(missing: list[str]) -> dict[str, str]:
 def _views(
     net: nn.Module, images: Tensor, masks: Tensor | None, mask_ratio: float, seed: int, batch_size: int
 ) -> dict[Tokens, list[Any]]:
-    """What the audit shows a network: all tokens and, if its encoder is trained on visible patches, those alone."""
-    parts = images.split(batch_size)
-    whole = [(part, None) for part in parts]
+    """The batches of the audit: all tokens and, if the encoder is trained on visible patches alone, those."""
     if not isinstance(net, MaskedAutoencoder) or net.config.mask_tokens == "encoder":
-        return {"all": whole if masks is None else list(zip(parts, masks.split(batch_size), strict=True))}
+        return {"all": _batches(images, masks, batch_size)}
     hidden = masks if masks is not None else nested_masks(len(images), net.num_patches, mask_ratio, seed)
-    return {"all": whole, "visible": list(zip(parts, hidden.split(batch_size), strict=True))}
+    return {"all": _batches(images, None, batch_size), "visible": _batches(images, hidden, batch_size)}
 
 
 def _audit(model: Opened, views: dict[Tokens, list[Any]], seed: int, untrained: int) -> list[AuditRow]:
     """Every claim of the network on these views, next to untrained draws of it."""
 
     def show(net: nn.Module, batch: Any) -> object:
-        return _forward(net, batch[1] is not None)(batch)
+        return _forward(net)(batch)
 
     with evaluating(model.net):
         found = measure_claims(model.net, views, show, seed=seed)
     draws = []
     for draw in range(untrained if found else 0):
-        twin = fresh_twin(model, seed + 1 + draw)
+        twin = untrained_twin(model, seed + 1 + draw)
         if twin is not None:
             twin.net.to(next(model.net.parameters()).device)
             with evaluating(twin.net):
@@ -331,19 +300,19 @@ def _information(
     return rows + pixels_from_layers(backbone.encoder, images, int(size[0]))
 
 
-def _forward(net: nn.Module, masked: bool) -> Callable[[Any], object]:
-    """How the model is shown a pair of images and mask, or of images and None."""
+def _batches(images: Tensor, masks: Tensor | None, batch_size: int) -> list[Any]:
+    """Pairs of images and their masks, or of images and None."""
+    parts = images.split(batch_size)
+    return list(zip(parts, [None] * len(parts) if masks is None else masks.split(batch_size), strict=True))
+
+
+def _forward(net: nn.Module) -> Callable[[Any], object]:
+    """A pass of the network on a pair of images and their masks, or of images and None."""
     whole = default_pass(net)
     device = next(net.parameters()).device
-    if masked:
-        return lambda batch: net(batch[0].to(device), mask=batch[1])
-    return lambda batch: whole(batch[0].to(device))
 
+    def forward(batch: Any) -> object:
+        images, mask = batch
+        return whole(images.to(device)) if mask is None else net(images.to(device), mask=mask)
 
-def _csv(kind: type, rows: list[Any]) -> str:
-    text = io.StringIO()
-    names = [field.name for field in fields(kind)]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([getattr(row, name) for name in names] for row in rows)
-    return text.getvalue()
+    return forward

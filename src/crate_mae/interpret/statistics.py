@@ -1,17 +1,21 @@
-"""Mean, spread and number of values, as rows of a table of layers."""
+"""Statistics of measures: mean, spread and number of values in each layer, and the trend over the layers."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Literal, NamedTuple
 
 from jaxtyping import Float
 from scipy.stats import t as student_t
 from torch import Tensor
 
+from crate_mae.drawing.text import number, plural
 from crate_mae.errors import UserError
+
+Verdict = Literal["falls", "rises", "unclear"]
 
 
 class Statistic(NamedTuple):
@@ -19,7 +23,7 @@ class Statistic(NamedTuple):
 
     Attributes:
         mean: of the values.
-        spread: their standard deviation (divided by n - 1); None of a single value.
+        spread: their standard deviation (divided by n - 1); None for a single value.
         n: how many there were.
     """
 
@@ -48,14 +52,14 @@ class Row:
     Attributes:
         part: "encoder" or "decoder".
         layer: number of the layer, from 0.
-        measure: what is measured.
+        measure: a name of `measures.MEASURES`, or one of its controls.
         point: of which tokens, see `models.tracing.trace`; empty if of weights, or of a whole layer.
-        mean: over what `over` says.
-        spread: standard deviation over the same; None of a single value.
+        mean: over what `over` names.
+        spread: standard deviation over the same; None for a single value.
         n: number of values.
         over: "images", "heads", "pairs" of heads or of layers, "draws", or "layer" for one value of all of it.
-        change: mean change from the first layer of the part, image by image; None of what has no images.
-        change_spread: standard deviation of that change; None of a single image.
+        change: mean change from the first layer of the part, image by image; None for what has no images.
+        change_spread: standard deviation of that change; None for a single image.
     """
 
     part: str
@@ -68,6 +72,18 @@ class Row:
     over: str
     change: float | None = None
     change_spread: float | None = None
+
+    def interval(self) -> tuple[float, float]:
+        """The 95% interval of the mean: without bounds for a single image; one value of a whole layer is its own."""
+        if self.over == "layer":
+            return self.mean, self.mean
+        return Statistic(self.mean, self.spread, self.n).interval()
+
+    def change_interval(self, first: Row) -> tuple[float, float]:
+        """The same of the change from the first layer of the part, paired over images."""
+        if self.over == "layer":
+            return self.mean - first.mean, self.mean - first.mean
+        return Statistic(self.change or 0.0, self.change_spread, self.n).interval()
 
 
 def row(place: tuple[str, int], measure: str, found: Statistic, *, point: str = "", over: str = "images") -> Row:
@@ -108,11 +124,59 @@ def place_of(name: str) -> tuple[str, int]:
 
 
 def not_finite(place: tuple[str, int], measure: str) -> UserError:
-    """What to say of a layer whose measure is NaN or infinite."""
+    """The error for a layer whose measure is NaN or infinite."""
     return UserError(
         f"Layer {place[1]} of the {place[0]} gives numbers that are not finite (in {measure}).\n"
         "The weights hold NaN or overflow: take an earlier checkpoint of the run."
     )
+
+
+class Trend(NamedTuple):
+    """How a measure changes from the first layer to the last.
+
+    Attributes:
+        first: mean in the first layer.
+        last: mean in the last layer.
+        verdict: "falls" or "rises" if the 95% interval of the change from first to last does not contain 0.
+        down: how many steps from a layer to the next go down.
+        up: how many go up.
+        steps: how many there are.
+    """
+
+    first: float
+    last: float
+    verdict: Verdict
+    down: int
+    up: int
+    steps: int
+
+    @property
+    def ends(self) -> str:
+        """Such as "541 → 361"."""
+        return f"{number(self.first)} → {number(self.last)}"
+
+    @property
+    def direction(self) -> str:
+        """Such as "falls (4 of 5 steps)"."""
+        if self.verdict == "unclear":
+            return "no clear change"
+        steps = self.down if self.verdict == "falls" else self.up
+        return f"{self.verdict} ({steps} of {plural(self.steps, 'step')})"
+
+    def __str__(self) -> str:
+        """Such as "541 → 361, falls (4 of 5 steps)"."""
+        return f"{self.ends}, {self.direction}"
+
+
+def trend(rows: Sequence[Row]) -> Trend | None:
+    """The trend of a curve over the layers; None without a curve."""
+    if not rows:
+        return None
+    low, high = rows[-1].change_interval(rows[0])
+    verdict: Verdict = "falls" if high < 0 else "rises" if low > 0 else "unclear"
+    changes = [after.mean - before.mean for before, after in pairwise(rows)]
+    down, up = sum(change < 0 for change in changes), sum(change > 0 for change in changes)
+    return Trend(rows[0].mean, rows[-1].mean, verdict, down, up, len(changes))
 
 
 def find(rows: Sequence[Row], measure: str, point: str = "", part: str = "encoder") -> list[Row]:

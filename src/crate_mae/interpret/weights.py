@@ -1,15 +1,17 @@
-"""What was learned, from the weights alone: subspaces, output projections, dictionaries.
+"""Measures of weights, and how well decoder layers undo encoder layers; each is in `registry.MEASURES`.
 
-Values are of heads or of pairs of heads, and their spread is over these.
+Values are of heads or of pairs of heads or layers, and their spread is over these.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import product
 
 import torch
 from jaxtyping import Float
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from crate_mae.interpret.layer_measures import bases, has_subspaces
+from crate_mae.interpret.layer_measures import LayerMeasure, Values, bases, has_subspaces
 from crate_mae.interpret.statistics import Row, not_finite, place_of, rows_of
 from crate_mae.models.layers import ISTA, MSSA, Dictionary, OvercompleteISTA
 from crate_mae.models.tracing import layers_of
@@ -18,20 +20,7 @@ from crate_mae.theory.subspaces import affinity, match_up_to_scale, orthonormali
 
 
 def measure_weights(model: nn.Module) -> list[Row]:
-    """Every layer's measures, of those parts that it has.
-
-    | measure                            | is                                                                      |
-    |------------------------------------|-------------------------------------------------------------------------|
-    | `orthonormality_error`             | ||U_k^T U_k - I||_2 of each head                                        |
-    | `orthonormality_error_scaled`      | the same after dividing U_k by its root-mean-square singular value      |
-    | `head_coherence`                   | cosine of the smallest angle between the subspaces of two heads         |
-    | `head_affinity`                    | mean squared cosine of their principal angles; p/d for random subspaces |
-    | `output_cosine`, `output_error`    | of the free output projection W_k and the best s_k U_k of each head     |
-    | `output_error_common`              | of all W_k together, with one scale s for the layer                     |
-    | `dictionary_isometry_error`        | ||D^T D - I||_F / sqrt(m); 0 for orthonormal atoms                      |
-    | `dictionary_isometry_error_scaled` | the same after the best scale of D                                      |
-    | `dictionary_coherence`             | largest cosine between two atoms                                        |
-    | `ista_step`                        | eta ||D||_2^2; at most 1 where ISTA is known not to raise its objective |
+    """Measure the subspaces, output projections and dictionaries of every layer, as far as it has them.
 
     Raises:
         UserError: if the weights are not finite.
@@ -43,7 +32,7 @@ def measure_weights(model: nn.Module) -> list[Row]:
 
 
 def refuse_non_finite(layers: Mapping[str, nn.Module]) -> None:
-    """Raise a `UserError` that names a layer with weights that are NaN or infinite, on which LAPACK would raise."""
+    """Raise a `UserError` that names a layer with weights that are NaN or infinite, on which LAPACK would fail."""
     for name, layer in layers.items():
         for parameter, value in layer.named_parameters():
             if not value.isfinite().all():
@@ -82,7 +71,7 @@ def output_projections(layer: nn.Module) -> Float[Tensor, "h d p"] | None:
 
 
 def dictionary_of(layer: nn.Module) -> Float[Tensor, "d m"] | None:
-    """D of an encoder's layer, as its step takes it, E of a decoder's; None of a layer without sparse coding."""
+    """D of an encoder's layer, as its step takes it, E of a decoder's; None for a layer without sparse coding."""
     ista, dictionary = getattr(layer, "ista", None), getattr(layer, "dictionary", None)
     if isinstance(ista, (ISTA, OvercompleteISTA)):
         return ista.lasso_dictionary().detach()
@@ -115,3 +104,111 @@ def _dictionary(dictionary: Float[Tensor, "d m"]) -> dict[str, Float[Tensor, ""]
         "dictionary_isometry_error_scaled": isometry_error(scale * dictionary),
         "dictionary_coherence": mutual_coherence(dictionary),
     }
+
+
+def layer_pairs(model: nn.Module) -> dict[str, nn.Module]:
+    """The decoder layer that is meant to undo each encoder layer, by the encoder layer's name; empty if there is none.
+
+    There is one where encoder and decoder have the same number of layers of the same width.
+    """
+    layers = layers_of(model)
+    encoder = [name for name in layers if place_of(name)[0] == "encoder"]
+    decoder = [layer for name, layer in layers.items() if place_of(name)[0] == "decoder"]
+    if len(encoder) != len(decoder) or _width(model, "encoder") != _width(model, "decoder"):
+        return {}
+    return dict(zip(encoder, reversed(decoder), strict=True))
+
+
+def _width(model: nn.Module, part: str) -> int:
+    norm = model.get_submodule(f"{part}.norm")
+    assert isinstance(norm, nn.LayerNorm)
+    return norm.normalized_shape[0]
+
+
+@torch.no_grad()
+def measure_inverse_weights(model: nn.Module) -> list[Row]:
+    """Measure how alike the weights of an encoder layer and of the decoder layer that is meant to undo it are.
+
+    Each has a `..._control`: the same between this encoder layer and all decoder layers that are not its partner.
+
+    Raises:
+        UserError: if the weights are not finite.
+    """
+    pairs = layer_pairs(model)
+    layers = layers_of(model)
+    refuse_non_finite(layers)
+    rows: list[Row] = []
+    for name, partner in pairs.items():
+        others = [layer for layer in pairs.values() if layer is not partner]
+        values = {}
+        for measure, likeness in (
+            ("inverse_dictionary_cosine", _dictionary_cosine),
+            ("inverse_operator_cosine", _operator_cosine),
+            ("inverse_subspace_affinity", _subspace_affinity),
+        ):
+            found = _likenesses(likeness, layers[name], [partner])
+            if found is not None:
+                values[measure] = found
+                control = _likenesses(likeness, layers[name], others)
+                if control is not None:
+                    values[f"{measure}_control"] = control
+        rows += rows_of(place_of(name), values, "pairs")
+    return rows
+
+
+def inverse_measures(model: nn.Module) -> list[LayerMeasure]:
+    """How well a decoder layer undoes its encoder layer on the tokens that this one really made, for `stream`.
+
+    The decoder layer is given the encoder layer's output and compared with its input, image by image: `inverse_cosine`,
+    and the relative error as it is (`inverse_error`) and after the best common scale (`inverse_error_scaled`). The
+    control takes the encoder layer's output itself for its input: `inverse_..._identity`.
+    """
+    pairs = {id(layers_of(model)[name]): partner for name, partner in layer_pairs(model).items()}
+
+    def values(layer: nn.Module, z: Float[Tensor, "b n d"], z_next: Float[Tensor, "b n d"]) -> Values:
+        return _undone(pairs[id(layer)], z, z_next)
+
+    return [LayerMeasure("inverses on tokens", ("z", "z_next"), values, lambda _name, layer: id(layer) in pairs)]
+
+
+def _undone(partner: nn.Module, z: Float[Tensor, "b n d"], z_next: Float[Tensor, "b n d"]) -> Values:
+    found = {}
+    parameter = next(partner.parameters())
+    for suffix, guess in (("", partner(z_next.to(parameter.dtype)).to(z.dtype)), ("_identity", z_next)):
+        match = match_up_to_scale(z, guess)
+        norm = torch.linalg.matrix_norm(z)
+        found[f"inverse_cosine{suffix}", ""] = match.cosine
+        found[f"inverse_error{suffix}", ""] = torch.linalg.matrix_norm(z - guess) / torch.where(norm == 0, 1, norm)
+        found[f"inverse_error_scaled{suffix}", ""] = match.error
+    return found
+
+
+def _likenesses(
+    likeness: Callable[[nn.Module, nn.Module], Tensor | None], layer: nn.Module, others: list[nn.Module]
+) -> Float[Tensor, "k"] | None:
+    found = [value for other in others if (value := likeness(layer, other)) is not None]
+    return torch.stack(found) if found else None
+
+
+def _dictionary_cosine(layer: nn.Module, other: nn.Module) -> Float[Tensor, ""] | None:
+    d, e = dictionary_of(layer), dictionary_of(other)
+    if d is None or e is None or d.shape != e.shape:
+        return None
+    return match_up_to_scale(d.double(), e.double()).cosine
+
+
+def _operator_cosine(layer: nn.Module, other: nn.Module) -> Float[Tensor, ""] | None:
+    ista, e = getattr(layer, "ista", None), dictionary_of(other)
+    if not isinstance(ista, ISTA) or e is None or e.shape != ista.dictionary.shape:
+        return None
+    there_and_back = ista.operator().double() @ e.double().mT
+    return match_up_to_scale(torch.eye(len(e), dtype=e.double().dtype, device=e.device), there_and_back).cosine
+
+
+def _subspace_affinity(layer: nn.Module, other: nn.Module) -> Float[Tensor, ""] | None:
+    if not has_subspaces("", layer) or not has_subspaces("", other):
+        return None
+    u, v = bases(layer).double(), bases(other).double()
+    table = torch.stack([affinity(u_k, v_l) for u_k, v_l in product(u, v)]).view(len(u), len(v))
+    rows, columns = linear_sum_assignment(-table.cpu().numpy())
+    return table[rows, columns].mean()

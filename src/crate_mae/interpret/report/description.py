@@ -2,9 +2,9 @@
 
 from typing import Any
 
+from crate_mae.drawing.text import plural
 from crate_mae.interpret.measure import Opened
 from crate_mae.interpret.report.examples import grid_size
-from crate_mae.interpret.report.wording import plural
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.config import CrateConfig, ModelConfig
 from crate_mae.models.tracing import layers_of
@@ -15,7 +15,7 @@ def describe(model: Opened) -> dict[str, str]:
     parameters = sum(parameter.numel() for parameter in model.net.parameters())
     lines = {"Model": model.name}
     if model.backbone.is_fresh:
-        lines["Weights"] = "fresh: nothing was learned yet"
+        lines["Weights"] = "random initialisation: nothing was learned yet"
     if isinstance(model.net, MaskedAutoencoder):
         lines |= _of_autoencoder(model.net)
     else:

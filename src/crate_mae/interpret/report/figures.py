@@ -1,32 +1,286 @@
-"""All figures of a report: which there are, in which section, and drawn."""
+"""The figures of a report: which there are, in which section, and how each is read."""
 
-from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from matplotlib.figure import Figure
 
-from crate_mae.interpret.report.curves import foreground_figures, layer_figures, weight_figures
-from crate_mae.interpret.report.draw_curves import draw_curves
-from crate_mae.interpret.report.inspection import Inspection
-from crate_mae.interpret.report.panels import Curves
-from crate_mae.interpret.report.pictures import Grid, attention_grids, completion_grid, draw_grid, token_grids
+from crate_mae.drawing.lines import draw_panels
+from crate_mae.interpret.curves import POINTS, Curve, both_parts, layer_panel
+from crate_mae.interpret.registry import INVERSES, MEASURES
+from crate_mae.interpret.report.examples import Grid, attention_grids, completion_grid, draw_grid, token_grids
+from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
+from crate_mae.interpret.report.subjects import LABELS
 
-Plan: TypeAlias = Mapping[str, Sequence[Curves | Grid]]  # from a section's anchor to its figures
+_WIDTH, _PANEL_HEIGHT = 11.0, 3.2  # inches
+_MORE_ROOM = 4  # panels of which there are as many stand in two columns
+_COLOUR_OF = {key: number for number, key in enumerate(LABELS)}
+_CONTROL = len(LABELS)  # colour of a control that is no network
+
+
+class Panel(NamedTuple):
+    """Curves that share their axes."""
+
+    title: str
+    curves: list[Curve]
+
+
+class LayerFigure(NamedTuple):
+    """A figure of panels over the layers.
+
+    Attributes:
+        name: of its files.
+        title: as text.
+        caption: two sentences on how to read it.
+        panels: those that have a curve.
+    """
+
+    name: str
+    title: str
+    caption: str
+    panels: list[Panel]
+
+
+Plan: TypeAlias = Mapping[str, Sequence[LayerFigure | Grid]]  # from a section's anchor to its figures
 
 
 def plan_figures(inspection: Inspection) -> Plan:
     """The figures of each section, without those that there is nothing for."""
     completed = inspection.examples.completed
+    layers = [
+        _subspace_rates(inspection),
+        _within_layers(inspection.model),
+        _mixing(inspection),
+        _rates(inspection),
+        _sparsity(inspection),
+        _ranks(inspection),
+        _information(inspection),
+    ]
+    weights = [_weights(inspection), _inverses(inspection)]
+    foregrounds = [_foregrounds(inspection)]
     return {
         "model": [completion_grid(completed)] if completed is not None else [],
-        "layers": layer_figures(inspection),
-        "weights": weight_figures(inspection),
-        "attention": [*attention_grids(inspection), *foreground_figures(inspection)],
-        "tokens": token_grids(inspection),
+        "layers": [figure for figure in layers if figure.panels],
+        "weights": [figure for figure in weights if figure.panels],
+        "attention": [*attention_grids(inspection.examples), *(figure for figure in foregrounds if figure.panels)],
+        "tokens": token_grids(inspection.examples),
     }
 
 
 def draw_figures(plan: Plan) -> dict[str, Figure]:
-    """Every figure, by the name of its files."""
+    """Draw every figure; by the names of their files."""
     figures = [figure for section in plan.values() for figure in section]
-    return {f.name: draw_curves(f) if isinstance(f, Curves) else draw_grid(f) for f in figures}
+    return {f.name: draw_grid(f) if isinstance(f, Grid) else _draw(f) for f in figures}
+
+
+def _draw(figure: LayerFigure) -> Figure:
+    columns = 2 if len(figure.panels) == _MORE_ROOM else min(3, len(figure.panels))
+    panels = [layer_panel(panel.title, panel.curves) for panel in figure.panels]
+    return draw_panels(panels, columns=columns, width=_WIDTH / columns, height=_PANEL_HEIGHT)
+
+
+def _by_subject(subjects: Iterable[SubjectMeasures], measures: Iterable[str]) -> list[Panel]:
+    """A panel for each measure that any subject has, with a curve for each subject that has it."""
+    panels, subjects = [], list(subjects)
+    for name in measures:
+        curves = [_curve(subject, name, MEASURES[name].point) for subject in subjects]
+        if found := [curve for curve in curves if curve is not None]:
+            panels.append(Panel(MEASURES[name].label, found))
+    return panels
+
+
+def _curve(subject: SubjectMeasures, measure: str, point: str) -> Curve | None:
+    """A subject's curve; its stand-in for R^c of unit-length projections, if it has no subspaces."""
+    if rows := both_parts(subject.measures.rows, measure, point):
+        return Curve(subject.label, _COLOUR_OF[subject.key], rows)
+    is_unit = measure in ("subspace_rate_unit", "subspace_rate_official")
+    if is_unit and (rows := both_parts(subject.measures.rows, "value_rate_official", point)):
+        return Curve(f"{subject.label} (stand-in)", _COLOUR_OF[subject.key], rows, dashed=True)
+    return None
+
+
+def _subspace_rates(inspection: Inspection) -> LayerFigure:
+    return LayerFigure(
+        "subspace_rates",
+        "The subspace rate, layer by layer",
+        "Each line is R^c between the two steps of a layer (after the attention step in the encoder), and on the right "
+        "R^c of the projections in its attention, where the official code takes it, as mean over images with its 95% "
+        "interval; a dashed line is the stand-in of a network without subspaces. The derivation predicts lines that "
+        "fall from left to right through the encoder (E) and rise through the decoder (D), and predicts nothing about "
+        "dashed ones.",
+        _by_subject(inspection.measured, ("subspace_rate", "subspace_rate_normalised", "subspace_rate_official")),
+    )
+
+
+def _within_layers(model: SubjectMeasures) -> LayerFigure:
+    panels = []
+    for measure in ("subspace_rate", "subspace_rate_normalised", "subspace_rate_unit"):
+        curves = [
+            curve._replace(label=label, number=number)
+            for number, (point, label) in enumerate(POINTS.items())
+            if (curve := _curve(model, measure, point))
+        ]
+        if curves:
+            panels.append(Panel(MEASURES[measure].label, curves))
+    is_stand_in = any(curve.dashed for panel in panels for curve in panel.curves)
+    return LayerFigure(
+        "within_layers",
+        "R^c before, between and after the steps of a layer",
+        "For the model alone, R^c of the same images at three points of each layer, measured with that layer’s own "
+        "subspaces: its input (circles), after its first step (squares), its output (triangles). "
+        + (
+            "The model has no subspaces, so these are of its stand-in, and nothing predicts where squares should lie."
+            if is_stand_in
+            else "In the encoder the first step is attention, so squares should lie below circles; in the decoder the "
+            "second step is attention with a minus sign, so triangles should lie above squares."
+        ),
+        panels,
+    )
+
+
+def _mixing(inspection: Inspection) -> LayerFigure:
+    panels = _by_subject(inspection.measured, ("self_attention", "length_ratio"))
+    control = MEASURES["self_attention"].control
+    for panel in panels[:1]:
+        uniform = both_parts(inspection.model.measures.rows, control)
+        panel.curves.append(Curve(MEASURES[control].title, _CONTROL, uniform, dashed=True))
+    return LayerFigure(
+        "mixing",
+        "How much attention mixes",
+        "On the left, the share of its attention that a token gives to itself, mean over tokens and heads: at 1 no "
+        "token reads any other, and the dashed line is attention that reads all tokens alike. On the right, what the "
+        "attention step does to the length of tokens: below 1 they shrink, which lowers R^c as it is without sorting "
+        "anything.",
+        panels,
+    )
+
+
+def _rates(inspection: Inspection) -> LayerFigure:
+    return LayerFigure(
+        "rates",
+        "Coding rate, rate reduction, number of non-zeros",
+        "Each line is a measure of the layers’ outputs: R counts the nats to code all tokens of an image, as they are "
+        "and with all tokens of equal length, R - R^c of the tokens of all images is what telling the subspaces apart "
+        "saves, and λ‖Z‖_0 is the third part of the objective, a price for each non-zero. An encoder that optimises "
+        "its objective has a line of R - R^c that rises and one of λ‖Z‖_0 that falls from left to right.",
+        _by_subject(
+            inspection.measured,
+            ("coding_rate", "coding_rate_normalised", "pooled_rate_reduction", "sparsity_penalty"),
+        ),
+    )
+
+
+def _sparsity(inspection: Inspection) -> LayerFigure:
+    measures = ("zero_fraction", "l1_to_l2", "gini")
+    panels = _by_subject(inspection.measured, measures)
+    model = inspection.model
+    for panel, measure in zip(panels, measures, strict=True):
+        codes, tokens = model.find(measure, "code"), model.find(measure, "z_next")
+        # Codes are the layer's output, except with a skip connection or a separate dictionary.
+        if [row.mean for row in codes] != [row.mean for row in tokens] and codes:
+            panel.curves.append(Curve("the model’s codes", _CONTROL, codes, dashed=True))
+    return LayerFigure(
+        "sparsity",
+        "Sparsity",
+        "Each line is how sparse the layers’ outputs are, by three measures of which only the first asks for exact "
+        "zeros; small l1/l2 and a large Gini index mean sparse. If depth makes representations sparser, the left and "
+        "right panels rise through the encoder and the middle one falls.",
+        panels,
+    )
+
+
+def _ranks(inspection: Inspection) -> LayerFigure:
+    return LayerFigure(
+        "ranks",
+        "Directions in use",
+        "Effective rank and participation ratio count the directions that an image’s tokens use (weak ones count less "
+        "in the latter), and of the tokens’ energy one share lies in their best subspaces, another in what tokens of "
+        "one image differ by. Ranks near 1 and differences near 0 mean that tokens have become alike, which makes "
+        "every rate small without any structure.",
+        _by_subject(
+            inspection.measured,
+            ("effective_rank", "participation_ratio", "best_subspace_energy", "token_diversity"),
+        ),
+    )
+
+
+def _information(inspection: Inspection) -> LayerFigure:
+    return LayerFigure(
+        "information",
+        "Information kept, and idle coordinates",
+        "How much of the pixels of its patch a linear map recovers from each token (1 is everything), how many "
+        "directions tell images apart, which share of coordinates is zero for every token of every image, and how well "
+        "a linear classifier does on each layer. High is good in all but the share of dead coordinates.",
+        _by_subject(inspection.measured, ("pixel_r2", "feature_rank", "dead_coordinates", "probe_accuracy")),
+    )
+
+
+def _weights(inspection: Inspection) -> LayerFigure:
+    return LayerFigure(
+        "weights",
+        "Subspaces, output projections, dictionaries",
+        "Each line is a measure of the weights alone, as mean over heads or pairs of heads; the derivation assumes "
+        "bases that are orthonormal (error 0), heads that are incoherent (cosine 0), outputs that are the bases again "
+        "(cosine 1) and dictionaries near an isometry (error 0). The line of random initialisation shows what chance "
+        "gives in these dimensions: only the difference to it was learned.",
+        _by_subject(
+            _networks(inspection),
+            (
+                "orthonormality_error_scaled",
+                "head_coherence",
+                "head_affinity",
+                "output_cosine",
+                "dictionary_isometry_error_scaled",
+                "dictionary_coherence",
+            ),
+        ),
+    )
+
+
+def _inverses(inspection: Inspection) -> LayerFigure:
+    panels = []
+    for measure in INVERSES:
+        curves = []
+        for subject in _networks(inspection):
+            number, control = _COLOUR_OF[subject.key], MEASURES[measure].control
+            curves += [
+                Curve(subject.label, number, subject.find(measure)),
+                Curve(f"{subject.label}: its control", number, subject.find(control), dashed=True),
+            ]
+        panels.append(Panel(MEASURES[measure].label, [curve for curve in curves if curve.rows]))
+    return LayerFigure(
+        "inverses",
+        "Does a decoder layer undo its encoder layer?",
+        "By encoder layer: how near the decoder layer that is meant to undo it comes to its input, on tokens (cosine "
+        "and error of the input) and by weights (the others). Dashed lines are each network’s own control, which is "
+        "doing nothing on tokens and all other decoder layers for weights: only what is better than the dashed line "
+        "of its colour is an inverse.",
+        [panel for panel in panels if panel.curves],
+    )
+
+
+def _foregrounds(inspection: Inspection) -> LayerFigure:
+    """The figure of foregrounds against those that were drawn; without panels if none were."""
+    panels = []
+    for measure in ("foreground_iou", "correct_localisation"):
+        everything = Curve("all of the image", _CONTROL, inspection.model.find(measure, "everything"), dashed=True)
+        for kind in ("attention", "component"):
+            curves = [_curve(subject, measure, kind) for subject in inspection.measured]
+            if found := [curve for curve in curves if curve is not None]:
+                title = f"{MEASURES[measure].title}, by {kind} ({MEASURES[measure].unit})"
+                panels.append(Panel(title, [*found, everything]))
+    return LayerFigure(
+        "foreground_scores",
+        "How well foregrounds are found",
+        "Each line is how well the foregrounds that a layer finds agree with those that were drawn by hand: the "
+        "overlap of masks, and the share of images in which the box of the largest part overlaps a true one by more "
+        "than a half. Only what lies above random initialisation and above the dashed line, which takes all of the "
+        "image for foreground, was learned.",
+        panels,
+    )
+
+
+def _networks(inspection: Inspection) -> list[SubjectMeasures]:
+    return [found for found in inspection.measured if found.has_own_network]

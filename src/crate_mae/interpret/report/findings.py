@@ -1,44 +1,75 @@
-"""What the numbers say, in plain words, whichever way they go: rates and sparsity through the encoder."""
+"""What the numbers mean, in plain words, whichever way they go.
+
+Every statement follows from the numbers by a rule, and none is written by hand. Texts are in the notation of
+`drawing.text`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
 
-from crate_mae.drawing.page import table
-from crate_mae.interpret.audit import SPARSITY, AuditRow
-from crate_mae.interpret.layer_measures import OFFICIAL_POINT, OFFICIAL_RATE, VALUE_RATE
-from crate_mae.interpret.report.audit_table import is_met
-from crate_mae.interpret.report.findings_layers import (
-    attention_finding,
-    information_finding,
-    inverses_finding,
-    lengths_finding,
-    steps_finding,
+from crate_mae.drawing.text import listed, number, percent, plural
+from crate_mae.interpret.attention_use import AttentionUse
+from crate_mae.interpret.audit import COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT, SORT, SPARSITY, AuditRow, by_claim
+from crate_mae.interpret.registry import INVERSES, MEASURES
+from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
+from crate_mae.interpret.statistics import Row, Trend, trend
+
+VERDICT_RULE = (
+    "A curve “falls” or “rises” if the 95% interval of its change from the first layer to the last does not contain 0, "
+    "and shows “no clear change” if it does; changes are paired, image by image. Steps count the layers after which "
+    "the mean is lower or higher."
 )
-from crate_mae.interpret.report.inspection import Inspection, Measured
-from crate_mae.interpret.report.wording import Finding, Trend, listed, percent, plural, trend
-
-RATE = "R<sup>c</sup>"
-FORMS = {
-    "subspace_rate": "of tokens as they are",
-    "subspace_rate_normalised": "of normalised tokens",
-    OFFICIAL_RATE: "as the official code takes it",
-}
-_PLACES = {form: (form, OFFICIAL_POINT if form == OFFICIAL_RATE else "z_half") for form in FORMS}
 STAND_IN_LIMITS = (
-    "A stand-in takes the value projection W<sub>v</sub> of each head for U<sub>k</sub>: values are what attention "
-    "mixes and passes on, as MSSA does with U<sub>k</sub><sup>⊤</sup>z. It says whether the values of one image become "
-    "more alike. It does not say that a network compresses: nothing in a black box is derived to lower it, tokens are "
-    "compared there by other projections (queries and keys), and its height means nothing next to that of a network of "
-    "another width."
+    "A stand-in takes the value projection W_v of each head for U_k: values are what attention mixes and passes on, as "
+    "MSSA does with U_k^⊤z. It shows whether the values of one image become more alike. It does not show that a "
+    "network compresses: nothing in a black box is derived to lower it, tokens are compared there by other projections "
+    "(queries and keys), and its height cannot be compared with that of a network of another width."
 )
-# Measure: its name, and the verdict that means sparser.
-SPARSER = {
-    "zero_fraction": ("share of exact zeros", "rises"),
-    "l1_to_l2": ("l1/l2", "falls"),
-    "gini": ("Gini index", "rises"),
+_RATES = ("subspace_rate", "subspace_rate_normalised", "subspace_rate_official")
+_STAND_IN = ("value_rate_official",)
+_SPARSITY = ("zero_fraction", "l1_to_l2", "gini")
+_KEPT = ("pixel_r2", "feature_rank", "dead_coordinates", "probe_accuracy")
+_VERBS = {  # of one curve, of several
+    "falls": ("falls", "fall"),
+    "rises": ("rises", "rise"),
+    "unclear": ("shows no clear change", "show no clear change"),
 }
-_VERBS = {"falls": "falls", "rises": "rises", "unclear": "shows no clear change"}
+_TOKENS = {"all": "On all tokens", "visible": "On tokens as in training"}
+
+Trends = Mapping[str, Mapping[str, Trend]]  # of each subject, by measure
+
+
+class Table(NamedTuple):
+    """A table whose first column says what each row is."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What the numbers say about one subject.
+
+    Attributes:
+        anchor: what links lead to.
+        title: the subject.
+        answer: one or two statements.
+        warning: what must not be overlooked; "" if there is nothing.
+        more: further sentences.
+        table: the numbers behind it.
+    """
+
+    anchor: str
+    title: str
+    answer: str
+    warning: str = ""
+    more: tuple[str, ...] = ()
+    table: Table | None = None
 
 
 def write_findings(inspection: Inspection) -> list[Finding]:
@@ -56,18 +87,17 @@ def write_findings(inspection: Inspection) -> list[Finding]:
 
 def rates_finding(inspection: Inspection) -> Finding:
     """How R^c changes through the encoder."""
-    trends = _trends(inspection, _PLACES)
-    stand_ins = _trends(inspection, {OFFICIAL_RATE: (VALUE_RATE, OFFICIAL_POINT)})
+    trends, stand_ins = _trends(inspection, _RATES), _trends(inspection, _STAND_IN)
     own, more = trends.get("model"), []
     if own is not None:
-        answer = f"From the first encoder layer to the last, {RATE} {_tally(own)}."
+        answer = f"From the first encoder layer to the last, {_tally(own)}."
         more += [*_against_random(own, trends.get("random"), inspection.model.is_fresh), *_collapse(inspection.model)]
         if reduction := trend(inspection.model.find("pooled_rate_reduction", "z_next")):
-            more.append(f"R − {RATE} of the tokens of all images, which the layers are to raise: {reduction}.")
+            more.append(f"R - R^c of the tokens of all images, which the layers are to raise: {reduction}.")
     else:
-        answer = f"This model’s attention is not MSSA: it has no subspaces, so {RATE} is not defined for it."
+        answer = "This model’s attention is not MSSA: it has no subspaces, so R^c is not defined for it."
         if "model" in stand_ins:
-            answer += f" With value projections in the place of subspaces: {stand_ins['model'][OFFICIAL_RATE]}."
+            answer += f" With value projections in the place of subspaces: {_only(stand_ins['model'])}."
     return Finding(
         anchor="compression",
         title="Subspace rate through the encoder",
@@ -79,149 +109,366 @@ def rates_finding(inspection: Inspection) -> Finding:
 
 def sparsity_finding(inspection: Inspection) -> Finding:
     """Whether tokens become sparser with depth, and whether ISTA makes them so."""
-    trends = _trends(inspection, {measure: (measure, "z_next") for measure in SPARSER})
+    trends = _trends(inspection, _SPARSITY)
     rows = [row for row in inspection.model.measures.audit if (row.claim, row.tokens) == (SPARSITY, "all")]
-    more = [_against_relu(rows)] if rows else []
+    more = []
+    if rows:
+        layers = [f"ISTA {percent(row.after)}, relu(x) {percent(row.before)} in layer {row.layer}" for row in rows]
+        more.append(
+            f"Exact zeros: {'; '.join(layers)}. Where ISTA makes no more than relu(x), ReLU would be as sparse."
+        )
     more += [f"{_capitalised(found.label)}: {_sparser(trends[found.key])}." for found in inspection.measured[1:]]
     if inspection.model.find("zero_fraction", "z_next")[-1].mean == 0:
         more.append("There are no exact zeros in the last layer’s output.")
-    names = {measure: name for measure, (name, _) in SPARSER.items()}
+    held = sum(row.is_met for row in rows)
+    than_relu = f"; ISTA makes more exact zeros than ReLU in {held} of {plural(len(rows), 'layer')}" if rows else ""
     return Finding(
         anchor="sparsity",
         title="Sparsity through the encoder",
-        answer=f"From the first encoder layer to the last, outputs become {_sparser(trends['model'])}"
-        f"{_than_relu(rows)}.",
+        answer=f"From the first encoder layer to the last, outputs become {_sparser(trends['model'])}{than_relu}.",
         more=tuple(more),
-        table=_trend_table(inspection, trends, names, "Outputs of layers, first → last encoder layer"),
+        table=_trend_table(inspection, trends, _SPARSITY, "Outputs of layers, first → last encoder layer"),
     )
 
 
-def _trends(inspection: Inspection, wanted: dict[str, tuple[str, str]]) -> dict[str, dict[str, Trend]]:
+def steps_finding(inspection: Inspection) -> Finding:
+    """Which steps beat their controls."""
+    anchor, title = "steps", "Each step against its controls"
+    rows = inspection.model.measures.audit
+    if not rows:
+        answer = "The claims are about attention in subspaces and sparse coding, which this model does not have."
+        return Finding(anchor=anchor, title=title, answer=answer)
+    broken = [f"{row.text} ({row.place})" for row in rows if row.status == "contradiction"]
+    theorems = list(dict.fromkeys(row.text for row in rows if row.status == "theorem"))
+    more = [_held_on(rows, tokens) for tokens in dict.fromkeys(row.tokens for row in rows)]
+    if theorems:
+        more.append(f"Theorems of this model’s layers: {'; '.join(theorems)}.")
+    return Finding(
+        anchor=anchor,
+        title=title,
+        answer=f"Of {plural(len(rows), 'claim')} about single steps of single layers, "
+        f"{sum(row.is_met for row in rows)} hold: there the step beats the best of its controls in nearly every image, "
+        "by a margin that counts.",
+        warning="Contradiction: an image contradicts a theorem, so a layer has a bug. " + "; ".join(broken) + "."
+        if broken
+        else "",
+        more=tuple(more),
+        table=_claims_table(inspection),
+    )
+
+
+def lengths_finding(inspection: Inspection) -> Finding:
+    """Whether attention steps shrink tokens, or sort them."""
+    anchor, title = "lengths", "Shrinking and sorting"
+    ratios = inspection.model.find("length_ratio")
+    if not ratios:
+        return Finding(anchor=anchor, title=title, answer="This model has no attention in subspaces.")
+    audit = {(row.claim, row.layer): row for row in inspection.model.measures.audit if row.tokens == "all"}
+    lines = []
+    for row in ratios:
+        rates = (audit.get((key, row.layer)) for key in (COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT))
+        changes = ["–" if found is None else number(found.after - found.before) for found in rates]
+        sorting = audit.get((SORT, row.layer))
+        margin = "–" if sorting is None else f"{number(sorting.margin)} over {sorting.closest_control}"
+        lines.append([f"E{row.layer}", percent(row.mean), *changes, margin])
+    sorts = sum(row.is_met for (key, _), row in audit.items() if key == SORT)
+    return Finding(
+        anchor=anchor,
+        title=title,
+        answer=f"The attention step changes the length of tokens to {listed([percent(row.mean) for row in ratios])} of "
+        f"what it was, layer by layer, and sorts tokens in {sorts} of {plural(len(ratios), 'layer')}.",
+        more=(
+            "A step that only shrinks tokens lowers R^c as it is, and leaves that of unit-length projections alone. A "
+            "step sorts if R, at an equal fall of R^c, falls less than by plain shrinking of all tokens and by uniform "
+            "attention.",
+        ),
+        table=Table(
+            ["", "length after / before", "R^c as it is", "normalised", "unit length", "sorting margin (nats)"],
+            lines,
+            "Change in the attention step, nats per image; the sorting margin is over all images",
+        ),
+    )
+
+
+def attention_finding(inspection: Inspection) -> Finding:
+    """Whether the network needs tokens to be mixed."""
+    anchor, title = "mixing", "Use of attention"
+    use, own = inspection.attention_use, inspection.model.find("self_attention")
+    if not use or not own:
+        answer = "Attention without mixing is measured only for autoencoders with attention in subspaces."
+        return Finding(anchor=anchor, title=title, answer=answer)
+    intact, whole = use[0], next(found for found in use if found.part == "encoder" and found.layer is None)
+    probe = ""
+    if intact.accuracy is not None and whole.accuracy is not None:
+        probe = f", and the accuracy of a linear probe of the last layer from {percent(intact.accuracy)} to "
+        probe += percent(whole.accuracy)
+    shares = listed([percent(row.mean) for row in own])
+    uniform = inspection.model.find(MEASURES["self_attention"].control)
+    return Finding(
+        anchor=anchor,
+        title=title,
+        answer=f"Without mixing in the encoder (P = I in all layers) the loss on hidden patches changes by "
+        f"{number(whole.change)}, from {number(intact.loss)}{probe}.",
+        more=(
+            f"A token gives {shares} of its attention to itself, layer by layer; uniform attention gives "
+            f"{percent(uniform[0].mean)}. A layer whose loss and probe stay the same works on single tokens.",
+        ),
+        table=_use_table(use),
+    )
+
+
+def inverses_finding(inspection: Inspection) -> Finding:
+    """How near decoder layers come to inverses of encoder layers."""
+    anchor, title = "inverses", "Decoder layers as inverses of encoder layers"
+    model = inspection.model
+    own, idle = model.find("inverse_cosine"), model.find("inverse_cosine_identity")
+    if not own:
+        reason = model.measures.left_out.get("inverses", "it was not measured")
+        return Finding(anchor=anchor, title=title, answer=f"Not measured: {reason}.")
+    more = []
+    for measure in ("inverse_dictionary_cosine", "inverse_operator_cosine", "inverse_subspace_affinity"):
+        rows, control = model.find(measure), model.find(MEASURES[measure].control)
+        if rows and control:
+            more.append(
+                f"{_capitalised(MEASURES[measure].label)}: larger for a layer’s own partner than for other decoder "
+                f"layers in {_more(rows, control)}."
+            )
+    networks = [found for found in inspection.measured if found.has_own_network and found.find("inverse_cosine")]
+    lines = [
+        [
+            MEASURES[measure].label,
+            *(_mean(found.find(name)) for found in networks for name in (measure, MEASURES[measure].control)),
+        ]
+        for measure in INVERSES
+    ]
+    return Finding(
+        anchor=anchor,
+        title=title,
+        answer="Given an encoder layer’s output, its decoder layer comes nearer to the layer’s input than doing "
+        f"nothing does in {_more(own, idle)} (cosine {_mean(own)} against {_mean(idle)}, means over layers).",
+        more=tuple(more),
+        table=Table(
+            ["", *(text for found in networks for text in (found.label, "its control"))],
+            lines,
+            "Means over layers. Controls: doing nothing on tokens, other decoder layers for weights",
+        ),
+    )
+
+
+def information_finding(inspection: Inspection) -> Finding:
+    """What is kept on the way through the encoder."""
+    anchor, title = "information", "Information kept through the encoder"
+    pixels = trend(inspection.model.find("pixel_r2", "z_next"))
+    if pixels is None:
+        answer = "How much of the pixels tokens retain was not measured; see what is left out."
+        return Finding(anchor=anchor, title=title, answer=answer)
+    more = []
+    if probe := inspection.model.find("probe_accuracy"):
+        best = max(probe, key=lambda row: row.mean)
+        more.append(
+            f"A linear probe is best on layer {best.layer}: {percent(best.mean)} right, and "
+            f"{percent(probe[-1].mean)} on the last layer."
+        )
+    if dead := inspection.model.find("dead_coordinates"):
+        worst = max(dead, key=lambda row: row.mean)
+        most = f"Layer {worst.layer} has most dead coordinates: {percent(worst.mean)}."
+        more.append(most if worst.mean > 0 else "No coordinate is dead in any layer.")
+    columns = {name: [found.find(name, MEASURES[name].point) for found in inspection.measured] for name in _KEPT}
+    columns = {name: rows for name, rows in columns.items() if any(rows)}
+    lines = [
+        [found.label, *(_ends(name, rows[number]) for name, rows in columns.items())]
+        for number, found in enumerate(inspection.measured)
+    ]
+    return Finding(
+        anchor=anchor,
+        title=title,
+        answer=f"A linear map from a token to its own patch explains {percent(pixels.first)} of the pixels’ variance "
+        f"after the first encoder layer, and {percent(pixels.last)} after the last.",
+        more=tuple(more),
+        table=Table(["", *(MEASURES[name].title for name in columns)], lines, "First → last encoder layer"),
+    )
+
+
+def _trends(inspection: Inspection, measures: Sequence[str]) -> dict[str, dict[str, Trend]]:
     """The trends of each subject that has them all."""
     found = {}
     for subject in inspection.measured:
-        trends = {name: trend(subject.find(*place)) for name, place in wanted.items()}
+        trends = {name: trend(subject.find(name, MEASURES[name].point)) for name in measures}
         whole = {name: value for name, value in trends.items() if value is not None}
-        if len(whole) == len(wanted):
+        if len(whole) == len(measures):
             found[subject.key] = whole
     return found
 
 
-def _black_boxes(inspection: Inspection, stand_ins: dict[str, dict[str, Trend]]) -> list[str]:
-    """What value projections say of the networks without subspaces, and what they do not."""
-    found = [
-        f"{_capitalised(subject.label)}, a black box, with value projections in the place of subspaces: "
-        f"{stand_ins[subject.key][OFFICIAL_RATE]}."
-        for subject in inspection.measured[1:]
-        if subject.key in stand_ins
-    ]
-    for trained, fresh in (("model", "random"), ("baseline", "random_baseline")):
-        if trained in stand_ins and fresh in stand_ins:
-            found.append(_learned(*(stand_ins[key][OFFICIAL_RATE] for key in (trained, fresh))))
-    return [*found, STAND_IN_LIMITS] if stand_ins else []
+def _only(trends: Mapping[str, Trend]) -> Trend:
+    """The trend of the stand-in, which is one measure."""
+    return trends[_STAND_IN[0]]
 
 
-def _learned(trained: Trend, fresh: Trend) -> str:
-    """Whether the trend of a stand-in is one of training."""
-    verb = _VERBS[fresh.verdict]
-    if trained.verdict == fresh.verdict:
-        return f"With random weights that stand-in {verb} as well: its direction alone shows nothing that was learned."
-    return f"With random weights that stand-in {verb}: the difference was learned."
-
-
-def _rates_table(
-    inspection: Inspection, trends: dict[str, dict[str, Trend]], stand_ins: dict[str, dict[str, Trend]]
-) -> str:
-    """The table of the trends of R^c; empty if no network has any."""
-    if not trends and not stand_ins:
-        return ""
-    marked = dict.fromkeys(stand_ins, "<br>(stand-in)")
-    caption = f"{RATE} after the attention step, first → last encoder layer, in nats"
-    return _trend_table(inspection, stand_ins | trends, FORMS, caption, marked)
-
-
-def _trend_table(
-    inspection: Inspection,
-    trends: dict[str, dict[str, Trend]],
-    columns: dict[str, str],
-    caption: str,
-    marks: dict[str, str] | None = None,
-) -> str:
-    def cell(found: Trend | None) -> str:
-        return "–" if found is None else f"{found.ends}<br>{found.direction}"
-
-    lines = [
-        [subject.label + (marks or {}).get(subject.key, ""), *(cell(own.get(name)) for name in columns)]
-        for subject in inspection.measured
-        if (own := trends.get(subject.key))
-    ]
-    return table(["", *columns.values()], lines, caption)
-
-
-def _tally(trends: dict[str, Trend]) -> str:
-    """Such as "falls of normalised tokens and rises of tokens as they are"."""
-    groups = {verb: [FORMS[f] for f, c in trends.items() if c.verdict == verdict] for verdict, verb in _VERBS.items()}
-    groups = {verb: forms for verb, forms in groups.items() if forms}
+def _tally(trends: Mapping[str, Trend]) -> str:
+    """Such as "R^c of normalised tokens falls and R^c of tokens as they are rises"."""
+    groups = {verdict: [MEASURES[m].title for m, t in trends.items() if t.verdict == verdict] for verdict in _VERBS}
+    groups = {verdict: titles for verdict, titles in groups.items() if titles}
     if len(groups) == 1:
-        return f"{next(iter(groups))} in all {len(trends)} forms"
-    return listed([f"{verb} {listed(forms)}" for verb, forms in groups.items()])
+        return f"R^c {_VERBS[next(iter(groups))][0]} in all {len(trends)} forms"
+    return listed([f"{listed(titles)} {_VERBS[verdict][len(titles) > 1]}" for verdict, titles in groups.items()])
 
 
-def _against_random(own: dict[str, Trend], random: dict[str, Trend] | None, is_fresh: bool) -> list[str]:
-    """Whether what is promised happens without training, too."""
+def _against_random(own: Mapping[str, Trend], random: Mapping[str, Trend] | None, is_fresh: bool) -> list[str]:
+    """Whether what is predicted happens without training, too."""
     if random is None:
         return []
-    falling = [form for form, found in own.items() if found.verdict == "falls"]
-    too = [FORMS[form] for form in falling if random[form].verdict == "falls"]
+    falling = [name for name, found in own.items() if found.verdict == "falls"]
+    too = [MEASURES[name].title for name in falling if random[name].verdict == "falls"]
     if is_fresh:
-        lesson = "The model’s own weights are fresh, so that both show what chance gives."
+        lesson = "The model itself has random initialisation, so both show what chance gives."
     elif not falling:
-        lesson = "So the promise is not kept, whatever random weights do."
+        lesson = "So the prediction does not hold, whatever random initialisation gives."
     elif not too:
-        lesson = "So random weights do not make it fall where it falls here: training did."
+        lesson = "So random initialisation does not make it fall where it falls here: training did."
     elif len(too) == len(falling):
         lesson = "So the fall by itself shows nothing that was learned."
     else:
-        lesson = f"So the fall {listed(too)} shows nothing that was learned; the rest of it was."
-    return [f"With random weights it {_tally(random)}. {lesson}"]
+        lesson = f"So the fall of {listed(too)} shows nothing that was learned; the rest of it was."
+    return [f"With random initialisation, {_tally(random)}. {lesson}"]
 
 
-def _than_relu(rows: Sequence[AuditRow]) -> str:
-    """In how many layers that is ISTA's doing."""
-    if not rows:
-        return ""
-    return f"; ISTA makes more exact zeros than ReLU in {sum(map(is_met, rows))} of {plural(len(rows), 'layer')}"
-
-
-def _against_relu(rows: Sequence[AuditRow]) -> str:
-    """Exact zeros of ISTA, and those that relu(x) makes of the same input."""
-    layers = [f"ISTA {percent(row.after)}, relu(x) {percent(row.before)} in layer {row.layer}" for row in rows]
-    return f"Exact zeros: {'; '.join(layers)}. Where ISTA makes no more than relu(x), ReLU would be as sparse."
-
-
-def _collapse(model: Measured) -> list[str]:
+def _collapse(model: SubjectMeasures) -> list[str]:
     """Whether a fall could be that of tokens which become alike."""
     found = trend(model.find("token_diversity", "z_next"))
     if found is None:
         return []
-    if found.verdict == "falls":
-        lesson = "Tokens become more alike, which lowers every rate without sorting anything."
-    else:
-        lesson = "Tokens do not become more alike, so that no rate falls for that reason."
+    lesson = (
+        "Tokens become more alike, which lowers every rate without sorting anything."
+        if found.verdict == "falls"
+        else "Tokens do not become more alike, so no rate falls for that reason."
+    )
     return [f"The share of the tokens’ energy in which tokens of one image differ: {found}. {lesson}"]
 
 
-def _capitalised(label: str) -> str:
-    return label[0].upper() + label[1:]
+def _black_boxes(inspection: Inspection, stand_ins: Trends) -> list[str]:
+    """What value projections show of the networks without subspaces, and what they do not."""
+    found = [
+        f"{_capitalised(subject.label)}, a black box, with value projections in the place of subspaces: "
+        f"{_only(stand_ins[subject.key])}."
+        for subject in inspection.measured[1:]
+        if subject.key in stand_ins
+    ]
+    for key, control in (("model", "random"), ("baseline", "random_baseline")):
+        if key in stand_ins and control in stand_ins:
+            trained, random = _only(stand_ins[key]).verdict, _only(stand_ins[control]).verdict
+            verb = _VERBS[random][0]
+            found.append(
+                f"With random initialisation that stand-in {verb} as well: its direction alone shows nothing that was "
+                "learned."
+                if trained == random
+                else f"With random initialisation that stand-in {verb}: the difference was learned."
+            )
+    return [*found, STAND_IN_LIMITS] if stand_ins else []
 
 
-def _sparser(trends: dict[str, Trend]) -> str:
+def _sparser(trends: Mapping[str, Trend]) -> str:
     """Such as "sparser by Gini index, denser by l1/l2"."""
     groups: dict[str, list[str]] = {"sparser": [], "denser": [], "neither sparser nor denser": []}
-    for measure, found in trends.items():
-        name, sparser = SPARSER[measure]
-        if found.verdict == "unclear":
-            groups["neither sparser nor denser"].append(name)
-        else:
-            groups["sparser" if found.verdict == sparser else "denser"].append(name)
+    for name, found in trends.items():
+        measure = MEASURES[name]
+        sparser = "rises" if measure.better == "higher" else "falls"
+        verdict = "neither sparser nor denser" if found.verdict == "unclear" else "denser"
+        groups["sparser" if found.verdict == sparser else verdict].append(measure.title)
     return ", ".join(f"{verdict} by {listed(names)}" for verdict, names in groups.items() if names)
+
+
+def _held_on(rows: Sequence[AuditRow], tokens: str) -> str:
+    """What holds where on one kind of tokens, such as "On all tokens: Attention lowers R^c (E0 and E2)."."""
+    held = []
+    for found in by_claim(row for row in rows if row.tokens == tokens).values():
+        places = [f"{row.part[0].upper()}{row.layer}" for row in found if row.is_met]
+        if places:
+            held.append(f"{found[0].text} ({'in every layer' if len(places) == len(found) else listed(places)})")
+    if not held:
+        return f"{_TOKENS[tokens]}: no claim holds in any layer."
+    return f"{_TOKENS[tokens]}: {'; '.join(held)}. No other claim holds."
+
+
+def _rates_table(inspection: Inspection, trends: Trends, stand_ins: Trends) -> Table | None:
+    """The trends of R^c; a stand-in has those of unit-length projections alone. None if no network has any."""
+    if not trends and not stand_ins:
+        return None
+    as_official = {key: {_RATES[-1]: _only(found)} for key, found in stand_ins.items()}
+    caption = "R^c after the attention step, first → last encoder layer, in nats"
+    return _trend_table(inspection, {**as_official, **trends}, _RATES, caption, marked=stand_ins)
+
+
+def _trend_table(
+    inspection: Inspection, trends: Trends, measures: Sequence[str], caption: str, marked: Iterable[str] = ()
+) -> Table:
+    """A row for each subject with a trend; those that are marked have a stand-in."""
+
+    def cell(found: Trend | None) -> str:
+        return "–" if found is None else f"{found.ends}\n{found.direction}"
+
+    lines = [
+        [
+            subject.label + ("\n(stand-in)" if subject.key in marked else ""),
+            *(cell(own.get(name)) for name in measures),
+        ]
+        for subject in inspection.measured
+        if (own := trends.get(subject.key))
+    ]
+    return Table(["", *(MEASURES[name].title for name in measures)], lines, caption)
+
+
+def _claims_table(inspection: Inspection) -> Table:
+    """In how many layers each claim holds, for the model and each control that was audited."""
+    columns = {
+        found.label + {"all": "", "visible": ", as in training"}[tokens]: by_claim(
+            row for row in found.measures.audit if row.tokens == tokens
+        )
+        for found in inspection.measured
+        for tokens in dict.fromkeys(row.tokens for row in found.measures.audit)
+    }
+    lines = []
+    for key, rows in next(iter(columns.values())).items():
+        counted = [claims.get(key, []) for claims in columns.values()]
+        counts = [f"{sum(row.is_met for row in found)} of {len(found)}" if found else "–" for found in counted]
+        lines.append([rows[0].text, *counts])
+    caption = "Layers in which each claim holds. Untrained draws are a control on DATA alone"
+    return Table(["claim", *columns], lines, caption)
+
+
+def _use_table(use: Sequence[AttentionUse]) -> Table:
+    lines = []
+    for found in use:
+        where = "nothing changed" if not found.part else f"{found.part[0].upper()}{found.layer}"
+        if found.part and found.layer is None:
+            where = f"all of the {found.part}"
+        low, high = found.change_low, found.change_high
+        change = "–" if not found.part or low is None or high is None else f"{number(low)} to {number(high)}"
+        score = "–"
+        if found.accuracy is not None and found.accuracy_low is not None and found.accuracy_high is not None:
+            score = f"{percent(found.accuracy)} ({percent(found.accuracy_low)} to {percent(found.accuracy_high)})"
+        lines.append([where, number(found.loss), number(found.change), change, score])
+    return Table(
+        ["no mixing in", "masked loss", "change", "95% interval", "linear probe"],
+        lines,
+        "Each row has P = I in these layers; changes of the loss are paired, image by image",
+    )
+
+
+def _more(rows: Sequence[Row], control: Sequence[Row]) -> str:
+    """In how many layers a measure is larger than its control, such as "4 of 6 layers"."""
+    pairs = list(zip(rows, control, strict=True))
+    return f"{sum(a.mean > b.mean for a, b in pairs)} of {plural(len(pairs), 'layer')}"
+
+
+def _mean(rows: Sequence[Row]) -> str:
+    return number(fmean(row.mean for row in rows)) if rows else "–"
+
+
+def _ends(measure: str, rows: Sequence[Row]) -> str:
+    text = MEASURES[measure].format
+    return f"{text(rows[0].mean)} → {text(rows[-1].mean)}" if rows else "–"
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]

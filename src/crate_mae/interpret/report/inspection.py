@@ -1,4 +1,4 @@
-"""Everything that a report is made of."""
+"""Everything that a report is made of: the settings, the model, all measures, and what could not be measured."""
 
 from __future__ import annotations
 
@@ -21,18 +21,17 @@ from crate_mae.evaluation.reconstruction import nested_masks, read_images
 from crate_mae.interpret.attention_use import AttentionUse, attention_use
 from crate_mae.interpret.audit import AuditRow
 from crate_mae.interpret.foregrounds import Drawings, read_drawings, read_drawn, score_foregrounds
-from crate_mae.interpret.measure import LayerMeasures, Progress, measure_layers
-from crate_mae.interpret.report.description import describe, tokens_of
-from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples, grid_size
-from crate_mae.interpret.report.probes import (
+from crate_mae.interpret.information import (
     ProbeImages,
     last_layer_score,
     probe_images,
     probe_rows,
     split_probe_images,
 )
-from crate_mae.interpret.report.settings import Settings
-from crate_mae.interpret.report.subjects import LABELS, NETWORKS, UNTRAINED, Subject, open_subjects
+from crate_mae.interpret.measure import Measurements, Progress, measure_layers
+from crate_mae.interpret.report.description import describe, tokens_of
+from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples, grid_size
+from crate_mae.interpret.report.subjects import LABELS, NETWORKS, UNTRAINED, Settings, Subject, open_subjects
 from crate_mae.interpret.statistics import Row, find
 from crate_mae.models.autoencoder import MaskedAutoencoder
 
@@ -40,29 +39,29 @@ _DRAWS = 5  # of untrained networks, for the audit
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One network on one source of images.
+class SubjectMeasures:
+    """What was measured of one subject.
 
     Attributes:
         key: one of `subjects.LABELS`.
-        is_fresh: whether nobody has trained the network.
+        is_fresh: whether the network has random initialisation.
         tokens: image size, patches and width in a few words.
-        measures: all curves, those of probes among them.
+        measures: all curves, probes included.
     """
 
     key: str
     is_fresh: bool
     tokens: str
-    measures: LayerMeasures
+    measures: Measurements
 
     @property
     def label(self) -> str:
-        """What figures and tables call it."""
+        """Its name in figures and tables."""
         return LABELS[self.key]
 
     @property
     def has_own_network(self) -> bool:
-        """Whether it stands for a network, and not for the model on other images."""
+        """Whether it is a network of its own, and not the model on other images."""
         return self.key in NETWORKS
 
     def find(self, measure: str, point: str = "", part: str = "encoder") -> list[Row]:
@@ -76,7 +75,7 @@ class Training:
 
     Attributes:
         lines: of a table, by their names.
-        mask_ratio: share of patches that was hidden; None if nobody can tell.
+        mask_ratio: share of patches that was hidden; None if it is not known.
     """
 
     lines: dict[str, str] = field(default_factory=dict)
@@ -85,24 +84,24 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found, with all that it depends on.
+    """What was measured, with all that it depends on.
 
     Attributes:
         settings: what was asked for.
         description: what the model is, line by line.
-        training: how it was trained, likewise; empty if nobody can tell.
+        training: how it was trained, likewise; empty if that is not known.
         measured: the model first, then its controls.
         attention_use: what the model loses when its attention mixes no tokens; empty if it has no such attention.
-        examples: what is looked at.
+        examples: what is drawn.
         left_out: what the report as a whole does not have, and why.
-        notes: sentences on numbers that are less than they seem.
-        versions: of what computed the numbers.
+        notes: sentences on numbers that need caution.
+        versions: of the packages that computed the numbers.
     """
 
     settings: Settings
     description: dict[str, str]
     training: dict[str, str]
-    measured: list[Measured]
+    measured: list[SubjectMeasures]
     attention_use: list[AttentionUse]
     examples: Examples
     left_out: dict[str, str]
@@ -110,11 +109,11 @@ class Inspection:
     versions: dict[str, str]
 
     @property
-    def model(self) -> Measured:
+    def model(self) -> SubjectMeasures:
         """The model on the images."""
         return self.measured[0]
 
-    def subject(self, key: str) -> Measured | None:
+    def subject(self, key: str) -> SubjectMeasures | None:
         """The subject of this key, if there is one."""
         return next((found for found in self.measured if found.key == key), None)
 
@@ -142,33 +141,29 @@ class Inspection:
         }
         return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
-    def to_csv(self) -> str:
-        """Every measure of every layer and subject, one a line."""
-        return _csv(Row, {m.key: m.measures.rows for m in self.measured})
-
-    def audit_csv(self) -> str:
-        """Every claim about every layer and subject, one a line."""
-        return _csv(AuditRow, {m.key: m.measures.audit for m in self.measured})
-
-    def attention_csv(self) -> str:
-        """The model without mixing in some of its layers, one choice of layers a line."""
-        return _csv(AttentionUse, {self.model.key: self.attention_use})
+    def tables(self) -> dict[str, str]:
+        """The CSV files: measures and claims of every layer and subject, and the model without mixing in layers."""
+        return {
+            "measures.csv": _csv(Row, {m.key: m.measures.rows for m in self.measured}),
+            "audit.csv": _csv(AuditRow, {m.key: m.measures.audit for m in self.measured}),
+            "attention.csv": _csv(AttentionUse, {self.model.key: self.attention_use}),
+        }
 
 
 def inspect_model(
     settings: Settings, *, training: Training | None = None, on_stage: Progress | None = None
 ) -> Inspection:
-    """Measure a model and its controls, and look at a few images.
+    """Measure a model and its controls, and collect a few images.
 
     Args:
         settings: what to measure on what.
         training: what is known of the model's training.
-        on_stage: told what is done next.
+        on_stage: called with the name of each stage.
 
     Raises:
         UserError: for a mistake in the models or the data, or weights that are not finite.
     """
-    say, known = on_stage or (lambda _stage: None), training or Training()
+    report, known = on_stage or (lambda _stage: None), training or Training()
     subjects, left_out = open_subjects(settings)
     drawings = None if settings.foregrounds is None else read_drawings(Path(settings.foregrounds))
     if drawings is None:
@@ -180,12 +175,12 @@ def inspect_model(
     measured = []
     hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
     for subject in subjects.values():
-        say(f"{subject.label}: {subject.opened.name} on {subject.source.name}")
+        report(f"{subject.label}: {subject.opened.name} on {subject.source.name}")
         scores = _foreground_rows(subject, settings, drawings)
-        measured.append(_measure(subject, settings, hidden, images, notes, say, scores))
-    say("the model without mixing")
+        measured.append(_measure(subject, settings, hidden, images, notes, report, scores))
+    report("the model without mixing")
     use = _attention_use(subjects["model"], settings, hidden, images, left_out)
-    say("pictures")
+    report("pictures")
     examples = collect_examples(subjects, count=settings.count, mask_ratio=hidden, seed=settings.seed)
     notes += _shortages(subjects, measured, settings)
     return Inspection(
@@ -207,9 +202,9 @@ def _measure(
     hidden: float,
     images: ProbeImages | None,
     notes: list[str],
-    say: Progress,
+    report: Progress,
     scores: list[Row],
-) -> Measured:
+) -> SubjectMeasures:
     measures = measure_layers(
         subject.opened,
         subject.source,
@@ -219,16 +214,18 @@ def _measure(
         audited=subject.key not in UNTRAINED,
         untrained=_DRAWS if subject.key in NETWORKS else 0,
         training_mask_ratio=hidden,
-        on_stage=lambda stage: say(f"{subject.label}: {stage}"),
+        on_stage=lambda stage: report(f"{subject.label}: {stage}"),
     )
     measures = dataclasses.replace(measures, rows=[*measures.rows, *scores])
     if images is not None and subject.has_own_network:
-        say(f"{subject.label}: linear probes")
+        report(f"{subject.label}: linear probes")
         rows, converged = probe_rows(subject.opened.backbone, images)
         measures = dataclasses.replace(measures, rows=[*measures.rows, *rows])
         if not converged:
-            notes.append(f"Linear probes of {subject.label} did not all converge: they may know more than is shown.")
-    return Measured(
+            notes.append(
+                f"Linear probes of {subject.label} did not all converge: their accuracy may be higher than reported."
+            )
+    return SubjectMeasures(
         key=subject.key,
         is_fresh=subject.opened.backbone.is_fresh,
         tokens=tokens_of(subject.opened),
@@ -251,17 +248,17 @@ def _attention_use(
         except UserError as error:
             left_out["linear probe without mixing"] = str(error)
     chosen = fixed_sample(len(source), settings.count, settings.seed)
-    shown = read_images(source, backbone.transform(), chosen, settings.count).images
-    masks = nested_masks(len(shown), net.num_patches, hidden, settings.seed)
+    pixels = read_images(source, backbone.transform(), chosen, settings.count).images
+    masks = nested_masks(len(pixels), net.num_patches, hidden, settings.seed)
     probe = None if images is None else partial(last_layer_score, backbone, images)
-    found = attention_use(net, shown, masks, probe=probe)
+    found = attention_use(net, pixels, masks, probe=probe)
     if not found:
         left_out["masked loss without mixing"] = "no layer has attention in subspaces"
     return found
 
 
 def _foreground_rows(subject: Subject, settings: Settings, drawings: Drawings | None) -> list[Row]:
-    """How well a network finds what was drawn on the images."""
+    """How well a network finds the drawn foregrounds."""
     encoder = subject.opened.backbone.encoder
     if drawings is None or not subject.has_own_network or grid_size(encoder) is None:
         return []
@@ -283,8 +280,8 @@ def _probe_images(subjects: dict[str, Subject], settings: Settings) -> tuple[Pro
         return None, str(error)
 
 
-def _shortages(subjects: dict[str, Subject], measured: Sequence[Measured], settings: Settings) -> list[str]:
-    """Sentences on sources that had fewer images than were asked for."""
+def _shortages(subjects: dict[str, Subject], measured: Sequence[SubjectMeasures], settings: Settings) -> list[str]:
+    """Sentences on sources that have fewer images than were asked for."""
     notes = []
     for found in measured:
         if found.measures.images < settings.count and found.key not in NETWORKS[1:]:
@@ -295,12 +292,12 @@ def _shortages(subjects: dict[str, Subject], measured: Sequence[Measured], setti
                 f"{settings.count} were asked for."
             )
     if measured[0].measures.images == 1:
-        notes.append("One image has no spread: nothing here has an interval, and no claim can be judged.")
+        notes.append("One image has no spread: nothing has an interval, and no claim can be judged.")
     return notes
 
 
 def _completions(examples: Examples) -> dict[str, Any] | None:
-    """PSNR of each completion that is shown, which has none if it is perfect."""
+    """PSNR of each drawn completion; none for a perfect one."""
     found = examples.completed
     if found is None:
         return None

@@ -1,18 +1,40 @@
-"""The page, and every other file of a report."""
+"""The files of a report: the page, its figures, and all numbers."""
 
-from collections.abc import Sequence
-from html import escape
+from __future__ import annotations
 
-from crate_mae.drawing.page import page
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from crate_mae.drawing.page import render
 from crate_mae.drawing.style import encode
-from crate_mae.interpret.report.figures import draw_figures, plan_figures
-from crate_mae.interpret.report.findings import write_findings
-from crate_mae.interpret.report.inspection import Inspection
-from crate_mae.interpret.report.sections import write_sections
-from crate_mae.interpret.report.settings import name_of
-from crate_mae.interpret.report.wording import Finding, Section
+from crate_mae.interpret.audit import CLAIMS, CONTROLS, LEAST_MARGIN_SHARE, LEAST_SHARE_OF_IMAGES, AuditRow, by_claim
+from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT
+from crate_mae.interpret.registry import MEASURES
+from crate_mae.interpret.report.figures import Plan, draw_figures, plan_figures
+from crate_mae.interpret.report.findings import VERDICT_RULE, write_findings
+from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
+from crate_mae.interpret.report.subjects import name_of
 
 PAGE = "report.html"
+
+_TOKENS = {
+    "all": "All tokens: nothing is hidden",
+    "visible": "As in training: the encoder sees the visible patches alone, the decoder fills in the hidden ones",
+}
+
+
+class AuditTable(NamedTuple):
+    """Claims about one part of the network on one kind of tokens.
+
+    Attributes:
+        title: of the kind of tokens, above the first of its tables; else "".
+        layers: names of the columns.
+        claims: a row of each, a layer a column.
+    """
+
+    title: str
+    layers: list[str]
+    claims: list[list[AuditRow]]
 
 
 def report_files(inspection: Inspection) -> dict[str, bytes]:
@@ -23,39 +45,69 @@ def report_files(inspection: Inspection) -> dict[str, bytes]:
     files = {f"figures/{name}.png": picture for name, picture in pictures.items()}
     files |= {f"figures/{name}.pdf": encode(figure, "pdf") for name, figure in figures.items()}
     files["measures.json"] = inspection.to_json().encode()
-    files["measures.csv"] = inspection.to_csv().encode()
-    files["audit.csv"] = inspection.audit_csv().encode()
-    files["attention.csv"] = inspection.attention_csv().encode()
-    findings = write_findings(inspection)
-    sections = write_sections(inspection, findings, plan, pictures)
-    files[PAGE] = write_page(inspection, findings, sections).encode()
+    files |= {name: table.encode() for name, table in inspection.tables().items()}
+    files[PAGE] = write_page(inspection, plan, pictures).encode()
     return files
 
 
-def write_page(inspection: Inspection, findings: Sequence[Finding], sections: Sequence[Section]) -> str:
-    """The page as HTML: what was found at a glance, then the sections."""
-    model = escape(name_of(inspection.settings.model))
-    images = inspection.model.measures
-    glances = "".join(
-        f'<li><a href="#{found.anchor}">{escape(found.title)}</a> {found.answer}</li>\n' for found in findings
+def write_page(inspection: Inspection, plan: Plan, pictures: Mapping[str, bytes]) -> str:
+    """Write the page as HTML: what was found at a glance, then the sections.
+
+    Args:
+        inspection: what was measured.
+        plan: which figures stand in which section.
+        pictures: PNG files, by the names of the figures.
+    """
+    rows = inspection.model.measures.audit
+    measured = {row.measure for found in inspection.measured for row in found.measures.rows}
+    return render(
+        "interpret/report/report.html.j2",
+        title=f"Inside {name_of(inspection.settings.model)}",
+        model=name_of(inspection.settings.model),
+        inspection=inspection,
+        findings=write_findings(inspection),
+        verdict_rule=VERDICT_RULE,
+        plan=plan,
+        pictures=pictures,
+        subjects=[(found.label, _describe(found)) for found in inspection.measured],
+        eps=EPS,
+        sparsity_weight=SPARSITY_WEIGHT,
+        measures={name: measure for name, measure in MEASURES.items() if name in measured},
+        audit=_audit_tables(rows),
+        claims=[(CLAIMS[key], found) for key, found in by_claim(rows).items()],
+        controls=CONTROLS,
+        least_share_of_images=LEAST_SHARE_OF_IMAGES,
+        least_margin_share=LEAST_MARGIN_SHARE,
+        left_out=_left_out(inspection),
     )
-    links = " · ".join(
-        f'<a href="#{section.anchor}">{number}. {escape(section.title)}</a>'
-        for number, section in enumerate(sections, start=1)
-    )
-    notes = "".join(f"<li>{escape(note)}</li>" for note in inspection.notes)
-    body = "".join(
-        f'<section id="{section.anchor}">\n<h2>{number}. {escape(section.title)}</h2>\n{section.body}</section>\n'
-        for number, section in enumerate(sections, start=1)
-    )
-    content = f"""<p>Every layer of a CRATE-MAE is derived: it is to compress tokens against its subspaces, and to make
-them sparse in its dictionary. Here <b>{model}</b> is measured on {images.images:,} images of
-<b>{escape(images.data)}</b>, and each step is compared with controls: moves that need no derivation, and networks
-without its training.</p>
-<h2>At a glance</h2>
-<ul>
-{glances}</ul>
-{f'<div class="limits"><ul>{notes}</ul></div>' if notes else ""}
-<nav>{links}</nav>
-{body}"""
-    return page(f"Inside {name_of(inspection.settings.model)}", content)
+
+
+def _describe(found: SubjectMeasures) -> str:
+    """A network, its images and its shape."""
+    m = found.measures
+    weights = ", with random initialisation" if found.is_fresh else ""
+    images = f"{m.images:,} image" + ("" if m.images == 1 else "s")
+    return f"{m.model}{weights}; {images} of {m.data}; {found.tokens}"
+
+
+def _audit_tables(rows: Sequence[AuditRow]) -> list[AuditTable]:
+    """A table for each kind of tokens and part of the network."""
+    tables = []
+    for tokens in dict.fromkeys(row.tokens for row in rows):
+        title = _TOKENS[tokens]
+        for part in ("encoder", "decoder"):
+            claims = list(by_claim(row for row in rows if (row.part, row.tokens) == (part, tokens)).values())
+            if claims:
+                layers = [f"{part[0].upper()}{row.layer}" for row in claims[0]]
+                tables.append(AuditTable(title, layers, claims))
+                title = ""
+    return tables
+
+
+def _left_out(inspection: Inspection) -> list[tuple[str, str]]:
+    """What is left out and why, images that cannot be read among it."""
+    missing = list(inspection.left_out.items())
+    for found in inspection.measured:
+        missing += [(f"{what}, {found.label}", why) for what, why in found.measures.left_out.items()]
+    bad = {image.location: image.reason for found in inspection.measured for image in found.measures.bad}
+    return missing + [(location, f"cannot be read: {reason}") for location, reason in bad.items()]

@@ -1,27 +1,90 @@
-"""What a report looks at: the model, and its controls: other networks on the same images, and other images."""
+"""What a report is asked for, and what it measures: the model, other networks on the same images, and other images."""
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from crate_mae.data import ImageSource, open_source
 from crate_mae.errors import UserError
-from crate_mae.interpret.measure import Opened, fresh_twin, open_measurable
-from crate_mae.interpret.report.settings import Settings
+from crate_mae.interpret.measure import Opened, open_measurable, untrained_twin
 from crate_mae.models.autoencoder import MaskedAutoencoder
 
-# The order is that of columns and of colours.
+# What figures and tables call the subjects, in the order of columns and of colours.
 LABELS = {
     "model": "the model",
-    "random": "random weights",
+    "random": "random initialisation",
     "baseline": "baseline",
     "random_baseline": "random baseline",
     "other": "other images",
     "train": "training images",
 }
-UNTRAINED = ("random", "random_baseline")  # whose audit is in that of the trained networks
-NETWORKS = ("model", "random", "baseline", "random_baseline")  # those with weights of their own
+UNTRAINED = ("random", "random_baseline")  # networks that are not audited by themselves
+NETWORKS = ("model", "random", "baseline", "random_baseline")  # subjects that are networks, not other images
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The options of a report, with which it can be made again.
+
+    Attributes:
+        model: any form of MODEL, or a module from Python.
+        data: any form of DATA: images that the model was not trained on.
+        baseline: another model, measured on the same images.
+        other_data: images of another kind.
+        train_data: images that the model was trained on.
+        foregrounds: masks or boxes of the images of `data`, see `interpret.foregrounds.read_drawings`.
+        count: the largest number of images of each.
+        mask_ratio: share of patches that are hidden while layers are measured; None hides none.
+        probe_images: the largest number of training images, and of others, for the linear probes; 0 for none.
+        seed: of the choice of images, of masks, and of random initialisation.
+
+    Raises:
+        UserError: for all invalid options at once.
+    """
+
+    model: Any
+    data: Any
+    baseline: Any = None
+    other_data: Any = None
+    train_data: Any = None
+    foregrounds: Any = None
+    count: int = 256
+    mask_ratio: float | None = None
+    probe_images: int = 2000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if mistakes := list(self._mistakes()):
+            raise UserError("\n".join(mistakes))
+
+    def _mistakes(self) -> Iterator[str]:
+        if self.count < 1:
+            yield f"--count is {self.count}, but must be at least 1."
+        if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
+            yield f"--mask-ratio is {self.mask_ratio}, but must be between 0 and 1; leave it out to hide nothing."
+        if self.probe_images < 0:
+            yield f"--probe-images is {self.probe_images}, but must be at least 0."
+        if self.seed < 0:
+            yield f"--seed is {self.seed}, but must be at least 0."
+
+    def command(self) -> str:
+        """The command that makes the report again."""
+        words = ["crate-mae", "inspect", name_of(self.model), name_of(self.data), "--out", "DIR"]
+        for option in ("baseline", "other_data", "train_data", "foregrounds", "mask_ratio"):
+            value = getattr(self, option)
+            words += [] if value is None else [f"--{option.replace('_', '-')}", name_of(value)]
+        for option in ("count", "probe_images", "seed"):
+            words += [f"--{option.replace('_', '-')}", str(getattr(self, option))]
+        return shlex.join(words)
+
+    def named(self) -> dict[str, Any]:
+        """All of them as values that JSON has."""
+        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        return {key: v if v is None or isinstance(v, (int, float)) else name_of(v) for key, v in values.items()}
 
 
 @dataclass(frozen=True)
@@ -40,20 +103,20 @@ class Subject:
 
     @property
     def label(self) -> str:
-        """What figures and tables call it."""
+        """Its name in figures and tables."""
         return LABELS[self.key]
 
     @property
     def has_own_network(self) -> bool:
-        """Whether it stands for a network, and not for the model on other images."""
+        """Whether it is a network of its own, and not the model on other images."""
         return self.key in NETWORKS
 
 
 def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
-    """Open everything that is named, before anything is measured.
+    """Open every model and source of the settings, before anything is measured.
 
     Returns:
-        The subjects by key, and why the others are left out.
+        The subjects by key, and the reasons why others are left out.
 
     Raises:
         UserError: for a mistake in a model or in data, weights that are not finite, held-out images that are the
@@ -70,7 +133,7 @@ def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str
         baseline = open_measurable(settings.baseline, settings.seed)
         found["baseline"] = Subject("baseline", baseline, data)
         if baseline.backbone.is_fresh:
-            left_out[LABELS["random_baseline"]] = "the baseline has random weights itself"
+            left_out[LABELS["random_baseline"]] = "the baseline itself has random initialisation"
         else:
             _add_twin(found, "random_baseline", baseline, settings.seed, left_out)
     for key, other in (("other", settings.other_data), ("train", settings.train_data)):
@@ -85,16 +148,16 @@ def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str
 
 
 def _add_twin(found: dict[str, Subject], key: str, network: Opened, seed: int, left_out: dict[str, str]) -> None:
-    """The same network with fresh weights as a control, or the reason why there is none."""
-    twin = fresh_twin(network, seed + 1)
+    """Add the same network with random initialisation as a control, or the reason why there is none."""
+    twin = untrained_twin(network, seed + 1)
     if twin is None:
-        left_out[LABELS[key]] = f"nobody can tell how a {network.name} from Python is built anew"
+        left_out[LABELS[key]] = f"the configuration of a {network.name} from Python is not known"
     else:
         found[key] = Subject(key, twin, found["model"].source)
 
 
 def _refuse_same(found: dict[str, Subject]) -> None:
-    """Raise a `UserError` where what should be a control is the thing itself."""
+    """Raise a `UserError` if the images of a control are those of the model."""
     data = found["model"].source
     for key in ("other", "train"):
         if key not in found:
@@ -103,7 +166,7 @@ def _refuse_same(found: dict[str, Subject]) -> None:
         fingerprint = data.fingerprint()
         if other is data or (fingerprint is not None and fingerprint == other.fingerprint()):
             raise UserError(
-                f"--{key}-data are the same images as DATA ({data.name}), so there would be nothing to compare.\n"
+                f"--{key}-data are the same images as DATA ({data.name}), so there is nothing to compare.\n"
                 f"Give other images with --{key}-data, or leave it out."
             )
 
@@ -115,9 +178,14 @@ def _refuse_unfit(model: Opened, mask_ratio: float | None) -> None:
     for name in _not_finite(model.net):
         raise UserError(
             f"The weights of {model.name} hold NaN or infinity, first in {name}.\n"
-            "Nothing can be said of such a model: take an earlier checkpoint of the run."
+            "Such a model cannot be measured: take an earlier checkpoint of the run."
         )
 
 
 def _not_finite(net: nn.Module) -> Iterator[str]:
     return (name for name, value in net.state_dict().items() if not value.isfinite().all())
+
+
+def name_of(thing: Any) -> str:
+    """The name that the user gave a model or data; for an object from Python, its class."""
+    return str(thing) if isinstance(thing, (str, Path, int, float)) else type(thing).__name__

@@ -1,0 +1,55 @@
+"""How numbers, lists and formulas are written in reports and figures.
+
+Text is plain: "R^c", "U_k", "λ‖Z‖_0" and "1.0·10^−7" are typeset by `html` on a page and by `mathtext` in a figure.
+"""
+
+import re
+from collections.abc import Sequence
+
+from markupsafe import Markup, escape
+
+_SUPERSCRIPT = re.compile(r"\^(−?\d+|⊤|[a-z]\b)")
+_SUBSCRIPT = re.compile(r"(?<=\b[A-Z])_(\w)\b|(?<=‖)_(\w)\b")
+
+
+def number(value: float) -> str:
+    """Three digits, with a true minus sign; in powers of ten where decimals would show nothing."""
+    if (value and abs(value) < 0.001) or abs(value) >= 1e6:
+        mantissa, exponent = f"{value:.1e}".split("e")
+        text = f"{mantissa}·10^{int(exponent)}"
+    elif abs(value) >= 1000:
+        text = f"{value:,.0f}"
+    else:
+        text = f"{value:#.3g}".rstrip(".") if value else "0"
+    return text.replace("-", "−")
+
+
+def percent(share: float, decimals: int = 0) -> str:
+    """A share in percent, with a true minus sign."""
+    return f"{100 * share:.{decimals}f}%".replace("-", "−")
+
+
+def listed(words: Sequence[str]) -> str:
+    """Such as "a, b and c"."""
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
+def plural(count: int, word: str) -> str:
+    """Such as "1 layer" and "6 layers"."""
+    return f"{count:,} {word}" + ("" if count == 1 else "s")
+
+
+def html(text: str) -> Markup:
+    """Text as HTML, escaped, with superscripts, subscripts, minus signs and line breaks; HTML stays as it is."""
+    if isinstance(text, Markup):
+        return text
+    marked = _SUPERSCRIPT.sub(r"<sup>\1</sup>", str(escape(text)))
+    marked = _SUBSCRIPT.sub(lambda found: f"<sub>{found[1] or found[2]}</sub>", marked)
+    return Markup(marked.replace(" - ", " − ").replace("\n", "<br>"))
+
+
+def mathtext(text: str) -> str:
+    """Text for a figure of matplotlib, with superscripts, subscripts and minus signs."""
+    marked = _SUPERSCRIPT.sub(r"$^{\1}$", text)
+    marked = _SUBSCRIPT.sub(lambda found: f"$_{found[1] or found[2]}$", marked)
+    return marked.replace("$^{c}$", "$^c$").replace(" - ", " − ")

@@ -1,1 +1,0 @@
-"""Single pictures of what a model sees: attention, tokens as colours, curves over layers."""
