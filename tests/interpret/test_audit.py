@@ -22,9 +22,9 @@ from crate_mae.interpret.audit import (
     margins_over,
     p_value,
 )
-from crate_mae.interpret.layer_claims import measure_claims, measure_layer
 from crate_mae.interpret.measure import measure_layers
 from crate_mae.interpret.statistics import statistic
+from crate_mae.interpret.steps import measure_claims, measure_layer
 from crate_mae.models.features import evaluating
 from crate_mae.theory import coding_rate, lasso_objective, subspace_coding_rate
 

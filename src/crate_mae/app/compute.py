@@ -13,7 +13,6 @@ from crate_mae.errors import UserError
 from crate_mae.evaluation.completion_quality import completion_quality
 from crate_mae.interpret.attention import attention_on_grid
 from crate_mae.interpret.audit import AuditRow, audit
-from crate_mae.interpret.layer_claims import measure_claims
 from crate_mae.interpret.layer_measures import (
     LayerMeasure,
     Values,
@@ -26,6 +25,7 @@ from crate_mae.interpret.layer_measures import (
     stream,
 )
 from crate_mae.interpret.statistics import find
+from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.tokens import token_colours
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.completion import Completion, complete, completion_of

@@ -28,20 +28,20 @@ def inspect(
     seed: int = 0,
     quiet: bool = False,
 ) -> Path:
-    """Measure a model layer by layer, next to controls, and explain what came out on a page.
+    """Measure a model layer by layer, next to controls, and explain the results in a report.
 
-    Rates, sparsity, ranks, subspaces, dictionaries, inverses and what tokens still tell are measured on images, every
-    step of a layer is compared with controls (moves that need no derivation, and five untrained draws of the network),
-    the model is measured with attention that mixes no tokens, and a few images are looked at. The same is measured of
-    the same network with random weights, and of the controls that you name. What a model does not have is left out,
-    and the page says so.
+    Rates, sparsity, ranks, subspaces, dictionaries, inverses and the information that tokens retain are measured on
+    images, every step of a layer is compared with controls (moves that need no derivation, and five untrained draws of
+    the network), and the model is measured with attention that mixes no tokens. The same is measured for the same
+    network with random initialisation, and for the controls that you name. What a model does not have is left out, and
+    the report gives the reason.
 
     `out` then holds report.html, one file to read without a network; measures.json, measures.csv, audit.csv and
     attention.csv, with all numbers; and each figure as PNG and PDF.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
-            weights), or timm:NAME of a Vision Transformer.
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
+            initialisation), or timm:NAME of a Vision Transformer.
         data: images that it was not trained on, in any form that `crate-mae pretrain` takes.
         out: the folder of the report, which must be new or empty.
         baseline: another model to measure on the same images, such as a run of a ViT-MAE, or timm:NAME.
@@ -49,16 +49,16 @@ def inspect(
         train_data: images that the model was trained on; if they and DATA have labels, a linear probe is fitted to
             them for each layer.
         foregrounds: a folder of masks with the names of their images, in which 0 is background, or a .csv file of boxes
-            (image,left,top,right,bottom); foregrounds that each layer tells are held to them.
-        count: most images of each kind.
+            (image,left,top,right,bottom); foregrounds that each layer finds are compared with them.
+        count: largest number of images of each kind.
         mask_ratio: share of patches to hide while layers are measured. By default none.
-        probe_images: most images that a probe is fitted to, and most that it is measured on; 0 for no probes. Without
+        probe_images: largest number of images to fit a probe to, and to measure it on; 0 for no probes. Without
             train_data, the model without mixing is probed on halves of that many images of DATA, if they have labels.
-        seed: of the choice of images, of masks, and of random weights.
-        quiet: show nothing.
+        seed: of the choice of images, of masks, and of random initialisation.
+        quiet: print nothing.
 
     Returns:
-        The page, `out`/report.html.
+        The path of the report, `out`/report.html.
 
     Raises:
         UserError: for a mistake in the options, the models or the data; no file is written then.
@@ -101,7 +101,7 @@ def inspect(
 
 
 def _training(model: object) -> "Training":
-    """How a run trained its model; nothing if the model is no run."""
+    """How a run trained its model; empty if the model is not a run."""
     from crate_mae.interpret.report.inspection import Training
     from crate_mae.training.config import load_config
     from crate_mae.training.options import PretrainOptions
@@ -112,7 +112,7 @@ def _training(model: object) -> "Training":
     run = RunDirectory(Path(model))
     try:
         config = load_config(run.config_file)
-    except UserError as error:  # a run of another version can be looked into all the same
+    except UserError as error:  # a run of another version can still be inspected
         return Training(lines={"Options": f"unknown: {error}"})
     logged = run.metrics().read()
     lines = {

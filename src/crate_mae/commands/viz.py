@@ -44,7 +44,7 @@ def viz_attention(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Picture:
-    """Show what the class token looks at: attention to each patch, of each head and of all heads together.
+    """Show what the class token attends to: attention to each patch, of each head and of all heads together.
 
     Nothing is hidden. An image of another size is scaled and cropped to the model's. "60% of that" are the fewest
     patches that hold 60% of the attention of all heads.
@@ -53,14 +53,14 @@ def viz_attention(
     with patches of 16 pixels, a stride of 4 makes 4 x 4 times as many places, in 16 passes.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
-            weights), or timm:NAME of a Vision Transformer with a class token.
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
+            initialisation), or timm:NAME of a Vision Transformer with a class token.
         images: an image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
         out: the picture to write, a .png or .pdf file.
         layer: of the encoder, from 0, or negative from the end.
         stride: pixels from one place of the maps to the next, a divisor of the patch size; by default that size.
         count: how many images to show, from the first on.
-        seed: of fresh weights.
+        seed: of random initialisation.
         overwrite: replace a picture that is there.
 
     Returns:
@@ -98,14 +98,14 @@ def viz_pca(
     Patches of like colours have like tokens. Each image has its own components, unless they are joint.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
-            weights), or timm:NAME.
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
+            initialisation), or timm:NAME.
         images: an image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
         out: the picture to write, a .png or .pdf file.
         layer: of the encoder, from 0, or negative from the end. Every layer is normalised by the final norm.
         joint: the same components for all images, so that a colour means the same in each.
         count: how many images to show, from the first on.
-        seed: of fresh weights.
+        seed: of random initialisation.
         overwrite: replace a picture that is there.
 
     Returns:
@@ -144,13 +144,13 @@ def viz_layers(
     its heads' values as a stand-in for the subspace rate.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
-            weights), or timm:NAME of a Vision Transformer.
+        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
+            initialisation), or timm:NAME of a Vision Transformer.
         data: any form of data that `crate-mae pretrain` takes.
         out: the picture to write, a .png or .pdf file.
-        control: draw the same model with random weights beside it.
+        control: draw the same model with random initialisation beside it.
         count: how many images to measure; of more, a fixed choice is taken.
-        seed: of that choice, and of fresh weights.
+        seed: of that choice, and of random initialisation.
         overwrite: replace a picture that is there.
 
     Returns:
@@ -168,9 +168,9 @@ def viz_layers(
     opened = open_measurable(model, seed)
     twin = None
     if control is not None:
-        twin = untrained_twin(opened, seed + 1)  # other weights than those of a model that is fresh itself
+        twin = untrained_twin(opened, seed + 1)  # other weights than those of an untrained model
         if twin is None:
-            raise UserError(f"Nobody can tell how a {opened.name} from Python is built anew: leave out --control.")
+            raise UserError(f"The configuration of a {opened.name} from Python is not known: leave out --control.")
     console = Console(highlight=False)
     with console.status("Measuring the layers"):
         found = measure_layers(opened, data, count=count, seed=seed, audited=False)
@@ -206,7 +206,7 @@ def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, Re
 
 
 def _save(figure: Any, path: Path, backbone: "Backbone", read: "ReadImages") -> Picture:
-    """Write a picture of images, and say so."""
+    """Write a picture of images, and report it."""
     from rich.console import Console
 
     console = Console(highlight=False)

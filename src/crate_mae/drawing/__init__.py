@@ -1,1 +1,1 @@
-"""How what was measured is shown: one style of figures, one kind of page."""
+"""Figures in one style, line charts, and HTML pages."""

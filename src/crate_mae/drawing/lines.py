@@ -26,7 +26,7 @@ class Line(NamedTuple):
     """One line of a panel.
 
     Attributes:
-        label: for the legend, where a label stands once; "" for none.
+        label: for the legend, which has each label once; "" for none.
         x: places.
         y: heights.
         number: of colour and symbol; None is grey without symbols.
@@ -55,7 +55,7 @@ class Panel(NamedTuple):
         scale: of the vertical axis: "auto" is logarithmic where values differ a hundredfold, and magnifies nothing that
             hardly differs.
         ticks: of the horizontal axis, by their places; None leaves them to matplotlib.
-        divider: where a dotted vertical line stands.
+        divider: place of a dotted vertical line.
     """
 
     lines: Sequence[Line]

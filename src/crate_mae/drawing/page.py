@@ -1,6 +1,6 @@
 """HTML pages: one file with its figures inside, for a laptop, a phone and a printer; no network, no script.
 
-The pages are Jinja2 templates, which stand beside the code that fills them in. Each extends `drawing/page.html.j2`, and
+The pages are Jinja2 templates beside the code that fills them in. Each extends `drawing/page.html.j2`, and
 takes tables and figures from `drawing/macros.html.j2`. Everything is escaped; `| html` also typesets formulas, see
 `drawing.text`.
 """
@@ -41,13 +41,13 @@ def figure(png: bytes, caption: str, alt: str | None = None) -> str:
     Args:
         png: the file.
         caption: HTML below it.
-        alt: what is said of it where it cannot be seen; by default the caption.
+        alt: a text for where it cannot be seen; by default the caption.
     """
     return _macros().figure(png, Markup(caption), alt or caption)
 
 
 def table(header: Any, rows: Any, caption: str = "") -> str:
-    """Write a table whose first column says what each row is, as HTML, from cells that are HTML."""
+    """Write a table whose first column names each row, as HTML, from cells that are HTML."""
     cells = [[Markup(cell) for cell in row] for row in rows]
     return _macros().table([Markup(cell) for cell in header], cells, Markup(caption))
 

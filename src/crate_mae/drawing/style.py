@@ -1,4 +1,4 @@
-"""How figures look: one set of colours, symbols and sizes."""
+"""The style of figures: one set of colours, symbols and sizes."""
 
 from collections.abc import Sequence
 from io import BytesIO
@@ -8,7 +8,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-# Okabe and Ito's colours, which people of all kinds of colour vision tell apart.
+# Okabe and Ito's colours, which can be told apart with any kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"

@@ -28,7 +28,7 @@ def attention_on_grid(
     Args:
         attention: weights of an unmasked pass, as `models.tracing.trace` gives them.
         grid_size: rows and columns of patches, which are the last tokens.
-        query: number of the token that looks.
+        query: number of the token whose attention it is.
     """
     gh, gw = grid_size
     return attention[:, :, query, -gh * gw :].unflatten(-1, (gh, gw))
@@ -98,7 +98,7 @@ _AT_ONCE = 16  # images
 
 
 class ClassAttention(NamedTuple):
-    """What the class token looks at.
+    """What the class token attends to.
 
     Attributes:
         heads: share of its attention that each head gives to each place; the rest goes to prefix tokens.
@@ -154,7 +154,7 @@ def overlapping(
     A patch is as wide as p / s fine cells, s being the stride. Shifted by $m s - \lfloor (p - s) / 2 \rfloor$ pixels,
     m = 0, ..., p / s - 1, downwards and to the right, the patches lie centred on every (p / s)-th fine cell (to half a
     pixel where p - s is odd); all (p / s)^2 shifts together fill the fine grid. Every pass is one that the model could
-    be shown: of its own size, with its own number of tokens. What comes in from outside is the image mirrored at its
+    be shown: of its own size, with its own number of tokens. Pixels from outside are those of the image mirrored at its
     border, at most p / 2 pixels of it. Values are divided by (p / s)^2, so that shares stay shares.
 
     Args:
@@ -205,5 +205,5 @@ def _attention_name(encoder: nn.Module, layer: int) -> str:
             "and of timm show theirs."
         )
     if not has_class_token(encoder):
-        raise UserError(f"This {kind} has no class token, whose attention could be shown. `viz pca` needs none.")
+        raise UserError(f"This {kind} has no class token whose attention could be drawn. `viz pca` needs none.")
     return f"{list(layers)[layer_number(encoder, layer)]}.attention"

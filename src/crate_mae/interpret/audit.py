@@ -1,7 +1,7 @@
 """Does each step of a layer do what it was derived to do? Claims, their controls, and the rule that judges them.
 
 Every claim is about one step of one layer, and is measured on the same images before the step, after it, and after
-each of its controls: what could stand in the step's place without any derivation. `CLAIMS` is the whole table.
+each of its controls: what could replace the step without any derivation. `CLAIMS` is the whole table.
 
 **The margin** of an image is by how much the step beats the best of its controls in that image, in the direction that
 is claimed:
@@ -25,12 +25,12 @@ jackknife over groups of images, and the t-test has one degree of freedom less t
 
 Which control belongs to which claim is part of the claim. Collapse (uniform attention, plain shrinking) lowers R^c
 more than any sorting does, so it is a control of the claim that a step sorts, at an equal fall of R^c, and not of the
-claim that it compresses. A random move raises R^c more than any undoing of a compression does, so it is no control of
-the claim that the decoder decompresses.
+claim that it compresses. A random move raises R^c more than any undoing of a compression does, so it is not a control
+of the claim that the decoder decompresses.
 
 **A theorem** is a claim that a layer lists in its attribute `theorems`: that the step is no worse than the first of the
 claim's controls, for all weights and all tokens. If one image contradicts it, the module has a bug, and the status
-says so. Its controls are measured all the same, and `AuditRow.holds` says whether it beats them.
+is "contradiction". Its controls are measured all the same, and `AuditRow.holds` is whether it beats them.
 """
 
 import math
@@ -208,7 +208,7 @@ class LayerClaims(NamedTuple):
 
     Attributes:
         measured: by claim.
-        theorems: the claims that the layer says are theorems.
+        theorems: the claims that the layer lists as theorems.
     """
 
     measured: Mapping[str, Measured]
@@ -263,7 +263,7 @@ class AuditRow:
 
     @property
     def is_met(self) -> bool:
-        """Whether the claim is a theorem that stands, or holds as measured."""
+        """Whether the claim is a theorem without a contradiction, or holds as measured."""
         return self.status in ("theorem", "holds")
 
     @property

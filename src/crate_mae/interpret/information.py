@@ -72,7 +72,7 @@ def feature_ranks(
 
 @torch.no_grad()
 def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], patch_size: int) -> list[Row]:
-    """How much of a patch its own token still tells in a linear way: R^2 of ridge regression, after each layer.
+    """How much of a patch its own token retains in a linear way: R^2 of ridge regression, after each layer.
 
     Regressed is from the tokens of whole images to their own pixels. Hidden patches would need tokens in their places,
     which an encoder that sees visible patches alone does not have, and would measure guessing rather than keeping. The
@@ -100,17 +100,17 @@ def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], p
             error = (y - y_mean - (x - x_mean) @ weight).square().sum((1, 2))
             total = (y - y_mean).square().sum((1, 2))
             scores[name].append(torch.stack([error, total], 1))
-    told = {}
+    scored = {}
     for name, found in scores.items():
         error, total = torch.cat(found).unbind(1)
         # Divided by the mean image's variance: their mean is the usual R^2, and flat images do not outweigh all others.
-        told[place_of(name)] = 1 - error / total.mean().clamp_min(1e-12)
-    return rows_over_layers(told, "pixel_r2", "z_next")
+        scored[place_of(name)] = 1 - error / total.mean().clamp_min(1e-12)
+    return rows_over_layers(scored, "pixel_r2", "z_next")
 
 
 @dataclass(frozen=True)
 class LayerProbe:
-    """What a linear classifier knows from one layer; see `evaluation.probes.LinearResult`."""
+    """A linear classifier of one layer; see `evaluation.probes.LinearResult`."""
 
     layer: int
     top1: Score
@@ -197,7 +197,9 @@ def probe_images(train: ImageSource, test: ImageSource, most: int, seed: int) ->
     if strange := sorted(set(test_names) - set(classes)):
         raise UserError(f"{test.name} has classes that {train.name} lacks, such as {strange[0]}.")
     if len(classes) < 2:
-        raise UserError(f"All images of {train.name} are of one class ({classes[0]}): there is nothing to tell apart.")
+        raise UserError(
+            f"All images of {train.name} are of one class ({classes[0]}): a probe needs at least two classes."
+        )
     number = {name: i for i, name in enumerate(classes)}
     labels = [np.array([number[name] for name in names], dtype=np.int64) for _, names in chosen]
     refuse_small_classes(labels[0], 2, classes)
@@ -218,7 +220,9 @@ def split_probe_images(source: ImageSource, most: int, seed: int) -> ProbeImages
     order = np.random.default_rng(seed).permutation(len(indices))
     classes = sorted(set(names))
     if len(classes) < 2:
-        raise UserError(f"All images of {source.name} are of one class ({classes[0]}): there is nothing to tell apart.")
+        raise UserError(
+            f"All images of {source.name} are of one class ({classes[0]}): a probe needs at least two classes."
+        )
     labels = np.array([classes.index(name) for name in names], dtype=np.int64)
     parts = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
     refuse_small_classes(labels[parts[0]], 2, classes)

@@ -330,8 +330,8 @@ def value_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
 
     MSSA has one matrix where a Transformer has three. Taken is that of the values, since what attention mixes and
     passes on are values, as MSSA mixes and passes on U_k^T z: a head that compresses anything compresses those. Queries
-    and keys only say how much of which token is mixed. The unit length of projections makes the scale of W_v
-    irrelevant, and a bias, which is no part of a subspace, is left out.
+    and keys only determine how much of which token is mixed. The unit length of projections makes the scale of W_v
+    irrelevant, and a bias, which is not part of a subspace, is left out.
 
     It is not a subspace rate: the columns of W_v are not orthonormal, tokens are compared by other projections, and no
     step was derived to lower it. Its height does not compare with networks of other widths or numbers of heads; its

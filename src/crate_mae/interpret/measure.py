@@ -18,7 +18,6 @@ from crate_mae.evaluation.backbones import Backbone, open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
 from crate_mae.interpret.audit import EXPAND_REDUCTION_LAYER, AuditRow, Tokens, audit
 from crate_mae.interpret.information import dead_coordinates, feature_ranks, pixels_from_layers
-from crate_mae.interpret.layer_claims import measure_claims
 from crate_mae.interpret.layer_measures import (
     EPS,
     SPARSITY_WEIGHT,
@@ -29,6 +28,7 @@ from crate_mae.interpret.layer_measures import (
     stream,
 )
 from crate_mae.interpret.statistics import Row, place_of
+from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.weights import inverse_measures, layer_pairs, measure_inverse_weights, measure_weights
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.classifier import ClassifierConfig, build_classifier

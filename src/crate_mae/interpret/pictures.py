@@ -17,7 +17,7 @@ _CAPTION, _GAP, _TITLE_LINE, _HEADING = 0.2, 0.05, 0.22, 0.5  # inches
 _VEIL = np.array([0.0, 0.45, 0.7])  # the colour that lies over what is not foreground
 _VEILED = 0.8  # how much of it
 _FRAME = "#D55E00"
-_HEAT = "cividis"  # which looks the same to people of all kinds of colour vision
+_HEAT = "cividis"  # which looks the same with any kind of colour vision
 _ROOMY, _NARROW = 1.3, 1.0  # inches of a tile below which titles become smaller
 
 Box = tuple[float, float, float, float]  # left, top, width, height, in pixels
@@ -43,7 +43,7 @@ Tiles = Sequence[Sequence[Tile | None]]  # rows, in which None keeps a place emp
 
 
 def heat(values: Float[np.ndarray, "gh gw"], title: str = "") -> Tile:
-    """A map of what is looked at; below it its largest value over its mean, 1 for even attention."""
+    """A map of attention; below it its largest value over its mean, 1 for even attention."""
     largest, mean = float(values.max()), float(values.mean())
     return Tile(values, title, f"{largest / mean:.1f}" if mean else "none")
 
@@ -56,7 +56,7 @@ def cut_out(picture: Float[np.ndarray, "hh ww 3"], kept: Bool[np.ndarray, "gh gw
 
 
 def titled(columns: Sequence[str], rows: Sequence[Sequence[Tile]]) -> list[list[Tile]]:
-    """Rows of which the first has a title over each tile."""
+    """Rows with a title over each tile of the first."""
     first, *rest = rows
     named = [tile._replace(title=title) for tile, title in zip(first, columns, strict=False)]
     return [[*named, *first[len(named) :]], *map(list, rest)]
@@ -70,11 +70,11 @@ def draw_tiles(rows: Tiles, *, tile_width: float, heading: str = "") -> Figure:
         tile_width: in inches.
         heading: above all.
     """
-    shown = [tile for row in rows for tile in row if tile is not None]
+    tiles = [tile for row in rows for tile in row if tile is not None]
     columns = max(len(row) for row in rows)
-    aspect = shown[0].pixels.shape[0] / shown[0].pixels.shape[1]
-    below = _CAPTION if any(tile.caption for tile in shown) else _GAP
-    above = _TITLE_LINE * (1 + max(tile.title.count("\n") for tile in shown))
+    aspect = tiles[0].pixels.shape[0] / tiles[0].pixels.shape[1]
+    below = _CAPTION if any(tile.caption for tile in tiles) else _GAP
+    above = _TITLE_LINE * (1 + max(tile.title.count("\n") for tile in tiles))
     height = len(rows) * (tile_width * aspect + below) + above + (_HEADING if heading else 0)
     figure = new_figure(tile_width * columns, height)
     axes = panels(figure, len(rows), columns)
@@ -117,7 +117,7 @@ def draw_attention(
     heads: Float[np.ndarray, "b h gh gw"],
     saliency: Float[np.ndarray, "b gh gw"],
 ) -> Figure:
-    """What the class token looks at in each image, see `attention_tiles`.
+    """Draw what the class token attends to in each image, see `attention_tiles`.
 
     Args:
         pictures: the images, in [0, 1].

@@ -1,7 +1,7 @@
 r"""Rates of the tokens of all images together, from their second moments alone.
 
 The tokens of one image are fewer than the dimensions of a layer, so that R of an image is capped at n directions while
-R^c counts p directions in each of h subspaces: R - R^c of an image says little. The tokens of many images fill the
+R^c counts p directions in each of h subspaces: R - R^c of an image means little. The tokens of many images fill the
 space. Their rates are those of the moment M = Z^T Z / n (`theory.coding_rate.moment_coding_rate`):
 
     R = 1/2 logdet(I + d/eps^2 M),    R^c = 1/2 sum_k logdet(I + p/eps^2 Q_k^T M Q_k),

@@ -102,7 +102,6 @@ MEASURES: dict[str, Measure] = {
     "zero_fraction": Measure(
         "share of exact zeros",
         "Share of coordinates that are exactly zero.",
-        unit="share",
         better="higher",
         point="z_next",
     ),

@@ -19,7 +19,7 @@ _AT_ONCE = 16  # images
 def shown_images(
     images: Float[Tensor, "b c hh ww"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[np.ndarray, "b hh ww 3"]:
-    """Normalised images as pictures in [0, 1]; of one channel, or of any but three, the mean is shown in grey."""
+    """Normalised images as pictures in [0, 1]; of one channel, or of any but three, their mean in grey."""
     offset, scale = (images.new_tensor(values)[:, None, None] for values in (mean, std))
     pixels = (images * scale + offset).clamp(0, 1)
     if images.shape[1] != 3:
@@ -118,7 +118,7 @@ def nearest_tokens(patches: Float[Tensor, "b n d"], image: int, token: int, coun
     if not (0 <= image < b and 0 <= token < n):
         raise UserError(f"There is no token {token} of image {image}: there are {b} images of {n} tokens.")
     if b < 2:
-        raise UserError("Neighbours are looked for in other images, and there is only one.")
+        raise UserError("Neighbours are searched in other images, and there is only one.")
     unit = F.normalize(patches.float(), dim=-1)
     best = (unit @ unit[image, token]).max(dim=1)
     order = best.values.argsort(descending=True, stable=True)

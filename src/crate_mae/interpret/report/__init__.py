@@ -1,1 +1,1 @@
-"""One page that says whether a trained network does what its layers were derived to do."""
+"""A report on whether a trained network does what its layers were derived to do."""

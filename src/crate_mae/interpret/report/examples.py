@@ -271,7 +271,7 @@ def completion_grid(completed: Completed) -> Grid:
         "Completions",
         f"From left to right: an image, what the model saw of it ({100 * completed.mask_ratio:g}% of the patches "
         "hidden), what it predicts everywhere, and the prediction pasted into the gaps of the original. Compare the "
-        f"last with the first; the number is the PSNR of hidden patches, of which more is better.{own}",
+        f"last with the first; the number is the PSNR of hidden patches, where more is better.{own}",
         titled(["original", "masked", "completed", "pasted"] * min(_SIDE_BY_SIDE, len(halves)), rows),
     )
 

@@ -15,9 +15,9 @@ from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
 from crate_mae.interpret.report.subjects import LABELS
 
 _WIDTH, _PANEL_HEIGHT = 11.0, 3.2  # inches
-_MORE_ROOM = 4  # panels of which there are as many stand in two columns
+_MORE_ROOM = 4  # as many panels are drawn in two columns
 _COLOUR_OF = {key: number for number, key in enumerate(LABELS)}
-_CONTROL = len(LABELS)  # colour of a control that is no network
+_CONTROL = len(LABELS)  # colour of a control that is not a network
 
 
 class Panel(NamedTuple):
@@ -211,7 +211,7 @@ def _information(inspection: Inspection) -> LayerFigure:
         "information",
         "Information kept, and idle coordinates",
         "How much of the pixels of its patch a linear map recovers from each token (1 is everything), how many "
-        "directions tell images apart, which share of coordinates is zero for every token of every image, and how well "
+        "directions images differ in, which share of coordinates is zero for every token of every image, and how well "
         "a linear classifier does on each layer. High is good in all but the share of dead coordinates.",
         _by_subject(inspection.measured, ("pixel_r2", "feature_rank", "dead_coordinates", "probe_accuracy")),
     )

@@ -55,7 +55,7 @@ def write_page(inspection: Inspection, plan: Plan, pictures: Mapping[str, bytes]
 
     Args:
         inspection: what was measured.
-        plan: which figures stand in which section.
+        plan: the figures of each section.
         pictures: PNG files, by the names of the figures.
     """
     rows = inspection.model.measures.audit

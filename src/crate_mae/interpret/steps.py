@@ -5,7 +5,7 @@ pass, and of one layer at a time.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -42,7 +42,10 @@ _DECOMPRESS = {
     "subspace_rate_normalised": claims.DECOMPRESS_NORMALISED,
     "subspace_rate_unit": claims.DECOMPRESS_UNIT,
 }
-_BEFORE, _AFTER = "before", "after"
+_BEFORE, _AFTER, _MEANS = "before", "after", "means"
+
+_Key = TypeVar("_Key")
+_Sum = tuple[str, str]  # a claim, and which tokens are summed
 
 
 class Moves(NamedTuple):
@@ -117,7 +120,7 @@ def measure_layer(
     rotation = orthonormal_bases(1, z.shape[-1], z.shape[-1], generator)[0].to(z)
     is_decoder = isinstance(layer, DecoderLayer)
     values: dict[str, dict[str, list[Tensor]]] = {}
-    sums: dict[str, list[Tensor]] = {}
+    sums: dict[_Sum, list[Tensor]] = {}
     outputs: list[Tensor] = []
     groups = z.tensor_split(min(GROUPS, len(z)))
     for number, group in enumerate(groups):
@@ -148,7 +151,7 @@ def attention_moves(
     rotation: Float[Tensor, "d d"],
     generator: torch.Generator,
 ) -> Moves:
-    """The attention step of a layer and what could stand in its place.
+    """The attention step of a layer and what could replace it.
 
     | control          | the step is                                                       |
     |------------------|-------------------------------------------------------------------|
@@ -248,34 +251,34 @@ def _expansions(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[str, dic
     return {claims.EXPAND: ista, claims.EXPAND_LAYER: whole}
 
 
-def _sums_of_attention(moves: Moves) -> dict[str, Tensor]:
+def _sums_of_attention(moves: Moves) -> dict[_Sum, Tensor]:
     return {
-        "start": pooled.token_sum(moves.start),
-        "means": pooled.mean_sum(moves.start),
-        "moved": pooled.token_sum(moves.after),
+        (claims.SORT, _BEFORE): pooled.token_sum(moves.start),
+        (claims.SORT, _MEANS): pooled.mean_sum(moves.start),
+        (claims.SORT, _AFTER): pooled.token_sum(moves.after),
     }
 
 
-def _sums_of_sparse_coding(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _sums_of_sparse_coding(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[_Sum, Tensor]:
     return {
-        f"{claim} {name}": pooled.token_sum(equal_lengths(tokens))
+        (claim, name): pooled.token_sum(equal_lengths(tokens))
         for claim, found in _expansions(layer, points).items()
         for name, tokens in found.items()
     }
 
 
-def _pooled(layer: nn.Module, sums: Mapping[str, list[Tensor]], counts: Float[Tensor, "g"]) -> dict[str, Measured]:
+def _pooled(layer: nn.Module, sums: Mapping[_Sum, list[Tensor]], counts: Float[Tensor, "g"]) -> dict[str, Measured]:
     """The claims about all images at once, of what sums there are."""
     if not sums:
         return {}
     q = orthonormalised(bases(layer).double())
     pools = {name: pooled.pool(found, counts, q) for name, found in sums.items()}
-    found = {claims.SORT: pooled.sorting(pools["start"], pools["means"], pools["moved"])}
+    found = {claims.SORT: pooled.sorting(*(pools[claims.SORT, name] for name in (_BEFORE, _MEANS, _AFTER)))}
     pairs = {claims.EXPAND: claims.EXPAND_REDUCTION, claims.EXPAND_LAYER: claims.EXPAND_REDUCTION_LAYER}
     for expansion, claim in pairs.items():
-        if f"{expansion} {_BEFORE}" in pools:
-            before, after = (pools[f"{expansion} {name}"] for name in (_BEFORE, _AFTER))
-            found[claim] = pooled.reduction(before, after, pools.get(f"{expansion} {claims.RELU}"))
+        if (expansion, _BEFORE) in pools:
+            before, after = (pools[expansion, name] for name in (_BEFORE, _AFTER))
+            found[claim] = pooled.reduction(before, after, pools.get((expansion, claims.RELU)))
     return {claim: Measured(*map(_on_cpu, measured)) for claim, measured in found.items()}
 
 
@@ -290,7 +293,7 @@ def _on_cpu(values: Any) -> Any:
     return {k: v.cpu() for k, v in values.items()} if isinstance(values, Mapping) else values.cpu()
 
 
-def _append(lists: dict[str, list[Tensor]], values: Mapping[str, Tensor]) -> None:
+def _append(lists: dict[_Key, list[Tensor]], values: Mapping[_Key, Tensor]) -> None:
     for name, value in values.items():
         lists.setdefault(name, []).append(value)
 

@@ -1,0 +1,31 @@
+"""Pages: whatever a user wrote is text, and whatever a template needs it must get."""
+
+import pytest
+from jinja2 import TemplateNotFound, UndefinedError
+
+from crate_mae.drawing.page import figure, page, render, table
+
+
+def test_text_is_escaped_and_html_is_kept():
+    text = page("<b> & co", "<p>R<sup>c</sup></p>")
+    assert text.startswith("<!doctype html>")
+    assert text.count("&lt;b&gt; &amp; co") == 2 and "<b>" not in text
+    assert "<p>R<sup>c</sup></p>" in text and "max-width: 52rem" in text
+
+
+def test_a_picture_is_inside_the_page_with_a_text():
+    text = figure(b"png", "R<sup>c</sup>", 'a "b" <c>')
+    assert 'src="data:image/png;base64,cG5n"' in text
+    assert 'alt="a &#34;b&#34; &lt;c&gt;"' in text and "<figcaption>R<sup>c</sup></figcaption>" in text
+
+
+def test_a_table_has_its_cells_in_order():
+    text = table(["", "a"], [["x", "1"], ["y", "2"]], "caption")
+    assert text.index("caption") < text.index(">a<") < text.index(">x<") < text.index(">1<") < text.index(">y<")
+
+
+def test_a_name_without_a_value_is_an_error():
+    with pytest.raises(UndefinedError):
+        render("drawing/page.html.j2", body="")
+    with pytest.raises(TemplateNotFound):
+        render("drawing/nothing.html.j2")
