@@ -93,7 +93,7 @@ class Step(nn.Module):
         root = torch.exp(self.log_scale / 2)
         mixed = MEMBERSHIPS[self.pieces.membership](root * w, 1.0) @ w
         change = mixed if self.pieces.step == "published" else torch.sigmoid(self.rate_logit) * (mixed - w)
-        return subspaces.back(change.transpose(1, 2).flatten(2))
+        return F.linear(change.transpose(1, 2).flatten(2), subspaces.matrix().mT)
 
 
 class Sparsify(BoundedISTA):

@@ -9,9 +9,10 @@ from safetensors.torch import load_file, save_file
 
 import crate_mae
 from crate_mae.deployment import formats, verification
-from crate_mae.deployment.folding import FoldedISTA, folded
+from crate_mae.deployment.graphs import folded
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.layers import ISTA
 from crate_mae.models.presets import preset
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1, "image_size": (6, 10)}
@@ -50,9 +51,9 @@ def test_a_folded_model_is_the_same_function(settings):
     net = crate_mae.create_model(NANO, **SMALL, **settings).eval()
     images = torch.randn(3, 3, 6, 10)
     small = folded(net)
-    assert isinstance(small.encoder.blocks[0].ista, FoldedISTA)
+    assert not any(isinstance(part, ISTA) for part in small.modules())
     torch.testing.assert_close(small(images).prediction, net(images).prediction, rtol=1e-4, atol=1e-5)
-    assert not any(isinstance(part, FoldedISTA) for part in net.modules())
+    assert isinstance(net.encoder.blocks[0].ista, ISTA)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "timm", "pt2", "onnx"])

@@ -78,7 +78,7 @@ def test_at_rest_the_operator_is_formed_once_and_again_when_the_dictionary_chang
         for output in outputs:
             torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-13)
     layer.train()(x)
-    assert layer._kept is None
+    assert layer._kept._entry is None
     assert list(layer.state_dict()) == ["dictionary"]
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import crate_mae
-from crate_mae.deployment.folding import FoldedCompression
 from crate_mae.errors import UserError
 from crate_mae.models.monotone import (
     MOST_SCALE,
@@ -282,4 +281,4 @@ def test_no_temperature_makes_numbers_that_are_not_finite(log_scale, generator):
     out.square().sum().backward()
     assert out.isfinite().all()
     assert x.grad.isfinite().all()
-    torch.testing.assert_close(FoldedCompression(attn.eval())(x), attn(x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(attn.eval().folded()(x), attn(x), rtol=1e-4, atol=1e-4)

@@ -13,6 +13,7 @@ interpolated, as by timm's `dynamic_img_size`. How many patches are visible is f
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,12 +24,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.export import Dim
 
-from crate_mae.deployment.folding import folded
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.classifier import Classifier, HeadPooling
 from crate_mae.models.features import pool
+from crate_mae.models.layers import ISTA
 from crate_mae.models.masking import random_mask, visible_indices
+from crate_mae.models.monotone import Compression
 from crate_mae.models.timm_models import any_size_encoder
 from crate_mae.models.weights import Model
 
@@ -111,6 +113,19 @@ def any_size(model: Model) -> nn.Module:
     encoder = any_size_encoder(model.config.encoder if isinstance(model, Classifier) else model.config)
     encoder.load_state_dict(model.encoder.state_dict())
     return encoder.eval()
+
+
+def folded(model: nn.Module) -> Any:
+    """A copy of a model for inference, in `eval()`, that computes the same: see `folded()` of `ISTA` and `Compression`.
+
+    In other layers nothing is the same at every call; they stay as they are.
+    """
+    model = copy.deepcopy(model).eval()
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, ISTA | Compression):
+                setattr(parent, name, child.folded())
+    return model.requires_grad_(False)
 
 
 def graph_class(model: Model, part: str) -> Any:

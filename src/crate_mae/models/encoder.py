@@ -1,12 +1,12 @@
 """The encoder: a timm Vision Transformer with fixed positions that also takes masked images."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
-from timm.layers import resample_abs_pos_embed
+from timm.layers import PatchEmbed, resample_abs_pos_embed
 from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from crate_mae.models.config import Initialization, Layer
 from crate_mae.models.initialization import initialize
 from crate_mae.models.layers import EncoderLayer, OutputProjection
+from crate_mae.models.masking import patchify, unpatchify
 from crate_mae.models.monotone import MonotoneEncoderLayer, orthogonal_parameters
 from crate_mae.models.positions import sincos_positions
 
@@ -141,10 +142,9 @@ def crate_block(
     output_projection: OutputProjection = "free",
     ista_skip: bool = False,
     overcomplete: int = 1,
-    classes: Mapping[Layer, type[EncoderLayer]] | None = None,
 ) -> Callable[..., nn.Module]:
-    """A block builder for `MaskedEncoder` that makes CRATE's layers, of other `classes` than the usual if given."""
-    kind = (classes or {"published": EncoderLayer, "monotone": MonotoneEncoderLayer})[layer]
+    """A block builder for `MaskedEncoder` that makes CRATE's layers."""
+    kind = EncoderLayer if layer == "published" else MonotoneEncoderLayer
     settings: dict[str, Any] = {"step_size": step_size, "threshold": threshold}
     if layer == "published":
         settings |= {"output_projection": output_projection, "ista_skip": ista_skip, "overcomplete": overcomplete}
@@ -167,3 +167,24 @@ def crate_block(
 def vit_block() -> Callable[..., nn.Module]:
     """A block builder for `MaskedEncoder` that makes timm's own pre-norm blocks."""
     return Block
+
+
+class NormedPatchEmbed(PatchEmbed):
+    """Patches to tokens as in the official CRATE classifiers: a patch's pixels are normalised, and so is its token.
+
+    Attributes:
+        pixel_norm: over the numbers of a patch, in the order of `masking.patchify`.
+    """
+
+    EPS: ClassVar[float] = 1e-5
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        options["norm_layer"] = partial(nn.LayerNorm, eps=self.EPS)
+        super().__init__(*arguments, **options)
+        self.side = int(self.patch_size[0])
+        self.pixel_norm = nn.LayerNorm(self.side**2 * self.proj.in_channels, eps=self.EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images b c hh ww to tokens b n d, or b gh gw d where any size is taken."""
+        grid = (x.shape[2] // self.side, x.shape[3] // self.side)
+        return super().forward(unpatchify(self.pixel_norm(patchify(x, self.side)), self.side, grid))

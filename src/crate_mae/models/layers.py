@@ -5,17 +5,23 @@
 
 The encoder compresses, then sparsifies; the decoder leaves the sparse code, then runs the compression backward.
 Both use the same `MSSA`: only the sign of the step differs.
+
+The same classes serve training, TorchScript (comments `# type:` are for it), `torch.fx`, timm's `AttentionExtract`
+and export. `folded()` of a module is its form for inference, in which all that depends on weights alone is computed.
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, ClassVar, Final, Literal
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import DropPath
+from timm.layers import DropPath, use_fused_attn
+from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from crate_mae.errors import UserError
 from crate_mae.theory.attention import attention_membership, ssa
@@ -24,7 +30,34 @@ from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, s
 OutputProjection = Literal["free", "tied"]
 
 
-class MSSA(nn.Module):
+class SubspaceAttention(nn.Module):
+    """Tokens are projected onto subspaces, attend in each, and go back: what MSSA and monotone layers have in common.
+
+    Attributes:
+        num_heads: number of subspaces h; the subspace dimension is p = d / h.
+        fused_attn: whether attention weights stay inside one function. After `timm.layers.set_fused_attn(False)` a new
+            layer computes them by `membership` and passes them through `attn_drop`, for hooks; it drops none.
+    """
+
+    num_heads: int
+    fused_attn: Final[bool]
+
+    def __init__(self, embed_dim: int, num_heads: int) -> None:
+        super().__init__()
+        if embed_dim % num_heads:
+            raise UserError(f"The width {embed_dim} cannot be split into {num_heads} heads of equal dimension.")
+        self.num_heads = num_heads
+        self.fused_attn = use_fused_attn()
+        if not self.fused_attn:
+            self.attn_drop = nn.Dropout(0.0)
+
+    def split(self, w: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n p"]:
+        # type: (Tensor) -> Tensor
+        """[W_1 .. W_h], side by side, as h matrices."""
+        return w.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+
+class MSSA(SubspaceAttention):
     """Multi-head subspace self-attention: MSSA(Z | U) = sum_k SSA(Z | U_k) W_k^T (+ bias).
 
     SSA(Z | U_k) = softmax(s (Z U_k)(Z U_k)^T) Z U_k with s = p^-1/2: query, key and value are the one projection of
@@ -34,7 +67,6 @@ class MSSA(nn.Module):
     Attributes:
         subspaces: the linear map whose weight is [U_1 .. U_h]^T, (h p) x d, and whose output is [Z U_1 .. Z U_h].
         proj: the free output projection with bias, [W_1 .. W_h]; None when tied, where W_k = U_k as in the theory.
-        num_heads: number of subspaces h; the subspace dimension is p = d / h.
     """
 
     def __init__(
@@ -46,10 +78,7 @@ class MSSA(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if embed_dim % num_heads:
-            raise UserError(f"The width {embed_dim} cannot be split into {num_heads} heads of equal dimension.")
-        self.num_heads = num_heads
+        super().__init__(embed_dim, num_heads)
         self.subspaces = nn.Linear(embed_dim, embed_dim, bias=False, device=device, dtype=dtype)
         self.proj = nn.Linear(embed_dim, embed_dim, device=device, dtype=dtype) if output_projection == "free" else None
 
@@ -58,31 +87,35 @@ class MSSA(nn.Module):
         return self.subspaces.weight.unflatten(0, (self.num_heads, -1)).mT
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        # type: (Tensor) -> Tensor
         """The step that the layer adds: attend within each subspace and go back to the space of the tokens."""
         w = self.project(x)
-        return self.step(w, ssa(w))
+        return self.step(w, ssa(w) if self.fused_attn else self.attn_drop(self.membership(w)) @ w)
 
     def project(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n p"]:
+        # type: (Tensor) -> Tensor
         """W_k = X U_k for all subspaces."""
-        return self.subspaces(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return self.split(self.subspaces(x))
 
     def membership(self, w: Float[Tensor, "b h n p"]) -> Float[Tensor, "b h n n"]:
+        # type: (Tensor) -> Tensor
         """P_k = softmax(s W_k W_k^T): which tokens each token reads."""
         return attention_membership(w)
 
     def step(self, w: Float[Tensor, "b h n p"], mixed: Float[Tensor, "b h n p"]) -> Float[Tensor, "b n d"]:
+        # type: (Tensor, Tensor) -> Tensor
         """sum_k (P_k W_k) W_k^T from the mixed tokens P_k W_k; the published step has no use for W_k unmixed."""
         del w
         heads = mixed.transpose(1, 2).flatten(2)
-        return F.linear(heads, self.subspaces.weight.t()) if self.proj is None else self.proj(heads)
+        return F.linear(heads, self.subspaces.weight.mT) if self.proj is None else self.proj(heads)
 
 
 class ISTA(nn.Module):
     """One proximal-gradient step towards the sparse code of the tokens in a learned dictionary.
 
     ISTA(X | D) = relu(X + eta (X D - X D^T D) - eta lambda), computed as `theory.sparse_coding.ista_step` does, by one
-    matrix product, X W. At rest (in `eval()`, without gradients, on a CPU) W is formed once and kept: that costs d^3,
-    which for a single image is half the layer. `crate_encoder.py`, `FeedForward`, of the official code.
+    matrix product, X W. In `eval()`, without gradients, on a CPU, W is formed once and kept: that costs d^3, which for
+    a single image is half the layer. `crate_encoder.py`, `FeedForward`, of the official code.
 
     Attributes:
         dictionary: D, d x d; a code A reconstructs X as A D^T.
@@ -103,7 +136,7 @@ class ISTA(nn.Module):
         self.step_size = step_size
         self.threshold = threshold
         self.dictionary = nn.Parameter(torch.empty(embed_dim, embed_dim, device=device, dtype=dtype))
-        self._kept: tuple[object, Tensor, Tensor] | None = None  # settings, dictionary, and W that was formed of them
+        self._kept = KeptValue()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -111,12 +144,15 @@ class ISTA(nn.Module):
         _init_dictionary(self.dictionary)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        # type: (Tensor) -> Tensor
         """The non-negative sparse code after one step from the tokens themselves."""
-        at_rest = not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
-        operator = self._operator_at_rest() if at_rest and x.device.type == "cpu" else self.operator()
-        return apply_ista_operator(x, operator, self.step_size * self.threshold)
+        if torch.jit.is_scripting():
+            return apply_ista_operator(x, self.operator(), self.step_size * self.threshold)
+        else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+            return apply_ista_operator(x, self._operator_for(x), self.step_size * self.threshold)
 
     def operator(self) -> Float[Tensor, "d d"]:
+        # type: () -> Tensor
         """W = I + eta (D - D^T D), of which the code is relu(X W - eta lambda)."""
         return ista_operator(self.dictionary, self.step_size)
 
@@ -125,20 +161,27 @@ class ISTA(nn.Module):
         return self.dictionary
 
     def train(self, mode: bool = True) -> "ISTA":
-        """As PyTorch does; what was kept at rest is forgotten."""
-        self._kept = None
+        """As PyTorch does; the operator that was kept in `eval()` is dropped."""
+        self._kept.clear()
         return super().train(mode)
 
-    def _operator_at_rest(self) -> Float[Tensor, "d d"]:
-        """W, formed anew if any number of the dictionary has changed, however that came about."""
+    @torch.no_grad()
+    def folded(self) -> nn.Module:
+        """The same function for inference, a linear map and a ReLU: relu(X W - eta lambda) with W as a weight."""
+        operator = self.operator()
+        width = len(operator)
+        step = nn.Linear(width, width, device=operator.device, dtype=operator.dtype)
+        step.weight.copy_(operator.mT)
+        step.bias.fill_(-self.step_size * self.threshold)
+        return nn.Sequential(step, nn.ReLU())
+
+    def _operator_for(self, x: Tensor) -> Float[Tensor, "d d"]:
+        """W; in `eval()` the one that was kept, while the dictionary, the step size and the precision are the same."""
+        forms_anew = self.training or torch.is_grad_enabled() or x.device.type != "cpu"
+        if forms_anew or is_traced(self.dictionary):
+            return self.operator()
         precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dictionary.dtype
-        settings = self.step_size, precision
-        kept = self._kept
-        if kept is None or kept[0] != settings or not torch.equal(kept[1], self.dictionary):
-            with torch.inference_mode(False), torch.no_grad():  # for what is kept will be used outside that mode, too
-                dictionary = self.dictionary.clone()
-                kept = self._kept = settings, dictionary, self.operator()
-        return kept[2]
+        return self._kept.of(self.dictionary, lambda _dictionary: self.operator(), (self.step_size, precision))
 
     def extra_repr(self) -> str:
         """Width, step size and threshold, for `print(model)`."""
@@ -212,11 +255,12 @@ class EncoderLayer(nn.Module):
 
     ISTA replaces its normalised input, as in the official code. With `ista_skip` it is added instead,
     Z_next = Z_half + ISTA(LN(Z_half)), which departs from the derivation. With `overcomplete` > 1, `OvercompleteISTA`
-    takes its place.
+    takes its place, which TorchScript cannot read.
     """
 
-    attention: type[MSSA] = MSSA
-    sparse_coding: type[ISTA] = ISTA
+    attention: ClassVar[Any] = MSSA
+    sparse_coding: ClassVar[Any] = ISTA
+    scale_drop_path: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -225,20 +269,19 @@ class EncoderLayer(nn.Module):
         *,
         step_size: float = 0.1,
         threshold: float = 0.5,
-        output_projection: OutputProjection = "free",
         ista_skip: bool = False,
         overcomplete: int = 1,
         drop_path: float = 0.0,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        **attention: Any,
     ) -> None:
+        """Build a layer; `attention` are more options of its attention, such as MSSA's `output_projection`."""
         super().__init__()
         self.ista_skip = ista_skip
         self.norm1 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        self.attn = self.attention(
-            embed_dim, num_heads, output_projection=output_projection, device=device, dtype=dtype
-        )
-        self.drop_path = DropPath(drop_path)
+        self.attn = self.attention(embed_dim, num_heads, **attention, device=device, dtype=dtype)
+        self.drop_path = DropPath(drop_path, scale_by_keep=self.scale_drop_path)
         self.norm2 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
         build = self.sparse_coding if overcomplete == 1 else partial(OvercompleteISTA, overcomplete=overcomplete)
         self.ista = build(embed_dim, step_size=step_size, threshold=threshold, device=device, dtype=dtype)
@@ -249,22 +292,30 @@ class EncoderLayer(nn.Module):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Float[Tensor, "b n d"]:
+        # type: (Tensor, Tensor | None, bool) -> Tensor
         """One layer. The last two arguments belong to timm's block contract and must keep their defaults.
 
         Raises:
             ValueError: for an attention mask or causal attention, which subspace attention does not define.
         """
-        if attn_mask is not None or is_causal:
-            raise ValueError("Subspace self-attention is defined over all tokens: it takes no mask and is not causal.")
+        refuse_mask(attn_mask, is_causal)
         x = self.norm1(z)
         z_half = self.step_start(z, x) + self.drop_path(self.attn(x))
         code = self.ista(self.norm2(z_half))
         return z_half + self.drop_path(code) if self.ista_skip else code
 
     def step_start(self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        # type: (Tensor, Tensor) -> Tensor
         """What the attention step is added to, of the tokens Z and X = LN(Z): Z."""
         del x
         return z
+
+
+@register_notrace_function
+def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
+    """Raise a `ValueError` for what timm's blocks take and subspace attention does not define."""
+    if attn_mask is not None or is_causal:
+        raise ValueError("Subspace self-attention is defined over all tokens: it takes no mask and is not causal.")
 
 
 class DecoderLayer(nn.Module):
@@ -274,12 +325,15 @@ class DecoderLayer(nn.Module):
     with the opposite sign.
     """
 
-    def __init__(self, embed_dim: int, num_heads: int, *, output_projection: OutputProjection = "free") -> None:
+    attention: ClassVar[Any] = MSSA
+
+    def __init__(self, embed_dim: int, num_heads: int, **attention: Any) -> None:
+        """Build a layer; `attention` are more options of its attention, such as MSSA's `output_projection`."""
         super().__init__()
         self.norm1 = nn.LayerNorm(embed_dim)
         self.dictionary = Dictionary(embed_dim)
         self.norm2 = nn.LayerNorm(embed_dim)
-        self.attn = MSSA(embed_dim, num_heads, output_projection=output_projection)
+        self.attn = self.attention(embed_dim, num_heads, **attention)
 
     def forward(self, y: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """One layer."""
@@ -293,6 +347,47 @@ class DecoderLayer(nn.Module):
         return y_half
 
 
+class KeptValue:
+    """The value of a function of a tensor, computed again when the tensor has changed.
+
+    Numbers are compared, since some optimizers, and whoever writes to `.data`, change them without PyTorch's knowledge.
+    """
+
+    def __init__(self) -> None:
+        self._entry: tuple[object, Tensor, Any] | None = None  # settings, a copy of the tensor, the value
+
+    def of(self, tensor: Tensor, function: Callable[[Tensor], Any], settings: object = None) -> Any:
+        """`function(tensor)`, of other numbers, another precision or device, or other `settings` computed again."""
+        entry = self._entry  # of this call, whatever other threads do
+        if entry is None or entry[0] != settings or not is_same(entry[1], tensor):
+            with torch.inference_mode(False), torch.no_grad():  # what is kept will be used outside that mode, too
+                copy = tensor.detach().clone()
+                entry = self._entry = settings, copy, function(copy)
+        return entry[2]
+
+    def clear(self) -> None:
+        """Free the memory of the value."""
+        self._entry = None
+
+
+def is_same(kept: Tensor | None, tensor: Tensor) -> bool:
+    """Whether a tensor still has the numbers, precision and device that it had."""
+    if kept is None or (kept.dtype, kept.device) != (tensor.dtype, tensor.device):
+        return False
+    return torch.equal(kept, tensor)
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether the forward pass is being traced, so that values are not available: by a compiler, or of shapes alone."""
+    return torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
 def _init_dictionary(dictionary: Tensor) -> None:
     bound = math.sqrt(6.0 / dictionary.shape[1])
     nn.init.uniform_(dictionary, -bound, bound)
+
+
+# For `torch.fx` these are one step each.
+register_notrace_function(ssa)
+for _module in (ISTA, OvercompleteISTA):
+    register_notrace_module(_module)

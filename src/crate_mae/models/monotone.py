@@ -13,26 +13,34 @@ is U_k; the attention is balanced; the sizes kappa_k and inverse temperatures s_
 coding starts from 0 instead of X. There are two d x d matrices to a layer instead of three.
 
 **How the guarantees are kept.** They belong to the module, not to an optimizer (a loop that compiles or shards layers
-calls `retract_` after each step, as ours does). U: before it is used in training, a
-parameter that has been changed is drawn back towards the orthogonal matrices by one Newton-Schulz step, in place; at
-rest (`eval()`) its exact polar factor is used. D: divided by its norm in the forward pass, where need be. kappa and s:
-a sigmoid and an exponential of the parameters.
+calls `retract_` after each step, as ours does). U: in training, a parameter that has been changed is re-orthogonalised
+by one Newton-Schulz step before it is used, in place; in `eval()` its exact polar factor is used. D: divided by its
+norm in the forward pass, where need be. kappa and s: a sigmoid and an exponential of the parameters.
 """
 
+import copy
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.layers import DropPath
+from timm.models import register_notrace_module
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from crate_mae.errors import UserError
-from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer
-from crate_mae.theory.compression import balanced_membership, balanced_ssa
+from crate_mae.models.layers import (
+    ISTA,
+    DecoderLayer,
+    EncoderLayer,
+    KeptValue,
+    SubspaceAttention,
+    is_same,
+    is_traced,
+)
+from crate_mae.theory.attention import without_autocast
+from crate_mae.theory.compression import balanced_membership, balanced_ssa, plain_balanced_ssa
 from crate_mae.theory.sparse_coding import SingularPair, bounded_dictionary, top_singular_pair
 from crate_mae.theory.subspaces import nearest_orthogonal, newton_schulz
 
@@ -48,54 +56,68 @@ class OrthogonalSubspaces(nn.Module):
 
     Attributes:
         weight: U^T before it is made orthogonal, d x d, as the weight of a linear map.
-        retracts_itself: whether the forward pass in training draws the parameter back. A training loop may rather call
-            `retract_` after every step of its optimizer, as ours does: a pass cannot write into a parameter of which
-            its process holds a share (FSDP), or which is compiled.
+        retracts_itself: whether the forward pass in training re-orthogonalises the parameter. A training loop may
+            rather call `retract_` after every step of its optimizer, as ours does: a pass cannot write into a parameter
+            of which its process holds a share (FSDP), or which is compiled.
+        is_folded: whether `weight` is the polar factor itself, and is used as it is.
     """
+
+    STEPS_TO_CONVERGE: Final[int] = 20  # of Newton-Schulz, from any weight that training leaves
 
     def __init__(self, embed_dim: int, *, device: torch.device | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(embed_dim, embed_dim, device=device, dtype=dtype))
         self.retracts_itself = True
-        self._retracted: Tensor | None = None  # the weight that training left after drawing it back
-        self._polar: tuple[Tensor, Tensor] | None = None  # a weight, and its polar factor
+        self.is_folded = False
+        self._retracted: Tensor | None = None  # the weight as the last re-orthogonalisation left it
+        self._polar_factor = KeptValue()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """A uniformly distributed orthogonal matrix."""
         _draw_orthogonal(self.weight)
 
-    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """[X U_1 .. X U_h]."""
-        return F.linear(x, self.matrix())
-
-    def back(self, w: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """sum_k W_k U_k^T, from [W_1 .. W_h]."""
-        return F.linear(w, self.matrix().mT)
+    def forward(self, x: Float[Tensor, "b n d"], u: Float[Tensor, "d d"] | None = None) -> Float[Tensor, "b n d"]:
+        # type: (Tensor, Tensor | None) -> Tensor
+        """[X U_1 .. X U_h]; `u` is `matrix()` where it is known already."""
+        return F.linear(x, self.matrix() if u is None else u)
 
     def matrix(self) -> Float[Tensor, "d d"]:
-        """U^T, orthogonal: in training up to the error of one Newton-Schulz step, at rest to working precision."""
-        if not self.training or not self.weight.requires_grad:
-            return _as_if(self.weight, self._at_rest())
-        if self.retracts_itself and _is_traced(self.weight):
-            return _as_if(self.weight, _one_step(self.weight))
-        if self.retracts_itself:
-            self._retract_if_changed()
-        return self.weight
+        # type: () -> Tensor
+        """U^T, orthogonal: in training up to the error of one Newton-Schulz step, in `eval()` to working precision."""
+        if torch.jit.is_scripting():
+            return newton_schulz(self.weight, self.STEPS_TO_CONVERGE)
+        else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+            if self.is_folded:
+                return self.weight
+            if not self.training or not self.weight.requires_grad:
+                return _straight_through(self.weight, self.polar_factor())
+            if self.retracts_itself and is_traced(self.weight):
+                return _straight_through(self.weight, _re_orthogonalised(self.weight))
+            if self.retracts_itself:
+                self._retract_if_changed()
+            return self.weight
+
+    def polar_factor(self) -> Float[Tensor, "d d"]:
+        """The orthogonal matrix nearest to `weight`."""
+        if is_traced(self.weight):
+            with torch.no_grad(), without_autocast(self.weight.device):
+                return newton_schulz(self.weight, steps=self.STEPS_TO_CONVERGE)
+        return self._polar_factor.of(self.weight, nearest_orthogonal)
 
     @torch.no_grad()
     def retract_(self) -> None:
-        """Draw the parameter itself towards the orthogonal matrices by one Newton-Schulz step.
+        """Retract the parameter itself towards the orthogonal matrices by one Newton-Schulz step.
 
         Of a parameter that is cut among processes (FSDP), all must call this together.
         """
         weight = self.weight
         if isinstance(weight, DTensor):
-            u = _one_step(weight.full_tensor())
+            u = _re_orthogonalised(weight.full_tensor())
             # Without a source rank nothing is sent: each process cuts its share out of its own copy.
             weight.copy_(distribute_tensor(u, weight.device_mesh, weight.placements, src_data_rank=None))
         else:
-            weight.copy_(_one_step(weight))
+            weight.copy_(_re_orthogonalised(weight))
 
     @torch.no_grad()
     def _retract_if_changed(self) -> None:
@@ -103,35 +125,23 @@ class OrthogonalSubspaces(nn.Module):
 
         Numbers are compared: PyTorch's fused AdamW changes them without a new version of the tensor.
         """
-        if not _is_same(self._retracted, self.weight):
-            self.weight.copy_(_one_step(self.weight))
+        if not is_same(self._retracted, self.weight):
+            self.weight.copy_(_re_orthogonalised(self.weight))
             self._retracted = self.weight.detach().clone()
 
-    def _at_rest(self) -> Float[Tensor, "d d"]:
-        if _is_traced(self.weight):
-            with torch.no_grad(), torch.autocast("cpu", enabled=False):
-                return newton_schulz(self.weight, steps=20)
-        polar = self._polar  # of this call, whatever other threads do
-        if polar is None or not _is_same(polar[0], self.weight):
-            with torch.inference_mode(False), torch.no_grad():  # what is kept will be used outside that mode, too
-                weight = self.weight.clone()
-                polar = self._polar = weight, nearest_orthogonal(weight)
-        return polar[1]
 
-
-class Compression(nn.Module):
+class Compression(SubspaceAttention):
     """The compressing step sum_k kappa_k (B_k W_k - W_k) U_k^T, W_k = X U_k: what an encoder layer adds to X.
 
     B_k is `theory.compression.balanced_membership` of W_k with inverse temperature s_k.
 
     Attributes:
         subspaces: U.
-        num_heads: number of subspaces h; the subspace dimension is p = d / h.
         rate_logit: kappa_k = sigmoid(rate_logit[k]), one per head; 1/2 at first.
         log_scale: s_k = exp(log_scale[k]), one per head; p^-1/2 at first, as in the published layer.
     """
 
-    orthogonal: ClassVar[type[OrthogonalSubspaces]] = OrthogonalSubspaces
+    MOST_LOG_SCALE: Final[float] = math.log(1e4)  # of what is computed with; trained s are near p^-1/2
 
     def __init__(
         self,
@@ -141,11 +151,8 @@ class Compression(nn.Module):
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        if embed_dim % num_heads:
-            raise UserError(f"The width {embed_dim} cannot be split into {num_heads} heads of equal dimension.")
-        self.num_heads = num_heads
-        self.subspaces = self.orthogonal(embed_dim, device=device, dtype=dtype)
+        super().__init__(embed_dim, num_heads)
+        self.subspaces = OrthogonalSubspaces(embed_dim, device=device, dtype=dtype)
         self.rate_logit = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.log_scale = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.reset_parameters()
@@ -160,35 +167,66 @@ class Compression(nn.Module):
         return self.subspaces.matrix().unflatten(0, (self.num_heads, -1)).mT
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        # type: (Tensor) -> Tensor
         """The step from the tokens X."""
-        w = self.project(x)
-        return self.step(w, balanced_ssa(w, self.scale()))
+        u = self.subspaces.matrix()
+        w = self.split(self.subspaces(x, u))
+        return self.step(w, self.mix(w), u)
 
     def project(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b h n p"]:
         """W_k = X U_k for all subspaces."""
-        return self.subspaces(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return self.split(self.subspaces(x))
+
+    def mix(self, w: Float[Tensor, "b h n p"]) -> Float[Tensor, "b h n p"]:
+        # type: (Tensor) -> Tensor
+        """B_k W_k."""
+        if torch.jit.is_scripting():
+            return plain_balanced_ssa(w, self.scale())
+        else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+            if not self.fused_attn:
+                return self.attn_drop(self.membership(w)).to(w.dtype) @ w
+            return (plain_balanced_ssa if self.subspaces.is_folded else balanced_ssa)(w, self.scale())
 
     def membership(self, w: Float[Tensor, "b h n p"]) -> Float[Tensor, "b h n n"]:
         """B_k: how much of which token each token takes up."""
         return balanced_membership(w, self.scale())
 
-    def step(self, w: Float[Tensor, "b h n p"], mixed: Float[Tensor, "b h n p"]) -> Float[Tensor, "b n d"]:
-        """sum_k kappa_k (B_k W_k - W_k) U_k^T from the tokens' projections W_k, unmixed and mixed."""
+    def step(
+        self, w: Float[Tensor, "b h n p"], mixed: Float[Tensor, "b h n p"], u: Float[Tensor, "d d"] | None = None
+    ) -> Float[Tensor, "b n d"]:
+        # type: (Tensor, Tensor, Tensor | None) -> Tensor
+        """sum_k kappa_k (B_k W_k - W_k) U_k^T from the tokens' projections W_k, unmixed and mixed.
+
+        `u` is `subspaces.matrix()` where it is known already.
+        """
         change = self.rate() * (mixed - w)
-        return self.subspaces.back(change.transpose(1, 2).flatten(2))
+        return F.linear(change.transpose(1, 2).flatten(2), (self.subspaces.matrix() if u is None else u).mT)
 
     def rate(self) -> Float[Tensor, "h 1 1"]:
+        # type: () -> Tensor
         """kappa, from 0 to 1."""
         return torch.sigmoid(self.rate_logit)[:, None, None]
 
     def scale(self) -> Float[Tensor, "h 1 1"]:
+        # type: () -> Tensor
         """s, positive and at most `MOST_SCALE`; in float32 at least."""
         log_scale = self.log_scale.to(torch.promote_types(self.log_scale.dtype, torch.float32))
-        return torch.exp(log_scale.clamp(-_MOST_LOG_SCALE, _MOST_LOG_SCALE))[:, None, None]
+        return torch.exp(log_scale.clamp(-self.MOST_LOG_SCALE, self.MOST_LOG_SCALE))[:, None, None]
+
+    @torch.no_grad()
+    def folded(self) -> "Compression":
+        """The same function for inference: U itself as the weight, and attention in PyTorch's own functions."""
+        layer = copy.deepcopy(self).eval()
+        layer.subspaces.weight.copy_(layer.subspaces.polar_factor())
+        layer.subspaces.is_folded = True
+        return layer
 
     def extra_repr(self) -> str:
         """Width and heads, for `print(model)`."""
         return f"{len(self.subspaces.weight)}, num_heads={self.num_heads}"
+
+
+MOST_SCALE = math.exp(Compression.MOST_LOG_SCALE)  # of the inverse temperature, far from overflow
 
 
 class BoundedISTA(ISTA):
@@ -209,30 +247,36 @@ class BoundedISTA(ISTA):
     """
 
     POWER_ITERATIONS: ClassVar[int] = 8
-    _pair: tuple[Tensor, SingularPair] | None = None  # a dictionary, and its largest singular value's directions
+
+    def __init__(self, embed_dim: int, **options: Any) -> None:
+        super().__init__(embed_dim, **options)
+        self._pair = KeptValue()  # the directions of the largest singular value
 
     def reset_parameters(self) -> None:
         """Orthogonal, scaled to eta ||D||_2^2 = 1."""
         _draw_orthogonal(self.dictionary, gain=self.step_size**-0.5)
 
     def operator(self) -> Float[Tensor, "d d"]:
+        # type: () -> Tensor
         """Eta D', of which the code is relu(X (eta D') - eta lambda)."""
         return self.step_size * self.lasso_dictionary()
 
     def lasso_dictionary(self) -> Float[Tensor, "d d"]:
+        # type: () -> Tensor
         """D'."""
-        u, v = top_singular_pair(self.dictionary, self.POWER_ITERATIONS) if self.training else self._pair_at_rest()
-        return bounded_dictionary(self.dictionary, self.step_size, u @ (self.dictionary @ v))
+        if torch.jit.is_scripting():
+            norm = torch.linalg.matrix_norm(self.dictionary, ord=2)
+            return bounded_dictionary(self.dictionary, self.step_size, norm)
+        else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+            u, v = self._top_singular_pair()
+            return bounded_dictionary(self.dictionary, self.step_size, u @ (self.dictionary @ v))
 
-    def _pair_at_rest(self) -> SingularPair:
-        if _is_traced(self.dictionary):
+    def _top_singular_pair(self) -> SingularPair:
+        if self.training:
+            return top_singular_pair(self.dictionary, self.POWER_ITERATIONS)
+        if is_traced(self.dictionary):
             return top_singular_pair(self.dictionary, 10 * self.POWER_ITERATIONS)
-        pair = self._pair  # of this call, whatever other threads do
-        if pair is None or not _is_same(pair[0], self.dictionary):
-            with torch.inference_mode(False), torch.no_grad():  # what is kept will be used outside that mode, too
-                dictionary = self.dictionary.clone()
-                pair = self._pair = dictionary, top_singular_pair(dictionary)
-        return pair[1]
+        return self._pair.of(self.dictionary, top_singular_pair)
 
 
 class MonotoneEncoderLayer(EncoderLayer):
@@ -244,28 +288,11 @@ class MonotoneEncoderLayer(EncoderLayer):
 
     attention: ClassVar[Any] = Compression
     sparse_coding: ClassVar[Any] = BoundedISTA
+    scale_drop_path: ClassVar[bool] = False
     theorems: ClassVar[frozenset[str]] = frozenset({"compress", "lasso_zero"})
 
-    def __init__(
-        self,
-        embed_dim: int,
-        num_heads: int,
-        *,
-        step_size: float = 0.1,
-        threshold: float = 0.5,
-        drop_path: float = 0.0,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        nn.Module.__init__(self)
-        self.ista_skip = False
-        self.norm1 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        self.attn = self.attention(embed_dim, num_heads, device=device, dtype=dtype)
-        self.drop_path = DropPath(drop_path, scale_by_keep=False)
-        self.norm2 = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        self.ista = self.sparse_coding(embed_dim, step_size=step_size, threshold=threshold, device=device, dtype=dtype)
-
     def step_start(self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        # type: (Tensor, Tensor) -> Tensor
         """What the attention step is added to, of the tokens Z and X = LN(Z): X, of which it lowers R^c."""
         del z
         return x
@@ -274,14 +301,8 @@ class MonotoneEncoderLayer(EncoderLayer):
 class MonotoneDecoderLayer(DecoderLayer):
     """The way back: X = LN(LN(Y) E^T); Y_next = X - Compression(X), which lowers no rate."""
 
+    attention: ClassVar[Any] = Compression
     theorems: ClassVar[frozenset[str]] = frozenset({"decompress"})
-
-    def __init__(self, embed_dim: int, num_heads: int) -> None:
-        nn.Module.__init__(self)
-        self.norm1 = nn.LayerNorm(embed_dim)
-        self.dictionary = Dictionary(embed_dim)
-        self.norm2 = nn.LayerNorm(embed_dim)
-        self.attn = Compression(embed_dim, num_heads)
 
     def step_start(self, y_half: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """What the attention step is taken from, of the tokens Y_half and X = LN(Y_half): X."""
@@ -289,9 +310,9 @@ class MonotoneDecoderLayer(DecoderLayer):
         return x
 
 
-def _one_step(weight: Tensor) -> Tensor:
-    """One Newton-Schulz step, in the precision of the weight also under autocast."""
-    with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+def _re_orthogonalised(weight: Tensor) -> Tensor:
+    """The weight after one Newton-Schulz step, in its own precision also under autocast."""
+    with torch.no_grad(), without_autocast(weight.device):
         return newton_schulz(weight)
 
 
@@ -303,25 +324,13 @@ def _draw_orthogonal(parameter: Tensor, gain: float = 1.0) -> None:
         parameter.copy_(nn.init.orthogonal_(drawn, gain=gain))
 
 
-def _is_same(kept: Tensor | None, tensor: Tensor) -> bool:
-    """Whether a tensor still has the numbers, precision and device that it had."""
-    if kept is None or (kept.dtype, kept.device) != (tensor.dtype, tensor.device):
-        return False
-    return torch.equal(kept, tensor)
-
-
-def _is_traced(tensor: Tensor) -> bool:
-    """Whether the forward pass is being traced, so that values are not available: by a compiler, or of shapes alone."""
-    return torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
-def _as_if(parameter: Tensor, value: Tensor) -> Tensor:
+def _straight_through(parameter: Tensor, value: Tensor) -> Tensor:
     """`value`; its gradient passes straight through to `parameter`."""
     return value + (parameter - parameter.detach()) if torch.is_grad_enabled() else value
 
 
 def retract_(model: nn.Module) -> None:
-    """Draw all subspaces back towards the orthogonal matrices, from now on instead of their own forward passes.
+    """Re-orthogonalise all subspaces by one step each, from now on instead of their own forward passes.
 
     For training loops, after every step of the optimizer.
     """
@@ -344,7 +353,7 @@ def check_monotone(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, Compression):
             continue
-        if not bool((module.log_scale.detach().float() <= _MOST_LOG_SCALE).all()):
+        if not bool((module.log_scale.detach().float() <= module.MOST_LOG_SCALE).all()):
             raise UserError(
                 f"{name}.log_scale is {float(module.log_scale.detach().max()):.3g} at most, an inverse temperature "
                 f"beyond {MOST_SCALE:g}: attention cannot be computed with it.\n"
@@ -356,5 +365,5 @@ def check_monotone(model: nn.Module) -> None:
             raise UserError(f"{name}.subspaces: {error}") from error
 
 
-MOST_SCALE = 1e4  # of the inverse temperature; trained ones are near p^-1/2, and logits stay far from overflow
-_MOST_LOG_SCALE = math.log(MOST_SCALE)
+for _module in (Compression, BoundedISTA):
+    register_notrace_module(_module)

@@ -101,13 +101,12 @@ def _config_of_bundled(name: str) -> ModelConfig:
 
 
 def _build(**options: Any) -> nn.Module:
-    from crate_mae.models.encoder import MaskedEncoder, crate_block, vit_block
-    from crate_mae.models.timm_layers import TIMM_LAYERS, NormedPatchEmbed
+    from crate_mae.models.encoder import MaskedEncoder, NormedPatchEmbed, crate_block, vit_block
 
     if "mlp_ratio" in options:
         return MaskedEncoder(block=vit_block(), **options)
     of_layers = {key: options.pop(key) for key in _CRATE_OPTIONS}
-    block = crate_block(**of_layers, classes=TIMM_LAYERS)
+    block = crate_block(**of_layers)
     if not options.pop("patch_norm", False):
         return MaskedEncoder(block=block, **options)
     encoder = MaskedEncoder(block=block, embed_layer=NormedPatchEmbed, **options)

@@ -6,14 +6,14 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from crate_mae.errors import UserError
-from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, EncoderLayer, OvercompleteISTA
-from crate_mae.models.monotone import Compression
+from crate_mae.models.layers import ISTA, DecoderLayer, EncoderLayer, OvercompleteISTA, SubspaceAttention
+from crate_mae.theory.attention import without_autocast
+from crate_mae.theory.sparse_coding import ista_preactivation
 
 INTERMEDIATES = ("z", "z_half", "z_next", "projections", "attention", "preactivation", "code")
 
@@ -43,7 +43,8 @@ def trace(model: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, list[
     | `z_half`        | b n d   | between its two steps: Z + MSSA(LN(Z)); in the decoder LN(Y) E^T                     |
     | `z_next`        | b n d   | the layer's output                                                                   |
     | `projections`   | b h n p | W_k = LN(Z) U_k of every head                                                        |
-    | `attention`     | b h n n | weights, rows that sum to 1: `theory.attention_membership` of the projections        |
+    | `attention`     | b h n n | weights, rows that sum to 1: `theory.attention_membership` of the projections; in    |
+    |                 |         | monotone layers `theory.balanced_membership`, whose rows need not                    |
     | `preactivation` | b n d   | what ISTA takes the positive part of: X W - eta lambda                               |
     | `code`          | b n m   | the non-negative sparse code A                                                       |
 
@@ -109,10 +110,10 @@ def taps_of(layer: nn.Module) -> dict[str, Tap]:
     if isinstance(layer, (EncoderLayer, DecoderLayer, Block)):
         taps["z_half"] = Tap(layer.norm2, _input)
     attn, ista = getattr(layer, "attn", None), getattr(layer, "ista", None)
-    if isinstance(attn, (MSSA, Compression)):
-        heads = attn.num_heads
-        taps["projections"] = Tap(attn.subspaces, lambda _z, w: _split(w, heads))
-        taps["attention"] = Tap(attn.subspaces, lambda _z, w: _memberships(attn, _split(w, heads)))
+    if isinstance(attn, SubspaceAttention):
+        subspaces = attn.get_submodule("subspaces")
+        taps["projections"] = Tap(subspaces, lambda _z, w: attn.split(w))
+        taps["attention"] = Tap(subspaces, lambda _z, w: _memberships(attn, attn.split(w)))
     elif isinstance(attn, Attention):
         taps["attention"] = Tap(attn.qkv, lambda _z, qkv: _timm_attention(attn, qkv))
     if isinstance(ista, ISTA):
@@ -151,13 +152,9 @@ def _output(_x: Tensor, output: Tensor) -> Tensor:
     return output
 
 
-def _split(w: Tensor, heads: int) -> Tensor:
-    return w.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def _memberships(attn: MSSA | Compression, w: Tensor) -> Tensor:
+def _memberships(attn: Any, w: Tensor) -> Tensor:
     """As the layer computes them: in the precision in which the projections are, also under autocast."""
-    with torch.autocast(w.device.type, enabled=False):
+    with without_autocast(w.device):
         return attn.membership(w)
 
 
@@ -169,6 +166,4 @@ def _timm_attention(attn: Attention, qkv: Tensor) -> Tensor:
 
 
 def _preactivation(ista: ISTA, x: Tensor) -> Tensor:
-    operator = ista.operator()
-    shift = operator.new_full(operator.shape[:1], -ista.step_size * ista.threshold)
-    return F.linear(x, operator.mT, shift)
+    return ista_preactivation(x, ista.operator(), ista.step_size * ista.threshold)

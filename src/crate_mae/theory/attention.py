@@ -5,8 +5,12 @@ A gradient step on the subspace rate R^c, with the inverse in the gradient expan
 are inside subspace k: (Z U_k)(Z U_k)^T Z U_k. That is `linear_ssa`. A softmax turns the weights into memberships, which
 asks not only how alike two tokens are but whether they belong to the same subspace. That is `ssa`; over all subspaces,
 one per head, it is `mssa`.
+
+In this package, comments `# type:` are for TorchScript, which cannot read jaxtyping's annotations.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +33,7 @@ def linear_ssa(w: Float[Tensor, "*batch n p"], scale: float) -> Float[Tensor, "*
 
 
 def attention_membership(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n n"]:
+    # type: (Tensor, float | None) -> Tensor
     r"""P = softmax(s W W^T), row by row: P[i, j] is the share of token j in what token i moves towards.
 
     Args:
@@ -40,6 +45,7 @@ def attention_membership(w: Float[Tensor, "*batch n p"], scale: float | None = N
 
 
 def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
+    # type: (Tensor, float | None) -> Tensor
     r"""SSA(W) = softmax(s W W^T) W, subspace self-attention.
 
     The function is `attention_membership(w, scale) @ w`; what is computed is one of two forms that hold less for the
@@ -53,10 +59,13 @@ def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Ten
         w: projections W = Z U_k of the tokens onto one subspace.
         scale: s, the inverse temperature; p^-1/2 if None.
     """
-    if w.device.type == "cuda" or w.dtype.itemsize >= torch.float32.itemsize:
-        return fused_ssa(w, scale)
-    n, p = w.shape[-2:]
-    return SymmetricAttention.apply(w.reshape(-1, n, p), _scale(w, scale)).view(w.shape)
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(w, w, w, scale=_scale(w, scale))
+    else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+        if w.device.type == "cuda" or w.dtype.itemsize >= torch.float32.itemsize:
+            return fused_ssa(w, scale)
+        n, p = w.shape[-2:]
+        return SymmetricAttention.apply(w.reshape(-1, n, p), _scale(w, scale)).view(w.shape)
 
 
 def fused_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
@@ -66,7 +75,7 @@ def fused_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Flo
     gradient of W is the sum of those of query, key and value. On a CPU, in float32, MSSA forward and backward takes as
     long as with `SymmetricAttention`, and forward alone up to a sixth less; in bfloat16 that one is faster by far.
     """
-    with torch.autocast(w.device.type, enabled=False):
+    with without_autocast(w.device):
         return F.scaled_dot_product_attention(w, w, w, scale=_scale(w, scale))
 
 
@@ -92,24 +101,15 @@ class SymmetricAttention(torch.autograd.Function):
         dS = P * (dP - rowsum(P * dP))     (the softmax)
         dW = P^T dO + s (dS + dS^T) W      (W as value; W on either side of the symmetric product W W^T)
 
-    Only W and P are saved, where ordinary attention saves three projections beside P. On a CPU the batch is worked off
-    in pieces small enough that P stays in the cache between the product, the softmax and the second product; there
-    forward and backward together were measured to be 1.1 (small batches) to 3 times as fast as autograd on the formula.
+    Only W and P are saved, where ordinary attention saves three projections beside P. On a CPU, forward and backward
+    together were measured to be 1.1 (small batches) to 3 times as fast as autograd on the formula.
     """
 
     @staticmethod
     def forward(ctx: Any, w: Float[Tensor, "b n p"], scale: float) -> Float[Tensor, "b n p"]:
         """The output O = P W, piece by piece."""
         ctx.scale = scale
-        memberships, out = [], torch.empty_like(w)
-        with torch.autocast(w.device.type, enabled=False):
-            for w_i, out_i in zip(_pieces(w), _pieces(out), strict=True):
-                p_i = attention_membership(w_i, scale)
-                torch.bmm(p_i, w_i, out=out_i)
-                if ctx.needs_input_grad[0]:
-                    memberships.append(p_i)
-        ctx.save_for_backward(w, *memberships)
-        return out
+        return attend_by_pieces(ctx, w, lambda w_i: (attention_membership(w_i, scale), w_i))
 
     @staticmethod
     @once_differentiable  # Its annotation hides that ctx may be named, which the base class allows.
@@ -117,28 +117,71 @@ class SymmetricAttention(torch.autograd.Function):
         ctx: Any, *grad_outputs: Float[Tensor, "b n p"]
     ) -> tuple[Float[Tensor, "b n p"], None]:
         """The gradient dW = P^T dO + s (dS + dS^T) W, piece by piece."""
-        (grad_out,) = grad_outputs
-        w, *memberships = ctx.saved_tensors
-        grad_w = torch.empty_like(w)
-        with torch.autocast(w.device.type, enabled=False):
-            pieces = zip(_pieces(w), memberships, _pieces(grad_out), _pieces(grad_w), strict=True)
-            for w_i, p_i, grad_out_i, grad_w_i in pieces:
-                grad_p = grad_out_i @ w_i.mT
-                # rowsum(P * dP) = rowsum(dO * O), but that shorter sum, rounded to bfloat16, was measured to be up to
-                # a hundred times less accurate where attention is peaked; the softmax's own kernel sums in float32.
-                grad_s = torch.ops.aten._softmax_backward_data(grad_p, p_i, -1, w.dtype)
-                torch.bmm(p_i.mT, grad_out_i, out=grad_w_i)
-                grad_w_i.baddbmm_(grad_s, w_i, alpha=ctx.scale).baddbmm_(grad_s.mT, w_i, alpha=ctx.scale)
-        return grad_w, None
+
+        def gradient(w_i: Tensor, p_i: Tensor, grad_out_i: Tensor, grad_w_i: Tensor) -> None:
+            # rowsum(P * dP) = rowsum(dO * O), but that shorter sum, rounded to bfloat16, was measured to be up to a
+            # hundred times less accurate where attention is peaked; the softmax's own kernel sums in float32.
+            grad_s = torch.ops.aten._softmax_backward_data(grad_out_i @ w_i.mT, p_i, -1, w_i.dtype)
+            torch.bmm(p_i.mT, grad_out_i, out=grad_w_i)
+            grad_w_i.baddbmm_(grad_s, w_i, alpha=ctx.scale).baddbmm_(grad_s.mT, w_i, alpha=ctx.scale)
+
+        return gradient_by_pieces(ctx, grad_outputs[0], gradient), None
 
 
-_PIECE_BYTES = 2_000_000  # One piece of P: what a core's cache holds; 1 MB and 4 MB were measured to be slower.
+def attend_by_pieces(
+    ctx: Any, w: Float[Tensor, "b n p"], attend: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> Float[Tensor, "b n p"]:
+    """Products P V of memberships and values that both depend on W, in pieces of the batch.
+
+    On a CPU a piece of P stays in the cache between the product, the softmax and the second product.
+
+    Args:
+        ctx: of the autograd function; W and P are saved for `gradient_by_pieces`.
+        w: projections W, a batch of matrices.
+        attend: from a piece of W to the pieces of P and V.
+    """
+    memberships, out = [], torch.empty_like(w)
+    with without_autocast(w.device):
+        for w_i, out_i in zip(pieces(w), pieces(out), strict=True):
+            p_i, v_i = attend(w_i)
+            torch.bmm(p_i, v_i, out=out_i)
+            if ctx.needs_input_grad[0]:
+                memberships.append(p_i)
+    ctx.save_for_backward(w, *memberships)
+    return out
 
 
-def _pieces(x: Float[Tensor, "b n p"]) -> tuple[Tensor, ...]:
-    b, n, _ = x.shape
-    return x.split(max(1, _PIECE_BYTES // (n**2 * x.element_size())) if x.device.type == "cpu" else b)
+def gradient_by_pieces(
+    ctx: Any, grad_out: Float[Tensor, "b n p"], gradient: Callable[[Tensor, Tensor, Tensor, Tensor], None]
+) -> Float[Tensor, "b n p"]:
+    """The gradient with respect to W after `attend_by_pieces`; `gradient` writes a piece of it into its last argument.
+
+    Its arguments are the pieces of W, P, dO and dW.
+    """
+    w, *memberships = ctx.saved_tensors
+    grad_w = torch.empty_like(w)
+    with without_autocast(w.device):
+        for piece in zip(pieces(w), memberships, pieces(grad_out), pieces(grad_w), strict=True):
+            gradient(*piece)
+    return grad_w
+
+
+def pieces(x: Float[Tensor, "b n p"]) -> tuple[Tensor, ...]:
+    """Views of a batch, cut so that a piece of its memberships P, b n n, has about `_PIECE_BYTES`."""
+    size = _PIECE_BYTES if x.device.type == "cpu" else _PIECE_BYTES_ELSEWHERE
+    return x.split(max(1, size // (x.shape[1] ** 2 * x.element_size())))
+
+
+_PIECE_BYTES = 2_000_000  # what a core's cache holds; 1 MB and 4 MB were measured to be slower
+_PIECE_BYTES_ELSEWHERE = 256_000_000  # a little of a GPU's memory
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """A context in which tensors keep the precision in which they arrive."""
+    is_on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
 
 
 def _scale(w: Float[Tensor, "*batch n p"], scale: float | None) -> float:
+    # type: (Tensor, float | None) -> float
     return w.shape[-1] ** -0.5 if scale is None else scale

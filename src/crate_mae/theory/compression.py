@@ -32,6 +32,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crate_mae.theory.attention import attend_by_pieces, gradient_by_pieces, pieces, without_autocast
+
 Scale = float | Float[Tensor, "*#batch 1 1"]
 
 
@@ -109,7 +111,7 @@ def balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, 
         w: projections W = Z U_k of the tokens onto one subspace.
         scale: s >= 0, the inverse temperature.
     """
-    with torch.autocast(w.device.type, enabled=False):
+    with without_autocast(w.device):
         if w.device.type != "cpu":
             return fused_balanced_ssa(w, scale)
         root = scale**0.5
@@ -127,12 +129,20 @@ def fused_balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Te
     """
     if w.dtype == torch.float16:
         return fused_balanced_ssa(w.float(), scale).to(w.dtype)
-    with torch.autocast(w.device.type, enabled=False):
+    with without_autocast(w.device):
         n, p = w.shape[-2:]
         t = (scale**0.5 * w).to(w.dtype)
         rounded = t.to(torch.promote_types(w.dtype, torch.float32)).reshape(-1, n, p)
-        sums = _ColumnSums.apply(rounded).view(*w.shape[:-1], 1)
-        return F.scaled_dot_product_attention(t, t, (w * sums.rsqrt()).to(w.dtype), scale=1.0)
+        weights = _ColumnSums.apply(rounded).view(*w.shape[:-1], 1).rsqrt()
+        return F.scaled_dot_product_attention(t, t, (w * weights).to(w.dtype), scale=1.0)
+
+
+def plain_balanced_ssa(w: Float[Tensor, "b h n p"], scale: Float[Tensor, "h 1 1"]) -> Float[Tensor, "b h n p"]:
+    # type: (Tensor, Tensor) -> Tensor
+    r"""`balanced_ssa` in PyTorch's own functions, P (D^-1/2 W), for TorchScript and exported graphs."""
+    t = scale.sqrt().to(w.dtype) * w
+    p = torch.softmax(t @ t.mT, dim=-1)
+    return p @ (w * column_sums(p).rsqrt())
 
 
 class BalancedAttention(torch.autograd.Function):
@@ -144,21 +154,18 @@ class BalancedAttention(torch.autograd.Function):
         dP = dO V^T + 1 dD^T,   dS = P * (dP - rowsum(P * dP))
         dT = D^-1/2 dV + (dS + dS^T) T
 
-    Only T and P are saved. As in `theory.attention.SymmetricAttention`, the batch is worked off in pieces of which P
-    stays in the cache.
+    Only T and P are saved.
     """
 
     @staticmethod
     def forward(ctx: Any, t: Float[Tensor, "b n p"]) -> Float[Tensor, "b n p"]:
         """The output, piece by piece."""
-        memberships, out = [], torch.empty_like(t)
-        for t_i, out_i in zip(_pieces(t), _pieces(out), strict=True):
+
+        def attend(t_i: Tensor) -> tuple[Tensor, Tensor]:
             p_i = torch.softmax(t_i @ t_i.mT, dim=-1)
-            torch.bmm(p_i, t_i * _columns(p_i).rsqrt(), out=out_i)
-            if ctx.needs_input_grad[0]:
-                memberships.append(p_i)
-        ctx.save_for_backward(t, *memberships)
-        return out
+            return p_i, t_i * column_sums(p_i).rsqrt()
+
+        return attend_by_pieces(ctx, t, attend)
 
     @staticmethod
     @once_differentiable  # Its annotation hides that ctx may be named, which the base class allows.
@@ -166,19 +173,17 @@ class BalancedAttention(torch.autograd.Function):
         ctx: Any, *grad_outputs: Float[Tensor, "b n p"]
     ) -> tuple[Float[Tensor, "b n p"]]:
         """The gradient, piece by piece."""
-        (grad_out,) = grad_outputs
-        t, *memberships = ctx.saved_tensors
-        grad_t = torch.empty_like(t)
-        pieces = zip(_pieces(t), memberships, _pieces(grad_out), _pieces(grad_t), strict=True)
-        for t_i, p_i, grad_out_i, grad_t_i in pieces:
-            weight = _columns(p_i).rsqrt()
+
+        def gradient(t_i: Tensor, p_i: Tensor, grad_out_i: Tensor, grad_t_i: Tensor) -> None:
+            weight = column_sums(p_i).rsqrt()
             grad_v = p_i.mT @ grad_out_i
             grad_columns = (-0.5 * weight**3 * (t_i * grad_v).sum(-1, keepdim=True)).where(_are_free(p_i), 0)
             grad_p = torch.baddbmm(grad_columns.mT, grad_out_i, (t_i * weight).mT)
-            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p_i, -1, t.dtype)
+            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p_i, -1, t_i.dtype)
             torch.mul(weight, grad_v, out=grad_t_i)
             grad_t_i.baddbmm_(grad_s, t_i).baddbmm_(grad_s.mT, t_i)
-        return (grad_t,)
+
+        return (gradient_by_pieces(ctx, grad_outputs[0], gradient),)
 
 
 class _ColumnSums(torch.autograd.Function):
@@ -187,7 +192,7 @@ class _ColumnSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Float[Tensor, "b n p"]) -> Float[Tensor, "b n 1"]:
         ctx.save_for_backward(t)
-        return torch.cat([_columns(torch.softmax(t_i @ t_i.mT, dim=-1)) for t_i in _pieces(t)])
+        return torch.cat([column_sums(torch.softmax(t_i @ t_i.mT, dim=-1)) for t_i in pieces(t)])
 
     @staticmethod
     @once_differentiable
@@ -197,7 +202,7 @@ class _ColumnSums(torch.autograd.Function):
         (grad_columns,) = grad_outputs
         (t,) = ctx.saved_tensors
         grads = []
-        for t_i, grad_i in zip(_pieces(t), grad_columns.split([len(x) for x in _pieces(t)]), strict=True):
+        for t_i, grad_i in zip(pieces(t), grad_columns.split([len(x) for x in pieces(t)]), strict=True):
             p_i = torch.softmax(t_i @ t_i.mT, dim=-1)
             grad_p = grad_i.where(_are_free(p_i), 0).mT.expand_as(p_i)
             grad_s = torch.ops.aten._softmax_backward_data(grad_p, p_i, -1, t.dtype)
@@ -205,20 +210,13 @@ class _ColumnSums(torch.autograd.Function):
         return (torch.cat(grads),)
 
 
-_PIECE_BYTES = {"cpu": 2_000_000, "other": 256_000_000}  # one piece of P: a core's cache, or a little of a GPU's memory
-
-
-def _pieces(t: Float[Tensor, "b n p"]) -> tuple[Tensor, ...]:
-    size = _PIECE_BYTES["cpu" if t.device.type == "cpu" else "other"]
-    return t.split(max(1, size // (t.shape[1] ** 2 * t.element_size())))
-
-
 LEAST_COLUMN_SUM = 1e-24  # that of a token which nobody reads, itself included, may underflow to 0
 
 
-def _columns(p: Float[Tensor, "b n n"]) -> Float[Tensor, "b n 1"]:
-    """Column sums, not below `LEAST_COLUMN_SUM`: a larger D makes P D^-1/2 smaller, which contracts all the more."""
-    return p.sum(-2).unsqueeze(-1).clamp_min(LEAST_COLUMN_SUM)
+def column_sums(p: Float[Tensor, "*batch n n"], least: float = LEAST_COLUMN_SUM) -> Float[Tensor, "*batch n 1"]:
+    # type: (Tensor, float) -> Tensor
+    """The diagonal of D: column sums of P, at least `least`. A larger D makes P D^-1/2 a stronger contraction."""
+    return p.sum(-2).unsqueeze(-1).clamp(min=least)
 
 
 def _are_free(p: Float[Tensor, "b n n"]) -> Bool[Tensor, "b n 1"]:

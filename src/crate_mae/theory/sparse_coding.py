@@ -38,13 +38,24 @@ def lasso_objective(
 
 
 def ista_operator(dictionary: Float[Tensor, "d d"], step_size: float) -> Float[Tensor, "d d"]:
+    # type: (Tensor, float) -> Tensor
     r"""W = I + eta (D - D^T D): what an ISTA step started at A = X does to tokens before its threshold.
 
     Under autocast it is formed in half precision, in which it is then multiplied with tokens: on tokens of variance 1
     that errs 3.0e-3 where the operator formed in float32 errs 2.9e-3, and gradients 2.9e-2 where three products of
-    tokens, all in bfloat16, err 3.1e-2. A model at rest can form it once for all.
+    tokens, all in bfloat16, err 3.1e-2. A model in `eval()` can form it once for all.
     """
-    return _IstaOperator.apply(dictionary, step_size)
+    if torch.jit.is_scripting():
+        return _ista_operator(dictionary, step_size)
+    else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+        return _IstaOperator.apply(dictionary, step_size)
+
+
+def _ista_operator(dictionary: Float[Tensor, "d d"], step_size: float) -> Float[Tensor, "d d"]:
+    # type: (Tensor, float) -> Tensor
+    operator = torch.addmm(dictionary, dictionary.mT, dictionary, beta=step_size, alpha=-step_size)
+    operator.diagonal().add_(1)
+    return operator
 
 
 class _IstaOperator(torch.autograd.Function):
@@ -59,9 +70,7 @@ class _IstaOperator(torch.autograd.Function):
         """The operator."""
         ctx.save_for_backward(dictionary)
         ctx.step_size = step_size
-        operator = torch.addmm(dictionary, dictionary.mT, dictionary, beta=step_size, alpha=-step_size)
-        operator.diagonal().add_(1)
-        return operator
+        return _ista_operator(dictionary, step_size)
 
     @staticmethod
     @once_differentiable  # Its annotation hides that ctx may be named, which the base class allows.
@@ -78,6 +87,7 @@ class _IstaOperator(torch.autograd.Function):
 def apply_ista_operator(
     x: Float[Tensor, "*batch d"], operator: Float[Tensor, "d d"], shift: float
 ) -> Float[Tensor, "*batch d"]:
+    # type: (Tensor, Tensor, float) -> Tensor
     r"""relu(X W - eta lambda), with `operator` W and `shift` eta lambda."""
     # The identity stays inside W: taking it out, X + X (W - I), would spare bfloat16 one rounding (relative error
     # 1.1e-3 instead of 2.8e-3 forward, the same backward, where three bfloat16 products err more), but makes the step
@@ -85,8 +95,15 @@ def apply_ista_operator(
     # The threshold is taken in place, since the backward pass of a linear map does not ask for its output. Tokens are
     # rows of one matrix meanwhile: what a linear map gives for more dimensions is a view, and autograd copies all of it
     # four times to follow a change in place of a view.
-    rows = F.linear(x.reshape(-1, x.shape[-1]), operator.mT, operator.new_full(operator.shape[:1], -shift))
-    return rows.relu_().view(x.shape)
+    return ista_preactivation(x.reshape(-1, x.shape[-1]), operator, shift).relu_().view(x.shape)
+
+
+def ista_preactivation(
+    x: Float[Tensor, "*batch d"], operator: Float[Tensor, "d d"], shift: float
+) -> Float[Tensor, "*batch d"]:
+    # type: (Tensor, Tensor, float) -> Tensor
+    r"""X W - eta lambda, of which `apply_ista_operator` takes the positive part."""
+    return F.linear(x, operator.mT, operator.new_full(operator.shape[:1], -shift))
 
 
 def ista_step(
@@ -168,6 +185,7 @@ def top_singular_pair(dictionary: Float[Tensor, "d m"], iterations: int | None =
 def bounded_dictionary(
     dictionary: Float[Tensor, "d m"], step_size: float, norm: Float[Tensor, ""]
 ) -> Float[Tensor, "d m"]:
+    # type: (Tensor, float, Tensor) -> Tensor
     r"""D scaled down, where need be, to eta ||D||_2^2 <= 1: what an ISTA step needs to descend from any feasible code.
 
     With that bound a step from A >= 0 to A' = relu(A + eta (X - A D^T) D - eta lambda) has

@@ -52,7 +52,8 @@ def _orthonormal_columns(gaussian: Float[Tensor, "*batch d m"]) -> Float[Tensor,
 
 
 def newton_schulz(u: Float[Tensor, "*batch d d"], steps: int = 1) -> Float[Tensor, "*batch d d"]:
-    r"""`steps` times U <- 3/2 U - 1/2 U U^T U, which draws a square matrix to the nearest orthogonal one.
+    # type: (Tensor, int) -> Tensor
+    r"""`steps` times U <- 3/2 U - 1/2 U U^T U, which moves a square matrix towards the nearest orthogonal one.
 
     A singular value sigma becomes sigma (3 - sigma^2)/2: for 0 < sigma < sqrt(3) the iteration converges to 1, in the
     end quadratically, and is at most 1 from the first step on. If ||U^T U - I||_2 = delta < 1, after a step it is at
