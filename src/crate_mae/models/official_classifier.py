@@ -1,7 +1,7 @@
 """Encoders of the official CRATE classifiers (`model/crate.py`), the supervised models of the first CRATE paper.
 
 Their layers are those of CRATE-MAE's encoder, with lambda = 0.1. Different are the patch embedding, which normalises
-the pixels of every patch and then its token (`timm_layers.NormedPatchEmbed`), positions that were learned, and the
+the pixels of every patch and then its token (`encoder.NormedPatchEmbed`), positions that were learned, and the
 final norm's epsilon. timm builds such an encoder (`patch_norm=True`); a masked autoencoder of this library has none.
 """
 
