@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.report import command_line, common_options, heading, result_path
-from crate_mae.costs.foretold import foretell_memory
-from crate_mae.costs.memory import step_memory
+from crate_mae.costs.memory import memory_estimate, step_memory
 from crate_mae.costs.trial import StepSettings
 from crate_mae.data.files import write_whole
 from crate_mae.models.presets import preset
@@ -90,9 +89,9 @@ def _row(name: str, changed: dict[str, Any], images: int, precision: str, option
     settings = StepSettings(batch_size=images, mask_ratio=0.75, weight_decay=0.05, clip_grad=1.0, precision=precision)
     found = [step_memory(config, settings, torch.device("cpu"), options.threads) for _ in range(options.rounds)]
     measured = statistics.median(value for value in found if value is not None)
-    foretold = foretell_memory(config, settings)
+    estimated = memory_estimate(config, settings)
     label = ", ".join([name, *(f"{key} {value}" for key, value in changed.items())])
-    return Row(label, images, precision, measured, foretold.resident, foretold.tensors)
+    return Row(label, images, precision, measured, estimated.resident, estimated.tensors)
 
 
 if __name__ == "__main__":

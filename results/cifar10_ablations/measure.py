@@ -24,9 +24,9 @@ from torch import nn
 
 import crate_mae
 from crate_mae.data import ImageSource, open_source
+from crate_mae.data.base import Part
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.files import write_whole
-from crate_mae.data.part import Part
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import knn_probe, linear_probe

@@ -1,7 +1,7 @@
-"""Masked completion by a white-box transformer: CRATE-MAE, to train, to use and to look inside.
+"""CRATE-MAE, the white-box masked autoencoder: train it, use it and look inside.
 
-Names are imported when first used, so that `import crate_mae` and `crate-mae --help` cost nothing. timm and
-transformers are told of our models when they are imported themselves, before or after: see `after_import`.
+Names are imported when first used, so that `import crate_mae` and `crate-mae --help` take no time. The models are
+registered with timm and transformers when those are imported, before or after this package: see `after_import`.
 """
 
 from typing import TYPE_CHECKING

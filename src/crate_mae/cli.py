@@ -1,7 +1,7 @@
 """The command line: each command is a documented function of `crate_mae.commands`, imported when it is called.
 
-Exit codes: 0 done; 1 a defect of ours, with its traceback; 2 a mistake that the user can mend; 130 and 143 stopped by
-Ctrl-C and SIGTERM.
+Exit codes: 0 success; 1 a bug in the library, with its traceback; 2 a mistake in the user's input; 130 and 143 stopped
+by Ctrl-C and SIGTERM.
 """
 
 import signal
@@ -21,60 +21,63 @@ from rich.console import Console
 
 from crate_mae.errors import RunStopped, UserError
 
-# name: (function, what `crate-mae --help` says without importing the function)
+# name: (function, its line in `crate-mae --help`, which does not import the function)
 _COMMANDS = {
-    "try": ("try_digits:try_digits", "Pretrain on handwritten digits that are on every machine, in under 3 minutes."),
+    "try": ("try_digits:try_digits", "Pretrain on the handwritten digits of scikit-learn, in under 3 minutes."),
     "pretrain": ("pretrain:pretrain", "Pretrain on unlabelled images."),
-    "finetune": ("finetune:finetune", "Train a classifier on labelled images, from a pretrained model or not."),
-    "resume": ("pretrain:resume", "Go on with an interrupted run, exactly where its last checkpoint was."),
+    "finetune": ("finetune:finetune", "Train a classifier on labelled images, pretrained or from scratch."),
+    "resume": ("pretrain:resume", "Continue an interrupted run exactly from its last checkpoint."),
     "predict": ("predict:predict", "Predict the classes of images, into a CSV file."),
-    "reconstruct": ("reconstruct:reconstruct", "Mask images, complete them, and save the picture."),
-    "embed": ("embed:embed", "Save the features of images."),
-    "export": ("export:export", "Write a trained model for use elsewhere: timm, Hugging Face, ONNX, torch.export."),
-    "convert": ("convert:convert", "Convert published weights, of the official code, into a folder for every command."),
+    "reconstruct": ("reconstruct:reconstruct", "Mask images, complete them, and save a picture of the result."),
+    "embed": ("embed:embed", "Save features of images."),
+    "export": ("export:export", "Export a trained model to timm, Hugging Face, ONNX or torch.export."),
+    "convert": ("convert:convert", "Convert published weights of the official code to a model folder."),
     "push": ("push:push", "Upload a trained model to the Hugging Face Hub, with a card made from its run."),
-    "compare": ("compare:compare", "Pretrain models under the same budget, and measure them alike."),
-    "inspect": ("inspect:inspect", "Hold every layer of a model to what it was derived to do, next to controls."),
-    "theory": ("theory:theory", "Test the theory where its assumptions hold, and explain what came out."),
-    "app": ("app:app", "Open a page to play with: hide parts of a picture, see it completed, look inside."),
-    "estimate": ("estimate:estimate", "Count what a run asks for: operations, memory, time on many devices."),
-    "models": ("models:models", "List the models that can be named."),
-    "recipes": ("recipes:recipes", "List options of pretraining that were tried together, with what they gave."),
-    "doctor": ("doctor:doctor", "Describe this machine and installation, for a bug report."),
+    "compare": ("compare:compare", "Pretrain several models with the same budget, and compare them."),
+    "inspect": ("inspect:inspect", "Measure whether each layer does what it was derived to do, against controls."),
+    "theory": ("theory:theory", "Test the theory where its assumptions hold, and explain the results."),
+    "app": ("app:app", "Start a web app: hide parts of a picture, see it completed, look inside."),
+    "estimate": ("estimate:estimate", "Estimate what a run needs: operations, memory, time on many devices."),
+    "models": ("models:models", "List the names of models."),
+    "recipes": ("recipes:recipes", "List recipes: tested sets of options for pretraining, with their results."),
+    "doctor": ("doctor:doctor", "Describe this machine and installation for a bug report."),
 }
 _EVAL_COMMANDS = {
-    "knn": ("evaluate:eval_knn", "Classify by nearest neighbours among frozen features."),
+    "knn": ("evaluate:eval_knn", "Classify by nearest neighbours of frozen features."),
     "linear": ("evaluate:eval_linear", "Fit a linear classifier to frozen features."),
     "fewshot": ("evaluate:eval_fewshot", "Fit a linear classifier to a few images of each class, many times."),
-    "reconstruction": ("evaluate_reconstruction:eval_reconstruction", "Measure completions over mask ratios."),
+    "reconstruction": (
+        "evaluate_reconstruction:eval_reconstruction",
+        "Measure the quality of completions at several mask ratios.",
+    ),
 }
 _VIZ_COMMANDS = {
-    "reconstruction": ("reconstruct:reconstruct", "Mask images and complete them: `reconstruct` by its other name."),
-    "attention": ("viz:viz_attention", "Show what the class token looks at."),
-    "pca": ("viz:viz_pca", "Show tokens as colours, by their principal components."),
-    "layers": ("viz:viz_layers", "Show what each layer does to subspace rate, sparsity and rank."),
+    "reconstruction": ("reconstruct:reconstruct", "Mask images and complete them; same as `crate-mae reconstruct`."),
+    "attention": ("viz:viz_attention", "Show the attention of the class token."),
+    "pca": ("viz:viz_pca", "Show tokens as colours by their principal components."),
+    "layers": ("viz:viz_layers", "Plot subspace rate, sparsity and rank over the layers."),
 }
 
 
 def build_app() -> App:
-    """The commands and their options; `build_app().meta` takes `--config` as well."""
+    """Build the command line; `build_app().meta` also takes `--config`."""
     app = App(
         name="crate-mae",
         help="Pretrain a white-box masked autoencoder on your own images, complete masked pictures, and look inside.",
-        help_epilogue="Start with `crate-mae try`. `crate-mae COMMAND --help` explains a command's options.",
+        help_epilogue="Start with `crate-mae try`. `crate-mae COMMAND --help` explains the options of a command.",
         version=lambda: version("crate-mae"),
         result_action="return_value",
     )
     for name, (function, text) in _COMMANDS.items():
         app.command(f"crate_mae.commands.{function}", name=name, help=text)
-    data = App(name="data", help="Look at images before training on them.")
-    data.command("crate_mae.commands.data:check", name="check", help="Count, measure and decode all images.")
+    data = App(name="data", help="Check images before training on them.")
+    data.command("crate_mae.commands.data:check", name="check", help="Decode, count and measure all images.")
     app.command(data)
-    evaluate = App(name="eval", help="Measure what a trained model is worth: its features, and its completions.")
+    evaluate = App(name="eval", help="Evaluate the features and the completions of a trained model.")
     for name, (function, text) in _EVAL_COMMANDS.items():
         evaluate.command(f"crate_mae.commands.{function}", name=name, help=text)
     app.command(evaluate)
-    viz = App(name="viz", help="Draw what a trained model sees, and what its layers do.")
+    viz = App(name="viz", help="Visualise the features of a trained model, and what its layers do.")
     for name, (function, text) in _VIZ_COMMANDS.items():
         viz.command(f"crate_mae.commands.{function}", name=name, help=text)
     app.command(viz)
@@ -84,11 +87,11 @@ def build_app() -> App:
         *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
         config: ExistingFile | None = None,
     ) -> object:
-        """Run a command, with options from a file if one is named.
+        """Run a command, with options from a file if one is given.
 
         Args:
-            tokens: the command and its options, as typed.
-            config: YAML file of the command's options; options typed after it win.
+            tokens: The command and its options, as typed.
+            config: YAML file with options of the command; options on the command line override it.
         """
         if config is not None:
             app.config = partial(_options_of, Yaml(config, must_exist=True))
@@ -98,9 +101,9 @@ def build_app() -> App:
 
 
 def _options_of(file: Yaml, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
-    """Fill a command's options from a flat file; that of a run says which command it is of."""
-    # The file says `data: ...`, an option of `pretrain`. Cyclopts would take that key of a flat file for the command
-    # `data`, but not one that stands below the key `pretrain`: so that is where the options are put.
+    """Fill the options of a command from a flat file; the file of a run also names its command."""
+    # `data: ...` in the file is an option of `pretrain`. In a flat file Cyclopts would read this key as the command
+    # `data`, but not below the key `pretrain`: so the options are nested below the name of the command.
     options: dict[str, Any] = dict(file.config)
     if (kind := options.pop("command", None)) is not None and commands and kind != commands[-1]:
         raise UserError(f"{file.path} holds the options of `crate-mae {kind}`, not of `crate-mae {commands[-1]}`.")
@@ -111,7 +114,7 @@ def _options_of(file: Yaml, app: App, commands: tuple[str, ...], arguments: Argu
 
 @contextmanager
 def _terminated_cleanly() -> Iterator[None]:
-    """Let SIGTERM end the program as Ctrl-C does, so that no half-written file is left behind."""
+    """Let SIGTERM end the program as Ctrl-C does, so that no incomplete file is left behind."""
     usual = signal.getsignal(signal.SIGTERM)
     if usual is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
         yield
@@ -124,12 +127,12 @@ def _terminated_cleanly() -> Iterator[None]:
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is end:  # a run that has lost its other processes ignores it from then on
+        if signal.getsignal(signal.SIGTERM) is end:  # a run that has lost its other processes ignores SIGTERM
             signal.signal(signal.SIGTERM, usual)
 
 
 def main(tokens: Sequence[str] | None = None) -> None:
-    """Run the command line, on `sys.argv` if no tokens are given; see the module for exit codes."""
+    """Run the command line on `tokens`, by default `sys.argv`; see the module for exit codes."""
     console = Console(stderr=True, highlight=False)
     try:
         with _terminated_cleanly():

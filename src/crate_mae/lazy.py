@@ -1,15 +1,15 @@
-"""Names that a package imports when they are first used."""
+"""Public names that a package imports when they are first used."""
 
 from collections.abc import Callable, Mapping
 from importlib import import_module
 
 
 def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """A `__getattr__` for a package whose public names live in sub-modules that are heavy to import (PEP 562).
+    """Return a `__getattr__` for a package whose sub-modules are slow to import (PEP 562).
 
     Args:
         package: the package's `__name__`.
-        homes: from public name to the sub-module, relative to the package, that defines it.
+        homes: the sub-module that defines each public name, relative to the package.
     """
 
     def getattr_of_package(name: str) -> object:

@@ -19,8 +19,8 @@ class Served:
     """A running server, in a process of its own whose every written file and connection is noted.
 
     Attributes:
-        url: of its page.
-        noted: a function of nothing: what it wrote and whom it called since the page was ready.
+        url: of the app.
+        noted: a function of nothing: what it wrote and whom it called since the app was ready.
     """
 
     def __init__(self, url, log):
@@ -34,7 +34,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'crate-mae[app]'")
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'crate-mae[app]'")
     folder = tmp_path_factory.mktemp("served")
     log, output = folder / "noted.txt", folder / "output.txt"
     log.touch()
@@ -44,7 +44,7 @@ def served(tmp_path_factory):
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)
     try:
         deadline = time.monotonic() + STARTS_WITHIN
-        while not (found := re.search(r"The page is at (\S+)", output.read_text())):
+        while not (found := re.search(r"The app is at (\S+)", output.read_text())):
             assert process.poll() is None and time.monotonic() < deadline, output.read_text()
             time.sleep(0.1)
         yield Served(found[1], log)
@@ -57,7 +57,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models():
-    from crate_mae.app.shown_models import open_models
+    from crate_mae.app.models import open_models
 
     return open_models([BUNDLED])
 

@@ -153,7 +153,7 @@ def test_two_models_are_compared_and_pictures_saved(visit):
     trained, untrained = (float(score.removesuffix(" dB")) for score in scores)
     assert trained > untrained
     assert page.tab.locator("#inside .heads").count() == 2
-    assert page.tab.locator("#inside .said li").count() == 2
+    assert page.tab.locator("#inside .summary li").count() == 2
     for link, shape in (
         ("#completed .result .save", None),
         ("#completed figcaption .save", (32, 32)),
@@ -181,9 +181,9 @@ def test_nonsense_is_answered_with_a_sentence_and_the_picture_stays(visit, as_fi
     page = visit()
     before = page.picture("#completed img")
     for name, content, words in (
-        ("text.png", b"no picture at all", "is no PNG"),
+        ("text.png", b"no picture at all", "cannot be read as a PNG"),
         ("large.png", b"\0" * (12 * 2**20 + 1), "larger than 12 MB"),
-        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "is no PNG"),
+        ("drawing.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot be read as a PNG"),
         ("dot.png", as_file(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
         ("dot.png", as_file(Image.new("RGB", (1, 1))), "1 x 1 pixels"),
     ):

@@ -15,7 +15,7 @@ from crate_mae.app.compute import (
     prepare,
     seeded_mask,
 )
-from crate_mae.app.shown_models import open_models
+from crate_mae.app.models import open_models
 from crate_mae.errors import UserError
 from crate_mae.evaluation.completion_quality import completion_quality
 from crate_mae.interpret.measure import measure_layers
@@ -177,7 +177,7 @@ def test_models_are_opened_by_name_once(tmp_path):
     found = open_models(["crate_mae_nano_patch2_8", "crate_mae_nano_patch2_8"])
     assert list(found) == ["crate_mae_nano_patch2_8"]
     model = found["crate_mae_nano_patch2_8"]
-    assert model.is_fresh
+    assert model.is_random
     assert not model.net.training
     assert model.untrained is model.untrained
     with pytest.raises(UserError, match="does not exist"):
@@ -193,7 +193,7 @@ def test_a_model_of_other_channels_is_refused(tmp_path):
 
 
 def test_examples_are_colour_pictures_that_differ():
-    from crate_mae.app.examples import examples
+    from crate_mae.app.pictures import examples
 
     found = examples()
     assert len({each.title for each in found}) == len(found) >= 4

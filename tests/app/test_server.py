@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from crate_mae.app.components import completion_component
 from crate_mae.app.compute import complete_picture, mask_text, seeded_mask
-from crate_mae.app.pieces import completion_piece
-from crate_mae.app.uploads import to_png, to_uri
+from crate_mae.app.pictures import to_png, to_uri
 
 httpx = pytest.importorskip("httpx", reason="comes with Gradio: pip install 'crate-mae[app]'")
 BUNDLED = "crate_mae_micro_cifar10"
@@ -55,7 +55,7 @@ def test_twenty_visitors_at_once_get_their_own_pictures(served, models):
         answers = list(pool.map(visit, range(20)))
     for (succeeded, output), picture, mask in zip(answers, pictures, masks, strict=True):
         assert succeeded
-        assert completion_piece(BUNDLED, complete_picture(net, picture, mask)) in output["data"][0]
+        assert completion_component(BUNDLED, complete_picture(net, picture, mask)) in output["data"][0]
     assert served.noted() == []
 
 
@@ -65,7 +65,7 @@ def test_twenty_visitors_at_once_get_their_own_pictures(served, models):
         ("completed", {"mask": "0" * 64}, "Nothing is hidden"),
         ("completed", {"mask": "01"}, "mask does not fit"),
         ("completed", {"picture": "http://elsewhere/a.png"}, "There is no picture"),
-        ("completed", {"picture": "data:text/plain;base64,aGVsbG8="}, "is no PNG"),
+        ("completed", {"picture": "data:text/plain;base64,aGVsbG8="}, "cannot be read as a PNG"),
         ("random", {"seed": -3}, "The seed must be"),
         ("random", {"seed": None}, "The seed must be"),
         ("upload", {}, "There is no picture"),

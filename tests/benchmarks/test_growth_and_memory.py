@@ -1,4 +1,4 @@
-"""The benchmarks of growing costs and of foretold memory run from end to end, and fit what they say they fit."""
+"""The benchmarks of growing costs and of estimated memory run from end to end, and fit what they say they fit."""
 
 import csv
 import re
@@ -36,7 +36,7 @@ def test_a_small_run_writes_exponents_numbers_and_a_figure(tmp_path, monkeypatch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read as Linux tells it")
-def test_foretold_memory_stands_beside_a_process(tmp_path, monkeypatch):
+def test_estimated_memory_stands_beside_a_process(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "MODELS", (("crate_mae_nano_patch2_8", {"embed_dim": 960}, 8),))
     how = ["--precisions", "float32", "--threads", "1", "--rounds", "1"]
     memory.main(["--machine", "test", "--out", str(tmp_path), *how])

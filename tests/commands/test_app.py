@@ -1,4 +1,4 @@
-"""The command `app`: its mistakes. The page itself is tested in tests/app."""
+"""The command `app`: its mistakes. The app itself is tested in tests/app."""
 
 import importlib
 import socket
@@ -20,12 +20,12 @@ def test_without_gradio_the_install_line_is_named(crate_mae_command, monkeypatch
     [
         (["nowhere"], "does not exist"),
         (["--port", "70000"], "from 0 to 65535"),
-        (["--host", "no.such.host.invalid"], "no address of this machine"),
+        (["--host", "no.such.host.invalid"], "not an address of this machine"),
         (["--host", "192.0.2.1"], "Cannot listen"),
     ],
 )
 def test_a_mistake_is_a_sentence(options, words, crate_mae_command):
-    pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'crate-mae[app]'")
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'crate-mae[app]'")
     code, _, error = crate_mae_command("app", *options)
     assert code == 2
     assert words in error
@@ -33,7 +33,7 @@ def test_a_mistake_is_a_sentence(options, words, crate_mae_command):
 
 
 def test_a_port_that_is_taken_is_named(crate_mae_command):
-    pytest.importorskip("gradio", reason="the page needs Gradio: pip install 'crate-mae[app]'")
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'crate-mae[app]'")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -50,13 +50,13 @@ def test_evaluation_keeps_the_aspect_and_the_centre():
 
 def test_pretraining_without_crop_freedom_keeps_a_square_image():
     pixels = np.full((8, 8), 102, dtype=np.uint8)
-    result = pretrain_transform((8, 8), 1, *HALF, min_scale=1.0)(Image.fromarray(pixels))
+    result = pretrain_transform((8, 8), 1, *HALF, min_crop=1.0)(Image.fromarray(pixels))
     assert result.flatten().tolist() == pytest.approx([-0.4] * 64, abs=1e-5)
 
 
 @pytest.mark.parametrize("flip", [True, False])
 def test_flips_happen_only_when_asked(flip):
-    transform = pretrain_transform((8, 8), 1, *HALF, min_scale=0.9, flip=flip)
+    transform = pretrain_transform((8, 8), 1, *HALF, min_crop=0.9, flip=flip)
     torch.manual_seed(0)
     falling = [bool(result[0, 4, 0] > result[0, 4, -1]) for result in (transform(ramp(8, 8)) for _ in range(40))]
     assert any(falling) == flip
@@ -64,7 +64,7 @@ def test_flips_happen_only_when_asked(flip):
 
 
 def test_crops_of_wide_targets_are_wide():
-    transform = pretrain_transform((8, 32), 1, (0.0,), (1.0,), min_scale=1.0, flip=False)
+    transform = pretrain_transform((8, 32), 1, (0.0,), (1.0,), min_crop=1.0, flip=False)
     result = transform(ramp(64, 16))  # of the target's own aspect 4: a crop is nearly the whole image
     assert result[0, 4, -1] - result[0, 4, 0] > 0.7
 
@@ -93,4 +93,4 @@ def test_wrong_settings_are_errors():
     with pytest.raises(UserError, match="std must be positive"):
         evaluation_transform((4, 4), 1, (0.5,), (0.0,))
     with pytest.raises(UserError, match=r"in \(0, 1\]"):
-        pretrain_transform((4, 4), 1, *HALF, min_scale=0.0)
+        pretrain_transform((4, 4), 1, *HALF, min_crop=0.0)

@@ -114,7 +114,7 @@ def test_channels_that_cannot_be_converted_are_refused(folder):
     for workers in (0, 1):
         with pytest.raises(UserError) as error:
             only(open_backbone(model), folder, workers=workers)
-        assert str(error.value).startswith("The images have 3 channel(s), but 5 are asked for.")
+        assert str(error.value).startswith("The images have 3 channel(s), but 5 are required.")
         assert "Traceback" not in str(error.value)
 
 

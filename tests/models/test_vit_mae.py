@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import crate_mae
-from crate_mae.costs.live import LiveTensors
+from crate_mae.costs.memory import LiveTensors
 from crate_mae.training.precision import autocast
 
 transformers = pytest.importorskip("transformers", reason="the transformers library (extra dev) is not installed")

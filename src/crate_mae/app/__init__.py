@@ -1,1 +1,1 @@
-"""The page: hide patches of a picture, watch it be completed, look inside."""
+"""The app: hide patches of a picture, see it completed, look inside the model."""

@@ -1,4 +1,4 @@
-"""From a picture, a mask and a model to arrays: everything that the page shows is computed here."""
+"""What the app computes from a picture, a mask and a model, as arrays."""
 
 from typing import NamedTuple
 
@@ -40,9 +40,9 @@ class Completed(NamedTuple):
     """One completed picture.
 
     Attributes:
-        pictures: of one image.
+        pictures: the original, masked, completed and predicted image.
         psnr: of the hidden patches, in decibels.
-        flat_psnr: of patches without a pattern in their place, which is what a model has to beat; see `flat_patches`.
+        flat_psnr: the baseline: PSNR of patches without a pattern in their place; see `flat_patches`.
     """
 
     pictures: Completion
@@ -51,14 +51,14 @@ class Completed(NamedTuple):
 
 
 class Inside(NamedTuple):
-    """What one layer makes of a whole picture.
+    """Tokens and attention of one layer for a whole picture.
 
     Attributes:
         colours: three principal components of the layer's tokens, in [0, 1].
-        explained: share of the tokens' variance that these show together.
-        heads: how much of its attention one patch gives to each, head by head.
+        explained: share of the tokens' variance that the three components explain together.
+        heads: attention of one patch to every patch, head by head.
         patch: number of that patch, row by row.
-        even: what each would get if all tokens got the same.
+        even: attention to each token if it were uniform.
     """
 
     colours: Float[np.ndarray, "gh gw 3"]
@@ -69,13 +69,13 @@ class Inside(NamedTuple):
 
 
 class Curves(NamedTuple):
-    """What every layer of the encoder does to a whole picture; empty where a network has no such thing.
+    """Measures of every layer of the encoder for a whole picture; empty where a network has no subspaces or codes.
 
     Attributes:
-        rate_before: subspace rate R^c of the tokens that come into a layer, as its MSSA sees them, in nats.
+        rate_before: subspace rate R^c of the tokens at a layer's input, as its MSSA sees them, in nats.
         rate_after: the same after the step that is derived to lower it.
         zeros: share of exact zeros in the layer's code.
-        audit: every claim about single images, on this picture alone.
+        audit: every claim about single images, tested on this picture.
     """
 
     rate_before: list[float]
@@ -85,19 +85,19 @@ class Curves(NamedTuple):
 
 
 def prepare(model: MaskedAutoencoder, picture: Image.Image) -> Float[Tensor, "1 c hh ww"]:
-    """A picture as the model takes it: its centre, scaled and normalised."""
+    """Prepare a picture as model input: its centre, scaled and normalised."""
     c = model.config
     return evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)(picture)[None]
 
 
 def seeded_mask(model: MaskedAutoencoder, mask_ratio: float, seed: int) -> Bool[Tensor, "gh gw"]:
-    """The mask that `crate-mae reconstruct` gives its first image."""
+    """Draw the mask that `crate-mae reconstruct` uses for its first image."""
     mask = random_mask(1, model.num_patches, mask_ratio, torch.Generator().manual_seed(seed))
     return mask.unflatten(1, model.grid_size)[0]
 
 
 def fit_mask(mask: Bool[Tensor, "gh gw"], grid_size: tuple[int, int]) -> Bool[Tensor, "rows columns"]:
-    """A mask on another grid: each patch is hidden if the one at its centre was."""
+    """Fit a mask to another grid: a patch is hidden if the one at its centre is."""
     rows, columns = (
         ((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(grid_size, mask.shape, strict=True)
     )
@@ -105,23 +105,23 @@ def fit_mask(mask: Bool[Tensor, "gh gw"], grid_size: tuple[int, int]) -> Bool[Te
 
 
 def mask_text(mask: Bool[Tensor, "gh gw"]) -> str:
-    """A mask as text: "1" where a patch is hidden, row by row."""
+    """Write a mask as text: "1" where a patch is hidden, row by row."""
     return "".join("1" if hidden else "0" for hidden in mask.flatten().tolist())
 
 
 def mask_from_text(text: object, grid: tuple[int, int]) -> Bool[Tensor, "gh gw"]:
-    """The mask that `mask_text` wrote.
+    """Read a mask that `mask_text` wrote.
 
     Raises:
-        UserError: if it is not one of this grid.
+        UserError: if it is not a mask of this grid.
     """
     if not isinstance(text, str) or len(text) != grid[0] * grid[1] or set(text) - {"0", "1"}:
-        raise UserError("The mask does not fit the picture: make a new one.")
+        raise UserError("The mask does not fit the picture: draw a new one.")
     return torch.tensor([mark == "1" for mark in text]).unflatten(0, grid)
 
 
 def complete_picture(model: MaskedAutoencoder, picture: Image.Image, mask: Bool[Tensor, "gh gw"]) -> Completed:
-    """Hide patches of a picture, and let the model complete it.
+    """Hide patches of a picture and complete it with the model.
 
     Raises:
         UserError: if nothing is hidden, or the model's weights are not finite.
@@ -132,7 +132,7 @@ def complete_picture(model: MaskedAutoencoder, picture: Image.Image, mask: Bool[
     with evaluating(model):
         found = complete(model, image, flat)
         if not found.completed.isfinite().all():
-            raise UserError("This model predicts numbers that are not finite: its weights are damaged.")
+            raise UserError("This model's predictions are not finite: its weights are damaged.")
     plain = completion_of(model.config, image, flat, flat_patches(model, image, flat))
     psnr, flat_psnr = (
         float(completion_quality(each, flat, model.config.patch_size).psnr[0]) for each in (found, plain)
@@ -143,10 +143,10 @@ def complete_picture(model: MaskedAutoencoder, picture: Image.Image, mask: Bool[
 def flat_patches(
     model: MaskedAutoencoder, image: Float[Tensor, "1 c hh ww"], mask: Bool[Tensor, "1 n"]
 ) -> Float[Tensor, "1 n q"]:
-    """Patches without a pattern, of what is known before anything is predicted.
+    """Return patches without a pattern, from what is known before anything is predicted.
 
-    That is the mean colour of the visible patches, or of the training images if none is visible; and if the model's
-    targets are normalised, so that brightness is taken from the original, each patch's own mean.
+    That is the mean colour of the visible patches, or of the training images if none is visible; if the model's targets
+    are normalised, so that brightness is taken from the original, it is each patch's own mean.
     """
     patches = patchify(image, model.config.patch_size)
     if model.config.norm_pix_loss:
@@ -159,13 +159,13 @@ def flat_patches(
 
 
 def look_inside(model: MaskedAutoencoder, picture: Image.Image, layer: int, patch: int) -> Inside:
-    """Tokens and attention of one layer of the encoder, of which nothing is hidden.
+    """Compute tokens and attention of one layer of the encoder, with nothing hidden.
 
     Args:
-        model: its encoder is looked into.
+        model: whose encoder is traced.
         picture: in mode RGB.
         layer: from 0.
-        patch: number of the patch that looks, row by row.
+        patch: number of the patch whose attention is returned, row by row.
 
     Raises:
         UserError: if there is no such layer or patch, or the model's weights are not finite.
@@ -183,7 +183,7 @@ def look_inside(model: MaskedAutoencoder, picture: Image.Image, layer: int, patc
 
 
 def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:
-    """Subspace rate, sparsity and claims of every layer of the encoder, of which nothing is hidden.
+    """Measure subspace rate, sparsity and claims of every layer of the encoder, with nothing hidden.
 
     Raises:
         UserError: if the model's weights are not finite.
@@ -195,7 +195,7 @@ def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:
     ]
     with evaluating(model):
         rows = stream(model.encoder, [image], measures).rows
-        found = measure_claims(model.encoder, {"all": [image]}, _show, pools=False)
+        found = measure_claims(model.encoder, {"all": [image]}, _forward, pools=False)
     before, after, zeros = (
         [row.mean for row in find(rows, measure, point)]
         for measure, point in ((_RATE, "z"), (_RATE, "z_half"), ("zero_fraction", "code"))
@@ -203,17 +203,17 @@ def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:
     return Curves(before, after, zeros, audit(found))
 
 
-def _show(encoder: torch.nn.Module, image: Tensor) -> object:
+def _forward(encoder: torch.nn.Module, image: Tensor) -> object:
     return default_pass(encoder)(image)
 
 
 def layers(model: MaskedAutoencoder) -> int:
-    """How many layers its encoder has."""
+    """Return the number of layers of the encoder."""
     return depth(model.encoder)
 
 
 def _subspace_rates(layer: torch.nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
-    """R^c of the tokens as the layer's attention sees them, before and after its step."""
+    """Measure R^c of the tokens as the layer's attention sees them, before and after its step."""
     u, before, after = bases(layer), step_start(layer, points[0]), points[1]
     rates = (rates_in_subspaces(layer, tokens, u)[_RATE] for tokens in (before, after))
     return {(_RATE, point): rate for point, rate in zip(("z", "z_half"), rates, strict=True)}

@@ -1,4 +1,4 @@
-"""Curves over layers as SVG: sharp in any window, readable on a telephone, and with each number under the pointer."""
+"""Line charts over layers as SVG: sharp at any size, readable on a phone, with the values as tooltips."""
 
 import math
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from typing import NamedTuple
 from crate_mae.drawing.style import GREY
 
 MARKED = "#ffebab"  # behind the current layer
-_WIDTH, _HEIGHT = 380, 250  # of the panel with its labels, in the units of the drawing
+_WIDTH, _HEIGHT = 380, 250  # of the chart with its labels, in units of the drawing
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 16, 34, 44
-_LINE = 19  # of text
+_LINE = 19  # height of a line of text
 _STEPS = (1, 2, 2.5, 5, 10)
 _LONGEST_NAME = 42  # characters
 
 
 class Line(NamedTuple):
-    """One line of a panel.
+    """One line of a chart.
 
     Attributes:
-        values: one of each layer.
+        values: one per layer.
         colour: of the line and of its symbols.
-        tip: what a value is, for the pointer.
+        tip: what a value is, for its tooltip.
         dotted: a dotted line with hollow symbols.
         square: square symbols, not round ones.
     """
@@ -36,14 +36,14 @@ class Line(NamedTuple):
 def draw_curves(
     title: str, lines: Sequence[Line], keys: Sequence[tuple[str, Line]], layer: int, top: float | None = None
 ) -> str:
-    """A panel of lines over layers, with the current layer marked, as an SVG element that is a file as well.
+    """Draw lines over layers, with the current layer marked, as an SVG element that is also a valid file.
 
     Args:
-        title: what is measured, and in what.
-        lines: of one length or of several.
-        keys: text of the legend, and a line that looks so.
-        layer: the current one, from 0.
-        top: the largest height shown; by default one a little above the largest value.
+        title: what is measured, and in which unit.
+        lines: of equal or different lengths.
+        keys: text and line style of each entry of the legend.
+        layer: the current layer, from 0.
+        top: largest value of the axis; by default slightly above the largest value.
     """
     layers = max(len(line.values) for line in lines)
     ticks = tick_values(top or max(value for line in lines for value in line.values))
@@ -63,7 +63,7 @@ def draw_curves(
 
 
 def tick_values(largest: float) -> list[float]:
-    """Round numbers from 0 to the first that is not below the largest value; at most six."""
+    """Return at most six round numbers, from 0 to the first that is not below the largest value."""
     if not largest > 0:
         return [0.0, 1.0]
     power = 10.0 ** math.floor(math.log10(largest / 5))
@@ -72,11 +72,11 @@ def tick_values(largest: float) -> list[float]:
 
 
 class _Place(NamedTuple):
-    """From layers and values to places in the drawing.
+    """Maps layers and values to coordinates.
 
     Attributes:
-        layers: how many there are.
-        top: the largest value shown.
+        layers: number of layers.
+        top: largest value of the axis.
     """
 
     layers: int

@@ -1,7 +1,7 @@
-"""What happens when a visitor does something: from the state of the page's controls to what changes on it.
+"""Event handlers: from the values of the app's controls to the components that change.
 
-Nothing of a visitor's is kept here. The picture travels with every question, in the value of its component, and is gone
-with the answer, so that any number of visitors can ask at once.
+Handlers keep no data of visitors. The picture travels with every request, as the value of its component, and is dropped
+with the response, so that any number of visitors can use the app at once.
 """
 
 from typing import Any, NamedTuple
@@ -11,32 +11,31 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.app.answers import answer_completion, answer_inside
+from crate_mae.app.components import displayed_picture, notice
 from crate_mae.app.compute import layers, mask_from_text, mask_text, seeded_mask
-from crate_mae.app.examples import examples
-from crate_mae.app.pieces import notice, shown_picture
-from crate_mae.app.shown_models import ShownModel
-from crate_mae.app.uploads import from_uri, read_upload, to_png, to_uri
+from crate_mae.app.models import AppModel
+from crate_mae.app.pictures import examples, from_uri, read_upload, to_png, to_uri
+from crate_mae.app.responses import completion_response, inside_response
 from crate_mae.errors import UserError
 
 ALONE = "no other model"
 UNTRAINED = "the same, untrained"
 MASK_RATIO = 0.75
-_NO_LIMIT = 2**30  # of a side: what comes back from a browser was shrunk before
+_NO_LIMIT = 2**30  # of a side: a browser sends back pictures that were scaled down before
 
 
 class Controls(NamedTuple):
-    """What the visitor chose, in the order of the components.
+    """Values of the controls, in the order of the components.
 
     Attributes:
-        picture: as an address that begins with "data:".
+        picture: as a data: URI.
         model: its name.
-        beside: the name of another, `UNTRAINED` or `ALONE`.
+        beside: the name of another model, `UNTRAINED` or `ALONE`.
         mask: as `compute.mask_text` writes it.
         mask_ratio: of random masks.
         seed: of random masks.
         layer: of the encoder, from 0.
-        patch: number of the one that looks.
+        patch: number of the patch whose attention is shown.
     """
 
     picture: Any
@@ -50,30 +49,30 @@ class Controls(NamedTuple):
 
 
 class Handlers:
-    """The answers to what visitors do.
+    """The handler of each event.
 
     Args:
-        models: those that can be chosen, by name.
+        models: the models to choose from, by name.
 
     Attributes:
-        examples: pictures to begin with.
+        examples: pictures to start with.
     """
 
-    def __init__(self, models: dict[str, ShownModel]) -> None:
+    def __init__(self, models: dict[str, AppModel]) -> None:
         self.models = models
         self.examples = examples()
         self._side = max(max(model.net.config.image_size) for model in models.values())
 
     def start(self, model: str, beside: str) -> Controls:
-        """The first picture, answered before anybody has done anything."""
-        shown = self.models[model]
-        mask = mask_text(seeded_mask(shown.net, MASK_RATIO, seed=0))
-        rows, columns = shown.grid
+        """Return the controls when the app opens."""
+        first = self.models[model]
+        mask = mask_text(seeded_mask(first.net, MASK_RATIO, seed=0))
+        rows, columns = first.grid
         centre = rows // 2 * columns + columns // 2
         return Controls(self._example(0), model, beside, mask, MASK_RATIO, 0, 0, centre)
 
     def upload(self, event: gr.EventData, *values: Any) -> list[Any]:
-        """A file of the visitor's: all that shows the picture changes, or a sentence says why not."""
+        """Use a visitor's file as the picture, or explain what is wrong with it."""
         try:
             image = read_upload(from_uri(_detail(event, "content")), self._side)
         except UserError as error:
@@ -81,16 +80,16 @@ class Handlers:
         return self._show(event, to_uri(to_png(image)), Controls(*values))
 
     def select(self, event: gr.EventData, *values: Any) -> list[Any]:
-        """An example."""
+        """Use an example as the picture."""
         return self._show(event, self._example(_detail(event, "number")), Controls(*values))
 
     def switch(self, *values: Any) -> list[Any]:
-        """Another model: its grid, its layers, and its answers."""
+        """Switch to another model: its grid, its layers and its results."""
         c = Controls(*values)
         first = self._chosen(c)[0]
         try:
             mask = mask_from_text(c.mask, first.grid)
-        except UserError:  # that of another grid
+        except UserError:  # the mask of another grid
             mask = self._random_mask(c)
         last = layers(first.net) - 1
         c = c._replace(layer=min(c.layer, last), patch=_patch_on(c.patch, first.grid), mask=mask_text(mask))
@@ -98,7 +97,7 @@ class Handlers:
         return [*self._grids(c), slider, self.completed(*c), self.inside(*c)]
 
     def random(self, *values: Any) -> list[Any]:
-        """A mask of the chosen ratio and seed."""
+        """Draw the mask of the chosen ratio and seed."""
         c = Controls(*values)
         try:
             c = c._replace(mask=mask_text(self._random_mask(c)))
@@ -107,51 +106,51 @@ class Handlers:
         return [gr.HTML(c.mask), self.completed(*c)]
 
     def another(self, *values: Any) -> list[Any]:
-        """The mask of the next seed."""
+        """Draw the mask of the next seed."""
         c = Controls(*values)
         c = c._replace(seed=int(c.seed or 0) + 1)
         return [c.seed, *self.random(*c)]
 
     def clear(self, *values: Any) -> list[Any]:
-        """A mask that hides nothing, to begin a drawing with."""
+        """Hide nothing, to start a drawing."""
         c = Controls(*values)
         rows, columns = self._chosen(c)[0].grid
         c = c._replace(mask="0" * rows * columns)
         return [gr.HTML(c.mask), self.completed(*c)]
 
     def completed(self, *values: Any) -> str:
-        """The third step: completions of the picture, or a sentence."""
+        """Complete the picture (step 3), or explain why not."""
         c = Controls(*values)
         models = self._chosen(c)
         try:
-            return answer_completion(_picture(c), models, mask_from_text(c.mask, models[0].grid))
+            return completion_response(_picture(c), models, mask_from_text(c.mask, models[0].grid))
         except UserError as error:
             return notice(str(error))
 
     def inside(self, *values: Any) -> str:
-        """The fourth step: one layer, and the curves over all, or a sentence."""
+        """Show one layer, and the curves over all layers (step 4), or explain why not."""
         c = Controls(*values)
         models = self._chosen(c)
         try:
-            return answer_inside(_picture(c), models, int(c.layer), _patch_on(c.patch, models[0].grid))
+            return inside_response(_picture(c), models, int(c.layer), _patch_on(c.patch, models[0].grid))
         except UserError as error:
             return notice(str(error))
 
-    def seen(self, c: Controls) -> str:
-        """The picture as the model takes it, for both grids."""
-        return shown_picture(self._chosen(c)[0].net, _picture(c))
+    def displayed(self, c: Controls) -> str:
+        """Return the picture as the model sees it, for both grids."""
+        return displayed_picture(self._chosen(c)[0].net, _picture(c))
 
     def _show(self, event: gr.EventData, picture: str, c: Controls) -> list[Any]:
         c, message = c._replace(picture=picture), [_detail(event, "attempt"), ""]
         return [gr.HTML(picture, message=message), *self._grids(c), self.completed(*c), self.inside(*c)]
 
     def _grids(self, c: Controls) -> list[Any]:
-        """The grid to paint on, and the one to pick from."""
+        """Update the grid to paint on, and the one to pick from."""
         rows, columns = self._chosen(c)[0].grid
-        look = {"picture": self.seen(c), "rows": rows, "columns": columns}
-        return [gr.HTML(c.mask, **look), gr.HTML(c.patch, **look)]
+        update = {"picture": self.displayed(c), "rows": rows, "columns": columns}
+        return [gr.HTML(c.mask, **update), gr.HTML(c.patch, **update)]
 
-    def _chosen(self, c: Controls) -> list[ShownModel]:
+    def _chosen(self, c: Controls) -> list[AppModel]:
         first = self.models[c.model]
         beside = first.untrained if c.beside == UNTRAINED else self.models.get(c.beside)
         return [first] if beside is None or beside is first else [first, beside]
@@ -169,7 +168,7 @@ class Handlers:
 
 
 def _detail(event: gr.EventData, name: str) -> object:
-    """What came with an event; None if it did not, which no page of ours does."""
+    """Return a value that came with an event; None if it is missing, which only a forged request can cause."""
     try:
         return getattr(event, name)
     except (AttributeError, TypeError):
@@ -177,11 +176,11 @@ def _detail(event: gr.EventData, name: str) -> object:
 
 
 def _picture(c: Controls) -> Image.Image:
-    """The picture, which comes back from a browser: anybody may have changed it."""
+    """Decode the picture; it comes from a browser, so it is not trusted."""
     return read_upload(from_uri(c.picture), side=_NO_LIMIT)
 
 
 def _patch_on(patch: Any, grid: tuple[int, int]) -> int:
-    """The number of the patch that was picked; of a smaller grid, the last."""
+    """Return the number of the picked patch; the last one if the grid is smaller."""
     count = grid[0] * grid[1]
     return min(max(int(patch), 0), count - 1) if str(patch).isdecimal() else count // 2

@@ -1,42 +1,50 @@
-"""The page: where its parts stand, and which handler each of them calls."""
+"""The layout of the app, the handler that each event calls, and the two components that Gradio lacks."""
 
 from collections.abc import Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import gradio as gr
 
 from crate_mae.app.compute import layers
 from crate_mae.app.handlers import ALONE, UNTRAINED, Controls, Handlers
-from crate_mae.app.shown_models import ShownModel
-from crate_mae.app.widgets import chooser, patch_grid
+from crate_mae.app.models import AppModel
+from crate_mae.app.pictures import FORMATS, MAX_BYTES, TOO_LARGE, Example, to_png, to_uri
 
-_MAX_WAITING = 64  # questions; whoever comes later is told to try again
-_TITLE = "CRATE-MAE: hide most of a picture, and watch it be completed"
-_INTRO = """<div class="intro"><h1>Hide most of a picture, and watch it be completed</h1>
-<p>CRATE-MAE is a neural network in which every layer is derived to compress what it sees and to make it sparse. Paint
-over parts of a picture, see what the network puts there, and look at what each of its layers did.</p></div>"""
+_MAX_WAITING = 64  # requests; later ones are refused
+_TITLE = "CRATE-MAE: hide most of a picture and see it completed"
+_INTRO = """<div class="intro"><h1>Hide most of a picture and see it completed</h1>
+<p>CRATE-MAE is a neural network in which every layer is derived to compress its input and to make it sparse. Paint over
+parts of a picture, see what the network predicts there, and look at what each of its layers did.</p></div>"""
 _PICTURE = (
     "1. A picture",
-    "It stays in this browser tab: the server has it in memory while it answers, and never on a disk.",
+    "It stays in this browser tab: the server holds it in memory while it responds, and never on a disk.",
 )
-_HIDE = ("2. Hide patches", "Draw on it: a stroke hides, and one that begins on a hidden patch shows again.")
+_HIDE = ("2. Hide patches", "Draw on it: a stroke hides patches; one that starts on a hidden patch uncovers them.")
 _COMPLETED = (
     "3. See it completed",
-    "The number is the PSNR of the hidden patches alone, in decibels: more is closer to the original.",
+    "The number is the PSNR of the hidden patches in decibels: higher is closer to the original.",
 )
 _INSIDE = (
     "4. Look inside, layer by layer",
-    "What the encoder makes of the whole picture, with nothing hidden. Each patch is a token; like tokens have like "
-    "colours. Click a patch: the map of a head shows where it looks from there, from dark (nowhere) to yellow (the "
-    "most on that map).",
+    "What the encoder computes from the whole picture, with nothing hidden. Each patch is a token; similar tokens have "
+    "similar colours. Click a patch: the map of a head shows where that patch attends to, from dark (nowhere) to "
+    "yellow (the maximum of that map).",
 )
+_STATIC = Path(__file__).parent / "static"
+_CHOOSER = """
+<label class="drop"><input type="file" accept="image/*" aria-label="choose a picture">
+<strong>Drop a picture here</strong>, or click to choose one<small>${formats}, up to ${max_megabytes} MB</small></label>
+<div class="message" role="alert" hidden></div>
+<div class="examples"></div>
+"""
 
 
-def build_page(models: dict[str, ShownModel]) -> gr.Blocks:
-    """The page of some models, with its first answers on it.
+def build_page(models: dict[str, AppModel]) -> gr.Blocks:
+    """Build the app with its first results.
 
     Args:
-        models: those that can be chosen, by name; the first is shown, next to the second if there is one.
+        models: the models to choose from, by name; the first is selected, beside the second if there is one.
     """
     handlers = Handlers(models)
     names = list(models)
@@ -49,7 +57,7 @@ def build_page(models: dict[str, ShownModel]) -> gr.Blocks:
                 _heading(*_PICTURE)
                 picture = chooser(start.picture, handlers.examples)
                 _heading(*_HIDE)
-                mask = patch_grid("paint", handlers.seen(start), grid, start.mask, elem_id="painter")
+                mask = patch_grid("paint", handlers.displayed(start), grid, start.mask, elem_id="painter")
                 with gr.Row(elem_classes="buttons"):
                     another = gr.Button("Another mask", size="md", min_width=130)
                     clear = gr.Button("Show all", size="md", min_width=90)
@@ -67,7 +75,7 @@ def build_page(models: dict[str, ShownModel]) -> gr.Blocks:
         with gr.Row(elem_classes="steps"):
             with gr.Column(scale=2, min_width=260):
                 layer = gr.Slider(0, last, start.layer, step=1, label="Layer of the encoder", interactive=last > 0)
-                patch = patch_grid("pick", handlers.seen(start), grid, start.patch, elem_id="picker")
+                patch = patch_grid("pick", handlers.displayed(start), grid, start.patch, elem_id="picker")
             with gr.Column(scale=5, min_width=300):
                 inside = gr.HTML(handlers.inside(*start), js_on_load=None, elem_id="inside")
         controls = Controls._make((picture, model, beside, mask, ratio, seed, layer, patch))
@@ -76,7 +84,7 @@ def build_page(models: dict[str, ShownModel]) -> gr.Blocks:
         _connect(picture.upload, handlers.upload, controls, [picture, *whole])
         _connect(picture.select, handlers.select, controls, [picture, *whole])
         for choice in (model, beside):
-            # `input` comes twice of one choice.
+            # One choice triggers `input` twice.
             _connect(choice.select, handlers.switch, controls, [mask, patch, layer, completed, inside])
         for number in (ratio, seed):
             _connect(number.input, handlers.random, controls, [mask, completed])
@@ -93,7 +101,7 @@ def _heading(title: str, text: str) -> None:
 
 
 def _connect(event: Any, handler: Any, controls: Controls, outputs: Sequence[Any]) -> None:
-    """Ask with all controls; while an answer is on its way, of several more questions the last is asked."""
+    """Call a handler with all controls; while it runs, only the last of several further events is kept."""
     event(
         handler,
         [*controls],
@@ -102,4 +110,64 @@ def _connect(event: Any, handler: Any, controls: Controls, outputs: Sequence[Any
         show_progress="minimal",
         show_progress_on=[each for each in outputs if each.elem_id in ("completed", "inside")],
         api_visibility="private",
+    )
+
+
+def static_text(name: str) -> str:
+    """Read a script or style sheet of the app."""
+    return (_STATIC / name).read_text(encoding="utf-8")
+
+
+def chooser(picture: str, examples: Sequence[Example]) -> gr.HTML:
+    """Build the component to drop a picture on or to click an example in; its value is the current picture.
+
+    It triggers `upload` with the file's content as a data: URI, and `select` with the number of an example; both with
+    the number of the visitor's attempt, which is returned with the message about it. Gradio's own component for images
+    would write each picture to a file.
+
+    Args:
+        picture: the first picture, as a data: URI.
+        examples: the pictures to choose from.
+    """
+    choices = [
+        {"title": each.title, "credit": each.credit, "picture": to_uri(to_png(each.image.resize((64, 64))))}
+        for each in examples
+    ]
+    return gr.HTML(
+        picture,
+        html_template=_CHOOSER,
+        js_on_load=static_text("chooser.js"),
+        elem_id="chooser",
+        examples=choices,
+        message=[0, ""],  # the attempt that it is about, and its text
+        formats=", ".join(FORMATS),
+        max_megabytes=MAX_BYTES // 2**20,
+        max_bytes=MAX_BYTES,
+        too_large=TOO_LARGE,
+    )
+
+
+def patch_grid(
+    mode: Literal["paint", "pick"], picture: str, grid: tuple[int, int], value: str | int, **options: Any
+) -> gr.HTML:
+    """Build a picture on which patches are hidden with a brush, or one patch is picked; it triggers `input`.
+
+    Args:
+        mode: "paint", whose value is a mask as `compute.mask_text` writes it; or "pick", whose value is the number of
+            a patch.
+        picture: as a data: URI.
+        grid: number of rows and columns of patches.
+        value: see above.
+        options: of `gr.HTML`.
+    """
+    return gr.HTML(
+        value,
+        html_template=f'<div class="patch-grid {mode}"><img alt="" draggable="false">'
+        '<div class="cells" role="group" aria-label="patches"></div></div>',
+        js_on_load=static_text("patch_grid.js"),
+        mode=mode,
+        picture=picture,
+        rows=grid[0],
+        columns=grid[1],
+        **options,
     )

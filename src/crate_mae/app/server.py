@@ -1,4 +1,4 @@
-"""From models to a server that listens."""
+"""The web server of the app."""
 
 import socket
 from typing import Any
@@ -7,20 +7,19 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from crate_mae.app.gate import Gate
-from crate_mae.app.page import build_page
-from crate_mae.app.shown_models import ShownModel
-from crate_mae.app.widgets import static_text
+from crate_mae.app.limits import RequestLimits
+from crate_mae.app.models import AppModel
+from crate_mae.app.page import build_page, static_text
 from crate_mae.errors import UserError
 
-_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # of the visitor's own machine
+_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # fonts of the visitor's machine
 
 
-def build_server(models: dict[str, ShownModel]) -> uvicorn.Server:
-    """A server of the page, to be run on a socket.
+def build_server(models: dict[str, AppModel]) -> uvicorn.Server:
+    """Build the server of the app; call `run(sockets=[...])` of it.
 
     Args:
-        models: those that can be chosen, by name.
+        models: the models to choose from, by name.
     """
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=("monospace",))
     page = gr.mount_gradio_app(
@@ -31,33 +30,33 @@ def build_server(models: dict[str, ShownModel]) -> uvicorn.Server:
         css=static_text("page.css"),
         js=static_text("light.js"),
         footer_links=[],
-        run_history=False,  # of which pictures would be a part
+        run_history=False,  # which would store pictures
         show_error=False,
         ssr_mode=False,
         mcp_server=False,
         enable_monitoring=False,
     )
-    application: Any = Gate(page)
-    # Whoever has the page open has a connection open, for which the end does not wait.
+    application: Any = RequestLimits(page)
+    # Every open browser tab keeps a connection open; shutting down does not wait for them.
     return uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens.
+    """Open a socket that listens.
 
     Args:
         host: name or address of this machine.
-        port: 0 takes any that is free.
+        port: number of the port; 0 for any free one.
 
     Raises:
-        UserError: if it cannot be had.
+        UserError: if the address does not belong to this machine, or the port cannot be used.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listening = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, OverflowError) as error:
         raise UserError(
-            f"--host {host} is no address of this machine: leave it out, or say 0.0.0.0 for all."
+            f"--host {host} is not an address of this machine: leave it out, or use 0.0.0.0 for all."
         ) from error
     try:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""`crate-mae data`: look at images before training on them."""
+"""`crate-mae data check`: check images before training on them."""
 
 import csv
 import io
@@ -16,18 +16,18 @@ _SHOWN = 10
 
 
 def check(data: str | Path, *, sample: int | None = None, out: Path | str | None = None) -> DataReport:
-    """Check images before training: counts, sizes, broken and duplicate files, mean and std, and a fitting model.
+    """Check images before training: counts, sizes, unreadable and duplicate files, mean and std, and a suitable model.
 
     Args:
         data: A folder of images, a .parquet file, .tar shards, hf:name, torchvision:CIFAR10, digits, ...
-        sample: Read this many images only, a fixed pseudo-random choice; all by default.
-        out: Write the unreadable images and the reasons to this new CSV file.
+        sample: Number of images to read, a fixed pseudo-random sample; by default all.
+        out: New CSV file for the unreadable images and the reasons.
 
     Returns:
-        everything that was printed, and all unreadable and duplicate images.
+        Everything that is printed, and all unreadable and duplicate images.
 
     Raises:
-        UserError: if there is no such data, or `out` exists already.
+        UserError: if the data does not exist, or `out` exists already.
     """
     from crate_mae.data import check, open_source
     from crate_mae.data.files import write_whole
@@ -70,7 +70,7 @@ def _table(report: DataReport) -> Table:
         ("std", _numbers(report.std)),
     ]
     if report.suggested_model is not None:
-        rows.append(("fitting model", f"{report.suggested_model} with {report.channels} channel(s)"))
+        rows.append(("suggested model", f"{report.suggested_model} with {report.channels} channel(s)"))
     for name, value in rows:
         table.add_row(name, Text(value, overflow="fold"))
     return table

@@ -1,15 +1,15 @@
-"""`crate-mae doctor`: what a bug report should say."""
+"""`crate-mae doctor`: the facts about a machine that a bug report needs."""
 
 from pathlib import Path
 
 
 def doctor() -> dict[str, str]:
-    """Describe this machine and installation, for a bug report: versions, devices, precision, threads, disk.
+    """Describe this machine and installation for a bug report: versions, devices, speed, threads, disk.
 
-    The matrix products are timed for about a second, and nothing is sent anywhere.
+    Matrix products are timed for about a second. Nothing is sent anywhere.
 
     Returns:
-        The lines of the table, by their names.
+        The rows of the table, by name.
     """
     import os
     import platform
@@ -51,9 +51,9 @@ def doctor() -> dict[str, str]:
 
 
 def _gflops(dtype_name: str, size: int = 512) -> float:
-    """Speed of square matrix products, median of timed runs.
+    """Measure the speed of square matrix products: the median of timed runs.
 
-    The size is one that a processor without instructions for bfloat16 still multiplies within a second.
+    Even processors without instructions for bfloat16 multiply matrices of this size within a second.
     """
     import torch
     from torch.utils.benchmark import Timer

@@ -1,4 +1,4 @@
-"""`crate-mae estimate`: what a run asks for, before there is anything to run it on."""
+"""`crate-mae estimate`: what a pretraining run needs, before there is a machine to run it on."""
 
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,32 +29,32 @@ def estimate(
     epochs: int = PUBLISHED_EPOCHS,
     json: bool = False,
 ) -> Estimate:
-    """Count what a run of pretraining asks for: parameters, operations, memory, bytes to send, and time.
+    """Estimate what a pretraining run needs: parameters, operations, memory, bytes to send, and time.
 
-    Nothing is measured: the model goes through a step without numbers, which takes seconds and little memory, for any
-    size and number of devices. What the numbers rest on is printed with them; docs/planning.md explains it and
-    compares it with measurements.
+    Nothing is measured: a step is simulated on tensors without values, which takes seconds and little memory for any
+    size of model and number of devices. The assumptions are printed with the numbers; docs/planning.md explains them
+    and compares the estimates with measurements.
 
     Args:
         model: A name from `crate-mae models`.
         batch_size: Images per step, over all devices.
-        image_size: Pixels, or HEIGHTxWIDTH. By default the model's.
-        channels: Channels of the images. By default 3.
+        image_size: Pixels, or HEIGHTxWIDTH; by default the model's.
+        channels: Channels of the images; by default 3.
         mask_ratio: Share of hidden patches.
-        precision: What matrix products are computed in.
-        devices: GPUs, or processes, that share each batch.
-        flops_per_s: Operations a second that one device reaches in training, such as 60e12. Without it there are no
-            times.
-        link_bytes_per_s: Bytes a second that one device sends to the others, such as 100e9.
-        images: In an epoch. By default as many as ImageNet-1K has.
-        epochs: Of the run. By default those of the CRATE-MAE paper.
+        precision: Precision of matrix products.
+        devices: Number of GPUs, or processes, that share each batch.
+        flops_per_s: Operations per second that one device reaches in training, such as 60e12. Without it no times are
+            estimated.
+        link_bytes_per_s: Bytes per second that one device sends to the others, such as 100e9.
+        images: Number of images in an epoch; by default that of ImageNet-1K.
+        epochs: Number of epochs; by default that of the CRATE-MAE paper.
         json: Print one JSON object instead of a table.
 
     Returns:
         The numbers, by name: `.parameters`, `.training_flops`, `.copies.memory_cuda`, `.sharded`, `.assumptions`, ...
 
     Raises:
-        UserError: for every mistake in the options at once.
+        UserError: that lists all mistakes in the options.
     """
     import json as encoder
 
@@ -84,73 +84,70 @@ def estimate(
         raise UserError("\n".join(mistakes))
 
     found = estimate_run(config, circumstances)
-    shown = [encoder.dumps(found.to_dict(), indent=2)] if json else _lines(found)
+    lines = [encoder.dumps(found.to_dict(), indent=2)] if json else _lines(found)
     console = Console(highlight=False)
-    for line in shown:
+    for line in lines:
         console.print(line, soft_wrap=True, markup=False)
     return found
 
 
 def _lines(found: Estimate) -> list[str]:
-    """All numbers, and what they rest on."""
-    c = found.circumstances
-    height, width = found.image_size
-    rows = [
-        ("model", f"{found.model}, {height} x {width} pixels, {c.mask_ratio:.0%} hidden, {c.precision}"),
-        (
-            "parameters",
-            f"{found.parameters:,} = {found.encoder_parameters:,} encoder + {found.decoder_parameters:,} decoder; "
-            f"beside them {found.fixed:,} fixed numbers of positions",
-        ),
-        (
-            "an image",
-            f"{found.training_flops / 1e9:.4g} GFLOP in training; forward {found.encoder_flops / 1e9:.4g} encoder + "
-            f"{found.decoder_flops / 1e9:.4g} decoder",
-        ),
-        ("batch", f"{c.batch_size:,} = {c.batch_size // c.devices:,} x {c.devices:,}"),
-        (
-            "activations",
-            f"{_gib(found.activation_bytes)} saved for the backward pass of a device's images on a CPU, "
-            f"{_gib(found.activation_bytes - found.attention_bytes)} on a GPU",
-        ),
-        *_lines_of(found, found.copies, "one device" if c.devices == 1 else "DDP"),
-        *(_lines_of(found, found.sharded, "FSDP") if c.devices > 1 else []),
+    """The table to print, and the assumptions below it."""
+    lines = [
+        f"{'' if number else name:<14} {text}"
+        for name, texts in _rows(found).items()
+        for number, text in enumerate(texts)
     ]
-    if c.flops_per_s is None:
-        rows.append(
-            (
-                "time",
-                "needs --flops-per-s, what one device reaches in training: the operations of an image times the "
-                "images per second of a run on it; `crate-mae doctor` gives the most that this CPU could reach",
-            )
-        )
-    lines = [f"{name:<14} {text}" for name, text in rows]
     return [*lines, "", *(f"- {assumption}" for assumption in found.assumptions)]
 
 
-def _lines_of(found: Estimate, load: Load, way: str) -> list[tuple[str, str]]:
-    """Memory, traffic and time of one way to divide the run."""
+def _rows(found: Estimate) -> dict[str, list[str]]:
+    """The lines of each row of the table, by the row's name."""
     c = found.circumstances
-    cpu = "" if load.memory_cpu is None else f", {_gib(load.memory_cpu)} on a CPU"
-    rows = [
-        (
-            way,
-            f"{_gib(load.memory_cuda)} of a GPU{cpu}; {_gib(load.state_bytes)} are weights, gradients and moments",
-        )
-    ]
-    if c.devices > 1:
-        rows.append(("", f"{load.sync_bytes / 1e9:.4g} GB to send, per device and step"))
-    seconds, whole = load.step_seconds, found.run_seconds(load)
-    if seconds is not None and whole is not None:
-        rows += [
-            ("", f"{seconds:.4g} s a step: {load.compute_seconds:.4g} computing, {load.sync_seconds:.4g} sending"),
-            (
-                "",
-                f"{_time(seconds * found.steps_per_epoch)} an epoch of {found.steps_per_epoch:,} steps, {_time(whole)} "
-                f"for {c.epochs:,}",
-            ),
+    height, width = found.image_size
+    rows = {
+        "model": [f"{found.model}, {height} x {width} pixels, {c.mask_ratio:.0%} hidden, {c.precision}"],
+        "parameters": [
+            f"{found.parameters:,} = {found.encoder_parameters:,} encoder + {found.decoder_parameters:,} decoder; "
+            f"in addition {found.fixed:,} fixed numbers of position embeddings"
+        ],
+        "an image": [
+            f"{found.training_flops / 1e9:.4g} GFLOP in training; forward {found.encoder_flops / 1e9:.4g} encoder + "
+            f"{found.decoder_flops / 1e9:.4g} decoder"
+        ],
+        "batch": [f"{c.batch_size:,} = {c.batch_size // c.devices:,} x {c.devices:,}"],
+        "activations": [
+            f"{_gib(found.activation_bytes)} saved for the backward pass of a device's images on a CPU, "
+            f"{_gib(found.activation_bytes - found.attention_bytes)} on a GPU"
+        ],
+    }
+    if c.devices == 1:
+        rows["one device"] = _load_lines(found, found.copies)
+    else:
+        rows |= {"DDP": _load_lines(found, found.copies), "FSDP": _load_lines(found, found.sharded)}
+    if c.flops_per_s is None:
+        rows["time"] = [
+            "needs --flops-per-s, the speed that one device reaches in training: the operations of an image times the "
+            "images per second of a run on it; `crate-mae doctor` prints the most that this CPU could reach"
         ]
     return rows
+
+
+def _load_lines(found: Estimate, load: Load) -> list[str]:
+    """Memory, traffic and time if the run is divided in one of the two ways."""
+    c = found.circumstances
+    cpu = "" if load.memory_cpu is None else f", {_gib(load.memory_cpu)} on a CPU"
+    lines = [f"{_gib(load.memory_cuda)} of a GPU{cpu}; {_gib(load.state_bytes)} are weights, gradients and moments"]
+    if c.devices > 1:
+        lines.append(f"{load.sync_bytes / 1e9:.4g} GB to send, per device and step")
+    seconds, whole = load.step_seconds, found.run_seconds(load)
+    if seconds is not None and whole is not None:
+        epoch = _time(seconds * found.steps_per_epoch)
+        lines += [
+            f"{seconds:.4g} s a step: {load.compute_seconds:.4g} computing, {load.sync_seconds:.4g} sending",
+            f"{epoch} an epoch of {found.steps_per_epoch:,} steps, {_time(whole)} for {c.epochs:,}",
+        ]
+    return lines
 
 
 def _gib(size: int) -> str:
@@ -158,7 +155,7 @@ def _gib(size: int) -> str:
 
 
 def _time(seconds: float) -> str:
-    """A length of time for people, in days where it takes some."""
+    """Format a duration, in days if it is longer than two."""
     from crate_mae.training.progress import duration
 
     return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)

@@ -7,8 +7,7 @@ import torch
 from crate_mae.comparison.options import Options
 from crate_mae.costs.trial import StepSettings
 from crate_mae.data import BadImage, ImageSource, UnreadableImage, same_images
-from crate_mae.data.base import refuse_unreadable
-from crate_mae.data.labels import occurring_classes
+from crate_mae.data.base import occurring_classes, refuse_unreadable
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.backbones import open_backbone

@@ -1,1 +1,1 @@
-"""What a training step costs: operations, memory, time; counted, measured on this machine, or foretold for others."""
+"""Costs of a training step: time, operations and memory."""

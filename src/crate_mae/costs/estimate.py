@@ -1,4 +1,4 @@
-"""What a run of pretraining asks for, on any number of devices, before there are any: counted, not measured."""
+"""Estimate what a pretraining run needs on any number of devices: counted, not measured."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -7,31 +7,30 @@ from typing import Any
 
 from torch import nn
 
-from crate_mae.costs.counting import forward_flops, masked_encoder_flops, training_flops
-from crate_mae.costs.foretold import build_without_memory, foretell_memory
-from crate_mae.costs.trial import StepSettings
+from crate_mae.costs.memory import build_without_memory, memory_estimate
+from crate_mae.costs.trial import StepSettings, step_flops
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import visible_patches
 from crate_mae.training.options import option_name
 
 _FLOAT = 4  # bytes; weights, gradients and moments are float32 in either precision
-_NUMBERS = 4  # for every weight: itself, its gradient, and AdamW's two moments
-_AT_THE_PEAK = 3  # of them, when the backward pass begins: gradients come as activations go
+_NUMBERS = 4  # per weight: the weight, its gradient, and AdamW's two moments
+_AT_THE_PEAK = 3  # of them, when the backward pass begins: gradients replace activations
 _SIZES = {"float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Circumstances:
-    """What a run's cost depends on beside its model.
+    """What the cost of a run depends on beside its model.
 
     Attributes:
         batch_size: images per step, over all devices.
         mask_ratio: share of hidden patches.
         precision: float32 or bfloat16.
-        devices: that share the batch.
-        flops_per_s: that one device reaches in training; None if not known.
-        link_bytes_per_s: that one device sends to the others; None if not known.
+        devices: number of devices that share the batch.
+        flops_per_s: speed of one device in training; None if unknown.
+        link_bytes_per_s: speed at which one device sends to the others; None if unknown.
         images: in an epoch.
         epochs: of the run.
     """
@@ -46,7 +45,7 @@ class Circumstances:
     epochs: int
 
     def mistakes(self) -> Iterator[str]:
-        """A sentence for each value that cannot be."""
+        """Describe each invalid value in a sentence."""
         wrong = []
         for key in ("batch_size", "devices", "images", "epochs"):
             value = getattr(self, key)
@@ -66,7 +65,7 @@ class Circumstances:
             nearest = max(1, round(self.batch_size / self.devices)) * self.devices
             yield (
                 f"A batch of {self.batch_size} cannot be divided among {self.devices} devices: "
-                f"take --batch-size {nearest}."
+                f"use --batch-size {nearest}."
             )
         if self.batch_size > self.images:
             yield f"A batch of {self.batch_size} is larger than the {self.images} images of --images."
@@ -76,14 +75,14 @@ class Circumstances:
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What is asked of each device in one of the two ways to divide a run.
+    """What each device needs if a run is divided in one of the two ways.
 
     Attributes:
         state_bytes: weights, gradients and AdamW's moments.
-        memory_cpu: bytes of a process at the worst moment of a step on a CPU; None where that is not run.
-        memory_cuda: bytes of all tensors at that moment on a GPU, where attention keeps no n x n matrices.
-        sync_bytes: that a device sends, and receives, in a step.
-        compute_seconds: of a step; None if the speed of a device is not known.
+        memory_cpu: peak memory of a process on a CPU in bytes; None for FSDP, which is not used on CPUs.
+        memory_cuda: peak memory of all tensors on a GPU in bytes, where attention keeps no n x n matrices.
+        sync_bytes: bytes that a device sends, and receives, in a step.
+        compute_seconds: of a step; None if the speed of a device is unknown.
         sync_seconds: of a step; None likewise.
     """
 
@@ -96,7 +95,7 @@ class Load:
 
     @property
     def step_seconds(self) -> float | None:
-        """Computing, then sending: what a step takes if nothing overlaps."""
+        """Time of a step if computing and sending do not overlap."""
         if self.compute_seconds is None or self.sync_seconds is None:
             return None
         return self.compute_seconds + self.sync_seconds
@@ -104,25 +103,25 @@ class Load:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a run asks for.
+    """What a run needs.
 
     Attributes:
         model: its name.
         image_size: height and width in pixels.
-        circumstances: what was asked.
-        parameters: that are trained, encoder and decoder.
+        circumstances: what the estimate was made for.
+        parameters: number of trained parameters, of encoder and decoder.
         encoder_parameters: those of the encoder.
-        decoder_parameters: all others, the mask token among them.
-        fixed: numbers that are not trained: tables of positions.
-        encoder_flops: of the forward pass of one image, by the encoder.
-        decoder_flops: by the decoder.
-        training_flops: of one image in a training step, forward and backward.
-        activation_bytes: what the forward pass of one device's images saves for the backward pass, on a CPU.
-        attention_bytes: the part of it that attention saves as n x n matrices, which a GPU does not.
-        copies: every device with a whole copy of the model (DDP).
-        sharded: every device with its share of the model (FSDP).
-        steps_per_epoch: full batches in one pass.
-        assumptions: sentences that the numbers rest on.
+        decoder_parameters: all others, including the mask token.
+        fixed: numbers that are not trained: position embeddings.
+        encoder_flops: operations of the encoder in the forward pass of one image.
+        decoder_flops: operations of the decoder in it.
+        training_flops: operations of one image in a training step, forward and backward.
+        activation_bytes: what the forward pass of one device's images saves for the backward pass on a CPU.
+        attention_bytes: the part of it for n x n attention matrices, which a GPU does not save.
+        copies: every device has a whole copy of the model (DDP).
+        sharded: every device has its share of the model (FSDP).
+        steps_per_epoch: full batches in one pass over the images.
+        assumptions: sentences that state what the numbers assume.
     """
 
     model: str
@@ -143,13 +142,13 @@ class Estimate:
     assumptions: tuple[str, ...]
 
     def run_seconds(self, load: Load) -> float | None:
-        """All epochs, divided in one of the two ways."""
+        """Time of all epochs if the run is divided in one of the two ways."""
         return (
             None if load.step_seconds is None else load.step_seconds * self.steps_per_epoch * self.circumstances.epochs
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form, with the times of the whole run."""
+        """Convert to what JSON can hold, including the times of the whole run."""
         values = dataclasses.asdict(self)
         for way in ("copies", "sharded"):
             load = getattr(self, way)
@@ -158,11 +157,11 @@ class Estimate:
 
 
 def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
-    """Count what a run asks for.
+    """Estimate what a run needs.
 
     Args:
         config: of the model.
-        circumstances: without mistakes.
+        circumstances: for which `mistakes` finds none.
     """
     c = circumstances
     share = c.batch_size // c.devices
@@ -171,9 +170,8 @@ def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
     )
     model = build_without_memory(config)
     parameters, encoder = _numbers(model), _numbers(model.encoder)
-    counts = (masked_encoder_flops, forward_flops, training_flops)
-    masked, forward, training = (count(config, settings) for count in counts)
-    memory, attention = foretell_memory(config, settings), membership_bytes(config, settings)
+    flops, memory = step_flops(config, settings), memory_estimate(config, settings)
+    attention = attention_bytes(config, settings)
     cuda = memory.tensors - attention
     copies, sharded = _more_on_copies(c, parameters), _more_on_shards(c, parameters, model)
     loads = (
@@ -181,13 +179,13 @@ def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
             state_bytes=_NUMBERS * parameters * _FLOAT,
             memory_cpu=memory.resident + copies,
             memory_cuda=cuda + copies,
-            **_times(c, training, 2 * parameters * _FLOAT),
+            **_times(c, flops.training, 2 * parameters * _FLOAT),
         ),
         Load(
             state_bytes=_NUMBERS * parameters * _FLOAT // c.devices,
             memory_cpu=None,
             memory_cuda=cuda + sharded,
-            **_times(c, training, 3 * parameters * _FLOAT),
+            **_times(c, flops.training, 3 * parameters * _FLOAT),
         ),
     )
     return Estimate(
@@ -198,9 +196,9 @@ def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
         encoder_parameters=encoder,
         decoder_parameters=parameters - encoder,
         fixed=sum(table.numel() for table in model.buffers()),
-        encoder_flops=masked / share,
-        decoder_flops=(forward - masked) / share,
-        training_flops=training / share,
+        encoder_flops=flops.masked_encoder / share,
+        decoder_flops=(flops.forward - flops.masked_encoder) / share,
+        training_flops=flops.training / share,
         activation_bytes=memory.saved,
         attention_bytes=attention,
         copies=loads[0],
@@ -210,9 +208,9 @@ def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
     )
 
 
-def membership_bytes(config: ModelConfig, settings: StepSettings) -> int:
-    """What attention saves as n x n matrices on a CPU: one for every image, head and layer, or none if it is fused."""
-    if settings.precision == "float32":  # see `theory.attention.ssa`; timm's attention is told to do the same
+def attention_bytes(config: ModelConfig, settings: StepSettings) -> int:
+    """Bytes of n x n attention matrices saved on a CPU: one per image, head and layer; none if attention is fused."""
+    if settings.precision == "float32":  # fused: see `theory.attention.ssa`; timm's attention is set to do the same
         return 0
     patches = config.grid_size[0] * config.grid_size[1]
     encoded = visible_patches(patches, settings.mask_ratio) if config.mask_tokens == "decoder" else patches
@@ -221,21 +219,21 @@ def membership_bytes(config: ModelConfig, settings: StepSettings) -> int:
     return settings.batch_size * numbers * _SIZES[settings.precision]
 
 
-def _times(c: Circumstances, flops: int, sent_by_all_but_one: int) -> dict[str, Any]:
-    """The bytes that a device sends, and the seconds of computing and of sending."""
-    sync = sent_by_all_but_one * (c.devices - 1) // c.devices
+def _times(c: Circumstances, flops: int, exchanged_bytes: int) -> dict[str, Any]:
+    """Bytes that a device sends, and seconds of computing and of sending, in a step."""
+    sync = exchanged_bytes * (c.devices - 1) // c.devices
     compute = None if c.flops_per_s is None else flops / c.flops_per_s
     sending = None if compute is None else sync / c.link_bytes_per_s if c.link_bytes_per_s else 0.0
     return {"sync_bytes": sync, "compute_seconds": compute, "sync_seconds": sending}
 
 
 def _more_on_copies(c: Circumstances, parameters: int) -> int:
-    """Bytes that DDP adds to those of one process alone: room for gradients, kept between steps."""
+    """Bytes that DDP adds to those of a single process: buffers for gradients, kept between steps."""
     return parameters * _FLOAT if c.devices > 1 else 0
 
 
 def _more_on_shards(c: Circumstances, parameters: int, model: MaskedAutoencoder) -> int:
-    """Bytes that FSDP adds: less of what is kept, and two layers that are whole for the time being."""
+    """Bytes that FSDP adds: fewer for what is sharded, more for two layers that are gathered at a time."""
     if c.devices == 1:
         return 0
     largest = max(_numbers(block) for part in (model.encoder, model.decoder) for block in part.blocks)
@@ -250,13 +248,13 @@ def _assumptions(c: Circumstances) -> Iterator[str]:
     yield "Operations are those of matrix products alone; a multiplication with its addition is 2."
     yield "Weights, gradients and both moments of AdamW are float32, in either precision."
     yield (
-        "Memory is that of the worst moment of a step as PyTorch works on a CPU, of which every tensor was followed; a "
-        "GPU's is without the n x n matrices of attention and without what its allocator and libraries keep besides."
+        "Memory is the peak of a step of PyTorch on a CPU, in which every tensor was counted. That of a GPU is without "
+        "the n x n matrices of attention, and without what its allocator and libraries keep in addition."
     )
     if c.devices > 1:
-        yield "DDP keeps room for gradients between steps, and sends 2 (N - 1) / N of them: as much as it gets."
+        yield "DDP keeps buffers for gradients between steps, and sends and receives 2 (N - 1) / N of their size."
         yield "FSDP gathers weights forward and backward and scatters gradients: 3 (N - 1) / N; two layers are whole."
-        yield "All devices are equally fast, and so are the links among them."
+        yield "All devices are equally fast, and so are the links between them."
     if c.flops_per_s is not None:
-        yield "Nothing overlaps: a step computes at --flops-per-s, then sends. Images are always there in time."
+        yield "Nothing overlaps: a step computes at --flops-per-s, then sends. Training never waits for images."
         yield "AdamW, checkpoints and measurements take no time."

@@ -1,10 +1,15 @@
-"""One training step that can be timed, counted and weighed: on random images in memory, by the loop's own parts."""
+"""One training step that can be timed and counted: on random images in memory, with the parts of the training loop.
+
+Numbers of operations are exactly affine in the number of images, and in the number of layers of the encoder and of the
+decoder. So `step_flops` counts them for few of each, which is quick for any model, and extrapolates.
+"""
 
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -15,10 +20,12 @@ from crate_mae.models.monotone import retract_
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.precision import autocast
 
+_CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a step needs to know beside its model.
+    """What a step needs beside its model.
 
     Attributes:
         batch_size: images.
@@ -63,7 +70,7 @@ class TrialStep:
         self.optimizer = build_optimizer(self.model, settings.weight_decay)
 
     def __call__(self) -> float:
-        """Take a step; its seconds."""
+        """Take a step, and return how many seconds it took."""
         started = time.perf_counter()
         loss = self.loss()
         loss.backward()
@@ -75,7 +82,7 @@ class TrialStep:
         return time.perf_counter() - started
 
     def training_flops(self) -> int:
-        """Floating-point operations of the matrix products of a step, forward and backward."""
+        """Count floating-point operations of the matrix products of a step, forward and backward."""
         with flop_counter() as counter:
             self.loss().backward()
             retract_(self.model)
@@ -83,23 +90,23 @@ class TrialStep:
         return counter.get_total_flops()
 
     def forward_flops(self) -> int:
-        """The same of the forward pass alone."""
+        """Count operations of the forward pass."""
         with torch.no_grad(), flop_counter() as counter:
             self.loss()
         return counter.get_total_flops()
 
     def masked_encoder_flops(self) -> int:
-        """The same of the encoder's part in that: with patches hidden, as in training."""
-        so_far = []
+        """Count operations of the encoder in the forward pass: with hidden patches, as in training."""
+        counts = []
         with torch.no_grad(), flop_counter() as counter:
-            # The encoder's last norm is where it ends, whichever of its ways the model takes.
-            end = self.model.encoder.norm.register_forward_hook(lambda *_: so_far.append(counter.get_total_flops()))
+            # Every encoder ends with its norm, whether it encodes mask tokens or not.
+            end = self.model.encoder.norm.register_forward_hook(lambda *_: counts.append(counter.get_total_flops()))
             self.loss()
             end.remove()
-        return so_far[0]
+        return counts[0]
 
     def encoder_flops(self) -> int:
-        """The same of the encoder alone, forward, for the whole batch with nothing hidden."""
+        """Count operations of the encoder on the whole batch without hidden patches."""
         self.model.eval()
         with torch.inference_mode(), flop_counter() as counter:
             self.model.encoder.forward_features(self.images)
@@ -107,28 +114,58 @@ class TrialStep:
         return counter.get_total_flops()
 
     def loss(self) -> torch.Tensor:
-        """The forward pass."""
+        """Compute the loss of the batch: the forward pass."""
         with autocast(self.device, self.settings.precision):
             return self.model(self.images, mask=self.mask).loss
 
 
-def flop_counter() -> FlopCounterMode:
-    """PyTorch's counter of the operations of matrix products and convolutions; a multiplication with addition is 2.
+class StepFlops(NamedTuple):
+    """Floating-point operations of the matrix products of one step.
 
-    It overlooks `baddbmm_`, which `theory.attention.SymmetricAttention` uses backward, and the fused attention of CPUs:
-    two products forward; backward five, since it forms the weights again. So those are added.
+    Attributes:
+        masked_encoder: of the encoder in the forward pass, with hidden patches.
+        forward: of the forward pass.
+        training: of the forward and the backward pass.
+    """
+
+    masked_encoder: int
+    forward: int
+    training: int
+
+
+def step_flops(config: ModelConfig, settings: StepSettings) -> StepFlops:
+    """Count the operations of a step, extrapolated from one and two layers, two and three images."""
+
+    def count(images: int, depth: int, decoder_depth: int) -> np.ndarray:
+        few_layers = config.replace(depth=depth, decoder_depth=decoder_depth)
+        step = TrialStep(few_layers, settings.replace(batch_size=images), _CPU)
+        return np.array([step.masked_encoder_flops(), step.forward_flops(), step.training_flops()], dtype=np.int64)
+
+    def of_all_layers(images: int) -> np.ndarray:
+        both, encoder, decoder = count(images, 1, 1), count(images, 2, 1), count(images, 1, 2)
+        return both + (config.depth - 1) * (encoder - both) + (config.decoder_depth - 1) * (decoder - both)
+
+    two = of_all_layers(2)
+    return StepFlops(*(two + (settings.batch_size - 2) * (of_all_layers(3) - two)).tolist())
+
+
+def flop_counter() -> FlopCounterMode:
+    """Return PyTorch's counter of operations of matrix products and convolutions; a multiply-add is 2.
+
+    PyTorch does not count `baddbmm_`, which `theory.attention.SymmetricAttention` uses backward, and the fused
+    attention of CPUs (two products forward; five backward, which computes the weights again). Both are added here.
     """
     aten = torch.ops.aten
-    overlooked = {
+    not_counted = {
         aten.baddbmm_: _baddbmm_flops,
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
-    return FlopCounterMode(display=False, custom_mapping=overlooked)
+    return FlopCounterMode(display=False, custom_mapping=not_counted)
 
 
 def _baddbmm_flops(_sum: Any, a: Any, b: Any, *_rest: Any, **_options: Any) -> int:
-    """2 b n k m for a (b n k) times b (b k m); the counter gives shapes."""
+    """2 b n k m for a (b n k) times b (b k m). The counter passes shapes."""
     batch, n, k = a
     return 2 * batch * n * k * b[-1]
 

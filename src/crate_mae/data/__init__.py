@@ -1,4 +1,4 @@
-"""Images from anywhere, prepared in the same way each time, and pictures of the results.
+"""Image sources of all kinds, their preparation for a model, and pictures of results.
 
 Names are imported when first used, as in `crate_mae` itself.
 """
@@ -8,14 +8,11 @@ from typing import TYPE_CHECKING
 from crate_mae.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from crate_mae.data.base import NO_LABEL, EncodedSource, ImageSource
+    from crate_mae.data.base import NO_LABEL, EncodedSource, ImageSource, Part, label_names, occurring_classes
     from crate_mae.data.dataset import Batch, ImageDataset, Sample, collate, readable_batches
     from crate_mae.data.decode import UnreadableImage, to_channels, to_tensor
-    from crate_mae.data.facts import channel_statistics, describe_images, suggest_model
-    from crate_mae.data.labels import label_names, occurring_classes
-    from crate_mae.data.part import Part
+    from crate_mae.data.facts import channel_statistics, check, describe_images, suggest_model
     from crate_mae.data.pictures import save_picture_grid
-    from crate_mae.data.report import check
     from crate_mae.data.results import BadImage, DataReport, ImageFacts
     from crate_mae.data.sources import full_name, open_source, same_images
     from crate_mae.data.transforms import evaluation_transform, finetune_transform, pretrain_transform
@@ -29,18 +26,18 @@ _HOMES = {
     "ImageDataset": "dataset",
     "ImageFacts": "results",
     "ImageSource": "base",
-    "Part": "part",
+    "Part": "base",
     "Sample": "dataset",
     "UnreadableImage": "decode",
     "channel_statistics": "facts",
-    "check": "report",
+    "check": "facts",
     "collate": "dataset",
     "describe_images": "facts",
     "evaluation_transform": "transforms",
     "finetune_transform": "transforms",
     "full_name": "sources",
-    "label_names": "labels",
-    "occurring_classes": "labels",
+    "label_names": "base",
+    "occurring_classes": "base",
     "open_source": "sources",
     "pretrain_transform": "transforms",
     "readable_batches": "dataset",

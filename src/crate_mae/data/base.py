@@ -1,4 +1,4 @@
-"""What every kind of image source promises to the rest of the library."""
+"""The interface of image sources, parts of a source, labels, and the rule for unreadable images."""
 
 import hashlib
 import os
@@ -21,12 +21,12 @@ _LEAST_SEEN = 100
 
 
 class ImageSource(ABC):
-    """A fixed, numbered collection of images, with labels when they are there.
+    """A fixed, numbered collection of images, with labels if there are any.
 
     Sources can be pickled and used after a fork, so any number of `DataLoader` workers may share one.
 
     Attributes:
-        name: what the user called it, for messages.
+        name: as the user wrote it, for messages.
         classes: names of the classes, `classes[label]`, or None.
     """
 
@@ -43,7 +43,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, i: int) -> Image.Image | Tensor:
-        """Image i, upright and in its own mode, or a tensor c hh ww (uint8, or float in [0, 1]).
+        """Read image i, upright and in its own mode, or a tensor c hh ww (uint8, or float in [0, 1]).
 
         Raises:
             UnreadableImage: if it cannot be decoded completely.
@@ -51,7 +51,7 @@ class ImageSource(ABC):
 
     @abstractmethod
     def location(self, i: int) -> str:
-        """Where image i is: something that the user can look up."""
+        """Describe where image i is, so that the user can find it."""
 
     @property
     def labels(self) -> Int[np.ndarray, "n"] | None:
@@ -63,7 +63,7 @@ class ImageSource(ABC):
         return NO_LABEL if self._labels is None else int(self._labels[i])
 
     def fingerprint(self) -> str | None:
-        """A text that changes whenever an image may have; None if nobody could tell, as for Python objects."""
+        """Return a text that changes if an image may have changed; None if that is unknown, as for Python objects."""
         return None
 
 
@@ -72,19 +72,53 @@ class EncodedSource(ImageSource):
 
     @abstractmethod
     def content(self, i: int) -> bytes:
-        """The encoded bytes of image i.
+        """Read the encoded bytes of image i.
 
         Raises:
             UnreadableImage: if they cannot be read.
         """
 
     def read(self, i: int) -> Image.Image:
-        """Image i, decoded, upright and in its own mode."""
+        """Decode image i, upright and in its own mode."""
         return decode(self.content(i), self.location(i))
 
 
+class Part(ImageSource):
+    """Some images of a source, as a source of their own.
+
+    Args:
+        whole: the source.
+        indices: numbers of the images in it.
+        labels: one per image of the part, in place of the source's; without them the part has none.
+        classes: names of the classes of these labels.
+    """
+
+    def __init__(
+        self,
+        whole: ImageSource,
+        indices: Int[np.ndarray, "n"],
+        *,
+        labels: Int[np.ndarray, "n"] | None = None,
+        classes: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__(whole.name, labels, classes if labels is not None else whole.classes)
+        self._whole = whole
+        self._indices = indices
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, i: int) -> Image.Image | Tensor:
+        """Image i of the part."""
+        return self._whole.read(int(self._indices[i]))
+
+    def location(self, i: int) -> str:
+        """Where image i of the part is."""
+        return self._whole.location(int(self._indices[i]))
+
+
 def read_file(path: Path, location: str) -> bytes:
-    """All bytes of an image file.
+    """Read all bytes of an image file.
 
     Raises:
         UnreadableImage: with the operating system's reason.
@@ -96,7 +130,7 @@ def read_file(path: Path, location: str) -> bytes:
 
 
 def files_fingerprint(paths: Iterable[Path]) -> str | None:
-    """A digest of paths, sizes and modification times; None if a file cannot be looked at."""
+    """Digest paths, sizes and modification times; return None if a file is not accessible."""
     digest = hashlib.sha256()
     try:
         for path in paths:
@@ -108,14 +142,14 @@ def files_fingerprint(paths: Iterable[Path]) -> str | None:
 
 
 def printable(path: PurePath) -> str:
-    """A path for messages and tables, also if its name is not valid Unicode."""
+    """Convert a path to text for messages and tables, even if its name is not valid Unicode."""
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:
-    """Labels and class names from labels as they were found: all integers, or all names.
+    """Convert labels as they were found, all integers or all names, to numbers and class names.
 
-    Names are numbered in sorted order. A missing or negative label anywhere means that there are no labels.
+    Names are numbered in sorted order. If any label is missing or negative, there are no labels.
     """
     if not len(found) or any(label is None for label in found):
         return None, None
@@ -128,10 +162,31 @@ def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, li
     return np.array(found, dtype=np.int64), None
 
 
-def most_bad(max_bad: float, seen: int) -> float:
-    """How many unreadable images are allowed among `seen` distinct images, of which `max_bad` is the largest share.
+def label_names(source: ImageSource) -> list[str | None] | None:
+    """Return the class of every image: its name, or its number as text; None where it is unknown, and without labels.
 
-    The share is taken of at least 100 images, so that one bad file at the very beginning does not stop a run; with
+    The same number may stand for different classes in two sources, so sources are compared by names.
+    """
+    labels = source.labels
+    if labels is None:
+        return None
+    return [None if label < 0 else _name(source, int(label)) for label in labels]
+
+
+def occurring_classes(source: ImageSource) -> list[str]:
+    """Return the names of classes that have an image, in the order of their numbers; empty without labels."""
+    labels = source.labels
+    return [] if labels is None else [_name(source, int(label)) for label in np.unique(labels) if label >= 0]
+
+
+def _name(source: ImageSource, label: int) -> str:
+    return source.classes[label] if source.classes is not None and label < len(source.classes) else str(label)
+
+
+def most_bad(max_bad: float, seen: int) -> float:
+    """Return how many unreadable images are allowed among `seen` distinct ones if their largest share is `max_bad`.
+
+    The share is taken of at least 100 images, so that one bad file at the very beginning does not stop a run. With
     `max_bad=0` none is allowed.
     """
     return max_bad * max(seen, _LEAST_SEEN)

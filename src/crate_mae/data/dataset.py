@@ -1,4 +1,4 @@
-"""Images as training and evaluation draw them: by key, with a randomness that depends on nothing but the key."""
+"""Images for training and evaluation: accessed by key, with randomness that depends on the key alone."""
 
 import os
 import random
@@ -27,13 +27,13 @@ class Sample(NamedTuple):
     Attributes:
         image: normalised c hh ww.
         label: -1 without labels.
-        index: number of the image shown; if another was asked for, that one is in `bad`.
-        bad: the images that could not be read on the way.
+        index: number of the image; if another one was requested, that one is in `bad`.
+        bad: the images that could not be read before this one.
     """
 
     image: Float[Tensor, "c hh ww"]
     label: int
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - nobody searches a sample
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - a sample is never searched
     bad: tuple[BadImage, ...]
 
 
@@ -92,9 +92,9 @@ class ImageDataset(Dataset[Sample]):
         )
 
     def _candidates(self, index: int, epoch: int) -> Iterator[int]:
-        """The index asked for, then up to `MOST_REPLACEMENTS` others in a fixed pseudo-random order."""
+        """Yield the requested index, then up to `MOST_REPLACEMENTS` others in a fixed pseudo-random order."""
         yield index
-        # A word more than for the augmentation, so that the two streams differ.
+        # One word more than for the augmentation, so that the two streams differ.
         draw = np.random.default_rng([self.seed, epoch, index, 1])
         tried = {index}
         while len(tried) <= min(MOST_REPLACEMENTS, len(self.source) - 1):
@@ -115,7 +115,7 @@ def collate(samples: Sequence[Sample]) -> Batch:
 
 
 class _Attempts(Dataset[Sample | BadImage]):
-    """Each image of a source, transformed, or why it cannot be read."""
+    """Each image of a source, transformed, or the reason why it cannot be read."""
 
     def __init__(self, source: ImageSource, transform: Callable[[Image.Image | Tensor], Tensor]) -> None:
         self.source = source
@@ -139,16 +139,16 @@ def readable_batches(
     workers: int = 0,
     worker_init: Callable[[int], None] | None = None,
 ) -> Generator[Batch]:
-    """All images of a source in order, once. Those that cannot be read are left out, and are in `Batch.bad`.
+    """Yield all images of a source once, in order. Those that cannot be read are left out, and are in `Batch.bad`.
 
-    A batch may be shorter than `batch_size`, and has no image at all where none of its images can be read.
+    A batch may be shorter than `batch_size`, and is empty if none of its images can be read.
 
     Args:
         source: where the images come from.
         transform: without randomness.
-        batch_size: images asked for at once.
-        workers: processes that load images.
-        worker_init: called first in each of them.
+        batch_size: images per batch.
+        workers: number of processes that load images.
+        worker_init: called first in each process.
     """
     loader = DataLoader(
         _Attempts(source, transform),
@@ -156,7 +156,7 @@ def readable_batches(
         collate_fn=_collate_readable,
         num_workers=workers,
         worker_init_fn=worker_init,
-        generator=torch.Generator(),  # or the loader would draw from the global one
+        generator=torch.Generator(),  # otherwise the loader would draw from the global one
     )
     with workers_errors_plain():
         yield from loader
@@ -173,7 +173,7 @@ def _collate_readable(attempts: Sequence[Sample | BadImage]) -> Batch:
 
 @contextmanager
 def workers_errors_plain() -> Iterator[None]:
-    """Raise a loader process's `UserError`, which comes wrapped in a traceback, with the user's sentence alone."""
+    """Raise a `UserError` of a loader process, which arrives with a traceback, with its message alone."""
     try:
         yield
     except UserError as error:
@@ -182,7 +182,7 @@ def workers_errors_plain() -> Iterator[None]:
 
 @contextmanager
 def global_generators_seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python and NumPy for a while, and put their states back.
+    """Seed the global generators of Python and NumPy inside the context, and restore their states.
 
     Args:
         seed: at least 0 and less than 2^32.
@@ -199,7 +199,7 @@ def global_generators_seeded(seed: int) -> Iterator[None]:
 
 @contextmanager
 def default_generator_seeded(seed: int) -> Iterator[None]:
-    """Seed PyTorch's default CPU generator for a while, and put its state back.
+    """Seed PyTorch's default CPU generator inside the context, and restore its state.
 
     Fifty times as fast as `torch.random.fork_rng`, which looks for accelerators each time.
     """
@@ -212,6 +212,6 @@ def default_generator_seeded(seed: int) -> Iterator[None]:
 
 
 def default_workers(processes: int = 1) -> int:
-    """How many processes should read images: one less than the cores of each training process, at most 8."""
+    """Return how many processes should read images: one less than the cores per training process, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, cores // processes - 1))

@@ -1,4 +1,4 @@
-"""From the bytes of a file to an image with the wanted number of channels; whatever cannot be trusted is refused."""
+"""Decode image files, and convert images to a number of channels. Damaged files are refused."""
 
 import io
 import warnings
@@ -21,12 +21,12 @@ _ORIENTATION_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"
 _LONGEST_REASON = 160
 
 
-class UnreadableImage(Exception):  # noqa: N818 - it says what the image is, and is no fault of the program
-    """An image that is there but cannot be used: corrupt, truncated, empty, forbidden, or of an unknown format.
+class UnreadableImage(Exception):  # noqa: N818 - named after the image; not an error of the program
+    """An image that exists but cannot be used: corrupt, truncated, empty, forbidden, or of an unknown format.
 
     Attributes:
-        location: where it is, as `ImageSource.location` says it.
-        reason: one short sentence for people.
+        location: where it is, as `ImageSource.location` describes it.
+        reason: one short sentence.
     """
 
     def __init__(self, location: str, reason: str) -> None:
@@ -42,7 +42,7 @@ def decode(content: bytes, location: str) -> Image.Image:
     """Decode a whole image file and turn it upright (EXIF orientation).
 
     The image keeps its own mode (bit depth, palette, transparency) and `format`; `to_channels` converts it.
-    Of an animation the first frame is taken. A truncated file counts as unreadable, never as a half-grey image.
+    Of an animation the first frame is used. A truncated file is unreadable, never a half-grey image.
 
     Raises:
         UnreadableImage: for anything that Pillow cannot decode completely.
@@ -71,21 +71,21 @@ def decode(content: bytes, location: str) -> Image.Image:
 
 
 def channels_of(image: Image.Image | Tensor) -> int:
-    """Channels that an image carries by itself: 1 for grey of any depth, 3 for colour, `c` for a tensor c hh ww."""
+    """Return the number of channels of an image: 1 for grey of any depth, 3 for colour, `c` for a tensor c hh ww."""
     if isinstance(image, Tensor):
         return image.shape[0]
     return 1 if image.mode in GREY_MODES else 3
 
 
 def size_of(image: Image.Image | Tensor) -> tuple[int, int]:
-    """(height, width)."""
+    """Return (height, width)."""
     return (image.shape[1], image.shape[2]) if isinstance(image, Tensor) else (image.height, image.width)
 
 
 def to_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Tensor:
     """Convert to `channels` channels.
 
-    An image of 8 bits or fewer becomes a Pillow image of mode L or RGB: transparency is laid over white, colour
+    An image of 8 bits or fewer becomes a Pillow image of mode L or RGB: transparent parts become white, colour
     becomes grey by the ITU-R 601 luma. A deeper one becomes a float tensor in [0, 1] by `deep_to_unit`.
     A tensor with the right count passes; between 1 and 3 it is converted in the same way.
 
@@ -107,7 +107,7 @@ def to_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Ten
 
 
 def to_tensor(image: Image.Image | Tensor) -> UInt8[Tensor, "c hh ww"] | Float[Tensor, "c hh ww"]:
-    """An L or RGB image as a contiguous uint8 tensor; a tensor as it is."""
+    """Convert an L or RGB image to a contiguous uint8 tensor; return tensors as they are."""
     if isinstance(image, Tensor):
         return image
     array = torch.from_numpy(np.array(image))
@@ -115,7 +115,7 @@ def to_tensor(image: Image.Image | Tensor) -> UInt8[Tensor, "c hh ww"] | Float[T
 
 
 def deep_to_unit(image: Image.Image) -> Float[Tensor, "1 hh ww"]:
-    """A grey image of more than 8 bits in [0, 1].
+    """Scale a grey image of more than 8 bits to [0, 1].
 
     16-bit modes are divided by 65535. Mode I holds 16-bit files in 32 bits, so it is divided by 65535 too unless a
     value is larger; then by 2^31 - 1. Mode F is taken to be in the first of [0, 1], [0, 255], [0, 65535] that
@@ -141,7 +141,7 @@ def _convert_pillow(image: Image.Image, channels: int) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
         if image.mode == wanted:
             return image
-        # Not every mode has a way to grey of its own (CMYK, YCbCr); every one has a way to RGB.
+        # Not every mode converts to grey directly (CMYK, YCbCr), but every mode converts to RGB.
         if image.mode not in ("1", "L", "RGB"):
             image = image.convert("RGB")
         return image.convert(wanted)
@@ -149,8 +149,8 @@ def _convert_pillow(image: Image.Image, channels: int) -> Image.Image:
 
 def _mismatch(found: int, wanted: int) -> UserError:
     return UserError(
-        f"The images have {found} channel(s), but {wanted} are asked for.\n"
-        f"Only grey (1) and colour (3) are converted into each other; build the model with in_chans={found}."
+        f"The images have {found} channel(s), but {wanted} are required.\n"
+        f"Only grey (1) and colour (3) can be converted into each other; build the model with in_chans={found}."
     )
 
 

@@ -1,4 +1,4 @@
-"""The 1,797 handwritten digits of scikit-learn: real images that are on every machine, without a download."""
+"""The 1,797 handwritten digits of scikit-learn: real images that need no download."""
 
 from typing import Any
 
@@ -12,14 +12,14 @@ TEST_DIGITS = 297
 
 
 class DigitsSource(ImageSource):
-    """Grey 8 x 8 digits; their 0..16 are stretched to 0..255.
+    """Grey 8 x 8 digits; their values 0..16 are scaled to 0..255.
 
-    The splits are ours: in the order of a permutation with seed 0 the last 297 digits are `test`, the 1,500 before
-    them `train`. Without a split there are all 1,797, in scikit-learn's order.
+    The splits are defined here: in the order of a permutation with seed 0 the last 297 digits are `test`, the 1,500
+    before them `train`. Without a split there are all 1,797, in scikit-learn's order.
     """
 
     def __init__(self, split: str | None = None) -> None:
-        from sklearn.datasets import load_digits  # an import of over a second, for this source alone
+        from sklearn.datasets import load_digits  # takes over a second to import
 
         digits: Any = load_digits()
         order = np.random.default_rng(0).permutation(len(digits.target))

@@ -1,24 +1,26 @@
-"""What the images are like: sizes, channels, and the statistics to normalise by, from a fixed sample of them."""
+"""Facts about the images of a source: sizes, channels, mean and std from a fixed sample; and a check of all images."""
 
-from collections import Counter
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.data.base import ImageSource
-from crate_mae.data.decode import UnreadableImage, channels_of, size_of, to_channels
-from crate_mae.data.results import ImageFacts
+from crate_mae.data.base import EncodedSource, ImageSource
+from crate_mae.data.decode import UnreadableImage, channels_of, decode, size_of, to_channels
+from crate_mae.data.results import BadImage, DataReport, ImageFacts
 from crate_mae.errors import UserError
 
-# `channel_statistics` stays at some 80 photographs of 12 megapixels, a few seconds.
+# Limits `channel_statistics` to about 80 photographs of 12 megapixels, a few seconds.
 _MOST_PIXELS = 10**9
 _PROBE = 16
 _SMALLEST_STD = 1 / 255
 
 
 def describe_images(source: ImageSource, sample: int = 64) -> ImageFacts:
-    """Channels and median size of a fixed pseudo-random sample.
+    """Find channels and median size of a fixed pseudo-random sample.
 
     Raises:
         UserError: if no image of the sample can be read.
@@ -44,12 +46,12 @@ def describe_images(source: ImageSource, sample: int = 64) -> ImageFacts:
 def channel_statistics(
     source: ImageSource, channels: int, sample: int = 2000, seed: int = 0
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    r"""Mean and standard deviation of each channel, in [0, 1], over a fixed pseudo-random sample.
+    r"""Measure mean and standard deviation of each channel, in [0, 1], of a fixed pseudo-random sample.
 
     Each image has the same weight, whatever its size: with $m_i$ and $q_i$ the mean and mean square of image i,
     $\mu = \frac1N \sum_i m_i$ and $\sigma^2 = \frac1N \sum_i q_i - \mu^2$, in float64. For images of one size that is
-    the usual mean and deviation over all pixels. Unreadable images are left out. Of large
-    images the sample is made smaller, down to about 10^9 pixels in all.
+    the usual mean and deviation over all pixels. Unreadable images are left out. If images are large, the sample is
+    made smaller, down to about 10^9 pixels in all.
 
     Returns:
         means and standard deviations, the latter at least 1/255 so that constant channels can be divided by them.
@@ -74,8 +76,67 @@ def channel_statistics(
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
+def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[[], None] | None = None) -> DataReport:
+    """Read every image of a source, or a fixed sample of them, and report.
+
+    Args:
+        source: the images.
+        sample: number of images to read; None for all.
+        on_image: called after each image, for a progress bar.
+    """
+    indices = fixed_sample(len(source), sample)
+    sizes: list[tuple[int, int]] = []
+    modes: Counter[str] = Counter()
+    formats: Counter[str] = Counter()
+    channels: Counter[int] = Counter()
+    same: defaultdict[bytes, list[int]] = defaultdict(list)
+    bad: list[BadImage] = []
+    for i in indices:
+        try:
+            image, digest = _read_with_digest(source, i)
+        except UnreadableImage as error:
+            bad.append(BadImage(error.location, error.reason))
+        else:
+            sizes.append(size_of(image))
+            modes[_mode(image)] += 1
+            formats[getattr(image, "format", None) or "no file"] += 1
+            channels[channels_of(image)] += 1
+            same[digest].append(i)
+        if on_image is not None:
+            on_image()
+    model = image_size = count = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    if sizes:
+        count = prevalent_channels(channels)
+        height, width = np.median(np.array(sizes), axis=0)
+        model, image_size = suggest_model(ImageFacts(count, int(height), int(width), len(sizes), len(indices)))
+        if set(channels) <= {
+            1,
+            count,
+        }:  # several other counts have no common mean, and cannot be trained on
+            mean, std = channel_statistics(source, count)
+    return DataReport(
+        name=source.name,
+        images=len(source),
+        checked=len(indices),
+        classes=_class_counts(source),
+        heights=_spread([height for height, _ in sizes]),
+        widths=_spread([width for _, width in sizes]),
+        channels=count,
+        modes=dict(modes.most_common()),
+        formats=dict(formats.most_common()),
+        bad=tuple(bad),
+        duplicates=tuple(tuple(map(source.location, group)) for group in same.values() if len(group) > 1),
+        mean=mean,
+        std=std,
+        suggested_model=model,
+        suggested_image_size=image_size,
+    )
+
+
 def suggest_model(facts: ImageFacts) -> tuple[str, int]:
-    """The preset made for images of this size, and its image size: 8, 32 or 224 by the shorter side."""
+    """Return the preset for images of this size, and its image size: 8, 32 or 224 by the shorter side."""
     side = min(facts.height, facts.width)
     if side <= 12:
         return "crate_mae_nano_patch2_8", 8
@@ -85,31 +146,31 @@ def suggest_model(facts: ImageFacts) -> tuple[str, int]:
 
 
 def fixed_sample(length: int, sample: int | None, seed: int = 0) -> list[int]:
-    """`sample` distinct pseudo-random numbers below `length`, sorted for quick reading; all numbers for None."""
+    """Draw `sample` distinct pseudo-random numbers below `length`, sorted for quick reading; all numbers for None."""
     if sample is None or sample >= length:
         return list(range(length))
     if sample < 1:
-        raise UserError(f"A sample holds at least one image, got {sample}.")
+        raise UserError(f"A sample needs at least one image, got {sample}.")
     return sorted(np.random.default_rng(seed).choice(length, sample, replace=False).tolist())
 
 
 def prevalent_channels(counts: Counter[int]) -> int:
-    """1 if all images are grey; if not, the most frequent other count, since grey becomes colour without loss."""
+    """Return 1 if all images are grey; else the most frequent other count, since grey becomes colour without loss."""
     others = {channels: count for channels, count in counts.items() if channels != 1}
     return max(others, key=others.__getitem__) if others else 1
 
 
 def _affordable(source: ImageSource, sample: int) -> int:
-    """A smaller sample where the images are so large that decoding all of it would take minutes."""
+    """Reduce the sample if the images are so large that decoding it would take minutes."""
     try:
         facts = describe_images(source, _PROBE)
-    except UserError:  # these few may be bad where others are not
+    except UserError:  # these few images may be bad while others are not
         return sample
     return min(sample, max(_PROBE, _MOST_PIXELS // (facts.height * facts.width)))
 
 
 def _moments(image: Image.Image | Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and mean square of each channel in [0, 1]; of 8-bit images exactly, through their histograms."""
+    """Measure mean and mean square of each channel in [0, 1]; for 8-bit images exactly, from their histograms."""
     if isinstance(image, Tensor):
         pixels = image.detach().cpu().double().flatten(1)
         pixels = pixels / 255 if not image.is_floating_point() else pixels
@@ -117,3 +178,34 @@ def _moments(image: Image.Image | Tensor) -> tuple[np.ndarray, np.ndarray]:
     levels = np.arange(256) / 255
     share = np.array(image.histogram(), dtype=np.float64).reshape(-1, 256) / (image.height * image.width)
     return share @ levels, share @ levels**2
+
+
+def _read_with_digest(source: ImageSource, i: int) -> tuple[Image.Image | Tensor, bytes]:
+    """Read image i and a digest: two are equal only if the bytes (of files) or pixels (of others) are the same."""
+    if isinstance(source, EncodedSource):
+        content = source.content(i)
+        return decode(content, source.location(i)), hashlib.sha256(content).digest()
+    image = source.read(i)
+    pixels = np.asarray(image) if isinstance(image, Image.Image) else image.detach().cpu().numpy()
+    return image, hashlib.sha256(f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()).digest()
+
+
+def _mode(image: Image.Image | Tensor) -> str:
+    if isinstance(image, Tensor):
+        return f"{image.shape[0]} x {str(image.dtype).removeprefix('torch.')}"
+    return image.mode
+
+
+def _class_counts(source: ImageSource) -> dict[str, int] | None:
+    if source.labels is None:
+        return None
+    numbers, counts = np.unique(source.labels, return_counts=True)
+    names = source.classes or []
+    return {
+        names[number] if number < len(names) else str(number): count
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+    }
+
+
+def _spread(values: list[int]) -> tuple[int, ...]:
+    return (min(values), int(np.median(values)), max(values)) if values else ()

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and the folder for what may be thrown away."""
+"""Writing files completely or not at all, the cache folder, and the check of output folders."""
 
 import contextlib
 import os
@@ -11,24 +11,24 @@ from crate_mae.errors import UserError
 
 
 def cache_folder() -> Path:
-    """Where caches and downloads go: `$XDG_CACHE_HOME/crate-mae`, or `~/.cache/crate-mae`. It may not exist yet."""
+    """The folder of caches and downloads: `$XDG_CACHE_HOME/crate-mae`, or `~/.cache/crate-mae`; it may not exist."""
     base = os.environ.get("XDG_CACHE_HOME")
     if base:
         return Path(base) / "crate-mae"
     try:
         return Path.home() / ".cache" / "crate-mae"
-    except RuntimeError:  # a user without a home, as in some containers
+    except RuntimeError:  # a user without a home folder, as in some containers
         return Path(tempfile.gettempdir()) / "crate-mae"
 
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name to write to, which becomes `path` when the block ends without an exception.
+    """Yield a temporary path to write to, which is renamed to `path` when the block ends without an exception.
 
-    A reader never sees half of the file, and missing parent folders are made. If the block fails, nothing is left.
+    Readers never see an incomplete file. Missing parent folders are created. If the block fails, nothing is left.
 
     Raises:
-        UserError: if it cannot be written (permission, full disk, a folder of that name).
+        UserError: if the file cannot be written (permission, full disk, a folder of that name).
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -43,7 +43,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file of these bytes, whole or not at all; see `whole_file`."""
+    """Write bytes to a file, completely or not at all; see `whole_file`."""
     with whole_file(path) as temporary, temporary.open("xb") as file:
         file.write(content)
 
@@ -51,12 +51,12 @@ def write_whole(path: Path, content: bytes) -> None:
 def refuse_used_folder(
     path: Path, *, kind: str = "", leftovers: tuple[str, ...] = (), overwrite: bool | None = None
 ) -> None:
-    """Raise a `UserError` for an output folder that holds something else, or that nothing can be written into.
+    """Raise a `UserError` for an output folder that holds other files, or that cannot be written to.
 
     Args:
         path: the folder, which need not exist.
-        kind: what the caller would have accepted in it, such as "a run of crate-mae", for the message.
-        leftovers: beginnings of the names of files that an interrupted start leaves behind, and that may be there.
+        kind: what the folder may hold instead, such as "a run of crate-mae", for the message.
+        leftovers: prefixes of files that an interrupted start leaves behind, which are ignored.
         overwrite: whether the folder may hold files; None if the command has no option --overwrite.
     """
     if path.exists() and not path.is_dir():

@@ -1,4 +1,4 @@
-"""A folder of images, of any depth, listed once and remembered until one of its folders changes."""
+"""A folder of images, at any depth. Its listing is cached until one of its folders changes."""
 
 import contextlib
 import hashlib
@@ -21,19 +21,19 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".ti
 SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
 
 _LISTING_VERSION = 1
-# A folder changed within this time of its listing might change again without a new modification time.
+# A folder that changed within this time before it was listed may change again without a new modification time.
 _SETTLED_NS = 2_000_000_000
 
 
 @dataclass
 class Listing:
-    """What a folder holds, by paths relative to it in POSIX form.
+    """The files below a folder, by relative POSIX paths.
 
     Attributes:
         images: sorted paths of the image files.
         containers: sorted paths of the `.parquet` and `.tar` files.
-        others: how many other files there are of each suffix.
-        folders: modification time in ns of every folder below and of the folder itself (".").
+        others: number of other files by suffix.
+        folders: modification time in ns of every folder below, and of the folder itself (".").
     """
 
     images: list[str]
@@ -45,8 +45,8 @@ class Listing:
 class FolderSource(EncodedSource):
     """Image files of one folder, in the order of their POSIX paths.
 
-    Labels are the names of the top-level sub-folders, if every image is in one and there are at least two; folders
-    that are called like splits ("train", "val") are no classes.
+    Labels are the names of the top-level sub-folders, if every image is in one and there are at least two. Folders
+    named like splits ("train", "val") are not classes.
     """
 
     def __init__(self, root: Path, images: list[str], name: str) -> None:
@@ -72,9 +72,9 @@ class FolderSource(EncodedSource):
 
 
 def list_folder(root: Path) -> Listing:
-    """List a folder, from the cache if no folder in it has changed since.
+    """List a folder, from the cache if no folder in it has changed.
 
-    The cache is only for speed: if it cannot be read or written, the folder is listed again each time.
+    If the cache cannot be read or written, the folder is listed again each time.
 
     Raises:
         UserError: if a folder may not be read.
@@ -125,7 +125,7 @@ def _scan(root: Path) -> Listing:
 def _walk(
     root: Path, folder: PurePosixPath, above: frozenset[tuple[int, int]], folders: dict[str, int]
 ) -> Iterator[str]:
-    """Files below a folder, following links except into a folder that we are already in. Fills `folders`."""
+    """Yield files below a folder, following links except into a folder that contains it. Fills `folders`."""
     try:
         status = (root / folder).stat()
         identity = (status.st_dev, status.st_ino)

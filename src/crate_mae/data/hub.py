@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, or of a local folder that the `datasets` library reads."""
+"""Data sets of the Hugging Face Hub, or of a local folder that the `datasets` library reads."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from crate_mae.errors import UserError, first_line
 
 
 class HubSource(EncodedSource):
-    """One split of a data set, by the `datasets` library (extra `hub`), as encoded bytes that we decode ourselves."""
+    """One split of a data set of the `datasets` library (extra `hub`), as encoded bytes that are decoded here."""
 
     def __init__(self, name: str, split: str | None) -> None:
         datasets = _import_datasets()
@@ -42,7 +42,7 @@ class HubSource(EncodedSource):
         return f"{self.name} row {i}"
 
     def fingerprint(self) -> str | None:
-        """That of the `datasets` library, of its files and all that was done to their rows."""
+        """The fingerprint of the `datasets` library: of its files and all operations on their rows."""
         return f"{self.name} {self._rows._fingerprint}"
 
 
@@ -60,7 +60,7 @@ def _load(datasets: Any, name: str, split: str | None, full_name: str) -> Any:
     saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
         loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
-    except Exception as error:  # network, authorisation, unknown name, missing configuration: the library's own words
+    except Exception as error:  # network, authorisation, unknown name, missing configuration
         raise UserError(f"Cannot open {full_name}: {first_line(error)}") from error
     if not isinstance(loaded, dict):
         if split is not None:

@@ -20,15 +20,15 @@ from crate_mae.errors import UserError, first_line
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "target", "cls", "fine_label")
 
-# Row groups of image files are mostly 1 to 50 MB: a few of them, or all of a data set as small as CIFAR-10.
+# Row groups of image files are mostly 1 to 50 MB: room for a few of them, or all of CIFAR-10.
 _CACHE_BYTES = 256 * 2**20
 
 
 class ParquetSource(EncodedSource):
     """The rows of one or more parquet files, read by row group with a cache of 256 MB per process.
 
-    In shuffled order over files larger than the cache, each image costs the reading of its row group; such files
-    should be written with small row groups (the `datasets` library writes 100 rows).
+    In shuffled order over files larger than the cache, each image requires reading its row group; such files should
+    be written with small row groups (the `datasets` library writes 100 rows).
     """
 
     def __init__(self, paths: Sequence[Path], name: str) -> None:
@@ -88,7 +88,7 @@ class ParquetSource(EncodedSource):
     def _load(self, group: int, i: int) -> pa.Array | pa.ChunkedArray:
         number, local = self._groups[group]
         try:
-            # Opened anew, so that processes share no file position; single-threaded, since workers already are many.
+            # Opened each time, so that processes share no file position; single-threaded, since workers are parallel.
             with pq.ParquetFile(self._paths[number]) as file:
                 table = file.read_row_group(local, columns=[self._column], use_threads=False)
         except (OSError, pa.ArrowException) as error:
@@ -110,7 +110,7 @@ def _open(path: Path) -> pq.ParquetFile:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """The column descriptions that the `datasets` library puts into a file; empty when there are none."""
+    """Return the column descriptions that the `datasets` library stores in a file; empty if there are none."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, ValueError, TypeError):

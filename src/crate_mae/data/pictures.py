@@ -1,4 +1,4 @@
-"""Rows of images as one picture, to look at."""
+"""Rows of images as one picture."""
 
 import io
 from collections.abc import Sequence
@@ -26,16 +26,16 @@ def save_picture_grid(
     scale: int | None = None,
     captions: Sequence[str] | None = None,
 ) -> None:
-    """Save named rows of images as one picture, written whole or not at all; see `picture_grid`.
+    """Save named rows of images as one picture, completely or not at all; see `picture_grid`.
 
     Args:
         rows: name, drawn at the left, and images k c hh ww in [0, 1].
-        path: where to; the suffix says the format, `.png` mostly. Missing folders are made.
+        path: of the file; its suffix decides the format, mostly `.png`. Missing folders are created.
         scale: how many pixels wide a pixel is drawn.
         captions: one line under each column.
 
     Raises:
-        UserError: if the file cannot be written, or its suffix is of no picture format.
+        UserError: if the file cannot be written, or its suffix is not that of a picture format.
     """
     form = Image.registered_extensions().get(path.suffix.lower())
     if form not in Image.SAVE:
@@ -50,14 +50,14 @@ def picture_grid(
     scale: int | None = None,
     captions: Sequence[str] | None = None,
 ) -> bytes:
-    """The file of named rows of images as one picture.
+    """Draw named rows of images as one picture, and encode it as a file.
 
     Args:
         rows: name, drawn at the left, and images k c hh ww in [0, 1] (clamped); all of one height and width. One
-            channel is grey, three are colour; of any other number the mean is shown.
+            channel is grey, three are colour; for other numbers the mean is drawn.
         form: Pillow's name of the format.
-        scale: how many pixels wide a pixel is drawn, without smoothing; by default so that small images come near
-            128 pixels.
+        scale: how many pixels wide a pixel is drawn, without smoothing; by default small images become about
+            128 pixels wide.
         captions: one line under each column.
     """
     sizes = {tuple(images.shape[2:]) for _, images in rows}

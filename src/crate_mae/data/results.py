@@ -1,4 +1,4 @@
-"""What looking at images finds. Without PyTorch, so that the command line can name these types for nothing."""
+"""Results of reading images. Does not import PyTorch, so that the command line can use these types."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,7 +12,7 @@ class BadImage(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """A sample of a source, in short.
+    """Facts about a sample of a source.
 
     Attributes:
         channels: 1 if every image of the sample is grey, otherwise the most frequent count above that.
@@ -31,21 +31,21 @@ class ImageFacts(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """What `check` found. Sizes are (smallest, median, largest) in pixels; empty where no image can be read.
+    """Result of `check`. Sizes are (smallest, median, largest) in pixels; empty where no image can be read.
 
     Attributes:
         name: of the source.
         images: number of images of the source.
-        checked: how many of them were read.
+        checked: number of images that were read.
         classes: number of images of each class in the whole source; None without labels.
         heights: smallest, median and largest height.
         widths: smallest, median and largest width.
         channels: the number that a model for these images should take.
-        modes: how many images there are of each pixel mode ("RGB", "L", "I;16", ...; "3 x uint8" for tensors).
-        formats: how many there are of each file format ("JPEG", ...).
+        modes: number of images of each pixel mode ("RGB", "L", "I;16", ...; "3 x uint8" for tensors).
+        formats: number of images of each file format ("JPEG", ...).
         bad: the unreadable images, with reasons.
-        duplicates: locations of images that are the same to the last byte, group by group.
-        mean: per channel, in [0, 1], as `channel_statistics` measures it.
+        duplicates: locations of images with identical bytes, group by group.
+        mean: per channel, in [0, 1]; see `channel_statistics`.
         std: per channel, in [0, 1].
         suggested_model: a preset that fits the size.
         suggested_image_size: its image size.

@@ -1,4 +1,4 @@
-"""WebDataset shards: tar files whose members are images, read in place so that any order can be resumed exactly."""
+"""WebDataset shards: tar files whose members are images, read in place, so that they can be read in any order."""
 
 import json
 import tarfile
@@ -15,7 +15,7 @@ _LABEL_KEYS = ("label", "cls", "class")
 
 
 class Member(NamedTuple):
-    """One image inside a shard: which shard, its name there, and where its bytes are."""
+    """One image inside a shard: number of the shard, name in it, and position of its bytes."""
 
     shard: int
     name: str
@@ -26,9 +26,8 @@ class Member(NamedTuple):
 class ShardSource(EncodedSource):
     """The images of uncompressed tar files, in the order of the shards and of their members.
 
-    Every image member is an image of its own. By the WebDataset convention, `key.cls` (a number or a name) or
-    `key.json` (with "label", "cls" or "class") beside it is its label, where the key ends at the first dot of the
-    file name.
+    By the WebDataset convention, `key.cls` (a number or a name) or `key.json` (with "label", "cls" or "class") holds
+    the label of the image of the same key, which ends at the first dot of the file name.
     """
 
     def __init__(self, paths: Sequence[Path], name: str) -> None:
@@ -50,7 +49,7 @@ class ShardSource(EncodedSource):
         """The bytes of image member i."""
         member = self._members[i]
         try:
-            # Opened anew, so that processes share no file position.
+            # Opened each time, so that processes share no file position.
             with self._paths[member.shard].open("rb") as file:
                 file.seek(member.offset)
                 content = file.read(member.size)
@@ -71,7 +70,7 @@ class ShardSource(EncodedSource):
 
 
 def _index(number: int, path: Path) -> tuple[list[Member], list[int | str | None]]:
-    """The image members of one shard, and their labels as found."""
+    """List the image members of one shard, and their labels as found."""
     members: list[Member] = []
     labels: dict[str, int | str | None] = {}
     try:
@@ -100,7 +99,7 @@ def _index(number: int, path: Path) -> tuple[list[Member], list[int | str | None
 
 
 def _check_end(path: Path, offset: int) -> None:
-    """`tarfile` takes a damaged or cut header for the end of the archive, which would lose images silently."""
+    """Raise an error for a damaged header, which `tarfile` mistakes for the end and would lose images silently."""
     with path.open("rb") as file:
         file.seek(offset)
         if file.read(tarfile.BLOCKSIZE).strip(b"\0"):

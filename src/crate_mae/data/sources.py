@@ -1,4 +1,4 @@
-"""One name for data everywhere: from what the user typed to an image source."""
+"""Open DATA: from what the user wrote to an image source."""
 
 import os
 import re
@@ -27,7 +27,7 @@ _PATTERN = re.compile(r"[*?\[{]")
 def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSource:
     """Open any form of DATA.
 
-    | DATA | is |
+    | DATA | images |
     |---|---|
     | a folder | its images at any depth; of a folder with only parquet files or only tar shards, those |
     | an image file | that one image |
@@ -35,16 +35,16 @@ def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSo
     | `*.tar` | WebDataset shards |
     | `hf:name[:split]` | a data set of the hub or a local folder for the `datasets` library; `train` by default |
     | `torchvision:CIFAR10[:split]` | a data set of torchvision, downloaded at the first use |
-    | `digits[:train]`, `digits[:test]` | scikit-learn's digits; for a folder of that name say `./digits` |
+    | `digits[:train]`, `digits[:test]` | scikit-learn's digits; for a folder of that name write `./digits` |
     | a `Dataset`, list, ... | anything with a length and numbered items that are images, pairs or dicts |
     | an `ImageSource` | itself |
 
     Paths may be globs (`shards/*.tar`) and brace ranges (`shards/{000..009}.tar`). Of a folder with parquet files of
-    several splits (`train-*.parquet`, `test-*.parquet`) the training files are taken, so that nobody trains on the
-    test set by mistake; name the files to get the others.
+    several splits (`train-*.parquet`, `test-*.parquet`) the training files are used, so that the test set is not
+    trained on by mistake; name the files to use the others.
 
     Raises:
-        UserError: if there is no such data, none of it is an image, or it may not be read.
+        UserError: if the data does not exist, contains no image, or may not be read.
     """
     if isinstance(data, ImageSource):
         return data
@@ -54,14 +54,14 @@ def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSo
         return _open_text(data)
     if isinstance(data, IterableDataset) or not isinstance(data, Indexable):
         raise UserError(
-            f"A {type(data).__name__} cannot be read in any order, as exact resume needs.\n"
+            f"A {type(data).__name__} cannot be read in any order, which exact resuming needs.\n"
             "Give a map-style data set: one with __len__ and __getitem__."
         )
     return DatasetSource(data)
 
 
 def full_name(data: str | Path) -> str:
-    """A name by which `open_source` finds the same data from any folder: paths in full, the rest as it is."""
+    """Return a name by which `open_source` finds the same data from any folder: absolute paths, the rest unchanged."""
     text = str(data)
     if isinstance(data, str) and text.partition(":")[0] in _PREFIXES:
         kind, _, rest = text.partition(":")
@@ -72,7 +72,7 @@ def full_name(data: str | Path) -> str:
 
 
 def same_images(first: ImageSource, second: ImageSource) -> bool:
-    """Whether two sources are known to be the same images, by their files."""
+    """Return whether two sources are known to have the same images, by their files."""
     fingerprint = first.fingerprint()
     return first is second or (fingerprint is not None and fingerprint == second.fingerprint())
 
@@ -92,7 +92,7 @@ def _open_text(data: str) -> ImageSource:
     try:
         path = Path(data).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{data} begins with the home folder of a user who is not known.") from error
+        raise UserError(f"{data} starts with the home folder of an unknown user.") from error
     return _open_path(path, data)
 
 
@@ -103,7 +103,7 @@ def _open_path(path: Path, name: str) -> ImageSource:
         if path.is_file():
             return _open_files([path], name)
     except OSError as error:  # a name too long, a folder above that may not be entered
-        raise UserError(f"Cannot look at {printable(path)}: {(error.strerror or str(error)).lower()}.") from error
+        raise UserError(f"Cannot access {printable(path)}: {(error.strerror or str(error)).lower()}.") from error
     if _PATTERN.search(name):
         return _open_files(_expand(str(path)), name)
     raise _not_found(path, name)
@@ -134,7 +134,7 @@ def _open_files(paths: list[Path], name: str) -> ImageSource:
 
 
 def _training_part(paths: list[Path]) -> list[Path]:
-    """The files of the split `train`, if the file names tell of several splits; otherwise all."""
+    """Return the files of the split `train` if the file names contain several splits; otherwise all."""
     splits = [re.split(r"[-_.]", path.name.lower())[0] for path in paths]
     if len(set(splits)) > 1 and "train" in splits and set(splits) <= SPLIT_NAMES:
         return [path for path, split in zip(paths, splits, strict=True) if split == "train"]
@@ -142,7 +142,7 @@ def _training_part(paths: list[Path]) -> list[Path]:
 
 
 def _expand(pattern: str) -> list[Path]:
-    """The files that a pattern with globs and brace ranges stands for, in order."""
+    """Return the files that match a pattern with globs and brace ranges, in order."""
     paths: list[Path] = []
     for text in _expand_braces(pattern):
         if re.search(r"[*?\[]", text):
@@ -163,7 +163,7 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _choices(inside: str) -> list[str]:
-    """`000..003` is a range that keeps the zeros; `a,b` are alternatives."""
+    """Expand `000..003`, a range that keeps its zeros, or `a,b`, alternatives."""
     span = re.fullmatch(r"(\d+)\.\.(\d+)", inside)
     if span is None:
         return inside.split(",")

@@ -1,4 +1,4 @@
-"""From a decoded image to the normalised tensor that a model takes: randomly for training, fixed for use."""
+"""From a decoded image to the normalised input of a model: augmented at random for training, fixed for use."""
 
 from collections.abc import Callable, Sequence
 
@@ -18,13 +18,13 @@ Resize = Callable[[Image.Image | Tensor], Image.Image | Tensor]
 
 
 class Preparation:
-    """Channels, then size, then normalisation: `(x - mean) / std` with x in [0, 1].
+    """Convert channels, then resize, then normalise: `(x - mean) / std` with x in [0, 1].
 
     8-bit images are resized as Pillow images, whose resampling is faster than that of tensors and rounds to 8 bits;
     deeper ones as float tensors.
 
     Args:
-        resize: what brings a Pillow image or a tensor c hh ww to the target size.
+        resize: resizes a Pillow image or a tensor c hh ww to the target size.
         channels: number of channels of the result.
         mean: per channel, in [0, 1].
         std: per channel, in [0, 1].
@@ -41,19 +41,19 @@ class Preparation:
         self.std = torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
 
     def __call__(self, image: Image.Image | Tensor) -> Float[Tensor, "c hh ww"]:
-        """Prepare one image as `ImageSource.read` gives it.
+        """Prepare one image as `ImageSource.read` returns it.
 
         Raises:
-            UserError: if its channels can not be converted to the wanted number.
+            UserError: if its channels cannot be converted to the required number.
         """
         pixels = to_tensor(self.resize(to_channels(image, self.channels)))
-        # Out of place: a tensor data set's own pixels may be passed through to here.
+        # Out of place: these may be the pixels of a tensor data set itself.
         unit = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
         return (unit - self.mean) / self.std
 
 
 class FitAndCentre:
-    """Scale an image, keeping its aspect, until it just covers the target; cut out the centre. No-op at that size.
+    """Scale an image, keeping its aspect, until it covers the target; crop the centre. No-op at the target size.
 
     Args:
         size: target (height, width).
@@ -64,7 +64,7 @@ class FitAndCentre:
         self._crop = v2.CenterCrop(size)
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
-        """Bring one image to the target size."""
+        """Resize one image to the target size."""
         height, width = size_of(image)
         if (height, width) == self.size:
             return image
@@ -77,13 +77,13 @@ class RandAugment:
     """timm's RandAugment (Cubuk et al. 2020) of grey and RGB images, which works on 8 bits.
 
     timm draws from the global generators of Python and NumPy. Here they are seeded from PyTorch's default generator
-    for each image, and put back, so that the randomness is that of the other transforms.
+    for each image, and restored, so that all transforms have the same source of randomness.
 
     Args:
         policy: such as "rand-m9-mstd0.5-inc1": magnitude 9, its deviation, and effects that grow with magnitude.
         image_size: (height, width); translations go up to 45% of the shorter side.
         channels: 1 or 3.
-        mean: per channel, in [0, 1]: the colour of what comes in from outside the image.
+        mean: per channel, in [0, 1]: the colour of pixels from outside the image.
 
     Raises:
         UserError: for a policy that timm does not understand, or another number of channels.
@@ -91,14 +91,14 @@ class RandAugment:
 
     def __init__(self, policy: str, image_size: tuple[int, int], *, channels: int, mean: Sequence[float]) -> None:
         if channels not in (1, 3):
-            raise UserError(f"RandAugment knows grey and RGB images, not {channels} channels: say --rand-augment ''.")
+            raise UserError(f"RandAugment needs grey or RGB images, not {channels} channels: use --rand-augment ''.")
         fill = tuple(round(255 * value) for value in mean)
         settings = {"translate_const": int(min(image_size) * 0.45), "img_mean": fill if channels == 3 else fill[0]}
         try:
             self._augment = rand_augment_transform(policy, settings)
         except (AssertionError, KeyError, ValueError) as error:
             raise UserError(
-                f'--rand-augment "{policy}" is not understood: say something like rand-m9-mstd0.5-inc1, or "" for none.'
+                f'--rand-augment "{policy}" is not understood: use a policy like rand-m9-mstd0.5-inc1, or "" for none.'
             ) from error
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image:
@@ -109,7 +109,7 @@ class RandAugment:
             try:
                 return self._augment(image)
             except ValueError as error:
-                # timm's strongest posterisation keeps 0 bits, which newer Pillows refuse: the image stays as it was.
+                # timm's strongest posterisation keeps 0 bits, which Pillow may refuse: the image stays unchanged.
                 if "bits" not in str(error):
                     raise
                 return image
@@ -124,10 +124,10 @@ def pretrain_transform(
     channels: int,
     mean: Sequence[float],
     std: Sequence[float],
-    min_scale: float = 0.2,
+    min_crop: float = 0.2,
     flip: bool = True,
 ) -> Preparation:
-    """The augmentation of masked autoencoders: a random resized crop (bicubic) and a horizontal flip.
+    """Return the augmentation of masked autoencoders: a random resized crop (bicubic) and a horizontal flip.
 
     The crop's aspect varies from 3/4 to 4/3 times that of the target (He et al. 2022 have square targets only).
 
@@ -136,10 +136,10 @@ def pretrain_transform(
         channels: of the result; grey and colour are converted into each other.
         mean: per channel, in [0, 1].
         std: per channel, in [0, 1].
-        min_scale: smallest share of the image's area that a crop takes; 1 still varies the aspect.
-        flip: whether half of the crops are mirrored; wrong for digits and writing.
+        min_crop: smallest share of the image's area that a crop takes; 1 still varies the aspect.
+        flip: whether half of the crops are mirrored; wrong for digits and text.
     """
-    return Preparation(_crop_and_flip(image_size, min_scale, flip), channels, mean=mean, std=std)
+    return Preparation(_crop_and_flip(image_size, min_crop, flip), channels, mean=mean, std=std)
 
 
 def finetune_transform(
@@ -148,22 +148,22 @@ def finetune_transform(
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    min_scale: float = 0.08,
+    min_crop: float = 0.08,
     flip: bool = True,
     rand_augment: str = "",
 ) -> Preparation:
-    """The augmentation for learning labels: that of `pretrain_transform`, then `RandAugment`.
+    """Return the augmentation for classification: that of `pretrain_transform`, then `RandAugment`.
 
     Args:
         image_size: (height, width) of the result.
         channels: of the result; grey and colour are converted into each other.
         mean: per channel, in [0, 1].
         std: per channel, in [0, 1].
-        min_scale: smallest share of the image's area that a crop takes.
+        min_crop: smallest share of the image's area that a crop takes.
         flip: whether half of the crops are mirrored.
         rand_augment: timm's policy; "" leaves RandAugment out.
     """
-    resize = _crop_and_flip(image_size, min_scale, flip)
+    resize = _crop_and_flip(image_size, min_crop, flip)
     if rand_augment:
         resize = v2.Compose([resize, RandAugment(rand_augment, image_size, channels=channels, mean=mean)])
     return Preparation(resize, channels, mean=mean, std=std)
@@ -172,7 +172,7 @@ def finetune_transform(
 def evaluation_transform(
     image_size: tuple[int, int], channels: int, mean: Sequence[float], std: Sequence[float]
 ) -> Preparation:
-    """Without randomness: scaled to cover the target and centre-cropped, untouched if the size is right already.
+    """Return the preparation without randomness: scaled to cover the target, then centre-cropped.
 
     Args:
         image_size: (height, width) of the result.
@@ -183,13 +183,13 @@ def evaluation_transform(
     return Preparation(FitAndCentre(image_size), channels, mean=mean, std=std)
 
 
-def _crop_and_flip(image_size: tuple[int, int], min_scale: float, flip: bool) -> Resize:
-    if not 0 < min_scale <= 1:
-        raise UserError(f"The smallest crop must be in (0, 1] of the image, got {min_scale}.")
+def _crop_and_flip(image_size: tuple[int, int], min_crop: float, flip: bool) -> Resize:
+    if not 0 < min_crop <= 1:
+        raise UserError(f"The smallest crop must be in (0, 1] of the image, got {min_crop}.")
     aspect = image_size[1] / image_size[0]
     crop = v2.RandomResizedCrop(
         image_size,
-        scale=(min_scale, 1.0),
+        scale=(min_crop, 1.0),
         ratio=(3 / 4 * aspect, 4 / 3 * aspect),
         interpolation=v2.InterpolationMode.BICUBIC,
         antialias=True,

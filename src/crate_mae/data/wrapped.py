@@ -1,4 +1,4 @@
-"""Any indexable data set of PyTorch or in its manner, and those of torchvision by name."""
+"""Any indexable data set, such as those of PyTorch, and the data sets of torchvision by name."""
 
 import contextlib
 import inspect
@@ -21,7 +21,7 @@ _LABEL_KEYS = ("label", "labels", "class", "target", "cls", "fine_label", "y")
 
 @runtime_checkable
 class Indexable(Protocol):
-    """Anything with a length and numbered items: a list of images, a `datasets.Dataset`."""
+    """An object with a length and numbered items, such as a list of images or a `datasets.Dataset`."""
 
     def __len__(self) -> int: ...
 
@@ -29,7 +29,7 @@ class Indexable(Protocol):
 
 
 class DatasetSource(ImageSource):
-    """A map-style data set whose items are images, `(image, label)` pairs, or dicts with an image and maybe a label.
+    """A map-style data set whose items are images, `(image, label)` pairs, or dicts with an image and perhaps a label.
 
     An image is a Pillow image, a tensor (hh ww, or c hh ww), a NumPy array (hh ww, or hh ww c), or encoded bytes.
     Arrays and tensors are uint8, uint16, or floats in [0, 1].
@@ -98,7 +98,7 @@ class DatasetSource(ImageSource):
         return labels
 
     def _item(self, i: int) -> Any:
-        """Item i; the last one is kept, since its label is mostly asked for right after its image."""
+        """Return item i. The last one is kept, since its label is mostly requested right after its image."""
         if self._last is None or self._last[0] != i:
             try:
                 self._last = (i, self._dataset[i])
@@ -117,15 +117,15 @@ class DatasetSource(ImageSource):
 
 
 def open_torchvision(name: str, split: str | None) -> DatasetSource:
-    """A data set of torchvision by its class name, downloaded at the first use into the user's cache folder.
+    """Open a data set of torchvision by its class name, downloaded at the first use into the user's cache folder.
 
     Args:
         name: class name, such as `CIFAR10`.
-        split: what the class calls its parts; `train` or `test` where it only has a switch `train`. Without it, the
-            class's own default, which nearly always is the training part.
+        split: a split of the class; `train` or `test` if it only has the argument `train`. By default that of the
+            class, which nearly always is the training part.
 
     Raises:
-        UserError: unknown name or split, or a download that failed.
+        UserError: for an unknown name or split, or a failed download.
     """
     from torchvision import datasets
 
@@ -188,7 +188,7 @@ def _label_of(item: Any) -> int | None:
 
 
 def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
-    """The data set's own list of labels, unless it changes labels on the way out."""
+    """Return the data set's own list of labels, unless it transforms labels."""
     if getattr(dataset, "target_transform", None) is not None:
         return None
     for attribute in ("targets", "labels"):
@@ -203,7 +203,7 @@ def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
 def _array_to_tensor(array: np.ndarray) -> Tensor:
     if array.dtype == np.uint16:
         array = array.astype(np.float32) / np.float32(65535)
-    # A copy of what may not be written to (such as the pixels of a Pillow image), of which PyTorch would warn.
+    # PyTorch warns about arrays that are not writeable, such as the pixels of a Pillow image: those are copied.
     tensor = torch.from_numpy(np.ascontiguousarray(array) if array.flags.writeable else array.copy())
     return tensor.permute(2, 0, 1).contiguous() if tensor.ndim == 3 else tensor
 

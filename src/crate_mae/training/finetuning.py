@@ -96,7 +96,7 @@ class Finetuning(Task[FinetuneOptions]):
         """Random crops and flips, then RandAugment."""
         c, m = self.config, self.model_config
         return finetune_transform(
-            m.image_size, m.in_chans, m.mean, m.std, min_scale=c.min_crop, flip=c.flip, rand_augment=c.rand_augment
+            m.image_size, m.in_chans, m.mean, m.std, min_crop=c.min_crop, flip=c.flip, rand_augment=c.rand_augment
         )
 
     def optimizer(self, model: Any) -> AdamW:

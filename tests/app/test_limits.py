@@ -4,8 +4,8 @@ import asyncio
 
 import pytest
 
-from crate_mae.app import gate
-from crate_mae.app.gate import Gate
+from crate_mae.app import limits
+from crate_mae.app.limits import RequestLimits
 
 
 async def echo(scope, receive, send):
@@ -28,7 +28,7 @@ def ask(path, *parts):
     async def send(message):
         answers.append(message)
 
-    asyncio.run(Gate(echo)({"type": "http", "path": path}, receive, send))
+    asyncio.run(RequestLimits(echo)({"type": "http", "path": path}, receive, send))
     start, body = answers
     return start["status"], dict(start["headers"]), body["body"], len(parts) - len(messages)
 
@@ -63,12 +63,12 @@ def test_the_page_gets_through_with_its_headers(path):
 def test_what_the_page_does_not_need_is_not_there(path):
     status, _, body, read = ask(path, b"x")
     assert status == 404
-    assert b"the page is at /" in body
+    assert b"the app is at /" in body
     assert read == 0
 
 
 def test_what_is_too_large_is_not_read_to_its_end(monkeypatch):
-    monkeypatch.setattr(gate, "MAX_BODY", 100)
+    monkeypatch.setattr(limits, "MAX_BODY", 100)
     assert ask("/gradio_api/queue/join", b"a" * 100)[0] == 200
     status, _, _, read = ask("/gradio_api/queue/join", *[b"a" * 60] * 5)
     assert (status, read) == (413, 2)

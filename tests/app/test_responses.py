@@ -1,4 +1,4 @@
-"""The pieces of the page, without the page."""
+"""The responses of the app, without a server."""
 
 import base64
 import dataclasses
@@ -12,16 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_mae.app.answers import answer_completion, answer_inside, fit_patch
+from crate_mae.app.components import curves_component, file_stem, notice
 from crate_mae.app.compute import Curves, measure_curves
 from crate_mae.app.curves import MARKED, Line, draw_curves, tick_values
-from crate_mae.app.pieces import curves_piece, file_stem, notice
-from crate_mae.app.shown_models import ShownModel, open_models
+from crate_mae.app.models import AppModel, open_models
+from crate_mae.app.responses import completion_response, fit_patch, inside_response
 from crate_mae.models.presets import create_model
 
 
 @pytest.fixture(scope="module")
-def fresh():
+def untrained():
     return open_models(["crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8"])
 
 
@@ -30,11 +30,11 @@ def pictures(piece):
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in found]
 
 
-def test_a_completion_shows_four_pictures_and_says_what_they_are(fresh, photograph):
-    model = fresh["crate_mae_nano_patch2_8"]
+def test_a_completion_shows_four_pictures_and_says_what_they_are(untrained, photograph):
+    model = untrained["crate_mae_nano_patch2_8"]
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[0, 1] = True
-    piece = answer_completion(photograph, [model], mask)
+    piece = completion_response(photograph, [model], mask)
     original, masked, pasted, completed = pictures(piece)
     assert (masked[:2, 2:4] == 128).all()
     assert (original[2:] == masked[2:]).all()
@@ -43,23 +43,23 @@ def test_a_completion_shows_four_pictures_and_says_what_they_are(fresh, photogra
     assert (pasted != completed).any()
     assert re.search(r"\d+\.\d dB", piece)
     assert piece.count("download=") == 5
-    assert "Fresh, untrained weights" in piece
+    assert "Random initialisation" in piece
     assert "8 x 8 pixels in patches of 2 x 2" in piece
     assert "mean colour of all that is visible" in piece
     assert "Brightness" not in piece
 
 
 def test_normalised_targets_are_owned_up_to(models, photograph):
-    piece = answer_completion(photograph, list(models.values()), torch.ones(8, 8, dtype=torch.bool))
+    piece = completion_response(photograph, list(models.values()), torch.ones(8, 8, dtype=torch.bool))
     assert "Brightness and contrast are the original's" in piece
-    assert "untrained" not in piece
+    assert "Random initialisation" not in piece
 
 
-def test_two_models_of_other_grids_are_asked_about_the_same_place(fresh, models, photograph):
-    small, large = fresh["crate_mae_nano_patch2_8"], next(iter(models.values()))
+def test_two_models_of_other_grids_are_asked_about_the_same_place(untrained, models, photograph):
+    small, large = untrained["crate_mae_nano_patch2_8"], next(iter(models.values()))
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[3, 0] = True
-    masked = pictures(answer_completion(photograph, [small, large], mask))[5]
+    masked = pictures(completion_response(photograph, [small, large], mask))[5]
     assert (masked[24:, :8] == 128).all()
     assert not (masked[:24] == 128).all(-1).any()
     assert fit_patch(12, (4, 4), (8, 8)) == 7 * 8 + 1
@@ -67,28 +67,28 @@ def test_two_models_of_other_grids_are_asked_about_the_same_place(fresh, models,
     assert fit_patch(5, (2, 3), (2, 3)) == 5
 
 
-def test_the_inside_has_tokens_heads_and_curves(fresh, photograph):
-    model = fresh["crate_mae_nano_patch2_8"]
-    piece = answer_inside(photograph, [model], 2, 5)
+def test_the_inside_has_tokens_heads_and_curves(untrained, photograph):
+    model = untrained["crate_mae_nano_patch2_8"]
+    piece = inside_response(photograph, [model], 2, 5)
     assert "layer 2 of 0 to 3" in piece
     assert [picture.shape[:2] for picture in pictures(piece)[:5]] == 5 * [(4, 4)]  # tokens and four heads
     assert piece.count('class="curves"') == 1
     assert "row 2, column 2" in piece
     assert piece.count('<i style="left:25.000%;top:25.000%') == 4
     assert piece.count(" download=") == 3
-    assert piece != answer_inside(photograph, [model], 3, 5)
-    assert "layer 3 of 0 to 3" in answer_inside(photograph, [model], 99, 5)
+    assert piece != inside_response(photograph, [model], 3, 5)
+    assert "layer 3 of 0 to 3" in inside_response(photograph, [model], 99, 5)
 
 
-def test_a_transformer_says_what_it_has_not(fresh, photograph):
-    piece = answer_inside(photograph, [fresh["vit_mae_nano_patch2_8"]], 0, 0)
+def test_a_transformer_says_what_it_has_not(untrained, photograph):
+    piece = inside_response(photograph, [untrained["vit_mae_nano_patch2_8"]], 0, 0)
     assert "vit_mae_nano_patch2_8 has neither subspaces nor codes" in piece
     assert 'class="curves"' not in piece
 
 
 def test_the_current_layer_is_marked_on_both_curves():
     curves = [("a", Curves([1.0, 2.0, 3.0], [0.5, 1.0, 2.0], [0.1, 0.2, 0.3], []))]
-    drawn = [re.findall(r"<svg.*?</svg>", curves_piece(curves, layer)) for layer in range(3)]
+    drawn = [re.findall(r"<svg.*?</svg>", curves_component(curves, layer)) for layer in range(3)]
     assert [len(panels) for panels in drawn] == [2, 2, 2]
     for panel in range(2):
         found = [re.findall(rf'<rect x="([\d.]+)"[^>]*fill="{MARKED}"', panels[panel]) for panels in drawn]
@@ -108,7 +108,7 @@ def test_curves_are_at_their_heights_and_can_be_saved():
     assert "layer 1: 4 nats &amp; so on" in drawn
     assert "a" * 50 not in drawn
     saved = re.search(
-        r'href="data:image/svg\+xml,([^"]+)" download', curves_piece([("a", Curves([1.0], [2.0], [0.5], []))], 0)
+        r'href="data:image/svg\+xml,([^"]+)" download', curves_component([("a", Curves([1.0], [2.0], [0.5], []))], 0)
     )
     assert unquote(saved[1]).startswith("<svg")
 
@@ -126,11 +126,11 @@ def test_ticks_are_round_and_reach_the_top(largest, ticks):
     assert tick_values(largest) == pytest.approx(ticks)
 
 
-def test_statuses_of_the_claims_on_a_picture_name_the_closest_control(fresh, photograph):
-    model = fresh["crate_mae_nano_patch2_8"]
+def test_statuses_of_the_claims_on_a_picture_name_the_closest_control(untrained, photograph):
+    model = untrained["crate_mae_nano_patch2_8"]
     audit = measure_curves(model.net, photograph).audit
     assert {row.part for row in audit} == {"encoder"} and "sort" not in {row.claim for row in audit}
-    piece = answer_inside(photograph, [model], 0, 0)
+    piece = inside_response(photograph, [model], 0, 0)
     cells = re.findall(r"<td>([∎✓✗‼]) (.*?)</td>", piece)
     assert len(cells) == len(audit)
     for (symbol, text), row in zip(cells, audit, strict=True):
@@ -138,25 +138,25 @@ def test_statuses_of_the_claims_on_a_picture_name_the_closest_control(fresh, pho
         assert row.closest_control in text
     theorem = dataclasses.replace(audit[0], status="theorem")
     broken = dataclasses.replace(audit[1], status="contradiction")
-    drawn = curves_piece([("a", Curves([1.0], [2.0], [0.5], [theorem, broken]))], 0)
+    drawn = curves_component([("a", Curves([1.0], [2.0], [0.5], [theorem, broken]))], 0)
     assert "∎ theorem" in drawn and "‼ contradiction" in drawn
 
 
 def test_what_a_layer_did_is_said_in_words_that_can_be_wrong():
     curves = [("a", Curves([10.0, 20.0], [7.0, 21.0], [0.25, 0.5], []))]
-    assert "in layer 0, attention lowers Rᶜ from 10 to 7 nats; 25% of the code" in curves_piece(curves, 0)
-    assert "in layer 1, attention raises Rᶜ from 20 to 21 nats; 50% of the code" in curves_piece(curves, 9)
+    assert "in layer 0, attention lowers Rᶜ from 10 to 7 nats; 25% of the code" in curves_component(curves, 0)
+    assert "in layer 1, attention raises Rᶜ from 20 to 21 nats; 50% of the code" in curves_component(curves, 9)
 
 
-def test_damage_is_said_where_the_pictures_would_be(fresh, photograph):
+def test_damage_is_said_where_the_pictures_would_be(untrained, photograph):
     damaged = create_model("crate_mae_nano_patch2_8").eval()
     with torch.no_grad():
         for parameter in damaged.parameters():
             parameter.fill_(torch.nan)
-    both = [ShownModel("damaged", damaged), fresh["crate_mae_nano_patch2_8"]]
+    both = [AppModel("damaged", damaged), untrained["crate_mae_nano_patch2_8"]]
     for piece in (
-        answer_completion(photograph, both, torch.ones(4, 4, dtype=torch.bool)),
-        answer_inside(photograph, both, 0, 0),
+        completion_response(photograph, both, torch.ones(4, 4, dtype=torch.bool)),
+        inside_response(photograph, both, 0, 0),
     ):
         assert 'role="alert"' in piece
         assert "finite" in piece

@@ -1,18 +1,18 @@
-"""What the server lets in, and what it has browsers refuse: an ASGI application around another."""
+"""Limits of what the server accepts, and of what browsers may load: an ASGI application around another."""
 
 import re
 from typing import Any
 
-from crate_mae.app.uploads import MAX_BYTES
+from crate_mae.app.pictures import MAX_BYTES
 
-MAX_BODY = 2 * MAX_BYTES  # of a question: a picture as text takes 4/3 of its size
-# The page, its scripts and styles; its questions and their answers; the sign that somebody is still there.
-_OPEN = re.compile(
+MAX_BODY = 2 * MAX_BYTES  # of a request: base64 text takes 4/3 of the size of a picture
+# The app, its scripts and styles; its requests and their responses; the heartbeat of open tabs.
+_ALLOWED = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.*"
     r"|/gradio_api/(queue/(join|data)|heartbeat/[A-Za-z0-9]+|startup-events|info|theme\.css|reset|cancel)"
 )
 _HEADERS = {
-    # With this a browser loads nothing from another host, and sends nothing there.
+    # Keeps browsers from loading anything from other hosts, and from sending anything there.
     b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
     b"style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; font-src 'self' data:",
     b"referrer-policy": b"no-referrer",
@@ -20,10 +20,10 @@ _HEADERS = {
 }
 
 
-class Gate:
-    """Lets through what the page itself asks for, in questions of at most `MAX_BODY` bytes.
+class RequestLimits:
+    """Accepts only the requests that the app itself makes, of at most `MAX_BODY` bytes.
 
-    Gradio can also store files, hand out files, and fetch from other hosts. The page needs none of it.
+    Gradio can also store files, serve files and fetch from other hosts. The app needs none of it.
 
     Args:
         app: an ASGI application.
@@ -33,19 +33,19 @@ class Gate:
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        """Answer one request."""
+        """Handle one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-        elif not _OPEN.fullmatch(scope["path"]):
-            await _refuse(send, 404, "There is nothing here: the page is at /.")
+        elif not _ALLOWED.fullmatch(scope["path"]):
+            await _refuse(send, 404, "There is nothing here: the app is at /.")
         elif (body := await _read(receive)) is None:
-            await _refuse(send, 413, f"This is larger than the {MAX_BODY // 2**20} MB that the page takes.")
+            await _refuse(send, 413, f"This is larger than the {MAX_BODY // 2**20} MB that the app accepts.")
         else:
             await self._app(scope, _replay(body, receive), _with_headers(send))
 
 
 async def _read(receive: Any) -> bytes | None:
-    """The whole body of a request; None if it is too large, of which no more is read."""
+    """Read the whole body of a request; return None, and stop reading, if it is too large."""
     parts, size, more = [], 0, True
     while more:
         message = await receive()
@@ -60,7 +60,7 @@ async def _read(receive: Any) -> bytes | None:
 
 
 def _replay(body: bytes, receive: Any) -> Any:
-    """A `receive` that gives the body, and then whatever comes."""
+    """Return a `receive` that delivers the body first, and then whatever arrives."""
     waiting = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def next_message() -> Any:

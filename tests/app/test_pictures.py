@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crate_mae.app import uploads
-from crate_mae.app.uploads import from_uri, read_upload, shrink, to_png, to_uri
+from crate_mae.app import pictures
+from crate_mae.app.pictures import from_uri, read_upload, shrink, to_png, to_uri
 from crate_mae.errors import UserError
 
 SVG = b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"><rect width="64" height="64"/></svg>'
@@ -44,7 +44,7 @@ def test_a_picture_comes_out_small_upright_and_without_its_history(as_file, phot
     assert not image.info
 
 
-@pytest.mark.parametrize("form", uploads.FORMATS)
+@pytest.mark.parametrize("form", pictures.FORMATS)
 def test_every_format_that_is_named_is_read(form, as_file, photograph):
     image = read_upload(as_file(photograph, form), side=32)
     assert image.size == (42, 32)
@@ -69,18 +69,18 @@ def test_of_an_animation_the_first_frame_is_taken(as_file):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "is no PNG"),
-        (b"dear diary, this is no picture" * 9, "is no PNG"),
-        (SVG, "is no PNG"),
-        (zip_bomb(), "is no PNG"),
-        (b"%PDF-1.7 and so on", "is no PNG"),
+        (b"", "cannot be read as a PNG"),
+        (b"dear diary, this is no picture" * 9, "cannot be read as a PNG"),
+        (SVG, "cannot be read as a PNG"),
+        (zip_bomb(), "cannot be read as a PNG"),
+        (b"%PDF-1.7 and so on", "cannot be read as a PNG"),
         (png_that_says(10_000, 10_000), "10,000 x 10,000 pixels"),
         (png_that_says(60_000, 60_000), "more pixels than"),
         (png_that_says(1, 1, b"\0\1\2\3"), "1 x 1 pixels"),
         (png_that_says(7, 3000), "7 x 3,000 pixels"),
         (png_that_says(64, 64, b"\0\1\2\3"), "damaged"),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "that can be read"),
-        (b"\0" * (uploads.MAX_BYTES + 1), "larger than 12 MB"),
+        (b"\0" * (pictures.MAX_BYTES + 1), "larger than 12 MB"),
     ],
 )
 def test_nonsense_is_refused_in_one_sentence(content, words):
@@ -93,12 +93,12 @@ def test_nonsense_is_refused_in_one_sentence(content, words):
 def test_a_cut_off_file_is_refused(as_file, photograph):
     for form in ("PNG", "JPEG", "WEBP"):
         whole = as_file(photograph, form)
-        with pytest.raises(UserError, match=r"damaged|is no PNG"):
+        with pytest.raises(UserError, match=r"damaged|cannot be read as a PNG"):
             read_upload(whole[: len(whole) * 2 // 3], side=32)
 
 
 def test_a_bomb_is_refused_before_a_pixel_is_decoded(monkeypatch):
-    monkeypatch.setattr(uploads, "decode", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(pictures, "decode", lambda *_: pytest.fail("it was decoded"))
     for size in ((5001, 5000), (10_000, 10_000), (2**31 - 1, 2**31 - 1)):
         with pytest.raises(UserError, match="pixels"):
             read_upload(png_that_says(*size), side=32)
@@ -135,6 +135,6 @@ def test_only_addresses_that_hold_a_picture_are_read(address):
 
 def test_an_address_that_is_too_long_or_damaged_is_refused():
     with pytest.raises(UserError, match="larger than 12 MB"):
-        from_uri("data:image/png;base64," + "A" * (uploads.MAX_BYTES * 4 // 3 + 9))
-    with pytest.raises(UserError, match="did not arrive whole"):
+        from_uri("data:image/png;base64," + "A" * (pictures.MAX_BYTES * 4 // 3 + 9))
+    with pytest.raises(UserError, match="arrived incomplete"):
         from_uri("data:image/png;base64,!!!!")

@@ -1,4 +1,4 @@
-"""From arrays to pieces of the page: pictures as HTML that holds them, so that no file is ever written."""
+"""From arrays to HTML components. They contain their pictures, so that no file is ever written."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crate_mae.app.compute import Completed, Curves, Inside, prepare
 from crate_mae.app.curves import Line, draw_curves
-from crate_mae.app.uploads import to_png, to_uri
+from crate_mae.app.pictures import to_png, to_uri
 from crate_mae.data.pictures import picture_grid
 from crate_mae.drawing.style import GREY, colour
 from crate_mae.drawing.text import html
@@ -22,33 +22,33 @@ from crate_mae.interpret.audit import LEAST_MARGIN_SHARE, SYMBOLS, AuditRow, by_
 from crate_mae.interpret.tokens import shown_images
 from crate_mae.models.autoencoder import MaskedAutoencoder
 
-HEAT = "cividis"  # which looks the same to people of all kinds of colour vision
+HEAT = "cividis"  # looks the same with every kind of colour vision
 _TITLES = {
     "original": ("original", ""),
     "masked": ("masked", "what the model sees"),
     "pasted": ("completed", "its prediction in the gaps"),
-    "completed": ("prediction alone", "it learned to fill gaps: elsewhere this is noise"),
+    "completed": ("prediction alone", "trained on hidden patches only: elsewhere this is noise"),
 }
 _CURVES = (
-    "Yellow is the layer chosen above. The first half of a layer is derived to lower the subspace rate Rᶜ, which is to "
-    "compress: from its hollow point to its full one. The second half is to put exact zeros into the code, which is to "
-    "make it sparse; what that does to the rate is the way to the next hollow point."
+    "Yellow marks the layer chosen above. The first half of a layer is derived to compress, that is, to lower the "
+    "subspace rate Rᶜ: from the hollow point to the filled one. The second half makes the code sparse, that is, sets "
+    "exact zeros; its effect on the rate is the step to the next hollow point."
 )
 _AUDIT = (
-    "∎ a theorem of the layer, true for every picture; ✓ the step beats the best of its controls, by that share of the "
-    "value before it; ✗ the control named does as well or better. A control is a move that needs no derivation, such "
-    "as the same step with its sign flipped, without mixing tokens, or in random subspaces. One picture tests nothing: "
-    "crate-mae inspect does, on many."
+    "∎ a theorem of the layer, true for every picture; ✓ the step beats its best control, by this share of the value "
+    "before it; ✗ the named control does as well or better. A control is a step that needs no derivation, such as the "
+    "same step with its sign flipped, without mixing tokens, or in random subspaces. One picture proves nothing: "
+    "crate-mae inspect tests many."
 )
-_SEVERAL = " Heights of Rᶜ can be compared between networks of the same shape only."
+_SEVERAL = " Values of Rᶜ are comparable only between networks of the same shape."
 
 
-def completion_piece(name: str, found: Completed) -> str:
-    """Original, masked, completed and predicted side by side, each to be saved, and all of them as one picture.
+def completion_component(name: str, found: Completed) -> str:
+    """Show the original, masked, completed and predicted picture, with links to save each of them, or all in one.
 
     Args:
         name: of the model.
-        found: what it completed.
+        found: its completion.
     """
     stem, pictures = file_stem(name), found.pictures._asdict()
     tiles = [
@@ -64,14 +64,14 @@ def completion_piece(name: str, found: Completed) -> str:
     )
 
 
-def inside_piece(name: str, layer: int, layers: int, found: Inside) -> str:
-    """Tokens as colours, and the attention of one patch, head by head, to be saved as one picture.
+def inside_component(name: str, layer: int, layers: int, found: Inside) -> str:
+    """Show tokens as colours, and the attention of one patch, head by head, with a link to save them as one picture.
 
     Args:
         name: of the model.
         layer: its layer, from 0.
-        layers: how many it has.
-        found: what that layer makes of the picture.
+        layers: number of its layers.
+        found: tokens and attention of that layer.
     """
     grid = (found.colours.shape[0], found.colours.shape[1])
     row, column = divmod(found.patch, grid[1])
@@ -93,53 +93,53 @@ def inside_piece(name: str, layer: int, layers: int, found: Inside) -> str:
         f"{_save(picture, f'{file_stem(name)}_layer_{layer}.png', 'save these maps')}</p>"
         f'<div class="inside"><div class="tiles one">{tokens}</div>'
         f'<div class="tiles heads">{"".join(heads)}</div></div>'
-        f'<p class="small">The patch that looks is framed: row {row + 1}, column {column + 1}. Spread evenly, its '
+        f'<p class="small">Attention is that of the framed patch: row {row + 1}, column {column + 1}. Uniform '
         f"attention would give each patch {share(found.even)}.</p>"
     )
 
 
-def curves_piece(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
-    """Subspace rate and sparsity over the layers of each model, with the current layer marked.
+def curves_component(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
+    """Draw subspace rate and sparsity over the layers of each model, with the current layer marked.
 
     Args:
-        curves: of each model that is compared, by name.
-        layer: the current one, from 0.
+        curves: (name, curves) of each model.
+        layer: the current layer, from 0.
     """
-    shown = [(name, found) for name, found in curves if found.zeros]
+    drawn = [(name, found) for name, found in curves if found.zeros]
     missing = "".join(
-        f"<p>{escape(name)} has neither subspaces nor codes: these curves are of CRATE's layers only.</p>"
+        f"<p>{escape(name)} has neither subspaces nor codes: only the layers of CRATE have these curves.</p>"
         for name, found in curves
         if not found.zeros
     )
-    if not shown:
+    if not drawn:
         return missing
-    said = "".join(f"<li>{escape(name)}: {_in_words(found, layer)}</li>" for name, found in shown)
-    audits = "".join(_audit(name, found.audit) for name, found in shown if found.audit)
+    sentences = "".join(f"<li>{escape(name)}: {_in_words(found, layer)}</li>" for name, found in drawn)
+    audits = "".join(_audit(name, found.audit) for name, found in drawn if found.audit)
     return (
-        f'<div class="curves">{_figure(_draw_rates(shown, layer), "subspace_rate.svg")}'
-        f'{_figure(_draw_zeros(shown, layer), "zeros.svg")}</div><ul class="said">{said}</ul>'
-        f'<p class="small">{_CURVES}{_SEVERAL if len(shown) > 1 else ""}</p>{audits}{missing}'
+        f'<div class="curves">{_figure(_draw_rates(drawn, layer), "subspace_rate.svg")}'
+        f'{_figure(_draw_zeros(drawn, layer), "zeros.svg")}</div><ul class="summary">{sentences}</ul>'
+        f'<p class="small">{_CURVES}{_SEVERAL if len(drawn) > 1 else ""}</p>{audits}{missing}'
     )
 
 
-def shown_picture(model: MaskedAutoencoder, picture: Image.Image) -> str:
-    """The part of a picture that a model sees, in its own size, as an address that begins with "data:"."""
+def displayed_picture(model: MaskedAutoencoder, picture: Image.Image) -> str:
+    """Return the part of a picture that a model sees, in the model's size, as a data: URI."""
     c = model.config
     return _to_uri(shown_images(prepare(model, picture), c.mean, c.std)[0])
 
 
 def notice(sentence: str) -> str:
-    """What went wrong, where the result would have been."""
+    """Show what went wrong in place of the result."""
     return f'<p class="notice" role="alert">{escape(sentence)}</p>'
 
 
 def file_stem(name: str) -> str:
-    """The name of a model as that of a file."""
+    """Turn the name of a model into a file name without suffix."""
     return re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "model"
 
 
 def share(value: float) -> str:
-    """A part of a whole, in two digits."""
+    """Format a share as a percentage with two digits."""
     percent = 100 * value
     return f"{percent:.1f}%" if percent < 9.95 else f"{percent:.0f}%"
 
@@ -163,7 +163,7 @@ def _figure(svg: str, file: str) -> str:
 
 
 def _mark(row: int, column: int, grid: tuple[int, int]) -> str:
-    """A frame around a patch of a picture of patches."""
+    """Draw a frame around one patch of a picture."""
     places = {"left": column / grid[1], "top": row / grid[0], "width": 1 / grid[1], "height": 1 / grid[0]}
     return f'<i style="{";".join(f"{key}:{100 * value:.3f}%" for key, value in places.items())}"></i>'
 
@@ -174,7 +174,7 @@ def _to_uri(pixels: Float[np.ndarray, "hh ww 3"]) -> str:
 
 
 def _pixels(image: Float[Tensor, "c hh ww"]) -> Float[np.ndarray, "hh ww 3"]:
-    """In colour, also of one channel."""
+    """Convert to RGB, also from one channel."""
     return image.float().expand(3, -1, -1).permute(1, 2, 0).numpy()
 
 
@@ -183,13 +183,13 @@ def _images(pixels: Sequence[Float[np.ndarray, "hh ww 3"]]) -> Float[Tensor, "k 
 
 
 def _heat(values: Float[np.ndarray, "gh gw"]) -> Float[np.ndarray, "gh gw 3"]:
-    """From dark (0) to bright (the map's own largest value)."""
+    """Colour a map from dark (0) to bright (its own maximum)."""
     largest = values.max()
     return matplotlib.colormaps[HEAT](values / largest if largest > 0 else values)[..., :3]
 
 
 def _in_words(found: Curves, layer: int) -> str:
-    """What the current layer did, or the last if there are fewer."""
+    """Describe what the current layer did, or the last layer if there are fewer."""
     at = min(layer, len(found.zeros) - 1)
     before, after = found.rate_before[at], found.rate_after[at]
     verb = "lowers" if after < before else "raises"
@@ -198,7 +198,7 @@ def _in_words(found: Curves, layer: int) -> str:
 
 
 def _audit(name: str, rows: Sequence[AuditRow]) -> str:
-    """Each claim of each layer on this picture: whether it is a theorem, or the step beats all of its controls."""
+    """Tabulate each claim of each layer: whether it is a theorem, or the step beats all of its controls."""
     claims = by_claim(rows)
     count = max(len(found) for found in claims.values())
     header = "".join(f"<th>{layer}</th>" for layer in range(count))
@@ -214,7 +214,7 @@ def _audit(name: str, rows: Sequence[AuditRow]) -> str:
 
 
 def _status(row: AuditRow) -> str:
-    """On one picture nothing can be tested: the margin over the best control is all there is."""
+    """Describe the margin over the best control; one picture allows no statistical test."""
     if row.status in ("theorem", "contradiction"):
         return f"{SYMBOLS[row.status]} {row.status}"
     if row.margin_share >= LEAST_MARGIN_SHARE:
@@ -223,24 +223,24 @@ def _status(row: AuditRow) -> str:
 
 
 def _draw_rates(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
-    """Rᶜ before and after each layer's compression."""
+    """Draw Rᶜ before and after each layer's compression."""
     lines, keys = [], []
     for number, (name, found) in enumerate(curves):
-        look = {"colour": colour(number), "square": number > 0}
+        style = {"colour": colour(number), "square": number > 0}
         lines += [
-            Line(found.rate_before, tip=f"nats before compression ({name})", dotted=True, **look),
-            Line(found.rate_after, tip=f"nats after it ({name})", **look),
+            Line(found.rate_before, tip=f"nats before compression ({name})", dotted=True, **style),
+            Line(found.rate_after, tip=f"nats after it ({name})", **style),
         ]
         keys.append((name, lines[-1]))
     keys += [
         ("hollow: before the layer's compression", Line([], GREY, "", dotted=True)),
-        ("full: after it", Line([], GREY, "")),
+        ("filled: after it", Line([], GREY, "")),
     ]
     return draw_curves("subspace rate Rᶜ, in nats", lines, keys, layer)
 
 
 def _draw_zeros(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
-    """Sparsity of each layer's code."""
+    """Draw the sparsity of each layer's code."""
     lines = [
         Line(found.zeros, colour(number), f"of the code is 0 ({name})", square=number > 0)
         for number, (name, found) in enumerate(curves)
