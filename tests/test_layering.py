@@ -1,4 +1,4 @@
-"""Imports only ever point down: the layers of the package and what each may import."""
+"""Imports point down the layers only."""
 
 import ast
 from pathlib import Path
@@ -9,7 +9,7 @@ import crate_mae
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "crate_mae"
 
-# Each layer, and the layers of ours it may import. `errors`, `lazy` and `after_import` are everybody's.
+# Each layer, and the layers that it may import. `errors`, `lazy`, `after_import` and `private_torch` are for all.
 LAYERS = {
     "theory": set(),
     "models": {"theory", "data"},
@@ -30,10 +30,11 @@ LAYERS = {
     "errors": set(),
     "lazy": set(),
     "after_import": set(),
+    "private_torch": set(),
 }
 HEAVY = {"torch", "torchvision", "timm", "accelerate", "sklearn", "torchmetrics", "matplotlib", "numpy", "pyarrow"}
 OPTIONAL = {"datasets", "tensorboard", "wandb", "gradio", "fastapi", "uvicorn", "onnx", "onnxruntime"}
-NEEDED = {"app": {"gradio", "fastapi", "uvicorn"}}  # without which the layer is nothing; it is imported by its command
+NEEDED = {"app": {"gradio", "fastapi", "uvicorn"}}  # the layer cannot do without these; only its command imports it
 
 
 def layer_of(path):
@@ -62,8 +63,8 @@ def violations(path, source):
     for module, at_top in imports_in(ast.parse(source)):
         root, *rest = module.split(".")
         if root == "crate_mae":
-            target = rest[0] if rest else "__init__"  # the package itself, which leads everywhere
-            if target not in LAYERS[layer] | {layer, "errors", "lazy", "after_import"}:
+            target = rest[0] if rest else "__init__"  # the package itself, which gives access to every layer
+            if target not in LAYERS[layer] | {layer, "errors", "lazy", "after_import", "private_torch"}:
                 yield f"{layer} imports {module}, which is not below it"
         if root in OPTIONAL - NEEDED.get(layer, set()) and at_top:
             yield f"{module} is optional, and is imported with the file"
@@ -96,5 +97,5 @@ def test_no_folder_hides_a_public_name():
         ("interpret/x.py", "from crate_mae.app import page"),
     ],
 )
-def test_an_upward_heavy_or_optional_import_would_be_seen(where, source):
+def test_an_upward_heavy_or_optional_import_would_be_found(where, source):
     assert list(violations(PACKAGE / where, source))

@@ -180,7 +180,7 @@ def test_damaged_and_dangerous_files(tmp_path, crate_mae_command):
     for name, words in (
         ("cut.safetensors", "cannot be read as safetensors"),
         ("code.pth", "could run code"),
-        ("none.pth", "There is no file"),
+        ("none.pth", "does not exist"),
     ):
         code, _, err = crate_mae_command("convert", tmp_path / name, "--out", tmp_path / "x")
         assert code == 2 and words in err, err

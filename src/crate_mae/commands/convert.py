@@ -1,4 +1,4 @@
-"""`crate-mae convert`: published weights, and others' files, as folders of this library."""
+"""`crate-mae convert`: convert published weights and files of other libraries to model folders."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,12 @@ from crate_mae.errors import UserError
 
 @dataclass(frozen=True)
 class Converted:
-    """What `convert` found and wrote.
+    """Result of `convert`.
 
     Attributes:
-        path: the folder.
-        found: what the file was, in words.
-        notes: what was taken off, assumed or left out, and why.
+        path: of the folder.
+        found: description of the file.
+        notes: what was removed, assumed or left out, and why.
     """
 
     path: Path
@@ -35,32 +35,32 @@ def convert(
     mean: tuple[float, ...] | None = None,
     std: tuple[float, ...] | None = None,
 ) -> Converted:
-    """Convert published weights into a folder that every command takes.
+    """Convert published weights to a model folder that every command accepts.
 
-    - Files of the official CRATE-MAE (.pth, .pt, .safetensors), with or without the prefixes and wrappers that training
-      leaves: a folder with model.safetensors and config.json.
-    - Files of the official CRATE classifiers: their encoder, in timm's layout, for embed, eval and timm.
-    - Folders of this library and of transformers: a folder of this library.
+    - Files of the official CRATE-MAE (.pth, .pt, .safetensors), with or without the prefixes and wrappers of training,
+      become a folder with model.safetensors and config.json.
+    - Files of the official CRATE classifiers become their encoder in the layout of timm, for embed, eval and timm.
+    - Folders of this library and of transformers become a folder of this library.
 
-    Names and shapes of all tensors are checked. What is found, assumed and left out is said. Pickles are opened so that
-    they cannot run code. The folder is written whole or not at all.
+    Names and shapes of all tensors are checked. The command prints what it found, assumed and left out. Pickles are
+    opened so that they cannot run code. The folder is written completely or not at all.
 
     Args:
-        file: the file or folder.
-        out: the folder to make. It must not be there, or be empty.
-        num_heads: heads of the encoder and decoder, which official files do not tell. By default those of the published
-            model of the same width.
-        image_size: height and width that the model was made for. By default a square, from the table of positions.
-        threshold: lambda of the ISTA step. By default that of the official code: 0.5, and 0.1 of classifiers.
-        norm_pix_loss: whether the targets were normalised patches. By default no.
-        mean: what was subtracted from each channel. By default ImageNet's.
-        std: what each channel was then divided by. By default ImageNet's.
+        file: File or folder to convert.
+        out: New or empty folder for the model.
+        num_heads: Heads of the encoder and decoder, which official files do not contain; by default those of the
+            published model of the same width.
+        image_size: Height and width of the model's images; by default a square, from the position embeddings.
+        threshold: lambda of the ISTA step; by default that of the official code: 0.5, and 0.1 for classifiers.
+        norm_pix_loss: Whether the targets were normalised patches; by default no.
+        mean: Mean that was subtracted from each channel; by default that of ImageNet.
+        std: Standard deviation by which each channel was divided; by default that of ImageNet.
 
     Returns:
-        The folder, what was found, and what was done to it.
+        The folder, a description of the file, and notes on the conversion.
 
     Raises:
-        UserError: for a file that is damaged, unknown or does not fit, or a folder that is there.
+        UserError: for a file that is damaged, unknown or does not fit, or a folder that is not empty.
     """
     from rich.console import Console
 
@@ -71,7 +71,7 @@ def convert(
     file, out = Path(file), Path(out)
     refuse_used_folder(out)
     if not file.exists():
-        raise UserError(f"There is no file {file}.")
+        raise UserError(f"{file} does not exist.")
     given: dict[str, Any] = {"image_size": image_size, "threshold": threshold, "norm_pix_loss": norm_pix_loss}
     given |= {"mean": mean, "std": std}
     settings = {key: value for key, value in given.items() if value is not None}

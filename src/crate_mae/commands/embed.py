@@ -1,4 +1,4 @@
-"""`crate-mae embed`: features of images, for search, clustering, or a classifier of one's own."""
+"""`crate-mae embed`: features of images, for search, clustering or a classifier."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Embedding:
-    """What `embed` saved.
+    """Result of `embed`.
 
     Attributes:
-        path: the file.
-        images: how many images have features there.
-        size: numbers an image; with pooling "tokens", numbers a token.
+        path: of the file.
+        images: number of images with features.
+        size: numbers per image; with pooling "tokens", numbers per token.
         bad: the images that could not be read, with reasons.
     """
 
@@ -45,37 +45,37 @@ def embed(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Embedding:
-    """Save the features of images: one vector an image, from the unmasked image.
+    """Save features of images: one vector per image, without masking.
 
-    The file's suffix says the format. Where they are known, labels and class names come with the features.
+    The suffix of the file decides the format. If labels and class names are known, they are saved with the features.
 
     - .parquet: columns file, label, class and feature (a list of one length; of tokens, a list of lists).
     - .csv: columns file, label, class, f0, f1, ...
     - .npz: arrays features, labels, files and classes.
     - .safetensors: tensors features and labels; files and classes as JSON in the metadata.
-    - .npy: the features alone, in the order of the images.
+    - .npy: features only, in the order of the images.
 
-    Images that cannot be read are listed and left out. Features are float32, and held in memory until they are written.
+    Images that cannot be read are listed and left out. Features are float32, and kept in memory until they are written.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
-            weights), timm:NAME, timm:NAME:random, or pixels.
-        data: any form of data that `crate-mae pretrain` takes.
-        out: the file to write: .parquet, .npz, .npy, .csv or .safetensors.
-        pooling: the class token, the mean of patches, both behind each other, or all patches. By default cls+mean, and
-            mean for a network without a class token.
-        layer: of the encoder, from 0, or negative from the end. By default -1. Every layer is normalised by the final
-            norm.
-        normalize: scale each vector to length 1.
-        batch_size: images that are encoded at once.
-        workers: processes that load images. By default one less than there are cores, at most 8.
-        max_bad: largest share of unreadable images.
-        cache: keep features in the user's cache folder, or take them from there if nothing has changed.
-        seed: of fresh weights.
-        overwrite: replace a file that is there.
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random
+            initialisation), timm:NAME, timm:NAME:random, or pixels.
+        data: Any form of data that `crate-mae pretrain` takes.
+        out: File to write: .parquet, .npz, .npy, .csv or .safetensors.
+        pooling: The class token, the mean of patches, both concatenated, or all patches; by default cls+mean, or mean
+            for a network without a class token.
+        layer: Layer of the encoder from 0, or negative from the end; by default -1. The final norm is applied to
+            every layer.
+        normalize: Scale each vector to length 1.
+        batch_size: Images per batch.
+        workers: Processes that load images; by default one less than the number of cores, at most 8.
+        max_bad: Largest share of unreadable images.
+        cache: Keep features in the user's cache folder, and reuse them if nothing has changed.
+        seed: Seed of random initialisation.
+        overwrite: Replace an existing file.
 
     Returns:
-        The file's path, and what is in it.
+        The path of the file, and what it contains.
 
     Raises:
         UserError: for a mistake in the options, data or model; no file is written then.

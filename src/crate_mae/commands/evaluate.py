@@ -1,4 +1,4 @@
-"""`crate-mae eval knn | linear | fewshot`: what frozen features are worth."""
+"""`crate-mae eval knn | linear | fewshot`: evaluate frozen features with labelled images."""
 
 import json
 from collections.abc import Callable
@@ -22,11 +22,11 @@ Shots = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a probe found.
+    """Result of a probe.
 
     Attributes:
-        report: everything that `--out` holds: scores with intervals, and what was measured on what.
-        path: the file, or None.
+        report: the content of `--out`: scores with intervals, and the images that they were measured on.
+        path: of the file, or None.
     """
 
     report: dict[str, Any]
@@ -49,30 +49,30 @@ def eval_knn(
     cache: bool = True,
     overwrite: bool = False,
 ) -> Evaluation:
-    """Classify images by their nearest neighbours among the frozen features of labelled ones.
+    """Classify images by the nearest neighbours of their frozen features among labelled images.
 
-    Each of the k training images with the largest cosine similarity votes with the weight exp(similarity / 0.07).
-    Features are standardised over the training images first. Nothing is trained. Scores come with Wilson's 95% interval
-    over the test images.
+    The k training images with the largest cosine similarity vote, each with the weight exp(similarity / 0.07). Features
+    are standardised over the training images first. Nothing is trained. Scores have Wilson's 95% interval over the
+    validation images.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
-            weights), timm:NAME, timm:NAME:random, or pixels.
-        train: labelled images, in any form of data that `crate-mae pretrain` takes.
-        val: labelled test images of the same classes.
-        out: write scores and settings to this new .json file.
-        k: neighbours that vote.
-        pooling: the class token, the mean of patches, or both. By default cls+mean, and mean without a class token.
-        layer: of the encoder, from 0, negative from the end, or all. By default -1.
-        seed: of fresh weights.
-        batch_size: images that are encoded at once.
-        workers: processes that load images. By default one less than there are cores, at most 8.
-        max_bad: largest share of unreadable images.
-        cache: keep features in the user's cache folder, or take them from there if nothing has changed.
-        overwrite: replace a file that is there.
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random
+            initialisation), timm:NAME, timm:NAME:random, or pixels.
+        train: Labelled images, in any form of data that `crate-mae pretrain` takes.
+        val: Labelled images of the same classes to measure on.
+        out: New .json file for scores and settings.
+        k: Number of neighbours.
+        pooling: The class token, the mean of patches, or both; by default cls+mean, or mean without a class token.
+        layer: Layer of the encoder from 0, negative from the end, or all; by default -1.
+        seed: Seed of random initialisation.
+        batch_size: Images per batch.
+        workers: Processes that load images; by default one less than the number of cores, at most 8.
+        max_bad: Largest share of unreadable images.
+        cache: Keep features in the user's cache folder, and reuse them if nothing has changed.
+        overwrite: Replace an existing file.
 
     Returns:
-        The scores, one row a layer.
+        The scores, one row per layer.
 
     Raises:
         UserError: for a mistake in the options, model, data or labels; no file is written then.
@@ -102,27 +102,28 @@ def eval_linear(
 ) -> Evaluation:
     """Fit a linear classifier to the frozen features of labelled images.
 
-    Multinomial logistic regression on standardised features. Its regularisation C is chosen on a tenth of the training
-    images, never on the test images. Scores come with Wilson's 95% interval over the test images. With --layer all,
-    choose a layer by `chosen_on`, the accuracy on that tenth: the best of many test scores is too good to be true.
+    The classifier is multinomial logistic regression on standardised features. Its regularisation C is chosen on a
+    tenth of the training images, never on the validation images. Scores have Wilson's 95% interval over the validation
+    images. With --layer all, choose a layer by `chosen_on`, the accuracy on that tenth: the best of many scores is
+    biased.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
-            weights), timm:NAME, timm:NAME:random, or pixels.
-        train: labelled images, in any form of data that `crate-mae pretrain` takes.
-        val: labelled test images of the same classes.
-        out: write scores and settings to this new .json file.
-        pooling: the class token, the mean of patches, or both. By default cls+mean, and mean without a class token.
-        layer: of the encoder, from 0, negative from the end, or all. By default -1.
-        seed: of fresh weights, and of the tenth.
-        batch_size: images that are encoded at once.
-        workers: processes that load images. By default one less than there are cores, at most 8.
-        max_bad: largest share of unreadable images.
-        cache: keep features in the user's cache folder, or take them from there if nothing has changed.
-        overwrite: replace a file that is there.
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random
+            initialisation), timm:NAME, timm:NAME:random, or pixels.
+        train: Labelled images, in any form of data that `crate-mae pretrain` takes.
+        val: Labelled images of the same classes to measure on.
+        out: New .json file for scores and settings.
+        pooling: The class token, the mean of patches, or both; by default cls+mean, or mean without a class token.
+        layer: Layer of the encoder from 0, negative from the end, or all; by default -1.
+        seed: Seed of random initialisation, and of the choice of the tenth.
+        batch_size: Images per batch.
+        workers: Processes that load images; by default one less than the number of cores, at most 8.
+        max_bad: Largest share of unreadable images.
+        cache: Keep features in the user's cache folder, and reuse them if nothing has changed.
+        overwrite: Replace an existing file.
 
     Returns:
-        The scores, one row a layer.
+        The scores, one row per layer.
 
     Raises:
         UserError: for a mistake in the options, model, data or labels; no file is written then.
@@ -155,28 +156,28 @@ def eval_fewshot(
 ) -> Evaluation:
     """Fit a linear classifier to the frozen features of a few images of each class, drawn many times.
 
-    Logistic regression (C = 1) on features that are standardised by all training images, which needs no labels. The
-    interval is Student's 95% interval of the mean over draws.
+    The classifier is logistic regression (C = 1) on features standardised over all training images, which needs no
+    labels. The interval is Student's 95% interval of the mean over draws.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (fresh
-            weights), timm:NAME, timm:NAME:random, or pixels.
-        train: labelled images to draw from, in any form of data that `crate-mae pretrain` takes.
-        val: labelled test images of the same classes.
-        out: write scores and settings to this new .json file.
-        shots: images of each class.
-        draws: how often they are drawn.
-        pooling: the class token, the mean of patches, or both. By default cls+mean, and mean without a class token.
-        layer: of the encoder, from 0, or negative from the end. By default -1.
-        seed: of fresh weights, and of the draws.
-        batch_size: images that are encoded at once.
-        workers: processes that load images. By default one less than there are cores, at most 8.
-        max_bad: largest share of unreadable images.
-        cache: keep features in the user's cache folder, or take them from there if nothing has changed.
-        overwrite: replace a file that is there.
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random
+            initialisation), timm:NAME, timm:NAME:random, or pixels.
+        train: Labelled images to draw from, in any form of data that `crate-mae pretrain` takes.
+        val: Labelled images of the same classes to measure on.
+        out: New .json file for scores and settings.
+        shots: Numbers of images per class.
+        draws: Number of draws.
+        pooling: The class token, the mean of patches, or both; by default cls+mean, or mean without a class token.
+        layer: Layer of the encoder from 0, or negative from the end; by default -1.
+        seed: Seed of random initialisation, and of the draws.
+        batch_size: Images per batch.
+        workers: Processes that load images; by default one less than the number of cores, at most 8.
+        max_bad: Largest share of unreadable images.
+        cache: Keep features in the user's cache folder, and reuse them if nothing has changed.
+        overwrite: Replace an existing file.
 
     Returns:
-        The scores, one row a number of shots.
+        The scores, one row per number of shots.
 
     Raises:
         UserError: for a mistake in the options, model, data or labels; no file is written then.
@@ -198,7 +199,7 @@ def eval_fewshot(
 def _evaluate(
     kind: str, run: "Probe", options: dict[str, Any], *, shown: tuple[str, ...], settings: dict[str, Any]
 ) -> Evaluation:
-    """Check what can be checked, run a probe, print its table, and write its file."""
+    """Check the options, run a probe, print its table, and write its file."""
     from rich.console import Console
 
     from crate_mae.evaluation.extract import Extraction
@@ -236,7 +237,7 @@ def _evaluate(
 
 
 def write_report(console: Any, report: dict[str, Any], out: Path | None) -> None:
-    """Write a report as JSON, if a file is wanted."""
+    """Write a report as JSON if a file is given."""
     from crate_mae.data.files import write_whole
 
     if out is not None:
@@ -274,7 +275,7 @@ def _percent(score: "Score") -> str:
 
 
 def _notes(rows: list[tuple[int, Any]]) -> list[str]:
-    """What makes a score less than it says."""
+    """Warn about scores that may not be the best possible."""
     notes = []
     for layer, result in rows:
         if getattr(result, "is_c_at_edge", False):

@@ -1,4 +1,4 @@
-"""`crate-mae eval reconstruction`: how well a model completes images, over mask ratios."""
+"""`crate-mae eval reconstruction`: quality of completed images at several mask ratios."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -37,27 +37,27 @@ def eval_reconstruction(
     batch_size: int = 64,
     overwrite: bool = False,
 ) -> Evaluation:
-    """Complete masked images at several mask ratios, and measure how well.
+    """Complete masked images at several mask ratios, and measure the quality of the completions.
 
-    Measured on the same images, with the same masks at every call. What is hidden at one ratio stays hidden at the
-    larger ones. The mean squared error is that of hidden patches, in normalised pixels (the loss of ordinary training)
-    and in units of each patch's standard deviation (the loss of --norm-pix-loss); PSNR is that of hidden patches, and
-    SSIM of the picture with the completion pasted in. A model trained with --norm-pix-loss predicts patches without
-    brightness and contrast: both then come from the original, in all but the second measure, and the output says so.
+    Every call uses the same images and masks. Patches hidden at one ratio stay hidden at larger ones. The mean squared
+    error is that of hidden patches, in normalised pixels (the loss of ordinary training) and in units of each patch's
+    standard deviation (the loss of --norm-pix-loss); PSNR is that of hidden patches, and SSIM that of the image with
+    the completion pasted in. A model trained with --norm-pix-loss predicts patches without brightness and contrast:
+    both then come from the original, in all but the second measure, and the output notes it.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, or a model's name.
-        data: images, in any form of data that `crate-mae pretrain` takes.
-        out: write the scores to this new .json file.
-        picture: write a picture of the first images at each ratio to this new .png file.
-        mask_ratios: shares of patches to hide.
-        count: most images to measure; of more, a fixed pseudo-random choice is taken.
-        seed: of the masks, of that choice, and of fresh weights.
-        batch_size: images that are completed at once.
-        overwrite: replace files that are there.
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
+        data: Images, in any form of data that `crate-mae pretrain` takes.
+        out: New .json file for the scores.
+        picture: New .png file for a picture of the first images at each ratio.
+        mask_ratios: Shares of patches to hide.
+        count: Largest number of images to measure; of more images, a fixed pseudo-random sample is used.
+        seed: Seed of the masks, of that sample, and of random initialisation.
+        batch_size: Images per batch.
+        overwrite: Replace existing files.
 
     Returns:
-        The scores, one row a ratio.
+        The scores, one row per ratio.
 
     Raises:
         UserError: for a mistake in the options, model or data; no file is written then.
@@ -147,7 +147,7 @@ def _show(console: Console, net: "MaskedAutoencoder", scores: "list[CompletionSc
 def _save_picture(
     net: "MaskedAutoencoder", images: "Float[Tensor, 'b c hh ww']", scores: Any, seed: int, path: Path
 ) -> None:
-    """The same images at growing mask ratios: what the model sees, and what it makes of it."""
+    """Save the first images at each mask ratio: what the model sees, and its completion."""
     from crate_mae.data import save_picture_grid
     from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks
 

@@ -1,4 +1,4 @@
-"""`crate-mae export`: a trained model for use elsewhere."""
+"""`crate-mae export`: export a trained model to other formats."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,14 @@ _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote.
+    """Result of `export`.
 
     Attributes:
-        path: the folder.
+        path: of the folder.
         format: of the files.
         part: "encoder" or "full".
         bytes: size of the weights or graph.
-        largest_difference: between what was written and the model, with `verify`; else None.
+        largest_difference: between outputs of the export and of the model, with `verify`; else None.
     """
 
     path: Path
@@ -35,38 +35,37 @@ def export(
     model: Any,
     *,
     out: Annotated[Path | str, Parameter(alias="-o")],
-    format: Format = "safetensors",  # noqa: A002  # what everybody calls it
+    format: Format = "safetensors",  # noqa: A002  # the usual name
     part: Literal["encoder", "full"] | None = None,
     verify: bool = False,
     tolerance: float = 1e-4,
     int8: bool = False,
     license: str | None = None,  # noqa: A002  # as the Hugging Face Hub calls it
 ) -> Exported:
-    """Write a trained model for use elsewhere, and try it there.
+    """Export a trained model to another format, and verify the export.
 
-    - safetensors: this library's own files; the encoder alone goes into timm's layout.
+    - safetensors: the files of this library; the encoder alone has the layout of timm.
     - timm: the encoder, for `timm.create_model("local-dir:...")` and transformers' AutoModel, after `import crate_mae`.
     - hf: for transformers' AutoModel, AutoModelForPreTraining and AutoModelForImageClassification, after `import
       crate_mae`.
-    - onnx: a graph for onnxruntime and other programs. It needs no Python.
-    - pt2: a graph for `torch.export.load`. It needs PyTorch alone.
+    - onnx: a graph for onnxruntime and other programs, which needs no Python.
+    - pt2: a graph for `torch.export.load`, which needs PyTorch only.
 
-    Graphs are folded for inference: the ISTA operator I + eta (D - D^T D) is a weight, not computed at every call. The
-    batch is free, and so is the image size of encoders and classifiers, in whole patches. README.md in the folder says
-    what goes in and what comes out. The folder is written whole or not at all.
+    Graphs are folded for inference: the ISTA operator I + eta (D - D^T D) is a weight, not computed in every call. Graphs
+    take any batch size, and those of encoders and classifiers any image size in whole patches. README.md in the folder
+    describes inputs and outputs. The folder is written completely or not at all.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, or a model's name.
-        out: the folder to make. It must not be there, or be empty.
-        format: see above.
-        part: encoder, or full: with the decoder, or the head of a classifier. By default full in safetensors and hf,
-            and encoder elsewhere.
-        verify: run what was written with the program it is for, on noise and on photographs, and print the largest
-            difference from the model. Above the tolerance the folder is taken away again.
-        tolerance: largest absolute difference that is accepted. The outputs are of the size of 1 to 20. With int8 it is
-            not applied.
-        int8: of an encoder in ONNX, weights as 8-bit integers (dynamic quantisation): a quarter of the size.
-        license: of the weights, for the card, such as mit or cc-by-nc-4.0. By default the card names none.
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
+        out: New or empty folder for the files.
+        format: Format of the files; see above.
+        part: encoder, or full: with the decoder, or the head of a classifier; by default full for safetensors and hf,
+            and encoder for the others.
+        verify: Run the export with the program that it is for, on noise and on photographs, and print the largest
+            difference from the model. If it exceeds the tolerance, the folder is removed.
+        tolerance: Largest accepted absolute difference. Outputs have magnitudes of 1 to 20. Ignored with int8.
+        int8: Store weights of an encoder in ONNX as 8-bit integers (dynamic quantisation): a quarter of the size.
+        license: Licence of the weights for the card, such as mit or cc-by-nc-4.0; by default none is named.
 
     Returns:
         The folder, and the largest difference if it was measured.
@@ -105,7 +104,7 @@ def export(
 
 
 def check_options(format: Format, part: str, *, int8: bool = False) -> None:  # noqa: A002
-    """Raise a `UserError` for what does not go together, or a package that is not there."""
+    """Raise a `UserError` for options that exclude each other, or a missing package."""
     import importlib.util
 
     if format == "timm" and part == "full":

@@ -1,14 +1,14 @@
-"""`crate-mae models`: what can be named."""
+"""`crate-mae models`: list the names of models."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ModelRow:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: what `create_model` and every command take.
+        name: for `create_model` and every command.
         parameters: trainable parameters, encoder and decoder.
         encoder_parameters: those of the encoder alone.
         image_size: height and width in pixels.
@@ -31,13 +31,13 @@ class ModelRow:
 
 
 def models() -> list[ModelRow]:
-    """List the models that can be named, with their sizes, and the trained ones that come with the library.
+    """List the names and sizes of models, and the trained models that come with the library.
 
-    Parameters are the trainable ones. The fixed tables of positions, and the layer that the official file holds but
-    never calls, are not among them: published counts of CRATE-MAE include both.
+    Only trainable parameters are counted. Published counts of CRATE-MAE also include fixed position embeddings, and a
+    layer of the official code that is never called.
 
     Returns:
-        One row per preset; none of them is trained.
+        One row per preset. Presets are not trained.
     """
     import torch
     from rich.console import Console
@@ -70,7 +70,7 @@ def models() -> list[ModelRow]:
             str(row.num_heads),
             f"{row.depth} + {row.decoder_depth}",
         )
-    # In a narrow terminal, or a pipe, lines are to wrap rather than lose their numbers.
+    # In a narrow terminal, or a pipe, lines wrap instead of losing numbers.
     console = Console(width=max(Console().width, 100))
     console.print(table)
     console.print(f"Trained, and in the package: {', '.join(list_bundled())}", highlight=False)

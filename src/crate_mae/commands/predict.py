@@ -1,4 +1,4 @@
-"""`crate-mae predict`: the classes of images, by a classifier that `crate-mae finetune` trained."""
+"""`crate-mae predict`: classify images with a model that `crate-mae finetune` trained."""
 
 import csv
 import io
@@ -23,13 +23,13 @@ else:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What `predict` saved and measured.
+    """Result of `predict`.
 
     Attributes:
-        path: the CSV file.
+        path: of the CSV file.
         files: where each image is, in the order of the data.
-        predicted: the most probable class of each.
-        probability: that class's probability.
+        predicted: the most probable class of each image.
+        probability: of that class.
         accuracy: share of images whose class was predicted; None without labels of the model's classes.
         bad: the images that cannot be read, with reasons; they are left out.
     """
@@ -53,24 +53,23 @@ def predict(
 ) -> Predictions:
     """Predict the class of every image, and save the probabilities.
 
-    The file has a row for each image: where it is, the predicted class, its probability, the true class where IMAGES
-    has labels (`label`), and the probability of each class (`p_` and its name). Images that cannot be read are listed
-    and left out. If the labels are those of the model's classes, the accuracy is shown too.
+    The file has one row per image: its location, the predicted class, its probability, the true class if IMAGES has
+    labels (`label`), and the probability of each class (`p_` and its name). Images that cannot be read are listed and
+    left out. If the labels have the classes of the model, the accuracy is printed too.
 
     Args:
-        model: a run of `crate-mae finetune`, a folder with the model.safetensors and config.json of one, or
-            hf:user/name.
-        images: an image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
-        out: the .csv file to write.
-        batch_size: images that are classified at once.
-        workers: processes that load images.
-        overwrite: replace a file that is there.
+        model: A run of `crate-mae finetune`, a folder with its model.safetensors and config.json, or hf:user/name.
+        images: An image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
+        out: New .csv file for the predictions.
+        batch_size: Images per batch.
+        workers: Processes that load images.
+        overwrite: Replace an existing file.
 
     Returns:
-        What was predicted, and the accuracy where it is known.
+        The predictions, and the accuracy if it is known.
 
     Raises:
-        UserError: if the model is no classifier, no image can be read, or `out` exists already.
+        UserError: if the model is not a classifier, no image can be read, or `out` exists already.
     """
     from rich.console import Console
 
@@ -107,7 +106,7 @@ def predict(
 def _classify(
     model: Classifier, source: ImageSource, batch_size: int, workers: int
 ) -> tuple[Tensor, list[int], list[BadImage]]:
-    """Probabilities (one row an image), which images they are of, and which images cannot be read."""
+    """Return probabilities (one row per image), the numbers of the images, and the images that cannot be read."""
     import torch
 
     from crate_mae.data import evaluation_transform, readable_batches

@@ -1,4 +1,4 @@
-"""`crate-mae push`: a trained model to the Hugging Face Hub."""
+"""`crate-mae push`: upload a trained model to the Hugging Face Hub."""
 
 from typing import Any, Literal
 
@@ -15,23 +15,23 @@ def push(
     revision: str | None = None,
     license: str | None = None,  # noqa: A002
 ) -> str:
-    """Upload a trained model to the Hugging Face Hub, with a card made from its run.
+    """Upload a trained model to the Hugging Face Hub, with a model card made from its run.
 
-    The files are those that `crate-mae export` writes with the same options; README.md is the card: data, recipe,
-    results, licence, and how to load it. The account is the one of `hf auth login`. To be read as hf:user/name by this
-    library it takes --format hf or safetensors.
+    The files are those of `crate-mae export` with the same options. README.md is the card: data, options, results,
+    licence, and how to load the model. The account is that of `hf auth login`. This library reads models of --format hf
+    and safetensors as hf:user/name.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, or a model's name.
-        repository: user/name. It is made if it is not there; files of the same names are replaced.
-        format: see `crate-mae export`.
-        part: encoder, or full: with the decoder, or the head of a classifier. By default full, and encoder in timm.
-        private: make the repository private, if it is new.
-        revision: the branch.
-        license: of the weights, such as mit or cc-by-nc-4.0. By default the card names none.
+        model: A run folder, a folder with model.safetensors and config.json, or the name of a model.
+        repository: Name of the repository, user/name, created if necessary; files with the same names are replaced.
+        format: Format of the files; see `crate-mae export`.
+        part: encoder, or full: with the decoder, or the head of a classifier; by default full, and encoder for timm.
+        private: Create the repository as a private one.
+        revision: Branch to upload to.
+        license: Licence of the weights, such as mit or cc-by-nc-4.0; by default none is named.
 
     Returns:
-        Where it can be seen.
+        The address of the upload.
 
     Raises:
         UserError: for a mistake in the options or the model, without a network, or if the Hub refuses.
@@ -46,7 +46,7 @@ def push(
 
     part = part or ("encoder" if format == "timm" else "full")
     check_options(format, part)
-    # Checked before anything is loaded; the Hub has the last word.
+    # Checked before anything is loaded; the Hub checks again.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"{repository} is not the name of a Hub repository: it must look like user/name.")
     from crate_mae.deployment.card import LICENSE

@@ -1,4 +1,4 @@
-"""`crate-mae reconstruct`: mask images, complete them, and look."""
+"""`crate-mae reconstruct`: mask images, complete them, and save a picture of the result."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +13,11 @@ from crate_mae.commands.showing import OWN_STATISTICS, check_seed, new_file, sho
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """What `reconstruct` saved and measured.
+    """Result of `reconstruct`.
 
     Attributes:
-        path: the picture.
-        images: which images it shows, from top to bottom.
+        path: of the picture.
+        images: locations of its images, in order.
         psnr: of each image's hidden patches, in decibels.
         ssim: of each pasted picture, at most 1.
     """
@@ -38,22 +38,23 @@ def reconstruct(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Reconstruction:
-    """Mask images, complete them, and save the picture: original, masked, completed, pasted.
+    """Mask images, complete them, and save a picture: original, masked, completed, pasted.
 
-    "Completed" is what the model predicts everywhere; "pasted" keeps the visible patches of the original. A model
-    trained with normalised targets gets each patch's brightness and contrast from the original, and the output says so.
+    "Completed" is the prediction of all patches; "pasted" keeps the visible patches of the original. For a model
+    trained with normalised targets, brightness and contrast of each patch come from the original, and the output notes
+    it.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, or a model's name.
-        images: an image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
-        out: the picture to write, a .png file.
-        mask_ratio: share of patches to hide.
-        count: how many images to show, from the first on.
-        seed: decides which patches are hidden, and fresh weights.
-        overwrite: replace a picture that is there.
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
+        images: An image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
+        out: New .png file for the picture.
+        mask_ratio: Share of patches to hide.
+        count: Number of images, from the first on.
+        seed: Seed of the masks and of random initialisation.
+        overwrite: Replace an existing picture.
 
     Returns:
-        The picture's path, and the quality of each completion.
+        The path of the picture, and the quality of each completion.
     """
     from rich.console import Console
 

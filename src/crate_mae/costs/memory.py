@@ -18,15 +18,20 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from crate_mae.costs.trial import StepSettings, TrialStep
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.masking import random_mask
 from crate_mae.models.monotone import retract_
+from crate_mae.private_torch import (
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    storage_identity,
+    tree_leaves,
+    unset_fake_temporarily,
+)
 from crate_mae.training.precision import autocast
 from crate_mae.training.resident import peak_memory, restart_peak
 
@@ -143,7 +148,7 @@ class LiveTensors(TorchDispatchMode):
         return out
 
     def _record(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()  # identifies the memory of fake tensors, which has no address
+        key, size = storage_identity(storage), storage.nbytes()
         if key in self._alive:
             return
         self.now += size

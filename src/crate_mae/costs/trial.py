@@ -17,6 +17,7 @@ from crate_mae.models.autoencoder import build
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import random_mask
 from crate_mae.models.monotone import retract_
+from crate_mae.private_torch import attention_of_processors, attention_of_processors_backward
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.precision import autocast
 
@@ -155,11 +156,10 @@ def flop_counter() -> FlopCounterMode:
     PyTorch does not count `baddbmm_`, which `theory.attention.SymmetricAttention` uses backward, and the fused
     attention of CPUs (two products forward; five backward, which computes the weights again). Both are added here.
     """
-    aten = torch.ops.aten
     not_counted = {
-        aten.baddbmm_: _baddbmm_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+        torch.ops.aten.baddbmm_: _baddbmm_flops,
+        attention_of_processors(): _attention_flops,
+        attention_of_processors_backward(): _attention_backward_flops,
     }
     return FlopCounterMode(display=False, custom_mapping=not_counted)
 

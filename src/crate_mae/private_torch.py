@@ -1,0 +1,41 @@
+"""Private APIs of PyTorch that the library uses, all in this file; tests/test_private_torch.py reports changes."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+__all__ = [
+    "FakeTensor",
+    "FakeTensorMode",
+    "TorchDispatchMode",
+    "attention_of_processors",
+    "attention_of_processors_backward",
+    "softmax_backward",
+    "storage_identity",
+    "tree_leaves",
+    "unset_fake_temporarily",
+]
+
+
+def softmax_backward(gradient: Tensor, probabilities: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of scores, of the given dtype, from that of their softmax over the last axis."""
+    return torch.ops.aten._softmax_backward_data(gradient, probabilities, -1, dtype)
+
+
+def storage_identity(storage: torch.UntypedStorage) -> int:
+    """Return a number that identifies living memory, also that of fake tensors, which has no address."""
+    return storage._cdata
+
+
+def attention_of_processors() -> Any:
+    """Return the operation by which CPUs compute fused attention."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+def attention_of_processors_backward() -> Any:
+    """Return the operation of its backward pass."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

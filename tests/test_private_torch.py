@@ -1,0 +1,60 @@
+"""The private APIs of PyTorch that the library uses still exist, do what is expected, and are used through one file."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+PACKAGE = Path(__file__).resolve().parents[1] / "src" / "crate_mae"
+PRIVATE = re.compile(r"\btorch(\.\w+)*\._[a-z]\w*|storage\(?\)?\._[a-z]\w*")
+
+
+@pytest.fixture(scope="module")
+def private_torch():
+    try:
+        from crate_mae import private_torch
+    except ImportError as error:
+        pytest.fail(
+            f"PyTorch {torch.__version__} has moved a private API that crate_mae/private_torch.py needs: {error}"
+        )
+    return private_torch
+
+
+def test_the_backward_pass_of_softmax_is_that_of_autograd(private_torch):
+    scores, gradient = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5)
+    probabilities = scores.softmax(-1)
+    probabilities.backward(gradient)
+    found = private_torch.softmax_backward(gradient, probabilities.detach(), torch.float32)
+    message = "PyTorch has changed _softmax_backward_data: adapt private_torch.softmax_backward"
+    torch.testing.assert_close(found, scores.grad, msg=message)
+
+
+def test_fake_tensors_have_shapes_and_identities_but_no_memory(private_torch):
+    with private_torch.FakeTensorMode():
+        a, b = torch.empty(10**9, 10**3), torch.empty(3)
+        assert isinstance(a, private_torch.FakeTensor), "PyTorch's FakeTensorMode makes other tensors now"
+        identities = {private_torch.storage_identity(x.untyped_storage()) for x in (a, a.view(-1), b)}
+        assert len(identities) == 2, "PyTorch's storages of fake tensors cannot be told apart by _cdata any more"
+        with private_torch.unset_fake_temporarily():
+            assert not isinstance(torch.empty(3), private_torch.FakeTensor), "unset_fake_temporarily has changed"
+
+
+def test_operations_inside_a_dispatch_mode_are_seen(private_torch):
+    seen = []
+
+    class Mode(private_torch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            seen.append(func.overloadpacket)
+            return func(*args, **(kwargs or {}))
+
+    query = torch.randn(1, 2, 5, 3, requires_grad=True)
+    with Mode():
+        F.scaled_dot_product_attention(query, query, query).sum().backward()
+    for name in ("attention_of_processors", "attention_of_processors_backward"):
+        assert getattr(private_torch, name)() in seen, f"PyTorch computes attention on CPUs differently: adapt {name}"
+
+
+def test_leaves_of_nested_arguments_are_listed(private_torch):
+    assert private_torch.tree_leaves(([1, (2,)], {"a": 3})) == [1, 2, 3], "PyTorch's tree_leaves has changed"
