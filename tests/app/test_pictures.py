@@ -79,7 +79,7 @@ def test_of_an_animation_the_first_frame_is_taken(as_file):
         (png_that_says(1, 1, b"\0\1\2\3"), "1 x 1 pixels"),
         (png_that_says(7, 3000), "7 x 3,000 pixels"),
         (png_that_says(64, 64, b"\0\1\2\3"), "damaged"),
-        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "that can be read"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "cannot be read as"),
         (b"\0" * (pictures.MAX_BYTES + 1), "larger than 12 MB"),
     ],
 )

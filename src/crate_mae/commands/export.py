@@ -51,9 +51,9 @@ def export(
     - onnx: a graph for onnxruntime and other programs, which needs no Python.
     - pt2: a graph for `torch.export.load`, which needs PyTorch only.
 
-    Graphs are folded for inference: the ISTA operator I + eta (D - D^T D) is a weight, not computed in every call. Graphs
-    take any batch size, and those of encoders and classifiers any image size in whole patches. README.md in the folder
-    describes inputs and outputs. The folder is written completely or not at all.
+    Graphs are folded for inference: the ISTA operator I + eta (D - D^T D) is a weight, not computed in every call.
+    Graphs take any batch size, and those of encoders and classifiers any image size in whole patches. README.md in the
+    folder describes inputs and outputs. The folder is written completely or not at all.
 
     Args:
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
