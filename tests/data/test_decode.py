@@ -216,9 +216,9 @@ def test_tensors_pass_with_their_own_channels_and_mismatches_name_both_counts():
     assert to_channels(five, 5) is five
     assert to_channels(torch.rand(1, 3, 2), 3).shape == (3, 3, 2)
     assert to_channels(torch.rand(3, 3, 2), 1).shape == (1, 3, 2)
-    with pytest.raises(UserError, match=r"have 5 channel\(s\), but 3 are asked for"):
+    with pytest.raises(UserError, match=r"have 5 channel\(s\), but 3 are required"):
         to_channels(five, 3)
-    with pytest.raises(UserError, match=r"have 3 channel\(s\), but 4 are asked for"):
+    with pytest.raises(UserError, match=r"have 3 channel\(s\), but 4 are required"):
         to_channels(Image.new("RGB", (2, 2)), 4)
 
 
