@@ -22,6 +22,15 @@ def private_torch():
     return private_torch
 
 
+def test_private_names_stand_in_one_file():
+    found = {
+        str(path.relative_to(PACKAGE)): match[0]
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "private_torch.py" and (match := PRIVATE.search(path.read_text(encoding="utf-8")))
+    }
+    assert found == {}, "use these private names of PyTorch through crate_mae/private_torch.py"
+
+
 def test_the_backward_pass_of_softmax_is_that_of_autograd(private_torch):
     scores, gradient = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5)
     probabilities = scores.softmax(-1)
@@ -58,3 +67,10 @@ def test_operations_inside_a_dispatch_mode_are_seen(private_torch):
 
 def test_leaves_of_nested_arguments_are_listed(private_torch):
     assert private_torch.tree_leaves(([1, (2,)], {"a": 3})) == [1, 2, 3], "PyTorch's tree_leaves has changed"
+
+
+def test_timm_has_the_private_method_that_hidden_states_need():
+    from timm.models.vision_transformer import VisionTransformer
+
+    message = "timm has changed VisionTransformer._pos_embed, which deployment/huggingface/modeling.py calls"
+    assert callable(getattr(VisionTransformer, "_pos_embed", None)), message

@@ -21,9 +21,9 @@ from jaxtyping import Float
 from timm.layers import DropPath, use_fused_attn
 from timm.models import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from crate_mae.errors import UserError
+from crate_mae.private_torch import FakeTensor
 from crate_mae.theory.attention import attention_membership, ssa
 from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, sparse_codes
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crate_mae.private_torch import softmax_backward
 from crate_mae.theory.subspaces import project, unproject
 
 
@@ -121,7 +122,7 @@ class SymmetricAttention(torch.autograd.Function):
         def gradient(w_i: Tensor, p_i: Tensor, grad_out_i: Tensor, grad_w_i: Tensor) -> None:
             # rowsum(P * dP) = rowsum(dO * O), but that shorter sum, rounded to bfloat16, was measured to be up to a
             # hundred times less accurate where attention is peaked; the softmax's own kernel sums in float32.
-            grad_s = torch.ops.aten._softmax_backward_data(grad_out_i @ w_i.mT, p_i, -1, w_i.dtype)
+            grad_s = softmax_backward(grad_out_i @ w_i.mT, p_i, w_i.dtype)
             torch.bmm(p_i.mT, grad_out_i, out=grad_w_i)
             grad_w_i.baddbmm_(grad_s, w_i, alpha=ctx.scale).baddbmm_(grad_s.mT, w_i, alpha=ctx.scale)
 

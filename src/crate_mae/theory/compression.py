@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from crate_mae.private_torch import softmax_backward
 from crate_mae.theory.attention import attend_by_pieces, gradient_by_pieces, pieces, without_autocast
 
 Scale = float | Float[Tensor, "*#batch 1 1"]
@@ -179,7 +180,7 @@ class BalancedAttention(torch.autograd.Function):
             grad_v = p_i.mT @ grad_out_i
             grad_columns = (-0.5 * weight**3 * (t_i * grad_v).sum(-1, keepdim=True)).where(_are_free(p_i), 0)
             grad_p = torch.baddbmm(grad_columns.mT, grad_out_i, (t_i * weight).mT)
-            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p_i, -1, t_i.dtype)
+            grad_s = softmax_backward(grad_p, p_i, t_i.dtype)
             torch.mul(weight, grad_v, out=grad_t_i)
             grad_t_i.baddbmm_(grad_s, t_i).baddbmm_(grad_s.mT, t_i)
 
@@ -205,7 +206,7 @@ class _ColumnSums(torch.autograd.Function):
         for t_i, grad_i in zip(pieces(t), grad_columns.split([len(x) for x in pieces(t)]), strict=True):
             p_i = torch.softmax(t_i @ t_i.mT, dim=-1)
             grad_p = grad_i.where(_are_free(p_i), 0).mT.expand_as(p_i)
-            grad_s = torch.ops.aten._softmax_backward_data(grad_p, p_i, -1, t.dtype)
+            grad_s = softmax_backward(grad_p, p_i, t.dtype)
             grads.append((grad_s + grad_s.mT) @ t_i)
         return (torch.cat(grads),)
 
