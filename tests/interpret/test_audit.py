@@ -7,6 +7,9 @@ import torch
 from scipy.stats import ttest_1samp
 
 import crate_mae
+from crate_mae.data import open_source
+from crate_mae.data.facts import fixed_sample
+from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret import audit as claims
 from crate_mae.interpret import pooled
 from crate_mae.interpret.audit import (
@@ -22,7 +25,7 @@ from crate_mae.interpret.audit import (
     margins_over,
     p_value,
 )
-from crate_mae.interpret.measure import measure_layers
+from crate_mae.interpret.measure import measure_layers, open_measurable
 from crate_mae.interpret.statistics import statistic
 from crate_mae.interpret.steps import measure_claims, measure_layer
 from crate_mae.models.features import evaluating
@@ -332,10 +335,9 @@ def test_quick_measures_are_the_first_of_all(build, images):
 
 def test_the_published_bundled_model_does_not_hold(shared):
     """What the review measured: no compression, lasso above the all-zero code, no more zeros than ReLU, no sorting."""
-    found = measure_layers(
-        "crate_mae_micro_cifar10", str(shared / "data/cifar10/test.parquet"), count=12, untrained=0
-    ).audit
-    rows = [row for row in found if row.tokens == "all" and row.part == "encoder"]
+    model, source = open_measurable("crate_mae_micro_cifar10", 0), open_source(shared / "data/cifar10/test.parquet")
+    images = read_images(source, model.backbone.transform(), fixed_sample(len(source), 12, 0), 12).images
+    rows = [row for row in audit(walk(model.net, images)) if row.part == "encoder"]
     assert {row.status for row in rows} == {"does not hold"}
     by = {(row.layer, row.claim): row for row in rows}
     assert by[0, claims.COMPRESS].after > by[0, claims.COMPRESS].before + 20

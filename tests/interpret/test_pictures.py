@@ -175,7 +175,7 @@ def test_colours_stand_below_their_images(joint):
 
 
 def test_layers_of_both_parts_and_of_the_control_are_drawn(build):
-    rows = measure_layers(build(mean=(0.3,), std=(0.4,)), "digits:test", count=4).rows
+    rows = measure_layers(build(mean=(0.3,), std=(0.4,)), "digits:test", count=4, audited=False).rows
     rates, zeros, *_ = draw_layers(rows, rows).axes
     assert [text.get_text() for text in rates.figure.legends[0].get_texts()] == [
         *("input", "input, control", "after the first step", "after the first step, control", "output"),
@@ -191,7 +191,7 @@ def test_layers_of_both_parts_and_of_the_control_are_drawn(build):
 
 def test_a_network_without_subspaces_shows_its_stand_in_and_ranks(build):
     encoder = build("vit_mae_nano_patch2_8", in_chans=3).encoder
-    figure = draw_layers(measure_layers(encoder, "digits:test", count=2).rows)
+    figure = draw_layers(measure_layers(encoder, "digits:test", count=2, audited=False).rows)
     assert [axes.get_title() for axes in figure.axes if axes.get_title()] == [
         "stand-in for R$^c$, by value projections (nats)",
         "effective rank of an image’s tokens",

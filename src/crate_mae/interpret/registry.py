@@ -172,7 +172,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "probe_accuracy": Measure(
         "accuracy of a linear probe",
-        "Share of test images that a linear classifier on the layer’s mean tokens gets right.",
+        "Share of images that a linear classifier on the features of the layer gets right.",
         unit="share",
         better="higher",
     ),
@@ -252,7 +252,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "inverse_error_scaled": Measure(
         "error of the recovered input, best scale",
-        "The same after the best common scale.",
+        "Relative error of the recovered input after the best common scale.",
         better="lower",
         control="inverse_error_scaled_identity",
     ),
