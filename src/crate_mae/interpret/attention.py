@@ -1,23 +1,20 @@
-"""Attention as maps: what a token attends to, on the grid of patches or a finer one, and the foreground in them."""
+"""Attention as maps: what a token attends to, on the grid of patches or on a finer one."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
-from scipy import ndimage
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from crate_mae.errors import UserError
 from crate_mae.models.features import evaluating, has_class_token, layer_number
 from crate_mae.models.tracing import layers_of, taps_of, trace
 
-CORRECT_IOU = 0.5
-FOREGROUND_MASS = 0.6  # DINO's share of the attention that makes the foreground
+_AT_ONCE = 16  # images
 
 
 def attention_on_grid(
@@ -32,69 +29,6 @@ def attention_on_grid(
     """
     gh, gw = grid_size
     return attention[:, :, query, -gh * gw :].unflatten(-1, (gh, gw))
-
-
-def mass_mask(saliency: Float[Tensor, "b gh gw"], mass: float = FOREGROUND_MASS) -> Bool[Tensor, "b gh gw"]:
-    """The fewest patches that hold a share `mass` of the saliency: foreground as in DINO (Caron et al. 2021)."""
-    values, order = saliency.flatten(1).sort(dim=1, descending=True, stable=True)
-    before = values.cumsum(1) - values
-    kept = before < mass * values.sum(1, keepdim=True)
-    return torch.zeros_like(kept).scatter(1, order, kept).unflatten(1, saliency.shape[1:])
-
-
-def principal_mask(patches: Float[Tensor, "b n d"], grid_size: tuple[int, int]) -> Bool[Tensor, "b gh gw"]:
-    """Foreground by the sign of each image's first principal component of its tokens.
-
-    The sign of a component is arbitrary: foreground is the side that has less of the border of the image. Equal tokens
-    have no foreground.
-    """
-    centred = patches.double() - patches.double().mean(1, keepdim=True)
-    scores = torch.linalg.svd(centred, full_matrices=False)
-    first = (scores.U[..., 0] * scores.S[..., :1]).unflatten(1, grid_size)
-    positive, negative = first > 0, first < 0
-    border = torch.ones(grid_size, dtype=torch.bool, device=patches.device)
-    border[1:-1, 1:-1] = False
-    # Shares, not numbers: else the larger side would lose.
-    outside = [(side & border).sum((1, 2)) / side.sum((1, 2)).clamp_min(1) for side in (positive, negative)]
-    chosen = torch.where((outside[0] <= outside[1])[:, None, None], positive, negative)
-    size = patches.double().square().sum((1, 2))
-    return chosen & (scores.S[:, 0].square() > 1e-12 * size)[:, None, None]
-
-
-def intersection_over_union(mask: Bool[Tensor, "b hh ww"], truth: Bool[Tensor, "b hh ww"]) -> Float[Tensor, "b"]:
-    """|A and B| / |A or B| of each image; 1 where both are empty."""
-    union = (mask | truth).sum((1, 2))
-    return torch.where(union > 0, (mask & truth).sum((1, 2)) / union.clamp_min(1), 1.0)
-
-
-def largest_boxes(mask: Bool[Tensor, "b gh gw"]) -> Int[Tensor, "b 4"]:
-    """The box (top, left, bottom, right; the last two beyond it) of each mask's largest connected part.
-
-    Neighbours share a side. An empty mask has the empty box 0, 0, 0, 0.
-    """
-    boxes = []
-    for image in mask.cpu().numpy():
-        found: Any = ndimage.label(image)
-        parts, count = found
-        if not count:
-            boxes.append([0, 0, 0, 0])
-            continue
-        largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
-        rows, columns = np.nonzero(parts == largest)
-        boxes.append([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1])
-    return torch.tensor(np.array(boxes, dtype=np.int64))
-
-
-def box_overlap(boxes: Int[Tensor, "b 4"], truth: Int[Tensor, "b 4"]) -> Float[Tensor, "b"]:
-    """Intersection over union of boxes; 0 where both are empty."""
-    top_left = torch.maximum(boxes[:, :2], truth[:, :2])
-    bottom_right = torch.minimum(boxes[:, 2:], truth[:, 2:])
-    shared = (bottom_right - top_left).clamp_min(0).prod(1)
-    areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (boxes, truth)]
-    return shared / (areas[0] + areas[1] - shared).clamp_min(1)
-
-
-_AT_ONCE = 16  # images
 
 
 class ClassAttention(NamedTuple):

@@ -6,12 +6,13 @@ import csv
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
+from scipy import ndimage
 from torch import Tensor, nn
 
 from crate_mae.data import ImageSource
@@ -19,19 +20,13 @@ from crate_mae.data.base import printable, read_file
 from crate_mae.data.decode import UnreadableImage, decode
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
-from crate_mae.interpret.attention import (
-    CORRECT_IOU,
-    box_overlap,
-    class_attention,
-    intersection_over_union,
-    largest_boxes,
-    mass_mask,
-    principal_mask,
-)
+from crate_mae.interpret.attention import class_attention
 from crate_mae.interpret.statistics import Row, row, statistic
 from crate_mae.interpret.tokens import encode_patches, shown_images
 from crate_mae.models.tracing import layers_of
 
+FOREGROUND_MASS = 0.6  # DINO's share of the attention that makes the foreground
+CORRECT_IOU = 0.5
 KINDS = ("attention", "component", "everything")  # the last is the control: all of the image
 _COLUMNS = ("image", "left", "top", "right", "bottom")
 
@@ -105,6 +100,33 @@ def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], 
     return Drawn(torch.stack(images), torch.stack(masks) if drawings.masks else None, boxes)
 
 
+def mass_mask(saliency: Float[Tensor, "b gh gw"], mass: float = FOREGROUND_MASS) -> Bool[Tensor, "b gh gw"]:
+    """The fewest patches that hold a share `mass` of the saliency: foreground as in DINO (Caron et al. 2021)."""
+    values, order = saliency.flatten(1).sort(dim=1, descending=True, stable=True)
+    before = values.cumsum(1) - values
+    kept = before < mass * values.sum(1, keepdim=True)
+    return torch.zeros_like(kept).scatter(1, order, kept).unflatten(1, saliency.shape[1:])
+
+
+def principal_mask(patches: Float[Tensor, "b n d"], grid_size: tuple[int, int]) -> Bool[Tensor, "b gh gw"]:
+    """Foreground by the sign of each image's first principal component of its tokens.
+
+    The sign of a component is arbitrary: foreground is the side that has less of the border of the image. Equal tokens
+    have no foreground.
+    """
+    centred = patches.double() - patches.double().mean(1, keepdim=True)
+    scores = torch.linalg.svd(centred, full_matrices=False)
+    first = (scores.U[..., 0] * scores.S[..., :1]).unflatten(1, grid_size)
+    positive, negative = first > 0, first < 0
+    border = torch.ones(grid_size, dtype=torch.bool, device=patches.device)
+    border[1:-1, 1:-1] = False
+    # Shares, not numbers: else the larger side would lose.
+    outside = [(side & border).sum((1, 2)) / side.sum((1, 2)).clamp_min(1) for side in (positive, negative)]
+    chosen = torch.where((outside[0] <= outside[1])[:, None, None], positive, negative)
+    size = patches.double().square().sum((1, 2))
+    return chosen & (scores.S[:, 0].square() > 1e-12 * size)[:, None, None]
+
+
 def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
     """Score the foregrounds that each layer finds, by attention and by the first component of the tokens.
 
@@ -144,6 +166,39 @@ def _localised(mask: Bool[Tensor, "b hh ww"], boxes: Sequence[Int[Tensor, "k 4"]
     found = largest_boxes(mask)
     overlaps = [box_overlap(box.expand(len(true), 4), true).max() for box, true in zip(found, boxes, strict=True)]
     return (torch.stack(overlaps) > CORRECT_IOU).float()
+
+
+def intersection_over_union(mask: Bool[Tensor, "b hh ww"], truth: Bool[Tensor, "b hh ww"]) -> Float[Tensor, "b"]:
+    """|A and B| / |A or B| of each image; 1 where both are empty."""
+    union = (mask | truth).sum((1, 2))
+    return torch.where(union > 0, (mask & truth).sum((1, 2)) / union.clamp_min(1), 1.0)
+
+
+def largest_boxes(mask: Bool[Tensor, "b gh gw"]) -> Int[Tensor, "b 4"]:
+    """The box (top, left, bottom, right; the last two beyond it) of each mask's largest connected part.
+
+    Neighbours share a side. An empty mask has the empty box 0, 0, 0, 0.
+    """
+    boxes = []
+    for image in mask.cpu().numpy():
+        found: Any = ndimage.label(image)
+        parts, count = found
+        if not count:
+            boxes.append([0, 0, 0, 0])
+            continue
+        largest = 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+        rows, columns = np.nonzero(parts == largest)
+        boxes.append([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1])
+    return torch.tensor(np.array(boxes, dtype=np.int64))
+
+
+def box_overlap(boxes: Int[Tensor, "b 4"], truth: Int[Tensor, "b 4"]) -> Float[Tensor, "b"]:
+    """Intersection over union of boxes; 0 where both are empty."""
+    top_left = torch.maximum(boxes[:, :2], truth[:, :2])
+    bottom_right = torch.minimum(boxes[:, 2:], truth[:, 2:])
+    shared = (bottom_right - top_left).clamp_min(0).prod(1)
+    areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (boxes, truth)]
+    return shared / (areas[0] + areas[1] - shared).clamp_min(1)
 
 
 def _mask_files(folder: Path) -> dict[str, Path]:

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +13,7 @@ from crate_mae.data import ImageSource, Part, label_names
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.extract import Extraction, extract
-from crate_mae.evaluation.probes import Score, linear_probe, refuse_small_classes
+from crate_mae.evaluation.probes import LinearResult, Score, linear_probe, refuse_small_classes
 from crate_mae.interpret.layer_measures import default_pass
 from crate_mae.interpret.statistics import Row, Statistic, place_of, row, rows_over_layers
 from crate_mae.models.masking import patchify
@@ -108,25 +107,51 @@ def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], p
     return rows_over_layers(scored, "pixel_r2", "z_next")
 
 
-@dataclass(frozen=True)
-class LayerProbe:
-    """A linear classifier of one layer; see `evaluation.probes.LinearResult`."""
+class ProbeImages(NamedTuple):
+    """Labelled images for probes, with one numbering of classes.
 
-    layer: int
-    top1: Score
-    c: float
-    converged: bool
+    Attributes:
+        train: to fit on.
+        test: to measure on.
+    """
+
+    train: ImageSource
+    test: ImageSource
+
+
+def probe_images(train: ImageSource, test: ImageSource, most: int, seed: int) -> ProbeImages:
+    """Choose at most `most` labelled images of each source, and number their classes alike.
+
+    Raises:
+        UserError: without labels, with one class, with a class that only the test images have, or with a class of a
+            single training image.
+    """
+    return _numbered_alike(*(_labelled(source, most, seed) for source in (train, test)))
+
+
+def split_probe_images(source: ImageSource, most: int, seed: int) -> ProbeImages:
+    """Choose at most `most` labelled images of one source: a pseudo-random half to fit on, the other to measure on.
+
+    Raises:
+        UserError: without labels, with one class, or with a class of fewer than two images to fit on.
+    """
+    chosen = _labelled(source, most, seed)
+    order = np.random.default_rng(seed).permutation(len(chosen.indices))
+    halves = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
+    return _numbered_alike(
+        *(_Labelled(source, chosen.indices[half], [chosen.names[int(i)] for i in half]) for half in halves)
+    )
 
 
 def probe_layers(
     backbone: Backbone, train: ImageSource, test: ImageSource, *, grid: Sequence[float], extraction: Extraction
-) -> list[LayerProbe]:
-    """A linear probe of every layer.
+) -> dict[int, LinearResult]:
+    """A linear probe of every layer, by its number.
 
     Args:
         backbone: the frozen network.
         train: labelled images to fit on.
-        test: labelled images to judge by.
+        test: labelled images to measure on.
         grid: strengths of regularisation, see `evaluation.probes.linear_probe`.
         extraction: how to extract features; its layers should be "all".
 
@@ -136,13 +161,30 @@ def probe_layers(
     for source in (train, test):
         if source.labels is None:
             raise UserError(f"{source.name} has no labels, and a linear probe needs them.")
-    probes = []
+    probes = {}
     parts = (extract(backbone, source, extraction) for source in (train, test))
     for fitted, judged in zip(*parts, strict=True):
         assert fitted.labels is not None and judged.labels is not None
-        found = linear_probe(fitted.values, fitted.labels, judged.values, judged.labels, grid=grid)
-        probes.append(LayerProbe(fitted.layer, found.top1, found.c, found.converged))
+        probes[fitted.layer] = linear_probe(fitted.values, fitted.labels, judged.values, judged.labels, grid=grid)
     return probes
+
+
+def last_layer_score(backbone: Backbone, images: ProbeImages) -> Score:
+    """Accuracy of a linear classifier on the last layer of the encoder."""
+    (probe,) = _probes(backbone, images, (-1,)).values()
+    return probe.top1
+
+
+def probe_rows(backbone: Backbone, images: ProbeImages) -> tuple[list[Row], bool]:
+    """Accuracy of a linear classifier on each layer of the encoder, and whether every fit converged."""
+    probes = _probes(backbone, images, "all")
+    n = len(images.test)
+    rows = []
+    for layer, probe in probes.items():
+        share = probe.top1.value
+        spread = math.sqrt(share * (1 - share) * n / (n - 1)) if n > 1 else None  # of rights and wrongs, 1 and 0
+        rows.append(Row("encoder", layer, "probe_accuracy", "", share, spread, n, "images"))
+    return rows, all(probe.converged for probe in probes.values())
 
 
 def _tokens_and_pixels(
@@ -170,100 +212,48 @@ def _ridge(sums: Float[Tensor, "s s"], q: int, place: tuple[str, int]) -> tuple[
     return torch.linalg.solve(variance + strength * eye, covariance[:d, d:]), mean[:d], mean[d:]
 
 
-class ProbeImages(NamedTuple):
-    """Labelled images for probes, whose labels mean the same in both.
-
-    Attributes:
-        train: to fit on.
-        test: to judge by.
-        classes: how many there are.
-    """
-
-    train: ImageSource
-    test: ImageSource
-    classes: int
-
-
-def probe_images(train: ImageSource, test: ImageSource, most: int, seed: int) -> ProbeImages:
-    """Choose at most `most` labelled images of each source, and number their classes alike.
-
-    Raises:
-        UserError: without labels, with one class, with a class that only the test images have, or with a class of a
-            single training image.
-    """
-    chosen = [_labelled(source, most, seed) for source in (train, test)]
-    (_, train_names), (_, test_names) = chosen
-    classes = sorted(set(train_names))
-    if strange := sorted(set(test_names) - set(classes)):
-        raise UserError(f"{test.name} has classes that {train.name} lacks, such as {strange[0]}.")
-    if len(classes) < 2:
-        raise UserError(
-            f"All images of {train.name} are of one class ({classes[0]}): a probe needs at least two classes."
-        )
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [np.array([number[name] for name in names], dtype=np.int64) for _, names in chosen]
-    refuse_small_classes(labels[0], 2, classes)
-    fitted, judged = (
-        Part(source, indices, labels=found)
-        for source, (indices, _), found in zip((train, test), chosen, labels, strict=True)
-    )
-    return ProbeImages(fitted, judged, len(classes))
-
-
-def split_probe_images(source: ImageSource, most: int, seed: int) -> ProbeImages:
-    """At most `most` labelled images of one source, a pseudo-random half to fit on, the other half to judge by.
-
-    Raises:
-        UserError: without labels, with one class, or with a class of a single image to fit on.
-    """
-    indices, names = _labelled(source, most, seed)
-    order = np.random.default_rng(seed).permutation(len(indices))
-    classes = sorted(set(names))
-    if len(classes) < 2:
-        raise UserError(
-            f"All images of {source.name} are of one class ({classes[0]}): a probe needs at least two classes."
-        )
-    labels = np.array([classes.index(name) for name in names], dtype=np.int64)
-    parts = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
-    refuse_small_classes(labels[parts[0]], 2, classes)
-    if strange := set(labels[parts[1]]) - set(labels[parts[0]]):
-        raise UserError(f"Class {classes[min(strange)]} of {source.name} has too few images for a probe.")
-    fitted, judged = (Part(source, indices[part], labels=labels[part]) for part in parts)
-    return ProbeImages(fitted, judged, len(classes))
-
-
-def last_layer_score(backbone: Backbone, images: ProbeImages) -> Score:
-    """Accuracy of a linear classifier on the last layer of the encoder."""
-    return _probes(backbone, images, (-1,))[0].top1
-
-
-def probe_rows(backbone: Backbone, images: ProbeImages) -> tuple[list[Row], bool]:
-    """Accuracy of a linear classifier on each layer of the encoder, and whether every fit converged."""
-    probes = _probes(backbone, images, "all")
-    n = len(images.test)
-    rows = []
-    for probe in probes:
-        share = probe.top1.value
-        spread = math.sqrt(share * (1 - share) * n / (n - 1)) if n > 1 else None  # of rights and wrongs, 1 and 0
-        rows.append(Row("encoder", probe.layer, "probe_accuracy", "", share, spread, n, "images"))
-    return rows, all(probe.converged for probe in probes)
-
-
-def _probes(backbone: Backbone, images: ProbeImages, layers: Sequence[int] | str) -> list[LayerProbe]:
+def _probes(backbone: Backbone, images: ProbeImages, layers: Sequence[int] | str) -> dict[int, LinearResult]:
     extraction = Extraction(layers=layers, cache=False)
     device = next(backbone.encoder.parameters()).device
     try:
         return probe_layers(backbone, images.train, images.test, grid=_STRENGTHS, extraction=extraction)
     finally:
-        backbone.encoder.to(device)  # which extraction takes to an accelerator, away from its decoder
+        backbone.encoder.to(device)  # extraction takes it to an accelerator, away from its decoder
 
 
-def _labelled(source: ImageSource, most: int, seed: int) -> tuple[Int[np.ndarray, "n"], Sequence[str]]:
-    """Numbers and class names of a pseudo-random choice of the images that have a label."""
+class _Labelled(NamedTuple):
+    """Numbers of images in a source, and the names of their classes."""
+
+    source: ImageSource
+    indices: Int[np.ndarray, "n"]
+    names: Sequence[str]
+
+
+def _labelled(source: ImageSource, most: int, seed: int) -> _Labelled:
+    """A pseudo-random choice of the images that have a label."""
     names = label_names(source)
     known = [i for i, name in enumerate(names or []) if name is not None]
     if names is None or not known:
         raise UserError(f"{source.name} has no labels, and a linear probe needs them.")
     if len(known) > most:
         known = sorted(np.random.default_rng(seed).choice(known, most, replace=False).tolist())
-    return np.array(known, dtype=np.int64), [str(names[i]) for i in known]
+    return _Labelled(source, np.array(known, dtype=np.int64), [str(names[i]) for i in known])
+
+
+def _numbered_alike(train: _Labelled, test: _Labelled) -> ProbeImages:
+    """Images to fit and to measure on, whose labels are numbers of the training images' classes."""
+    classes = sorted(set(train.names))
+    if strange := sorted(set(test.names) - set(classes)):
+        if train.source is test.source:
+            raise UserError(f"Class {strange[0]} of {test.source.name} has too few images for a probe.")
+        raise UserError(f"{test.source.name} has classes that {train.source.name} lacks, such as {strange[0]}.")
+    if len(classes) < 2:
+        raise UserError(
+            f"All images of {train.source.name} are of one class ({classes[0]}): a probe needs at least two classes."
+        )
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [np.array([number[name] for name in chosen.names], dtype=np.int64) for chosen in (train, test)]
+    refuse_small_classes(labels[0], 2, classes)
+    return ProbeImages(
+        *(Part(c.source, c.indices, labels=found) for c, found in zip((train, test), labels, strict=True))
+    )

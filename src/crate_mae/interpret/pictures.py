@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from crate_mae.drawing.style import GREY, new_figure, panels
-from crate_mae.interpret.attention import FOREGROUND_MASS, mass_mask
+from crate_mae.interpret.foregrounds import FOREGROUND_MASS, mass_mask
 
 _CAPTION, _GAP, _TITLE_LINE, _HEADING = 0.2, 0.05, 0.22, 0.5  # inches
 _VEIL = np.array([0.0, 0.45, 0.7])  # the colour that lies over what is not foreground

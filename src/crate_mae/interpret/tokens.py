@@ -14,6 +14,7 @@ from crate_mae.errors import UserError
 from crate_mae.models.features import encode, evaluating, layer_number
 
 _AT_ONCE = 16  # images
+_COLOURS = 3
 
 
 def shown_images(
@@ -49,9 +50,6 @@ def token_grid(encoder: nn.Module, image_size: tuple[int, int], tokens: int, lay
         if grid is not None and grid[0] * grid[1] == tokens:
             return int(grid[0]), int(grid[1])
     raise UserError(f"The tokens of this {type(encoder).__name__} do not lie on a grid, so they make no picture.")
-
-
-_COLOURS = 3
 
 
 class TokenColours(NamedTuple):

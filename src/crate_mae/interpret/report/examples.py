@@ -20,7 +20,8 @@ from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.completion_quality import completion_quality
 from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks, read_images
-from crate_mae.interpret.attention import ClassAttention, class_attention, mass_mask, principal_mask
+from crate_mae.interpret.attention import ClassAttention, class_attention
+from crate_mae.interpret.foregrounds import mass_mask, principal_mask
 from crate_mae.interpret.measure import Opened
 from crate_mae.interpret.pictures import Box, Tile, Tiles, attention_tiles, cut_out, draw_tiles, heat, titled
 from crate_mae.interpret.report.subjects import LABELS, Subject

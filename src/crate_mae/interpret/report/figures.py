@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from crate_mae.drawing.lines import draw_panels
 from crate_mae.interpret.curves import POINTS, Curve, both_parts, layer_panel
+from crate_mae.interpret.foregrounds import KINDS
 from crate_mae.interpret.registry import INVERSES, MEASURES
 from crate_mae.interpret.report.examples import Grid, attention_grids, completion_grid, draw_grid, token_grids
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
@@ -265,8 +266,8 @@ def _foregrounds(inspection: Inspection) -> LayerFigure:
     """The figure of foregrounds against those that were drawn; without panels if none were."""
     panels = []
     for measure in ("foreground_iou", "correct_localisation"):
-        everything = Curve("all of the image", _CONTROL, inspection.model.find(measure, "everything"), dashed=True)
-        for kind in ("attention", "component"):
+        everything = Curve("all of the image", _CONTROL, inspection.model.find(measure, KINDS[-1]), dashed=True)
+        for kind in KINDS[:-1]:
             curves = [_curve(subject, measure, kind) for subject in inspection.measured]
             if found := [curve for curve in curves if curve is not None]:
                 title = f"{MEASURES[measure].title}, by {kind} ({MEASURES[measure].unit})"

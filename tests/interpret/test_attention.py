@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from crate_mae.interpret.attention import (
+from crate_mae.interpret.attention import attention_on_grid
+from crate_mae.interpret.foregrounds import (
     CORRECT_IOU,
-    attention_on_grid,
     box_overlap,
     intersection_over_union,
     largest_boxes,

@@ -92,8 +92,8 @@ def test_probes_know_more_than_chance_and_need_labels(build):
     extraction = Extraction(layers="all", cache=False)
     train, test = open_source("digits:train"), open_source("digits:test")
     probes = probe_layers(backbone, train, test, grid=[0.01], extraction=extraction)
-    assert [probe.layer for probe in probes] == [0, 1]
-    assert all(probe.top1.value > 0.5 for probe in probes)
+    assert list(probes) == [0, 1]
+    assert all(probe.top1.value > 0.5 for probe in probes.values())
     unlabelled = open_source([np.zeros((8, 8), dtype=np.uint8)] * 3)
     with pytest.raises(UserError, match="no labels"):
         probe_layers(backbone, train, unlabelled, grid=[0.01], extraction=extraction)
