@@ -22,7 +22,7 @@ from crate_mae.data import open_source
 from crate_mae.data.base import ImageSource
 from crate_mae.data.dataset import ImageDataset, collate
 from crate_mae.data.transforms import Preparation, evaluation_transform
-from crate_mae.deployment.verification import onnx_runner
+from crate_mae.deployment.formats import onnx_runner
 from crate_mae.evaluation.probes import linear_probe
 
 MODEL, TRAINING_IMAGES, BATCH = "crate_mae_micro_cifar10", 10_000, 200

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import crate_mae
-from crate_mae.deployment import formats, verification
+from crate_mae.deployment import formats
 from crate_mae.deployment.graphs import folded
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
@@ -109,7 +109,7 @@ def test_onnx_takes_any_batch_and_image_size(model, tmp_path, monkeypatch):
     encoder = crate_mae.load(model).encoder
     encoder.set_input_size((8, 14))
     images = torch.randn(5, 3, 8, 14)
-    found = verification.onnx_runner(tmp_path / "x")({"images": images})
+    found = formats.onnx_runner(tmp_path / "x")({"images": images})
     torch.testing.assert_close(found["tokens"], encoder.forward_features(images), rtol=1e-4, atol=1e-5)
     assert found["embedding"].shape == (5, 48)
     names = run_card(tmp_path / "x", monkeypatch, images=images.numpy())

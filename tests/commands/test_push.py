@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import crate_mae
-from crate_mae.deployment.provenance import provenance
+from crate_mae.deployment.card import provenance
 
 NANO = "crate_mae_nano_patch2_8"
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import crate_mae
 from crate_mae.deployment.card import LICENSE
 from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
-from crate_mae.deployment.huggingface.folders import pretrained
+from crate_mae.deployment.huggingface.modeling import pretrained
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
 from crate_mae.models.masking import random_mask

@@ -6,7 +6,7 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.optim import param_groups_layer_decay
 
 import crate_mae
-from crate_mae.models.positions import sincos_positions
+from crate_mae.models.initialization import sincos_positions
 
 SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 3, "decoder_depth": 1}
 

@@ -83,9 +83,8 @@ def export(
     part = part or ("full" if format in ("safetensors", "hf") else "encoder")
     refuse_used_folder(out)
     check_options(format, part, int8=int8)
-    from crate_mae.deployment import formats, verification
-    from crate_mae.deployment.card import LICENSE
-    from crate_mae.deployment.provenance import provenance
+    from crate_mae.deployment import formats
+    from crate_mae.deployment.card import LICENSE, provenance
 
     net = model if hasattr(model, "encoder") else load(model)
     facts = provenance(model) | ({LICENSE: license} if license else {})
@@ -93,9 +92,9 @@ def export(
     with whole_folder(out) as folder:
         size = formats.write(net, folder, format, part, int8=int8, facts=facts)
         if verify:
-            difference = verification.largest_difference(net, part, formats.runner(net, folder, format, part))
+            difference = formats.largest_difference(net, part, formats.runner(net, folder, format, part))
             if not int8:
-                verification.check_difference(difference, tolerance)
+                formats.check_difference(difference, tolerance)
     console = Console(highlight=False)
     console.print(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.", soft_wrap=True)
     if difference is not None:

@@ -49,10 +49,9 @@ def push(
     # Checked before anything is loaded; the Hub checks again.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"{repository} is not the name of a Hub repository: it must look like user/name.")
-    from crate_mae.deployment.card import LICENSE
+    from crate_mae.deployment.card import LICENSE, provenance
     from crate_mae.deployment.formats import write
     from crate_mae.deployment.hub import upload
-    from crate_mae.deployment.provenance import provenance
     from crate_mae.models.weights import load
 
     net = model if hasattr(model, "encoder") else load(model)

@@ -1,18 +1,24 @@
-"""The formats of `crate-mae export`: what is written into a folder, and what runs it there."""
+"""The formats of `crate-mae export`: what is written into a folder, what runs it there, and whether both agree."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
-from crate_mae.deployment import graphs, quantization, verification
+from crate_mae.data import evaluation_transform
+from crate_mae.deployment import graphs
 from crate_mae.deployment.card import card
-from crate_mae.models.timm_folders import write_encoder
-from crate_mae.models.weights import WEIGHTS_FILE, Model, save
+from crate_mae.errors import UserError
+from crate_mae.models.features import evaluating, pool
+from crate_mae.models.weights import WEIGHTS_FILE, Model, load, save, write_encoder
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
 Part = Literal["encoder", "full"]
+Outputs = dict[str, Tensor]
 
 
 def write(
@@ -36,7 +42,7 @@ def write(
     """
     graph = graphs.graph_class(model, part)
     if kind == "hf":
-        from crate_mae.deployment.huggingface.folders import write_pretrained
+        from crate_mae.deployment.huggingface.modeling import write_pretrained
 
         write_pretrained(model, folder, part, facts=facts)
         return (folder / WEIGHTS_FILE).stat().st_size
@@ -45,8 +51,8 @@ def write(
         path = graphs.write_graph(graph(model).eval(), model, folder, kind)
         written = path.name
         if int8:
-            quantization.quantize(path)
-            note = quantization.NOTE
+            graphs.quantize(path)
+            note = graphs.INT8_NOTE
     elif part == "encoder":
         kind = "timm"
         write_encoder(model, folder)
@@ -61,14 +67,115 @@ def write(
 def runner(model: Model, folder: Path, kind: Format, part: Part) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     """What runs an exported folder, with the program it is for: from inputs by name to outputs by name."""
     if kind == "onnx":
-        return verification.onnx_runner(folder)
+        return onnx_runner(folder)
     if kind == "pt2":
         outputs: Any = graphs.graph_class(model, part).outputs
-        return verification.pt2_runner(folder, outputs)
+        return pt2_runner(folder, outputs)
     if kind == "hf":
-        from crate_mae.deployment.huggingface.folders import runner as pretrained_runner
+        from crate_mae.deployment.huggingface.modeling import runner as pretrained_runner
 
         return pretrained_runner(model, folder, part)
     if part == "encoder":
-        return verification.timm_runner(folder)
-    return verification.ours_runner(folder, part)
+        return timm_runner(folder)
+    return ours_runner(folder, part)
+
+
+def sample_images(model: Model) -> Float[Tensor, "b c hh ww"]:
+    """Two images of noise, and crops of the two photographs that scikit-learn has."""
+    from sklearn.datasets import load_sample_images
+
+    c = model.config
+    transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
+    photographs = [transform(Image.fromarray(pixels)) for pixels in load_sample_images().images]
+    noise = torch.randn(2, c.in_chans, *c.image_size, generator=torch.Generator().manual_seed(0))
+    return torch.cat([noise, torch.stack(photographs)])
+
+
+@torch.no_grad()
+def largest_difference(model: Model, part: str, run: Callable[[dict[str, Tensor]], Outputs]) -> float:
+    """Largest absolute difference between our outputs and those of a program, over all test images.
+
+    All images go through the program at once, and then one alone: a batch that was fixed by mistake would fail here.
+
+    Args:
+        model: the model that was exported.
+        part: "encoder" or "full".
+        run: from inputs by name to outputs by name, each of which must be among ours.
+    """
+    graph = graphs.graph_class(model, part)
+    images = sample_images(model)
+    largest = 0.0
+    for batch in (images, images[-1:]):
+        inputs = graphs.example_inputs(graph, model, batch)
+        found = run(inputs)
+        ours = reference(model, part, inputs)
+        for name, value in found.items():
+            largest = max(largest, float((value - ours[name]).abs().max()))
+    return largest
+
+
+def reference(model: Model, part: str, inputs: dict[str, Tensor]) -> Outputs:
+    """What this library computes, nothing folded."""
+    images = inputs["images"]
+    with evaluating(model):
+        if part == "encoder":
+            tokens = model.encoder.forward_features(images)
+            return {"tokens": tokens, "embedding": pool(tokens, model.encoder.num_prefix_tokens)}
+        net: Any = model
+        if "mask" in inputs:
+            return {"prediction": net(images, mask=inputs["mask"]).prediction}
+        if "visible" in inputs:
+            mask = torch.ones(len(images), net.num_patches, dtype=torch.bool)
+            mask.scatter_(1, inputs["visible"], False)
+            return {"prediction": net(images, mask=mask).prediction}
+        return {"logits": net(images)}
+
+
+def onnx_runner(folder: Path, file: str = graphs.ONNX_FILE) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Run an ONNX file with onnxruntime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+
+    def run(inputs: dict[str, Tensor]) -> Outputs:
+        values = session.run(names, {name: value.numpy() for name, value in inputs.items()})
+        return {name: torch.from_numpy(value) for name, value in zip(names, values, strict=True)}
+
+    return run
+
+
+def pt2_runner(folder: Path, outputs: tuple[str, ...]) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Run an exported program with PyTorch alone."""
+    program = torch.export.load(folder / graphs.PT2_FILE).module()
+
+    def run(inputs: dict[str, Tensor]) -> Outputs:
+        values = program(**inputs)
+        return dict(zip(outputs, values if isinstance(values, tuple) else (values,), strict=True))
+
+    return run
+
+
+def timm_runner(folder: Path) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Run an encoder with timm."""
+    import timm
+
+    encoder: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    return lambda inputs: {"tokens": encoder.forward_features(inputs["images"])}
+
+
+def ours_runner(folder: Path, part: str) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Load what was written, and run it with this library."""
+    model = load(folder)
+    return lambda inputs: reference(model, part, inputs)
+
+
+def check_difference(difference: float, tolerance: float) -> None:
+    """Raise a `UserError` for a difference that is larger than the tolerance, or is no number."""
+    if not difference <= tolerance:
+        raise UserError(
+            f"What was exported differs from the model by up to {difference:.2g}; --tolerance is {tolerance:g}.\n"
+            "Nothing was kept. Please report this, with the output of `crate-mae doctor`."
+        )

@@ -14,9 +14,8 @@ from crate_mae.errors import UserError
 from crate_mae.models.config import CrateConfig, Initialization, ModelConfig, ViTConfig
 from crate_mae.models.decoder import Decoder, crate_decoder_block, vit_decoder_block
 from crate_mae.models.devices import send
-from crate_mae.models.embedding import OneImage, embed_images
 from crate_mae.models.encoder import MaskedEncoder, crate_block, vit_block
-from crate_mae.models.features import DEFAULT_LAYER, Pooling
+from crate_mae.models.features import DEFAULT_LAYER, OneImage, Pooling, embed_images
 from crate_mae.models.masking import patch_statistics, patchify, random_mask, visible_indices
 from crate_mae.models.monotone import orthogonal_parameters
 
@@ -109,9 +108,7 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             UserError: for images or a mask of another size than the model's, or a mask ratio outside [0, 1).
         """
-        expected = (self.config.in_chans, *self.config.image_size)
-        if tuple(images.shape[1:]) != expected:
-            raise UserError(f"Images are {_times(images.shape[1:])}, but this model takes {_times(expected)}.")
+        check_images(images, self.config)
         if mask is None:
             if generator is None and not self.training:
                 generator = torch.Generator().manual_seed(0)
@@ -122,16 +119,12 @@ class MaskedAutoencoder(nn.Module):
                 f"The mask is {_times(mask.shape)} of {mask.dtype}, "
                 f"but these images need {wanted} (images x patches) of torch.bool."
             )
-        if self.config.mask_tokens == "encoder":
-            mask = send(mask, images.device)
-            latent = self.encoder.forward_masked(images, mask, self.mask_token)
-            prediction = self.decoder(latent)
-        else:
+        at_encoder = self.config.mask_tokens == "encoder"
+        if not at_encoder:
             # The visible patches are counted on the mask's own device, which spares a GPU the wait.
             visible = send(visible_indices(mask) if visible is None else visible, images.device)
-            latent = self.encoder.forward_visible(images, visible)
-            prediction = self.decoder.forward_visible(latent, visible, self.mask_token)
-            mask = send(mask, images.device)
+        mask = send(mask, images.device)
+        latent, prediction = predict(self, images, **({"mask": mask} if at_encoder else {"visible": visible}))
         return MAEOutput(self.loss(images, prediction, mask), prediction, mask, latent)
 
     def loss(
@@ -140,16 +133,8 @@ class MaskedAutoencoder(nn.Module):
         prediction: Float[Tensor, "b n q"],
         mask: Bool[Tensor, "b n"],
     ) -> Float[Tensor, ""]:
-        """Mean squared error on hidden patches: sum_i m_i mean_q (x_iq - y_iq)^2 / sum_i m_i, in float32 at least.
-
-        With `norm_pix_loss` the target is each patch less its mean, divided by its standard deviation.
-        """
-        target = patchify(images, self.config.patch_size)
-        if self.config.norm_pix_loss:
-            mean, std = patch_statistics(target)
-            target = (target - mean) / std
-        error = F.mse_loss(prediction.to(target.dtype), target, reduction="none").mean(dim=-1)
-        return (error * mask).sum() / mask.sum().clamp(min=1)
+        """Mean squared error on hidden patches; see `masked_loss`."""
+        return masked_loss(self.config, images, prediction, mask)
 
     def embed(
         self,
@@ -182,8 +167,63 @@ class MaskedAutoencoder(nn.Module):
         return embed_images(self.encoder, transform, images, layer=layer, pooling=pooling, batch_size=batch_size)
 
 
+def predict(
+    model: Any,
+    images: Float[Tensor, "b c hh ww"],
+    *,
+    mask: Bool[Tensor, "b n"] | None = None,
+    visible: Int[Tensor, "b keep"] | None = None,
+) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b n q"]]:
+    """Encode images of which patches are hidden, and predict every patch.
+
+    Args:
+        model: has `encoder`, `decoder` and `mask_token`: a `MaskedAutoencoder`, or its form in transformers.
+        images: normalised images.
+        mask: true = hidden, if mask tokens come in at the encoder.
+        visible: positions of the patches that are left, if mask tokens come in at the decoder.
+
+    Returns:
+        The encoder's normalised output, and the prediction in the normalisation of the targets.
+    """
+    if visible is None:
+        latent = model.encoder.forward_masked(images, mask, model.mask_token)
+        return latent, model.decoder(latent)
+    latent = model.encoder.forward_visible(images, visible)
+    return latent, model.decoder.forward_visible(latent, visible, model.mask_token)
+
+
+def masked_loss(
+    config: ModelConfig,
+    images: Float[Tensor, "b c hh ww"],
+    prediction: Float[Tensor, "b n q"],
+    mask: Bool[Tensor, "b n"],
+) -> Float[Tensor, ""]:
+    """Mean squared error on hidden patches: sum_i m_i mean_q (x_iq - y_iq)^2 / sum_i m_i, in float32 at least.
+
+    With `norm_pix_loss` the target is each patch less its mean, divided by its standard deviation.
+    """
+    target = patchify(images, config.patch_size)
+    if config.norm_pix_loss:
+        mean, std = patch_statistics(target)
+        target = (target - mean) / std
+    error = F.mse_loss(prediction.to(target.dtype), target, reduction="none").mean(dim=-1)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def check_images(images: Tensor, config: Any) -> None:
+    """Raise a `UserError` for images of another size than a model takes.
+
+    Args:
+        images: a batch.
+        config: a `ModelConfig` or `ClassifierConfig`.
+    """
+    expected = (config.in_chans, *config.image_size)
+    if tuple(images.shape[1:]) != expected:
+        raise UserError(f"Images are {_times(images.shape[1:])}, but this model takes {_times(expected)}.")
+
+
 def build(config: ModelConfig) -> MaskedAutoencoder:
-    """Build the autoencoder that a configuration describes, with fresh weights."""
+    """Build the autoencoder that a configuration describes, with random weights."""
     c = config
     init: Initialization = "official"
     if isinstance(c, CrateConfig):

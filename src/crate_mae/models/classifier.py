@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crate_mae.errors import UserError
-from crate_mae.models.autoencoder import build
+from crate_mae.models.autoencoder import build, check_images
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.encoder import MaskedEncoder
 from crate_mae.models.features import pool
@@ -130,10 +130,7 @@ class Classifier(nn.Module):
         Raises:
             UserError: for images of another size than the model's.
         """
-        expected = (self.config.in_chans, *self.config.image_size)
-        if tuple(images.shape[1:]) != expected:
-            shown, wanted = (" x ".join(str(int(n)) for n in shape) for shape in (images.shape[1:], expected))
-            raise UserError(f"Images are {shown}, but this model takes {wanted}.")
+        check_images(images, self.config)
         tokens = self.encoder.forward_features(images)
         return self.head(self.norm(pool(tokens, self.encoder.num_prefix_tokens, self.config.pooling)))
 
@@ -163,7 +160,7 @@ class Classifier(nn.Module):
 
 
 def build_classifier(config: ClassifierConfig) -> Classifier:
-    """Build the classifier that a configuration describes, with fresh weights."""
+    """Build the classifier that a configuration describes, with random weights."""
     return Classifier(build(config.encoder).encoder, config)
 
 

@@ -11,10 +11,9 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from crate_mae.models.config import Initialization, Layer
-from crate_mae.models.initialization import initialize
+from crate_mae.models.initialization import initialize, sincos_positions
 from crate_mae.models.layers import DecoderLayer, OutputProjection
 from crate_mae.models.monotone import MonotoneDecoderLayer
-from crate_mae.models.positions import sincos_positions
 
 
 class Decoder(nn.Module):

@@ -4,7 +4,7 @@
 |---|---|
 | ours | `library`, `format_version`, and the settings of a `ModelConfig` or `ClassifierConfig` |
 | of transformers | what transformers writes, and `settings`: `format_version` and those of a `ModelConfig` |
-| of timm | what timm writes: an encoder alone; see `timm_folders` |
+| of timm | what timm writes: an encoder alone; see `weights.write_encoder` |
 """
 
 import json

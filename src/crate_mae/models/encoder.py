@@ -12,11 +12,10 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from crate_mae.models.config import Initialization, Layer
-from crate_mae.models.initialization import initialize
+from crate_mae.models.initialization import initialize, sincos_positions
 from crate_mae.models.layers import EncoderLayer, OutputProjection
 from crate_mae.models.masking import patchify, unpatchify
 from crate_mae.models.monotone import MonotoneEncoderLayer, orthogonal_parameters
-from crate_mae.models.positions import sincos_positions
 
 
 class MaskedEncoder(VisionTransformer):

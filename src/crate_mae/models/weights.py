@@ -9,13 +9,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
-from crate_mae.models.config import config_from_dict
+from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.description import (
     LIBRARY,
     Config,
@@ -29,6 +29,7 @@ from crate_mae.models.description import (
 from crate_mae.models.monotone import check_monotone
 from crate_mae.models.presets import bundled_folder, create_model, list_bundled, list_models
 from crate_mae.models.tensors import has_tensors, misfits, read_tensors
+from crate_mae.models.timm_models import timm_arguments, timm_name, timm_pretrained_cfg
 
 WEIGHTS_FILE = "model.safetensors"
 _PARTS, _INDEX = "model-*.safetensors", "model.safetensors.index.json"
@@ -46,7 +47,7 @@ def save(model: Model, folder: str | Path) -> None:
     save_tensors(tensors, model.config, folder)
 
 
-def save_tensors(tensors: dict[str, torch.Tensor], config: Config, folder: str | Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], config: Config, folder: str | Path) -> None:
     """`save` for a state dict gathered elsewhere, such as from several processes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -62,6 +63,32 @@ def save_tensors(tensors: dict[str, torch.Tensor], config: Config, folder: str |
 def save_config(config: Config, folder: Path) -> None:
     """Write `config.json` alone, into a folder whose tensors are written by others."""
     (folder / CONFIG_FILE).write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
+
+
+def write_encoder(model: Model, folder: Path) -> None:
+    """Write the encoder of a model as a folder that timm and transformers open: timm's layout of the same two files.
+
+    timm.create_model("local-dir:FOLDER", pretrained=True)          # after `import crate_mae`
+    transformers.AutoModel.from_pretrained("FOLDER")                # the same, in timm's wrapper
+    """
+    config = model.config.encoder if isinstance(model, Classifier) else model.config
+    write_timm_folder(config, model.encoder.state_dict(), folder)
+
+
+def write_timm_folder(config: ModelConfig, tensors: dict[str, Tensor], folder: Path, **arguments: Any) -> None:
+    """Write an encoder's tensors and description in timm's layout; `arguments` are more of what builds it in timm."""
+    pretrained = timm_pretrained_cfg(config)
+    description: dict[str, Any] = {
+        "architecture": timm_name(config),
+        "num_classes": pretrained.pop("num_classes"),  # transformers takes it from here, and not twice
+        "num_features": config.embed_dim,
+        "global_pool": "token",
+        "model_args": timm_arguments(config) | arguments,
+        "pretrained_cfg": pretrained,
+    }
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def load(model: str | Path, **settings: Any) -> Model:
@@ -212,7 +239,7 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     return model.eval()
 
 
-def _other_layers(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> str:
+def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """What to say of weights of the one kind of layers where the other is wanted; empty if that is not so."""
     kinds = [
         "monotone" if any(name.endswith("attn.rate_logit") for name in tensors) else "published"

@@ -1,9 +1,11 @@
 """CRATE-MAE as models of transformers: the encoder, the masked autoencoder, the classifier.
 
 Their tensors have the names that they have in our own files, so the three open one another's folders: what a model has
-no place for is left, and what is missing, such as the head of a classifier, starts as it does in a fresh one.
+no place for is left, and what is missing, such as the head of a classifier, is initialised as in a new model.
+`pretrained` makes one of ours one of these, `write_pretrained` its folder, and `runner` runs that.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,14 +20,19 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForImageClassification,
     AutoModelForPreTraining,
 )
+from transformers.utils import logging
 
+from crate_mae.deployment.card import card
+from crate_mae.deployment.hub import upload
 from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
 from crate_mae.errors import UserError
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.autoencoder import build, masked_loss, predict
 from crate_mae.models.classifier import Classifier
+from crate_mae.models.description import settings_of
 from crate_mae.models.features import pool
 from crate_mae.models.masking import random_mask, visible_indices, visible_patches
 from crate_mae.models.timm_models import any_size_encoder
+from crate_mae.models.weights import Model
 
 
 @dataclass
@@ -88,8 +95,6 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # pyright: ignore
         """Write weights, configuration, image processor and card; the options are those of transformers."""
-        from crate_mae.deployment.hub import upload
-        from crate_mae.deployment.huggingface.folders import write_card
         from crate_mae.deployment.huggingface.processing import CrateMAEImageProcessor
 
         repository = options.pop("repo_id", None) or Path(save_directory).name
@@ -103,8 +108,6 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore
         """Upload what `save_pretrained` writes, the card too; see `hub.upload` for the options."""
         import tempfile
-
-        from crate_mae.deployment.hub import upload
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -183,15 +186,9 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
                 " AutoModel, the encoder alone, takes any size in whole patches."
             )
         mask = self._mask(len(pixel_values), bool_masked_pos, mask_ratio, noise).to(pixel_values.device)
-        if c.mask_tokens == "encoder":
-            latent = self.encoder.forward_masked(pixel_values, mask, self.mask_token)
-            prediction = self.decoder(latent)
-        else:
-            visible = visible_indices(mask)
-            latent = self.encoder.forward_visible(pixel_values, visible)
-            prediction = self.decoder.forward_visible(latent, visible, self.mask_token)
-        # The loss asks its model for `config` alone, and ours is that of an autoencoder in all that it asks.
-        loss = MaskedAutoencoder.loss(cast(Any, _Configured(c)), pixel_values, prediction, mask)
+        hidden = {"mask": mask} if c.mask_tokens == "encoder" else {"visible": visible_indices(mask)}
+        latent, prediction = predict(self, pixel_values, **hidden)
+        loss = masked_loss(c, pixel_values, prediction, mask)
         output = CrateMAEForPreTrainingOutput(loss=loss, logits=prediction, mask=mask, last_hidden_state=latent)
         return output if return_dict in (None, True) else output.to_tuple()
 
@@ -239,11 +236,6 @@ class CrateMAEForImageClassification(CrateMAEPreTrainedModel):
         return output if return_dict in (None, True) else output.to_tuple()
 
 
-class _Configured:
-    def __init__(self, config: Any) -> None:
-        self.config = config
-
-
 def _encode(
     encoder: Any, images: Float[Tensor, "b c hh ww"], with_states: bool
 ) -> tuple[Float[Tensor, "b m d"], tuple[Tensor, ...] | None]:
@@ -254,6 +246,71 @@ def _encode(
     for block in encoder.blocks:
         states.append(block(states[-1]))
     return encoder.norm(states[-1]), tuple(states)
+
+
+def pretrained(model: Model, part: str, facts: Mapping[str, str] | None = None) -> Any:
+    """One of our models as one of transformers', with the same weights; `facts` are what its card tells."""
+    kind: Any = CrateMAEModel if part == "encoder" else CrateMAEForPreTraining
+    options: dict[str, Any] = {}
+    if isinstance(model, Classifier) and part == "full":
+        kind = CrateMAEForImageClassification
+        labels = dict(enumerate(model.config.classes))
+        numbers = {name: i for i, name in labels.items()}
+        options = {"id2label": labels, "label2id": numbers, "pooling": model.config.pooling}
+    config = model.config.encoder if isinstance(model, Classifier) else model.config
+    net = kind(CrateMAEConfig(settings=settings_of(config), run=dict(facts or {}), **options))
+    tensors = model.state_dict()
+    net.load_state_dict({name: tensors[name] for name in net.state_dict()})
+    return net.eval()
+
+
+def write_pretrained(model: Model, folder: Path, part: str, *, facts: Mapping[str, str] | None = None) -> None:
+    """Write a model as transformers does, with its image processor and card."""
+    pretrained(model, part, facts).save_pretrained(folder)
+
+
+def write_card(net: Any, folder: Path) -> None:
+    """Write the card of a model of transformers."""
+    part = "encoder" if isinstance(net, CrateMAEModel) else "full"
+    config = net.config.classifier if isinstance(net, CrateMAEForImageClassification) else net.config.autoencoder
+    text = card(config, "hf", part, inputs=(), outputs=(), facts=net.config.run)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def runner(model: Model, folder: Path, part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+    """Run a folder with transformers."""
+    if part == "encoder":
+        encoder = _opened(AutoModel, folder)
+
+        def encode(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+            output = encoder(inputs["images"])
+            return {"tokens": output.last_hidden_state, "embedding": output.pooler_output}
+
+        return encode
+    if isinstance(model, Classifier):
+        classifier = _opened(AutoModelForImageClassification, folder)
+        return lambda inputs: {"logits": classifier(inputs["images"]).logits}
+    autoencoder = _opened(AutoModelForPreTraining, folder)
+
+    def complete(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        mask = inputs.get("mask")
+        if mask is None:
+            mask = torch.ones(len(inputs["images"]), model.num_patches, dtype=torch.bool)
+            mask.scatter_(1, inputs["visible"], False)
+        return {"prediction": autoencoder(inputs["images"], bool_masked_pos=mask).logits}
+
+    return complete
+
+
+def _opened(kind: Any, folder: Path) -> Any:
+    """A model of transformers, without the bar of its progress, which lasts no time."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return kind.from_pretrained(folder)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 AutoModel.register(CrateMAEConfig, CrateMAEModel, exist_ok=True)
