@@ -39,7 +39,7 @@ def test_what_a_run_tells(run):
     assert "Loss on held-out images: 2.5 at step 0, 0.75 at step 40." in facts["Results"]
     assert "linear probe, layer 0: 62.5% of 1,000 images of photos/test." in facts["Results"]
     assert facts["Environment"] == "torch 2.9.9, AVX2"
-    assert provenance("crate_mae_micro_cifar10")["Training"].startswith("A CRATE-MAE of 2.73 M parameters")
+    assert provenance("crate_mae_micro_cifar10")["Training"].startswith("A CRATE-MAE with 2.73 M parameters")
     assert provenance(NANO) == {}
 
 
