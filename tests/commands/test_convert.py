@@ -213,4 +213,4 @@ def test_a_folder_that_is_there_is_left_alone(official, tmp_path, crate_mae_comm
     (tmp_path / "x" / "mine.txt").write_text("mine")
     save_file(official[1], tmp_path / "file.safetensors")
     code, _, err = crate_mae_command("convert", tmp_path / "file.safetensors", "--out", tmp_path / "x")
-    assert code == 2 and "is there already" in err
+    assert code == 2 and "exists already" in err

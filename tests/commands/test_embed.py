@@ -208,10 +208,10 @@ def test_mistakes_are_named_and_leave_no_file(model, tmp_path, monkeypatch, crat
     assert list(tmp_path.iterdir()) == []
 
 
-def test_fresh_weights_are_said(tmp_path, crate_mae_command):
+def test_random_initialisation_is_reported(tmp_path, crate_mae_command):
     code, text, _ = crate_mae_command("embed", MODEL, DATA, "--out", tmp_path / "f.npy")
     assert code == 0
-    assert "fresh, untrained weights" in text
+    assert "random initialisation" in text
 
 
 def test_the_command_names_every_pooling():

@@ -73,7 +73,7 @@ def test_a_probe_of_digits_is_better_than_guessing_and_written_down(kind, tmp_pa
         assert f"{100 * score['value']:.2f}%" in text
     if kind != "fewshot":
         assert report["results"][0]["top5"]["value"] > report["results"][0]["top1"]["value"]
-    assert "fresh, untrained weights" in text
+    assert "random initialisation" in text
     assert [path.name for path in out.parent.iterdir()] == ["eval.json"]
 
 
@@ -202,7 +202,7 @@ def test_unreadable_images_are_left_out_listed_and_written_down(photos, crate_ma
     ("tokens", "words"),
     [
         (["knn", MODEL, *DIGITS, "--out", "x.csv"], "--out x.csv must name a .json file"),
-        (["knn", MODEL, *DIGITS, "--out", "there.json"], "is there already"),
+        (["knn", MODEL, *DIGITS, "--out", "there.json"], "exists already"),
         (["knn", MODEL, *DIGITS, "--k", "0"], "--k is 0"),
         (["linear", MODEL, *DIGITS, "--seed", "-1"], "--seed is -1, but must be between 0 and 4294967295"),
         (["fewshot", MODEL, *DIGITS, "--seed", "9999999999999"], "--seed is 9999999999999"),
@@ -217,7 +217,7 @@ def test_unreadable_images_are_left_out_listed_and_written_down(photos, crate_ma
         (["linear", MODEL, *DIGITS, "--pooling", "tokens"], "pooling"),
         (["reconstruction", MODEL, "digits", "--out", "x.png"], "--out x.png must name a .json file"),
         (["reconstruction", MODEL, "digits", "--picture", "x.json"], "--picture x.json must name a .png file"),
-        (["reconstruction", MODEL, "digits", "--out", "there.json"], "is there already"),
+        (["reconstruction", MODEL, "digits", "--out", "there.json"], "exists already"),
         (["reconstruction", MODEL, "digits", "--count", "0"], "--count is 0"),
         (["reconstruction", MODEL, "digits", "--mask-ratios", "0.5", "1.5"], "mask_ratio is 1.5"),
         (["reconstruction", MODEL, "digits", "--mask-ratios", "0"], "hides none of 16 patches"),

@@ -167,7 +167,7 @@ def test_a_folder_that_is_there_is_left_alone(model, tmp_path, crate_mae_command
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "mine.txt").write_text("mine")
     code, _, err = crate_mae_command("export", model, "--out", tmp_path / "x")
-    assert code == 2 and "is there already" in err
+    assert code == 2 and "exists already" in err
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["mine.txt"]
     (tmp_path / "x" / "mine.txt").unlink()
     assert crate_mae_command("export", model, "--out", tmp_path / "x")[0] == 0  # an empty folder may be filled

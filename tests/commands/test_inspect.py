@@ -60,7 +60,7 @@ def test_a_report_that_is_there_stays(crate_mae_command, tmp_path):
     (tmp_path / "report.html").write_text("mine")
     code, _, error = crate_mae_command("inspect", MODEL, "digits:test", "--out", tmp_path)
     assert code == 2
-    assert "is there already" in error
+    assert "exists already" in error
     assert (tmp_path / "report.html").read_text() == "mine"
 
 

@@ -103,7 +103,7 @@ def test_a_file_that_is_there_is_kept_unless_told_otherwise(model, tmp_path, cra
     out = tmp_path / "p.csv"
     out.write_text("mine")
     code, _, error = crate_mae_command("predict", model, "digits:test", "--out", out)
-    assert code == 2 and "is there already" in error and out.read_text() == "mine"
+    assert code == 2 and "exists already" in error and out.read_text() == "mine"
     code, text, _ = crate_mae_command("predict", model, "digits:test", "-o", out, "--overwrite")
     assert code == 0 and "Saved 297 predictions" in text and len(rows_of(out)) == 297
 

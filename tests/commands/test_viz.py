@@ -30,7 +30,7 @@ def test_the_ending_says_the_format(photos, tmp_path, crate_mae_command, kind, s
     assert code == 0, error
     assert out.read_bytes().startswith(magic)
     assert [path.name for path in out.parent.iterdir()] == [out.name]
-    assert "fresh, untrained weights" in text and f"a[b]{suffix}" in "".join(text.split())
+    assert "random initialisation" in text and f"a[b]{suffix}" in "".join(text.split())
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.showing import check_seed, extract_shown, refuse_existing, show_bad, show_fresh
+from crate_mae.commands.console import (
+    check_seed,
+    extract_with_progress,
+    print_bad,
+    print_random_initialisation,
+    refuse_existing,
+)
 from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
@@ -105,13 +111,13 @@ def embed(
     source = open_source(data)
     backbone = open_backbone(model, seed=seed)
     console = Console(highlight=False)
-    features = extract_shown(console, backbone, source, extraction)[0]
+    features = extract_with_progress(console, backbone, source, extraction)[0]
     if normalize:
         features = dataclasses.replace(features, values=unit_length(features.values))
     write_features(features, out)
-    show_bad(console, features.bad)
+    print_bad(console, features.bad)
     if backbone.is_fresh:
-        show_fresh(console, backbone.name)
+        print_random_initialisation(console, backbone.name)
     console.print(_summary(features, out), soft_wrap=True, markup=False)
     bad = [(image.location, image.reason) for image in features.bad]
     return Embedding(out, len(features.values), features.values.shape[-1], bad)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.showing import check_seed, extract_shown, new_file, show_bad, show_fresh
+from crate_mae.commands.console import (
+    check_seed,
+    extract_with_progress,
+    new_file,
+    print_bad,
+    print_random_initialisation,
+)
 from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
@@ -222,16 +228,16 @@ def _evaluate(
         run,
         extraction=extraction,
         seed=options["seed"],
-        extractor=partial(extract_shown, console),
+        extractor=partial(extract_with_progress, console),
     )
     report = {"probe": kind, **probed.report(seed=options["seed"], **settings)}
     console.print(_title(report), soft_wrap=True, markup=False)
     console.print(_table(probed.rows, shown))
-    show_bad(console, probed.bad)
+    print_bad(console, probed.bad)
     for note in _notes(probed.rows):
         console.print(note, soft_wrap=True, markup=False)
     if probed.backbone.is_fresh:
-        show_fresh(console, probed.backbone.name)
+        print_random_initialisation(console, probed.backbone.name)
     write_report(console, report, out)
     return Evaluation(report, out)
 

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from crate_mae.commands.console import OWN_STATISTICS, check_seed, new_file, print_bad, print_random_initialisation
 from crate_mae.commands.evaluate import Evaluation, write_report
-from crate_mae.commands.showing import OWN_STATISTICS, check_seed, new_file, show_bad, show_fresh
 from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
@@ -88,8 +88,8 @@ def eval_reconstruction(
     _show(console, net, scores)
     is_fresh = str(model) in list_models()
     if is_fresh:
-        show_fresh(console, str(model))
-    show_bad(console, read.bad)
+        print_random_initialisation(console, str(model))
+    print_bad(console, read.bad)
     report = {
         "probe": "reconstruction",
         "model": str(model),

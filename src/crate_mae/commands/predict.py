@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from crate_mae.commands.showing import new_file, show_bad
+from crate_mae.commands.console import new_file, print_bad
 from crate_mae.errors import UserError
 from crate_mae.training.options import Data
 
@@ -94,7 +94,7 @@ def predict(
     accuracy = _accuracy(predicted, truth, classes)
 
     console = Console(highlight=False)
-    show_bad(console, bad)
+    print_bad(console, bad)
     if accuracy is not None:
         console.print(f"Accuracy: {accuracy:.2%} of {len(files):,} images")
     elif truth is not None:

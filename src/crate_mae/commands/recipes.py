@@ -1,11 +1,11 @@
-"""`crate-mae recipes`: options that were tried together."""
+"""`crate-mae recipes`: tested sets of options."""
 
 
 def recipes(name: str | None = None) -> list[str]:
-    """List the recipes that `crate-mae pretrain --recipe` takes, or show one with what it gave.
+    """List the recipes that `crate-mae pretrain --recipe` takes, or print one with its results.
 
     Args:
-        name: A recipe, to see its options, on what it was tried, what it gave and how long that took.
+        name: A recipe, to print its options, the images it was tested on, its results and its duration.
 
     Returns:
         The names of all recipes.
@@ -26,5 +26,5 @@ def recipes(name: str | None = None) -> list[str]:
         for known in list_recipes():
             table.add_row(known, describe_recipe(known))
         console.print(table)
-        console.print("See one whole: crate-mae recipes NAME", markup=False)
+        console.print("Print one completely: crate-mae recipes NAME", markup=False)
     return list_recipes()

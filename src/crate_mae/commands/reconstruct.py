@@ -8,7 +8,7 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from crate_mae.commands.showing import OWN_STATISTICS, check_seed, new_file, show_bad, show_fresh
+from crate_mae.commands.console import OWN_STATISTICS, check_seed, new_file, print_bad, print_random_initialisation
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def reconstruct(
     if config.norm_pix_loss:
         console.print(OWN_STATISTICS)
     if str(model) in list_models():
-        show_fresh(console, str(model))
-    show_bad(console, read.bad)
+        print_random_initialisation(console, str(model))
+    print_bad(console, read.bad)
     console.print(f"Saved {path}", soft_wrap=True, markup=False)
     return result
 

@@ -1,4 +1,4 @@
-"""`crate-mae try`: the main job, on data that is on every machine."""
+"""`crate-mae try`: pretrain on the digits of scikit-learn."""
 
 from pathlib import Path
 
@@ -7,13 +7,13 @@ from crate_mae.commands.reconstruct import reconstruct
 
 
 def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) -> Run:
-    """Pretrain on handwritten digits, complete masked ones, save the picture, and say what to do next.
+    """Pretrain on handwritten digits, complete masked ones, save a picture, and print what to do next.
 
-    The 1,797 digits of 8 x 8 pixels come with scikit-learn. 1,500 are trained on, and the other 297 are what the model
-    is measured on and what the picture shows. On two CPU cores this takes less than three minutes.
+    The 1,797 digits of 8 x 8 pixels come with scikit-learn. 1,500 are trained on; on the other 297 the model is
+    measured, and they are shown in the picture. On two CPU cores this takes less than three minutes.
 
     Args:
-        out: The folder of the run. If the run is there already, it is resumed, or shown again.
+        out: Folder of the run. An existing run is resumed, or displayed again if it has finished.
         epochs: Passes over the training images.
 
     Returns:

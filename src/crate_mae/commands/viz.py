@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.showing import check_seed, refuse_existing, show_bad, show_fresh
+from crate_mae.commands.console import check_seed, print_bad, print_random_initialisation, refuse_existing
 from crate_mae.errors import UserError
 from crate_mae.training.options import Data
 
@@ -176,9 +176,9 @@ def viz_layers(
         found = measure_layers(opened, data, count=count, seed=seed, audited=False)
         beside = [] if twin is None else measure_layers(twin, data, count=count, seed=seed, audited=False).rows
     _write(draw_layers(found.rows, beside), path)
-    show_bad(console, found.bad)
+    print_bad(console, found.bad)
     if opened.backbone.is_fresh:
-        show_fresh(console, opened.name)
+        print_random_initialisation(console, opened.name)
     console.print(f"Saved {path}, of {found.images:,} images", soft_wrap=True, markup=False)
     return Picture(path, [])
 
@@ -211,9 +211,9 @@ def _save(figure: Any, path: Path, backbone: "Backbone", read: "ReadImages") -> 
 
     console = Console(highlight=False)
     _write(figure, path)
-    show_bad(console, read.bad)
+    print_bad(console, read.bad)
     if backbone.is_fresh:
-        show_fresh(console, backbone.name)
+        print_random_initialisation(console, backbone.name)
     console.print(f"Saved {path}", soft_wrap=True, markup=False)
     return Picture(path, read.locations)
 

@@ -64,7 +64,7 @@ def refuse_used_folder(
     if not overwrite and path.exists() and any(not entry.name.startswith(leftovers) for entry in path.iterdir()):
         other = f" and not {kind}, so nothing was written there" if kind else ""
         add = "" if overwrite is None else ", or add --overwrite"
-        raise UserError(f"{path} is there already. It is not empty{other}.\nGive a new folder with --out{add}.")
+        raise UserError(f"{path} exists already: it is not empty{other}.\nGive a new folder with --out{add}.")
     above = path.absolute()
     while not above.exists():
         above = above.parent

@@ -1,4 +1,4 @@
-"""What commands that evaluate a model refuse and print alike."""
+"""Checks, progress and messages that commands share."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -20,10 +20,10 @@ OWN_STATISTICS = "Brightness and contrast of each patch come from the original: 
 
 
 def new_file(option: str, path: Path | str, suffix: str, *, overwrite: bool) -> Path:
-    """The path of a file that a command is to write.
+    """Check the path of a file to write, and return it.
 
     Raises:
-        UserError: if its name does not end as it must, or the file is there and may not be replaced.
+        UserError: if its suffix is wrong, or the file exists and may not be replaced.
     """
     path = Path(path)
     if path.suffix.lower() != suffix:
@@ -33,18 +33,18 @@ def new_file(option: str, path: Path | str, suffix: str, *, overwrite: bool) -> 
 
 
 def check_seed(seed: int) -> None:
-    """Raise a `UserError` for a seed that not every generator takes."""
+    """Raise a `UserError` for a seed that some generator does not accept."""
     if not 0 <= seed <= _LARGEST_SEED:
         raise UserError(f"--seed is {seed}, but must be between 0 and {_LARGEST_SEED}.")
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise a `UserError` for a file that is there and may not be replaced."""
+    """Raise a `UserError` for an existing file that may not be replaced."""
     if path.exists() and not overwrite:
-        raise UserError(f"{path} is there already. Name another file, or add --overwrite.")
+        raise UserError(f"{path} exists already. Give another file, or add --overwrite.")
 
 
-def extract_shown(
+def extract_with_progress(
     console: Console, backbone: "Backbone", source: "ImageSource", extraction: "Extraction"
 ) -> "list[Features]":
     """`evaluation.extract.extract` with a progress bar."""
@@ -52,18 +52,18 @@ def extract_shown(
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"Encoding {source.name}", total=len(source))
-        showing = dataclasses.replace(extraction, on_images=lambda count: progress.advance(task, count))
-        return extract(backbone, source, showing)
+        with_progress = dataclasses.replace(extraction, on_images=lambda count: progress.advance(task, count))
+        return extract(backbone, source, with_progress)
 
 
-def show_bad(console: Console, bad: Iterable[tuple[str, str]]) -> None:
+def print_bad(console: Console, bad: Iterable[tuple[str, str]]) -> None:
     """Print a line for each image that was left out."""
     for location, reason in bad:
         console.print(f"Left out: {location}: {reason}", soft_wrap=True, markup=False)
 
 
-def show_fresh(console: Console, name: str) -> None:
-    """Say that the weights are random."""
+def print_random_initialisation(console: Console, name: str) -> None:
+    """Print that a model has not been trained."""
     console.print(
-        f"{name} has fresh, untrained weights: name a run to see what training gives.", soft_wrap=True, markup=False
+        f"{name} has a random initialisation: give a run to see what training achieves.", soft_wrap=True, markup=False
     )
