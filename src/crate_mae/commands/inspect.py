@@ -40,22 +40,22 @@ def inspect(
     attention.csv, with all numbers; and each figure as PNG and PDF.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
             initialisation), or timm:NAME of a Vision Transformer.
-        data: images that it was not trained on, in any form that `crate-mae pretrain` takes.
-        out: the folder of the report, which must be new or empty.
-        baseline: another model to measure on the same images, such as a run of a ViT-MAE, or timm:NAME.
-        other_data: images of another kind, such as photographs.
-        train_data: images that the model was trained on; if they and DATA have labels, a linear probe is fitted to
+        data: Images that it was not trained on, in any form that `crate-mae pretrain` takes.
+        out: New or empty folder for the report.
+        baseline: Another model to measure on the same images, such as a run of a ViT-MAE, or timm:NAME.
+        other_data: Images of another kind, such as photographs.
+        train_data: Images that the model was trained on; if they and DATA have labels, a linear probe is fitted to
             them for each layer.
-        foregrounds: a folder of masks with the names of their images, in which 0 is background, or a .csv file of boxes
+        foregrounds: A folder of masks named like their images, in which 0 is background, or a .csv file of boxes
             (image,left,top,right,bottom); foregrounds that each layer finds are compared with them.
-        count: largest number of images of each kind.
-        mask_ratio: share of patches to hide while layers are measured. By default none.
-        probe_images: largest number of images to fit a probe to, and to measure it on; 0 for no probes. Without
+        count: Largest number of images of each kind.
+        mask_ratio: Share of patches to hide while layers are measured; by default none.
+        probe_images: Largest number of images to fit a probe to, and to measure it on; 0 for no probes. Without
             train_data, the model without mixing is probed on halves of that many images of DATA, if they have labels.
-        seed: of the choice of images, of masks, and of random initialisation.
-        quiet: print nothing.
+        seed: Seed of the sample of images, of masks, and of random initialisation.
+        quiet: Print nothing.
 
     Returns:
         The path of the report, `out`/report.html.

@@ -25,8 +25,8 @@ class Picture:
     """What a command of `viz` saved.
 
     Attributes:
-        path: the picture.
-        images: which images it is of, in order; of a choice of many, empty.
+        path: of the picture.
+        images: locations of its images, in order; empty for a sample of many.
     """
 
     path: Path
@@ -53,15 +53,15 @@ def viz_attention(
     with patches of 16 pixels, a stride of 4 makes 4 x 4 times as many places, in 16 passes.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
             initialisation), or timm:NAME of a Vision Transformer with a class token.
-        images: an image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
-        out: the picture to write, a .png or .pdf file.
-        layer: of the encoder, from 0, or negative from the end.
-        stride: pixels from one place of the maps to the next, a divisor of the patch size; by default that size.
-        count: how many images to show, from the first on.
-        seed: of random initialisation.
-        overwrite: replace a picture that is there.
+        images: An image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
+        out: Picture to write, a .png or .pdf file.
+        layer: Layer of the encoder from 0, or negative from the end.
+        stride: Distance of two values of the maps in pixels, a divisor of the patch size; by default that size.
+        count: Number of images, from the first on.
+        seed: Seed of random initialisation.
+        overwrite: Replace an existing picture.
 
     Returns:
         The picture's path, and which images it shows.
@@ -98,15 +98,15 @@ def viz_pca(
     Patches of like colours have like tokens. Each image has its own components, unless they are joint.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
             initialisation), or timm:NAME.
-        images: an image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
-        out: the picture to write, a .png or .pdf file.
-        layer: of the encoder, from 0, or negative from the end. Every layer is normalised by the final norm.
-        joint: the same components for all images, so that a colour means the same in each.
-        count: how many images to show, from the first on.
-        seed: of random initialisation.
-        overwrite: replace a picture that is there.
+        images: An image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
+        out: Picture to write, a .png or .pdf file.
+        layer: Layer of the encoder from 0, or negative from the end. The final norm is applied to every layer.
+        joint: Use the same components for all images, so that a colour means the same in each.
+        count: Number of images, from the first on.
+        seed: Seed of random initialisation.
+        overwrite: Replace an existing picture.
 
     Returns:
         The picture's path, and which images it shows.
@@ -144,14 +144,14 @@ def viz_layers(
     its heads' values as a stand-in for the subspace rate.
 
     Args:
-        model: a run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
             initialisation), or timm:NAME of a Vision Transformer.
-        data: any form of data that `crate-mae pretrain` takes.
-        out: the picture to write, a .png or .pdf file.
-        control: draw the same model with random initialisation beside it.
-        count: how many images to measure; of more, a fixed choice is taken.
-        seed: of that choice, and of random initialisation.
-        overwrite: replace a picture that is there.
+        data: Any form of data that `crate-mae pretrain` takes.
+        out: Picture to write, a .png or .pdf file.
+        control: Draw the same model with random initialisation beside it.
+        count: Largest number of images to measure; of more images, a fixed sample is used.
+        seed: Seed of that sample, and of random initialisation.
+        overwrite: Replace an existing picture.
 
     Returns:
         The picture's path.

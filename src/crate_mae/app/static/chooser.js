@@ -1,12 +1,12 @@
-// A place to drop a picture, and pictures to begin with. A file is read here and sent as text: no file arrives at the
-// server. The value is the present picture, which is kept in this tab alone.
+// An area to drop a picture on, and example pictures. Files are read here and sent as text, so that the server receives no
+// file. The value is the current picture, which is kept in this tab only.
 const zone = element.querySelector(".drop");
 const input = element.querySelector("input");
 const list = element.querySelector(".examples");
 const message = element.querySelector(".message");
-let attempt = 0; // of the visitor to choose a picture: what the server says of an earlier one is old news
+let attempt = 0; // number of the visitor's attempt to choose a picture; messages about earlier attempts are ignored
 
-function say(text) {
+function showMessage(text) {
   message.textContent = text;
   message.hidden = !text;
 }
@@ -14,18 +14,18 @@ function say(text) {
 function send(file) {
   if (!file) return;
   attempt += 1;
-  if (file.size > props.max_bytes) return say(props.too_large);
-  say("");
+  if (file.size > props.max_bytes) return showMessage(props.too_large);
+  showMessage("");
   const own = attempt;
   const reader = new FileReader();
   reader.onload = () => trigger("upload", { content: reader.result, attempt: own });
-  reader.onerror = () => say("Your browser could not read this file.");
+  reader.onerror = () => showMessage("Your browser could not read this file.");
   reader.readAsDataURL(file);
 }
 
 input.addEventListener("change", () => {
   send(input.files[0]);
-  input.value = ""; // so that the same file can be chosen again
+  input.value = ""; // allows choosing the same file again
 });
 for (const kind of ["dragenter", "dragover"]) {
   zone.addEventListener(kind, (event) => {
@@ -50,7 +50,7 @@ list.replaceChildren(
     picture.alt = "";
     choice.append(picture);
     choice.addEventListener("click", () => {
-      say("");
+      showMessage("");
       attempt += 1;
       trigger("select", { number, attempt });
     });
@@ -59,5 +59,5 @@ list.replaceChildren(
 );
 watch("message", () => {
   const [answered, text] = props.message;
-  if (answered === attempt) say(text);
+  if (answered === attempt) showMessage(text);
 });

@@ -1,10 +1,10 @@
-// A picture under a grid of patches. In the mode "paint" a stroke hides patches, or shows them again if it begins on a
-// hidden one, and the value is the mask, "1" where hidden. In the mode "pick" a click chooses one patch: its number.
+// A picture under a grid of patches. In the mode "paint" a stroke hides patches, or uncovers them if it starts on a hidden
+// one; the value is the mask, "1" where hidden. In the mode "pick" a click chooses a patch; the value is its number.
 const frame = element.querySelector(".patch-grid");
 const picture = frame.querySelector("img");
 const cells = frame.querySelector(".cells");
 const painting = props.mode === "paint";
-let brush = null; // what the present stroke does: true hides, false shows, null: there is none
+let brush = null; // what the current stroke does: true hides, false uncovers, null means no stroke
 let mask = "";
 
 function draw() {
@@ -22,7 +22,7 @@ function draw() {
 function button(number) {
   const cell = document.createElement("button");
   cell.type = "button";
-  cell.tabIndex = number === 0 ? 0 : -1; // one stop for the tabulator; arrows lead on
+  cell.tabIndex = number === 0 ? 0 : -1; // one tab stop; arrow keys move between patches
   const [row, column] = [Math.floor(number / props.columns), number % props.columns];
   cell.setAttribute("aria-label", `patch in row ${row + 1}, column ${column + 1}`);
   return cell;
