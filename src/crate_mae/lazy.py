@@ -1,20 +1,28 @@
-"""Public names that a package imports when they are first used."""
+"""Public names of a package that are imported when they are first used."""
 
-from collections.abc import Callable, Mapping
+import ast
+from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 
-def lazy_names(package: str, homes: Mapping[str, str]) -> Callable[[str], object]:
-    """Return a `__getattr__` for a package whose sub-modules are slow to import (PEP 562).
+def lazy_package(package: str, file: str) -> tuple[Callable[[str], object], Callable[[], list[str]], list[str]]:
+    """Return `__getattr__`, `__dir__` and `__all__` of a package whose modules are slow to import (PEP 562).
+
+    The names are stated once, in the stub `__init__.pyi` of the package, as `from MODULE import NAME as NAME`. Type
+    checkers read the same stub.
 
     Args:
         package: the package's `__name__`.
-        homes: the sub-module that defines each public name, relative to the package.
+        file: the package's `__file__`.
     """
+    stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
+    imports = [node for node in stub.body if isinstance(node, ast.ImportFrom) and node.module is not None]
+    modules = {alias.name: str(node.module) for node in imports for alias in node.names}
 
     def getattr_of_package(name: str) -> object:
-        if name not in homes:
+        if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        return getattr(import_module(f"{package}.{homes[name]}"), name)
+        return getattr(import_module(modules[name]), name)
 
-    return getattr_of_package
+    return getattr_of_package, lambda: sorted(modules), sorted(modules)

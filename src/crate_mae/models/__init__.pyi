@@ -1,0 +1,9 @@
+from crate_mae.models.autoencoder import MAEOutput as MAEOutput
+from crate_mae.models.autoencoder import MaskedAutoencoder as MaskedAutoencoder
+from crate_mae.models.autoencoder import build as build
+from crate_mae.models.config import CrateConfig as CrateConfig
+from crate_mae.models.config import ModelConfig as ModelConfig
+from crate_mae.models.config import ViTConfig as ViTConfig
+from crate_mae.models.presets import create_model as create_model
+from crate_mae.models.presets import list_models as list_models
+from crate_mae.models.presets import preset as preset
