@@ -29,10 +29,10 @@ from benchmarks.contestants import sizes
 from benchmarks.report import RESULTS, heading
 from crate_mae.data import Batch
 from crate_mae.data.files import write_whole
+from crate_mae.training.loop import training_step
+from crate_mae.training.model_state import build_model_state
 from crate_mae.training.options import PretrainOptions
 from crate_mae.training.resolve import resolve_pretraining
-from crate_mae.training.step import training_step
-from crate_mae.training.trainee import build_trainee
 
 _SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -152,7 +152,7 @@ def member() -> None:
     )
     resolved = resolve_pretraining(options, accelerator.num_processes)
     task = resolved.build(resolved.config)
-    trainee = build_trainee(task, accelerator)
+    model_state = build_model_state(task, accelerator)
     share = size.batch // accelerator.num_processes
     generator = torch.Generator().manual_seed(accelerator.process_index)
     pixels = torch.randn(share, *images.shape, generator=generator)
@@ -161,7 +161,7 @@ def member() -> None:
     for line in sys.stdin:
         started = time.perf_counter()
         for _ in range(int(line)):
-            training_step(task, accelerator, trainee, batches, step, stop=0, save=False)
+            training_step(task, accelerator, model_state, batches, step, stop=0, save=False)
             step += 1
         sys.stdout.write(f"{time.perf_counter() - started}\n")
         sys.stdout.flush()

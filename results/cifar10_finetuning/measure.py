@@ -16,7 +16,7 @@ import torch
 
 import crate_mae
 from crate_mae.models.autoencoder import build
-from crate_mae.training.run import Run
+from crate_mae.training.run_directory import Run
 
 PRETRAINED = "crate_mae_micro_cifar10"
 RESULT = Path(__file__).with_name("finetuning.csv")

@@ -1,8 +1,8 @@
 import pytest
 
 from crate_mae.data import BadImage
-from crate_mae.training.bad_images import BadImages
-from crate_mae.training.files import CsvLog
+from crate_mae.training.images import BadImages
+from crate_mae.training.run_directory import CsvLog
 
 
 @pytest.fixture

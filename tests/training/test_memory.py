@@ -6,9 +6,9 @@ import torch
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.classifier import Classifier
-from crate_mae.training import memory
+from crate_mae.training import preflight
 from crate_mae.training.config import load_config
-from crate_mae.training.memory import StepTooLargeError, first_step
+from crate_mae.training.preflight import StepTooLargeError, first_step
 
 
 @pytest.fixture
@@ -91,9 +91,9 @@ def test_other_errors_and_later_steps_are_left_alone():
 
 def test_a_batch_that_cannot_fit_is_refused_before_the_first_step(tiny_run, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"0\.0 GiB are free: give a smaller --model"):
-        monkeypatch.setattr(memory, "free_memory", lambda: 100_000)
+        monkeypatch.setattr(preflight, "free_memory", lambda: 100_000)
         tiny_run()
-    monkeypatch.setattr(memory, "free_memory", lambda: 6_000_000)
+    monkeypatch.setattr(preflight, "free_memory", lambda: 6_000_000)
     with pytest.raises(UserError, match=r"needs at least .* GiB of memory, but .* give --accumulation") as refusal:
         tiny_run()
     assert not (tmp_path / "run").exists()
@@ -109,7 +109,7 @@ def test_a_batch_that_cannot_fit_is_refused_before_the_first_step(tiny_run, monk
 
 def test_what_is_kept_is_what_autograd_saves():
     weight, x = torch.nn.Parameter(torch.randn(3, 5)), torch.randn(7, 3)
-    kept = memory.kept_bytes(lambda: (x @ weight).relu().sum(), [weight])
+    kept = preflight.kept_bytes(lambda: (x @ weight).relu().sum(), [weight])
     assert kept == 4 * (7 * 3 + 7 * 5)  # the input of the product, the output of the ReLU
 
 
@@ -126,7 +126,7 @@ def test_images_that_are_mixed_in_pairs_are_halved_in_pairs(tiny_finetuning, mon
     with pytest.raises(UserError, match="with 6 images at a time"):
         tiny_finetuning("odd", batch_size=6, steps=2)
     assert not (tmp_path / "odd").exists()
-    monkeypatch.setattr(memory, "free_memory", lambda: 3_000_000)
+    monkeypatch.setattr(preflight, "free_memory", lambda: 3_000_000)
     with pytest.raises(UserError, match="needs at least") as refusal:
         tiny_finetuning("large", batch_size=252)
     words = str(refusal.value).split()
@@ -136,7 +136,7 @@ def test_images_that_are_mixed_in_pairs_are_halved_in_pairs(tiny_finetuning, mon
 
 
 def test_processes_of_one_machine_share_its_memory(tiny_run, monkeypatch):
-    monkeypatch.setattr(memory, "free_memory", lambda: 100_000_000)
+    monkeypatch.setattr(preflight, "free_memory", lambda: 100_000_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "30")
     with pytest.raises(UserError, match=r"are free for each of 30 processes: give"):
         tiny_run()

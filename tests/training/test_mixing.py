@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from crate_mae.errors import UserError
-from crate_mae.training.labelled import stratified_share
-from crate_mae.training.mixing import Mixing
+from crate_mae.training.finetuning import Mixing
+from crate_mae.training.images import stratified_share
 
 IMAGES = torch.randn(12, 3, 7, 5, generator=torch.Generator().manual_seed(0))
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 1])

@@ -8,11 +8,10 @@ from accelerate import Accelerator
 from crate_mae.errors import UserError
 from crate_mae.models import create_model
 from crate_mae.models.tracing import trace
-from crate_mae.training import probe as probe_module
+from crate_mae.training import preflight
 from crate_mae.training.images import open_images
-from crate_mae.training.monitor import Monitor
-from crate_mae.training.pretraining import Pretraining
-from crate_mae.training.probe import ProbeResult, probe
+from crate_mae.training.preflight import ProbeResult, probe
+from crate_mae.training.pretraining import Monitor, Pretraining
 
 IMAGES = torch.randn(37, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -88,22 +87,22 @@ def test_the_probe_touches_neither_the_model_nor_random_numbers(task):
 @pytest.mark.parametrize(("fast", "chosen"), [(0.9, "bfloat16"), (0.97, "float32"), (2.0, "float32")])
 def test_bfloat16_is_taken_only_if_it_is_worth_it(task, monkeypatch, fast, chosen):
     seconds = {"float32": 1.0, "bfloat16": fast}
-    monkeypatch.setattr(probe_module, "multiplies_in_bfloat16", lambda _device: True)
-    monkeypatch.setattr(probe_module, "_seconds_per_step", lambda _t, _b, precision, _d: (seconds[precision], True))
+    monkeypatch.setattr(preflight, "multiplies_in_bfloat16", lambda _device: True)
+    monkeypatch.setattr(preflight, "_seconds_per_step", lambda _t, _b, precision, _d: (seconds[precision], True))
     found = probe(task("auto"), 8, Accelerator(cpu=True))
     assert found.precision == chosen
     assert found.seconds == seconds[chosen]
 
 
 def test_a_processor_that_multiplies_slowly_in_bfloat16_times_no_step_in_it(task, monkeypatch):
-    monkeypatch.setattr(probe_module, "multiplies_in_bfloat16", lambda _device: False)
+    monkeypatch.setattr(preflight, "multiplies_in_bfloat16", lambda _device: False)
     found = probe(task("auto"), 2, Accelerator(cpu=True))
     assert found.precision == "float32" and "more slowly" in found.reason
 
 
 @pytest.mark.parametrize(("able", "reason"), [(True, ""), (False, "as asked, though this CPU multiplies more slowly")])
 def test_a_given_precision_is_taken_and_said_to_be_slow_where_it_is(task, monkeypatch, able, reason):
-    monkeypatch.setattr(probe_module, "multiplies_in_bfloat16", lambda _device: able)
+    monkeypatch.setattr(preflight, "multiplies_in_bfloat16", lambda _device: able)
     found = probe(task("bfloat16"), 2, Accelerator(cpu=True))
     assert found.precision == "bfloat16"
     assert found.reason.startswith(reason) and bool(found.reason) == bool(reason)
@@ -117,6 +116,6 @@ def test_a_gpu_without_bfloat16_refuses_it_and_takes_float32_by_itself(task, mon
     with pytest.raises(UserError, match="Tesla T4 does not compute in bfloat16: give --precision float32"):
         probe(task("bfloat16"), 2, gpu)
     monkeypatch.setattr(
-        probe_module, "_measured", lambda _t, _b, _s, precision, reason: ProbeResult(precision, reason, 1.0, None)
+        preflight, "_measured", lambda _t, _b, _s, precision, reason: ProbeResult(precision, reason, 1.0, None)
     )
     assert probe(task("auto"), 2, gpu).precision == "float32"

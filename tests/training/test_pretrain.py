@@ -12,8 +12,8 @@ from crate_mae.commands.pretrain import pretrain, resume
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.training import checkpoint, run_directory
-from crate_mae.training.monitor import Monitor
-from crate_mae.training.probe import ProbeResult
+from crate_mae.training.preflight import ProbeResult
+from crate_mae.training.pretraining import Monitor
 from crate_mae.training.progress import Display
 
 

@@ -35,7 +35,7 @@ from accelerate.utils import patch_environment
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from crate_mae.models import create_model
-from crate_mae.training.sharding import asked_sharding, shard, synchronizing
+from crate_mae.training.model_state import asked_sharding, shard, synchronizing
 from crate_mae.training.start import WHOLE_MODELS
 
 dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)

@@ -22,7 +22,7 @@ def test_every_recipe_fits_pretrain_and_says_what_it_is(name):
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name != "imagenet"])
 def test_every_recipe_plans_a_run_on_digits(name, tmp_path, monkeypatch):
     """Their own images are larger; the settings still have to fit each other."""
-    monkeypatch.setattr("crate_mae.training.probe._seconds_per_step", lambda *_: (1.0, True))
+    monkeypatch.setattr("crate_mae.training.preflight._seconds_per_step", lambda *_: (1.0, True))
     size = 32 if "patch4" in recipe_text(name) else 8
     if "patch16" in recipe_text(name):
         size = 224

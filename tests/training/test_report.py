@@ -14,9 +14,8 @@ from crate_mae.training import report as report_module
 from crate_mae.training.images import open_images
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import StopRequest
-from crate_mae.training.report import RunReport
+from crate_mae.training.report import RunReport, curve, draw_layer_signals, draw_learning
 from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.run_figures import curve, draw_layer_signals, draw_learning
 
 ROWS = [
     {"step": 0.0, "loss": None, "lr": None, "held_out_loss": 1.5, "feature_rank": 3.0, "images_per_second": None},
@@ -97,11 +96,11 @@ def clocked(tmp_path, monkeypatch, config, tiny_model):
         clock.now += clock.cost
         return "page"
 
-    monkeypatch.setattr(report_module, "write_page", draw)
+    monkeypatch.setattr(report_module, "render_report", draw)
     monkeypatch.setattr(report_module.time, "monotonic", lambda: clock.now)
     task = Pretraining(replace(config, image_size=(8, 8)), open_images("digits"), tiny_model.config)
     assert task.config.monitor_steps == 2
-    clock.report = lambda writes: RunReport(RunDirectory(tmp_path), task, (), writes=writes)
+    clock.report = lambda writes: RunReport(RunDirectory(tmp_path), task, {}, writes=writes)
     return clock
 
 

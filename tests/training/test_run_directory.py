@@ -8,8 +8,7 @@ import sys
 import pytest
 
 from crate_mae.errors import UserError
-from crate_mae.training.files import CsvLog, whole_folder
-from crate_mae.training.run_directory import RunDirectory
+from crate_mae.training.run_directory import CsvLog, RunDirectory, whole_folder
 
 logger = logging.getLogger("crate_mae.somewhere")
 

@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from crate_mae.training.images import StepSampler, epoch_order, micro_slices
 from crate_mae.training.randomness import Purpose, derive_seed, seed_step, step_noise
-from crate_mae.training.sampler import StepSampler, epoch_order, micro_slices
 
 
 def batches(**options):

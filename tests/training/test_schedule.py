@@ -1,6 +1,6 @@
 import pytest
 
-from crate_mae.training.schedule import scaled_lr, warmup_cosine
+from crate_mae.training.optimizer import scaled_lr, warmup_cosine
 
 
 def test_learning_rate_is_proportional_to_the_batch():

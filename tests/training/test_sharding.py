@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 
 import crate_mae
 from crate_mae.errors import UserError
-from crate_mae.training.parts import part_of, share_out, write_index
+from crate_mae.training.checkpoint import assign_tensors, part_file, write_index
 from tests.training.real_processes import CPU, TORCHRUN, column, finish, largest_difference, sharded, world_size
 
 
@@ -63,13 +63,13 @@ def test_when_one_process_is_killed_the_other_says_so_and_the_run_resumes(tmp_pa
 
 def test_shares_are_about_equal_and_whole():
     sizes = [7, 5, 3, 2, 2, 11]
-    holder = share_out({str(i): torch.empty(size) for i, size in enumerate(sizes)}, 2)
+    holder = assign_tensors({str(i): torch.empty(size) for i, size in enumerate(sizes)}, 2)
     assert holder == {"0": 0, "1": 1, "2": 1, "3": 0, "4": 1, "5": 0}
 
 
 def test_a_part_that_did_not_appear_is_named(tmp_path):
     path = tmp_path / "model.safetensors"
-    part_of(path, 0, 2).touch()
+    part_file(path, 0, 2).touch()
     with pytest.raises(UserError, match=r"model-00002-of-00002\.safetensors did not appear"):
         write_index(path, {"a": 0}, 2)
     assert not (tmp_path / "model.safetensors.index.json").exists()

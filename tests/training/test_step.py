@@ -9,12 +9,11 @@ from accelerate import Accelerator
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensorMode
 
 from crate_mae.training import loop
-from crate_mae.training import step as step_module
 from crate_mae.training.images import open_images, training_batches
+from crate_mae.training.loop import training_step
+from crate_mae.training.model_state import build_model_state
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import Agreement, agree
-from crate_mae.training.step import training_step
-from crate_mae.training.trainee import build_trainee
 
 
 @pytest.fixture
@@ -39,17 +38,17 @@ def test_a_step_asks_for_no_number_but_where_processes_agree(config, tiny_model,
         asked.append((loss.shape, grad_norm.shape))
         return Agreement(1.0, 1.0, 0, 0, False)
 
-    monkeypatch.setattr(step_module, "agree", agreed)
+    monkeypatch.setattr(loop, "agree", agreed)
     monkeypatch.setattr(accelerator, "prepare_model", lambda model: model)  # it moves it, which such tensors do not
     without_values = FakeTensorMode(allow_non_fake_inputs=True)
     with FakeCopyMode(without_values):
         task.model = copy.deepcopy(task.model)
     with without_values:
-        trainee = build_trainee(task, accelerator)
+        model_state = build_model_state(task, accelerator)
         fake = (batch._replace(images=without_values.from_tensor(batch.images)) for batch in prepared)
-        training_step(task, accelerator, trainee, fake, 0, stop=0, save=False)
+        training_step(task, accelerator, model_state, fake, 0, stop=0, save=False)
     assert asked == [((), ())]
-    assert len(trainee.optimizer.state) > 20  # it has stepped
+    assert len(model_state.optimizer.state) > 20  # it has stepped
 
 
 @pytest.mark.parametrize(("device", "is_pinned"), [("cuda", True), ("cpu", False)])

@@ -66,7 +66,7 @@ def convert(
 
     from crate_mae.data.files import refuse_used_folder
     from crate_mae.models.conversion import understand
-    from crate_mae.training.files import whole_folder
+    from crate_mae.training.run_directory import whole_folder
 
     file, out = Path(file), Path(out)
     refuse_used_folder(out)

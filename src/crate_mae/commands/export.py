@@ -77,7 +77,7 @@ def export(
 
     from crate_mae.data.files import refuse_used_folder
     from crate_mae.models.weights import load
-    from crate_mae.training.files import whole_folder
+    from crate_mae.training.run_directory import whole_folder
 
     out = Path(out)
     part = part or ("full" if format in ("safetensors", "hf") else "encoder")

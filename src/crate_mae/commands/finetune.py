@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from crate_mae.training.options import FinetuneOptions, takes
 
 if TYPE_CHECKING:
-    from crate_mae.training.run import Run
+    from crate_mae.training.run_directory import Run
 else:
     Run = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
 

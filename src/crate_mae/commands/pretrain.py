@@ -8,7 +8,7 @@ from crate_mae.errors import UserError
 from crate_mae.training.options import PretrainOptions, takes
 
 if TYPE_CHECKING:
-    from crate_mae.training.run import Run
+    from crate_mae.training.run_directory import Run
 else:
     Run = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
 

@@ -12,8 +12,7 @@ from crate_mae.comparison.course import Course, next_rate
 from crate_mae.comparison.directory import ComparisonDirectory
 from crate_mae.comparison.options import Options
 from crate_mae.errors import DivergedError, UserError
-from crate_mae.training.run import Run
-from crate_mae.training.run_directory import RunDirectory
+from crate_mae.training.run_directory import Run, RunDirectory
 from crate_mae.training.start import start
 
 _SEARCH_SEED = 0

@@ -16,7 +16,9 @@ import dataclasses
 import json
 import logging
 import shutil
+import time
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,13 +38,13 @@ from torch.distributed.checkpoint.state_dict import (
 
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
-from crate_mae.models.tensors import misfits, stream_tensors
-from crate_mae.models.weights import CONFIG_FILE, WEIGHTS_FILE, Config, newest_checkpoint, save_config
-from crate_mae.training.files import flush_to_disk, whole_folder
-from crate_mae.training.parts import part_of, share_out, write_index
+from crate_mae.models.tensors import index_of, misfits, read_tensors, stream_tensors
+from crate_mae.models.weights import CONFIG_FILE, WEIGHTS_FILE, Config, newest_checkpoint, save_config, save_tensors
+from crate_mae.training import checkpoint
+from crate_mae.training.model_state import WHOLE, ModelState, shard_like, whole_tensor, whole_weights
 from crate_mae.training.processes import all_succeed, first_decides
-from crate_mae.training.sharding import WHOLE, cut_like, whole_tensor
-from crate_mae.training.trainee import Trainee
+from crate_mae.training.run_directory import RunDirectory, flush_to_disk, whole_folder
+from crate_mae.training.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -111,17 +113,17 @@ class Snapshot:
     holders: dict[str, dict[str, int]] | None = None
 
 
-def gather(trainee: Trainee) -> Snapshot:
+def gather(model_state: ModelState) -> Snapshot:
     """Collect what a checkpoint holds from a plain or a distributed model. All processes must call this together."""
-    options = _options(trainee)
+    options = _options(model_state)
     # An optimizer that has not stepped yet has no state; torch would invent one, by a step with zero gradients.
     states: dict[str, Any] = {}
-    if trainee.optimizer.state:
-        states = get_optimizer_state_dict(trainee.model, trainee.optimizer, options=options)
-    weights = get_model_state_dict(trainee.model, options=options)
+    if model_state.optimizer.state:
+        states = get_optimizer_state_dict(model_state.model, model_state.optimizer, options=options)
+    weights = get_model_state_dict(model_state.model, options=options)
     files: dict[str, dict[str, Any]] = {WEIGHTS_FILE: weights}
-    if trainee.average is not None:
-        average = get_model_state_dict(trainee.average.module, options=options)
+    if model_state.average is not None:
+        average = get_model_state_dict(model_state.average.module, options=options)
         files = {WEIGHTS_FILE: average, TRAINED_FILE: weights}
     files[OPTIMIZER_FILE] = {
         f"{parameter}.{key}": value.contiguous()
@@ -129,13 +131,13 @@ def gather(trainee: Trainee) -> Snapshot:
         for key, value in values.items()
     }
     snapshot = Snapshot(files, states.get("param_groups", []))
-    return shared_out(snapshot) if trainee.is_sharded else snapshot
+    return partition(snapshot) if model_state.is_sharded else snapshot
 
 
-def shared_out(snapshot: Snapshot) -> Snapshot:
+def partition(snapshot: Snapshot) -> Snapshot:
     """The same where each process keeps its share of the tensors, whole. All processes must call this together."""
     rank, processes = dist.get_rank(), dist.get_world_size()
-    holders = {file: share_out(tensors, processes) for file, tensors in snapshot.files.items()}
+    holders = {file: assign_tensors(tensors, processes) for file, tensors in snapshot.files.items()}
     files: dict[str, dict[str, Tensor]] = {}
     for file, tensors in snapshot.files.items():
         files[file] = {}
@@ -183,7 +185,7 @@ def write_parts(
             if not (temporary / CONFIG_FILE).is_file():
                 raise UserError(f"{checkpoints} is not the same folder on all machines: give an --out that they share.")
             for file, tensors in snapshot.files.items():
-                path = part_of(temporary / file, accelerator.process_index, processes)
+                path = part_file(temporary / file, accelerator.process_index, processes)
                 _write_tensors(tensors, path)
                 flush_to_disk(path)
 
@@ -222,43 +224,43 @@ def _name_last(folder: Path, state: TrainState) -> None:
     logger.info("Saved %s.", folder)
 
 
-def read(folder: Path, trainee: Trainee) -> TrainState:
+def read(folder: Path, model_state: ModelState) -> TrainState:
     """Put a checkpoint into a model, its optimizer and its average.
 
     Raises:
         UserError: if a file is missing or damaged, or belongs to another model.
     """
     state, groups = _read_state(folder / "state.json")
-    trained = WEIGHTS_FILE if trainee.average is None else TRAINED_FILE
-    _read_weights(folder / trained, trainee.model, trainee)
-    if trainee.average is not None:
-        _read_weights(folder / WEIGHTS_FILE, trainee.average.module, trainee)
-    examples = dict(trainee.plain.named_parameters())
+    trained = WEIGHTS_FILE if model_state.average is None else TRAINED_FILE
+    _read_weights(folder / trained, model_state.model, model_state)
+    if model_state.average is not None:
+        _read_weights(folder / WEIGHTS_FILE, model_state.average.module, model_state)
+    examples = dict(model_state.plain.named_parameters())
     moments: dict[str, Any] = defaultdict(dict)
     for name, value in stream_tensors(folder / OPTIMIZER_FILE):
         parameter, _, key = name.rpartition(".")
-        moments[parameter][key] = cut_like(value, examples.get(parameter))
+        moments[parameter][key] = shard_like(value, examples.get(parameter))
     if moments:
         states = {"state": moments, "param_groups": groups}
         try:
-            set_optimizer_state_dict(trainee.model, trainee.optimizer, states, options=_options(trainee))
+            set_optimizer_state_dict(model_state.model, model_state.optimizer, states, options=_options(model_state))
         except (KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder} holds the optimizer of another model, or is damaged: {error}.") from error
     return state
 
 
-def _options(trainee: Trainee) -> StateDictOptions | None:
-    """In which form torch takes and gives the state of a trainee: by parts if it is sharded, else whole."""
-    return None if trainee.is_sharded else WHOLE
+def _options(model_state: ModelState) -> StateDictOptions | None:
+    """In which form torch takes and gives the state of a model_state: by parts if it is sharded, else whole."""
+    return None if model_state.is_sharded else WHOLE
 
 
-def _read_weights(path: Path, model: nn.Module, trainee: Trainee) -> None:
+def _read_weights(path: Path, model: nn.Module, model_state: ModelState) -> None:
     # Of whole models, ranks other than the first hold an empty `wanted`; the first speaks for all.
-    wanted: dict[str, Any] = get_model_state_dict(model, options=_options(trainee))
-    weights: dict[str, Any] = {name: cut_like(value, wanted.get(name)) for name, value in stream_tensors(path)}
+    wanted: dict[str, Any] = get_model_state_dict(model, options=_options(model_state))
+    weights: dict[str, Any] = {name: shard_like(value, wanted.get(name)) for name, value in stream_tensors(path)}
     if wanted and (problems := misfits(weights, wanted)):
         raise UserError(f"{path} holds the weights of another model: {problems}.")
-    set_model_state_dict(model, weights, options=_options(trainee))
+    set_model_state_dict(model, weights, options=_options(model_state))
 
 
 def _read_state(path: Path) -> tuple[TrainState, list[Any]]:
@@ -280,3 +282,89 @@ def _read_state(path: Path) -> tuple[TrainState, list[Any]]:
 def step_of(folder: Path) -> int:
     """The step at which a checkpoint was written, from its name."""
     return int(folder.name.removeprefix("step-"))
+
+
+def assign_tensors(tensors: Mapping[str, Tensor], processes: int) -> dict[str, int]:
+    """Which process holds which tensor: each goes, in order, to the one that holds the fewest numbers so far."""
+    held = [0] * processes
+    holder: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        holder[name] = held.index(min(held))
+        held[holder[name]] += tensor.numel()
+    return holder
+
+
+def part_file(path: Path, process: int, processes: int) -> Path:
+    """The part of a file that a process writes: `model-00001-of-00002.safetensors`."""
+    return path.with_name(f"{path.stem}-{process + 1:05}-of-{processes:05}{path.suffix}")
+
+
+def write_index(path: Path, holder: Mapping[str, int], processes: int) -> None:
+    """Write beside the parts of a file which of them holds which tensor.
+
+    Raises:
+        UserError: if a part is missing.
+    """
+    parts = [part_file(path, process, processes) for process in range(processes)]
+    if missing := [part.name for part in parts if not part.is_file()]:
+        raise UserError(
+            f"{', '.join(missing)} did not appear in {path.parent}.\nGive an --out that all machines share."
+        )
+    names = {name: parts[process].name for name, process in holder.items()}
+    size = sum(part.stat().st_size for part in parts)
+    content = {"metadata": {"total_size": size}, "weight_map": names}
+    index_of(path).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+class Saver:
+    """Writes checkpoints of one model, by the clock and by epochs.
+
+    Args:
+        directory: where to.
+        task: tells the epoch.
+        model_state: what is saved.
+        accelerator: brings the processes together.
+    """
+
+    def __init__(
+        self, directory: RunDirectory, task: Task, *, model_state: ModelState, accelerator: Accelerator
+    ) -> None:
+        self.directory = directory
+        self.task = task
+        self.config = task.config
+        self.model_state = model_state
+        self.accelerator = accelerator
+        self.steps_between = task.config.checkpoint_epochs * task.steps_per_epoch
+        self._saved_at = time.monotonic()
+
+    def is_due_by_clock(self) -> bool:
+        """Whether the last checkpoint is long ago; clocks differ, so the first process's answer counts for all."""
+        return time.monotonic() - self._saved_at >= 60 * self.config.checkpoint_minutes
+
+    def is_due_by_epoch(self, state: TrainState) -> bool:
+        """Whether this step ends an epoch after which to save, or the run."""
+        return state.step % self.steps_between == 0 or state.step == self.config.steps
+
+    def save(self, state: TrainState) -> None:
+        """Write a checkpoint. All processes must call this together."""
+        snapshot, config = checkpoint.gather(self.model_state), self.task.model.config
+        folder = self.directory.checkpoints
+        if self.model_state.is_sharded:
+            checkpoint.write_parts(self.accelerator, folder, snapshot, config, state)
+        else:
+            first_decides(self.accelerator, lambda: checkpoint.write(folder, snapshot, config, state))
+        self._saved_at = time.monotonic()
+
+    def save_model(self, state: TrainState) -> None:
+        """Write the finished model, which marks the run as finished. All processes must call this together.
+
+        It is the best one where models were compared, and otherwise the last one.
+        """
+        last, config = whole_weights(self.model_state.kept), self.task.model.config
+
+        def write() -> None:
+            best = None if state.best_score is None else self.directory.checkpoints / f"step-{state.best_step}"
+            tensors = last if best is None else read_tensors(best / WEIGHTS_FILE)
+            save_tensors(tensors, config, self.directory.path)
+
+        first_decides(self.accelerator, write)

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from timm.data.mixup import Mixup, mixup_target
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW
 
 from crate_mae.data import BadImage, ImageSource, Part, evaluation_transform, finetune_transform, readable_batches
 from crate_mae.data.base import refuse_unreadable
+from crate_mae.data.dataset import global_generators_seeded
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build
 from crate_mae.models.classifier import Classifier, ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.training.images import PYTHON_OBJECT, RunImages
-from crate_mae.training.mixing import Mixing
-from crate_mae.training.monitor import evaluating
 from crate_mae.training.optimizer import adamw
 from crate_mae.training.options import FinetuneOptions
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.progress import count
+from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.task import Measured, StepLoss, Task
+from crate_mae.training.task import Measured, StepLoss, Task, evaluating
 
 BETAS = (0.9, 0.999)  # those of MAE's fine-tuning
 _VALIDATED_AT_ONCE = 64
@@ -154,14 +157,19 @@ class Finetuning(Task[FinetuneOptions]):
             "layers": f"learning rate x {c.layer_decay:g} from each to the one before it",
         }
 
-    def describe_end(self, rows: list[dict[str, float | None]], run: Path) -> list[str]:
-        """Accuracies, which model was kept, and how to use it."""
+    def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
+        """Describe the last and the best accuracy."""
         measured = [row for row in rows if row["best_score"] is not None]
         last, best = measured[-1], max(measured, key=lambda row: row["val_accuracy"] or 0.0)
+        return (
+            f"Accuracy on validation images: {last['val_accuracy']:.2%} now; {best['val_accuracy']:.2%} at step "
+            f"{best['step']:,.0f}, the best."
+        )
+
+    def describe_use(self, run: Path) -> list[str]:
+        """Describe which model was kept, and how to use it."""
         images = "IMAGES" if self.config.val.startswith(PYTHON_OBJECT) else shlex.quote(self.config.val)
         return [
-            f"Accuracy on validation images: {last['val_accuracy']:.2%} now; {best['val_accuracy']:.2%} at step "
-            f"{best['step']:,.0f}, the best.",
             f"{run} holds that best model. It was chosen by these images, so its accuracy on others may be less.",
             f"Predict others:   crate-mae predict {shlex.quote(str(run))} {images} --out predictions.csv",
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
@@ -188,3 +196,38 @@ class Finetuning(Task[FinetuneOptions]):
             workers=workers,
             worker_init=ignore_stop_requests,
         )
+
+
+class Mixing:
+    """timm's Mixup and CutMix of neighbours: image 2i of the global batch with image 2i + 1, all with the same share.
+
+    timm mixes the first image of a batch with the last, the second with the last but one, and so on, which depends on
+    where a batch is cut into micro-batches. Neighbours stay together as long as every micro-batch has an even number of
+    images. The share, and for CutMix the box, is drawn once a step.
+
+    Args:
+        mixup: parameter of the Beta distribution from which Mixup's share is drawn; 0 does without.
+        cutmix: that of CutMix; of both, each step uses one or the other.
+        label_smoothing: part of each target that is spread over all classes.
+        num_classes: k.
+        seed: of the run.
+    """
+
+    def __init__(self, mixup: float, cutmix: float, *, label_smoothing: float, num_classes: int, seed: int) -> None:
+        self.mixes = mixup > 0 or cutmix > 0
+        self.label_smoothing = label_smoothing
+        self.num_classes = num_classes
+        self.seed = seed
+        self._mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
+
+    def __call__(
+        self, step: int, images: Float[Tensor, "b c hh ww"], labels: Int[Tensor, "b"]
+    ) -> tuple[Float[Tensor, "b c hh ww"], Float[Tensor, "b k"]]:
+        """Mixed images in another order, and how much of each class is in each."""
+        if not self.mixes:
+            return images, mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
+        count = len(images)
+        even = torch.arange(0, count, 2, device=images.device)
+        order = torch.cat([even, even.flip(0) + 1])  # 0 2 4 5 3 1: timm then mixes 0 with 1, 2 with 3, 4 with 5
+        with global_generators_seeded(derive_seed(self.seed, Purpose.MIX, step) % 2**32):
+            return self._mixup(images[order], labels[order])

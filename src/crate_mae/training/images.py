@@ -1,8 +1,8 @@
-"""The images of a run: which are trained on, which are held out, and how both reach the loop."""
+"""The images of a run, from disk to micro-batches: opened, split, labelled, drawn in order; unreadable ones counted."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from crate_mae.data import (
+    NO_LABEL,
     BadImage,
     Batch,
     ImageDataset,
@@ -23,15 +24,19 @@ from crate_mae.data import (
     UnreadableImage,
     collate,
     full_name,
+    label_names,
+    occurring_classes,
     open_source,
+    same_images,
 )
-from crate_mae.data.base import refuse_unreadable
+from crate_mae.data.base import most_bad, refuse_unreadable
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.data.transforms import Preparation
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import ignore_stop_requests
-from crate_mae.training.sampler import StepSampler
+from crate_mae.training.randomness import Purpose, derive_seed
+from crate_mae.training.run_directory import CsvLog
 
 MOST_HELD_OUT = 512
 PYTHON_OBJECT = "python:"
@@ -152,3 +157,213 @@ def training_batches(
     )
     with workers_errors_plain():
         yield from loader
+
+
+_MOST_NAMED = 5
+
+
+def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
+    """Open training and validation images, and number their classes alike.
+
+    Args:
+        train: any form of DATA.
+        val: any other.
+        share: of the training images of each class, chosen by the seed.
+        seed: of the run.
+
+    Raises:
+        UserError: without labels, with one class only, with other classes in one than in the other, or if the share
+            leaves a class without an image.
+    """
+    (train_images, train_name), (val_images, val_name) = open_named(train), open_named(val)
+    if same_images(train_images, val_images):
+        raise UserError(
+            f"--train and --val are the same images ({train_images.name}): the best model would be the one that knows "
+            "them by heart.\nGive images that are not trained on with --val."
+        )
+    classes = _classes_of(train_images, "--train")
+    if len(classes) < 2:
+        raise UserError(f"All images of {train_images.name} are of one class, {classes[0]}: there is nothing to learn.")
+    _refuse_differences(train_images, classes, val_images, _classes_of(val_images, "--val"))
+    numbered = _numbered(train_images, classes)
+    chosen = np.arange(len(numbered)) if share == 1 else stratified_share(numbered, classes, share, seed)
+    val_numbered = _numbered(val_images, classes)
+    return RunImages(
+        Part(train_images, chosen, labels=numbered[chosen], classes=classes),
+        Part(val_images, np.arange(len(val_numbered)), labels=val_numbered, classes=classes),
+        train_name,
+        val_name,
+    )
+
+
+def stratified_share(labels: np.ndarray, classes: list[str], share: float, seed: int) -> np.ndarray:
+    """Choose round(share n) of the n images of each class: a function of the seed, and in the order of the images.
+
+    A larger share of the same seed holds all images of a smaller one.
+
+    Raises:
+        UserError: if a class is left without an image.
+    """
+    draw = np.random.default_rng(derive_seed(seed, Purpose.LABELS))
+    chosen, empty = [], []
+    for number, name in enumerate(classes):
+        members = draw.permutation(np.flatnonzero(labels == number))
+        wanted = round(share * len(members))
+        chosen.append(members[:wanted])
+        if not wanted:
+            empty.append(f"{name} ({len(members)})")
+    if empty:
+        raise UserError(
+            f"--labels {share:g} leaves no image of {and_more(empty, _MOST_NAMED)}: in brackets, how many images there "
+            "are.\nGive a larger share."
+        )
+    return np.sort(np.concatenate(chosen))
+
+
+def _classes_of(source: ImageSource, option: str) -> list[str]:
+    classes = occurring_classes(source)
+    if not classes:
+        raise UserError(
+            f"{source.name} ({option}) has no labels, which fine-tuning learns.\n"
+            "Labels are class folders, a label column in .parquet, .cls files in .tar shards, or (image, label) pairs."
+        )
+    return classes
+
+
+def _refuse_differences(train: ImageSource, classes: list[str], val: ImageSource, val_classes: list[str]) -> None:
+    """Raise a `UserError` if a class occurs in one source only."""
+    differences = {
+        train.name: [name for name in classes if name not in val_classes],
+        val.name: [name for name in val_classes if name not in classes],
+    }
+    if found := [f"only in {source}: {and_more(names, _MOST_NAMED)}" for source, names in differences.items() if names]:
+        raise UserError(
+            "Training and validation images have different classes,\n"
+            + "; ".join(found)
+            + ".\nBoth need the same ones, by name (or by number, where they have no names)."
+        )
+
+
+def _numbered(source: ImageSource, classes: list[str]) -> np.ndarray:
+    number: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
+    # Only an image that could not be read is without a label by now; it is met, and told, again in training.
+    return np.array([number.get(name, NO_LABEL) for name in label_names(source) or []], dtype=np.int64)
+
+
+def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
+    """The order in which an epoch goes through the images: a permutation that depends on (seed, epoch) only."""
+    return np.random.default_rng(derive_seed(seed, Purpose.ORDER, epoch)).permutation(num_images)
+
+
+def micro_slices(global_batch: int, rank: int, world_size: int, accumulation: int) -> list[slice]:
+    """The parts of a global batch that one process works through, one slice per micro-batch.
+
+    Processes take consecutive shares, and each share is cut into consecutive micro-batches of equal size, which is what
+    makes the mean of the micro-batches' losses the loss of the global batch.
+    """
+    micro = global_batch // (world_size * accumulation)
+    assert micro * world_size * accumulation == global_batch, "the configuration is checked for this"
+    first = rank * accumulation
+    return [slice(i * micro, (i + 1) * micro) for i in range(first, first + accumulation)]
+
+
+class StepSampler(Sampler[list[tuple[int, int]]]):
+    """The micro-batches of one process from `start_step` to the end of the run, as lists of (image, epoch) keys.
+
+    Pass it to a `DataLoader` as `batch_sampler`. It has no state but the step, so a resumed run goes on with exactly
+    the images that come next; and it never ends at an epoch, so loading never stalls between two. The last images of an
+    epoch that fill no batch are left out; another permutation leaves out others.
+
+    Args:
+        num_images: images to train on.
+        batch_size: global batch: images per step over all processes and micro-batches.
+        seed: the run's seed.
+        start_step: first step to yield.
+        total_steps: the step before which to stop.
+        rank: number of this process.
+        world_size: number of processes.
+        accumulation: micro-batches per step.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        batch_size: int,
+        *,
+        seed: int,
+        start_step: int,
+        total_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulation: int = 1,
+    ) -> None:
+        self.num_images = num_images
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start_step = start_step
+        self.total_steps = total_steps
+        self.slices = micro_slices(batch_size, rank, world_size, accumulation)
+
+    def __len__(self) -> int:
+        return (self.total_steps - self.start_step) * len(self.slices)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        steps_per_epoch = self.num_images // self.batch_size
+        order, order_epoch = np.empty(0, dtype=np.int64), -1
+        for step in range(self.start_step, self.total_steps):
+            epoch, position = divmod(step, steps_per_epoch)
+            if epoch != order_epoch:
+                order, order_epoch = epoch_order(self.seed, epoch, self.num_images), epoch
+            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+            for part in self.slices:
+                yield [(int(index), epoch) for index in batch[part]]
+
+
+_MOST_LISTED = 3
+
+
+class BadImages:
+    """The distinct unreadable images of a run.
+
+    A run may meet max_bad * max(seen, 100) of them, where `seen` is the number of distinct images it has asked for so
+    far. The 100 keep one bad file at the very beginning from stopping a run; with `max_bad=0` the first one stops it.
+
+    Args:
+        table: the file bad_files.csv; what it lists is known already.
+        max_bad: largest share of unreadable images.
+        writes: whether this process writes the table.
+    """
+
+    def __init__(self, table: CsvLog, max_bad: float, *, writes: bool = True) -> None:
+        self.table = table
+        self.max_bad = max_bad
+        self.writes = writes
+        self.reasons = {row["location"]: row["reason"] for row in table.read()}
+
+    def __len__(self) -> int:
+        return len(self.reasons)
+
+    def add(self, step: int, found: Iterable[BadImage]) -> bool:
+        """Write down images that were not known to be bad, and say whether there were any."""
+        rows = []
+        for location, reason in found:
+            location, reason = " ".join(location.splitlines()), " ".join(reason.split())
+            if location not in self.reasons:
+                self.reasons[location] = reason
+                rows.append({"step": step, "location": location, "reason": reason})
+        if self.writes:
+            self.table.append(rows)
+        return bool(rows)
+
+    def too_many(self, seen: int) -> bool:
+        """Whether there are more than a run may meet among `seen` distinct images."""
+        return len(self) > most_bad(self.max_bad, seen)
+
+    def error(self, seen: int) -> UserError:
+        """What to tell the user when there are too many."""
+        first = "; ".join(f"{location} ({reason})" for location, reason in list(self.reasons.items())[:_MOST_LISTED])
+        return UserError(
+            f"{len(self)} of the first {seen} images cannot be read, more than --max-bad {self.max_bad:g} allows.\n"
+            f"They begin with {first}.\n"
+            f"All are listed in {self.table.path}. Fix or remove them, or raise --max-bad."
+        )

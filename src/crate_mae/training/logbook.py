@@ -1,18 +1,24 @@
-"""What a run writes down about itself: rows of metrics, and the same for trackers."""
+"""What a run writes down about itself: rows of metrics.csv, and the same for trackers such as TensorBoard."""
 
 from __future__ import annotations
 
+import importlib.util
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 
+from crate_mae.errors import UserError
 from crate_mae.training.checkpoint import TrainState
+from crate_mae.training.model_state import ModelState
+from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import first_decides
 from crate_mae.training.report import RunReport
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Measured, Task
-from crate_mae.training.trainee import Trainee
 
 BEST = "best_score"  # the column with the best score so far
 
@@ -56,11 +62,11 @@ class Logbook:
         self.images_per_second = self.data_wait = 0.0
         self._restart_clock()
 
-    def record(self, trainee: Trainee, state: TrainState, step: StepLog, *, bad_images: int) -> bool:
+    def record(self, model_state: ModelState, state: TrainState, step: StepLog, *, bad_images: int) -> bool:
         """Note one step: its speed always, a row and what held-out images say when they are due.
 
         Args:
-            trainee: to measure.
+            model_state: to measure.
             state: after the step; its running mean of the loss is emptied into the row, and its best score noted.
             step: what the step did.
             bad_images: unreadable images so far.
@@ -91,7 +97,7 @@ class Logbook:
         state.loss_sum, state.loss_count = 0.0, 0
         is_best = False
         if measures:
-            measured = self._measure(trainee, state.step)
+            measured = self._measure(model_state, state.step)
             is_best = state.note_score(measured.score)
             row |= measured.values
             row |= {} if state.best_score is None else {BEST: state.best_score}
@@ -100,15 +106,15 @@ class Logbook:
         self._restart_clock()  # measuring and drawing are no part of the speed
         return is_best
 
-    def begin(self, trainee: Trainee) -> None:
+    def begin(self, model_state: ModelState) -> None:
         """Write the row of step 0: what the model does before it learns; it is not saved, and cannot be the best."""
-        measured = self._measure(trainee, 0)
+        measured = self._measure(model_state, 0)
         self._write({"step": 0, "epoch": 0.0, **measured.values})
         self._restart_clock()
 
-    def _measure(self, trainee: Trainee, step: int) -> Measured:
+    def _measure(self, model_state: ModelState, step: int) -> Measured:
         """What held-out images say, which all processes must know since it decides about checkpoints."""
-        with trainee.measured(self.accelerator) as model:
+        with model_state.measured(self.accelerator) as model:
             return first_decides(self.accelerator, lambda: self.task.measure(model, step, self.directory))
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -119,3 +125,35 @@ class Logbook:
 
     def _restart_clock(self) -> None:
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+
+def choose_trackers(asked: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The trackers to use: the one or those asked for; if nobody asked, TensorBoard where it is installed.
+
+    Raises:
+        UserError: for a tracker that Accelerate does not know or that is not installed.
+    """
+    if asked is None:
+        return ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    asked = (asked,) if isinstance(asked, str) else tuple(asked)
+    known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
+    for name in asked:
+        if name not in known:
+            raise UserError(f"Unknown tracker {name}: --trackers takes {', '.join(known)}.")
+        if importlib.util.find_spec(name) is None:
+            extra = f"'crate-mae[{name}]'" if name in ("tensorboard", "wandb") else name
+            raise UserError(f"The tracker {name} is not installed: pip install {extra}")
+    return asked
+
+
+def start_trackers(accelerator: Accelerator, config: RunOptions, run: Path, start_step: int) -> None:
+    """Start the accelerator's trackers, and have TensorBoard forget what it was told beyond `start_step`."""
+    if config.trackers:
+        options = {"tensorboard": {"purge_step": start_step + 1}, "wandb": {"name": run.name}}
+        accelerator.init_trackers("", init_kwargs={name: options.get(name, {}) for name in config.trackers})
+
+
+def close_trackers(accelerator: Accelerator) -> None:
+    """Have the trackers write down what they still hold."""
+    for tracker in accelerator.trackers:
+        tracker.finish()

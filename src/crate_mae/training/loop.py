@@ -6,30 +6,38 @@ It serves every task. What pretraining and fine-tuning do differently is in `pre
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Iterator, Sequence
+import math
+import time
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
+from typing import NamedTuple
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
 from crate_mae.errors import DivergedError, RunStopped, UserError
+from crate_mae.models.devices import send
+from crate_mae.models.monotone import retract_
 from crate_mae.training import checkpoint
-from crate_mae.training.bad_images import BadImages
-from crate_mae.training.checkpoint import TrainState
-from crate_mae.training.files import is_disk_full
-from crate_mae.training.images import training_batches
-from crate_mae.training.logbook import Logbook
-from crate_mae.training.memory import first_step
-from crate_mae.training.processes import first_decides, lost_processes_explained, stop_requests
-from crate_mae.training.progress import Display
+from crate_mae.training.checkpoint import Saver, TrainState
+from crate_mae.training.images import BadImages, micro_slices, training_batches
+from crate_mae.training.logbook import Logbook, StepLog, close_trackers, start_trackers
+from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
+from crate_mae.training.optimizer import scaled_lr, warmup_cosine
+from crate_mae.training.precision import autocast
+from crate_mae.training.preflight import first_step
+from crate_mae.training.processes import Agreement, agree, explain_lost_processes, first_decides, stop_requests
+from crate_mae.training.progress import Display, plan_lines
+from crate_mae.training.randomness import seed_step
 from crate_mae.training.report import RunReport
-from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.saver import Saver
-from crate_mae.training.step import training_step
+from crate_mae.training.run_directory import RunDirectory, is_disk_full
 from crate_mae.training.task import Task
-from crate_mae.training.trackers import close_trackers, start_trackers
-from crate_mae.training.trainee import Trainee, build_trainee
 
 logger = logging.getLogger(__name__)
 
@@ -37,33 +45,33 @@ MOST_SKIPPED_IN_A_ROW = 5
 
 
 def train(
-    task: Task, accelerator: Accelerator, *, directory: RunDirectory, display: Display, plan: Sequence[str] = ()
+    task: Task, accelerator: Accelerator, *, directory: RunDirectory, display: Display, plan: Mapping[str, str]
 ) -> None:
     """Train from the newest checkpoint, or from the beginning, to the end of the run.
 
     Args:
-        task: what to learn from what, checked.
-        accelerator: brings devices and processes together.
+        task: what to learn from which images, checked.
+        accelerator: connects devices and processes.
         directory: where everything is kept.
-        display: shows the plan and the progress.
-        plan: lines to show before the first step, and to keep in the log.
+        display: prints the plan and the progress.
+        plan: to print before the first step, and to keep in the log and the report.
 
     Raises:
-        UserError: for a reason to stop that the user can mend. What was saved stays whole.
+        UserError: for a reason to stop that the user can fix. What was saved stays whole.
         RunStopped: after SIGINT or SIGTERM, when everything has been saved.
     """
     try:
         with ExitStack() as stack:
             first_decides(accelerator, lambda: stack.enter_context(directory.opened(task.config)))
-            stack.enter_context(_full_disk_explained(directory))
-            stack.enter_context(lost_processes_explained(accelerator, directory.resume_command))
-            display.lines(plan)
+            stack.enter_context(_explain_full_disk(directory))
+            stack.enter_context(explain_lost_processes(accelerator, directory.resume_command))
+            display.lines(plan_lines(plan))
 
             # Build.
-            trainee = build_trainee(task, accelerator)
+            model_state = build_model_state(task, accelerator)
 
             # Resume.
-            state = _resume(task, accelerator, directory, trainee)
+            state = _resume(task, accelerator, directory, model_state)
             start_trackers(accelerator, task.config, directory.path, state.step)
             stack.callback(close_trackers, accelerator)
 
@@ -71,16 +79,16 @@ def train(
             batches = stack.enter_context(closing(_batches(task, accelerator, state.step)))
             report = RunReport(directory, task, plan, writes=accelerator.is_main_process)
             stack.enter_context(closing(report))
-            _learn(task, accelerator, trainee, state, batches, directory=directory, display=display, report=report)
+            _learn(task, accelerator, model_state, state, batches, directory=directory, display=display, report=report)
     except RunStopped:
-        accelerator.wait_for_everyone()  # a launcher ends all processes, at once, when the first has ended
+        accelerator.wait_for_everyone()  # a launcher ends all processes at once when the first has ended
         raise
 
 
 def _learn(
     task: Task,
     accelerator: Accelerator,
-    trainee: Trainee,
+    model_state: ModelState,
     state: TrainState,
     batches: Iterator[Batch],
     *,
@@ -93,24 +101,24 @@ def _learn(
     bad_images = BadImages(directory.bad_files, config.max_bad, writes=accelerator.is_main_process)
     bad_images.add(0, task.bad_held_out)
     log = Logbook(directory, task, accelerator, report)
-    saver = Saver(directory, task, trainee=trainee, accelerator=accelerator)
+    saver = Saver(directory, task, model_state=model_state, accelerator=accelerator)
 
     with stop_requests() as request, display.training(state.step, config.steps):
         if state.step == 0:
-            log.begin(trainee)
+            log.begin(model_state)
         begun_at = state.step
         while state.step < config.steps:
             # Step.
             due = saver.is_due_by_clock()
             with first_step(is_first=state.step == begun_at):
-                step = training_step(task, accelerator, trainee, batches, state.step, stop=request.signal, save=due)
+                step = training_step(task, accelerator, model_state, batches, state.step, stop=request.signal, save=due)
             state.count(step.loss, step.is_finite)
             if step.is_finite:
-                trainee.move_average(state.step)
+                model_state.move_average(state.step)
 
             # Log.
             too_many_bad = step.agreed.bad_images and _note_bad_images(task, bad_images, state.step, step.bad_images)
-            is_best = log.record(trainee, state, step.log, bad_images=len(bad_images))
+            is_best = log.record(model_state, state, step.log, bad_images=len(bad_images))
             display.step(state.step, step.loss, log.images_per_second, log.data_wait)
 
             # Save.
@@ -126,14 +134,114 @@ def _learn(
         saver.save_model(state)
 
 
-def _resume(task: Task, accelerator: Accelerator, directory: RunDirectory, trainee: Trainee) -> TrainState:
-    """The state to go on from; logs are cut back to it."""
+class StepResult(NamedTuple):
+    """One step, as seen by one process.
+
+    Attributes:
+        loss: of the global batch.
+        is_finite: whether loss and gradients were finite; if not, the weights have not been changed.
+        bad_images: unreadable images that this process met.
+        log: what the logbook writes down.
+        agreed: what all processes know together.
+    """
+
+    loss: float
+    is_finite: bool
+    bad_images: list[BadImage]
+    log: StepLog
+    agreed: Agreement
+
+
+def training_step(
+    task: Task,
+    accelerator: Accelerator,
+    model_state: ModelState,
+    batches: Iterator[Batch],
+    step: int,
+    *,
+    stop: int,
+    save: bool,
+) -> StepResult:
+    """Take one optimizer step: a function of (weights, optimizer state, seed, step), and of nothing else.
+
+    Args:
+        task: of the run.
+        accelerator: connects devices and processes.
+        model_state: its optimizer steps only if loss and gradients are finite on all processes.
+        batches: micro-batches of this process.
+        step: number of steps before this one.
+        stop: signal that this process received, or 0.
+        save: whether this process finds a checkpoint due.
+    """
+    optimizer = model_state.accelerated
+    lr = _set_learning_rate(task, optimizer, step)
+    loss, bad_images, waited = _compute_gradients(task, accelerator, model_state, batches, step)
+    norm = _clip_gradients(model_state.model.parameters(), task.config.clip_grad)
+    agreed = agree(accelerator, loss=loss, grad_norm=norm, bad_images=len(bad_images), stop=stop, save=save)
+    is_finite = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
+    if is_finite:
+        optimizer.step()
+        retract_(model_state.plain)
+    optimizer.zero_grad()
+    return StepResult(agreed.loss, is_finite, bad_images, StepLog(lr, agreed.grad_norm, waited), agreed)
+
+
+def _set_learning_rate(task: Task, optimizer: Optimizer, step: int) -> float:
+    """Set the learning rate of a step, which every group gets times its own `lr_scale`, and return it."""
+    config = task.config
+    peak_lr, final_lr = scaled_lr(config.lr, config.batch_size), scaled_lr(config.min_lr, config.batch_size)
+    warmup_steps = round(config.warmup_epochs * task.steps_per_epoch)
+    lr = warmup_cosine(step, config.steps, warmup_steps, peak_lr, final_lr)
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    return lr
+
+
+def _compute_gradients(
+    task: Task, accelerator: Accelerator, model_state: ModelState, batches: Iterator[Batch], step: int
+) -> tuple[Float[Tensor, ""], list[BadImage], float]:
+    """Process the step's images: this process's loss, its unreadable images, and its seconds of waiting."""
+    config, device, model = task.config, accelerator.device, model_state.model
+    rank, world_size = accelerator.process_index, accelerator.num_processes
+    seed_step(config.seed, step, rank)
+    step_loss = task.step_loss(step)
+    loss = torch.zeros((), device=device)
+    bad_images: list[BadImage] = []
+    waited = 0.0
+    parts = micro_slices(config.batch_size, rank, world_size, config.accumulation)
+    for number, part in enumerate(parts, start=1):
+        started = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - started
+        bad_images += batch.bad
+        images, labels = (send(x, device) for x in (batch.images, batch.labels))
+        if device.type == "cuda":  # so that its convolution gives patches one after another, as tokens
+            images = images.contiguous(memory_format=torch.channels_last)
+        with synchronizing(accelerator, model, last=number == len(parts)):
+            with autocast(device, config.precision):
+                part_loss = step_loss(model, images, labels, part) / len(parts)
+            accelerator.backward(part_loss)
+        loss += part_loss.detach()
+    return loss, bad_images, waited
+
+
+def _clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Float[Tensor, ""]:
+    """Scale gradients down to a norm of at most `max_norm`, unless that is 0; return their norm before."""
+    parameters = list(parameters)
+    norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    if max_norm:
+        clip_grads_with_norm_(parameters, max_norm, norm)
+    return whole_tensor(norm)
+
+
+def _resume(task: Task, accelerator: Accelerator, directory: RunDirectory, model_state: ModelState) -> TrainState:
+    """Read the state to go on from; logs are cut back to it."""
     images = len(task.images.train)
     folder = checkpoint.newest_checkpoint(directory.path)
     if folder is None:
         state = TrainState(images=images)
     else:
-        state = checkpoint.read(folder, trainee)
+        state = checkpoint.read(folder, model_state)
         if state.images != images:
             raise UserError(
                 f"This run trains on {state.images} images, but its data now has {images}.\n"
@@ -160,7 +268,7 @@ def _batches(task: Task, accelerator: Accelerator, start_step: int) -> Generator
 
 
 def _note_bad_images(task: Task, bad_images: BadImages, step: int, found: list[BadImage]) -> bool:
-    """Write down what all processes found; whether new ones make too many."""
+    """Write down the unreadable images of all processes; whether new ones make too many."""
     return bad_images.add(step, gather_object(found)) and bad_images.too_many(task.images_seen(step))
 
 
@@ -174,7 +282,7 @@ def _diverged(directory: RunDirectory, state: TrainState) -> DivergedError:
 
 
 @contextmanager
-def _full_disk_explained(directory: RunDirectory) -> Iterator[None]:
+def _explain_full_disk(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except Exception as error:

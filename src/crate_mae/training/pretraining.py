@@ -2,28 +2,35 @@
 
 from __future__ import annotations
 
+import fnmatch
 import shlex
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, final
+from typing import Any, ClassVar, NamedTuple, final
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from crate_mae.data import evaluation_transform, pretrain_transform
+from crate_mae.data import evaluation_transform, pretrain_transform, save_picture_grid
 from crate_mae.data.transforms import Preparation
-from crate_mae.models.autoencoder import build
+from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.completion import complete
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.devices import send
-from crate_mae.models.masking import hide_all_but, quietest_patches
+from crate_mae.models.masking import hide_all_but, quietest_patches, random_mask
+from crate_mae.models.tracing import trace
+from crate_mae.theory.coding_rate import official_subspace_coding_rate
+from crate_mae.theory.measures import effective_rank, zero_fraction
 from crate_mae.training.images import PYTHON_OBJECT, RunImages, read_held_out
-from crate_mae.training.monitor import Monitor
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.options import PretrainOptions
 from crate_mae.training.progress import count
 from crate_mae.training.randomness import step_noise
 from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.task import Measured, StepLoss, Task
+from crate_mae.training.task import Measured, StepLoss, Task, evaluating
 
 
 @final
@@ -89,13 +96,107 @@ class Pretraining(Task[PretrainOptions]):
             f"{model.config.patch_size} x {model.config.patch_size}, {c.mask_ratio:.0%} hidden",
         }
 
-    def describe_end(self, rows: list[dict[str, float | None]], run: Path) -> list[str]:
-        """The loss on held-out images, and how to complete others."""
-        losses = [row["held_out_loss"] for row in rows if row["held_out_loss"] is not None]
+    def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
+        """Describe the loss on held-out images, first and last."""
+        losses = [loss for row in rows if (loss := row["held_out_loss"]) is not None]
+        return f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now."
+
+    def describe_use(self, run: Path) -> list[str]:
+        """Describe how to complete other images."""
         images = "IMAGES" if self.config.data.startswith(PYTHON_OBJECT) else shlex.quote(self.config.data)
         return [
-            f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now.",
             f"Curves, pictures: {RunDirectory(run).report}",
             f"Complete others:  crate-mae reconstruct {shlex.quote(str(run))} {images} --out picture.png",
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]
+
+
+_SPARSE_CODES = "encoder.blocks.*.ista"
+_PROJECTIONS = "encoder.blocks.*.attn.subspaces"
+_MASK_SEED = 0  # the same masks in every run, so that runs can be compared
+_BATCH = 32
+_PICTURED = 8
+
+
+class LayerSignal(NamedTuple):
+    """One measure of one layer; `layer` counts from 0."""
+
+    part: str
+    layer: int
+    measure: str
+    value: float
+
+
+class Signals(NamedTuple):
+    """What `Monitor.measure` finds.
+
+    Attributes:
+        held_out_loss: the training loss, on held-out images with fixed masks.
+        feature_rank: effective rank of the images' features (the mean over patches of the unmasked encoder's output),
+            less their mean over images. A fall towards 1 is collapse.
+        layers: of every encoder layer that has them: `zero_fraction`, the share of exact zeros in the sparse code, and
+            `subspace_rate`, the coding rate of the projections, mean over images, as the official code takes it.
+    """
+
+    held_out_loss: float
+    feature_rank: float
+    layers: list[LayerSignal]
+
+
+class Monitor:
+    """Measures a model on fixed held-out images with fixed masks: nothing random, nothing remembered.
+
+    Args:
+        images: normalised held-out images.
+        num_patches: patches per image.
+        mask_ratio: share of hidden patches.
+    """
+
+    def __init__(self, images: Float[Tensor, "b c hh ww"], num_patches: int, mask_ratio: float) -> None:
+        self.images = images
+        generator = torch.Generator().manual_seed(_MASK_SEED)
+        self.masks: Bool[Tensor, "b n"] = random_mask(len(images), num_patches, mask_ratio, generator)
+
+    def measure(self, model: MaskedAutoencoder) -> Signals:
+        """All signals, in float32."""
+        names = [name for name, _ in model.named_modules()]
+        patterns = [pattern for pattern in (_SPARSE_CODES, _PROJECTIONS) if fnmatch.filter(names, pattern)]
+        device = model.mask_token.device
+        loss, features = 0.0, []
+        sums: dict[tuple[str, str], float] = defaultdict(float)
+        with evaluating(model):
+            for images, masks in zip(self.images.split(_BATCH), self.masks.split(_BATCH), strict=True):
+                images = images.to(device)
+                share = len(images) / len(self.images)
+                loss += share * float(model(images, mask=masks).loss)
+                with trace(model, patterns) as record:
+                    tokens = model.encoder.forward_features(images)
+                features.append(tokens[:, model.encoder.num_prefix_tokens :].mean(dim=1))
+                for name, (output,) in record.items():
+                    for measure, value in _layer_measure(name, output, model.config.num_heads):
+                        sums[name, measure] += share * value
+        layers = [LayerSignal(*_place(name), measure, value) for (name, measure), value in sums.items()]
+        z = torch.cat(features)
+        return Signals(loss, float(effective_rank(z - z.mean(dim=0))), layers)
+
+    def picture(self, model: MaskedAutoencoder, path: Path) -> None:
+        """Write held-out images as they are, masked, completed, and with the completion pasted into the holes."""
+        device = model.mask_token.device
+        images, masks = self.images[:_PICTURED].to(device), self.masks[:_PICTURED]
+        with evaluating(model):
+            completion = complete(model, images, masks)
+        save_picture_grid([(name, pictures.cpu()) for name, pictures in completion._asdict().items()], path)
+
+
+def _layer_measure(name: str, output: Tensor, num_heads: int) -> Iterator[tuple[str, float]]:
+    if fnmatch.fnmatch(name, _SPARSE_CODES):
+        yield "zero_fraction", float(zero_fraction(output))
+    else:
+        projections = output.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+        yield "subspace_rate", float(official_subspace_coding_rate(projections).mean())
+
+
+def _place(name: str) -> tuple[str, int]:
+    """("encoder", 3) of "encoder.blocks.3.ista"."""
+    part, _, layer, *_ = name.split(".")
+    return part, int(layer)

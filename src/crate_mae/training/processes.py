@@ -104,7 +104,7 @@ def first_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
         try:
             outcome = [decide(), None]
         except Exception as error:  # whatever it is, or the others would wait for the first process
-            failure, outcome = error, [None, _told(error, 0)]
+            failure, outcome = error, [None, _describe_error(error, 0)]
     value, mistake = broadcast_object_list(outcome)
     if failure is not None:
         raise failure
@@ -120,20 +120,20 @@ def all_succeed(accelerator: Accelerator, act: Callable[[], None]) -> None:
         act()
     except Exception as error:  # whatever it is, or the others would wait for this process
         failure = error
-    mistakes = gather_object([failure and _told(failure, accelerator.process_index)])
+    mistakes = gather_object([failure and _describe_error(failure, accelerator.process_index)])
     if failure is not None:
         raise failure
     if found := [mistake for mistake in mistakes if mistake]:
         raise UserError(found[0])
 
 
-def _told(error: Exception, process: int) -> str:
+def _describe_error(error: Exception, process: int) -> str:
     """What the other processes are told of an exception."""
     return str(error) if isinstance(error, UserError) else f"Process {process} of the run could not go on: {error}."
 
 
 @contextlib.contextmanager
-def lost_processes_explained(accelerator: Accelerator, resume_command: str) -> Iterator[None]:
+def explain_lost_processes(accelerator: Accelerator, resume_command: str) -> Iterator[None]:
     """Turn what communication raises when another process is gone into a `UserError` that says how to go on."""
     try:
         yield

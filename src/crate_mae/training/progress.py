@@ -1,25 +1,97 @@
-"""What a run shows while it goes on: a bar in a terminal, a line now and then elsewhere."""
+"""What a run prints: its plan before the first step, its progress, and its result."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
+from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from crate_mae.training.model_state import sharding_of
+from crate_mae.training.optimizer import scaled_lr
+from crate_mae.training.preflight import ProbeResult
+from crate_mae.training.run_directory import Run, RunDirectory
+from crate_mae.training.task import Task
+
 logger = logging.getLogger(__name__)
 
+_MUCH_WAITING = 0.2
 _SECONDS_BETWEEN_LINES = 30.0
+
+
+def describe_plan(
+    task: Task, accelerator: Accelerator, probe: ProbeResult, directory: RunDirectory, start_step: int
+) -> dict[str, str]:
+    """Describe what a run will do: one entry for each question that should have an answer before a long run."""
+    config = task.config
+    processes = accelerator.num_processes
+    micro = config.batch_size // (processes * config.accumulation)
+    warmup = round(config.warmup_epochs * task.steps_per_epoch)
+    lr, final = scaled_lr(config.lr, config.batch_size), scaled_lr(config.min_lr, config.batch_size)
+    rows = {
+        **task.describe(),
+        "batch": f"{config.batch_size} = {micro} x {config.accumulation} accumulated x {count(processes, 'process')}",
+        "learning rate": f"{config.lr:.3g} x {config.batch_size}/256 = {lr:.3g} after {count(warmup, 'warm-up step')}"
+        f", then by a cosine to {final:g}",
+        "length": f"{count(config.steps, 'step')} = {config.steps / task.steps_per_epoch:.4g} epochs of "
+        f"{task.steps_per_epoch:,}",
+        "precision": config.precision + (f" ({probe.reason})" if probe.reason else ""),
+        "device": f"{accelerator.device.type}, {count(config.threads, 'thread')}, "
+        f"{count(config.workers, 'loader process')}" + "".join(f", {name}" for name in _techniques(task, accelerator)),
+        "estimate": _estimate(task, probe, start_step),
+        "folder": f"{directory.path}, with a checkpoint every {count(config.checkpoint_epochs, 'epoch')} and every "
+        f"{config.checkpoint_minutes:g} min",
+        "to resume": directory.resume_command + " (Ctrl-C stops and saves)",
+    }
+    if start_step:
+        rows["resuming"] = f"at step {start_step:,}"
+    return rows
+
+
+def plan_lines(plan: Mapping[str, str]) -> list[str]:
+    """A plan as a table of two columns."""
+    return [f"{key:<14} {value}" for key, value in plan.items()]
+
+
+def describe_end(task: Task, run: Run, seconds: float, memory: int | None) -> list[str]:
+    """Describe the result of a run, and what to type next."""
+    rows = run.metrics()
+    waits = [row["data_wait"] for row in rows if row["data_wait"] is not None]
+    peak = f", with at most {memory / 2**30:.1f} GiB of memory" if memory else ""
+    finished = f"Finished step {run.config.steps:,} after {duration(seconds)}{peak}. {task.describe_result(rows)}"
+    lines = [finished, *task.describe_use(run.path)]
+    if waits and (share := sum(waits) / len(waits)) > _MUCH_WAITING:
+        lines.append(f"{share:.0%} of the time was spent waiting for images: more --workers may help.")
+    return lines
+
+
+def _techniques(task: Task, accelerator: Accelerator) -> list[str]:
+    """How this run computes, where that is not the usual way."""
+    techniques = {
+        "compiled": task.config.compile,
+        "layers computed twice": task.config.grad_checkpointing,
+        "sharded": sharding_of(accelerator) is not None,
+    }
+    return [name for name, is_used in techniques.items() if is_used]
+
+
+def _estimate(task: Task, probe: ProbeResult, start_step: int) -> str:
+    seconds = probe.seconds * task.config.accumulation * (task.config.steps - start_step)
+    memory = (
+        f"{probe.memory / 2**30:.1f} GiB of memory" if probe.memory else "memory not measured, since a step is long"
+    )
+    return f"{duration(seconds)} if images load fast enough, {memory}"
 
 
 class Display:
     """Lines before and after a run, and its progress in between; all of it goes to the log as well.
 
     Args:
-        console: where to show it; None shows nothing.
+        console: where to print; None prints nothing.
         on_progress: is called with a line about the step, twice a minute.
     """
 
@@ -30,7 +102,7 @@ class Display:
         self._last_line = 0.0
 
     def lines(self, lines: Sequence[str]) -> None:
-        """Show some lines."""
+        """Print some lines."""
         for line in lines:
             logger.info("%s", line)
             if self.console is not None:
@@ -38,7 +110,7 @@ class Display:
 
     @contextlib.contextmanager
     def training(self, step: int, total_steps: int) -> Iterator[None]:
-        """Show the progress of a block that begins at `step`."""
+        """Display the progress of a block that begins at `step`."""
         self._started, self._first_step, self._total_steps = time.monotonic(), step, total_steps
         self._last_line = self._started
         if self.console is None or not self.console.is_terminal:
@@ -53,7 +125,7 @@ class Display:
             self._bar = None
 
     def step(self, step: int, loss: float, images_per_second: float, data_wait: float) -> None:
-        """Show one step: its loss, images per second, and the share of time spent waiting for images."""
+        """Display one step: its loss, images per second, and the share of time spent waiting for images."""
         text = f"loss {loss:.4f}  {images_per_second:,.0f} images/s  data wait {data_wait:.0%}"
         if self._bar is not None:
             self._bar.update(self._task, description=text, completed=step)
@@ -70,13 +142,13 @@ class Display:
 
 
 def count(number: int, noun: str) -> str:
-    """A number of things for people: "1 step", "1,200 steps", "2 processes"."""
+    """Format a number of things: "1 step", "1,200 steps", "2 processes"."""
     plural = "es" if noun.endswith("s") else "s"
     return f"{number:,} {noun}" + ("" if number == 1 else plural)
 
 
 def duration(seconds: float) -> str:
-    """A length of time for people: "40 s", "12 min", "3 h 20 min"."""
+    """Format a length of time: "40 s", "12 min", "3 h 20 min"."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""The page of a run, `report.html`: how far it has come, what held-out images say, and what it is."""
+"""The report of a run, `report.html`: its progress, results on held-out images, and what it is."""
 
 from __future__ import annotations
 
@@ -6,40 +6,47 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from html import escape
-from typing import Any
+from itertools import starmap
+from math import ceil, isfinite
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crate_mae.data.files import write_whole
 from crate_mae.training.progress import duration
-from crate_mae.training.run import Run
-from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.run_figures import Row, curve, draw_layer_signals, draw_learning
+from crate_mae.training.run_directory import Run, RunDirectory
 from crate_mae.training.task import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN = 30.0
 _SHARE_OF_TIME = 0.01
-_RECENT_ROWS = 5  # whose speed tells the time that is left
+_RECENT_ROWS = 5  # whose speed gives the time that is left
+_MOST_TICKS = 12
+
+Row = Mapping[str, float | None]  # of metrics.csv
 
 
 class RunReport:
-    """Keeps the page of a run up to date, without holding up the run.
+    """Keeps the report of a run up to date, without holding up the run.
 
-    It is drawn when held-out images have been measured, but at most every half minute and for at most a hundredth of
-    the run's time; and once more when the run ends, however it ends. A page that cannot be drawn is a warning in the
-    log, and the run goes on.
+    It is written when the model has been measured on held-out images, but at most every half minute and for at most a
+    hundredth of the run's time; and once more when the run ends, however it ends. A report that cannot be written is a
+    warning in the log, and the run goes on.
 
     Args:
         directory: of the run.
-        task: says what is learned.
-        plan: what was shown when the run started, one line a fact.
-        writes: whether this process writes the page, as only the first of them does.
+        task: describes the result.
+        plan: what was printed when the run started.
+        writes: whether this process writes the report, as only the first of them does.
     """
 
-    def __init__(self, directory: RunDirectory, task: Task, plan: Sequence[str], *, writes: bool) -> None:
+    def __init__(self, directory: RunDirectory, task: Task, plan: Mapping[str, str], *, writes: bool) -> None:
         self.directory = directory
         self.task = task
         self.plan = plan
@@ -47,12 +54,12 @@ class RunReport:
         self._due = time.monotonic() + _SECONDS_BETWEEN
 
     def update(self, step: int) -> None:
-        """Draw the page if this step has measured held-out images and the last page is old enough."""
+        """Write the report if this step has measured the model and the last report is old enough."""
         if step % self.task.config.monitor_steps == 0 and time.monotonic() >= self._due:
             self._write()
 
     def close(self) -> None:
-        """Draw the page for the last time."""
+        """Write the report for the last time."""
         self._write()
 
     def _write(self) -> None:
@@ -60,19 +67,19 @@ class RunReport:
             return
         started = time.monotonic()
         try:
-            write_whole(self.directory.report, write_page(self.directory, self.task, self.plan).encode())
+            write_whole(self.directory.report, render_report(self.directory, self.task, self.plan).encode())
         except Exception:  # whatever it is, it is not worth a run
             logger.warning("%s could not be written; the run goes on without it.", self.directory.report, exc_info=True)
         ended = time.monotonic()
         self._due = ended + max(_SECONDS_BETWEEN, (ended - started) / _SHARE_OF_TIME)
 
 
-def write_page(directory: RunDirectory, task: Task, plan: Sequence[str]) -> str:
-    """The page as HTML, from what the run has written down so far.
+def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str]) -> str:
+    """The report as HTML, from what the run has written down so far.
 
     Args:
         directory: of the run.
-        task: says what is learned.
+        task: describes the result.
         plan: see `RunReport`.
     """
     from crate_mae.drawing.page import page
@@ -83,7 +90,7 @@ def write_page(directory: RunDirectory, task: Task, plan: Sequence[str]) -> str:
 <p class="small">{written}{"" if directory.is_finished else " Reload the page for news."}</p>
 {_figures(directory, rows)}
 <h2>The run</h2>
-<ul>{"".join(map(_fact, plan))}</ul>
+<ul>{"".join(starmap(_fact, plan.items()))}</ul>
 <details><summary>All options</summary>
 <div class="wide"><pre>{escape(directory.config_file.read_text(encoding="utf-8"))}</pre></div></details>
 <footer><p>The numbers are in <code>metrics.csv</code> and <code>layers.csv</code>, all pictures in
@@ -97,13 +104,13 @@ def _progress(task: Task, directory: RunDirectory, rows: Sequence[Row]) -> str:
         return "Nothing has been measured yet."
     config = task.config
     step, speeds = int(rows[-1]["step"] or 0), curve(rows, "images_per_second").values[-_RECENT_ROWS:]
-    said = f"Finished: {step:,} steps." if directory.is_finished else f"Step {step:,} of {config.steps:,}."
+    text = f"Finished: {step:,} steps." if directory.is_finished else f"Step {step:,} of {config.steps:,}."
     if speeds and not directory.is_finished and (speed := statistics.median(speeds)) > 0:
         seconds = (config.steps - step) * config.batch_size / speed
-        said += f" At {speed:,.0f} images per second, {duration(seconds)} are left."
+        text += f" At {speed:,.0f} images per second, {duration(seconds)} are left."
     if curve(rows, task.measures[0]).steps:
-        said += " " + task.describe_end([dict(row) for row in rows], directory.path)[0]
-    return escape(said)
+        text += " " + task.describe_result(rows)
+    return escape(text)
 
 
 def _figures(directory: RunDirectory, rows: Sequence[Row]) -> str:
@@ -126,10 +133,9 @@ def _figures(directory: RunDirectory, rows: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _fact(line: str) -> str:
-    """A line of the plan, which is a key, spaces, and what there is to say."""
-    key, _, said = line.partition("  ")
-    return f"<li><strong>{escape(key)}</strong>: {escape(said.strip())}</li>\n"
+def _fact(key: str, value: str) -> str:
+    """One entry of the plan."""
+    return f"<li><strong>{escape(key)}</strong>: {escape(value)}</li>\n"
 
 
 def _environment(directory: RunDirectory) -> str:
@@ -138,3 +144,98 @@ def _environment(directory: RunDirectory) -> str:
     packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
     gpus = f", {', '.join(found['gpus'])}" if found["gpus"] else ""
     return escape(f"Python {found['python']}, {', '.join(packages)}; {found['system']}, {found['cpus']} CPUs{gpus}.")
+
+
+class _Line(NamedTuple):
+    """A column of metrics.csv, its name in the legend, and whether it is measured on held-out images."""
+
+    key: str
+    label: str
+    is_held_out: bool = True
+
+
+class Points(NamedTuple):
+    """Steps at which something was measured, and its values."""
+
+    steps: list[float]
+    values: list[float]
+
+
+_PANELS = {
+    "loss": (
+        _Line("loss", "training", is_held_out=False),
+        _Line("held_out_loss", "held-out images"),
+        _Line("val_loss", "validation images"),
+    ),
+    "effective rank of features": (_Line("feature_rank", ""),),
+    "accuracy on validation images": (_Line("val_accuracy", "top 1"), _Line("val_accuracy_top5", "top 5")),
+    "learning rate": (_Line("lr", "", is_held_out=False),),
+    "images per second": (_Line("images_per_second", "", is_held_out=False),),
+}
+_SIGNALS = {"subspace_rate": "subspace rate R$^c$ (nats)", "zero_fraction": "exact zeros in the code (share)"}
+
+
+def curve(rows: Sequence[Row], key: str) -> Points:
+    """One column of metrics.csv, where it has finite numbers."""
+    points = [(row["step"], row.get(key)) for row in rows]
+    found = [(step, value) for step, value in points if step is not None and value is not None and isfinite(value)]
+    return Points([step for step, _ in found], [value for _, value in found])
+
+
+def draw_learning(rows: Sequence[Row]) -> Figure:
+    """Draw losses, learning rate, other measures of held-out images, and speed by step, as far as they were measured.
+
+    Args:
+        rows: of metrics.csv.
+    """
+    from crate_mae.drawing.style import GREY, colour, marker, new_figure, panels
+
+    contents = {title: [line for line in lines if curve(rows, line.key).steps] for title, lines in _PANELS.items()}
+    contents = {title: lines for title, lines in contents.items() if lines}
+    columns = min(2, len(contents))
+    figure = new_figure(5.5 * columns, 2.9 * ceil(len(contents) / columns))
+    axes = panels(figure, ceil(len(contents) / columns), columns)
+    for panel, (title, lines) in zip(axes.flat, contents.items(), strict=False):
+        for number, line in enumerate(lines):
+            held_out = {"color": colour(number), "marker": marker(number), "markersize": 4}
+            style = held_out if line.is_held_out else {"color": GREY, "linewidth": 1}
+            panel.plot(*curve(rows, line.key), label=line.label, **style)
+        panel.set_ylabel(title)
+        panel.set_xlabel("step")
+        panel.set_ylim(bottom=0)
+        if len(lines) > 1:
+            panel.legend(frameon=False)
+    for empty in axes.flat[len(contents) :]:
+        empty.axis("off")
+    return figure
+
+
+def draw_layer_signals(rows: Sequence[Mapping[str, str]]) -> Figure:
+    """Draw subspace rate and sparsity of every encoder layer by step: one line for each layer, from dark to light.
+
+    Args:
+        rows: of layers.csv.
+    """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    from crate_mae.drawing.style import new_figure, panels
+
+    layers = 1 + max(int(row["layer"]) for row in rows)
+    # The lightest yellow is hard to see on white.
+    colours = ListedColormap([colormaps["viridis"](0.9 * layer / max(1, layers - 1)) for layer in range(layers)])
+    figure = new_figure(11.0, 3.2)
+    (axes,) = panels(figure, 1, len(_SIGNALS))
+    for panel, (measure, title) in zip(axes, _SIGNALS.items(), strict=True):
+        for layer in range(layers):
+            points = [row for row in rows if row["measure"] == measure and int(row["layer"]) == layer]
+            steps, values = [int(row["step"]) for row in points], [float(row["value"]) for row in points]
+            panel.plot(steps, values, color=colours(layer), marker="o", markersize=3, linewidth=1.2)
+        panel.set_ylabel(title)
+        panel.set_xlabel("step")
+    bounds = [layer - 0.5 for layer in range(layers + 1)]
+    scale = ScalarMappable(BoundaryNorm(bounds, layers), colours)
+    ticks = range(0, layers, ceil(layers / _MOST_TICKS))
+    figure.colorbar(scale, ax=list(axes), ticks=list(ticks), label="layer of the encoder")
+    return figure

@@ -16,8 +16,8 @@ from crate_mae.models.config import ModelConfig
 from crate_mae.models.presets import list_models, preset
 from crate_mae.models.weights import load, read_config
 from crate_mae.training.finetuning import Finetuning, Initialisation
-from crate_mae.training.images import open_images
-from crate_mae.training.labelled import open_labelled
+from crate_mae.training.images import open_images, open_labelled
+from crate_mae.training.logbook import choose_trackers
 from crate_mae.training.options import (
     FinetuneOptions,
     Mistake,
@@ -31,7 +31,6 @@ from crate_mae.training.options import (
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import processes_here
 from crate_mae.training.task import Resolved
-from crate_mae.training.trackers import choose_trackers
 
 DEFAULT_EPOCHS = 100
 WARMUP_SHARE = 0.05

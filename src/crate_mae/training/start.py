@@ -20,20 +20,26 @@ from rich.console import Console
 from crate_mae.errors import UserError
 from crate_mae.models.weights import newest_checkpoint
 from crate_mae.training import checkpoint
-from crate_mae.training.compiling import check_compiler
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
-from crate_mae.training.memory import StepTooLargeError, first_step, halved, refuse_too_large, too_large
+from crate_mae.training.model_state import asked_sharding
 from crate_mae.training.options import RunOptions
-from crate_mae.training.plan import describe_end, describe_plan
-from crate_mae.training.probe import ProbeResult, peak_on, probe
+from crate_mae.training.preflight import (
+    ProbeResult,
+    StepTooLargeError,
+    check_compiler,
+    first_step,
+    halved,
+    peak_on,
+    probe,
+    refuse_too_large,
+    too_large,
+)
 from crate_mae.training.processes import all_succeed, computing_threads, training_device
-from crate_mae.training.progress import Display
+from crate_mae.training.progress import Display, describe_end, describe_plan
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
-from crate_mae.training.run import Run
-from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.sharding import asked_sharding
+from crate_mae.training.run_directory import Run, RunDirectory
 from crate_mae.training.task import Resolved, Task
 
 # Of one whole model per process: its buffers are positions, alike in all and never changed; gradients are held once.

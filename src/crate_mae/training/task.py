@@ -1,13 +1,15 @@
-"""What pretraining and fine-tuning do differently. Everything else is the loop's, and is the same for both."""
+"""What pretraining and fine-tuning do differently. Everything else is in the loop, and is the same for both."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -36,7 +38,7 @@ class Resolved(Generic[OptionsT]):
 
 
 class Measured(NamedTuple):
-    """What held-out images say about a model.
+    """The results of a model on held-out images.
 
     Attributes:
         values: by the names of `Task.measures`; what does not apply is missing.
@@ -99,12 +101,28 @@ class Task(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:
-        """Measure a model on all held-out images, changing nothing of it; what is no number goes into the folder."""
+        """Measure a model on all held-out images, without changing it; pictures and tables go into the folder."""
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
-        """The lines of the plan that no other task has: images, model, input."""
+        """Describe images, model and input: the entries of the plan that the tasks do not share."""
 
     @abstractmethod
-    def describe_end(self, rows: list[dict[str, float | None]], run: Path) -> list[str]:
-        """What came out, from the rows of metrics.csv, and what to type next."""
+    def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
+        """Describe the newest result in one sentence, from the rows of metrics.csv."""
+
+    @abstractmethod
+    def describe_use(self, run: Path) -> list[str]:
+        """Describe where results are and what to type next, in lines."""
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without gradients, stochastic depth or compiled code, which would be compiled once more for evaluation."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,350 @@
+"""What is found out before the first step: whether it compiles, whether it fits in memory, and how fast it is."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import re
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from crate_mae.errors import UserError, first_line
+from crate_mae.training.model_state import shard, sharding_of
+from crate_mae.training.options import RunOptions
+from crate_mae.training.precision import WORTHWHILE, autocast, multiplies_in_bfloat16
+from crate_mae.training.processes import first_decides, processes_here
+from crate_mae.training.task import Task
+
+
+def check_compiler(device: torch.device) -> None:
+    """Compile something small, on the device of the run.
+
+    Raises:
+        UserError: if that fails, such as for want of a C++ compiler (CPU) or of Triton (GPU).
+    """
+    try:
+        torch.compile(_double)(torch.ones(3, device=device))
+    except Exception as error:  # of whatever class the failing part of torch.compile has
+        needs = "a C++ compiler such as g++" if device.type == "cpu" else "Triton and a C compiler"
+        raise UserError(
+            f"--compile does not work on this machine: {first_line(error)}\n"
+            f"It needs {needs}: install that, or leave --compile out."
+        ) from error
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+# And twice as many: what an image adds, not what weights keep. Even, for images that are mixed in pairs.
+_FEW_COUNTED_IMAGES = 2
+_STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments
+_WORDS = ("not enough memory", "can't allocate memory", "out of memory")  # PyTorch's, on Windows, on Linux, elsewhere
+
+
+class StepTooLargeError(RuntimeError):
+    """The first step ran out of memory."""
+
+
+@contextmanager
+def first_step(*, is_first: bool = True) -> Iterator[None]:
+    """Tell a lack of memory in the block from all other errors, if this is the first step."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_first and _is_out_of_memory(error):
+            raise StepTooLargeError from error
+        raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or any(words in str(error) for words in _WORDS)
+
+
+def halved(config: RunOptions, processes: int) -> RunOptions:
+    """The configuration with half as many images at a time, and twice as many times; the steps are the same.
+
+    Args:
+        config: of a run whose first step did not fit.
+        processes: that share a batch.
+
+    Raises:
+        UserError: if a single process does not decide, or its images cannot be halved.
+    """
+    if processes > 1 or _at_a_time(config, processes) % (2 * config.inseparable):
+        raise too_large(config, processes)
+    return dataclasses.replace(config, accumulation=2 * config.accumulation)
+
+
+def too_large(config: RunOptions, processes: int) -> UserError:
+    """What to say when nothing more is tried."""
+    return UserError(
+        f"A step does not fit in memory with {_at_a_time(config, processes)} images at a time: give a larger "
+        "--accumulation, a smaller --batch-size, or a smaller --model."
+    )
+
+
+def _at_a_time(config: RunOptions, processes: int) -> int:
+    return config.batch_size // (processes * config.accumulation)
+
+
+def refuse_too_large(task: Task, accelerator: Accelerator) -> None:
+    """Refuse a step that certainly needs more memory than is free, which on a CPU would end in a killed process.
+
+    Compared is the least that a step can need: weights, gradients, moments, and what its images leave for the backward
+    pass, counted on a few. A real step takes up to twice that (docs/planning.md), so one that passes may still fail. A
+    GPU says itself, at once and harmlessly, that it is full. All processes must call this.
+
+    Raises:
+        UserError: naming what fits.
+    """
+    if accelerator.device.type == "cpu" and task.config.batch_size >= 2 * _FEW_COUNTED_IMAGES:
+        is_sharded = sharding_of(accelerator) is not None
+        first_decides(accelerator, lambda: _refuse_too_large(task, accelerator.num_processes, is_sharded))
+
+
+def _refuse_too_large(task: Task, processes: int, is_sharded: bool) -> None:
+    config, micro, free = task.config, _at_a_time(task.config, processes), free_memory() // processes_here(processes)
+    state = _STATE_BYTES * sum(parameter.numel() for parameter in task.model.parameters())
+    state //= processes if is_sharded else 1
+    per_image = _kept_per_image(task)
+    if (needed := state + per_image * micro) <= free:
+        return
+    fits = max(0, int((free - state) // per_image)) // config.inseparable * config.inseparable
+    divisors = (n for n in range(1, micro + 1) if micro % (n * config.inseparable) == 0)
+    times = next((n for n in divisors if micro // n <= fits), None)
+    advice = "give a smaller --model"
+    if times is not None:
+        largest = fits * processes * config.accumulation
+        advice = f"give --accumulation {times * config.accumulation}, or --batch-size {largest}"
+    raise UserError(
+        f"A step with {micro} images at a time needs at least {needed / 2**30:.1f} GiB of memory, but "
+        f"{free / 2**30:.1f} GiB are free{_for_each(processes)}: {advice}."
+    )
+
+
+def _for_each(processes: int) -> str:
+    here = processes_here(processes)
+    return f" for each of {here} processes" if here > 1 else ""
+
+
+def free_memory() -> int:
+    """Bytes that this machine could give to a process without swapping."""
+    return psutil.virtual_memory().available
+
+
+def kept_bytes(compute: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """What autograd keeps from a computation until its backward pass, beside the parameters; shared memory once."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        kept = compute()  # while it lives, no memory is freed that another tensor could take
+    for parameter in parameters:
+        sizes.pop(parameter.untyped_storage().data_ptr(), None)
+    del kept
+    return sum(sizes.values())
+
+
+def _kept_per_image(task: Task) -> float:
+    """The least that an image of the task leaves for the backward pass, in whichever precision is chosen."""
+    model = copy.deepcopy(task.model).train()
+    model.set_grad_checkpointing(task.config.grad_checkpointing)
+    precision = task.config.precision
+    step_loss = task.step_loss(0)
+
+    def kept(number: int) -> int:
+        images = torch.zeros(number, model.config.in_chans, *model.config.image_size)
+        labels = torch.zeros(number, dtype=torch.int64)
+
+        def loss() -> Tensor:
+            with autocast(torch.device("cpu"), precision):  # "auto" computes in float32, of which bfloat16 keeps half
+                return step_loss(model, images, labels, slice(0, number))
+
+        return kept_bytes(loss, model.parameters())
+
+    with torch.random.fork_rng(devices=[]):
+        per_image = (kept(2 * _FEW_COUNTED_IMAGES) - kept(_FEW_COUNTED_IMAGES)) / _FEW_COUNTED_IMAGES
+    return per_image / (2 if precision == "auto" else 1)
+
+
+Precision = Literal["float32", "bfloat16"]
+
+_TIMED_STEPS = 3
+_FEW_TIMED_IMAGES = 8
+_LONG_STEP = 5.0  # seconds; a longer step is estimated from one with few images
+
+
+class ProbeResult(NamedTuple):
+    """What the probe found out.
+
+    Attributes:
+        precision: the precision to use.
+        reason: why, in a few words; empty if it was given.
+        seconds: one forward and backward pass over a micro-batch with an optimizer step, without loading images.
+        memory: bytes at the peak, on the GPU if there is one; None if it was not measured at full size.
+    """
+
+    precision: Precision
+    reason: str
+    seconds: float
+    memory: int | None
+
+
+def probe(task: Task, micro_batch: int, accelerator: Accelerator) -> ProbeResult:
+    """Time training steps on a copy of the task's model with random images.
+
+    Neither the model nor any random generator is changed. On a CPU "auto" takes whichever precision is faster when
+    measured; on other devices it takes bfloat16 where the hardware has it. The first process measures, or all of them
+    together a model that is sharded. All must call this, and get the same.
+
+    Raises:
+        UserError: if bfloat16 is asked of a GPU that does not compute in it.
+    """
+    first = partial(first_decides, accelerator)
+    precision, reason = first(lambda: _choose_precision(task.config.precision, accelerator.device))
+    settings = sharding_of(accelerator)
+
+    def measure() -> ProbeResult:
+        return _measured(task, micro_batch, _Stepper(accelerator, settings), precision, reason)
+
+    if settings is None:
+        return first(measure)
+    found = measure()
+    return first(lambda: found)
+
+
+def _choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
+    """What is clear without timing steps, and why: float32, bfloat16 or still "auto"."""
+    if device.type == "cpu":
+        if asked == "float32" or multiplies_in_bfloat16(device):
+            return asked, ""
+        reason = "this CPU multiplies more slowly in bfloat16"
+        return ("float32", reason) if asked == "auto" else (asked, f"as asked, though {reason}")
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if asked == "auto" and has_bfloat16:
+        return "bfloat16", "this GPU computes in it"
+    if asked == "auto":
+        return "float32", f"this {device.type} device does not compute in bfloat16"
+    if asked == "bfloat16" and device.type == "cuda" and not has_bfloat16:
+        raise UserError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: give --precision float32.")
+    return asked, ""
+
+
+class _Stepper(NamedTuple):
+    """How to time steps: by this process alone, or of a sharded model by all processes together."""
+
+    accelerator: Accelerator
+    settings: FullyShardedDataParallelPlugin | None
+
+    def place(self, model: Any) -> Any:
+        """Put a model where it is trained."""
+        if self.settings is None:
+            return model.to(self.accelerator.device)
+        shard(model, self.accelerator, self.settings)
+        return model
+
+    def agree(self, seconds: float) -> float:
+        """The same time in all processes, which must take the same decisions."""
+        if self.settings is None:
+            return seconds
+        mine = torch.tensor(seconds, device=self.accelerator.device)
+        return float(cast(torch.Tensor, self.accelerator.reduce(mine, "mean")))
+
+
+def _measured(task: Task, micro_batch: int, stepper: _Stepper, precision: str, reason: str) -> ProbeResult:
+    device = stepper.accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        if precision != "auto":
+            seconds, full_size = _seconds_per_step(task, micro_batch, precision, stepper)
+        else:
+            slow, full_size = _seconds_per_step(task, micro_batch, "float32", stepper)
+            fast, _ = _seconds_per_step(task, micro_batch, "bfloat16", stepper)
+            precision = "bfloat16" if slow / fast > WORTHWHILE else "float32"
+            reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
+            seconds = min(slow, fast) if precision == "bfloat16" else slow
+    return ProbeResult(cast(Precision, precision), reason, seconds, peak_on(device) if full_size else None)
+
+
+def _seconds_per_step(task: Task, micro_batch: int, precision: str, stepper: _Stepper) -> tuple[float, bool]:
+    """Seconds for a step, and whether it was measured with the whole micro-batch."""
+    device, trial = stepper.accelerator.device, copy.deepcopy(task.model)
+    trial.set_grad_checkpointing(task.config.grad_checkpointing)
+    trial = stepper.place(trial).train()
+    optimizer, step_loss = task.optimizer(trial), task.step_loss(0)
+
+    def step(num_images: int) -> float:
+        images = torch.randn(num_images, trial.config.in_chans, *trial.config.image_size, device=device)
+        labels = torch.zeros(num_images, dtype=torch.int64, device=device)
+        started = time.perf_counter()
+        with autocast(device, precision):
+            loss = step_loss(trial, images, labels, slice(0, num_images))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+        return stepper.agree(time.perf_counter() - started)
+
+    few = min(_FEW_TIMED_IMAGES, micro_batch)
+    step(few)  # warms up
+    estimate = step(few) * micro_batch / few
+    if estimate > _LONG_STEP:
+        return estimate, few == micro_batch
+    step(micro_batch)  # the first of a size allocates its memory
+    return statistics.median(step(micro_batch) for _ in range(_TIMED_STEPS)), True
+
+
+def peak_on(device: torch.device) -> int | None:
+    """Bytes at the peak so far: of the GPU if there is one, else of this process; None where nobody can tell."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+
+
+_STATUS = Path("/proc/self/status")
+
+
+def peak_memory() -> int | None:
+    """The most bytes since the start of the process, or since `restart_peak`; None where nobody counts them."""
+    if _STATUS.exists():
+        # Not getrusage: its peak of a new process is at least what the process that started it had.
+        return _status("VmHWM")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def restart_peak() -> int | None:
+    """Forget the peak so far, which imports may have set; bytes now."""
+    if not _STATUS.exists():
+        return peak_memory()  # macOS: what lies under the imports' own peak is not seen
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not allowed in this container: as on macOS
+        return peak_memory()
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    found = re.search(rf"^{key}:\s+(\d+) kB$", _STATUS.read_text(encoding="ascii"), re.MULTILINE)
+    assert found is not None, "proc(5) promises it"
+    return int(found[1]) * 1024
