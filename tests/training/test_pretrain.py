@@ -119,7 +119,7 @@ def test_a_signal_saves_and_resuming_gives_the_weights_of_a_run_never_stopped(ti
         at_step(patch, 6, lambda: os.kill(os.getpid(), number))
         tiny_run("stopped", drop_path=0.2, quiet=False)
     assert stopped.value.signal == number
-    assert "Stopped and saved at step 7. To go on: crate-mae resume" in capsys.readouterr().out
+    assert "Stopped and saved at step 7. To continue: crate-mae resume" in capsys.readouterr().out
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
     resumed = resume(whole.path.with_name("stopped"), quiet=True)
     assert weights(resumed.path) == weights(whole.path)

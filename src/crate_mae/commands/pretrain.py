@@ -40,7 +40,7 @@ def resume(run: Path | str, *, quiet: bool = False) -> Run:
 
     Args:
         run: The folder of the run.
-        quiet: Show nothing.
+        quiet: Print nothing.
 
     Returns:
         The run: `.path`, `.config`, `.model()`, `.metrics()`.

@@ -1,1 +1,1 @@
-"""The pretraining loop on Accelerate, and what it needs: schedules, order, checkpoints, the run directory."""
+"""Pretraining and fine-tuning on Accelerate: options, images, the loop, checkpoints, the run's folder."""

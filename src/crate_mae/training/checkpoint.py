@@ -1,13 +1,13 @@
-"""Checkpoints: everything needed to go on exactly, in safetensors and JSON, never a pickle.
+"""Checkpoints: everything needed to continue exactly, in safetensors and JSON, never a pickle.
 
 A checkpoint folder is a MODEL like any other: the model that the run measures. Where that is a running average of the
-weights, the weights themselves, from which training goes on, stand beside it. All names are those of the unwrapped
-model, so a run may go on with another number of processes than it began with, sharded or not.
+weights, the weights themselves, from which training continues, are saved beside it. Names are those of the unwrapped
+model, so a run may continue with another number of processes than it began with, sharded or not.
 
 Of a sharded model each process writes a file of its own: not its slices, but a share of the tensors, each of them
 whole. Tensors are gathered one after another, so that no process ever holds more than its share and one tensor; and
-the files, with an index, are those in which Hugging Face splits large models. Slices would spare the gathering, which
-takes about as much traffic as a forward pass, but only programs that know how they were cut could read them.
+the files, with an index, are those in which Hugging Face splits large models. Slices would avoid the gathering, which
+takes about as much traffic as a forward pass, but only programs that know the sharding could read them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,6 @@ from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 from crate_mae.models.tensors import index_of, misfits, read_tensors, stream_tensors
 from crate_mae.models.weights import CONFIG_FILE, WEIGHTS_FILE, Config, newest_checkpoint, save_config, save_tensors
-from crate_mae.training import checkpoint
 from crate_mae.training.model_state import WHOLE, ModelState, shard_like, whole_tensor, whole_weights
 from crate_mae.training.processes import all_succeed, first_decides
 from crate_mae.training.run_directory import RunDirectory, flush_to_disk, whole_folder
@@ -55,10 +54,10 @@ OPTIMIZER_FILE = "optimizer.safetensors"
 
 @dataclass
 class TrainState:
-    """How far a run has come, besides weights and optimizer.
+    """The progress of a run, besides weights and optimizer.
 
     Attributes:
-        step: optimizer steps behind us, skipped ones included.
+        step: optimizer steps so far, skipped ones included.
         skipped: steps skipped because of a loss or gradient that was not finite.
         skipped_in_a_row: how many of them came last.
         loss_sum: sum of the losses since the last row of metrics.csv,
@@ -80,7 +79,7 @@ class TrainState:
     best_score: float | None = None
 
     def note_score(self, score: float | None) -> bool:
-        """Whether this step has the best score so far; of equal ones the first is the best."""
+        """Note the score of this step; return whether it is the best so far. Of equal ones the first is the best."""
         is_best = score is not None and (self.best_score is None or score > self.best_score)
         if is_best:
             self.best_step, self.best_score = self.step, score
@@ -100,7 +99,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Weights and optimizer state of a moment.
+    """Weights and optimizer state at one step.
 
     Attributes:
         files: the tensors that this process writes, by file. Of whole models the first process writes all.
@@ -114,7 +113,7 @@ class Snapshot:
 
 
 def gather(model_state: ModelState) -> Snapshot:
-    """Collect what a checkpoint holds from a plain or a distributed model. All processes must call this together."""
+    """Collect the content of a checkpoint, of a plain or a distributed model. All processes must call this together."""
     options = _options(model_state)
     # An optimizer that has not stepped yet has no state; torch would invent one, by a step with zero gradients.
     states: dict[str, Any] = {}
@@ -135,7 +134,7 @@ def gather(model_state: ModelState) -> Snapshot:
 
 
 def partition(snapshot: Snapshot) -> Snapshot:
-    """The same where each process keeps its share of the tensors, whole. All processes must call this together."""
+    """Give each process its share of the tensors, each of them whole. All processes must call this together."""
     rank, processes = dist.get_rank(), dist.get_world_size()
     holders = {file: assign_tensors(tensors, processes) for file, tensors in snapshot.files.items()}
     files: dict[str, dict[str, Tensor]] = {}
@@ -151,7 +150,7 @@ def partition(snapshot: Snapshot) -> Snapshot:
 def write(checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainState) -> Path:
     """Write a checkpoint of a whole model, from one process, and name it the last one, and the best one if it is.
 
-    Removed are all others but the best, and the one that was last before.
+    All others are removed, except the best and the one that was last before.
     """
     folder = checkpoints / f"step-{state.step}"
     with whole_folder(folder) as temporary:
@@ -218,7 +217,10 @@ def _name_last(folder: Path, state: TrainState) -> None:
         kept.append(checkpoints / f"step-{state.best_step}")
         write_whole(checkpoints / "best", f"step-{state.best_step}\n".encode())
     write_whole(checkpoints / "last", f"{folder.name}\n".encode())
-    for other in (*checkpoints.glob("step-*"), *checkpoints.glob(".step-*")):  # ".": cut short by a kill
+    for other in (
+        *checkpoints.glob("step-*"),
+        *checkpoints.glob(".step-*"),
+    ):  # ".": unfinished, of a killed process
         if other not in kept:
             shutil.rmtree(other)
     logger.info("Saved %s.", folder)
@@ -250,12 +252,12 @@ def read(folder: Path, model_state: ModelState) -> TrainState:
 
 
 def _options(model_state: ModelState) -> StateDictOptions | None:
-    """In which form torch takes and gives the state of a model_state: by parts if it is sharded, else whole."""
+    """The form in which torch reads and returns the state of a model: by parts if it is sharded, else whole."""
     return None if model_state.is_sharded else WHOLE
 
 
 def _read_weights(path: Path, model: nn.Module, model_state: ModelState) -> None:
-    # Of whole models, ranks other than the first hold an empty `wanted`; the first speaks for all.
+    # Of whole models, ranks other than the first hold an empty `wanted`; the first checks for all.
     wanted: dict[str, Any] = get_model_state_dict(model, options=_options(model_state))
     weights: dict[str, Any] = {name: shard_like(value, wanted.get(name)) for name, value in stream_tensors(path)}
     if wanted and (problems := misfits(weights, wanted)):
@@ -274,7 +276,7 @@ def _read_state(path: Path) -> tuple[TrainState, list[Any]]:
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} is missing or damaged, so the run cannot go on from there: {error}.\n"
+            f"{path} is missing or damaged, so the run cannot continue from there: {error}.\n"
             f"If {path.parent.parent} holds another checkpoint, write its name into the file `last` beside it."
         ) from error
 
@@ -285,7 +287,7 @@ def step_of(folder: Path) -> int:
 
 
 def assign_tensors(tensors: Mapping[str, Tensor], processes: int) -> dict[str, int]:
-    """Which process holds which tensor: each goes, in order, to the one that holds the fewest numbers so far."""
+    """Assign tensors to processes: each in turn to the process that holds the fewest numbers so far."""
     held = [0] * processes
     holder: dict[str, int] = {}
     for name, tensor in tensors.items():
@@ -300,7 +302,7 @@ def part_file(path: Path, process: int, processes: int) -> Path:
 
 
 def write_index(path: Path, holder: Mapping[str, int], processes: int) -> None:
-    """Write beside the parts of a file which of them holds which tensor.
+    """Write the index of a file in parts: which part holds which tensor.
 
     Raises:
         UserError: if a part is missing.
@@ -320,10 +322,10 @@ class Saver:
     """Writes checkpoints of one model, by the clock and by epochs.
 
     Args:
-        directory: where to.
-        task: tells the epoch.
-        model_state: what is saved.
-        accelerator: brings the processes together.
+        directory: of the run.
+        task: knows the length of an epoch.
+        model_state: is saved.
+        accelerator: connects the processes.
     """
 
     def __init__(
@@ -338,7 +340,7 @@ class Saver:
         self._saved_at = time.monotonic()
 
     def is_due_by_clock(self) -> bool:
-        """Whether the last checkpoint is long ago; clocks differ, so the first process's answer counts for all."""
+        """Whether the last checkpoint is old; clocks differ, so the answer of the first process counts for all."""
         return time.monotonic() - self._saved_at >= 60 * self.config.checkpoint_minutes
 
     def is_due_by_epoch(self, state: TrainState) -> bool:
@@ -347,12 +349,12 @@ class Saver:
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint. All processes must call this together."""
-        snapshot, config = checkpoint.gather(self.model_state), self.task.model.config
+        snapshot, config = gather(self.model_state), self.task.model.config
         folder = self.directory.checkpoints
         if self.model_state.is_sharded:
-            checkpoint.write_parts(self.accelerator, folder, snapshot, config, state)
+            write_parts(self.accelerator, folder, snapshot, config, state)
         else:
-            first_decides(self.accelerator, lambda: checkpoint.write(folder, snapshot, config, state))
+            first_decides(self.accelerator, lambda: write(folder, snapshot, config, state))
         self._saved_at = time.monotonic()
 
     def save_model(self, state: TrainState) -> None:

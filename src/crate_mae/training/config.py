@@ -56,7 +56,7 @@ def load_config(path: Path) -> PretrainOptions | FinetuneOptions:
     kinds = {kind.command: kind for kind in (PretrainOptions, FinetuneOptions)}
     command = values.pop(
         _COMMAND, PretrainOptions.command
-    )  # the first runs were all of pretraining, and did not say so
+    )  # files of the first runs, all of pretraining, do not name it
     if not isinstance(command, str) or command not in kinds:
         raise UserError(f"{path} is of the command {command!r}, but a run is of {' or '.join(kinds)}.")
     kind = kinds[command]

@@ -123,8 +123,8 @@ class Finetuning(Task[FinetuneOptions]):
 
         return loss
 
-    def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:  # noqa: ARG002  # the task's way
-        """Loss and accuracy, in float32; of the accuracy, more is better."""
+    def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:  # noqa: ARG002  # as in `Task`
+        """Measure loss and accuracy, in float32; the score is the accuracy."""
         total, sums = len(self.validation), {"val_loss": 0.0, "val_accuracy": 0.0}
         if len(model.config.classes) > _TOP:
             sums["val_accuracy_top5"] = 0.0
@@ -142,7 +142,7 @@ class Finetuning(Task[FinetuneOptions]):
         return Measured(values, score=values["val_accuracy"])
 
     def describe(self) -> dict[str, str]:
-        """Images, model, input, and what is done to images and learning rates."""
+        """Describe images, model, input, augmentation and learning rates."""
         c, m = self.config, self.model_config
         millions = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         share = f" ({c.labels:.3g} of its labels)" if c.labels < 1 else ""
@@ -176,7 +176,7 @@ class Finetuning(Task[FinetuneOptions]):
         ]
 
     def _readable(self, source: ImageSource, config: FinetuneOptions) -> tuple[ImageSource, list[BadImage]]:
-        """The images that can be read, and those that cannot."""
+        """Separate the images that can be read from those that cannot."""
         indices: list[int] = []
         bad: list[BadImage] = []
         for batch in self._batches(source, config.workers):
@@ -202,8 +202,8 @@ class Mixing:
     """timm's Mixup and CutMix of neighbours: image 2i of the global batch with image 2i + 1, all with the same share.
 
     timm mixes the first image of a batch with the last, the second with the last but one, and so on, which depends on
-    where a batch is cut into micro-batches. Neighbours stay together as long as every micro-batch has an even number of
-    images. The share, and for CutMix the box, is drawn once a step.
+    where a batch is divided into micro-batches. Neighbours stay together as long as every micro-batch has an even
+    number of images. The share, and for CutMix the box, is drawn once a step.
 
     Args:
         mixup: parameter of the Beta distribution from which Mixup's share is drawn; 0 does without.
@@ -223,7 +223,7 @@ class Mixing:
     def __call__(
         self, step: int, images: Float[Tensor, "b c hh ww"], labels: Int[Tensor, "b"]
     ) -> tuple[Float[Tensor, "b c hh ww"], Float[Tensor, "b k"]]:
-        """Mixed images in another order, and how much of each class is in each."""
+        """Mix images, which changes their order; the targets are the shares of the classes in each."""
         if not self.mixes:
             return images, mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
         count = len(images)

@@ -40,6 +40,8 @@ from crate_mae.training.run_directory import CsvLog
 
 MOST_HELD_OUT = 512
 PYTHON_OBJECT = "python:"
+_MOST_NAMED = 5  # classes in a message
+_MOST_LISTED = 3  # unreadable images in a message
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,8 @@ class RunImages:
     Attributes:
         train: trained on.
         held_out: measured on.
-        train_name: how the configuration names the data that the first comes from,
-        held_out_name: and the second; None if the held-out images were taken out of the training images.
+        train_name: name in the configuration of the data that the first comes from,
+        held_out_name: and the second; None if the held-out images were split off the training images.
     """
 
     train: ImageSource
@@ -60,7 +62,7 @@ class RunImages:
 
 
 def open_named(data: Any) -> tuple[ImageSource, str]:
-    """Open data, and say how a configuration names it: so that a run can be resumed from any folder.
+    """Open data, and return its name in a configuration, by which a run can be resumed from any folder.
 
     Raises:
         UserError: if there is no such data, or the data of a run from Python is opened by its name.
@@ -99,71 +101,13 @@ def open_images(data: Any, val: Any = None) -> RunImages:
 
 
 def _fixed_part(source: ImageSource, size: int) -> tuple[Part, Part]:
-    """`size` pseudo-random images, always the same ones, and the others."""
+    """Split off `size` pseudo-random images, always the same ones."""
     order = np.random.default_rng(0).permutation(len(source))
     return Part(source, np.sort(order[:size])), Part(source, np.sort(order[size:]))
 
 
-def read_held_out(
-    source: ImageSource, transform: Preparation, max_bad: float
-) -> tuple[Float[Tensor, "b c hh ww"], list[BadImage]]:
-    """The held-out images that can be read, prepared without randomness, and those that cannot.
-
-    Raises:
-        UserError: if none can be read, or more cannot than `max_bad` allows.
-    """
-    images, bad = [], []
-    for i in range(len(source)):
-        try:
-            images.append(transform(source.read(i)))
-        except UnreadableImage as error:
-            bad.append(BadImage(error.location, error.reason))
-    refuse_unreadable(source, bad, max_bad, held_out=True)
-    return torch.stack(images), bad
-
-
-def training_batches(
-    source: ImageSource,
-    transform: Callable[[Image.Image | Tensor], Tensor],
-    config: RunOptions,
-    start_step: int,
-    *,
-    rank: int,
-    world_size: int,
-    pin_memory: bool,
-) -> Generator[Batch]:
-    """The micro-batches of one process from `start_step` to the end of the run.
-
-    Close the generator to end the loader's processes.
-    """
-    sampler = StepSampler(
-        len(source),
-        config.batch_size,
-        seed=config.seed,
-        start_step=start_step,
-        total_steps=config.steps,
-        rank=rank,
-        world_size=world_size,
-        accumulation=config.accumulation,
-    )
-    loader = DataLoader(
-        ImageDataset(source, transform, config.seed),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=config.workers,
-        worker_init_fn=ignore_stop_requests,
-        pin_memory=pin_memory,
-        generator=torch.Generator(),  # or the loader would draw from the global one in the step in which it starts
-    )
-    with workers_errors_plain():
-        yield from loader
-
-
-_MOST_NAMED = 5
-
-
 def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
-    """Open training and validation images, and number their classes alike.
+    """Open training and validation images, and give their classes the same numbers.
 
     Args:
         train: any form of DATA.
@@ -178,8 +122,8 @@ def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
     (train_images, train_name), (val_images, val_name) = open_named(train), open_named(val)
     if same_images(train_images, val_images):
         raise UserError(
-            f"--train and --val are the same images ({train_images.name}): the best model would be the one that knows "
-            "them by heart.\nGive images that are not trained on with --val."
+            f"--train and --val are the same images ({train_images.name}): the best model would be the one that "
+            "memorises them.\nGive images that are not trained on with --val."
         )
     classes = _classes_of(train_images, "--train")
     if len(classes) < 2:
@@ -224,7 +168,7 @@ def _classes_of(source: ImageSource, option: str) -> list[str]:
     classes = occurring_classes(source)
     if not classes:
         raise UserError(
-            f"{source.name} ({option}) has no labels, which fine-tuning learns.\n"
+            f"{source.name} ({option}) has no labels, and fine-tuning needs them.\n"
             "Labels are class folders, a label column in .parquet, .cls files in .tar shards, or (image, label) pairs."
         )
     return classes
@@ -246,20 +190,38 @@ def _refuse_differences(train: ImageSource, classes: list[str], val: ImageSource
 
 def _numbered(source: ImageSource, classes: list[str]) -> np.ndarray:
     number: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
-    # Only an image that could not be read is without a label by now; it is met, and told, again in training.
+    # Only an image that could not be read is without a label by now; it is found, and reported, again in training.
     return np.array([number.get(name, NO_LABEL) for name in label_names(source) or []], dtype=np.int64)
 
 
+def read_held_out(
+    source: ImageSource, transform: Preparation, max_bad: float
+) -> tuple[Float[Tensor, "b c hh ww"], list[BadImage]]:
+    """Read the held-out images, prepared without randomness; the second result lists those that cannot be read.
+
+    Raises:
+        UserError: if none can be read, or more cannot than `max_bad` allows.
+    """
+    images, bad = [], []
+    for i in range(len(source)):
+        try:
+            images.append(transform(source.read(i)))
+        except UnreadableImage as error:
+            bad.append(BadImage(error.location, error.reason))
+    refuse_unreadable(source, bad, max_bad, held_out=True)
+    return torch.stack(images), bad
+
+
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
-    """The order in which an epoch goes through the images: a permutation that depends on (seed, epoch) only."""
+    """The order of the images in an epoch: a permutation that depends on (seed, epoch) only."""
     return np.random.default_rng(derive_seed(seed, Purpose.ORDER, epoch)).permutation(num_images)
 
 
 def micro_slices(global_batch: int, rank: int, world_size: int, accumulation: int) -> list[slice]:
-    """The parts of a global batch that one process works through, one slice per micro-batch.
+    """The parts of a global batch that one process computes, one slice per micro-batch.
 
-    Processes take consecutive shares, and each share is cut into consecutive micro-batches of equal size, which is what
-    makes the mean of the micro-batches' losses the loss of the global batch.
+    Processes take consecutive shares, and each share is divided into consecutive micro-batches of equal size, so that
+    the mean of the micro-batches' losses is the loss of the global batch.
     """
     micro = global_batch // (world_size * accumulation)
     assert micro * world_size * accumulation == global_batch, "the configuration is checked for this"
@@ -270,7 +232,7 @@ def micro_slices(global_batch: int, rank: int, world_size: int, accumulation: in
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """The micro-batches of one process from `start_step` to the end of the run, as lists of (image, epoch) keys.
 
-    Pass it to a `DataLoader` as `batch_sampler`. It has no state but the step, so a resumed run goes on with exactly
+    Pass it to a `DataLoader` as `batch_sampler`. It has no state but the step, so a resumed run continues with exactly
     the images that come next; and it never ends at an epoch, so loading never stalls between two. The last images of an
     epoch that fill no batch are left out; another permutation leaves out others.
 
@@ -319,7 +281,41 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
                 yield [(int(index), epoch) for index in batch[part]]
 
 
-_MOST_LISTED = 3
+def training_batches(
+    source: ImageSource,
+    transform: Callable[[Image.Image | Tensor], Tensor],
+    config: RunOptions,
+    start_step: int,
+    *,
+    rank: int,
+    world_size: int,
+    pin_memory: bool,
+) -> Generator[Batch]:
+    """The micro-batches of one process from `start_step` to the end of the run.
+
+    Close the generator to end the loader's processes.
+    """
+    sampler = StepSampler(
+        len(source),
+        config.batch_size,
+        seed=config.seed,
+        start_step=start_step,
+        total_steps=config.steps,
+        rank=rank,
+        world_size=world_size,
+        accumulation=config.accumulation,
+    )
+    loader = DataLoader(
+        ImageDataset(source, transform, config.seed),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=config.workers,
+        worker_init_fn=ignore_stop_requests,
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # or the loader would draw from the global one in the step in which it starts
+    )
+    with workers_errors_plain():
+        yield from loader
 
 
 class BadImages:
@@ -344,7 +340,7 @@ class BadImages:
         return len(self.reasons)
 
     def add(self, step: int, found: Iterable[BadImage]) -> bool:
-        """Write down images that were not known to be bad, and say whether there were any."""
+        """Write down images that were not known to be bad; return whether there were any."""
         rows = []
         for location, reason in found:
             location, reason = " ".join(location.splitlines()), " ".join(reason.split())
@@ -360,7 +356,7 @@ class BadImages:
         return len(self) > most_bad(self.max_bad, seen)
 
     def error(self, seen: int) -> UserError:
-        """What to tell the user when there are too many."""
+        """The error to raise when there are too many."""
         first = "; ".join(f"{location} ({reason})" for location, reason in list(self.reasons.items())[:_MOST_LISTED])
         return UserError(
             f"{len(self)} of the first {seen} images cannot be read, more than --max-bad {self.max_bad:g} allows.\n"

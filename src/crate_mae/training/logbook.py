@@ -24,7 +24,7 @@ BEST = "best_score"  # the column with the best score so far
 
 
 class StepLog(NamedTuple):
-    """What a step did besides learning.
+    """The numbers of one step for the log.
 
     Attributes:
         lr: its learning rate.
@@ -43,10 +43,10 @@ class Logbook:
     A row holds the mean loss since the row before. The first process measures and writes; all keep the running mean.
 
     Args:
-        directory: where to.
+        directory: of the run.
         task: measures the model on held-out images.
         accelerator: holds the trackers.
-        report: the page, which follows the rows.
+        report: is updated after each row.
 
     Attributes:
         images_per_second: speed since the last row, over all processes.
@@ -63,16 +63,16 @@ class Logbook:
         self._restart_clock()
 
     def record(self, model_state: ModelState, state: TrainState, step: StepLog, *, bad_images: int) -> bool:
-        """Note one step: its speed always, a row and what held-out images say when they are due.
+        """Note one step: its speed always, a row and a measurement on held-out images when they are due.
 
         Args:
             model_state: to measure.
             state: after the step; its running mean of the loss is emptied into the row, and its best score noted.
-            step: what the step did.
+            step: numbers of the step.
             bad_images: unreadable images so far.
 
         Returns:
-            Whether the model has just been measured to be the best so far.
+            Whether the model has just been measured, and is the best so far.
         """
         config = self.task.config
         self._steps += 1
@@ -103,17 +103,17 @@ class Logbook:
             row |= {} if state.best_score is None else {BEST: state.best_score}
         self._write(row)
         self.report.update(state.step)
-        self._restart_clock()  # measuring and drawing are no part of the speed
+        self._restart_clock()  # measuring and drawing do not count for the speed
         return is_best
 
     def begin(self, model_state: ModelState) -> None:
-        """Write the row of step 0: what the model does before it learns; it is not saved, and cannot be the best."""
+        """Write the row of step 0, of the model before training; it is not saved, and cannot be the best."""
         measured = self._measure(model_state, 0)
         self._write({"step": 0, "epoch": 0.0, **measured.values})
         self._restart_clock()
 
     def _measure(self, model_state: ModelState, step: int) -> Measured:
-        """What held-out images say, which all processes must know since it decides about checkpoints."""
+        """Measure on held-out images; all processes get the result, since it decides about checkpoints."""
         with model_state.measured(self.accelerator) as model:
             return first_decides(self.accelerator, lambda: self.task.measure(model, step, self.directory))
 
@@ -128,7 +128,7 @@ class Logbook:
 
 
 def choose_trackers(asked: str | Sequence[str] | None) -> tuple[str, ...]:
-    """The trackers to use: the one or those asked for; if nobody asked, TensorBoard where it is installed.
+    """The trackers to use: those asked for; by default TensorBoard if it is installed.
 
     Raises:
         UserError: for a tracker that Accelerate does not know or that is not installed.
@@ -147,13 +147,13 @@ def choose_trackers(asked: str | Sequence[str] | None) -> tuple[str, ...]:
 
 
 def start_trackers(accelerator: Accelerator, config: RunOptions, run: Path, start_step: int) -> None:
-    """Start the accelerator's trackers, and have TensorBoard forget what it was told beyond `start_step`."""
+    """Start the accelerator's trackers, and have TensorBoard forget everything after `start_step`."""
     if config.trackers:
         options = {"tensorboard": {"purge_step": start_step + 1}, "wandb": {"name": run.name}}
         accelerator.init_trackers("", init_kwargs={name: options.get(name, {}) for name in config.trackers})
 
 
 def close_trackers(accelerator: Accelerator) -> None:
-    """Have the trackers write down what they still hold."""
+    """Have the trackers write what they still hold."""
     for tracker in accelerator.trackers:
         tracker.finish()

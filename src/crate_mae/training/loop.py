@@ -129,7 +129,7 @@ def _learn(
             if state.skipped_in_a_row >= min(MOST_SKIPPED_IN_A_ROW, config.steps):
                 raise _diverged(directory, state)
             if step.agreed.stop and state.step < config.steps:
-                display.lines([f"Stopped and saved at step {state.step}. To go on: {directory.resume_command}"])
+                display.lines([f"Stopped and saved at step {state.step}. To continue: {directory.resume_command}"])
                 raise RunStopped(step.agreed.stop)
         saver.save_model(state)
 

@@ -1,11 +1,10 @@
 """What a run trains: the model, whole or sharded among processes, its optimizer, and a running average of the weights.
 
-`accelerate launch` asks for it in the usual way, with `distributed_type: FSDP` and `fsdp_version: 2`. Accelerate reads
-these settings, and PyTorch's `fully_shard` does the work, because Accelerate itself shards on no CPU: so what the tests
-hold to the weights of one process is the same code that runs on GPUs.
-
-Cut are the layers of encoder and decoder, each by itself, and then whatever the model has besides. A layer is whole
-only while it computes.
+Sharding is FSDP2: each process keeps, and steps, its share of every tensor. `accelerate launch` asks for it as usual,
+with `distributed_type: FSDP` and `fsdp_version: 2`. Accelerate reads these settings, and PyTorch's `fully_shard` does
+the work, because Accelerate itself does not shard on a CPU: so the tests, which compare with the weights of one
+process, run the same code as GPUs. Each layer of encoder and decoder is sharded by itself, then the rest of the model.
+A layer is whole only while it computes.
 """
 
 from __future__ import annotations
@@ -31,6 +30,7 @@ from crate_mae.errors import UserError
 from crate_mae.models.monotone import retract_
 from crate_mae.training.task import Task
 
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process; the others get nothing
 _POWER = 0.75  # timm's for all but the longest runs: the decay is 1 - steps^-0.75 until it reaches its final value
 
 
@@ -56,17 +56,17 @@ class ModelState:
 
     @property
     def kept(self) -> nn.Module:
-        """What is measured and kept in the end: the average if there is one, else the plain model; perhaps sharded."""
+        """The model that is measured and kept: the average if there is one, else the plain model; perhaps sharded."""
         return self.plain if self.average is None else self.average.module
 
     @property
     def is_sharded(self) -> bool:
-        """Whether each process holds a part of the weights only."""
+        """Whether each process holds only a part of the weights."""
         return isinstance(self.model, FSDPModule)
 
     @contextmanager
     def measured(self, accelerator: Accelerator) -> Iterator[nn.Module]:
-        """What is kept, whole and on its device in the first process. All processes must call this together."""
+        """The kept model, whole and on its device in the first process. All processes must call this together."""
         if not self.is_sharded:
             yield self.kept
             return
@@ -81,13 +81,13 @@ class ModelState:
             self.whole.to("cpu")
 
     def move_average(self, step: int) -> None:
-        """Let the average follow, after the given number of steps."""
+        """Update the average after the given number of steps."""
         if self.average is not None:
             self.average.update(self.plain, step=step)
 
 
 def build_model_state(task: Task, accelerator: Accelerator) -> ModelState:
-    """The task's model as it is to be trained: sharded if the launcher says so, else one whole model per process."""
+    """Prepare the task's model for training: sharded if the launcher asks for it, else one whole model per process."""
     config, plain = task.config, task.model
     if config.grad_checkpointing:
         plain.set_grad_checkpointing()
@@ -101,7 +101,7 @@ def build_model_state(task: Task, accelerator: Accelerator) -> ModelState:
     else:
         average = average_of(plain, task.ema)
         whole = copy.deepcopy(plain) if accelerator.is_main_process else None
-        if config.compile:  # layer by layer, between the moments when a layer is gathered and cut again
+        if config.compile:  # layer by layer, so that no compiled region contains gathering and sharding
             for layer in plain.layers:
                 layer.compile(fullgraph=True)
         for each in (plain, *([] if average is None else [average.module])):
@@ -114,23 +114,20 @@ def build_model_state(task: Task, accelerator: Accelerator) -> ModelState:
 
 
 def average_of(model: nn.Module, decay: float) -> ModelEmaV3 | None:
-    """An average that begins at the model as it is, or none for a decay of 0.
+    """A running average that begins at the model's weights, or None for a decay of 0.
 
-    At first it forgets faster than `decay` says, so that the average of a short run is not that of untrained weights.
+    At first it forgets faster than with `decay`, so that the average of a short run is not that of the initialisation.
     """
     if not decay:
         return None
     return ModelEmaV3(model, decay=decay, use_warmup=True, warmup_power=_POWER, exclude_buffers=True)
 
 
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # in the first process; the others get nothing
-
-
 def asked_sharding() -> FullyShardedDataParallelPlugin | None:
     """The settings with which the launcher asks for sharding; None if it does not.
 
     Raises:
-        UserError: if it asks for another kind than FSDP2, or for what is an option of ours or not supported.
+        UserError: if it asks for another kind than FSDP2, or for something that is an option of ours or not supported.
     """
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"):
         if parse_flag_from_env(name):
@@ -147,7 +144,7 @@ def asked_sharding() -> FullyShardedDataParallelPlugin | None:
             "Put `fsdp_version: 2` into the fsdp_config of its configuration."
         )
     if asked.activation_checkpointing:
-        raise UserError("Say --grad-checkpointing instead of fsdp_activation_checkpointing in the launcher's file.")
+        raise UserError("Give --grad-checkpointing instead of fsdp_activation_checkpointing in the launcher's file.")
     if isinstance(asked.cpu_offload, CPUOffloadPolicy):
         raise UserError(
             "Sharded weights stay on the GPU here: put `fsdp_offload_params: false` into the launcher's file."
@@ -156,12 +153,12 @@ def asked_sharding() -> FullyShardedDataParallelPlugin | None:
 
 
 def sharding_of(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | None:
-    """The settings with which the models of these processes are cut; None if they stay whole, as one process's does."""
+    """The settings with which models are sharded; None if they stay whole, as always with one process."""
     return asked_sharding() if accelerator.num_processes > 1 else None
 
 
 def shard(model: Any, accelerator: Accelerator, settings: FullyShardedDataParallelPlugin) -> None:
-    """Cut a model among all processes, in place. Its tensors become `DTensor`s; it is called as before.
+    """Shard a model among all processes, in place. Its tensors become `DTensor`s; it is called as before.
 
     Args:
         model: with `layers`; the same in all processes.
@@ -176,7 +173,7 @@ def shard(model: Any, accelerator: Accelerator, settings: FullyShardedDataParall
 
 @contextmanager
 def synchronizing(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Whether the block's backward pass brings gradients together: of a step's micro-batches, only the last does."""
+    """Reduce gradients over processes in the block's backward pass only if it is of the `last` micro-batch."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
         yield
@@ -193,14 +190,14 @@ def whole_weights(model: nn.Module) -> dict[str, Any]:
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:
-    """A tensor with the parts that are elsewhere. All processes must call this together."""
+    """A tensor with the parts of all processes. All processes must call this together."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_like(whole: Tensor, example: Tensor | None) -> Tensor:
-    """This process's part of a tensor that every process has whole; without an equally large example, the whole."""
+    """This process's shard of a tensor that every process has whole; the whole if the example is not sharded alike."""
     if not isinstance(example, DTensor) or example.shape != whole.shape:
         return whole
-    # Without a source rank nothing is sent: each process cuts its part out of its own copy.
+    # Without a source rank nothing is sent: each process takes its part of its own copy.
     device = torch.device(example.device_mesh.device_type)
     return distribute_tensor(whole.to(device), example.device_mesh, example.placements, src_data_rank=None)

@@ -42,7 +42,7 @@ def decay_groups(
 
 
 def build_optimizer(model: MaskedAutoencoder, weight_decay: float) -> AdamW:
-    """AdamW over `decay_groups` of the model, as masked training wants it."""
+    """AdamW over `decay_groups` of the model, for masked training."""
     return adamw(decay_groups(model.named_parameters(), weight_decay, model.no_weight_decay()), BETAS)
 
 

@@ -152,7 +152,9 @@ class RunOptions:
     min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.", _SHARE)
     flip: bool = option(True, "Mirror half of the images; wrong for writing.")
     seed: int = option(0, "Of the weights, the order, the crops and the masks.", _AT_LEAST_0)
-    precision: Literal["auto", "float32", "bfloat16"] = option("auto", "By default whichever is faster here, measured.")
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "By default whichever is faster here, as measured."
+    )
 
     accumulation: int = option(1, "Micro-batches per step, to save memory.", _AT_LEAST_1, speed=True)
     compile: bool = option(False, "Compile the model with torch.compile.", speed=True)
@@ -189,8 +191,8 @@ class RunOptions:
         "Such as tensorboard or wandb. By default TensorBoard if installed; --no-trackers for none.",
         speed=True,
     )
-    dry_run: bool = option(False, "Only check and show the plan.", saved=False)
-    quiet: bool = option(False, "Show nothing.", saved=False)
+    dry_run: bool = option(False, "Only check, and print the plan.", saved=False)
+    quiet: bool = option(False, "Print nothing.", saved=False)
 
     @property
     def inseparable(self) -> int:
@@ -251,7 +253,7 @@ class PretrainOptions(RunOptions):
     std: Numbers = option(None, "Per channel, likewise.")
     mask_ratio: float = option(0.75, "Share of hidden patches.", _BETWEEN_0_AND_1)
     mask_tokens: Literal["encoder", "decoder"] = option(
-        None, "Where mask tokens come in. By default as the model's name says."
+        None, "Where mask tokens come in. By default as in the model of that name."
     )
     norm_pix_loss: bool = option(False, "Predict patches normalised by their own mean and standard deviation.")
 
@@ -382,7 +384,7 @@ def check(options: RunOptions) -> Mistakes:
         if value is not None and (wrong := _mistake(value, item.type, item.metadata["numbers"])):
             mistakes.append(Mistake(f"{option_name(name)} is {wrong}.", name))
     if options.epochs is not None and options.steps is not None:
-        mistakes.append(Mistake("--epochs and --steps both say how long to train: give one of them."))
+        mistakes.append(Mistake("--epochs and --steps both set the length of the run: give one of them."))
     return mistakes
 
 

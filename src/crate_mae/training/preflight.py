@@ -33,7 +33,7 @@ def check_compiler(device: torch.device) -> None:
     """Compile something small, on the device of the run.
 
     Raises:
-        UserError: if that fails, such as for want of a C++ compiler (CPU) or of Triton (GPU).
+        UserError: if that fails, for example without a C++ compiler (CPU) or without Triton (GPU).
     """
     try:
         torch.compile(_double)(torch.ones(3, device=device))
@@ -61,7 +61,7 @@ class StepTooLargeError(RuntimeError):
 
 @contextmanager
 def first_step(*, is_first: bool = True) -> Iterator[None]:
-    """Tell a lack of memory in the block from all other errors, if this is the first step."""
+    """Raise `StepTooLargeError` for a lack of memory in the block, if this is the first step."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -91,7 +91,7 @@ def halved(config: RunOptions, processes: int) -> RunOptions:
 
 
 def too_large(config: RunOptions, processes: int) -> UserError:
-    """What to say when nothing more is tried."""
+    """The error to raise when nothing more is tried."""
     return UserError(
         f"A step does not fit in memory with {_at_a_time(config, processes)} images at a time: give a larger "
         "--accumulation, a smaller --batch-size, or a smaller --model."
@@ -107,7 +107,7 @@ def refuse_too_large(task: Task, accelerator: Accelerator) -> None:
 
     Compared is the least that a step can need: weights, gradients, moments, and what its images leave for the backward
     pass, counted on a few. A real step takes up to twice that (docs/planning.md), so one that passes may still fail. A
-    GPU says itself, at once and harmlessly, that it is full. All processes must call this.
+    GPU reports by itself, at once and without harm, that it is full. All processes must call this.
 
     Raises:
         UserError: naming what fits.
@@ -143,12 +143,12 @@ def _for_each(processes: int) -> str:
 
 
 def free_memory() -> int:
-    """Bytes that this machine could give to a process without swapping."""
+    """Bytes that a process could get on this machine without swapping."""
     return psutil.virtual_memory().available
 
 
 def kept_bytes(compute: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
-    """What autograd keeps from a computation until its backward pass, beside the parameters; shared memory once."""
+    """Bytes that autograd keeps until the backward pass, besides the parameters; shared memory counts once."""
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -165,7 +165,7 @@ def kept_bytes(compute: Callable[[], Tensor], parameters: Iterable[Tensor]) -> i
 
 
 def _kept_per_image(task: Task) -> float:
-    """The least that an image of the task leaves for the backward pass, in whichever precision is chosen."""
+    """Lower bound of the bytes that one image leaves for the backward pass, whichever precision is chosen."""
     model = copy.deepcopy(task.model).train()
     model.set_grad_checkpointing(task.config.grad_checkpointing)
     precision = task.config.precision
@@ -176,7 +176,7 @@ def _kept_per_image(task: Task) -> float:
         labels = torch.zeros(number, dtype=torch.int64)
 
         def loss() -> Tensor:
-            with autocast(torch.device("cpu"), precision):  # "auto" computes in float32, of which bfloat16 keeps half
+            with autocast(torch.device("cpu"), precision):  # "auto" computes in float32; bfloat16 keeps half as much
                 return step_loss(model, images, labels, slice(0, number))
 
         return kept_bytes(loss, model.parameters())
@@ -194,7 +194,7 @@ _LONG_STEP = 5.0  # seconds; a longer step is estimated from one with few images
 
 
 class ProbeResult(NamedTuple):
-    """What the probe found out.
+    """The result of the probe.
 
     Attributes:
         precision: the precision to use.
@@ -233,7 +233,7 @@ def probe(task: Task, micro_batch: int, accelerator: Accelerator) -> ProbeResult
 
 
 def _choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
-    """What is clear without timing steps, and why: float32, bfloat16 or still "auto"."""
+    """Choose a precision without timing steps, with the reason: float32, bfloat16 or still "auto"."""
     if device.type == "cpu":
         if asked == "float32" or multiplies_in_bfloat16(device):
             return asked, ""
@@ -256,14 +256,14 @@ class _Stepper(NamedTuple):
     settings: FullyShardedDataParallelPlugin | None
 
     def place(self, model: Any) -> Any:
-        """Put a model where it is trained."""
+        """Move a model to where it is trained."""
         if self.settings is None:
             return model.to(self.accelerator.device)
         shard(model, self.accelerator, self.settings)
         return model
 
     def agree(self, seconds: float) -> float:
-        """The same time in all processes, which must take the same decisions."""
+        """Average a time over all processes, which must take the same decisions."""
         if self.settings is None:
             return seconds
         mine = torch.tensor(seconds, device=self.accelerator.device)
@@ -313,7 +313,7 @@ def _seconds_per_step(task: Task, micro_batch: int, precision: str, stepper: _St
 
 
 def peak_on(device: torch.device) -> int | None:
-    """Bytes at the peak so far: of the GPU if there is one, else of this process; None where nobody can tell."""
+    """Bytes at the peak so far: of the GPU if there is one, else of this process; None where it is not known."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
 
 
@@ -321,7 +321,7 @@ _STATUS = Path("/proc/self/status")
 
 
 def peak_memory() -> int | None:
-    """The most bytes since the start of the process, or since `restart_peak`; None where nobody counts them."""
+    """The most bytes since the start of the process, or since `restart_peak`; None where they are not counted."""
     if _STATUS.exists():
         # Not getrusage: its peak of a new process is at least what the process that started it had.
         return _status("VmHWM")

@@ -1,4 +1,4 @@
-"""The task of pretraining: complete masked images."""
+"""The task of pretraining: complete masked images, and measure the model on held-out ones."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from crate_mae.training.task import Measured, StepLoss, Task, evaluating
 
 @final
 class Pretraining(Task[PretrainOptions]):
-    """Learns to complete images of which most patches are hidden; measured on a few held-out images.
+    """Learns to complete images with most patches hidden; measured on a few held-out images.
 
     Args:
         config: of the run.
@@ -60,7 +60,7 @@ class Pretraining(Task[PretrainOptions]):
         return pretrain_transform(m.image_size, m.in_chans, m.mean, m.std, c.min_crop, c.flip)
 
     def optimizer(self, model: Any) -> AdamW:
-        """AdamW with the betas of masked training."""
+        """AdamW with the betas for masked training."""
         return build_optimizer(model, self.config.weight_decay)
 
     def step_loss(self, step: int) -> StepLoss:
@@ -77,7 +77,7 @@ class Pretraining(Task[PretrainOptions]):
         return loss
 
     def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:
-        """Loss and features; the signals of the layers and completed pictures go into the folder."""
+        """Measure loss and features; signals of the layers and completed pictures go into the folder."""
         signals = self.monitor.measure(model)
         directory.layers.append([{"step": step, **signal._asdict()} for signal in signals.layers])
         self.monitor.picture(model, directory.picture(step))
@@ -87,7 +87,7 @@ class Pretraining(Task[PretrainOptions]):
         """Images, model and input."""
         c, model, images = self.config, self.model, self.images
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        source = f"taken out of {c.data}" if c.val is None else f"from {c.val}"
+        source = f"split off {c.data}" if c.val is None else f"from {c.val}"
         height, width = model.config.image_size
         return {
             "images": f"{len(images.train):,} of {c.data}; {len(images.held_out):,} held out, {source}",
@@ -128,7 +128,7 @@ class LayerSignal(NamedTuple):
 
 
 class Signals(NamedTuple):
-    """What `Monitor.measure` finds.
+    """The result of `Monitor.measure`.
 
     Attributes:
         held_out_loss: the training loss, on held-out images with fixed masks.
@@ -144,7 +144,7 @@ class Signals(NamedTuple):
 
 
 class Monitor:
-    """Measures a model on fixed held-out images with fixed masks: nothing random, nothing remembered.
+    """Measures a model on fixed held-out images with fixed masks: nothing random, no state.
 
     Args:
         images: normalised held-out images.
@@ -180,7 +180,7 @@ class Monitor:
         return Signals(loss, float(effective_rank(z - z.mean(dim=0))), layers)
 
     def picture(self, model: MaskedAutoencoder, path: Path) -> None:
-        """Write held-out images as they are, masked, completed, and with the completion pasted into the holes."""
+        """Write held-out images as they are, masked, completed, and with the completion only in hidden patches."""
         device = model.mask_token.device
         images, masks = self.images[:_PICTURED].to(device), self.masks[:_PICTURED]
         with evaluating(model):

@@ -1,4 +1,4 @@
-"""The processes of a run: what they have to agree on, their threads, and the signals that end them."""
+"""The processes of a run: what they must agree on, their threads, and the signals that end them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _ECHO_SECONDS = 2.0  # in which a second signal is taken for the first one, pass
 
 @contextlib.contextmanager
 def computing_threads(number: int) -> Iterator[None]:
-    """Have this process compute with a number of CPU threads; afterwards it is as before."""
+    """Set the number of CPU threads of this process for the duration of the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -38,12 +38,12 @@ def computing_threads(number: int) -> Iterator[None]:
 
 
 def training_device() -> torch.device:
-    """Where a process trains: on the accelerator, unless Accelerate's ACCELERATE_USE_CPU says otherwise, or the CPU."""
+    """The device for training: the accelerator, or the CPU if there is none or ACCELERATE_USE_CPU is set."""
     return torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else fastest_device()
 
 
 class Agreement(NamedTuple):
-    """What all processes know after a step's gradients are there.
+    """What all processes know after the gradients of a step are computed.
 
     Attributes:
         loss: of the global batch.
@@ -61,7 +61,7 @@ class Agreement(NamedTuple):
 
 
 def processes_here(processes: int) -> int:
-    """How many of a launch's processes are on this machine: what the launcher says, or else all of them."""
+    """How many processes of a launch are on this machine: as the launcher says, or else all of them."""
     return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
 
@@ -74,16 +74,16 @@ def agree(
     stop: int,
     save: bool,
 ) -> Agreement:
-    """Bring together what each process found, in one exchange: the mean of the losses, the sum or any of the rest.
+    """Combine the results of all processes in one exchange: the mean of the losses, the sum or any of the rest.
 
-    It is where a step waits for the device, and nowhere else.
+    A step waits for the device here, and nowhere else.
 
     Args:
         accelerator: of the processes.
         loss: of this process's images.
         grad_norm: the same in all processes.
         bad_images: that this process met.
-        stop: signal that this process was sent, or 0.
+        stop: signal that this process received, or 0.
         save: whether this process finds a checkpoint due.
     """
     first = accelerator.is_main_process
@@ -98,14 +98,14 @@ def agree(
 
 def first_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
     """Call a function in the first process only; all processes return its value, or raise if it does."""
-    outcome: list = [None, None]
+    result: list = [None, None]
     failure: Exception | None = None
     if accelerator.is_main_process:
         try:
-            outcome = [decide(), None]
+            result = [decide(), None]
         except Exception as error:  # whatever it is, or the others would wait for the first process
-            failure, outcome = error, [None, _describe_error(error, 0)]
-    value, mistake = broadcast_object_list(outcome)
+            failure, result = error, [None, _describe_error(error, 0)]
+    value, mistake = broadcast_object_list(result)
     if failure is not None:
         raise failure
     if mistake is not None:
@@ -128,13 +128,13 @@ def all_succeed(accelerator: Accelerator, act: Callable[[], None]) -> None:
 
 
 def _describe_error(error: Exception, process: int) -> str:
-    """What the other processes are told of an exception."""
-    return str(error) if isinstance(error, UserError) else f"Process {process} of the run could not go on: {error}."
+    """The message about an exception for the other processes."""
+    return str(error) if isinstance(error, UserError) else f"Process {process} of the run could not continue: {error}."
 
 
 @contextlib.contextmanager
 def explain_lost_processes(accelerator: Accelerator, resume_command: str) -> Iterator[None]:
-    """Turn what communication raises when another process is gone into a `UserError` that says how to go on."""
+    """Turn errors of communication with a process that has ended into a `UserError` that explains how to continue."""
     try:
         yield
     except RuntimeError as error:
@@ -142,13 +142,13 @@ def explain_lost_processes(accelerator: Accelerator, resume_command: str) -> Ite
             raise
         raise UserError(
             f"Process {accelerator.process_index} of {accelerator.num_processes} has lost another one, which was ended "
-            "or cannot be reached: the launcher and its log say which.\n"
-            f"The run is as it was at its last checkpoint. To go on: {resume_command}, launched as before or otherwise"
+            "or cannot be reached: see the output of the launcher and its log.\n"
+            f"The run is as it was at its last checkpoint. To continue: {resume_command}, launched as before or not"
         ) from error
 
 
 def _is_of_communication(error: RuntimeError) -> bool:
-    """NCCL has a class of exceptions for it, Gloo only a message that names its source file."""
+    """NCCL has a class of exceptions for this, Gloo only a message with the name of its source file."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
@@ -160,18 +160,18 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM instead of dying of them, so that a step can be finished and saved.
+    """Note SIGINT and SIGTERM instead of ending at once, so that a step can be finished and saved.
 
     A later signal has its usual effect at once. One that follows within moments does not: launchers pass on to their
-    processes what a terminal or SLURM has sent to all of them already. Outside the main thread, Python lets nobody
-    handle signals, and nothing is changed.
+    processes what a terminal or SLURM has sent to all of them already. Outside the main thread, Python does not allow
+    handling of signals, and nothing is changed.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A shell starts background jobs deaf to Ctrl-C, which is meant for the job in front: they stay so.
+    # A shell has background jobs ignore Ctrl-C, which is meant for the foreground job: they still do.
     usual = {number: handler for number, handler in usual.items() if handler is not signal.SIG_IGN}
     asked_at = 0.0
 
@@ -189,7 +189,9 @@ def stop_requests() -> Iterator[StopRequest]:
         yield request
     except RuntimeError as error:
         if _is_of_communication(error) and signal.SIGTERM in usual:
-            usual[signal.SIGTERM] = signal.SIG_IGN  # of the launcher: this process ends by itself, and says why first
+            usual[signal.SIGTERM] = (
+                signal.SIG_IGN
+            )  # of the launcher: this process ends by itself, and first reports why
         raise
     finally:
         for number, handler in usual.items():
@@ -197,6 +199,6 @@ def stop_requests() -> Iterator[StopRequest]:
 
 
 def ignore_stop_requests(_worker: int) -> None:
-    """Make a loader process deaf to signals sent to the whole group; it ends when the training process ends."""
+    """Have a loader process ignore signals sent to the whole group; it ends when the training process ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

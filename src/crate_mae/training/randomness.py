@@ -31,10 +31,10 @@ def derive_seed(seed: int, purpose: Purpose, *position: int) -> int:
 
 
 def step_noise(seed: int, step: int, global_batch: int, num_patches: int) -> Float[Tensor, "b n"]:
-    """What decides which patches one step hides, for the images of all processes together, on the CPU.
+    """Noise that decides which patches one step hides, for the images of all processes together, on the CPU.
 
-    Every process draws the whole and takes its share, so that two processes hide what one process would hide. Sorting
-    it (`masking.quietest_patches`), which is the greater part of the work, each does with its own share alone.
+    Every process draws the whole noise and takes its share, so that two processes hide what one process would hide.
+    Sorting it (`masking.quietest_patches`), which is most of the work, is done by each process for its own share alone.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, Purpose.MASK, step))
     return torch.rand(global_batch, num_patches, generator=generator)

@@ -1,7 +1,7 @@
-"""Recipes: options of pretraining that were tried together, one YAML file each, with what they gave.
+"""Recipes: options of pretraining that were tried together, one YAML file each, with their results.
 
-The files lie in the folder `recipes` beside this module. Their leading comment says on what images a recipe was tried,
-what it gave and how long it took.
+The files are in the folder `recipes` beside this module. Their leading comment states on which images a recipe was
+tried, its result and how long it took.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ RUN/
     command.txt         the commands that started and resumed the run, one per line, with their times
     environment.json    versions, machine, devices and threads of the last start
     log.txt             what the library logged
-    metrics.csv         loss, learning rate, speed and what held-out images say, by step
+    metrics.csv         loss, learning rate, speed and results on held-out images, by step
     layers.csv          of pretraining: sparsity and subspace rate of every layer: step, part, layer, measure, value
     bad_files.csv       unreadable images: step, location, reason
     checkpoints/
@@ -13,18 +13,17 @@ RUN/
                         optimizer.safetensors + state.json
                         trained.safetensors: if the model is an average, the weights that are averaged
         last            one line: the name of the newest complete checkpoint
-        best            of fine-tuning: the name of the one that did best on the validation images
+        best            of fine-tuning: the name of the checkpoint with the best score on the validation images
     pictures/           of pretraining: step-1200.png: held-out images, masked, completed
-    report.html         the page to look at while the run goes on: curves, the newest picture, what the run is
+    report.html         to look at while the run continues: curves, the newest picture, what the run is
     tensorboard/        if TensorBoard is installed
     model.safetensors   the finished model: of pretraining the last one, of fine-tuning the best one, with
-    config.json         what it is built from
+    config.json         how it is built
     lock                host and process that writes here now
 """
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import errno
 import json
@@ -36,7 +35,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -57,51 +56,162 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+LEARNING = ("step", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "bad_images")
+SPEED = ("images_per_second", "data_wait")
+LAYERS = ("step", "part", "layer", "measure", "value")
+BAD_FILES = ("step", "location", "reason")
+_PACKAGES = ("crate-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill, which takes the name `path` when the block ends without an exception.
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of a run, and what is written there besides checkpoints."""
 
-    A folder already at `path` is replaced. If the block fails, nothing is left of it.
+    path: Path
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved options; a folder with this file is a run."""
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    def metrics(self, measures: Sequence[str] = ()) -> CsvLog:
+        """One row per logged step; to write rows, give the measures of the task."""
+        return CsvLog(self.path / "metrics.csv", (*LEARNING, *measures, *SPEED))
+
+    @property
+    def layers(self) -> CsvLog:
+        """One row per layer and measure."""
+        return CsvLog(self.path / "layers.csv", LAYERS)
+
+    @property
+    def bad_files(self) -> CsvLog:
+        """One row per unreadable image."""
+        return CsvLog(self.path / "bad_files.csv", BAD_FILES)
+
+    def picture(self, step: int) -> Path:
+        """The picture of a step."""
+        return self.path / "pictures" / f"step-{step}.png"
+
+    @property
+    def report(self) -> Path:
+        """The report of the run."""
+        return self.path / "report.html"
+
+    def newest_picture(self) -> tuple[int, Path] | None:
+        """The last picture, and its step; None if there is none."""
+        steps = [int(path.stem.removeprefix("step-")) for path in (self.path / "pictures").glob("step-*.png")]
+        return (max(steps), self.picture(max(steps))) if steps else None
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has written its final model; `config.json` is written last."""
+        return (self.path / "config.json").exists()
+
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        return f"crate-mae resume {shlex.quote(str(self.path))}"
+
+    def existing_config(self) -> PretrainOptions | FinetuneOptions | None:
+        """The configuration of the run that is already here; None if the folder is free to use.
+
+        Raises:
+            UserError: if the path is a file, or a folder with something else in it.
+        """
+        if self.config_file.exists():
+            return load_config(self.config_file)
+        refuse_used_folder(self.path, kind="a run of crate-mae", leftovers=("lock", ".config.yaml."))
+        return None
+
+    @contextmanager
+    def opened(self, config: RunOptions) -> Iterator[None]:
+        """Create the folder if necessary, record this start, and keep other processes from writing meanwhile.
+
+        Raises:
+            UserError: if another process writes here, or the folder cannot be written; a new folder is removed again.
+        """
+        is_new = not self.path.exists()
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(self._begun(config))
+            except (OSError, UserError) as error:
+                if is_new:
+                    shutil.rmtree(self.path, ignore_errors=True)
+                if isinstance(error, UserError):
+                    raise
+                raise UserError(
+                    f"Cannot write into the folder {self.path}: {error.strerror}. Give another with --out."
+                ) from error
+            yield
+
+    @contextmanager
+    def _begun(self, config: RunOptions) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        with _locked(self.path / "lock"):
+            save_config(config, self.config_file)
+            write_whole(self.path / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
+            with (self.path / "command.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")
+            self.checkpoints.mkdir(exist_ok=True)
+            with _logged_to(self.path / "log.txt"):
+                yield
+
+    def cut_back(self, step: int | None) -> None:
+        """Forget what was logged after `step`; None forgets everything."""
+        for table in (self.metrics(), self.layers, self.bad_files):
+            table.cut_back(step)
+        for picture in (self.path / "pictures").glob("step-*.png"):
+            if step is None or int(picture.stem.removeprefix("step-")) > step:
+                picture.unlink()
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `pretrain`, `finetune` and `resume` return.
+
+    Attributes:
+        path: the run's folder.
+        config: its resolved options.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            flush_to_disk(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
 
+    path: Path
+    config: RunOptions
 
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception says that the disk (or the user's share of it) is full.
+    @property
+    def resume_command(self) -> str:
+        """The command that continues the run."""
+        return RunDirectory(self.path).resume_command
 
-    safetensors has no error number to look at, only the operating system's sentence. An error that explains another
-    one is as full as that.
-    """
-    if isinstance(error, OSError):
-        return error.errno in _FULL
-    if isinstance(error, SafetensorError):
-        return any(os.strerror(number) in str(error) for number in _FULL)
-    return error.__cause__ is not None and is_disk_full(error.__cause__)
+    def model(self) -> Model:
+        """The finished model; of a run that is not finished, the model of its newest checkpoint.
+
+        Raises:
+            UserError: if the run has neither yet.
+        """
+        from crate_mae.models.weights import load
+
+        return load(self.path)
+
+    def metrics(self) -> list[dict[str, float | None]]:
+        """The rows of metrics.csv; a value that was not measured at a step is None."""
+        rows = RunDirectory(self.path).metrics().read()
+        return [{key: float(value) if value else None for key, value in row.items()} for row in rows]
 
 
 class CsvLog:
-    """A table in a CSV file that grows by rows while a run goes on.
+    """A table in a CSV file that grows by rows during a run.
 
-    Rows are flushed as they come. The first column is the step: when a run goes back to a checkpoint, the rows after
-    its step are cut off, and so is a row that was half written when the process died.
+    Rows are flushed as they come. The first column is the step: when a run resumes from a checkpoint, the rows
+    after its step are removed, and so is a row that was half written when the process died.
 
     Args:
-        path: the file; it is made with the first row.
+        path: the file; it is created with the first row.
         columns: names of the columns, the first being "step".
     """
 
@@ -143,128 +253,8 @@ class CsvLog:
             self.path.unlink()
 
 
-def flush_to_disk(file: Path) -> None:
-    """Have the operating system write a file out: its new name must not reach the disk before its contents."""
-    with file.open("r+b") as opened:
-        os.fsync(opened.fileno())
-
-
-LEARNING = ("step", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "bad_images")
-SPEED = ("images_per_second", "data_wait")
-LAYERS = ("step", "part", "layer", "measure", "value")
-BAD_FILES = ("step", "location", "reason")
-_PACKAGES = ("crate-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
-
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """The paths of a run, and what is written there besides checkpoints."""
-
-    path: Path
-
-    @property
-    def config_file(self) -> Path:
-        """The resolved options; a folder with this file is a run."""
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    def metrics(self, measures: Sequence[str] = ()) -> CsvLog:
-        """One row per logged step; to write rows, say the measures of the task."""
-        return CsvLog(self.path / "metrics.csv", (*LEARNING, *measures, *SPEED))
-
-    @property
-    def layers(self) -> CsvLog:
-        """One row per layer and measure."""
-        return CsvLog(self.path / "layers.csv", LAYERS)
-
-    @property
-    def bad_files(self) -> CsvLog:
-        """One row per unreadable image."""
-        return CsvLog(self.path / "bad_files.csv", BAD_FILES)
-
-    def picture(self, step: int) -> Path:
-        """The picture of a step."""
-        return self.path / "pictures" / f"step-{step}.png"
-
-    @property
-    def report(self) -> Path:
-        """The page about the run."""
-        return self.path / "report.html"
-
-    def newest_picture(self) -> tuple[int, Path] | None:
-        """The last picture, and its step; None if there is none."""
-        steps = [int(path.stem.removeprefix("step-")) for path in (self.path / "pictures").glob("step-*.png")]
-        return (max(steps), self.picture(max(steps))) if steps else None
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the run has written its final model, of which `config.json` comes last."""
-        return (self.path / "config.json").exists()
-
-    @property
-    def resume_command(self) -> str:
-        """What to type to go on."""
-        return f"crate-mae resume {shlex.quote(str(self.path))}"
-
-    def existing_config(self) -> PretrainOptions | FinetuneOptions | None:
-        """The configuration of the run that is already here; None if the folder is free to use.
-
-        Raises:
-            UserError: if the path is a file, or a folder with something else in it.
-        """
-        if self.config_file.exists():
-            return load_config(self.config_file)
-        refuse_used_folder(self.path, kind="a run of crate-mae", leftovers=("lock", ".config.yaml."))
-        return None
-
-    @contextlib.contextmanager
-    def opened(self, config: RunOptions) -> Iterator[None]:
-        """Make the folder if need be, write down how this start came about, and keep others from writing meanwhile.
-
-        Raises:
-            UserError: if another process writes here, or nobody can; a folder that was made for it is removed again.
-        """
-        is_new = not self.path.exists()
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(self._begun(config))
-            except (OSError, UserError) as error:
-                if is_new:
-                    shutil.rmtree(self.path, ignore_errors=True)
-                if isinstance(error, UserError):
-                    raise
-                raise UserError(
-                    f"Cannot write into the folder {self.path}: {error.strerror}. Give another with --out."
-                ) from error
-            yield
-
-    @contextlib.contextmanager
-    def _begun(self, config: RunOptions) -> Iterator[None]:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path / "lock"):
-            save_config(config, self.config_file)
-            write_whole(self.path / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
-            with (self.path / "command.txt").open("a", encoding="utf-8") as file:
-                file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")
-            self.checkpoints.mkdir(exist_ok=True)
-            with _logged_to(self.path / "log.txt"):
-                yield
-
-    def cut_back(self, step: int | None) -> None:
-        """Forget what was logged after `step`; None forgets everything."""
-        for table in (self.metrics(), self.layers, self.bad_files):
-            table.cut_back(step)
-        for picture in (self.path / "pictures").glob("step-*.png"):
-            if step is None or int(picture.stem.removeprefix("step-")) > step:
-                picture.unlink()
-
-
 def environment() -> dict[str, Any]:
-    """Versions and machine, for whoever wants to repeat a run."""
+    """Versions and machine, which are needed to repeat a run."""
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in _PACKAGES},
@@ -284,9 +274,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-@contextlib.contextmanager
+@contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file with host and process number. One whose process is gone is taken over."""
+    """Hold a lock file with host and process number. That of a process which no longer exists is taken over."""
     holder = {"host": socket.gethostname(), "pid": os.getpid()}
     if path.exists():
         _refuse_if_held(path, holder)
@@ -310,7 +300,7 @@ def _refuse_if_held(path: Path, holder: dict[str, Any]) -> None:
         held = json.loads(path.read_text(encoding="utf-8"))
         host, pid = str(held["host"]), int(held["pid"])
     except (OSError, ValueError, KeyError, TypeError):
-        return  # cut short when its process died
+        return  # incomplete: its process died while writing
     if host == holder["host"] and (pid == holder["pid"] or not _is_alive(pid)):
         logger.info("Taking over from process %d, which is gone.", pid)
         return
@@ -322,7 +312,7 @@ def _refuse_if_held(path: Path, holder: dict[str, Any]) -> None:
 
 def _is_alive(pid: int) -> bool:
     if os.name == "nt":
-        return True  # there, os.kill would end the process instead of asking after it
+        return True  # there, os.kill would end the process instead of testing for it
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -332,9 +322,9 @@ def _is_alive(pid: int) -> bool:
     return True
 
 
-@contextlib.contextmanager
+@contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
-    """Send what the library logs to a file, at level INFO, for as long as the block lasts."""
+    """Send log messages of the library to a file, at level INFO, for the duration of the block."""
     library = logging.getLogger("crate_mae")
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -349,34 +339,41 @@ def _logged_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-@dataclass(frozen=True)
-class Run:
-    """What `pretrain`, `finetune` and `resume` return.
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill, which takes the name `path` when the block ends without an exception.
 
-    Attributes:
-        path: the run's folder.
-        config: its resolved options.
+    A folder already at `path` is replaced. If the block fails, nothing is left of it.
     """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
-    path: Path
-    config: RunOptions
 
-    @property
-    def resume_command(self) -> str:
-        """What to type to go on."""
-        return RunDirectory(self.path).resume_command
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception means that the disk, or the user's quota, is full.
 
-    def model(self) -> Model:
-        """The finished model; of a run that is not finished, the model of its newest checkpoint.
+    Exceptions of safetensors have no error number, only the operating system's message. An exception raised from
+    another one is judged by its cause.
+    """
+    if isinstance(error, OSError):
+        return error.errno in _FULL
+    if isinstance(error, SafetensorError):
+        return any(os.strerror(number) in str(error) for number in _FULL)
+    return error.__cause__ is not None and is_disk_full(error.__cause__)
 
-        Raises:
-            UserError: if the run has neither yet.
-        """
-        from crate_mae.models.weights import load
 
-        return load(self.path)
-
-    def metrics(self) -> list[dict[str, float | None]]:
-        """The rows of metrics.csv; a value that was not measured at a step is None."""
-        rows = RunDirectory(self.path).metrics().read()
-        return [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+def flush_to_disk(file: Path) -> None:
+    """Have the operating system write a file to disk: its new name must not reach the disk before its contents."""
+    with file.open("r+b") as opened:
+        os.fsync(opened.fileno())

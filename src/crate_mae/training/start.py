@@ -1,4 +1,4 @@
-"""From options to a running loop: the part of a run that writes nothing."""
+"""From options to a running loop: everything before the first file is written."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
 
 
 def start(options: RunOptions, on_progress: Callable[[str], object] | None = None) -> Run:
-    """Start a run, or go on with the one that is in `options.out`; see `crate_mae.pretrain` and `crate_mae.finetune`.
+    """Start a run, or continue the one in `options.out`; see `crate_mae.pretrain` and `crate_mae.finetune`.
 
     Args:
         options: of either command.
@@ -93,7 +93,7 @@ def _go(
     display: Display,
     started: float,
 ) -> Run:
-    """The run, from its task to its end."""
+    """Build the task, and run it to the end."""
     task, found = _build_task(resolved, accelerator)
     newest = newest_checkpoint(directory.path)
     plan = describe_plan(task, accelerator, found, directory, checkpoint.step_of(newest) if newest else 0)
@@ -111,7 +111,7 @@ def _build_accelerator(config: RunOptions, processes: PartialState, out: Path) -
     with patch_environment(accelerate_use_fsdp="false"):  # `sharding` does it, on every device alike
         return Accelerator(
             cpu=torch.device(processes.device or "cpu").type == "cpu",
-            mixed_precision="no",  # the loop says itself what runs in bfloat16
+            mixed_precision="no",  # the loop itself decides what runs in bfloat16
             log_with=list(config.trackers) or None,
             project_config=ProjectConfiguration(str(out), logging_dir=str(out / "tensorboard")),
             kwargs_handlers=[WHOLE_MODELS],
@@ -119,7 +119,7 @@ def _build_accelerator(config: RunOptions, processes: PartialState, out: Path) -
 
 
 def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, ProbeResult]:
-    """The task with its weights, and what the probe found, which completes its configuration."""
+    """Build the task with its weights, and complete its configuration with the result of the probe."""
     config = resolved.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
@@ -138,7 +138,7 @@ def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:
     if existing.command != options.command:
         raise UserError(
             f"{options.out} holds a run of `crate-mae {existing.command}`, not of `crate-mae {options.command}`.\n"
-            f"To go on with it: crate-mae resume {options.out}. For a new run, give another --out."
+            f"To continue it: crate-mae resume {options.out}. For a new run, give another --out."
         )
 
 
@@ -153,10 +153,10 @@ def _refuse_differences(existing: RunOptions, config: RunOptions, out: Path) -> 
 def _join_processes() -> PartialState:
     """Find the other processes of a launch, if there are any.
 
-    Accelerate takes a machine without accelerators for a distributed one only when told to use its CPU.
+    On a machine without accelerators, Accelerate looks for them only if it is asked to use the CPU.
 
     Raises:
-        UserError: for an engine that we do not know.
+        UserError: for an engine that is not supported.
     """
     asked_sharding()
     processes = PartialState(cpu=training_device().type == "cpu")
@@ -168,7 +168,7 @@ def _join_processes() -> PartialState:
 def _leave(processes: PartialState) -> None:
     """End the process group and its threads.
 
-    Left to the end of the interpreter, a thread that then frees a Python object brings a finished process down
+    Left to the end of the interpreter, a thread that then frees a Python object crashes a finished process
     ("terminate called without an active exception"). Wrapped models, which may be part of a cycle, hold the group.
     """
     gc.collect()
@@ -176,7 +176,7 @@ def _leave(processes: PartialState) -> None:
 
 
 def _with_probe(config: RunOptions, found: ProbeResult, steps_per_epoch: int) -> RunOptions:
-    """The configuration with what the probe decides."""
+    """Fill in what the probe decides."""
     seconds_per_epoch = found.seconds * config.accumulation * steps_per_epoch
     about_a_minute = max(1, math.ceil(_SECONDS_PER_CHECKPOINT / seconds_per_epoch))
     epochs = config.checkpoint_epochs or min(about_a_minute, math.ceil(config.steps / steps_per_epoch))

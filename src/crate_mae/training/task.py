@@ -53,10 +53,10 @@ class Task(ABC, Generic[OptionsT]):
     """A model, and how it learns from images.
 
     Args:
-        config: of the run. What the probe decides is put into it before the run begins.
+        config: of the run. The result of the probe is put into it before the run begins.
         images: to train on and to measure on.
         model: is trained, and is saved with its own `config`.
-        bad_held_out: images to measure on that cannot be read.
+        bad_held_out: held-out images that cannot be read.
 
     Attributes:
         measures: columns of metrics.csv that `measure` fills, in their order.
@@ -97,7 +97,7 @@ class Task(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def step_loss(self, step: int) -> StepLoss:
-        """The loss of one step: a function of (seed, step), however the step's images are divided among processes."""
+        """The loss of one step: a function of (seed, step), however its images are divided among processes."""
 
     @abstractmethod
     def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:
@@ -118,7 +118,7 @@ class Task(ABC, Generic[OptionsT]):
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without gradients, stochastic depth or compiled code, which would be compiled once more for evaluation."""
+    """Evaluate in the block: no gradients, no stochastic depth, no compiled code (which would be compiled again)."""
     was_training = model.training
     model.eval()
     try:
