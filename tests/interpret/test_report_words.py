@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import crate_mae
-from crate_mae.drawing.text import html, listed, mathtext, number, percent, plural
+from crate_mae.drawing.text import html, listed, mathtext, number, percent, plural, raised
 from crate_mae.interpret.attention_use import AttentionUse
 from crate_mae.interpret.report.findings import (
     STAND_IN_LIMITS,
@@ -67,6 +67,7 @@ def test_numbers_are_written_shortly():
     assert html("lowers R^c < 1") == "lowers R<sup>c</sup> &lt; 1"
     assert html("R - U_k^⊤z of λ‖Z‖_0\na_b") == "R − U<sub>k</sub><sup>⊤</sup>z of λ‖Z‖<sub>0</sub><br>a_b"
     assert html(html("a < b")) == "a &lt; b"
+    assert raised("R - R^c of 10^−7") == "R − Rᶜ of 10⁻⁷"
     assert mathtext("R - R^c vs. U_k, λ‖Z‖_0") == "R − R$^c$ vs. U$_k$, λ‖Z‖$_0$"
 
 

@@ -17,8 +17,9 @@ from crate_mae.app.curves import Line, draw_curves
 from crate_mae.app.pictures import to_png, to_uri
 from crate_mae.data.pictures import picture_grid
 from crate_mae.drawing.style import GREY, colour
-from crate_mae.drawing.text import html
+from crate_mae.drawing.text import html, raised
 from crate_mae.interpret.audit import LEAST_MARGIN_SHARE, SYMBOLS, AuditRow, by_claim
+from crate_mae.interpret.registry import MEASURES
 from crate_mae.interpret.tokens import shown_images
 from crate_mae.models.autoencoder import MaskedAutoencoder
 
@@ -236,7 +237,7 @@ def _draw_rates(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
         ("hollow: before the layer's compression", Line([], GREY, "", dotted=True)),
         ("filled: after it", Line([], GREY, "")),
     ]
-    return draw_curves("subspace rate Rᶜ, in nats", lines, keys, layer)
+    return draw_curves(raised(MEASURES["subspace_rate_normalised"].label), lines, keys, layer)
 
 
 def _draw_zeros(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
@@ -246,4 +247,4 @@ def _draw_zeros(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
         for number, (name, found) in enumerate(curves)
     ]
     keys = [(name, line) for (name, _), line in zip(curves, lines, strict=True)]
-    return draw_curves("share of exact zeros in the code", lines, keys, layer, top=1.0)
+    return draw_curves(raised(MEASURES["zero_fraction"].label), lines, keys, layer, top=1.0)

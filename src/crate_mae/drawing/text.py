@@ -1,6 +1,7 @@
 """How numbers, lists and formulas are written in reports and figures.
 
-Text is plain: "R^c", "U_k", "λ‖Z‖_0" and "1.0·10^−7" are typeset by `html` on a page and by `mathtext` in a figure.
+Text is plain: "R^c", "U_k", "λ‖Z‖_0" and "1.0·10^−7" are typeset by `html` on a page, by `mathtext` in a figure of
+matplotlib, and by `raised` where there are characters only.
 """
 
 import re
@@ -9,6 +10,7 @@ from collections.abc import Sequence
 from markupsafe import Markup, escape
 
 _SUPERSCRIPT = re.compile(r"\^(−?\d+|⊤|[a-z]\b)")
+_RAISED = str.maketrans("c⊤−0123456789", "ᶜᵀ⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SUBSCRIPT = re.compile(r"(?<=\b[A-Z])_(\w)\b|(?<=‖)_(\w)\b")
 
 
@@ -46,6 +48,11 @@ def html(text: str) -> Markup:
     marked = _SUPERSCRIPT.sub(r"<sup>\1</sup>", str(escape(text)))
     marked = _SUBSCRIPT.sub(lambda found: f"<sub>{found[1] or found[2]}</sub>", marked)
     return Markup(marked.replace(" - ", " − ").replace("\n", "<br>"))
+
+
+def raised(text: str) -> str:
+    """Text whose superscripts are characters of their own, such as "Rᶜ"."""
+    return _SUPERSCRIPT.sub(lambda found: found[1].translate(_RAISED), text).replace(" - ", " − ")
 
 
 def mathtext(text: str) -> str:
