@@ -3,6 +3,7 @@
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -104,18 +105,6 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
             same[digest].append(i)
         if on_image is not None:
             on_image()
-    model = image_size = count = None
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    if sizes:
-        count = prevalent_channels(channels)
-        height, width = np.median(np.array(sizes), axis=0)
-        model, image_size = suggest_model(ImageFacts(count, int(height), int(width), len(sizes), len(indices)))
-        if set(channels) <= {
-            1,
-            count,
-        }:  # several other counts have no common mean, and cannot be trained on
-            mean, std = channel_statistics(source, count)
     return DataReport(
         name=source.name,
         images=len(source),
@@ -123,15 +112,11 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
         classes=_class_counts(source),
         heights=_spread([height for height, _ in sizes]),
         widths=_spread([width for _, width in sizes]),
-        channels=count,
         modes=dict(modes.most_common()),
         formats=dict(formats.most_common()),
         bad=tuple(bad),
         duplicates=tuple(tuple(map(source.location, group)) for group in same.values() if len(group) > 1),
-        mean=mean,
-        std=std,
-        suggested_model=model,
-        suggested_image_size=image_size,
+        **_suggestions(source, sizes, channels, len(indices)),
     )
 
 
@@ -178,6 +163,26 @@ def _moments(image: Image.Image | Tensor) -> tuple[np.ndarray, np.ndarray]:
     levels = np.arange(256) / 255
     share = np.array(image.histogram(), dtype=np.float64).reshape(-1, 256) / (image.height * image.width)
     return share @ levels, share @ levels**2
+
+
+def _suggestions(
+    source: ImageSource, sizes: list[tuple[int, int]], channels: Counter[int], sampled: int
+) -> dict[str, Any]:
+    """Return the fields of a `DataReport` that help to choose a model and to normalise images."""
+    if not sizes:
+        return {"channels": None, "mean": (), "std": (), "suggested_model": None, "suggested_image_size": None}
+    count = prevalent_channels(channels)
+    height, width = np.median(np.array(sizes), axis=0)
+    model, image_size = suggest_model(ImageFacts(count, int(height), int(width), len(sizes), sampled))
+    # Images of several counts other than 1 have no common mean, and cannot be trained on.
+    mean, std = channel_statistics(source, count) if set(channels) <= {1, count} else ((), ())
+    return {
+        "channels": count,
+        "mean": mean,
+        "std": std,
+        "suggested_model": model,
+        "suggested_image_size": image_size,
+    }
 
 
 def _read_with_digest(source: ImageSource, i: int) -> tuple[Image.Image | Tensor, bytes]:
