@@ -2,7 +2,7 @@
 
 driver.py pretrain OUT KEY=VALUE... | driver.py finetune OUT model=MODEL KEY=VALUE... | driver.py resume OUT
 
-It says "step N" after every step, and then sleeps for `pause` seconds. With `stop_at=N` it is sent SIGTERM after
+It prints "step N" after every step, and then sleeps for `pause` seconds. With `stop_at=N` it is sent SIGTERM after
 step N; with `die_at=N` the second process is killed there.
 """
 
@@ -34,7 +34,7 @@ TINY_RUN = {
 }
 
 
-def say_step(_display, step, *_numbers):
+def print_step(_display, step, *_numbers):
     sys.stdout.write(f"step {step}\n")
     sys.stdout.flush()
     if step == STOP_AT:
@@ -50,7 +50,7 @@ if __name__ == "__main__":
     options = {key: yaml.safe_load(value) for key, value in options.items()}
     PAUSE = options.pop("pause", 0.0)
     STOP_AT, DIE_AT = options.pop("stop_at", None), options.pop("die_at", None)
-    progress.Display.step = say_step
+    progress.Display.step = print_step
     report.RunReport._write = lambda _report: None  # a page would take a third of the time of so short a run
     compile_with = torch.nn.Module.compile
     torch.nn.Module.compile = lambda module, **how: compile_with(module, backend="eager", **how)  # needs no compiler

@@ -13,7 +13,7 @@ _FSDP = Path(__file__).parents[2] / "examples" / "accelerate" / "fsdp.yaml"
 
 
 def accelerate(processes):
-    """Accelerate calls several processes with a CPU each "multi_gpu" too, and ACCELERATE_USE_CPU says which."""
+    """Accelerate calls several processes with a CPU each "multi_gpu" too, and ACCELERATE_USE_CPU distinguishes them."""
     return (*_LAUNCH, "--multi_gpu", f"--num_processes={processes}")
 
 
@@ -22,10 +22,10 @@ def sharded(processes):
 
 
 def wait_for(process, line):
-    for said in process.stdout:
-        if said.strip() == line:
+    for printed in process.stdout:
+        if printed.strip() == line:
             return
-    raise AssertionError(f"the process ended before it said {line!r}")
+    raise AssertionError(f"the process ended before it printed {line!r}")
 
 
 def finish(process, code=0):

@@ -41,7 +41,7 @@ def test_with_a_limit_of_zero_the_first_is_too_many(table):
     assert bad.too_many(seen=1000)
 
 
-def test_the_message_says_how_many_which_and_where(table):
+def test_the_message_names_how_many_which_and_where(table):
     bad = BadImages(table, 0.01)
     bad.add(1, images("a", "b", "c", "d"))
     message = str(bad.error(seen=300))

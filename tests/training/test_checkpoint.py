@@ -14,7 +14,7 @@ from crate_mae.training.optimizer import build_optimizer
 STATE = TrainState(step=7, skipped=2, skipped_in_a_row=1, loss_sum=0.1 + 0.2, loss_count=3, images=41, world_size=2)
 
 
-def trainee_of(model, ema=0.0):
+def model_state_of(model, ema=0.0):
     optimizer = build_optimizer(model, 0.05)
     return ModelState(model, model, optimizer, optimizer, average_of(model, ema))
 
@@ -40,19 +40,19 @@ def equal(first, second):
 @pytest.fixture
 def saved(tmp_path, tiny_model):
     """A model after three steps with its optimizer, and its checkpoint."""
-    model_state = trainee_of(tiny_model)
+    model_state = model_state_of(tiny_model)
     train(model_state, 3)
     return model_state, checkpoint.write(tmp_path, checkpoint.gather(model_state), tiny_model.config, STATE)
 
 
-def fresh(model_state, ema=0.0):
+def untrained(model_state, ema=0.0):
     """Another model of the same kind with its optimizer."""
-    return trainee_of(build(model_state.model.config), ema)
+    return model_state_of(build(model_state.model.config), ema)
 
 
 def test_a_model_read_back_goes_on_bit_for_bit(saved):
     model_state, folder = saved
-    other = fresh(model_state)
+    other = untrained(model_state)
     assert not equal(model_state.model, other.model)
     assert checkpoint.read(folder, other) == STATE
     train(model_state, 2)
@@ -61,12 +61,12 @@ def test_a_model_read_back_goes_on_bit_for_bit(saved):
 
 
 def test_with_an_average_the_checkpoint_is_the_average_and_goes_on_from_the_weights(tmp_path, tiny_model):
-    model_state = trainee_of(tiny_model, ema=0.9)
+    model_state = model_state_of(tiny_model, ema=0.9)
     train(model_state, 4)
     folder = checkpoint.write(tmp_path, checkpoint.gather(model_state), tiny_model.config, STATE)
     assert not equal(model_state.kept, model_state.model)
     assert equal(load(folder), model_state.kept)
-    other = fresh(model_state, ema=0.9)
+    other = untrained(model_state, ema=0.9)
     checkpoint.read(folder, other)
     train(model_state, 2)
     train(other, 2)
@@ -81,9 +81,9 @@ def test_a_checkpoint_is_a_model_without_pickles(saved):
 
 
 def test_an_optimizer_that_never_stepped_is_saved_as_such(tmp_path, tiny_model):
-    model_state = trainee_of(tiny_model)
+    model_state = model_state_of(tiny_model)
     folder = checkpoint.write(tmp_path, checkpoint.gather(model_state), tiny_model.config, STATE)
-    other = fresh(model_state)
+    other = untrained(model_state)
     checkpoint.read(folder, other)
     assert equal(other.model, tiny_model)
     assert not model_state.optimizer.state and not other.optimizer.state
@@ -118,7 +118,7 @@ def test_the_best_is_kept_beside_them_and_named(saved, tmp_path):
         checkpoint.write(checkpoints, checkpoint.gather(model_state), model_state.model.config, state)
     assert sorted(path.name for path in checkpoints.iterdir()) == ["best", "last", "step-2", "step-4", "step-5"]
     assert newest_checkpoint(run, "best") == checkpoints / "step-2"
-    assert checkpoint.read(checkpoints / "step-5", fresh(model_state)) == state
+    assert checkpoint.read(checkpoints / "step-5", untrained(model_state)) == state
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
@@ -127,7 +127,7 @@ def test_a_checkpoint_that_is_cut_short_is_refused(saved, name):
     path = folder / name
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=name):
-        checkpoint.read(folder, fresh(model_state))
+        checkpoint.read(folder, untrained(model_state))
 
 
 def test_another_models_checkpoint_is_refused(saved):
@@ -135,7 +135,7 @@ def test_another_models_checkpoint_is_refused(saved):
     name = model_state.model.config.name
     wider = create_model(name, in_chans=1, embed_dim=32, num_heads=2, depth=2, decoder_depth=2)
     with pytest.raises(UserError, match="of another model"):
-        checkpoint.read(folder, trainee_of(wider))
+        checkpoint.read(folder, model_state_of(wider))
     content = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**content, "schema": 99}))
     with pytest.raises(UserError, match="another version"):

@@ -12,7 +12,7 @@ def test_a_saved_configuration_is_read_back_equal(tmp_path, config):
     assert load_config(tmp_path / "config.yaml") == config
 
 
-def test_a_file_says_of_which_command_it_is(tmp_path, finetune_config):
+def test_a_file_names_its_command(tmp_path, finetune_config):
     save_config(finetune_config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == finetune_config
     assert isinstance(finetune_config, FinetuneOptions)

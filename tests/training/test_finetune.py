@@ -112,7 +112,7 @@ def test_a_pretrained_encoder_is_where_it_begins(tiny_finetuning, encoder_folder
     assert all(torch.allclose(before[key], after[key]) for key in before)
 
 
-def test_a_name_is_fresh_weights_for_the_channels_of_the_images(tiny_finetuning):
+def test_a_name_is_a_random_initialisation_for_the_channels_of_the_images(tiny_finetuning):
     first = tiny_finetuning("a", model="crate_mae_nano_patch2_8", steps=1)
     again = tiny_finetuning("b", model="crate_mae_nano_patch2_8", steps=1)
     assert first.model().config.in_chans == 1
@@ -284,7 +284,7 @@ def test_a_model_of_channels_that_cannot_be_converted_is_refused(tiny_finetuning
         tiny_finetuning(model=tmp_path / "two")
 
 
-def test_validation_images_that_cannot_be_read_are_told_before_anything_is_written(
+def test_validation_images_that_cannot_be_read_are_reported_before_anything_is_written(
     tiny_finetuning, class_folders, tmp_path
 ):
     train, val = class_folders("train", ["ant", "bee"]), class_folders("val", ["ant", "bee"], 4, bad=8)
@@ -293,7 +293,7 @@ def test_validation_images_that_cannot_be_read_are_told_before_anything_is_writt
     assert not (tmp_path / "run").exists()
 
 
-def test_all_mistakes_are_told_at_once(tiny_finetuning):
+def test_all_mistakes_are_reported_at_once(tiny_finetuning):
     with pytest.raises(UserError) as refused:
         tiny_finetuning(model="nowhere", lr=-1.0, batch_size=5000, trackers=("x",), labels=2.0)
     for expected in (

@@ -1,4 +1,4 @@
-"""Every mistake is told before a file is written."""
+"""Every mistake is reported before a file is written."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_an_empty_folder_is_refused(refused, tmp_path):
     assert "Found 0 images" in refused(data=tmp_path / "images")
 
 
-def test_all_mistakes_are_told_at_once(refused):
+def test_all_mistakes_are_reported_at_once(refused):
     message = refused(model="crate", lr=-1.0, batch_size=5000, trackers=("x",), mask_ratio=0.0)
     for expected in ("Unknown model crate", "--lr is -1.0", "A batch of 5000", "Unknown tracker x", "--mask-ratio"):
         assert expected in message
@@ -103,7 +103,7 @@ def test_more_processes_than_images_are_refused():
     assert "there are 7 to train on: take fewer processes" in mistakes[0].message
 
 
-def test_a_compiler_that_does_not_work_is_told_before_anything_is_written(refused, monkeypatch):
+def test_a_compiler_that_does_not_work_is_reported_before_anything_is_written(refused, monkeypatch):
     def broken(*_arguments, **_options):
         raise RuntimeError("No working C++ compiler found\nmany more lines")
 

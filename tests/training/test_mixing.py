@@ -31,7 +31,7 @@ def test_how_a_batch_is_divided_does_not_matter(mixup, cutmix, cuts):
         torch.testing.assert_close(whole, divided)
 
 
-def test_neighbours_are_mixed_and_targets_say_how_much():
+def test_neighbours_are_mixed_and_targets_are_their_shares():
     mixing = Mixing(0.8, 0.0, label_smoothing=0.0, num_classes=12, seed=0)
     mixed, targets = mixing(5, IMAGES, torch.arange(12))
     torch.testing.assert_close(mixed, torch.einsum("ij,jchw->ichw", targets, IMAGES))

@@ -101,7 +101,7 @@ def test_a_processor_that_multiplies_slowly_in_bfloat16_times_no_step_in_it(task
 
 
 @pytest.mark.parametrize(("able", "reason"), [(True, ""), (False, "as asked, though this CPU multiplies more slowly")])
-def test_a_given_precision_is_taken_and_said_to_be_slow_where_it_is(task, monkeypatch, able, reason):
+def test_a_given_precision_is_taken_and_reported_to_be_slow_where_it_is(task, monkeypatch, able, reason):
     monkeypatch.setattr(preflight, "multiplies_in_bfloat16", lambda _device: able)
     found = probe(task("bfloat16"), 2, Accelerator(cpu=True))
     assert found.precision == "bfloat16"

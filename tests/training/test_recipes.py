@@ -1,4 +1,4 @@
-"""Recipes are options of `pretrain` that fit it, and what the user says beside one wins."""
+"""Recipes are options of `pretrain` that fit it, and options given beside one win."""
 
 import pytest
 import yaml
@@ -13,7 +13,7 @@ OPTIONS = {*saved_options(PretrainOptions), "epochs"}
 
 
 @pytest.mark.parametrize("name", list_recipes())
-def test_every_recipe_fits_pretrain_and_says_what_it_is(name):
+def test_every_recipe_fits_pretrain_and_describes_itself(name):
     options = yaml.safe_load(recipe_text(name))
     assert options.keys() <= OPTIONS - {"data"}
     assert describe_recipe(name).endswith(".")

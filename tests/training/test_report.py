@@ -1,4 +1,4 @@
-"""The page of a run: what it says, when it is drawn, and that it cannot harm the run."""
+"""The report of a run: its content, when it is written, and that it cannot harm the run."""
 
 import logging
 import re
@@ -62,7 +62,7 @@ def test_a_model_without_subspaces_and_codes_has_no_curves_of_layers(tiny_run):
     assert page.count("<img") == 2 and "<h2>Layers</h2>" not in page
 
 
-def test_a_stopped_run_says_how_far_it_came_and_a_resumed_one_that_it_is_finished(tiny_run, tmp_path, monkeypatch):
+def test_a_stopped_run_reports_its_progress_and_a_resumed_one_that_it_is_finished(tiny_run, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(RunStopped):
         patch.setattr(StopRequest, "signal", signal.SIGTERM)
         tiny_run(monitor_steps=1)

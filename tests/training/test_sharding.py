@@ -48,7 +48,7 @@ def test_a_sharded_model_is_fine_tuned_with_its_average_as_a_whole_one(tmp_path,
     assert column(tmp_path / "one", 8) == column(tmp_path / "two", 8)  # accuracies
 
 
-def test_when_one_process_is_killed_the_other_says_so_and_the_run_resumes(tmp_path, driver):
+def test_when_one_process_is_killed_the_other_reports_it_and_the_run_resumes(tmp_path, driver):
     options = ("steps=10", "checkpoint_minutes=0.0001")
     whole = driver("pretrain", tmp_path / "whole", *options)
     output = finish(driver("pretrain", tmp_path / "run", *options, "die_at=5", launcher=TORCHRUN, **CPU), code=1)

@@ -17,7 +17,7 @@ from crate_mae.models.weights import newest_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm" / "pretrain.sh"
 
-# As SLURM does: the same command on every machine, each told which it is; it ends when all have.
+# As SLURM does: the same command on every machine, each with its number; it ends when all have.
 SRUN = """#!/bin/bash
 for node in $(seq 0 $((SLURM_NNODES - 1))); do SLURM_NODEID=$node "$@" & done
 wait
@@ -93,7 +93,7 @@ echo "$words"  # in one piece, beside the other machine
     ]
 
 
-def test_without_a_folder_the_script_says_how_it_is_used(sbatch):
+def test_without_a_folder_the_script_explains_its_use(sbatch):
     process = sbatch("images")
     assert process.communicate(timeout=600)[0].startswith("usage: sbatch ")
     assert process.returncode == 2

@@ -36,13 +36,13 @@ from crate_mae.training.preflight import (
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, training_device
-from crate_mae.training.progress import Display, describe_end, describe_plan
+from crate_mae.training.progress import Display, describe_end, describe_plan, plan_lines
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
 from crate_mae.training.run_directory import Run, RunDirectory
 from crate_mae.training.task import Resolved, Task
 
-# Of one whole model per process: its buffers are positions, alike in all and never changed; gradients are held once.
+# For whole models: buffers are positions, the same in all processes and constant; gradients are kept once.
 WHOLE_MODELS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
 
@@ -73,19 +73,19 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
 
     with computing_threads(resolved.config.threads):
         accelerator = _build_accelerator(resolved.config, processes, out)
-        go = partial(_go, accelerator=accelerator, directory=directory, display=display)
+        run = partial(_run, accelerator=accelerator, directory=directory, display=display, started=started)
         with suppress(StepTooLargeError):
-            return go(resolved, started=started)
+            return run(resolved)
         accelerator.free_memory()
         smaller = halved(resolved.config, processes.num_processes)
         display.lines([f"A step does not fit in memory: going on with --accumulation {smaller.accumulation}."])
         try:
-            return go(dataclasses.replace(resolved, config=smaller), started=started)
+            return run(dataclasses.replace(resolved, config=smaller))
         except StepTooLargeError:
             raise too_large(smaller, processes.num_processes) from None
 
 
-def _go(
+def _run(
     resolved: Resolved,
     *,
     accelerator: Accelerator,
@@ -99,7 +99,7 @@ def _go(
     plan = describe_plan(task, accelerator, found, directory, checkpoint.step_of(newest) if newest else 0)
     run = Run(directory.path, task.config)
     if task.config.dry_run:
-        display.lines([*plan, "This was a dry run: nothing has been written."])
+        display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])
         return run
     train(task, accelerator, directory=directory, display=display, plan=plan)
     if accelerator.is_main_process:
@@ -108,7 +108,7 @@ def _go(
 
 
 def _build_accelerator(config: RunOptions, processes: PartialState, out: Path) -> Accelerator:
-    with patch_environment(accelerate_use_fsdp="false"):  # `sharding` does it, on every device alike
+    with patch_environment(accelerate_use_fsdp="false"):  # `model_state.shard` does it, on every device
         return Accelerator(
             cpu=torch.device(processes.device or "cpu").type == "cpu",
             mixed_precision="no",  # the loop itself decides what runs in bfloat16
