@@ -1,7 +1,7 @@
 """What the guarantees of monotone layers cost: `python -m benchmarks.guarantees --help`.
 
 Training steps of three entries take turns in one process: the published layer with visible patches; the monotone one;
-and the same without what keeps its guarantees (the subspaces are not drawn back to orthogonal, the dictionary is not
+and the same without what keeps its guarantees (the subspaces are not re-orthogonalised, the dictionary is not
 bounded). A ratio is one of times in the same round.
 """
 
@@ -28,7 +28,7 @@ SIZES = {
     "wide micro": ("crate_mae_micro_wide_patch4_32", "crate_mae_micro_wide_monotone_patch4_32", 64),
     "nano": ("crate_mae_nano_visible_patch2_8", "crate_mae_nano_monotone_patch2_8", 4),  # to try the benchmark
 }
-_ENTRIES = ("published", "monotone", "monotone, not kept")
+_ENTRIES = ("published", "monotone", "monotone, unconstrained")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -46,14 +46,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _table(options: argparse.Namespace) -> Iterator[str]:
     yield "\nMilliseconds of a training step in float32, medians; ratios within a round, median (quartiles).\n"
     yield (
-        "| size | images | published | monotone | not kept | kept / not kept | monotone / published |\n"
+        "| size | images | published | monotone | unconstrained | monotone / unconstrained | monotone / published |\n"
         + "|---" * 7
         + "|"
     )
     for name in options.sizes:
         seconds = _seconds(name, options.rounds, CLOCKS[options.clock])
         medians = [f"{1000 * statistics.median(seconds[entry]):,.0f}" for entry in _ENTRIES]
-        ratios = [_ratio(seconds["monotone"], seconds[other]) for other in ("monotone, not kept", "published")]
+        ratios = [_ratio(seconds["monotone"], seconds[other]) for other in ("monotone, unconstrained", "published")]
         yield f"| {' | '.join([name, str(SIZES[name][2]), *medians, *ratios])} |"
 
 
@@ -70,7 +70,7 @@ def _seconds(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, li
     found: dict[str, list[float]] = {entry: [] for entry in _ENTRIES}
     for number in range(rounds + 1):
         for entry, step in steps.items():
-            with nothing_kept() if entry.endswith("not kept") else ExitStack():
+            with unconstrained() if entry.endswith("unconstrained") else ExitStack():
                 started = clock()
                 step()
                 if number:
@@ -79,7 +79,7 @@ def _seconds(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, li
 
 
 @contextmanager
-def nothing_kept() -> Iterator[None]:
+def unconstrained() -> Iterator[None]:
     """While the block runs, monotone layers compute without their guarantees."""
     with (
         mock.patch.object(OrthogonalSubspaces, "retract_", lambda _self: None),

@@ -18,13 +18,13 @@ def test_the_benchmark_writes_its_table(tmp_path):
     assert row.count("**") == 4
 
 
-def test_without_guarantees_nothing_is_drawn_back_or_bounded():
+def test_unconstrained_layers_are_neither_re_orthogonalised_nor_bounded():
     torch.manual_seed(0)
     subspaces, ista = OrthogonalSubspaces(8), BoundedISTA(8)
     with torch.no_grad():
         subspaces.weight.mul_(1.1)
         ista.dictionary.mul_(2)
-    with guarantees.nothing_kept():
+    with guarantees.unconstrained():
         subspaces.retract_()
         torch.testing.assert_close(torch.linalg.svdvals(subspaces.weight.detach()), torch.full((8,), 1.1))
         assert torch.equal(ista.lasso_dictionary(), ista.dictionary)

@@ -58,20 +58,20 @@ def step(d):
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("change", [change_numbers, take_other_memory, step])
-def test_at_rest_the_operator_is_formed_once_and_again_when_the_dictionary_changes(change, mode, monkeypatch):
+def test_in_eval_mode_the_operator_is_formed_once_and_again_when_the_dictionary_changes(change, mode, monkeypatch):
     formed = []
     form = layers.ista_operator
     monkeypatch.setattr(layers, "ista_operator", lambda *of: formed.append(of) or form(*of))
     layer, x = ISTA(11, step_size=0.13, threshold=0.3).eval(), torch.randn(2, 7, 11)
 
-    def at_rest():
+    def evaluated():
         with mode():
             return layer(x)
 
     for change_something in (lambda: None, lambda: change(layer.dictionary), lambda: setattr(layer, "step_size", 0.17)):
         change_something()
         del formed[:]
-        outputs = [at_rest() for _ in range(3)]
+        outputs = [evaluated() for _ in range(3)]
         assert len(formed) == 1
         d = layer.dictionary.detach()
         expected = torch.relu(x + layer.step_size * (x @ d - x @ d.T @ d) - layer.step_size * 0.3)

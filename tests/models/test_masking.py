@@ -6,9 +6,9 @@ from crate_mae.models.completion import MASK_GREY, complete
 from crate_mae.models.masking import (
     hide_all_but,
     patchify,
-    quietest_patches,
     random_mask,
     unpatchify,
+    visible_from_noise,
     visible_indices,
 )
 
@@ -26,7 +26,7 @@ def test_all_patches_are_equally_likely_to_be_hidden():
 
 def test_the_patches_with_the_least_noise_stay_visible():
     noise = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.2, 0.2, 0.2]])
-    visible = quietest_patches(noise, 0.5)
+    visible = visible_from_noise(noise, 0.5)
     assert visible[0].tolist() == [1, 3]
     mask = hide_all_but(visible, 4)
     assert mask[0].tolist() == [True, False, True, False]

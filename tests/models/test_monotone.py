@@ -1,4 +1,4 @@
-"""Monotone layers keep their promises with any weights, tokens and optimizer, and say so where they cannot."""
+"""Monotone layers keep their guarantees with any weights, tokens and optimizer, or refuse the weights."""
 
 import copy
 
@@ -101,7 +101,7 @@ def test_no_code_is_worse_than_none(training, generator):
             assert lasso_objective(a_i, x_i, d, 0.2) <= lasso_objective(0 * a_i, x_i, d, 0.2) + 1e-12
 
 
-def test_a_fresh_code_is_the_exact_minimum_of_its_lasso(generator):
+def test_the_first_code_is_the_exact_minimum_of_its_lasso(generator):
     ista = BoundedISTA(WIDTH, step_size=0.3, threshold=0.2).double().eval()
     x = hostile_tokens(generator)
     code, d = ista(x), ista.lasso_dictionary()
@@ -148,7 +148,7 @@ def test_subspaces_stay_orthogonal_under_any_optimizer(optimizer):
     assert max(float(distance_from_orthogonal(m.matrix().detach())) for m in subspaces) < 1e-5
 
 
-def test_a_weight_is_drawn_back_once_for_each_change(generator):
+def test_a_weight_is_re_orthogonalised_once_for_each_change(generator):
     subspaces = anything(OrthogonalSubspaces(WIDTH), generator)
     x = torch.randn(2, 3, WIDTH, generator=generator)
     first, second = subspaces(x), subspaces(x)  # the graph of the first stays valid
@@ -165,7 +165,7 @@ def test_a_weight_is_drawn_back_once_for_each_change(generator):
     torch.testing.assert_close(subspaces.weight, 0.9 * after)  # whoever calls retract_ goes on to call it
 
 
-def test_averages_and_half_precision_are_orthogonal_at_rest(generator):
+def test_averages_and_half_precision_are_orthogonal_in_eval_mode(generator):
     a, b = (OrthogonalSubspaces(WIDTH) for _ in range(2))
     b.load_state_dict(a.state_dict())
     anything(b, generator)
@@ -177,7 +177,7 @@ def test_averages_and_half_precision_are_orthogonal_at_rest(generator):
         assert distance_from_orthogonal(u) < (1e-6 if each.weight.dtype == torch.float32 else 1e-2)
 
 
-def test_at_rest_gradients_still_reach_the_weights(generator):
+def test_in_eval_mode_gradients_still_reach_the_weights(generator):
     layer = MonotoneEncoderLayer(WIDTH, HEADS).eval()
     layer(hostile_tokens(generator).float()).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())

@@ -1,6 +1,6 @@
 """`README.md` of an exported folder: what goes in, what comes out, how to run it, and where it comes from.
 
-`card` writes it; `provenance` reads, from the folder of a run, what it says of the training.
+`card` writes the text; `provenance` reads what it says about the training from the folder of a run.
 """
 
 import csv
@@ -18,7 +18,7 @@ from crate_mae.models.presets import bundled_folder, list_bundled
 
 LICENSE = "License"  # the heading that the Hub's own field is filled from
 
-# Columns of metrics.csv: what the card calls them, and how it writes them.
+# Columns of metrics.csv: their names in the card, and their number formats.
 _MEASURES = {
     "held_out_loss": ("Loss on held-out images", "{:.4g}"),
     "val_loss": ("Loss on validation images", "{:.4g}"),
@@ -34,13 +34,13 @@ session = onnxruntime.InferenceSession("model.onnx")
     "pt2": """import torch
 program = torch.export.load("model.pt2").module()
 {outputs} = program({keywords})""",
-    "timm": """import crate_mae, timm  # crate_mae tells timm of the layers
+    "timm": """import crate_mae, timm  # importing crate_mae registers the models with timm
 encoder = timm.create_model("local-dir:.", pretrained=True).eval()
 tokens = encoder.forward_features(images)
 
 import transformers
 model = transformers.AutoModel.from_pretrained(".")  # the same encoder, in transformers""",
-    "hf": """import crate_mae  # tells transformers of the model
+    "hf": """import crate_mae  # registers the models with transformers
 from transformers import AutoImageProcessor, {classes}
 processor = AutoImageProcessor.from_pretrained(".")
 model = {class_}.from_pretrained(".")
@@ -81,7 +81,7 @@ def card(
         inputs: names of what goes in.
         outputs: names of what comes out.
         facts: where it comes from, by heading; see `provenance`.
-        note: what else is to be said of it.
+        note: anything else about the files.
     """
     facts = facts or {}
     lines = [
@@ -113,7 +113,7 @@ def what(config: Config, part: str) -> str:
 
 
 def _front_matter(config: Config, kind: str, license_: str | None) -> list[str]:
-    """What the Hugging Face Hub reads of a card. Whoever trained a model decides on its licence: none is made up."""
+    """The header that the Hugging Face Hub reads. The licence is for the trainer of the model to choose: no default."""
     library = {"timm": "timm", "hf": "transformers"}.get(kind, "crate-mae")
     task = "image-classification" if isinstance(config, ClassifierConfig) else "image-feature-extraction"
     licensed = [f"license: {license_}"] if license_ else []
@@ -161,7 +161,7 @@ def _outputs(config: Config, outputs: tuple[str, ...]) -> list[str]:
         return []
     texts = {
         "tokens": "normalised features of the class token, then of every patch, row by row.",
-        "embedding": "the class token and the mean of patches behind each other, as `crate-mae embed` has it.",
+        "embedding": "the class token and the mean of the patches, concatenated, as in `crate-mae embed`.",
         "logits": f"of the classes {classes}.",
         "prediction": "batch x patches x numbers: pixels of every patch, row by row, channels last.",
     }
@@ -190,10 +190,10 @@ def _numbers(values: tuple[float, ...]) -> str:
 
 
 def provenance(model: Any) -> dict[str, str]:
-    """What is known of a model's training, by heading: data, recipe, results, environment.
+    """What is known about a model's training, by heading: data, recipe, results, environment.
 
     Args:
-        model: any form of MODEL. Only the folder of a run and a model in the package tell anything.
+        model: any form of MODEL. Only the folder of a run and a bundled model have such facts.
     """
     if str(model) in list_bundled():
         text = (bundled_folder(str(model)) / "README.md").read_text(encoding="utf-8")
@@ -230,7 +230,7 @@ def _measured(folder: Path) -> Iterator[str]:
 
 
 def _probed(folder: Path) -> Iterator[str]:
-    """What `crate-mae eval ... --out` has left in the folder."""
+    """Results of `crate-mae eval ... --out` in the folder."""
     for file in sorted(folder.glob("*.json")):
         found = _mapping(file)
         for result in found.get("results", []) if "probe" in found else []:
@@ -247,7 +247,7 @@ def _environment(folder: Path) -> str:
 
 
 def _mapping(file: Path) -> dict[str, Any]:
-    """A file of YAML or JSON that holds a mapping; else an empty one, since a card is no reason to fail."""
+    """A file of YAML or JSON that holds a mapping; else an empty one, since a card must not make an export fail."""
     try:
         text = file.read_text(encoding="utf-8")
         found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
@@ -257,5 +257,5 @@ def _mapping(file: Path) -> dict[str, Any]:
 
 
 def _short(data: Any) -> str:
-    """The end of a path: a card is public, and where a folder is on somebody's machine is not."""
+    """The end of a path: a card is public, and the rest of the path is private."""
     return "" if data is None else "/".join(str(data).replace("\\", "/").split("/")[-2:])

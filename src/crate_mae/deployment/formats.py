@@ -38,7 +38,7 @@ def write(
         The size of the weights or graph in bytes.
 
     Raises:
-        UserError: if the model does something that the format cannot say.
+        UserError: if the format cannot express what the model does.
     """
     graph = graphs.graph_class(model, part)
     if kind == "hf":
@@ -95,12 +95,12 @@ def sample_images(model: Model) -> Float[Tensor, "b c hh ww"]:
 def largest_difference(model: Model, part: str, run: Callable[[dict[str, Tensor]], Outputs]) -> float:
     """Largest absolute difference between our outputs and those of a program, over all test images.
 
-    All images go through the program at once, and then one alone: a batch that was fixed by mistake would fail here.
+    The program runs on all images at once, then on one: a batch size that was fixed by mistake fails here.
 
     Args:
         model: the model that was exported.
         part: "encoder" or "full".
-        run: from inputs by name to outputs by name, each of which must be among ours.
+        run: from inputs by name to outputs by name; all names must be ours.
     """
     graph = graphs.graph_class(model, part)
     images = sample_images(model)
@@ -115,7 +115,7 @@ def largest_difference(model: Model, part: str, run: Callable[[dict[str, Tensor]
 
 
 def reference(model: Model, part: str, inputs: dict[str, Tensor]) -> Outputs:
-    """What this library computes, nothing folded."""
+    """The outputs of this library, by the model that is not folded."""
     images = inputs["images"]
     with evaluating(model):
         if part == "encoder":
@@ -173,7 +173,7 @@ def ours_runner(folder: Path, part: str) -> Callable[[dict[str, Tensor]], Output
 
 
 def check_difference(difference: float, tolerance: float) -> None:
-    """Raise a `UserError` for a difference that is larger than the tolerance, or is no number."""
+    """Raise a `UserError` for a difference that is larger than the tolerance, or not a number."""
     if not difference <= tolerance:
         raise UserError(
             f"What was exported differs from the model by up to {difference:.2g}; --tolerance is {tolerance:g}.\n"

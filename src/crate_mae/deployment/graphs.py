@@ -5,7 +5,7 @@
 | an encoder | images b c hh ww | tokens b 1+n d; embedding b 2d: class token and mean of patches, as in `embed` |
 | a classifier | images b c hh ww | logits b k |
 | an autoencoder, mask tokens at the encoder | images b c hh ww, mask b n, true = hidden | prediction b n q |
-| an autoencoder, mask tokens at the decoder | images b c hh ww, visible b m: patches left, int64 | prediction b n q |
+| an autoencoder, mask tokens at the decoder | images b c hh ww, visible b m: positions, int64 | prediction b n q |
 
 The batch is free everywhere, and the image size, in whole patches, of encoders and classifiers: positions are
 interpolated, as by timm's `dynamic_img_size`. How many patches are visible is free too.
@@ -57,7 +57,7 @@ class EncoderGraph(nn.Module):
         self.encoder: Any = folded(any_size(model))
 
     def forward(self, images: Float[Tensor, "b c hh ww"]) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b f"]]:
-        """Normalised features of all tokens, class token first, and what `crate-mae embed` makes of them."""
+        """Normalised features of all tokens, class token first, and the embedding that `crate-mae embed` saves."""
         tokens = self.encoder.forward_features(images)
         return tokens, pool(tokens, self.encoder.num_prefix_tokens)
 
@@ -81,7 +81,7 @@ class ClassifierGraph(nn.Module):
 
 
 class MaskGraph(nn.Module):
-    """Images and what is hidden of them to predicted patches; mask tokens come in before the encoder."""
+    """Images and a mask to predicted patches; mask tokens come in before the encoder."""
 
     inputs: ClassVar = ("images", "mask")
     outputs: ClassVar = ("prediction",)
@@ -96,9 +96,9 @@ class MaskGraph(nn.Module):
 
 
 class VisibleGraph(nn.Module):
-    """Images and which patches are left to predicted patches; hidden patches reach the decoder alone.
+    """Images and their visible patches to predicted patches; mask tokens come in at the decoder.
 
-    Which patches are left is given by their numbers, since a mask would not say how many there are before it is read.
+    The input is their positions, since a graph must know how many there are before it reads any value of a mask.
     """
 
     inputs: ClassVar = ("images", "visible")
@@ -114,7 +114,7 @@ class VisibleGraph(nn.Module):
 
 
 def any_size(model: Model) -> nn.Module:
-    """The encoder of a model, which takes images of any size in whole patches."""
+    """The encoder of a model, for images of any size in whole patches."""
     encoder = any_size_encoder(model.config.encoder if isinstance(model, Classifier) else model.config)
     encoder.load_state_dict(model.encoder.state_dict())
     return encoder.eval()
@@ -143,7 +143,7 @@ def graph_class(model: Model, part: str) -> Any:
 
 
 def example_inputs(graph: Any, model: Model, images: Float[Tensor, "b c hh ww"]) -> dict[str, Tensor]:
-    """Inputs of a graph, or of its class, by name: images and, where it completes them, what is hidden of them."""
+    """Inputs of a graph, or of its class, by name: images and, for an autoencoder, which patches are hidden."""
     if len(graph.inputs) == 1:
         return {"images": images}
     assert isinstance(model, MaskedAutoencoder)
@@ -155,7 +155,7 @@ def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
     """Write a graph as ONNX ("onnx") or as an exported program ("pt2").
 
     Raises:
-        UserError: if the model does something that the format cannot say.
+        UserError: if the format cannot express what the model does.
     """
     size = model.config.image_size
     images = torch.randn(2, model.config.in_chans, *size, generator=torch.Generator().manual_seed(0))
@@ -180,7 +180,7 @@ def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
 
 def _write_onnx(graph: Any, inputs: Mapping[str, Tensor], shapes: dict[str, Any], path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter, about itself
+        warnings.simplefilter("ignore")  # the exporter's, about itself
         torch.onnx.export(
             graph,
             (),

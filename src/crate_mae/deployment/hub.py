@@ -18,7 +18,7 @@ def upload(
     commit_message: str = "Upload a model of crate-mae",
     token: str | bool | None = None,
 ) -> str:
-    """Make a repository on the Hub, if there is none of the name, and upload the files of a folder in one commit.
+    """Upload the files of a folder to the Hub in one commit; create the repository if it does not exist.
 
     Args:
         folder: its files replace those of the same names.
@@ -26,13 +26,13 @@ def upload(
         private: whether a new repository is private.
         revision: the branch.
         commit_message: of the commit.
-        token: to use instead of the one that `hf auth login` has left.
+        token: used instead of the one from `hf auth login`.
 
     Returns:
-        Where the commit can be seen.
+        The address of the commit.
 
     Raises:
-        UserError: for a name that is none, without a network, or if the Hub refuses.
+        UserError: for an invalid name, without a network, or if the Hub refuses.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
@@ -49,12 +49,12 @@ def upload(
     except HfHubHTTPError as error:
         hint = _LOGIN if getattr(error.response, "status_code", None) in (401, 403) else _OFFLINE
         raise UserError(f"The Hugging Face Hub refused {repo_id}: {first_line(error)}\n{hint}") from error
-    except Exception as error:  # of the network, of as many kinds as there are libraries for it
+    except Exception as error:  # network errors have a class in every HTTP library
         if not is_of_the_network(error):
             raise
         raise UserError(f"{repo_id}: the Hugging Face Hub cannot be reached.\n{_OFFLINE}") from error
 
 
 def is_of_the_network(error: BaseException) -> bool:
-    """Whether an exception says that a server could not be reached, whichever library huggingface_hub asks through."""
+    """Whether an exception means that a server cannot be reached, for any HTTP client that huggingface_hub uses."""
     return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS

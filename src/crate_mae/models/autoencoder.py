@@ -96,11 +96,11 @@ class MaskedAutoencoder(nn.Module):
 
         Args:
             images: normalised images of the configured size.
-            mask_ratio: share of patches to hide at random, if no mask is given.
+            mask_ratio: share of patches to hide at random, without a mask.
             mask: true = hidden.
             generator: draws the mask. None takes torch's global generator in training; in `eval()` nothing is
                 random, so None then hides the same patches at every call.
-            visible: `masking.visible_indices(mask)` if it is known already: what a compiled model cannot count.
+            visible: `masking.visible_indices(mask)` if it is known already; a compiled model cannot count them.
 
         Returns:
             Named loss, prediction, mask and latent. Without any hidden patch the loss is 0.
@@ -144,10 +144,10 @@ class MaskedAutoencoder(nn.Module):
         layer: int = DEFAULT_LAYER,
         batch_size: int = 64,
     ) -> Float[Tensor, "b f"] | Float[Tensor, "b n d"]:
-        """Features of images, of which nothing is hidden.
+        """Features of whole images.
 
         The images are converted, scaled to cover the model's size, centre-cropped and normalised, as in evaluation.
-        The model is put into `eval()` meanwhile, so the same image always has the same features.
+        The model is in `eval()` while it runs, so that the same image always has the same features.
 
         Args:
             images: one image, or a sequence of them: paths, Pillow images, arrays (hh ww, or hh ww c) or tensors
@@ -174,13 +174,13 @@ def predict(
     mask: Bool[Tensor, "b n"] | None = None,
     visible: Int[Tensor, "b keep"] | None = None,
 ) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b n q"]]:
-    """Encode images of which patches are hidden, and predict every patch.
+    """Encode masked images, and predict every patch.
 
     Args:
         model: has `encoder`, `decoder` and `mask_token`: a `MaskedAutoencoder`, or its form in transformers.
         images: normalised images.
         mask: true = hidden, if mask tokens come in at the encoder.
-        visible: positions of the patches that are left, if mask tokens come in at the decoder.
+        visible: positions of the patches that stay visible, if mask tokens come in at the decoder.
 
     Returns:
         The encoder's normalised output, and the prediction in the normalisation of the targets.

@@ -18,7 +18,7 @@ from crate_mae.models.features import pool
 HeadPooling = Literal["cls", "mean", "cls+mean"]
 
 DEFAULT_HEAD_POOLING: HeadPooling = "cls+mean"
-_HEAD_STD = 2e-5  # MAE's: all classes begin equally likely, and the first steps do not shake the encoder
+_HEAD_STD = 2e-5  # MAE's: all classes begin equally likely, and the first gradients of the encoder are small
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class ClassifierConfig:
     """Everything needed to build a classifier again.
 
     Attributes:
-        encoder: the autoencoder whose encoder this is. What it says of a decoder is kept, and not used.
+        encoder: of the autoencoder that this encoder comes from. Settings of its decoder are kept, and not used.
         classes: names of the classes, in the order of the logits.
         pooling: how tokens become one vector; see `features.pool`.
 
@@ -148,7 +148,7 @@ class Classifier(nn.Module):
         return {f"encoder.{name}" for name in self.encoder.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Timm's patterns of which parameters make up which layer: the encoder's; the head is the last layer."""
+        """Timm's patterns that assign parameters to layers: the encoder's; the head is the last layer."""
 
         def inside(pattern: str) -> str:
             return rf"^encoder\.(?:{pattern.removeprefix('^')})"

@@ -153,8 +153,8 @@ class CrateConfig(ModelConfig):
         ista_skip: whether the sparse code is added to its input instead of replacing it (not so officially).
         overcomplete: atoms of the encoder's dictionaries per dimension. Above 1, sparse coding is that of CRATE-alpha:
             two ISTA steps, and a dictionary of its own to read the codes out (not so officially).
-        init: how the weights start: as in the official code, or so that every layer begins near an isometry
-            ("isometric", see `models.initialization`). The function that is learned is the same.
+        init: the initialisation: that of the official code, or one in which every layer begins near an isometry
+            ("isometric", see `models.initialization`). The functions that can be learned are the same.
     """
 
     architecture: ClassVar[str] = "crate"

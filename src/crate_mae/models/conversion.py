@@ -26,11 +26,11 @@ from crate_mae.models.weights import load, save, write_timm_folder
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file that was understood, and is not written yet.
+    """A file that was recognised, and is not written yet.
 
     Attributes:
-        found: what it is, in words.
-        notes: what was taken off, assumed or left out, and why.
+        found: a description of it.
+        notes: what was removed, assumed or left out, and why.
         write: fills an empty folder.
     """
 
@@ -40,12 +40,12 @@ class Conversion:
 
 
 def understand(path: Path, num_heads: int | None = None, **settings: Any) -> Conversion:
-    """Say what a file or folder of weights is, and how to write it as a folder of this library.
+    """Find out what a file or folder of weights is, and how to write it as a folder of this library.
 
     Args:
         path: a file of tensors of the official code, or a folder of this library or of transformers.
-        num_heads: which official files do not tell; by default that of the published model of the same width.
-        settings: others that they do not tell, such as `image_size`, `threshold` or `norm_pix_loss`.
+        num_heads: not in official files; by default that of the published model of the same width.
+        settings: others that are not in the files, such as `image_size`, `threshold` or `norm_pix_loss`.
 
     Raises:
         UserError: for a file that is damaged, unknown or does not fit.
@@ -56,7 +56,7 @@ def understand(path: Path, num_heads: int | None = None, **settings: Any) -> Con
         found = f"a {type(model).__name__} of this library, {model.config.name}, {count / 1e6:.2f} M parameters"
         return Conversion(found, [], lambda folder: save(model, folder))
     tensors, prefixes = without_prefixes(read_tensors(path))
-    notes = [f"Taken off all names: the prefix {''.join(prefixes)}"] if prefixes else []
+    notes = [f"Removed from all names: the prefix {''.join(prefixes)}"] if prefixes else []
     if is_classifier(tensors):
         return _classifier(path, tensors, notes, num_heads, settings)
     if "blocks.0.layers.0.0.fn.qkv.weight" in tensors:
@@ -87,7 +87,7 @@ def _autoencoder(
             f"Left out: pos_embed, {tensors['pos_embed'].numel():,} numbers of a table that the official code never "
             "reads. Its encoder adds decoder_pos_embed, which is kept."
         )
-    notes.append(f"Assumed, since tensors do not tell: step size {c.step_size}, threshold {c.threshold}.")
+    notes.append(f"Assumed, since the file does not contain them: step size {c.step_size}, threshold {c.threshold}.")
     notes.append(f"norm_pix_loss is {str(c.norm_pix_loss).lower()}: it decides only how predictions become pixels.")
     found = (
         f"an official CRATE-MAE: width {c.embed_dim}, {c.depth} + {c.decoder_depth} layers, patches of {c.patch_size}, "
@@ -111,7 +111,9 @@ def _classifier(
     classes = tensors["mlp_head.1.weight"].shape[0] if left else 0
     if left:
         notes.append(f"Left out: mlp_head.1, the map to {classes} classes. `crate-mae finetune` makes a new one.")
-    notes.append(f"Assumed, since tensors do not tell: step size {config.step_size}, threshold {config.threshold}.")
+    notes.append(
+        f"Assumed, since the file does not contain them: step size {config.step_size}, threshold {config.threshold}."
+    )
     notes.append("Written in timm's layout, as an encoder alone: it has no decoder, and its patches are normalised.")
     text = (
         f"an official CRATE classifier: width {config.embed_dim}, {config.depth} layers, patches of "
@@ -125,8 +127,8 @@ def _heads(path: Path, width: int, num_heads: int | None, notes: list[str]) -> i
         return num_heads
     if width not in PUBLISHED_HEADS:
         raise UserError(
-            f"{path} is of width {width}, which no published model has, and tensors do not tell their heads.\n"
-            "Say how many there are: --num-heads"
+            f"{path} has width {width}, as no published model, and the file does not contain the number of heads.\n"
+            "Set it: --num-heads"
         )
     notes.append(f"Assumed: {PUBLISHED_HEADS[width]} heads, as the published model of width {width} has.")
     return PUBLISHED_HEADS[width]
@@ -164,15 +166,15 @@ def is_classifier(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def classifier_config(tensors: Mapping[str, Tensor], num_heads: int, **settings: Any) -> CrateConfig:
-    """What the tensors say of an official classifier; its decoder is that of nobody, and is not built.
+    """The configuration of an official classifier, from its tensors; it has no decoder, and none is built.
 
     Args:
         tensors: the state dict.
-        num_heads: which the tensors do not tell.
+        num_heads: not in the tensors.
         settings: others of a `CrateConfig`; `in_chans` is 3 unless given.
 
     Raises:
-        UserError: for shapes that belong to no square image of square patches.
+        UserError: for shapes that do not belong to a square image in square patches.
     """
     width, pixels = tensors["to_patch_embedding.2.weight"].shape
     channels = int(settings.pop("in_chans", 3))
@@ -192,7 +194,7 @@ def classifier_config(tensors: Mapping[str, Tensor], num_heads: int, **settings:
 def encoder_of_classifier(
     tensors: Mapping[str, Tensor], config: CrateConfig
 ) -> tuple[dict[str, Float[Tensor, "..."]], list[str]]:
-    """The encoder's tensors by our names, and the official names of those that it has no place for: the head's.
+    """The encoder's tensors by our names, and the official names of the others: the head's.
 
     The linear map of flattened patches becomes the convolution that it is.
     """

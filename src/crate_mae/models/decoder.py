@@ -28,10 +28,10 @@ class Decoder(nn.Module):
         grid_size: rows and columns of patches.
         fills_in: whether the decoder gets visible tokens only and fills in mask tokens itself (MAE), instead of all
             tokens (the official CRATE-MAE).
-        init: how the weights start, see `models.initialization`.
+        init: the initialisation, see `models.initialization`.
 
     Attributes:
-        embed: linear map from the encoder's width. The identity when all tokens come in the right width already: the
+        embed: linear map from the encoder's width. The identity if all tokens have the right width already: the
             official code has a linear map there, and never calls it.
         grad_checkpointing: whether layers are computed again in the backward pass, instead of what they would save.
     """

@@ -52,7 +52,7 @@ def without_version(values: Mapping[str, Any]) -> dict[str, Any]:
     version = values.get("format_version", 1)
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
-            f"It is of format version {version}, and this {LIBRARY} knows versions up to {FORMAT_VERSION}.\n"
+            f"It has format version {version}, and this {LIBRARY} knows versions up to {FORMAT_VERSION}.\n"
             f"Upgrade it: pip install --upgrade {LIBRARY}"
         )
     return {key: value for key, value in values.items() if key != "format_version"}
@@ -79,7 +79,7 @@ def config_from_transformers(values: Mapping[str, Any]) -> Config:
     """The configuration of a model that transformers wrote.
 
     Raises:
-        UserError: as `config_from_settings`, or for labels that are none.
+        UserError: as `config_from_settings`, or for invalid labels.
     """
     config = config_from_settings(values["settings"])
     if values.get("architectures") != [_CLASSIFIER_CLASS]:

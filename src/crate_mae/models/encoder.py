@@ -21,16 +21,16 @@ from crate_mae.models.monotone import MonotoneEncoderLayer, orthogonal_parameter
 class MaskedEncoder(VisionTransformer):
     """A timm `VisionTransformer` for masked images: CRATE's layers or, as the baseline, timm's own blocks.
 
-    Everything timm promises of a backbone holds (`forward_features`, `forward_intermediates`, `reset_classifier`,
-    `set_grad_checkpointing`, ...). Different are:
+    It keeps timm's contract for a backbone (`forward_features`, `forward_intermediates`, `reset_classifier`,
+    `set_grad_checkpointing`, ...), with these differences:
 
     - positions are the fixed sine-cosine table of `sincos_positions`, a buffer and not a parameter;
-    - `forward_masked` and `forward_visible` encode an image of which some patches are hidden;
-    - weights start as in the official code, or isometrically (`models.initialization`).
+    - `forward_masked` and `forward_visible` encode an image with hidden patches;
+    - the initialisation is the official one, or isometric (`models.initialization`).
 
     Args:
         block: builds one layer from timm's block arguments; see `crate_block` and `vit_block`.
-        init: how the weights start, see `models.initialization`.
+        init: the initialisation, see `models.initialization`.
         vit_options: all other arguments of timm's `VisionTransformer`.
     """
 
@@ -71,7 +71,7 @@ class MaskedEncoder(VisionTransformer):
         nn.init.normal_(self.cls_token, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """As timm says, less the table of positions, which is no parameter here, and orthogonal matrices besides."""
+        """Timm's names, without the table of positions, which is a buffer here, and with orthogonal matrices."""
         return super().no_weight_decay() - {"pos_embed"} | orthogonal_parameters(self)
 
     def set_input_size(

@@ -25,7 +25,7 @@ from crate_mae.errors import UserError
 Pooling = Literal["cls", "mean", "cls+mean", "tokens"]
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 
-# What every command and method takes unless told otherwise. Chosen over 21 models: results/cifar10_ablations.
+# The default of every command and method, chosen over 21 models: results/cifar10_ablations.
 DEFAULT_POOLING: Pooling = "cls+mean"
 DEFAULT_LAYER = -1
 
@@ -37,9 +37,9 @@ def pool(
 
     Args:
         tokens: prefix tokens (the class token first), then n patches.
-        num_prefix_tokens: how many tokens are no patches.
-        pooling: "cls" is the class token (f = d), "mean" the mean over patches (f = d), "cls+mean" both behind each
-            other (f = 2 d), and "tokens" all patches, unpooled.
+        num_prefix_tokens: how many tokens come before the patches.
+        pooling: "cls" is the class token (f = d), "mean" the mean over patches (f = d), "cls+mean" both
+            concatenated (f = 2 d), and "tokens" all patches, unpooled.
 
     Raises:
         UserError: for an unknown pooling, or one with a class token where there are no prefix tokens.
@@ -82,7 +82,7 @@ def encode_layers(
         encoder: anything with timm's contract.
         images: as the encoder takes them.
         layers: numbers from 0, or negative ones from the end.
-        pooling: see `pool`; by default what `default_pooling` says.
+        pooling: see `pool`; by default `default_pooling`.
 
     Raises:
         UserError: for a layer that does not exist, or a class token that does not.
@@ -122,7 +122,7 @@ def layer_number(encoder: nn.Module, layer: int) -> int:
 
 
 def has_class_token(encoder: nn.Module) -> bool:
-    """Whether the first token is a class token; register tokens alone are none."""
+    """Whether the first token is a class token; register tokens do not count."""
     return getattr(encoder, "num_prefix_tokens", 0) > 0 and getattr(encoder, "cls_token", None) is not None
 
 
@@ -171,7 +171,7 @@ def embed_images(
         batch_size: images that are encoded at once.
 
     Raises:
-        UserError: for no images, one that cannot be read (named), or one that is none.
+        UserError: for no images, an image that cannot be read (named), or an item that is not an image.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be at least 1.")
@@ -189,7 +189,7 @@ def embed_images(
 
 
 class _Opened:
-    """Items of which paths are replaced by the contents of their files."""
+    """Items, with paths replaced by the contents of their files."""
 
     def __init__(self, items: list[OneImage]) -> None:
         self._items = items
@@ -242,7 +242,7 @@ def _intermediates(encoder: nn.Module, images: Tensor, layers: list[int], *, wit
         options["stop_early"] = not with_last
     try:
         outputs = method(images, **options)
-    except AssertionError as error:  # how timm says that it cannot
+    except AssertionError as error:  # timm's way to refuse
         raise UserError(f"This network cannot give its inner layers ({error}): take layer -1.") from error
     final, outputs = outputs if with_last else (None, outputs)
     found = {layer: _join(output) for layer, output in zip(layers, outputs, strict=True)}

@@ -1,10 +1,10 @@
 """What a model begins with: its initialisation, official or near an isometry, and its fixed table of positions.
 
-Officially all linear maps, MSSA's output projection among them, start with Xavier-uniform weights. MSSA is derived as a
-small gradient step, and this is a large one: sparse codes are non-negative, so all tokens share a large common part,
-attention averages it, the output projection adds as much again, and ISTA hands on nothing but the normalised sum.
-After the 6 + 6 layers of `crate_mae_micro_patch4_32`, 0.2% of the energy of CIFAR-10's tokens tells one place of an
-image from another; the first several hundred steps of training go into undoing that (`docs/log.md`).
+Officially all linear maps, MSSA's output projection among them, are initialised with Xavier-uniform weights. MSSA is
+derived as a small gradient step, and this is a large one: sparse codes are non-negative, so all tokens share a large
+common part, attention averages it, the output projection adds as much again, and ISTA hands on nothing but the
+normalised sum. After the 6 + 6 layers of `crate_mae_micro_patch4_32`, 0.2% of the energy of CIFAR-10's tokens
+distinguishes the places of an image; the first several hundred steps of training go into undoing that (`docs/log.md`).
 
 The "isometric" initialisation takes a tenth of the output projection, so that Z + MSSA(Z) starts near Z, and orthogonal
 dictionaries E in the decoder, so that Y E^T keeps all angles. The encoder's dictionary stays as it is: I + eta (D -

@@ -176,9 +176,9 @@ class ISTA(nn.Module):
         return nn.Sequential(step, nn.ReLU())
 
     def _operator_for(self, x: Tensor) -> Float[Tensor, "d d"]:
-        """W; in `eval()` the one that was kept, while the dictionary, the step size and the precision are the same."""
-        forms_anew = self.training or torch.is_grad_enabled() or x.device.type != "cpu"
-        if forms_anew or is_traced(self.dictionary):
+        """W; in `eval()` the kept one, unless the dictionary, the step size or the precision has changed."""
+        must_form = self.training or torch.is_grad_enabled() or x.device.type != "cpu"
+        if must_form or is_traced(self.dictionary):
             return self.operator()
         precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dictionary.dtype
         return self._kept.of(self.dictionary, lambda _dictionary: self.operator(), (self.step_size, precision))
@@ -350,14 +350,14 @@ class DecoderLayer(nn.Module):
 class KeptValue:
     """The value of a function of a tensor, computed again when the tensor has changed.
 
-    Numbers are compared, since some optimizers, and whoever writes to `.data`, change them without PyTorch's knowledge.
+    Numbers are compared, since fused optimizers and writes to `.data` do not raise a tensor's version.
     """
 
     def __init__(self) -> None:
         self._entry: tuple[object, Tensor, Any] | None = None  # settings, a copy of the tensor, the value
 
     def of(self, tensor: Tensor, function: Callable[[Tensor], Any], settings: object = None) -> Any:
-        """`function(tensor)`, of other numbers, another precision or device, or other `settings` computed again."""
+        """`function(tensor)`; computed again if its numbers, precision or device, or `settings`, have changed."""
         entry = self._entry  # of this call, whatever other threads do
         if entry is None or entry[0] != settings or not is_same(entry[1], tensor):
             with torch.inference_mode(False), torch.no_grad():  # what is kept will be used outside that mode, too

@@ -32,11 +32,11 @@ def random_mask(
     if not 0.0 <= mask_ratio < 1.0:
         raise UserError(f"mask_ratio is {mask_ratio}, but must be at least 0 and less than 1.")
     noise = torch.rand(batch, num_patches, generator=generator, device=generator.device if generator else None)
-    return hide_all_but(quietest_patches(noise, mask_ratio), num_patches)
+    return hide_all_but(visible_from_noise(noise, mask_ratio), num_patches)
 
 
-def quietest_patches(noise: Float[Tensor, "b n"], mask_ratio: float) -> Int[Tensor, "b keep"]:
-    """Positions of the patches that stay visible, in ascending order: those with the least noise."""
+def visible_from_noise(noise: Float[Tensor, "b n"], mask_ratio: float) -> Int[Tensor, "b keep"]:
+    """Positions of the patches that stay visible, in ascending order: those with the smallest numbers."""
     keep = visible_patches(noise.shape[1], mask_ratio)
     return noise.argsort(dim=1)[:, :keep].sort(dim=1).values
 

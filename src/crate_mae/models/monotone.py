@@ -75,7 +75,7 @@ class OrthogonalSubspaces(nn.Module):
 
     def reset_parameters(self) -> None:
         """A uniformly distributed orthogonal matrix."""
-        _draw_orthogonal(self.weight)
+        _init_orthogonal(self.weight)
 
     def forward(self, x: Float[Tensor, "b n d"], u: Float[Tensor, "d d"] | None = None) -> Float[Tensor, "b n d"]:
         # type: (Tensor, Tensor | None) -> Tensor
@@ -188,7 +188,7 @@ class Compression(SubspaceAttention):
             return (plain_balanced_ssa if self.subspaces.is_folded else balanced_ssa)(w, self.scale())
 
     def membership(self, w: Float[Tensor, "b h n p"]) -> Float[Tensor, "b h n n"]:
-        """B_k: how much of which token each token takes up."""
+        """B_k: how much each token takes from each other token."""
         return balanced_membership(w, self.scale())
 
     def step(
@@ -254,7 +254,7 @@ class BoundedISTA(ISTA):
 
     def reset_parameters(self) -> None:
         """Orthogonal, scaled to eta ||D||_2^2 = 1."""
-        _draw_orthogonal(self.dictionary, gain=self.step_size**-0.5)
+        _init_orthogonal(self.dictionary, gain=self.step_size**-0.5)
 
     def operator(self) -> Float[Tensor, "d d"]:
         # type: () -> Tensor
@@ -317,11 +317,11 @@ def _re_orthogonalised(weight: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _draw_orthogonal(parameter: Tensor, gain: float = 1.0) -> None:
+def _init_orthogonal(parameter: Tensor, gain: float = 1.0) -> None:
     """Draw a uniformly distributed orthogonal matrix; in float32, since half precisions have no QR decomposition."""
     if not parameter.is_meta:
-        drawn = torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
-        parameter.copy_(nn.init.orthogonal_(drawn, gain=gain))
+        matrix = torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        parameter.copy_(nn.init.orthogonal_(matrix, gain=gain))
 
 
 def _straight_through(parameter: Tensor, value: Tensor) -> Tensor:
@@ -341,12 +341,12 @@ def retract_(model: nn.Module) -> None:
 
 
 def orthogonal_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that are kept orthogonal, of which weight decay would only take away length."""
+    """Names of the parameters that are kept orthogonal: weight decay would only shorten them."""
     return {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, OrthogonalSubspaces)}
 
 
 def check_monotone(model: nn.Module) -> None:
-    """Raise a `UserError` for weights with which a monotone layer could not keep its promise.
+    """Raise a `UserError` for weights with which a monotone layer cannot keep its guarantee.
 
     Subspaces that are far from orthogonal, and inverse temperatures that overflow, are named with their layer.
     """
@@ -357,7 +357,7 @@ def check_monotone(model: nn.Module) -> None:
             raise UserError(
                 f"{name}.log_scale is {float(module.log_scale.detach().max()):.3g} at most, an inverse temperature "
                 f"beyond {MOST_SCALE:g}: attention cannot be computed with it.\n"
-                "Training has run away: take an earlier checkpoint of the run."
+                "Training has diverged: take an earlier checkpoint of the run."
             )
         try:
             nearest_orthogonal(module.subspaces.weight.detach())

@@ -1,8 +1,8 @@
 """Weights of the official CRATE-MAE code (`model/crate_ae/crate_ae.py`), in and out.
 
-The official file holds two things that its forward pass never reads: `decoder_embed`, a d x d linear map with bias, and
-`pos_embed`, a second table of positions. Our model has neither. `from_official` keeps the tensors of the first aside on
-the model, in `official_unused`, so that `to_official` gives back the same file.
+The official file contains two things that its forward pass never reads: `decoder_embed`, a d x d linear map with bias,
+and `pos_embed`, a second table of positions. Our model has neither. `from_official` keeps the tensors of the first
+aside on the model, in `official_unused`, so that `to_official` gives back the same file.
 """
 
 import re
@@ -50,7 +50,7 @@ _NAMES = {
     "decoder_pred.bias": "decoder.pred.bias",
 }
 _OURS = {ours: official for official, ours in _NAMES.items()}
-# What the official code's classes have no arguments for, or what its weights do not tell.
+# Settings that the official classes have no arguments for, or that are not in the weights.
 OFFICIAL_SETTINGS = {
     "layer": "published",
     "step_size": 0.1,
@@ -60,7 +60,7 @@ OFFICIAL_SETTINGS = {
     "overcomplete": 1,
     "mask_tokens": "encoder",
 }
-# Heads by width, of the four models that were published: the tensors do not tell.
+# Heads by width, of the four published models: the tensors do not contain them.
 PUBLISHED_HEADS = {384: 6, 576: 12, 768: 12, 1024: 16}
 _DEAD = ("decoder_embed.weight", "decoder_embed.bias")
 
@@ -77,8 +77,8 @@ def from_official(
     Args:
         state_dict_or_path: the state dict, or a `.safetensors`, `.pth` or `.pt` file of one. Wrappers ("model",
             "state_dict") and prefixes ("module.", "model.") are taken off. Pickles are opened with `weights_only=True`.
-        num_heads: heads of the encoder and decoder, which the tensors do not tell: 6 for tiny, 12 for small and base,
-            16 for large.
+        num_heads: heads of the encoder and decoder, which the tensors do not contain: 6 for tiny, 12 for small and
+            base, 16 for large.
         image_size: pixels the model was made for; None takes a square that fits the table of positions.
         settings: other `CrateConfig` settings, such as `norm_pix_loss` or `threshold`.
 
@@ -100,7 +100,7 @@ def from_official(
 def to_official(model: MaskedAutoencoder) -> dict[str, Float[Tensor, "..."]]:
     """The state dict of the official code's class, which loads there strictly and computes the same function.
 
-    The layer that the official forward pass never calls is the one the model came with, or the identity.
+    The layer that the official forward pass never calls is that of the file the model came from, or the identity.
 
     Raises:
         UserError: for a model with settings that the official code does not have.

@@ -3,12 +3,12 @@
 Every `crate_mae_<size>` has two ViT-MAE twins: `vit_mae_<size>` of the same width, depth and heads on both sides, and
 `vit_mae_<size>_matched` of (nearly) the same number of parameters. A ViT block of width d has about 12 d^2 weights
 where a CRATE layer has 3 d^2, so the matched twin has half the width, with heads of the same dimension.
-`crate_mae_<size>_isometric` is the same model, started so that tokens do not collapse (`models.initialization`), and
-`crate_mae_<size>_visible` is that with mask tokens only at the decoder, as ViT-MAE has them: the encoder sees visible
-patches alone. `crate_mae_<size>_monotone` is `_visible` with layers that provably compress and sparsify
+`crate_mae_<size>_isometric` is the same model, initialised so that tokens do not collapse (`models.initialization`),
+and `crate_mae_<size>_visible` is that with mask tokens only at the decoder, as ViT-MAE has them: the encoder sees
+visible patches alone. `crate_mae_<size>_monotone` is `_visible` with layers that provably compress and sparsify
 (`models.monotone`); these have 2 d^2 weights, and `vit_mae_<size>_monotone_matched` has as many parameters.
-`crate_mae_micro_wide` is for hours and not for days of training: like `_visible`, but with few wide
-layers (`results/cifar10_small_color`), and with twins of its own; `crate_mae_micro_wide_monotone` likewise.
+`crate_mae_micro_wide` is for hours of training, not days: like `_visible`, but with few wide layers
+(`results/cifar10_small_color`), and with twins of its own; `crate_mae_micro_wide_monotone` likewise.
 `vit_mae_{small,base,large}_published` are the baselines that the CRATE-MAE paper's tables compare with.
 """
 
@@ -151,7 +151,7 @@ def preset(name: str) -> ModelConfig:
 
 
 def create_model(name: str, **settings: Any) -> MaskedAutoencoder:
-    """Build a preset with fresh weights drawn from torch's global generator.
+    """Build a preset with random initialisation, from torch's global generator.
 
     Args:
         name: one of `list_models()`.

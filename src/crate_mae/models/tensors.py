@@ -62,7 +62,7 @@ def without_prefixes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def index_of(path: Path) -> Path:
-    """The file that says which part of `path` holds which tensor, if it was written in parts: Hugging Face's layout.
+    """The file that lists which part of `path` holds which tensor, if it was written in parts: Hugging Face's layout.
 
     Its parts are called `model-00001-of-00002.safetensors` and so on.
     """
@@ -93,7 +93,7 @@ def _parts(path: Path) -> list[Path]:
     index = index_of(path)
     try:
         names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        # Only names of files beside the index are taken, whatever it says.
+        # Paths in the index are reduced to names, so that only files beside it are read.
         return [path.with_name(Path(name).name) for name in dict.fromkeys(names)]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is missing or damaged: {error}.") from error

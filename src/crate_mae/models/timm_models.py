@@ -1,9 +1,9 @@
 """Our encoders in timm's registry: `timm.create_model("crate_mae_base_patch16_224")` after `import crate_mae`.
 
-Every preset is there by its name, with fresh weights, and every trained model that comes with the library, whose
-weights `pretrained=True` loads without a network. Arguments are those of timm's `VisionTransformer`, and of CRATE's
-layers by their names in `CrateConfig`: `threshold=0.1`; with `patch_norm=True` patches are embedded as in the official
-CRATE classifiers. To load a model of your own:
+Every preset is there by its name, with random initialisation, and every trained model that comes with the library,
+whose weights `pretrained=True` loads without a network. Arguments are those of timm's `VisionTransformer`, and of
+CRATE's layers by their names in `CrateConfig`: `threshold=0.1`; with `patch_norm=True` patches are embedded as in the
+official CRATE classifiers. To load a model of your own:
 
     timm.create_model(name, pretrained=True, pretrained_cfg_overlay={"file": "runs/mine/model.safetensors"})
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from crate_mae.models.config import CrateConfig, ModelConfig, ViTConfig, config_from_dict
 from crate_mae.models.presets import bundled_folder, list_bundled, list_models, preset
 
-# Models of other sizes than any preset's go by these names; their arguments say what they are.
+# Names of models that no preset describes; their arguments do.
 CUSTOM = {CrateConfig: "crate_mae_custom", ViTConfig: "vit_mae_custom"}
 
 _CRATE_OPTIONS = ("layer", "step_size", "threshold", "output_projection", "ista_skip", "overcomplete")
@@ -52,12 +52,12 @@ def timm_name(config: ModelConfig) -> str:
 
 
 def any_size_encoder(config: ModelConfig, **arguments: Any) -> nn.Module:
-    """The encoder of a configuration with fresh weights, which takes images of any size in whole patches."""
+    """The encoder of a configuration, with random initialisation, for images of any size in whole patches."""
     return timm.create_model(timm_name(config), **timm_arguments(config), **arguments, dynamic_img_size=True)
 
 
 def timm_pretrained_cfg(config: ModelConfig, **more: Any) -> dict[str, Any]:
-    """What timm wants to know of a model besides its arguments: how to prepare images, and its first and last layer."""
+    """What timm needs besides a model's arguments: how to prepare images, and the names of its first and last layer."""
     return {
         "num_classes": 0,
         "input_size": (config.in_chans, *config.image_size),
@@ -78,7 +78,7 @@ def timm_pretrained_cfg(config: ModelConfig, **more: Any) -> dict[str, Any]:
 def encoder_tensors(tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[str, Tensor]:
     """The encoder's tensors of an autoencoder's or classifier's file; those of an encoder's own file are all of them.
 
-    Positions for another image size than `pretrained_cfg` says the file has are interpolated, as timm does it.
+    If the image size differs from that in `pretrained_cfg`, positions are interpolated, as timm does it.
     """
     own: Any = encoder  # to a type checker, what a module has is tensors and modules
     if any(name.startswith("encoder.") for name in tensors):

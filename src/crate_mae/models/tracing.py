@@ -1,4 +1,4 @@
-"""One way to look inside: named intermediates of a forward pass."""
+"""Named intermediates of a forward pass, recorded by hooks."""
 
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +19,10 @@ INTERMEDIATES = ("z", "z_half", "z_next", "projections", "attention", "preactiva
 
 
 class Tap(NamedTuple):
-    """Where an intermediate comes by: what of a module's first input and output it is.
+    """Where an intermediate is recorded: a module, and a function of its first input and its output.
 
     Attributes:
-        module: the module whose forward pass is listened to.
+        module: the module that gets a forward hook.
         read: from its first input and its output to the intermediate.
     """
 
@@ -58,26 +58,26 @@ def trace(model: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, list[
         patterns: see above.
 
     Yields:
-        A dictionary from name, in the model's order, to what came by (detached), one per call. Hooks are removed when
-        the block ends, however it ends, and outside of it nothing is added to the model.
+        A dictionary from name, in the model's order, to the recorded tensors (detached), one per call. Hooks are
+        removed when the block ends, however it ends, and outside of it nothing is added to the model.
 
     Raises:
         UserError: if a pattern matches nothing.
     """
-    with _listening(_taps(model, patterns)) as record:
+    with _recording(_taps(model, patterns)) as record:
         yield record
 
 
 def trace_layer(layer: nn.Module, z: Tensor, kinds: Sequence[str]) -> dict[str, Tensor]:
     """Run one layer on tokens alone, and give the intermediates of these names that it has."""
-    with _listening({name: tap for name, tap in taps_of(layer).items() if name in kinds}) as record:
+    with _recording({name: tap for name, tap in taps_of(layer).items() if name in kinds}) as record:
         layer(z)
     return {name: values[0] for name, values in record.items()}
 
 
 @contextmanager
-def _listening(taps: Mapping[str, Tap]) -> Iterator[dict[str, list[Tensor]]]:
-    """Record what comes by at the taps while the block runs."""
+def _recording(taps: Mapping[str, Tap]) -> Iterator[dict[str, list[Tensor]]]:
+    """Record the intermediates at the taps while the block runs."""
     record: dict[str, list[Tensor]] = {name: [] for name in taps}
 
     def keep(name: str, read: Callable[[Any, Tensor], Tensor]) -> Any:
@@ -132,7 +132,7 @@ def _taps(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tap]:
     intermediates = {f"{name}.{kind}": tap for name, layer in layers.items() for kind, tap in taps_of(layer).items()}
     wanted: set[str] = set()
     for pattern in patterns:
-        # Intermediates are asked for by their last name alone, so that "encoder.*" stays what it says: sub-modules.
+        # A pattern names intermediates only by its last part, so that "encoder.*" means sub-modules.
         names = fnmatch.filter(modules, pattern)
         if not names and pattern.rpartition(".")[2] in INTERMEDIATES:
             names = fnmatch.filter(intermediates, pattern)
@@ -160,7 +160,7 @@ def _memberships(attn: Any, w: Tensor) -> Tensor:
 
 def _timm_attention(attn: Attention, qkv: Tensor) -> Tensor:
     q, k, _ = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
-    # Their `forward`, not a call, so that what else listens to these modules does not hear them twice.
+    # Their `forward`, not a call, so that other hooks of these modules do not run twice.
     q, k = attn.q_norm.forward(q), attn.k_norm.forward(k)
     return torch.softmax((q * attn.scale) @ k.mT, dim=-1)
 

@@ -96,8 +96,9 @@ def load(model: str | Path, **settings: Any) -> Model:
 
     Args:
         model: a run folder (of a run that is not finished, its newest checkpoint is taken) or any other folder with
-            `model.safetensors` and `config.json`; the name of a preset (fresh weights) or of a trained model that comes
-            with the library; or `hf:user/name`, a repository on the Hugging Face Hub with the same two files.
+            `model.safetensors` and `config.json`; the name of a preset (random initialisation) or of a trained model
+            that comes with the library; or `hf:user/name`, a repository on the Hugging Face Hub with the same two
+            files.
         settings: model settings to change, such as `norm_pix_loss`; those that change a tensor's shape are refused.
 
     Raises:
@@ -170,7 +171,7 @@ def newest_checkpoint(run: Path, name: str = "last") -> Path | None:
     if not (re.fullmatch(r"step-\d+", step) and folder.is_dir()):
         raise UserError(
             f'{file} names the checkpoint "{step}", which is not there.\n'
-            f"Write the name of another folder in {file.parent} into it, or delete the run and start anew."
+            f"Write the name of another folder in {file.parent} into it, or delete the run and start again."
         )
     return folder
 
@@ -208,7 +209,7 @@ def _config_from(values: Any) -> Config:
 
 
 def description_in(folder: Path) -> Any:
-    """What a folder's `config.json` says; None without a readable one."""
+    """The contents of a folder's `config.json`; None without a readable one."""
     try:
         return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -240,7 +241,7 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
 
 
 def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """What to say of weights of the one kind of layers where the other is wanted; empty if that is not so."""
+    """The message for weights of published layers where monotone ones are wanted, or the reverse; else empty."""
     kinds = [
         "monotone" if any(name.endswith("attn.rate_logit") for name in tensors) else "published"
         for tensors in (found, wanted)

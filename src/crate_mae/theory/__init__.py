@@ -14,7 +14,7 @@ columns. Every formula here is the transpose of the papers', once and for all: t
 | lambda | `threshold`       | number         | weight of the l1 norm in the lasso                           |
 
 Read `coding_rate` (what is optimised), then `attention` (its gradient becomes attention), then `sparse_coding`, then
-`compression` (an attention step that provably does what the gradient promises).
+`compression` (an attention step that provably lowers the rate, as the gradient step should).
 
 Papers: "White-Box Transformers via Sparse Rate Reduction" (arXiv 2306.01129, extended in 2311.13110) and "Masked
 Completion via Structured Diffusion with White-Box Transformers" (arXiv 2404.02446).

@@ -94,7 +94,7 @@ def mssa(z: Float[Tensor, "*batch n d"], subspaces: Float[Tensor, "h d p"]) -> F
 
 
 class SymmetricAttention(torch.autograd.Function):
-    r"""O = softmax(s W W^T) W with a backward that knows that query, key and value are one tensor.
+    r"""O = softmax(s W W^T) W with a backward pass for query, key and value that are one tensor.
 
     Let S = s W W^T and P = softmax(S), so O = P W. Given dO, the gradient of the loss with respect to O:
 

@@ -5,7 +5,7 @@ have covariance U_k U_k^T + sigma^2 I given k. With orthonormal columns in every
 
     (U_k U_k^T + sigma^2 I)^-1 = (I - U_k U_k^T / (1 + sigma^2)) / sigma^2,   (1 + sigma^2)^p sigma^(2 (d - p)),
 
-and everything below follows. The papers (arXiv 2404.02446, section 2) say that compression against U is such denoising.
+and everything below follows. Compression against U is such denoising according to arXiv 2404.02446, section 2.
 """
 
 import math

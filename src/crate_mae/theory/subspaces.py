@@ -1,4 +1,4 @@
-"""Families of low-dimensional subspaces: project onto them, draw them, and tell how well they are kept apart."""
+"""Families of low-dimensional subspaces: project onto them, draw them, and measure how far apart they are."""
 
 from typing import NamedTuple
 

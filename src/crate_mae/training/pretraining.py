@@ -20,7 +20,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.completion import complete
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.devices import send
-from crate_mae.models.masking import hide_all_but, quietest_patches, random_mask
+from crate_mae.models.masking import hide_all_but, random_mask, visible_from_noise
 from crate_mae.models.tracing import trace
 from crate_mae.theory.coding_rate import official_subspace_coding_rate
 from crate_mae.theory.measures import effective_rank, zero_fraction
@@ -71,7 +71,7 @@ class Pretraining(Task[PretrainOptions]):
         def loss(
             model: nn.Module, images: Float[Tensor, "b c hh ww"], _labels: Int[Tensor, "b"], part: slice
         ) -> Float[Tensor, ""]:
-            visible = send(quietest_patches(noise[part], c.mask_ratio), images.device)
+            visible = send(visible_from_noise(noise[part], c.mask_ratio), images.device)
             return model(images, mask=hide_all_but(visible, noise.shape[1]), visible=visible).loss
 
         return loss

@@ -17,11 +17,11 @@ class CrateMAEConfig(PreTrainedConfig):
     """What transformers needs to build a CRATE-MAE, or its twin ViT-MAE, again.
 
     Args:
-        settings: a `ModelConfig` as a dictionary; None is that of CRATE-MAE base.
+        settings: a `ModelConfig` as a dictionary; by default CRATE-MAE base.
         pooling: of a classifier: how tokens become one vector.
         mask_ratio: share of patches that training hides.
         run: where the weights come from, by heading, for the card.
-        options: what every configuration of transformers takes, such as `id2label` and `num_labels`.
+        options: of every configuration of transformers, such as `id2label` and `num_labels`.
 
     Raises:
         UserError: for settings of a newer format, or that are unknown, missing or do not fit.
@@ -51,7 +51,7 @@ class CrateMAEConfig(PreTrainedConfig):
 
     @property
     def classifier(self) -> ClassifierConfig:
-        """Our own configuration of a classifier of the labels that this one has."""
+        """Our own configuration of a classifier with these labels."""
         names: Any = self.id2label
         classes = tuple(str(names[i]) for i in sorted(names))
         return ClassifierConfig(encoder=self.autoencoder, classes=classes, pooling=self.pooling)

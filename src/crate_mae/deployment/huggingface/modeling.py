@@ -1,7 +1,7 @@
 """CRATE-MAE as models of transformers: the encoder, the masked autoencoder, the classifier.
 
 Their tensors have the names that they have in our own files, so the three open one another's folders: what a model has
-no place for is left, and what is missing, such as the head of a classifier, is initialised as in a new model.
+no place for is ignored, and what is missing, such as the head of a classifier, is initialised as in a new model.
 `pretrained` makes one of ours one of these, `write_pretrained` its folder, and `runner` runs that.
 """
 
@@ -53,7 +53,7 @@ class CrateMAEForPreTrainingOutput(ModelOutput):
 
 
 class CrateMAEPreTrainedModel(PreTrainedModel):
-    """What the three have in common. `encoder` takes images of any size in whole patches."""
+    """The base of the three models. `encoder` takes images of any size in whole patches."""
 
     config_class = CrateMAEConfig
     base_model_prefix = "crate_mae"
@@ -70,24 +70,24 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
     def _finish(self) -> None:
         """The end of every constructor."""
         if not any(parameter.is_meta for parameter in self.parameters()):
-            for module in self.modules():  # weights have started already, each kind of layer in its own way
+            for module in self.modules():  # each kind of layer has initialised itself already
                 module._is_hf_initialized = True  # pyright: ignore[reportArgumentType]
         self.post_init()
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Start what a file had no weights for, as a fresh model starts it."""
+        """Initialise what a file had no weights for, as in a new model."""
         names = {part: name for name, part in self.named_modules()}
         kind_of_model: Any = type(self)
-        fresh = kind_of_model(self.config).get_submodule(names[module])
+        new = kind_of_model(self.config).get_submodule(names[module])
         for kind in ("named_parameters", "named_buffers"):
-            values = dict(getattr(fresh, kind)(recurse=False))
+            values = dict(getattr(new, kind)(recurse=False))
             for name, value in getattr(module, kind)(recurse=False):
                 if not getattr(value, "_is_hf_initialized", False):
                     value.copy_(values[name])
 
     def _set_gradient_checkpointing(self, enable: bool = True, **_function: Any) -> None:  # pyright: ignore
-        """Compute layers again in the backward pass; timm's function does it, whichever transformers gives."""
+        """Compute layers again in the backward pass; timm's function does it, not the one that transformers passes."""
         for part in ("encoder", "decoder"):
             if hasattr(self, part):
                 getattr(self, part).set_grad_checkpointing(enable)
@@ -134,8 +134,8 @@ class CrateMAEModel(CrateMAEPreTrainedModel):
 
         Returns:
             `last_hidden_state`, normalised features, class token first; `pooler_output`, the class token and the mean
-            of patches behind each other, as `crate-mae embed` has it; if asked for, `hidden_states`, the input of the
-            first layer and the output of every one.
+            of the patches, concatenated, as in `crate-mae embed`; on request `hidden_states`, the input of the first
+            layer and the output of every layer.
         """
         tokens, states = _encode(self.encoder, pixel_values, bool(output_hidden_states))
         output = BaseModelOutputWithPooling(
@@ -147,7 +147,7 @@ class CrateMAEModel(CrateMAEPreTrainedModel):
 
 
 class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
-    """The masked autoencoder. In `eval()` it hides nothing unless it is told to, so that nothing is random there."""
+    """The masked autoencoder. In `eval()` it hides nothing by default, so that it is deterministic."""
 
     _keys_to_ignore_on_load_unexpected = [r"^norm\.", r"^head\."]  # noqa: RUF012
 
@@ -173,7 +173,7 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             bool_masked_pos: true = hidden, b n or b gh gw.
             mask_ratio: share of patches to hide; by default the configuration's in training, and none otherwise. In
                 `eval()` the same patches are hidden at every call.
-            noise: which patches to hide: those with the largest numbers, as many as `mask_ratio` says.
+            noise: which patches to hide: those with the largest numbers, a share of `mask_ratio`.
             return_dict: whether to return names or a tuple.
 
         Raises:
@@ -249,7 +249,7 @@ def _encode(
 
 
 def pretrained(model: Model, part: str, facts: Mapping[str, str] | None = None) -> Any:
-    """One of our models as one of transformers', with the same weights; `facts` are what its card tells."""
+    """A model of this library as one of transformers, with the same weights; `facts` are for its card."""
     kind: Any = CrateMAEModel if part == "encoder" else CrateMAEForPreTraining
     options: dict[str, Any] = {}
     if isinstance(model, Classifier) and part == "full":
@@ -303,13 +303,13 @@ def runner(model: Model, folder: Path, part: str) -> Callable[[dict[str, Tensor]
 
 
 def _opened(kind: Any, folder: Path) -> Any:
-    """A model of transformers, without the bar of its progress, which lasts no time."""
-    shown = logging.is_progress_bar_enabled()
+    """A model of transformers, loaded without a progress bar."""
+    was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         return kind.from_pretrained(folder)
     finally:
-        if shown:
+        if was_enabled:
             logging.enable_progress_bar()
 
 
