@@ -34,7 +34,7 @@ def step_noise(seed: int, step: int, global_batch: int, num_patches: int) -> Flo
     """Noise that decides which patches one step hides, for the images of all processes together, on the CPU.
 
     Every process draws the whole noise and takes its share, so that two processes hide what one process would hide.
-    Sorting it (`masking.visible_from_noise`), which is most of the work, is done by each process for its own share alone.
+    Sorting it (`masking.visible_from_noise`), which is most of the work, each process does for its own share alone.
     """
     generator = torch.Generator().manual_seed(derive_seed(seed, Purpose.MASK, step))
     return torch.rand(global_batch, num_patches, generator=generator)
