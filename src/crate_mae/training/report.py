@@ -188,26 +188,18 @@ def draw_learning(rows: Sequence[Row]) -> Figure:
     Args:
         rows: of metrics.csv.
     """
-    from crate_mae.drawing.style import GREY, colour, marker, new_figure, panels
+    from crate_mae.drawing.lines import Line, Panel, draw_panels
 
-    contents = {title: [line for line in lines if curve(rows, line.key).steps] for title, lines in _PANELS.items()}
-    contents = {title: lines for title, lines in contents.items() if lines}
-    columns = min(2, len(contents))
-    figure = new_figure(5.5 * columns, 2.9 * ceil(len(contents) / columns))
-    axes = panels(figure, ceil(len(contents) / columns), columns)
-    for panel, (title, lines) in zip(axes.flat, contents.items(), strict=False):
-        for number, line in enumerate(lines):
-            held_out = {"color": colour(number), "marker": marker(number), "markersize": 4}
-            style = held_out if line.is_held_out else {"color": GREY, "linewidth": 1}
-            panel.plot(*curve(rows, line.key), label=line.label, **style)
-        panel.set_ylabel(title)
-        panel.set_xlabel("step")
-        panel.set_ylim(bottom=0)
-        if len(lines) > 1:
-            panel.legend(frameon=False)
-    for empty in axes.flat[len(contents) :]:
-        empty.axis("off")
-    return figure
+    panels = []
+    for title, columns in _PANELS.items():
+        measured = [column for column in columns if curve(rows, column.key).steps]
+        lines = [
+            Line(column.label, *curve(rows, column.key), number=number if column.is_held_out else None)
+            for number, column in enumerate(measured)
+        ]
+        if lines:
+            panels.append(Panel(lines, xlabel="step", ylabel=title, scale="from zero"))
+    return draw_panels(panels, columns=min(2, len(panels)), width=5.5, height=2.9, legend="inside")
 
 
 def draw_layer_signals(rows: Sequence[Mapping[str, str]]) -> Figure:
