@@ -1,13 +1,12 @@
-"""The command `theory`: its files, its mistakes, and that nothing there is harmed."""
+"""The command `theory`: its files, its errors, and that other files stay unchanged."""
 
 import functools
 import importlib
 
 import pytest
 
-from crate_mae.drawing import style
 from crate_mae.errors import UserError
-from crate_mae.interpret.theory import experiments
+from crate_mae.interpret.claims import page
 
 theory = importlib.import_module("crate_mae.commands.theory").theory
 NAMES = {"denoising", "attention", "signal_to_noise", "diffusion", "ista"}
@@ -16,8 +15,8 @@ FILES = {"theory.html", "theory.json", *(f"{name}.{kind}" for name in NAMES for 
 
 @pytest.fixture
 def quick(monkeypatch):
-    one_draw = functools.cache(functools.partial(experiments.measure_theory, draws=1))
-    monkeypatch.setattr(experiments, "measure_theory", one_draw)
+    one_draw = functools.cache(functools.partial(page.measure_theory, draws=1))
+    monkeypatch.setattr(page, "measure_theory", one_draw)
 
 
 def test_it_writes_a_page_numbers_and_figures(quick, crate_mae_command, tmp_path):
@@ -32,8 +31,8 @@ def test_it_writes_a_page_numbers_and_figures(quick, crate_mae_command, tmp_path
     assert (out / "ista.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_files_are_overwritten_when_that_is_said_and_others_kept(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(style, "encode", lambda _, kind: kind.encode())  # that takes the time
+def test_overwrite_replaces_files_and_keeps_others(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(page, "encode", lambda _, kind: kind.encode())  # drawing takes most of the time
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "theory.html").write_text("old")
     assert theory(out=tmp_path, overwrite=True, quiet=True) == tmp_path / "theory.html"
@@ -60,6 +59,6 @@ def test_a_file_is_refused(overwrite, tmp_path):
 
 
 def test_a_negative_seed_is_refused(tmp_path):
-    with pytest.raises(UserError, match="--seed -1"):
+    with pytest.raises(UserError, match="--seed is -1"):
         theory(out=tmp_path / "out", seed=-1)
     assert not (tmp_path / "out").exists()

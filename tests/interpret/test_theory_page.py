@@ -1,4 +1,4 @@
-"""The page on the theory: whole in itself, every figure and every measured number in its place."""
+"""The page of the theory: self-contained, with every figure and every measured number in its place."""
 
 import dataclasses
 import re
@@ -9,12 +9,9 @@ import pytest
 from PIL import Image
 
 from crate_mae.drawing.style import encode
-from crate_mae.interpret.theory.experiments import measure_theory
-from crate_mae.interpret.theory.figures import draw_ista, draw_theory
-from crate_mae.interpret.theory.page import write_page
-from crate_mae.interpret.theory.sections import write_sections
-from crate_mae.interpret.theory.spread import Spread
-from crate_mae.interpret.theory.wording import number, power
+from crate_mae.interpret.claims.common import Spread, number, power
+from crate_mae.interpret.claims.ista import draw_ista
+from crate_mae.interpret.claims.page import draw_theory, explain_theory, measure_theory, write_page
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +25,7 @@ def pictures(results):
 
 
 class Tags(HTMLParser):
-    """Collects sources and links, and sees to it that what is opened is closed."""
+    """Collects sources and links, and checks that every opened tag is closed."""
 
     def __init__(self):
         super().__init__()
@@ -54,8 +51,8 @@ def test_numbers_are_written_with_their_spread():
     assert power(6.34e89) == "6.3·10<sup>89</sup>"
 
 
-def test_the_page_is_whole_in_itself(results, pictures):
-    page = write_page(results, write_sections(results), pictures)
+def test_the_page_is_self_contained(results, pictures):
+    page = write_page(results, explain_theory(results), pictures)
     tags = Tags()
     tags.feed(page)
     assert tags.open == []
@@ -66,19 +63,19 @@ def test_the_page_is_whole_in_itself(results, pictures):
     assert "{" not in re.sub(r"<style>.*?</style>", "", page, flags=re.DOTALL)
 
 
-def test_the_page_says_what_was_measured(results):
+def test_the_page_reports_what_was_measured(results):
     point = next(point for point in results.denoising.by_noise if point.noise_std == 0.2)
-    section = write_sections(results)[0]
+    section = explain_theory(results)[0]
     assert number(point.cosine["all"]) in section.found[0]
     changed = dataclasses.replace(point, cosine={**point.cosine, "all": Spread(0.1234, 0.02)})
     by_noise = tuple(changed if p is point else p for p in results.denoising.by_noise)
     other = dataclasses.replace(results, denoising=dataclasses.replace(results.denoising, by_noise=by_noise))
     assert "0.12 ± 0.02" not in section.found[0]
-    assert "0.12 ± 0.02" in write_sections(other)[0].found[0]
+    assert "0.12 ± 0.02" in explain_theory(other)[0].found[0]
 
 
-def test_the_page_says_which_step_was_measured(results):
-    section = write_sections(results)[1]
+def test_the_page_reports_which_step_was_measured(results):
+    section = explain_theory(results)[1]
     assert section.title == "Attention keeps one of the two terms of the gradient step"
     point = next(point for point in results.attention.orthogonal if point.radius == 0.3)
     sentence = next(text for text in section.found if text.startswith("Cosine with"))
@@ -88,12 +85,12 @@ def test_the_page_says_which_step_was_measured(results):
     assert number(point.descent["published, s = p^-1/2"]) in section.glance
 
 
-def test_a_claim_that_would_hold_or_fail_is_said_to(results):
+def test_the_page_reports_whether_a_claim_holds(results):
     snr = results.signal_to_noise
     none = tuple(dataclasses.replace(curve, layers_held=0) for curve in snr.curves)
     whole = tuple(dataclasses.replace(curve, layers_held=snr.layers) for curve in snr.curves)
     glances = [
-        write_sections(dataclasses.replace(results, signal_to_noise=dataclasses.replace(snr, curves=curves)))[2].glance
+        explain_theory(dataclasses.replace(results, signal_to_noise=dataclasses.replace(snr, curves=curves)))[2].glance
         for curves in (none, whole)
     ]
     assert glances[0].count("at no noise level") == 3
@@ -102,7 +99,7 @@ def test_a_claim_that_would_hold_or_fail_is_said_to(results):
 
 def test_figures_are_pictures_and_the_same_each_time(results, pictures):
     again = draw_theory(results)
-    assert set(pictures) == set(again) == {section.figure for section in write_sections(results)}
+    assert set(pictures) == set(again) == {section.figure for section in explain_theory(results)}
     for name, picture in pictures.items():
         assert encode(again[name], "png") == picture
         with Image.open(BytesIO(picture)) as image:

@@ -1,4 +1,4 @@
-"""The experiments on the theory: what must come out of them whatever is drawn, and numbers that are known."""
+"""The claims of the theory: properties that hold for every draw, and known numbers."""
 
 import json
 import math
@@ -6,13 +6,13 @@ import math
 import pytest
 import torch
 
-from crate_mae.interpret.theory.attention import measure_attention, softmax_steps, tilt_bases
-from crate_mae.interpret.theory.denoising import measure_denoising
-from crate_mae.interpret.theory.diffusion import measure_diffusion
-from crate_mae.interpret.theory.experiments import measure_theory
-from crate_mae.interpret.theory.ista import STEPS, lasso_solution, measure_ista
-from crate_mae.interpret.theory.signal_to_noise import attention_layer, measure_signal_to_noise
-from crate_mae.interpret.theory.spread import Spread, cosine, relative_error, spreads
+from crate_mae.interpret.claims.attention import measure_attention, softmax_steps, tilt_bases
+from crate_mae.interpret.claims.common import Spread, cosine, relative_error, spreads
+from crate_mae.interpret.claims.denoising import measure_denoising
+from crate_mae.interpret.claims.diffusion import measure_diffusion
+from crate_mae.interpret.claims.ista import STEPS, lasso_solution, measure_ista
+from crate_mae.interpret.claims.page import measure_theory
+from crate_mae.interpret.claims.signal_to_noise import attention_layer, measure_signal_to_noise
 from crate_mae.theory import coherence, orthonormal_bases, orthonormality_error, signal_to_noise
 
 

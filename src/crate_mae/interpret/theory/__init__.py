@@ -1,1 +1,0 @@
-"""The theory, checked on data that obey its assumptions: measured in five files, drawn in one, published in one."""
