@@ -1,4 +1,4 @@
-"""One real comparison on scikit-learn's digits, of which the tests look at all sides."""
+"""One real comparison on scikit-learn's digits, shared by the tests."""
 
 import os
 
@@ -26,8 +26,8 @@ OPTIONS = {
 }
 
 
-def _surround(patch, cache):
-    """The CPU, and a cache of the tests' own."""
+def _set_environment(patch, cache):
+    """Use the CPU, and a separate cache."""
     patch.setenv("XDG_CACHE_HOME", str(cache))
     if torch.accelerator.is_available():
         patch.setenv("ACCELERATE_USE_CPU", "true")
@@ -36,7 +36,7 @@ def _surround(patch, cache):
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path_factory, monkeypatch):
     """No test reads or writes the user's cache."""
-    _surround(monkeypatch, tmp_path_factory.mktemp("cache"))
+    _set_environment(monkeypatch, tmp_path_factory.mktemp("cache"))
     return os.environ
 
 
@@ -54,19 +54,19 @@ def digits(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def compared(tmp_path_factory, digits):
-    """A finished comparison; whoever changes it takes a copy."""
+    """A finished comparison; tests that change it make a copy."""
     with pytest.MonkeyPatch.context() as patch:
-        _surround(patch, tmp_path_factory.mktemp("cache"))
+        _set_environment(patch, tmp_path_factory.mktemp("cache"))
         return crate_mae.compare(MODELS, out=tmp_path_factory.mktemp("comparison") / "out", **OPTIONS, **digits)
 
 
 @pytest.fixture
 def compare(monkeypatch, digits):
-    """`compare(out, *models, **options)`: with the options of `compared` but for those that are given.
+    """`compare(out, *models, **options)`: with the options of `compared`, replaced by those given.
 
-    Memory is not measured, which takes a process for each model.
+    Memory is not measured, because that starts a process for each model.
     """
-    monkeypatch.setattr("crate_mae.comparison.costs.step_memory", lambda *_: None)
+    monkeypatch.setattr("crate_mae.comparison.budget.step_memory", lambda *_: None)
 
     def run(out, *models, **options):
         return crate_mae.compare(models or MODELS, out=out, **{**OPTIONS, **digits, **options})

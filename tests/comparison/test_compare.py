@@ -1,4 +1,4 @@
-"""A comparison from end to end: what it leaves behind, that it is fair, and that it goes on after being stopped."""
+"""A comparison from end to end: its files, that it is fair, and that it continues after being stopped."""
 
 import csv
 import math
@@ -11,12 +11,10 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from crate_mae.comparison.contestants import open_images, resolve_contestants
-from crate_mae.comparison.costs import Costs
-from crate_mae.comparison.course import Course
-from crate_mae.comparison.directory import ComparisonDirectory
+from crate_mae.comparison.budget import BudgetPlan, Costs
+from crate_mae.comparison.entries import open_images, resolve_entries
 from crate_mae.comparison.options import Options
-from crate_mae.comparison.runs import Trainer
+from crate_mae.comparison.runs import ComparisonDirectory, Planned, Trainer
 from crate_mae.errors import UserError
 from crate_mae.models.weights import load
 from crate_mae.training.config import differences, load_config
@@ -29,7 +27,7 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-def test_every_contestant_spends_its_budget_and_no_more(compared):
+def test_every_entry_spends_its_budget_and_no_more(compared):
     for name in (CRATE, VIT):
         searches = sorted((compared.path / "runs" / name).glob("search-*"))
         assert [load_config(run / "config.yaml").steps for run in searches] == [2, 2]
@@ -48,18 +46,18 @@ def test_runs_differ_in_model_learning_rate_and_seed_alone(compared):
 
 
 def test_the_learning_rate_is_that_of_the_lowest_held_out_loss_of_the_training_images(compared):
-    for outcome in compared.outcomes:
-        losses = outcome.trained.search_losses
-        assert outcome.trained.rate == min(losses, key=losses.get)
+    for result in compared.results:
+        losses = result.trained.search_losses
+        assert result.trained.rate == min(losses, key=losses.get)
         for rate, loss in losses.items():
-            run = compared.path / "runs" / outcome.name / f"search-{rate:.3g}"
+            run = compared.path / "runs" / result.name / f"search-{rate:.3g}"
             assert read_csv(run / "metrics.csv")[-1]["held_out_loss"] == str(loss)
             assert load_config(run / "config.yaml").val is None  # so they are taken out of the training images
-        final = load_config(compared.path / "runs" / outcome.name / "seed-0" / "config.yaml")
-        assert final.lr == outcome.trained.rate
+        final = load_config(compared.path / "runs" / result.name / "seed-0" / "config.yaml")
+        assert final.lr == result.trained.rate
 
 
-def test_the_table_has_a_row_for_each_contestant_and_control(compared):
+def test_the_table_has_a_row_for_each_entry_and_control(compared):
     rows = read_csv(compared.path / "table.csv")
     kinds = [(row["model"], row["weights"]) for row in rows]
     assert kinds == [(CRATE, "trained"), (CRATE, "random"), (VIT, "trained"), (VIT, "random"), ("pixels", "none")]
@@ -79,17 +77,17 @@ def test_the_table_has_a_row_for_each_contestant_and_control(compared):
 
 def test_scores_of_seeds_are_summarised_with_their_spread(compared):
     row = read_csv(compared.path / "table.csv")[0]
-    a, b = (scores["linear"] for scores in compared.outcomes[0].scores)
+    a, b = (scores["linear"] for scores in compared.results[0].scores)
     assert float(row["linear_mean"]) == pytest.approx((a + b) / 2)
     assert float(row["linear_std"]) == pytest.approx(abs(a - b) / math.sqrt(2))
 
 
-def test_the_notes_say_where_the_first_is_behind_and_how_to_read_it(compared):
+def test_the_notes_explain_where_the_first_is_behind_and_how_to_read_it(compared):
     text = (compared.path / "table.md").read_text(encoding="utf-8")
     assert compared.notes[0].startswith(f"{CRATE} is behind {VIT} in: ")
     assert compared.notes[1].startswith(f"{CRATE} is ahead of {VIT} in: ")
-    for outcome in compared.outcomes:
-        assert f"{outcome.name}: the best learning rate" in text  # of two, one is always at the edge
+    for result in compared.results:
+        assert f"{result.name}: the best learning rate" in text  # of two, one is always at the edge
     for words in (
         "lies at the edge",
         f"{CRATE} at the encoder, {VIT} at the decoder",
@@ -101,7 +99,7 @@ def test_the_notes_say_where_the_first_is_behind_and_how_to_read_it(compared):
     ):
         assert words in text
     behind, ahead = compared.notes[:2]
-    first, other = (outcome.scores for outcome in compared.outcomes)
+    first, other = (result.scores for result in compared.results)
     first_psnr, other_psnr = (sum(score["psnr"] for score in scores) for scores in (first, other))
     assert ("PSNR" in ahead) == (first_psnr > other_psnr)
     assert ("PSNR" in behind) == (first_psnr < other_psnr)
@@ -109,24 +107,24 @@ def test_the_notes_say_where_the_first_is_behind_and_how_to_read_it(compared):
 
 def test_the_random_control_is_the_network_before_its_first_step(compared):
     options = Options(models=(CRATE, VIT), **plan_options(compared))
-    contestant = resolve_contestants(options, open_images(options))[0]
+    entry = resolve_entries(options, open_images(options))[0]
     run = compared.path / "runs" / CRATE / "seed-1"
     trained = load(run)
-    fresh = contestant.fresh(1)
-    moved = [(a - b).abs().max() for a, b in zip(trained.parameters(), fresh.parameters(), strict=True)]
-    other = [(a - b).abs().max() for a, b in zip(trained.parameters(), contestant.fresh(0).parameters(), strict=True)]
+    initial = entry.build(1)
+    moved = [(a - b).abs().max() for a, b in zip(trained.parameters(), initial.parameters(), strict=True)]
+    other = [(a - b).abs().max() for a, b in zip(trained.parameters(), entry.build(0).parameters(), strict=True)]
     # Six steps at this rate move no weight by more than 0.02; weights of another seed are elsewhere.
     assert max(moved) < 0.02 < max(other)
 
 
-def test_the_pictures_show_something(compared):
+def test_the_figures_are_not_empty(compared):
     for name in ("figure.png", "curves.png"):
         with Image.open(compared.path / name) as picture:
             assert picture.width > 1000
             assert len(picture.convert("RGB").getcolors(2**24) or []) > 50
 
 
-def test_the_plan_tells_all_that_is_needed_to_repeat_it(compared, digits):
+def test_the_plan_has_everything_needed_to_repeat_it(compared, digits):
     plan = yaml.safe_load((compared.path / "comparison.yaml").read_text(encoding="utf-8"))
     assert {key: plan["options"][key] for key in digits} == digits
     assert plan["options"]["budget"] == "steps=10" and plan["options"]["models"] == [CRATE, VIT]
@@ -136,7 +134,7 @@ def test_the_plan_tells_all_that_is_needed_to_repeat_it(compared, digits):
     assert plan["environment"]["packages"]["torch"] == version("torch")
 
 
-def test_a_stopped_comparison_goes_on_where_it_was(compared, compare, tmp_path, monkeypatch):
+def test_a_stopped_comparison_continues(compared, compare, tmp_path, monkeypatch):
     out = tmp_path / "copy"
     shutil.copytree(compared.path, out)
     # As if it had been killed in the last run: that one, the scores, and everything later are missing.
@@ -150,7 +148,7 @@ def test_a_stopped_comparison_goes_on_where_it_was(compared, compare, tmp_path, 
     name = f"runs/{VIT}/seed-1/model.safetensors"
     redone, first = load_file(out / name), load_file(compared.path / name)
     assert all(torch.equal(redone[key], first[key]) for key in first)
-    assert [outcome.scores for outcome in again.outcomes] == [outcome.scores for outcome in compared.outcomes]
+    assert [result.scores for result in again.results] == [result.scores for result in compared.results]
     assert len(read_csv(out / "table.csv")) == 5
 
 
@@ -163,7 +161,7 @@ def test_a_folder_with_other_options_is_refused(compared, compare):
     assert sorted(compared.path.rglob("*")) == before
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(compare, tmp_path, capsys):
+def test_a_dry_run_reports_the_plan_and_writes_nothing(compare, tmp_path, capsys):
     compare(tmp_path / "dry", budget="steps=20", quiet=False, dry_run=True)
     text = capsys.readouterr().out
     assert f"{CRATE}: 0.23 M parameters" in text
@@ -193,12 +191,12 @@ def test_without_labels_completions_alone_are_measured(compare, tmp_path, capsys
 def test_a_rate_that_does_not_stay_finite_is_the_worst(compared, tmp_path, monkeypatch):
     monkeypatch.setattr("crate_mae.comparison.runs.next_rate", lambda losses, first: 1e30 if losses else first)
     options = Options(models=(CRATE, VIT), **plan_options(compared))
-    contestant = resolve_contestants(options, open_images(options))[0]
+    entry = resolve_entries(options, open_images(options))[0]
     lines = []
     trainer = Trainer(options, ComparisonDirectory(tmp_path), lines.append)
-    costs = compared.outcomes[0].costs
+    costs = compared.results[0].costs
     assert isinstance(costs, Costs)
-    losses, minutes = trainer._search(contestant, costs, Course(1e-3, 2, 8, 1))
+    losses, minutes = trainer.search(Planned(entry, costs, BudgetPlan(1e-3, 2, 8, 1)))
     assert math.isfinite(losses[1e-3]) and losses[1e30] == math.inf
     assert minutes > 0
     assert any("did not stay finite at 1e+30" in line for line in lines)

@@ -1,4 +1,4 @@
-"""Every mistake is told before a file is written, and before anything is trained."""
+"""Every mistake is reported before a file is written, and before anything is trained."""
 
 import math
 import re
@@ -7,8 +7,7 @@ import shutil
 import pytest
 import torch
 
-from crate_mae.comparison.costs import Costs
-from crate_mae.comparison.course import next_rate, plan_course
+from crate_mae.comparison.budget import Costs, next_rate, plan_budget
 from crate_mae.comparison.options import Budget, parse_budget
 from crate_mae.errors import UserError
 
@@ -24,7 +23,7 @@ def images(number, classes, size=(8, 8)):
 
 @pytest.fixture
 def refused(compare, tmp_path, monkeypatch):
-    """`refused(*models, **options)`: the message with which a comparison is refused; nothing may be left of it."""
+    """`refused(*models, **options)`: the error message of a refused comparison, which must not leave a file."""
     costs = Costs(
         parameters=1,
         encoder_parameters=1,
@@ -35,9 +34,7 @@ def refused(compare, tmp_path, monkeypatch):
         loading_seconds=0.0,
         memory=None,
     )
-    monkeypatch.setattr(
-        "crate_mae.comparison.compare.measure_costs", lambda contestants, *_: [costs] * len(contestants)
-    )
+    monkeypatch.setattr("crate_mae.comparison.compare.measure_costs", lambda entries, *_: [costs] * len(entries))
 
     def message(*models, **options):
         with pytest.raises(UserError) as error:
@@ -54,11 +51,11 @@ def refused(compare, tmp_path, monkeypatch):
         ((CRATE,), {}, f"needs at least two models, but only {CRATE} was named"),
         ((CRATE, VIT, CRATE), {}, f"{CRATE} is named twice"),
         ((CRATE, "vit_mae_nano_patch2_9"), {}, f"Did you mean {VIT}?"),
-        ((CRATE, VIT), {"budget": "hours=2"}, f'--budget "hours=2" is no budget. {FORMS}'),
+        ((CRATE, VIT), {"budget": "hours=2"}, f'--budget "hours=2" is not a valid budget. {FORMS}'),
         ((CRATE, VIT), {"budget": "minutes"}, FORMS),
         ((CRATE, VIT), {"budget": "steps=0"}, FORMS),
         ((CRATE, VIT), {"budget": "flops=inf"}, FORMS),
-        ((CRATE, VIT), {"budget": "steps=1.5"}, "no whole number of steps"),
+        ((CRATE, VIT), {"budget": "steps=1.5"}, "is not a whole number of steps"),
         ((CRATE, VIT), {"seeds": 0}, "--seeds is 0"),
         ((CRATE, VIT), {"lr_search": 0}, "--lr-search is 0"),
         ((CRATE, VIT), {"search_share": 1.0}, "--search-share is 1.0"),
@@ -76,7 +73,7 @@ def test_a_mistake_is_named_and_leaves_no_file(refused, models, options, expecte
     assert expected in refused(*models, **options)
 
 
-def test_all_mistakes_are_told_at_once(refused):
+def test_all_mistakes_are_reported_at_once(refused):
     message = refused(CRATE, CRATE, budget="hours=2", seeds=0)
     assert all(part in message for part in ("named twice", "hours=2", "--seeds"))
 
@@ -93,7 +90,7 @@ def test_labels_that_no_probe_can_use_are_refused_before_the_training(refused, t
     assert re.search(expected, message), message
 
 
-def test_validation_images_that_cannot_be_read_are_told_before_the_training(refused, digits, tmp_path):
+def test_unreadable_validation_images_are_reported_before_the_training(refused, digits, tmp_path):
     broken = tmp_path.parent / f"{tmp_path.name}-broken"
     shutil.copytree(digits["val"], broken)
     for file in sorted(broken.glob("*/*.png"))[:3]:
@@ -133,7 +130,7 @@ def test_a_damaged_plan_is_refused(compare, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["steps=2000", "minutes=0.5", "flops=1e+15"])
-def test_a_budget_is_understood_and_said_again(text):
+def test_a_budget_is_parsed_and_formatted(text):
     assert str(parse_budget(text)) == text
 
 
@@ -158,11 +155,11 @@ def test_a_budget_becomes_steps(budget, workers, steps):
         memory=None,
     )
     options = {"name": "x", "batch_size": 7, "workers": workers}
-    alone = plan_course(budget, costs, first_rate=0.1, tries=1, share=0.5, **options)
+    alone = plan_budget(budget, costs, first_rate=0.1, tries=1, share=0.5, **options)
     assert (alone.tries, alone.search_steps, alone.final_steps) == (0, 0, steps)
-    course = plan_course(budget, costs, first_rate=0.1, tries=3, share=0.5, **options)
-    assert course.search_steps == int(steps * 0.5 / 3)
-    assert 3 * course.search_steps + course.final_steps == steps  # the search counts
+    plan = plan_budget(budget, costs, first_rate=0.1, tries=3, share=0.5, **options)
+    assert plan.search_steps == int(steps * 0.5 / 3)
+    assert 3 * plan.search_steps + plan.final_steps == steps  # the search counts
 
 
 @pytest.mark.parametrize(

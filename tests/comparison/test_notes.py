@@ -1,9 +1,9 @@
-"""Which differences the notes call chance: by hand, for probes of 10,000 images and for seeds."""
+"""Which differences the notes call chance: computed by hand, for probes of 10,000 images and for seeds."""
 
 import pytest
 
-from crate_mae.comparison.notes import may_be_chance
-from crate_mae.comparison.outcome import spread
+from crate_mae.comparison.report import may_be_chance
+from crate_mae.comparison.results import spread
 
 IMAGES = 10_000
 

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from crate_mae.comparison.costs import seconds_in_turns
+from crate_mae.comparison.budget import seconds_in_turns
 from crate_mae.costs.trial import StepFlops, StepSettings, TrialStep, flop_counter, step_flops
 from crate_mae.models import create_model
 from crate_mae.theory.attention import SymmetricAttention, ssa

@@ -1,4 +1,4 @@
-"""`crate-mae compare`: on equal terms, is one model better than another on these images?"""
+"""`crate-mae compare`: under equal conditions, is one model better than another on these images?"""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -40,46 +40,47 @@ def compare(
     dry_run: bool = False,
     quiet: bool = False,
 ) -> Comparison:
-    """Pretrain models under the same budget, each with its own best learning rate, and measure them alike.
+    """Pretrain models under the same budget, each with its own best learning rate, and measure them in the same way.
 
-    Steps are timed first, in turns, so that each contestant gets a fixed number of steps and a full schedule. Then each
-    searches its learning rate, by the loss on held-out training images, and trains with the best. On the validation
-    images, which nothing was chosen by, completions are measured, and with labels a k-NN and a linear probe, also of
-    random weights and raw pixels. With --budget minutes=N a step's time includes loading its images where that takes
-    longer than computing, or where there are no loader processes.
+    Steps are timed first, in turns, so that each entry gets a fixed number of steps and a full schedule. Then a
+    learning rate is searched for each entry, by the loss on held-out training images, and the entry is trained with the
+    best. Completions are measured on the validation images, which are used for no choice; with labels, also a k-NN and
+    a linear probe, and both for random weights and raw pixels as controls. With --budget minutes=N the time of a step
+    includes loading its images if that takes longer than computing, or if there are no loader processes.
 
-    `out` then holds table.md, table.csv, figure.png, curves.png, comparison.yaml, and all runs. The same command, given
-    again, goes on where it was.
+    `out` then contains table.md, table.csv, figure.png, curves.png, comparison.yaml, and all runs. The same command,
+    given again, continues the comparison.
 
     Args:
         models: Two or more names from `crate-mae models`.
-        train: Images to pretrain on, and for the probes to learn from, in any form that `crate-mae pretrain` takes.
+        train: Images for pretraining and for fitting the probes, in any form that `crate-mae pretrain` takes.
         val: Other images to measure on.
-        budget: Of each contestant, the search included: steps=N, minutes=N of this machine, or flops=N of training.
-        out: The folder of the comparison.
+        budget: Budget of each entry, including the search: steps=N, minutes=N on this machine, or flops=N of training.
+        out: Folder of the comparison.
         batch_size: Images per step. By default 256, less for little data.
         mask_ratio: Share of patches hidden in training.
         norm_pix_loss: Predict patches normalised by their own mean and standard deviation.
-        seeds: Final runs of each contestant, each with the same steps; the budget is for the first.
-        lr_search: Learning rates to try, beginning with each model's default: each three times the best so far, or a
-            third of it, whichever way the loss falls, then between the best and its neighbour; 1 tries none.
-        search_share: Share of the budget for the search, in equal parts.
+        seeds: Number of final runs of each entry, all with the same steps; the budget is for the first.
+        lr_search: Number of learning rates to try, beginning with each model's default: three times the best so far, or
+            a third of it, in the direction in which the loss falls, then between the best and its neighbour; 1 skips
+            the search.
+        search_share: Share of the budget for the search, divided equally among the tries.
         probe_layer: Encoder layer of the features, from 0, or negative from the end. By default as `crate-mae eval`.
         pooling: Class token, mean of patches, or both. By default as `crate-mae eval`.
-        precision: By default whichever is faster here for each contestant, measured.
+        precision: By default whichever is measured to be faster here, for each entry.
         workers: Processes that load images. By default one less than there are cores, at most 8.
-        threads: CPU threads that compute. By default PyTorch's choice.
+        threads: CPU threads. By default PyTorch's choice.
         image_size: Pixels, or HEIGHTxWIDTH. By default the models', if they agree.
         min_crop: Smallest share of an image that a random crop takes.
-        flip: Mirror half of the images; wrong for writing.
-        dry_run: Only check, time and show the plan.
-        quiet: Show nothing.
+        flip: Mirror half of the images; unsuitable for text.
+        dry_run: Only check, time, and print the plan.
+        quiet: Print nothing.
 
     Returns:
-        The comparison: `.path`, `.table`, `.notes`, `.outcomes`.
+        The comparison: `.path`, `.table`, `.notes`, `.results`.
 
     Raises:
-        UserError: for every mistake in the options at once, or a reason to stop that can be mended.
+        UserError: for every mistake in the options at once, or a reason to stop that the user can fix.
         RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
     """
     given = {key: value for key, value in locals().items() if key not in ("models", "out", "dry_run", "quiet")}
@@ -90,21 +91,21 @@ def compare(
 
     console = Console(highlight=False, quiet=quiet)
 
-    def say(line: str) -> None:
+    def report(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
     try:
-        comparison = run(Options(models=tuple(models), **given), Path(out), dry_run=dry_run, say=say)
+        comparison = run(Options(models=tuple(models), **given), Path(out), dry_run=dry_run, report=report)
     except RunStopped:
-        say("Stopped and saved. The same command, given again, goes on.")
+        report("Stopped and saved. The same command, given again, continues.")
         raise
     if comparison.table:
-        _show(console, comparison)
+        _print_comparison(console, comparison)
     return comparison
 
 
-def _show(console: Any, comparison: "Comparison") -> None:
-    """The table, the notes, and where everything is."""
+def _print_comparison(console: Any, comparison: "Comparison") -> None:
+    """Print the table, the notes, and the paths of the files."""
     from rich.table import Table
 
     heading, *rows = comparison.table

@@ -1,1 +1,1 @@
-"""Models pretrained and measured on equal terms: what costs what, and what comes of it."""
+"""Models pretrained under the same budget, and measured in the same way."""

@@ -1,4 +1,4 @@
-"""A comparison from its options to its pictures, from top to bottom: check, measure, plan, train, score, publish."""
+"""A comparison from its options to its figures, from top to bottom: check, measure, plan, train, score, publish."""
 
 import dataclasses
 import os
@@ -7,17 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crate_mae.comparison.contestants import Contestant, Images, open_images, resolve_contestants
-from crate_mae.comparison.costs import Costs, measure_costs
-from crate_mae.comparison.course import Course, plan_course
-from crate_mae.comparison.directory import ComparisonDirectory
+from crate_mae.comparison.budget import BudgetPlan, Costs, measure_costs, plan_budget
+from crate_mae.comparison.entries import Entry, Images, open_images, resolve_entries
 from crate_mae.comparison.figure import draw_curves, draw_scores
-from crate_mae.comparison.notes import describe
 from crate_mae.comparison.options import Options, parse_budget
-from crate_mae.comparison.outcome import Outcome
-from crate_mae.comparison.runs import Say, Trainer
-from crate_mae.comparison.scores import measure_all
-from crate_mae.comparison.table import csv_text, markdown, table_rows
+from crate_mae.comparison.report import csv_text, markdown, table_rows, write_notes
+from crate_mae.comparison.results import EntryResult, measure_all
+from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trainer
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 from crate_mae.training.processes import computing_threads, training_device
@@ -27,138 +23,129 @@ from crate_mae.training.run_directory import environment
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `crate_mae.compare` returns.
+    """The return value of `crate_mae.compare`.
 
     Attributes:
         path: the folder.
-        table: the table as text: a heading, then a line for each quantity with a cell for each contestant.
+        table: the table as text: a heading, then a line per quantity with a cell per entry.
         notes: how to read it.
-        outcomes: everything in numbers, one for each contestant; empty after a dry run, like the two above.
+        results: everything in numbers, one per entry; empty after a dry run, like the two above.
     """
 
     path: Path
     table: list[list[str]]
     notes: list[str]
-    outcomes: list[Outcome]
+    results: list[EntryResult]
 
 
-def compare(options: Options, out: Path, *, dry_run: bool, say: Say) -> Comparison:
-    """Start a comparison, or go on with the one that is in `out`; see `crate_mae.compare`.
+def compare(options: Options, out: Path, *, dry_run: bool, report: Report) -> Comparison:
+    """Start a comparison, or continue the one in `out`; see `crate_mae.compare`.
 
     Args:
         options: of the comparison.
         out: its folder.
-        dry_run: stop after telling the plan.
-        say: is told what happens, line by line.
+        dry_run: stop after reporting the plan.
+        report: called with each line of progress.
     """
     _refuse_launcher()
     images = open_images(options)
     plain = options.plain(images.train_name, images.val_name)
     directory = ComparisonDirectory(out)
     existing = directory.existing(plain)
-    contestants = resolve_contestants(options, images)
-    with computing_threads(contestants[0].config.threads):
+    entries = resolve_entries(options, images)
+    with computing_threads(entries[0].config.threads):
         if existing is None:
-            say("Timing a training step of every contestant, in turns.")
-            costs = measure_costs(contestants, images.train, training_device())
-            courses = _plan(options, contestants, costs)
+            report("Timing a training step of every entry, in turns.")
+            planned = _plan(options, entries, measure_costs(entries, images.train, training_device()))
         else:
-            costs, courses = _read_plan(existing, contestants, out)
-        for line in _plan_lines(options, contestants, costs, courses):
-            say(line)
+            planned = _read_plan(existing, entries, out)
+        for line in _plan_lines(options, planned):
+            report(line)
         if images.why_no_probes:
-            say(f"No probes: {images.why_no_probes}")
+            report(f"No probes: {images.why_no_probes}")
         if dry_run:
-            say("This was a dry run: nothing has been written.")
+            report("This was a dry run: nothing has been written.")
             return Comparison(out, [], [], [])
         if existing is None:
-            directory.save_plan(_plan_content(plain, contestants, costs, courses))
-        trained = Trainer(options, directory, say).train_all(contestants, costs, courses)
-        scores = measure_all(options, contestants, trained, images=images, directory=directory, say=say)
-    parts = zip(contestants, costs, courses, trained, scores.trained, scores.random, strict=True)
-    fields = [field.name for field in dataclasses.fields(Outcome)]
-    outcomes = [Outcome(**dict(zip(fields, part, strict=True))) for part in parts]
-    return publish(out, outcomes, scores.pixels, options=options, images=images)
+            directory.save_plan(_plan_content(plain, planned))
+        trained = Trainer(options, directory, report).train_all(planned)
+        results, pixels = measure_all(options, planned, trained, images=images, directory=directory, report=report)
+    return publish(out, results, pixels, options=options, images=images)
 
 
 def publish(
-    out: Path, outcomes: list[Outcome], pixels: dict[str, float], *, options: Options, images: Images
+    out: Path, results: list[EntryResult], pixels: dict[str, float], *, options: Options, images: Images
 ) -> Comparison:
-    """Write the tables and the pictures."""
-    rows = table_rows(outcomes, pixels)
-    notes = describe(outcomes, options, parse_budget(options.budget), images)
+    """Write the tables and the figures."""
+    rows = table_rows(results, pixels)
+    notes = write_notes(results, options, images)
     title = f"{', '.join(options.models)}: {options.budget} each, on {images.train.name}"
-    write_whole(out / "table.csv", csv_text(outcomes, pixels).encode())
+    write_whole(out / "table.csv", csv_text(results, pixels).encode())
     write_whole(out / "table.md", markdown(rows, notes, title).encode())
-    draw_scores(outcomes, pixels, out / "figure.png")
-    draw_curves(outcomes, out / "curves.png")
-    return Comparison(out, rows, notes, outcomes)
+    draw_scores(results, pixels, out / "figure.png")
+    draw_curves(results, out / "curves.png")
+    return Comparison(out, rows, notes, results)
 
 
-def _plan(options: Options, contestants: Sequence[Contestant], costs: Sequence[Costs]) -> list[Course]:
+def _plan(options: Options, entries: Sequence[Entry], costs: Sequence[Costs]) -> list[Planned]:
     budget = parse_budget(options.budget)
-    return [
-        plan_course(
+    planned = []
+    for entry, cost in zip(entries, costs, strict=True):
+        plan = plan_budget(
             budget,
             cost,
-            name=contestant.name,
-            batch_size=contestant.config.batch_size,
-            workers=contestant.config.workers,
-            first_rate=contestant.config.lr,
+            name=entry.name,
+            batch_size=entry.config.batch_size,
+            workers=entry.config.workers,
+            first_rate=entry.config.lr,
             tries=options.lr_search,
             share=options.search_share,
         )
-        for contestant, cost in zip(contestants, costs, strict=True)
-    ]
+        planned.append(Planned(entry, cost, plan))
+    return planned
 
 
-def _plan_content(
-    plain: dict[str, Any], contestants: Sequence[Contestant], costs: Sequence[Costs], courses: Sequence[Course]
-) -> dict[str, Any]:
-    """What `comparison.yaml` holds."""
-    planned = {}
-    for contestant, cost, course in zip(contestants, costs, courses, strict=True):
-        model = {key: list(v) if isinstance(v, tuple) else v for key, v in contestant.model.to_dict().items()}
-        c = contestant.config
-        settled = {"batch_size": c.batch_size, "workers": c.workers, "threads": c.threads}
-        planned[contestant.name] = {
-            "costs": dataclasses.asdict(cost),
-            "plan": dataclasses.asdict(course),
-            **settled,
-            "model": model,
+def _plan_content(plain: dict[str, Any], planned: Sequence[Planned]) -> dict[str, Any]:
+    """The content of `comparison.yaml`, in which entries are called contestants."""
+    contestants = {}
+    for entry, costs, plan in planned:
+        c = entry.config
+        contestants[entry.name] = {
+            "costs": dataclasses.asdict(costs),
+            "plan": dataclasses.asdict(plan),
+            "batch_size": c.batch_size,
+            "workers": c.workers,
+            "threads": c.threads,
+            "model": {key: list(v) if isinstance(v, tuple) else v for key, v in entry.model.to_dict().items()},
         }
-    return {"options": plain, "contestants": planned, "environment": environment()}
+    return {"options": plain, "contestants": contestants, "environment": environment()}
 
 
-def _read_plan(
-    content: dict[str, Any], contestants: Sequence[Contestant], out: Path
-) -> tuple[list[Costs], list[Course]]:
-    """What was measured and planned when the comparison began: it is kept, however fast the machine is now."""
+def _read_plan(content: dict[str, Any], entries: Sequence[Entry], out: Path) -> list[Planned]:
+    """The costs and plans from when the comparison began, which are kept even if the machine is faster now."""
+    planned = []
     try:
-        planned = [content["contestants"][contestant.name] for contestant in contestants]
-        costs = [Costs(**of_one["costs"]) for of_one in planned]
-        courses = [Course(**of_one["plan"]) for of_one in planned]
+        for entry in entries:
+            saved = content["contestants"][entry.name]
+            planned.append(Planned(entry, Costs(**saved["costs"]), BudgetPlan(**saved["plan"])))
     except (KeyError, TypeError) as error:
         raise UserError(
-            f"{out}/comparison.yaml has no whole plan of this version of crate-mae. Give a new folder with --out."
+            f"{out}/comparison.yaml has no complete plan of this version of crate-mae. Give a new folder with --out."
         ) from error
-    return costs, courses
+    return planned
 
 
-def _plan_lines(
-    options: Options, contestants: Sequence[Contestant], costs: Sequence[Costs], courses: Sequence[Course]
-) -> Iterator[str]:
+def _plan_lines(options: Options, planned: Sequence[Planned]) -> Iterator[str]:
     total = 0.0
-    for contestant, cost, course in zip(contestants, costs, courses, strict=True):
-        c = contestant.config
-        seconds = cost.seconds_per_step(c.workers)
-        total += seconds * (course.tries * course.search_steps + options.seeds * course.final_steps)
-        search = f"search {course.tries} x {course.search_steps:,} steps, " if course.tries else ""
+    for entry, costs, plan in planned:
+        seconds = costs.seconds_per_step(entry.config.workers)
+        total += seconds * (plan.tries * plan.search_steps + options.seeds * plan.final_steps)
+        search = f"search {plan.tries} x {plan.search_steps:,} steps, " if plan.tries else ""
         seeds = f" for each of {options.seeds} seeds" if options.seeds > 1 else ""
         yield (
-            f"{contestant.name}: {cost.parameters / 1e6:.2f} M parameters, {1000 * seconds:.3g} ms a step of "
-            f"{c.batch_size} in {cost.precision}; {search}final run {course.final_steps:,} steps{seeds}; "
-            f"lr {course.first_rate:.3g}{' at first' if course.tries else ''}"
+            f"{entry.name}: {costs.parameters / 1e6:.2f} M parameters, {1000 * seconds:.3g} ms a step of "
+            f"{entry.config.batch_size} in {costs.precision}; {search}final run {plan.final_steps:,} steps{seeds}; "
+            f"lr {plan.first_rate:.3g}{' at first' if plan.tries else ''}"
         )
     yield f"Training takes about {duration(total)} in all, one run after another; measuring comes on top."
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: what a score costs, and how the held-out loss falls."""
+"""The figures of a comparison: scores against costs, and the held-out loss during training."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from crate_mae.comparison.outcome import Outcome, spread
+from crate_mae.comparison.results import EntryResult, spread
 from crate_mae.comparison.runs import Moment
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.style import GREY, colour, encode, marker, new_figure, panels
@@ -18,7 +18,7 @@ _LABEL_GAP = 0.06  # of the axis, between the middles of two labels
 
 
 class _Score(NamedTuple):
-    """What the upright axis shows: a score's name, its factor, and its title."""
+    """The vertical axis: a score's name, its factor, and its title."""
 
     name: str
     scale: float
@@ -29,35 +29,35 @@ _LINEAR = _Score("linear", 100.0, "linear probe, top-1 (%)")
 _PSNR = _Score("psnr", 1.0, "PSNR of hidden patches (dB)")
 
 
-def draw_scores(outcomes: Sequence[Outcome], pixels: dict[str, float], path: Path) -> None:
-    """The linear probe, or without labels the PSNR, against minutes, training FLOPs and parameters.
+def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: Path) -> None:
+    """Draw the linear probe, or without labels the PSNR, against minutes, training FLOPs and parameters.
 
-    A point for each contestant, with its standard deviation over seeds; hollow where its weights were random.
+    Each entry has a point with its standard deviation over seeds, and a hollow one for its random initialisation.
     """
     score = _LINEAR if pixels else _PSNR
-    quantities: list[tuple[str, Callable[[Outcome], float], bool]] = [
-        ("minutes of training, search included", lambda o: o.minutes, False),
-        ("training FLOPs, search included", lambda o: o.training_flops, False),
-        ("parameters of the encoder (millions)", lambda o: o.costs.encoder_parameters / 1e6, True),
+    quantities: list[tuple[str, Callable[[EntryResult], float], bool]] = [
+        ("minutes of training, search included", lambda r: r.minutes, False),
+        ("training FLOPs, search included", lambda r: r.training_flops, False),
+        ("parameters of the encoder (millions)", lambda r: r.costs.encoder_parameters / 1e6, True),
     ]
     figure = new_figure(12.5, 4.4)
     (all_axes,) = panels(figure, 1, len(quantities), sharey=True)
     for axes, (title, where, is_parameters) in zip(all_axes, quantities, strict=True):
-        for number, outcome in enumerate(outcomes):
-            at = where(outcome)
-            _draw_contestant(axes, outcome, number, score, at=at, random_at=at if is_parameters else 0.0)
+        for number, result in enumerate(results):
+            at = where(result)
+            _draw_entry(axes, result, number, score, at=at, random_at=at if is_parameters else 0.0)
         if pixels:
             axes.axhline(score.scale * pixels[score.name], color=GREY, linestyle="--", linewidth=1.2, zorder=1)
         axes.set_xlabel(title)
-        largest = max(where(outcome) for outcome in outcomes)
+        largest = max(where(result) for result in results)
         axes.set_xlim(-0.04 * largest, 1.12 * largest)
     all_axes[0].set_ylabel(score.title)
     all_axes[0].margins(y=0.12)
     all_axes[1].xaxis.set_major_formatter(EngFormatter())
     figure.draw_without_rendering()  # settles the limits, on which the places of labels depend
-    ends = [score.scale * _mean(outcome.scores, score.name) for outcome in outcomes]
+    ends = [score.scale * _mean(result.scores, score.name) for result in results]
     for axes, (_, where, _) in zip(all_axes, quantities, strict=True):
-        _label(axes, short_names(outcomes), [(where(o), end) for o, end in zip(outcomes, ends, strict=True)])
+        _label(axes, short_names(results), [(where(result), end) for result, end in zip(results, ends, strict=True)])
     if pixels:
         at = (0.5, score.scale * pixels[score.name])
         _write(all_axes[0], "raw pixels", at, (0.0, 3.0), color=GREY, xycoords=("axes fraction", "data"), ha="center")
@@ -65,8 +65,8 @@ def draw_scores(outcomes: Sequence[Outcome], pixels: dict[str, float], path: Pat
     _save(figure, path)
 
 
-def draw_curves(outcomes: Sequence[Outcome], path: Path) -> None:
-    """Held-out loss of every final run, against minutes and images; a line for each seed."""
+def draw_curves(results: Sequence[EntryResult], path: Path) -> None:
+    """Draw the held-out loss of every final run against minutes and images, with a line for each seed."""
     quantities: list[tuple[str, Callable[[Moment], float]]] = [
         ("minutes of the final run", lambda moment: moment.minutes),
         ("thousand images seen", lambda moment: moment.images / 1000),
@@ -74,35 +74,35 @@ def draw_curves(outcomes: Sequence[Outcome], path: Path) -> None:
     figure = new_figure(12.0, 4.2)
     (all_axes,) = panels(figure, 1, len(quantities), sharey=True)
     for axes, (title, where) in zip(all_axes, quantities, strict=True):
-        for number, outcome in enumerate(outcomes):
-            for curve in outcome.trained.curves:
+        for number, result in enumerate(results):
+            for curve in result.trained.curves:
                 y = [moment.held_out_loss for moment in curve]
                 axes.plot([where(moment) for moment in curve], y, color=colour(number), linewidth=1.5)
         axes.set_xlabel(title)
         axes.set_yscale("log")
-        axes.set_xlim(0, 1.02 * max(where(curve[-1]) for outcome in outcomes for curve in outcome.trained.curves))
+        axes.set_xlim(0, 1.02 * max(where(curve[-1]) for result in results for curve in result.trained.curves))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     all_axes[0].set_ylabel("loss on held-out images")
     figure.draw_without_rendering()
-    ends = [(0.0, statistics.fmean(curve[-1].held_out_loss for curve in o.trained.curves)) for o in outcomes]
+    ends = [(0.0, statistics.fmean(curve[-1].held_out_loss for curve in result.trained.curves)) for result in results]
     for axes in all_axes:
-        _label(axes, short_names(outcomes), ends, at_margin=True)
+        _label(axes, short_names(results), ends, at_margin=True)
     _save(figure, path)
 
 
-def short_names(outcomes: Sequence[Outcome]) -> list[str]:
-    """Names without patch and image size, if these are the same for all."""
-    parts = [outcome.name.partition("_patch") for outcome in outcomes]
+def short_names(results: Sequence[EntryResult]) -> list[str]:
+    """Names of the models, without patch and image size if these are the same for all."""
+    parts = [result.name.partition("_patch") for result in results]
     is_common = len({end for _, _, end in parts}) == 1
-    return [start if is_common else outcome.name for (start, _, _), outcome in zip(parts, outcomes, strict=True)]
+    return [start if is_common else result.name for (start, _, _), result in zip(parts, results, strict=True)]
 
 
-def _draw_contestant(axes: Any, outcome: Outcome, number: int, score: _Score, *, at: float, random_at: float) -> None:
-    """Its point with an error bar, and the hollow one of its random weights."""
+def _draw_entry(axes: Any, result: EntryResult, number: int, score: _Score, *, at: float, random_at: float) -> None:
+    """Draw the point of an entry with an error bar, and the hollow one of its random initialisation."""
     style: dict[str, Any] = {"marker": marker(number), "color": colour(number), "markersize": 8}
-    trained, random = spread(outcome.scores, score.name), spread(outcome.random, score.name)
+    trained, random = spread(result.scores, score.name), spread(result.random, score.name)
     assert trained is not None, "every final run was measured"
     if random is not None:
         if random_at == at:
@@ -116,7 +116,7 @@ def _draw_contestant(axes: Any, outcome: Outcome, number: int, score: _Score, *,
 
 
 def _label(axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]], *, at_margin: bool = False) -> None:
-    """Write each name at the height of its point, none over another: beside it, or in the right margin."""
+    """Write each name at the height of its point without overlap: beside it, or in the right margin."""
     to_axes = axes.transAxes.inverted()
     places = [to_axes.transform(axes.transData.transform(point)) for point in points]
     heights: list[float] = []

@@ -1,4 +1,4 @@
-"""The options of a comparison, checked, and how much each contestant may spend."""
+"""The options of a comparison, and the budget of each entry."""
 
 import dataclasses
 import math
@@ -15,7 +15,7 @@ _KINDS = ("steps", "minutes", "flops")
 
 @dataclass(frozen=True)
 class Budget:
-    """What each contestant may spend on the search for its learning rate and one final run together.
+    """What each entry may spend on the search for its learning rate and one final run together.
 
     Attributes:
         kind: optimizer steps, minutes of this machine, or floating-point operations of training.
@@ -30,10 +30,10 @@ class Budget:
 
 
 def parse_budget(text: str) -> Budget:
-    """Understand "steps=2000", "minutes=30" or "flops=1e15".
+    """Parse "steps=2000", "minutes=30" or "flops=1e15".
 
     Raises:
-        UserError: for anything else, with these forms.
+        UserError: for any other text.
     """
     kind, _, number = text.partition("=")
     try:
@@ -41,18 +41,18 @@ def parse_budget(text: str) -> Budget:
     except ValueError:
         amount = math.nan
     if kind not in _KINDS or not math.isfinite(amount) or amount <= 0:
-        raise UserError(f'--budget "{text}" is no budget. {_FORMS}')
+        raise UserError(f'--budget "{text}" is not a valid budget. {_FORMS}')
     if kind == "steps" and not amount.is_integer():
-        raise UserError(f'--budget "{text}" is no whole number of steps. {_FORMS}')
+        raise UserError(f'--budget "{text}" is not a whole number of steps. {_FORMS}')
     return Budget(kind, amount)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """What `crate_mae.compare`, which explains them, was given.
+    """The options of `crate_mae.compare`, which explains them.
 
     Raises:
-        UserError: with all mistakes that can be seen without the images.
+        UserError: with all mistakes that can be found without the images.
     """
 
     models: tuple[str, ...]
@@ -84,27 +84,28 @@ class Options:
         for name in dict.fromkeys(self.models):
             mistakes += _message_of(preset, name)
         mistakes += _message_of(parse_budget, self.budget)
-        for option, value in (("--seeds", self.seeds), ("--lr-search", self.lr_search)):
-            if value < 1:
-                mistakes.append(f"{option} is {value}, but must be at least 1.")
+        least_one = {"--seeds": self.seeds, "--lr-search": self.lr_search}
+        mistakes += [
+            f"{option} is {value}, but must be at least 1." for option, value in least_one.items() if value < 1
+        ]
         if not 0 < self.search_share < 1:
             mistakes.append(f"--search-share is {self.search_share}, but must be between 0 and 1.")
         if mistakes:
             raise UserError("\n".join(mistakes))
 
     def plain(self, train: str, val: str) -> dict[str, Any]:
-        """The options for a file, with names that open the data from any folder."""
+        """The options as they are written to a file, with names that open the data from any folder."""
         values = {**dataclasses.asdict(dataclasses.replace(self, train=None, val=None)), "train": train, "val": val}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def pretraining(self, model: str, **settings: Any) -> PretrainOptions:
         """The options of `crate_mae.pretrain` for one of the models.
 
-        A comparison has tables of its own, and no need of a tracker.
+        No tracker is used, because a comparison writes its own tables.
 
         Args:
             model: its name.
-            settings: options that have been settled since.
+            settings: options that replace those of the comparison.
         """
         shared = ("batch_size", "mask_ratio", "norm_pix_loss", "precision", "workers", "threads", "image_size")
         given = {key: getattr(self, key) for key in (*shared, "min_crop", "flip")}

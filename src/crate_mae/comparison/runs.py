@@ -1,21 +1,106 @@
-"""The runs of a comparison: a search for each contestant's learning rate, then the final runs."""
+"""The runs of a comparison: a search for each entry's learning rate, then the final runs, kept so that they can resume.
 
+DIR/
+    comparison.yaml     all options, the measured costs, the plans, machine and versions
+    runs/MODEL/
+        search-0.001/   a run of the search, named after its learning rate; all runs are those of `crate-mae pretrain`
+        seed-0/         the final runs
+    scores.json         scores of the final runs and of the controls
+    table.csv  table.md  figure.png  curves.png
+"""
+
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from crate_mae.comparison.contestants import Contestant
-from crate_mae.comparison.costs import Costs
-from crate_mae.comparison.course import Course, next_rate
-from crate_mae.comparison.directory import ComparisonDirectory
+import yaml
+
+from crate_mae.comparison.budget import BudgetPlan, Costs, next_rate
+from crate_mae.comparison.entries import Entry
 from crate_mae.comparison.options import Options
+from crate_mae.data.files import refuse_used_folder, write_whole
 from crate_mae.errors import DivergedError, UserError
 from crate_mae.training.run_directory import Run, RunDirectory
 from crate_mae.training.start import start
 
+_HEADER = "# A comparison of crate-mae. The same command, given again, continues it.\n"
 _SEARCH_SEED = 0
+
+
+class Planned(NamedTuple):
+    """An entry, with its measured costs and the plan that follows from them."""
+
+    entry: Entry
+    costs: Costs
+    plan: BudgetPlan
+
+
+@dataclass(frozen=True)
+class ComparisonDirectory:
+    """The files of a comparison."""
+
+    path: Path
+
+    @property
+    def plan_file(self) -> Path:
+        """The file of options, costs and plans; a folder with this file is a comparison."""
+        return self.path / "comparison.yaml"
+
+    def search_run(self, model: str, rate: float) -> Path:
+        """The run that tries a learning rate."""
+        return self.path / "runs" / model / f"search-{rate:.3g}"
+
+    def final_run(self, model: str, seed: int) -> Path:
+        """The final run of a seed."""
+        return self.path / "runs" / model / f"seed-{seed}"
+
+    def existing(self, options: dict[str, Any]) -> dict[str, Any] | None:
+        """The content of `comparison.yaml`; None if the folder is free to use.
+
+        Args:
+            options: of the comparison that continues here.
+
+        Raises:
+            UserError: if the folder holds something else, or a comparison with other options.
+        """
+        if not self.plan_file.exists():
+            refuse_used_folder(self.path, kind="a comparison", leftovers=(f".{self.plan_file.name}.",))
+            return None
+        try:
+            content = yaml.safe_load(self.plan_file.read_text(encoding="utf-8"))
+            held = dict(content["options"])
+        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+            raise UserError(
+                f"{self.plan_file} cannot be read as a comparison. Give a new folder with --out."
+            ) from error
+        keys = dict.fromkeys([*options, *held])
+        changed = [f"{key}: {held.get(key)} -> {options.get(key)}" for key in keys if held.get(key) != options.get(key)]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a comparison with other options:\n  " + "\n  ".join(changed) + "\n"
+                "To continue it, give the same options; for a new comparison, give another --out."
+            )
+        return content
+
+    def save_plan(self, content: dict[str, Any]) -> None:
+        """Write `comparison.yaml`."""
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
+        write_whole(self.plan_file, (_HEADER + text).encode())
+
+    def score(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The scores under a key of `scores.json`; measured now if they are not there."""
+        file = self.path / "scores.json"
+        try:
+            scores = dict(json.loads(file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # not there yet, or damaged: measured again
+            scores = {}
+        if key not in scores:
+            scores[key] = measure()
+            write_whole(file, (json.dumps(scores, indent=2) + "\n").encode())
+        return scores[key]
 
 
 @dataclass(frozen=True)
@@ -23,9 +108,9 @@ class Moment:
     """A measurement during a run.
 
     Attributes:
-        minutes: of training until then; measuring is not counted, nor are steps that were lost to an interruption.
+        minutes: of training until then, without measurements and without steps lost to an interruption.
         images: seen until then.
-        held_out_loss: on images of the training data that are not trained on.
+        held_out_loss: loss on the images split off from the training data.
     """
 
     minutes: float
@@ -35,13 +120,13 @@ class Moment:
 
 @dataclass(frozen=True)
 class Trained:
-    """A contestant after its runs.
+    """The runs of an entry.
 
     Attributes:
-        rate: the learning rate that was chosen, per 256 images.
+        rate: the chosen learning rate, per 256 images.
         search_losses: held-out loss by learning rate, infinite where a run did not stay finite; empty without a search.
         search_minutes: of training in the search.
-        runs: folders of the final runs, one a seed.
+        runs: folders of the final runs, one per seed.
         curves: their measurements.
     """
 
@@ -53,90 +138,87 @@ class Trained:
 
     @property
     def is_rate_at_edge(self) -> bool:
-        """Whether a better learning rate may lie beyond those that were tried."""
+        """Whether a better learning rate may lie beyond those tried."""
         return len(self.search_losses) > 1 and self.rate in (min(self.search_losses), max(self.search_losses))
 
 
-Say = Callable[[str], object]
+Report = Callable[[str], object]  # called with each line of progress
 
 
 class Trainer:
-    """Trains contestants one after another: two at a time would slow each other down.
+    """Trains entries one after another: two at a time would slow each other down.
 
-    A run that is finished is taken as it is, and one that is not is resumed, so training again costs nothing.
+    A finished run is used as it is, and an unfinished one is resumed, so training again costs nothing.
 
     Args:
         options: of the comparison.
-        directory: where the runs are kept.
-        say: is told what happens.
+        directory: of the comparison.
+        report: called with each line of progress.
     """
 
-    def __init__(self, options: Options, directory: ComparisonDirectory, say: Say) -> None:
+    def __init__(self, options: Options, directory: ComparisonDirectory, report: Report) -> None:
         self.options = options
         self.directory = directory
-        self.say = say
+        self.report = report
 
-    def train_all(
-        self, contestants: Sequence[Contestant], costs: Sequence[Costs], courses: Sequence[Course]
-    ) -> list[Trained]:
-        """Search for every contestant, then train all of them with the first seed, then with the next.
+    def train_all(self, planned: Sequence[Planned]) -> list[Trained]:
+        """Search for every entry, then train all of them with the first seed, then with the next.
 
         Raises:
             UserError: if no learning rate, or a final run, stays finite; or for a reason to stop a run.
             RunStopped: after SIGINT or SIGTERM, when everything has been saved.
         """
-        plans = list(zip(contestants, costs, courses, strict=True))
-        found = [self._search(*plan) for plan in plans]
-        rates = [_best(contestant, losses) for contestant, (losses, _) in zip(contestants, found, strict=True)]
-        runs: list[list[Run]] = [[] for _ in plans]
+        searches = [self.search(each) for each in planned]
+        rates = [_best(each.entry, losses) for each, (losses, _) in zip(planned, searches, strict=True)]
+        runs: list[list[Run]] = [[] for _ in planned]
         for seed in range(self.options.seeds):
-            for (contestant, cost, course), rate, of_one in zip(plans, rates, runs, strict=True):
-                out = self.directory.final_run(contestant.name, seed)
-                self._announce(f"{contestant.name}: final run, seed {seed}", out, course.final_steps, rate)
-                of_one.append(self._run(contestant, cost, out, lr=rate, steps=course.final_steps, seed=seed))
+            for each, rate, of_entry in zip(planned, rates, runs, strict=True):
+                out = self.directory.final_run(each.entry.name, seed)
+                self._announce(f"{each.entry.name}: final run, seed {seed}", out, each.plan.final_steps, rate)
+                of_entry.append(self._run(each, out, lr=rate, steps=each.plan.final_steps, seed=seed))
         return [
             Trained(
                 rate=rate,
                 search_losses=losses if len(losses) > 1 else {},
                 search_minutes=minutes,
-                runs=[run.path for run in of_one],
-                curves=[curve(run) for run in of_one],
+                runs=[run.path for run in of_entry],
+                curves=[curve(run) for run in of_entry],
             )
-            for rate, (losses, minutes), of_one in zip(rates, found, runs, strict=True)
+            for rate, (losses, minutes), of_entry in zip(rates, searches, runs, strict=True)
         ]
 
-    def _search(self, contestant: Contestant, costs: Costs, course: Course) -> tuple[dict[float, float], float]:
-        """Held-out loss by learning rate, and the minutes of training; without a search, the only rate."""
-        if not course.tries:
-            return {course.first_rate: 0.0}, 0.0
+    def search(self, planned: Planned) -> tuple[dict[float, float], float]:
+        """Held-out loss by learning rate, and the minutes of training; without a search, the first rate alone."""
+        name, plan = planned.entry.name, planned.plan
+        if not plan.tries:
+            return {plan.first_rate: 0.0}, 0.0
         losses: dict[float, float] = {}
         minutes = 0.0
-        for _ in range(course.tries):
-            rate = next_rate(losses, course.first_rate)
-            if rate in losses:  # closer than three digits can tell
+        for _ in range(plan.tries):
+            rate = next_rate(losses, plan.first_rate)
+            if rate in losses:  # the same to three digits
                 break
-            out = self.directory.search_run(contestant.name, rate)
-            self._announce(f"{contestant.name}: search", out, course.search_steps, rate)
+            out = self.directory.search_run(name, rate)
+            self._announce(f"{name}: search", out, plan.search_steps, rate)
             try:
-                run = self._run(contestant, costs, out, lr=rate, steps=course.search_steps, seed=_SEARCH_SEED)
+                run = self._run(planned, out, lr=rate, steps=plan.search_steps, seed=_SEARCH_SEED)
             except DivergedError:
-                self.say(f"{contestant.name}: did not stay finite at {rate:.3g}")
+                self.report(f"{name}: did not stay finite at {rate:.3g}")
                 losses[rate] = math.inf
                 continue
-            moments = curve(run)
-            minutes += moments[-1].minutes
-            loss = moments[-1].held_out_loss
-            losses[rate] = loss if math.isfinite(loss) else math.inf
+            end = curve(run)[-1]
+            minutes += end.minutes
+            losses[rate] = end.held_out_loss if math.isfinite(end.held_out_loss) else math.inf
         return losses, minutes
 
     def _announce(self, what: str, out: Path, steps: int, rate: float) -> None:
         done = " (done before)" if RunDirectory(out).is_finished else ""
-        self.say(f"{what}, {steps:,} steps at {rate:.3g}{done}")
+        self.report(f"{what}, {steps:,} steps at {rate:.3g}{done}")
 
-    def _run(self, contestant: Contestant, costs: Costs, out: Path, **settings: Any) -> Run:
-        c = contestant.config
+    def _run(self, planned: Planned, out: Path, **settings: Any) -> Run:
+        c = planned.entry.config
         options = self.options.pretraining(
-            contestant.name,
+            planned.entry.name,
             **settings,
             out=out,
             batch_size=c.batch_size,
@@ -144,11 +226,11 @@ class Trainer:
             channels=c.channels,
             mean=c.mean,
             std=c.std,
-            precision=costs.precision,
+            precision=planned.costs.precision,
             workers=c.workers,
             threads=c.threads,
         )
-        return start(options, on_progress=lambda line: self.say(f"    {line}"))
+        return start(options, on_progress=lambda line: self.report(f"    {line}"))
 
 
 def curve(run: Run) -> list[Moment]:
@@ -163,9 +245,9 @@ def curve(run: Run) -> list[Moment]:
     return moments
 
 
-def _best(contestant: Contestant, losses: dict[float, float]) -> float:
+def _best(entry: Entry, losses: dict[float, float]) -> float:
     rate = min(losses, key=lambda rate: losses[rate])
     if math.isinf(losses[rate]):
         tried = ", ".join(f"{rate:.3g}" for rate in losses)
-        raise UserError(f"{contestant.name} stays finite at none of the learning rates {tried}: it cannot be compared.")
+        raise UserError(f"{entry.name} stays finite at none of the learning rates {tried}: it cannot be compared.")
     return rate

@@ -5,7 +5,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crate_mae.data.decode import UnreadableImage, decode
 from crate_mae.data.results import BadImage
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 
 NO_LABEL = -1
 _LEAST_SEEN = 100
@@ -162,7 +162,27 @@ def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, li
     return np.array(found, dtype=np.int64), None
 
 
-def label_names(source: ImageSource) -> list[str | None] | None:
+@runtime_checkable
+class Labelled(Protocol):
+    """Anything with a name, labels and names of classes, such as an `ImageSource`."""
+
+    @property
+    def name(self) -> str:
+        """For messages."""
+        ...
+
+    @property
+    def labels(self) -> Int[np.ndarray, "n"] | None:
+        """Numbers of classes, or None."""
+        ...
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes, or None."""
+        ...
+
+
+def label_names(source: Labelled) -> list[str | None] | None:
     """Return the class of every image: its name, or its number as text; None where it is unknown, and without labels.
 
     The same number may stand for different classes in two sources, so sources are compared by names.
@@ -173,13 +193,48 @@ def label_names(source: ImageSource) -> list[str | None] | None:
     return [None if label < 0 else _name(source, int(label)) for label in labels]
 
 
-def occurring_classes(source: ImageSource) -> list[str]:
+def occurring_classes(source: Labelled) -> list[str]:
     """Return the names of classes that have an image, in the order of their numbers; empty without labels."""
     labels = source.labels
     return [] if labels is None else [_name(source, int(label)) for label in np.unique(labels) if label >= 0]
 
 
-def _name(source: ImageSource, label: int) -> str:
+def align_classes(train: Labelled, val: Labelled) -> list[str]:
+    """Return the classes of the training images, after checking that a classifier of them can be measured on `val`.
+
+    Classes are compared by name, or by number as text where they have no names. The validation images need not have
+    every class of the training images.
+
+    Raises:
+        UserError: if either has no labels, `val` has a class that `train` lacks, or there is only one class.
+    """
+    for source in (train, val):
+        if source.labels is None:
+            raise UserError(
+                f"{source.name} has no labels, which a probe needs.\n"
+                "Labels are folders named after classes, a column `label` of a parquet file, or .cls files in a shard."
+            )
+    classes, found = occurring_classes(train), occurring_classes(val)
+    if unknown := [name for name in found if name not in classes]:
+        missing = [name for name in classes if name not in found]
+        raise UserError(
+            f"{val.name} has classes that {train.name} lacks: {and_more(unknown)}.\n"
+            + (f"Only {train.name} has: {and_more(missing)}.\n" if missing else "")
+            + "Training and validation images must be of the same classes, with the same names."
+        )
+    if len(classes) < 2:
+        raise UserError(f"All images of {train.name} are of one class ({classes[0]}): there is nothing to tell apart.")
+    return classes
+
+
+def aligned_labels(source: Labelled, classes: list[str]) -> Int[np.ndarray, "n"]:
+    """Return the labels of a source as positions in `classes`; -1 for images without a label of these classes."""
+    number = {name: i for i, name in enumerate(classes)}
+    labels = [] if source.labels is None else source.labels.tolist()
+    return np.array([number.get(_name(source, label), NO_LABEL) if label >= 0 else NO_LABEL for label in labels], dtype=np.int64)
+
+
+def _name(source: Labelled, label: int) -> str:
     return source.classes[label] if source.classes is not None and label < len(source.classes) else str(label)
 
 

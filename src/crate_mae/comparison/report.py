@@ -1,0 +1,296 @@
+"""The table of a comparison, as Markdown and as CSV, and notes on how to read it."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from scipy.stats import t as student_t
+
+from crate_mae.comparison.entries import Images
+from crate_mae.comparison.options import Budget, Options, parse_budget
+from crate_mae.comparison.results import MASK_RATIO, PROBES, SCORES, EntryResult, Spread, spread
+
+_NORMAL_QUANTILE = 1.96  # two-sided, 95%
+_MUCH_LONGER = 1.15  # than the budget in minutes
+_LEAST_DIFFERENCE = 0.02  # of a cost, relative, to be mentioned
+_TITLES = {
+    "linear": "linear probe, top-1",
+    "knn": "k-NN, top-1",
+    "psnr": "completion: PSNR of hidden patches",
+    "ssim": "completion: SSIM",
+    "mse": "completion: squared error, normalised pixels",
+}
+_NAMES = {
+    "linear": "the linear probe",
+    "knn": "k-NN",
+    "psnr": "the PSNR of completions",
+    "ssim": "the SSIM of completions",
+    "mse": "the squared error of completions",
+}
+
+
+def table_rows(results: Sequence[EntryResult], pixels: dict[str, float]) -> list[list[str]]:
+    """The table as text: a heading, then a line per quantity with a cell per entry, and raw pixels."""
+    # Targets were normalised: a note below the table explains this.
+    mark = ", own statistics" if results[0].entry.config.norm_pix_loss else ""
+
+    def line(title: str, cell: Callable[[EntryResult], str], pixels_cell: str = "") -> list[str]:
+        return [title, *(cell(result) for result in results), *([pixels_cell] if pixels else [])]
+
+    rows = [
+        line("", lambda r: r.name, "raw pixels"),
+        line("parameters, encoder", lambda r: _millions(r.costs.encoder_parameters)),
+        line("parameters, all", lambda r: _millions(r.costs.parameters)),
+        line("forward FLOPs an image, encoder, nothing hidden", lambda r: _scaled(r.costs.encoder_flops)),
+        line("training FLOPs an image", lambda r: _scaled(r.costs.training_flops)),
+        line("images/s in training, timed in turns", lambda r: f"{r.images_per_second:,.0f}"),
+        line("peak memory of a training step", lambda r: _memory(r.costs.memory)),
+        line("precision", lambda r: r.costs.precision),
+        line("steps, search + final run", _steps),
+        line("images seen in the final run", lambda r: f"{r.plan.final_steps * r.batch_size:,}"),
+        line("minutes used, search + final run", _minutes),
+        line("training FLOPs used, both", lambda r: _scaled(r.training_flops)),
+        line("learning rate chosen, per 256 images", lambda r: f"{r.trained.rate:.3g}"),
+    ]
+    for name, title in _TITLES.items():
+        title = title if name in PROBES else title + mark
+        if any(spread(result.scores, name) for result in results):
+            of_pixels = score_text(name, spread([pixels], name)) if pixels else ""
+            rows.append(line(title, lambda r, name=name: score_text(name, spread(r.scores, name)), of_pixels))
+        if name in PROBES and any(spread(result.random, name) for result in results):
+            title = f"{title}, random weights"
+            rows.append(line(title, lambda r, name=name: score_text(name, spread(r.random, name))))
+    return rows
+
+
+def markdown(rows: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
+    """The table and the notes below it, as Markdown."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+    def line(cells: Sequence[str]) -> str:
+        aligned = [cells[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(cells[1:], widths[1:], strict=True))]
+        return f"| {' | '.join(aligned)} |"
+
+    rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
+    lines = [f"# {title}", "", line(rows[0]), rule, *map(line, rows[1:]), "", "## How to read it", ""]
+    return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
+
+
+def csv_text(results: Sequence[EntryResult], pixels: dict[str, float]) -> str:
+    """CSV with a line per entry, per random initialisation, and for raw pixels; scores are shares."""
+    rows = []
+    for result in results:
+        rows.append({"model": result.name, "weights": "trained", **result.numbers(), **_score_cells(result.scores)})
+        if cells := _score_cells(result.random):
+            keys = ("parameters_encoder", "parameters", "encoder_flops_per_image")
+            numbers = {key: value for key, value in result.numbers().items() if key in keys}
+            rows.append({"model": result.name, "weights": "random", **numbers, **cells})
+    if pixels:
+        rows.append({"model": "pixels", "weights": "none", **_score_cells([pixels])})
+    file = io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def score_text(name: str, score: Spread | None, *, with_range: bool = True) -> str:
+    """A score as text: the mean, and over several seeds the sample standard deviation and the range."""
+    if score is None:
+        return "-"
+    scale, digits, unit = {
+        "psnr": (1, 2, " dB"),
+        "ssim": (1, 3, ""),
+        "mse": (1, 4, ""),
+    }.get(name, (100, 2, "%"))
+    mean, low, high = (f"{scale * value:.{digits}f}" for value in (score.mean, score.low, score.high))
+    if score.std is None:
+        return mean + unit
+    text = f"{mean} ± {scale * score.std:.{digits}f}{unit}"
+    return f"{text} ({low} to {high})" if with_range else text
+
+
+def _score_cells(scores: Sequence[dict[str, float]]) -> dict[str, Any]:
+    cells: dict[str, Any] = {}
+    for name in SCORES:
+        if found := spread(scores, name):
+            cells |= {f"{name}_{key}": getattr(found, key) for key in ("mean", "std", "low", "high")}
+    return cells
+
+
+def _steps(result: EntryResult) -> str:
+    tries = len(result.trained.search_losses)
+    search = f"{tries} x {result.plan.search_steps:,} + " if tries else ""
+    return f"{search}{result.plan.final_steps:,}"
+
+
+def _minutes(result: EntryResult) -> str:
+    search = f"{result.trained.search_minutes:.2f} + " if result.trained.search_losses else ""
+    return f"{search}{result.final_minutes:.2f}"
+
+
+def _millions(number: int) -> str:
+    return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"
+
+
+def _scaled(flops: float) -> str:
+    for power, prefix in ((18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M")):
+        if flops >= 10**power:
+            return f"{flops / 10**power:.2f} {prefix}"
+    return f"{flops:,.0f}"
+
+
+def _memory(number: int | None) -> str:
+    if number is None:
+        return "not measured"
+    return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
+
+
+def write_notes(results: Sequence[EntryResult], options: Options, images: Images) -> list[str]:
+    """Notes on how to read the table, the most important first: where the first entry is behind."""
+    budget = parse_budget(options.budget)
+    return [
+        *_standing(results, images),
+        *_certainty(options, images),
+        *_terms(results, options, budget),
+        *_warnings(results, budget, images),
+    ]
+
+
+def _standing(results: Sequence[EntryResult], images: Images) -> Iterator[str]:
+    """Where the first entry is behind each of the others, and where it is ahead."""
+    first, *others = results
+    for other in others:
+        behind, ahead = [], []
+        for name, title in _NAMES.items():
+            mine, theirs = spread(first.scores, name), spread(other.scores, name)
+            if mine is None or theirs is None or mine.mean == theirs.mean:
+                continue
+            is_better = (mine.mean > theirs.mean) == SCORES[name]
+            text = " against ".join(score_text(name, score, with_range=False) for score in (mine, theirs))
+            chance = ", may be chance" if may_be_chance(name, mine, theirs, len(images.val)) else ""
+            text = f"{title} ({text}{chance})"
+            (ahead if is_better else behind).append(text)
+        costs = {
+            "parameters": (first.costs.parameters, other.costs.parameters, False),
+            "training FLOPs an image": (first.costs.training_flops, other.costs.training_flops, False),
+            "images/s in training": (first.images_per_second, other.images_per_second, True),
+            "memory": (first.costs.memory or 0, other.costs.memory or 0, False),
+        }
+        for title, (mine, theirs, more_is_better) in costs.items():
+            if mine and theirs and abs(mine / theirs - 1) > _LEAST_DIFFERENCE:
+                text = f"{title} ({mine / theirs:.2f} times as {'many' if title != 'memory' else 'much'})"
+                (ahead if (mine > theirs) == more_is_better else behind).append(text)
+        yield f"{first.name} is behind {other.name} in: {', '.join(behind) or 'nothing that was measured'}."
+        yield f"{first.name} is ahead of {other.name} in: {', '.join(ahead) or 'nothing that was measured'}."
+
+
+def may_be_chance(name: str, mine: Spread, theirs: Spread, val_images: int) -> bool:
+    """Whether another choice of images or seeds could give the same difference by chance.
+
+    The bound is the two-sided 95% quantile of Student's t, with the degrees of freedom of the seeds, times the standard
+    error of the difference: 4.3 standard errors for two seeds each, 2.8 for three; for one seed each, 1.96.
+
+    The result of each image is not kept, so the errors of the probes are treated as independent, although they are for
+    the same images. Two models mostly fail on the same images, so the true standard error is smaller: the bound is
+    cautious, and a marked difference might still pass a paired test such as McNemar's. One seed says nothing about the
+    spread over seeds, which a note of `_certainty` states.
+    """
+    variance, freedom = 0.0, 0
+    for score in (mine, theirs):
+        if name in PROBES:
+            variance += score.mean * (1 - score.mean) / val_images
+        if score.std is not None:
+            variance += score.std**2 / score.count
+            freedom += score.count - 1
+    bound = float(student_t.ppf(0.975, freedom)) if freedom else _NORMAL_QUANTILE
+    return abs(mine.mean - theirs.mean) < bound * math.sqrt(variance)
+
+
+def _certainty(options: Options, images: Images) -> Iterator[str]:
+    """How certain differences are, and what the words "may be chance" mean."""
+    if options.seeds > 1:
+        yield (
+            f"Scores are means over {options.seeds} seeds ± the sample standard deviation, and the range. Each seed "
+            "had a final run of the same length; the search was done once, with the first."
+        )
+    else:
+        yield (
+            "One run each: there is no spread, so the effect of another seed is unknown. One seed cannot tell models "
+            "apart by less than the spread of seeds, whatever the number of images: every difference above is one "
+            "between two runs, not between two models. Try --seeds 3."
+        )
+    if images.classes:
+        yield (
+            "A difference between probes may be chance if it is within 95% of what other images"
+            f"{' or other seeds' if options.seeds > 1 else ', not other seeds,'} would give, computed as if each model "
+            "had been measured on images of its own. All were measured on the same images, so this bound is cautious."
+        )
+
+
+def _terms(results: Sequence[EntryResult], options: Options, budget: Budget) -> Iterator[str]:
+    """What was equal for all entries."""
+    c = results[0].entry.config
+    search = (
+        f", of which {options.search_share:.0%} went into a search over {options.lr_search} learning rates (chosen by "
+        "the loss on held-out training images, never by the validation images)"
+        if options.lr_search > 1
+        else " (no search for a learning rate)"
+    )
+    yield (
+        f"Each entry had {budget}{search}. The final run had the rest, with its own full schedule; all had "
+        f"batches of {c.batch_size}, the same images in the same order, {c.mask_ratio:.0%} hidden, crops of at least "
+        f"{c.min_crop:.0%}, {'flips' if c.flip else 'no flips'}."
+    )
+    places = {result.name: result.entry.config.mask_tokens for result in results}
+    if len(set(places.values())) > 1:
+        listed = ", ".join(f"{name} at the {place}" for name, place in places.items())
+        yield (
+            f"Mask tokens are inserted where each model's design has them: {listed}. An encoder without them processes "
+            "only visible patches, which saves FLOPs in training."
+        )
+    yield (
+        "FLOPs are those of matrix products and convolutions, with a multiplication and addition counted as 2. Norms, "
+        "softmax and the optimizer are not counted."
+    )
+    yield (
+        "Images/s are those of a training step with its images in memory, the median of steps taken in turns. Minutes "
+        "are those of the actual training, without the measurements in between. Memory is that of a training step in a "
+        "separate process, without the memory of its imports."
+    )
+    yield f"Completions: {MASK_RATIO:.0%} of the patches hidden, the same images and masks for all."
+
+
+def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) -> Iterator[str]:
+    """What limits the meaning of the numbers."""
+    if images.why_no_probes:
+        yield f"No probes: {images.why_no_probes}"
+    else:
+        yield (
+            f"Probes: frozen features, {len(images.train):,} training and {len(images.val):,} validation images of "
+            f"{images.classes} classes. Random weights are those before the first step; a model that does not beat "
+            "them, or raw pixels, has learned nothing that helps with these labels."
+        )
+    if results[0].entry.config.norm_pix_loss:
+        yield (
+            "Trained with --norm-pix-loss: brightness and contrast of each completed patch come from the original, so "
+            "completions look better here than without it."
+        )
+    for result in results:
+        losses = result.trained.search_losses
+        if result.trained.is_rate_at_edge:
+            tried = ", ".join(f"{rate:.3g}" for rate in losses)
+            yield (
+                f"{result.name}: the best learning rate, {result.trained.rate:.3g}, lies at the edge of those "
+                f"tried ({tried}). A better one may lie beyond: try more with --lr-search."
+            )
+        if diverged := [f"{rate:.3g}" for rate, loss in losses.items() if math.isinf(loss)]:
+            yield f"{result.name} did not stay finite at {', '.join(diverged)}; those minutes are not counted."
+        if budget.kind == "minutes" and not 1 / _MUCH_LONGER < result.minutes / budget.amount < _MUCH_LONGER:
+            yield (
+                f"{result.name} took {result.minutes:.2f} minutes, not {budget.amount:g}: its number "
+                "of steps was set before the start, from the time of a step then, and the machine was slower or faster "
+                "later."
+            )

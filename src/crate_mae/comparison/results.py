@@ -1,0 +1,193 @@
+"""The results of a comparison: the scores of each entry and of the controls, and the numbers for its table."""
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from crate_mae.comparison.budget import BudgetPlan, Costs
+from crate_mae.comparison.entries import NEIGHBOURS, Entry, Images, extraction
+from crate_mae.comparison.options import Options
+from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trained
+from crate_mae.data import evaluation_transform
+from crate_mae.data.facts import fixed_sample
+from crate_mae.evaluation.extract import Extraction, Features
+from crate_mae.evaluation.probes import knn_probe, linear_probe
+from crate_mae.evaluation.probing import probe
+from crate_mae.evaluation.reconstruction import completion_scores, read_images
+from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.weights import load_autoencoder
+
+# whether a larger value is better, by score
+SCORES = {"linear": True, "knn": True, "psnr": True, "ssim": True, "mse": False}
+PROBES = ("linear", "knn")
+MASK_RATIO = 0.75
+_MOST_COMPLETED = 1000
+_PIXELS_SIDE = 32  # with larger images, a linear classifier of the pixels would take longer than the training
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One score over seeds.
+
+    Attributes:
+        mean: over seeds.
+        std: sample standard deviation; None for one seed.
+        low: the smallest.
+        high: the largest.
+        count: seeds.
+    """
+
+    mean: float
+    std: float | None
+    low: float
+    high: float
+    count: int
+
+
+def spread(scores: Sequence[dict[str, float]], name: str) -> Spread | None:
+    """One score over seeds; None if it was not measured."""
+    values = [of_seed[name] for of_seed in scores if name in of_seed]
+    if not values:
+        return None
+    std = statistics.stdev(values) if len(values) > 1 else None
+    return Spread(statistics.fmean(values), std, min(values), max(values), len(values))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EntryResult:
+    """One entry, from its costs to its scores.
+
+    Attributes:
+        entry: the model, as it was configured.
+        costs: measured before the training.
+        plan: how its budget was divided.
+        trained: its runs.
+        scores: of each seed's final run.
+        random: of the same networks at their random initialisation; empty dictionaries without labels.
+    """
+
+    entry: Entry
+    costs: Costs
+    plan: BudgetPlan
+    trained: Trained
+    scores: Sequence[dict[str, float]]
+    random: Sequence[dict[str, float]]
+
+    @property
+    def name(self) -> str:
+        """Name of the preset."""
+        return self.entry.name
+
+    @property
+    def batch_size(self) -> int:
+        """Images per step."""
+        return self.entry.config.batch_size
+
+    @property
+    def steps(self) -> int:
+        """Steps of the search and one final run."""
+        return len(self.trained.search_losses) * self.plan.search_steps + self.plan.final_steps
+
+    @property
+    def final_minutes(self) -> float:
+        """Minutes of training in the final run, the mean over seeds."""
+        return statistics.fmean(curve[-1].minutes for curve in self.trained.curves)
+
+    @property
+    def minutes(self) -> float:
+        """Minutes of training in the search and one final run."""
+        return self.trained.search_minutes + self.final_minutes
+
+    @property
+    def training_flops(self) -> float:
+        """Training FLOPs of the search and one final run."""
+        return self.costs.training_flops * self.batch_size * self.steps
+
+    @property
+    def images_per_second(self) -> float:
+        """Training speed with images in memory."""
+        return self.batch_size / self.costs.step_seconds
+
+    def numbers(self) -> dict[str, float | int | None]:
+        """Numbers that do not depend on the seed, by their column in `table.csv`."""
+        return {
+            "parameters_encoder": self.costs.encoder_parameters,
+            "parameters": self.costs.parameters,
+            "encoder_flops_per_image": self.costs.encoder_flops,
+            "training_flops_per_image": self.costs.training_flops,
+            "images_per_second": self.images_per_second,
+            "peak_memory_bytes": self.costs.memory,
+            "steps_search": len(self.trained.search_losses) * self.plan.search_steps,
+            "steps": self.plan.final_steps,
+            "images_seen": self.plan.final_steps * self.batch_size,
+            "minutes_search": self.trained.search_minutes,
+            "minutes": self.final_minutes,
+            "training_flops": self.training_flops,
+            "lr": self.trained.rate,
+        }
+
+
+def measure_all(
+    options: Options,
+    planned: Sequence[Planned],
+    trained: Sequence[Trained],
+    *,
+    images: Images,
+    directory: ComparisonDirectory,
+    report: Report,
+) -> tuple[list[EntryResult], dict[str, float]]:
+    """Measure everything that has not been measured yet: the results of the entries, and the scores of raw pixels."""
+
+    def probed(model: Any) -> dict[str, float]:
+        return _probe(model, options, images) if images.classes else {}
+
+    def completed_and_probed(run: Any) -> dict[str, float]:
+        model = load_autoencoder(run)
+        return {**_complete(model, images), **probed(model)}
+
+    def score(key: str, measure: Any, subject: Any) -> dict[str, float]:
+        report(f"measuring {key}")
+        return directory.score(key, lambda: measure(subject))
+
+    names = [each.entry.name for each in planned]
+    scores = [
+        [score(f"{name}/seed-{seed}", completed_and_probed, run) for seed, run in enumerate(of_entry.runs)]
+        for name, of_entry in zip(names, trained, strict=True)
+    ]
+    random = [
+        [score(f"{name}/random-{seed}", probed, each.entry.build(seed)) for seed in range(options.seeds)]
+        for name, each in zip(names, planned, strict=True)
+    ]
+    pixels = score("pixels", probed, f"pixels:{min(_PIXELS_SIDE, *planned[0].entry.model.image_size)}")
+    results = [
+        EntryResult(**each._asdict(), trained=of_entry, scores=own, random=control)
+        for each, of_entry, own, control in zip(planned, trained, scores, random, strict=True)
+    ]
+    return results, pixels
+
+
+def _complete(model: MaskedAutoencoder, images: Images) -> dict[str, float]:
+    """Scores of completions: the same images and masks for every model."""
+    c = model.config
+    transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
+    chosen = fixed_sample(len(images.val), _MOST_COMPLETED)
+    read = read_images(images.val, transform, chosen, _MOST_COMPLETED)
+    (score,) = completion_scores(model, read.images, [MASK_RATIO])
+    return {"psnr": score.psnr, "ssim": score.ssim, "mse": score.mse}
+
+
+def _probe(model: Any, options: Options, images: Images) -> dict[str, float]:
+    found: dict[str, float] = {}
+
+    def run(train: Features, val: Features, _classes: list[str]) -> list[None]:
+        assert train.labels is not None and val.labels is not None, "probes are only run with labels"
+        data = (train.values, train.labels, val.values, val.labels)
+        found["knn"] = knn_probe(*data, k=NEIGHBOURS).top1.value
+        found["linear"] = linear_probe(*data).top1.value
+        return [None]
+
+    # Raw pixels have one layer and one pooling, whatever the options are for the encoders.
+    wanted = extraction(options) if not isinstance(model, str) else Extraction(workers=options.workers)
+    probe(model, images.train, images.val, run, extraction=wanted)
+    return found
