@@ -17,7 +17,7 @@ from crate_mae.app.compute import (
 )
 from crate_mae.app.models import open_models
 from crate_mae.errors import UserError
-from crate_mae.evaluation.completion_quality import completion_quality
+from crate_mae.evaluation.reconstruction import completion_quality
 from crate_mae.interpret.measure import measure_layers
 from crate_mae.interpret.statistics import find
 from crate_mae.models.presets import create_model

@@ -80,7 +80,7 @@ def test_published_weights_without_a_network_are_a_sentence(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda *_, **__: pytest.fail("the hub's library would retry"))
     with pytest.raises(UserError) as error:
         open_backbone("timm:test_vit")
-    assert "weights of timm:test_vit cannot be had: Temporary failure in name resolution\n" in str(error.value)
+    assert "weights of timm:test_vit cannot be loaded: Temporary failure in name resolution\n" in str(error.value)
     assert "timm:NAME:random" in str(error.value)
     assert len(str(error.value).splitlines()) == 2
 
@@ -96,7 +96,7 @@ def test_published_weights_on_this_machine_need_no_network(monkeypatch):
 
 
 def test_a_timm_network_without_published_weights_is_a_sentence():
-    with pytest.raises(UserError, match="weights of timm:convnext_atto_rms cannot be had: "):
+    with pytest.raises(UserError, match="weights of timm:convnext_atto_rms cannot be loaded: "):
         open_backbone("timm:convnext_atto_rms")
 
 

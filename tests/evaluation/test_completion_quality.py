@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from crate_mae.evaluation.completion_quality import completion_quality
+from crate_mae.evaluation.reconstruction import completion_quality
 from crate_mae.models.completion import Completion
 from crate_mae.models.masking import unpatchify
 

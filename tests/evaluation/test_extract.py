@@ -10,9 +10,9 @@ import torch
 import crate_mae
 from crate_mae.data import open_source
 from crate_mae.errors import UserError
-from crate_mae.evaluation import cache as cache_module
+from crate_mae.evaluation import extract as extract_module
 from crate_mae.evaluation.backbones import open_backbone
-from crate_mae.evaluation.extract import Extraction, extract
+from crate_mae.evaluation.extract import Extraction, FeatureCache, extract
 
 MODEL = "crate_mae_nano_patch2_8"
 
@@ -171,7 +171,7 @@ def test_only_missing_layers_are_extracted(model, folder, monkeypatch):
         return forward(self, x, indices, **options)
 
     monkeypatch.setattr(type(model.encoder), "forward_intermediates", noted)
-    cache = cache_module.FeatureCache(backbone, open_source(folder), "cls+mean")
+    cache = FeatureCache(backbone, open_source(folder), "cls+mean")
     cache._path(1).unlink()
     again = extract(backbone, open_source(folder), Extraction(layers="all"))
     assert wanted == [[1]]
@@ -205,14 +205,14 @@ def test_a_cache_that_cannot_be_written_is_done_without(model, folder, own_cache
 
 
 def test_the_cache_forgets_what_was_used_longest_ago(model, folder, own_cache, calls, monkeypatch):
-    monkeypatch.setattr(cache_module, "MOST_BYTES", 2 * 9500)  # two files of 12 x 192 numbers, not three
+    monkeypatch.setattr(extract_module, "MOST_BYTES", 2 * 9500)  # two files of 12 x 192 numbers, not three
     for layer in (0, 1):
         only(open_backbone(model), folder, layers=(layer,))
         newest = max((own_cache / "crate-mae" / "features").iterdir(), key=lambda path: path.stat().st_mtime_ns)
         os.utime(newest, ns=(layer, layer))
     only(open_backbone(model), folder, layers=(0,))  # used again: now layer 1 is the oldest
     only(open_backbone(model), folder, layers=(2,))
-    cache = cache_module.FeatureCache(open_backbone(model), open_source(folder), "cls+mean")
+    cache = FeatureCache(open_backbone(model), open_source(folder), "cls+mean")
     assert [cache.read(layer) is not None for layer in range(4)] == [True, False, True, False]
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
-from crate_mae.evaluation.completion_quality import completion_quality
+from crate_mae.evaluation.reconstruction import completion_quality
 from crate_mae.interpret.attention import attention_on_grid
 from crate_mae.interpret.audit import AuditRow, audit
 from crate_mae.interpret.layer_measures import (

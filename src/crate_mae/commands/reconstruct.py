@@ -61,8 +61,7 @@ def reconstruct(
     from crate_mae.data import evaluation_transform, open_source, save_picture_grid
     from crate_mae.data.dataset import default_generator_seeded
     from crate_mae.errors import UserError
-    from crate_mae.evaluation.completion_quality import completion_quality
-    from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks, read_images
+    from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
     from crate_mae.models.presets import list_models
     from crate_mae.models.weights import load_autoencoder
 

@@ -214,7 +214,7 @@ def align_classes(train: Labelled, val: Labelled) -> list[str]:
                 f"{source.name} has no labels, which a probe needs.\n"
                 "Labels are folders named after classes, a column `label` of a parquet file, or .cls files in a shard."
             )
-    classes, found = occurring_classes(train), occurring_classes(val)
+    classes, found = (list(dict.fromkeys(occurring_classes(source))) for source in (train, val))
     if unknown := [name for name in found if name not in classes]:
         missing = [name for name in classes if name not in found]
         raise UserError(
@@ -231,7 +231,9 @@ def aligned_labels(source: Labelled, classes: list[str]) -> Int[np.ndarray, "n"]
     """Return the labels of a source as positions in `classes`; -1 for images without a label of these classes."""
     number = {name: i for i, name in enumerate(classes)}
     labels = [] if source.labels is None else source.labels.tolist()
-    return np.array([number.get(_name(source, label), NO_LABEL) if label >= 0 else NO_LABEL for label in labels], dtype=np.int64)
+    return np.array(
+        [number.get(_name(source, label), NO_LABEL) if label >= 0 else NO_LABEL for label in labels], dtype=np.int64
+    )
 
 
 def _name(source: Labelled, label: int) -> str:

@@ -1,1 +1,1 @@
-"""What a trained model is worth: its features, on any backbone with timm's contract, and its completions."""
+"""How good a trained model is: its features, as those of any backbone with timm's interface, and its completions."""

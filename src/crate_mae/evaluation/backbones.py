@@ -1,4 +1,4 @@
-"""Whatever can be evaluated, behind one contract: our encoders, timm's networks, and raw pixels as a control."""
+"""One interface for everything that can be evaluated: our encoders, timm's networks, and raw pixels as a control."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ from crate_mae.models.weights import CONFIG_FILE, WEIGHTS_FILE, description_in, 
 _PIXELS_SIDE = 32
 _PATIENCE = 10.0  # seconds
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_OFFLINE = "Without a network, take timm:NAME:random (fresh weights), a model of your own, or `pixels`."
+_OFFLINE = "Without a network connection, use timm:NAME:random (random weights), a model of your own, or `pixels`."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +35,15 @@ class Backbone:
     """A frozen encoder, and how to prepare images for it.
 
     Attributes:
-        encoder: anything with timm's contract, in `eval()` mode.
-        name: what the user called it.
-        image_size: height and width that it takes.
-        in_chans: channels that it takes.
+        encoder: a module with timm's interface, in `eval()` mode.
+        name: the name that the user gave.
+        image_size: height and width of its input.
+        in_chans: channels of its input.
         mean: per channel, in [0, 1].
         std: per channel, in [0, 1].
-        is_fresh: whether its weights are random.
-        architecture: what, besides the weights, decides the features; None if nobody can tell, as for a network from
-            Python, whose features are then not cached.
+        is_fresh: whether its weights are a random initialisation.
+        architecture: everything besides the weights that determines the features; None if unknown, as for a module
+            from Python, whose features are then not cached.
     """
 
     encoder: nn.Module
@@ -56,11 +56,11 @@ class Backbone:
     architecture: str | None = None
 
     def transform(self) -> Preparation:
-        """What prepares one image, without randomness."""
+        """The preparation of an image, without randomness."""
         return evaluation_transform(self.image_size, self.in_chans, self.mean, self.std)
 
     def fingerprint(self) -> str | None:
-        """A digest of everything that decides the features of an image, or None."""
+        """A digest of everything that determines the features of an image; None if that is unknown."""
         if self.architecture is None:
             return None
         preparation = [self.image_size, self.in_chans, self.mean, self.std]
@@ -72,7 +72,7 @@ class Backbone:
 
 
 class RawPixels(nn.Module):
-    """No network at all, with the contract of one: the pixels of an image are its only token."""
+    """A control without a network: the pixels of an image are its only token."""
 
     def forward_features(self, images: Float[Tensor, "b c hh ww"]) -> Float[Tensor, "b 1 f"]:
         """The images, flattened."""
@@ -84,19 +84,19 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
 
     | MODEL | is |
     |---|---|
-    | any form that `crate_mae.load` takes | its encoder; of a preset's name, with fresh weights |
-    | a folder of an encoder alone | as `crate-mae export --part encoder` and `crate-mae convert` write it |
-    | `timm:NAME` | a network of timm with its published weights, downloaded at the first use |
-    | `timm:NAME:random` | the same with fresh weights, as a control |
+    | any form that `crate_mae.load` takes | its encoder; for the name of a preset, with random weights |
+    | a folder with an encoder alone | as written by `crate-mae export --part encoder` and `crate-mae convert` |
+    | `timm:NAME` | a network of timm with its published weights, downloaded at first use |
+    | `timm:NAME:random` | the same with random weights, as a control |
     | `pixels`, `pixels:SIZE` | colour pixels at 32 x 32 or another size, as a control |
-    | a module from Python | one of ours, or anything with timm's contract |
+    | a module from Python | one of ours, or any with timm's interface |
 
     Args:
         model: see above.
-        seed: of fresh weights.
+        seed: of a random initialisation.
 
     Raises:
-        UserError: if there is no such model, or its weights cannot be had.
+        UserError: if there is no such model, or its weights cannot be loaded.
     """
     if isinstance(model, nn.Module):
         return _from_module(model)
@@ -116,7 +116,7 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
 
 
 def _ours(net: Any, name: str, *, is_fresh: bool) -> Backbone:
-    """The encoder of whatever `load` gives: an autoencoder, or a classifier made from one."""
+    """The encoder of an autoencoder, or of a classifier made from one."""
     config = net.config
     return Backbone(
         encoder=net.encoder.eval(),
@@ -145,7 +145,7 @@ def _from_module(module: nn.Module) -> Backbone:
 def _from_timm(model: str, seed: int) -> Backbone:
     _, name, *rest = model.split(":")
     if rest not in ([], ["random"]):
-        raise UserError(f"{model} is no model: it must look like timm:NAME or timm:NAME:random.")
+        raise UserError(f"{model} is not a valid model: it must look like timm:NAME or timm:NAME:random.")
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models(), "timm:{}")
         raise UserError(f"timm has no model {name}.{hint} timm.list_models() lists the names.")
@@ -154,15 +154,15 @@ def _from_timm(model: str, seed: int) -> Backbone:
             _ask_hub(name)
         with default_generator_seeded(seed):
             encoder = timm.create_model(name, pretrained=not rest, num_classes=0)
-    except Exception as error:  # the hub's, the network's, or timm's: no published weights
-        raise UserError(f"The weights of {model} cannot be had: {first_line(error)}\n{_OFFLINE}") from error
+    except Exception as error:  # of the hub, the network or timm: no published weights
+        raise UserError(f"The weights of {model} cannot be loaded: {first_line(error)}\n{_OFFLINE}") from error
     return _with_timm_data(encoder, model, is_fresh=bool(rest), architecture=model)
 
 
 def _from_timm_folder(folder: Path, name: str) -> Backbone:
     try:
         encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
-    except Exception as error:  # timm's, of many kinds
+    except Exception as error:  # timm raises many kinds
         raise UserError(f"{folder} cannot be opened by timm: {first_line(error)}") from error
     return _with_timm_data(encoder, name, is_fresh=False, architecture=(folder / CONFIG_FILE).read_text("utf-8"))
 
@@ -178,7 +178,7 @@ def _from_encoder_folder(folder: Path, name: str, settings: dict[str, Any]) -> B
 
 
 def _ask_hub(name: str) -> None:
-    """Ask once for weights that are not on this machine; to fetch them, the hub's library would retry for a minute."""
+    """Ask once for weights that are not on this machine, because the hub's library would retry for a minute."""
     config = timm.get_pretrained_cfg(name)
     repository = config.hf_hub_id if config is not None else None
     if repository is None:
@@ -192,7 +192,7 @@ def _with_timm_data(encoder: nn.Module, name: str, *, is_fresh: bool, architectu
     data: Mapping[str, Any] = resolve_model_data_config(encoder)
     channels = int(getattr(encoder, "in_chans", data["input_size"][0]))
     size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or data["input_size"][1:]
-    # Published means are of 3 channels; a network of others was made from Python, and has theirs in common.
+    # Published means have 3 channels; a network with other channels, made in Python, uses their average.
     mean, std = (
         tuple(data[key]) if len(data[key]) == channels else (sum(data[key]) / len(data[key]),) * channels
         for key in ("mean", "std")
@@ -212,7 +212,9 @@ def _with_timm_data(encoder: nn.Module, name: str, *, is_fresh: bool, architectu
 def _pixels(model: str) -> Backbone:
     side = model.partition(":")[2] or str(_PIXELS_SIDE)
     if not side.isdecimal() or int(side) < 1:
-        raise UserError(f"{model} is no model: it must look like pixels or pixels:SIZE, with a size such as 32.")
+        raise UserError(
+            f"{model} is not a valid model: it must look like pixels or pixels:SIZE, with a size such as 32."
+        )
     half = (0.5, 0.5, 0.5)
     size = (int(side), int(side))
     return Backbone(

@@ -1,19 +1,27 @@
-"""Features of all images of a data source."""
+"""Features of all images of a data source, extracted once and cached."""
 
+import contextlib
+import hashlib
+import json
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from crate_mae.data import BadImage, ImageSource, readable_batches
 from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.dataset import default_workers
+from crate_mae.data.files import cache_folder, whole_file
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
-from crate_mae.evaluation.cache import FeatureCache
 from crate_mae.models.devices import fastest_device
 from crate_mae.models.features import (
     DEFAULT_LAYER,
@@ -26,8 +34,10 @@ from crate_mae.models.features import (
     layer_number,
 )
 
-# Until a source is larger, processes take longer to start than they save.
-_FEW_IMAGES = 2000
+_FEW_IMAGES = 2000  # up to which processes take longer to start than they save
+_VERSIONS = (version("crate-mae"), torch.__version__)  # of what prepares images, and of what computes
+# About 14 times the features of CIFAR-10 at a width of 2 x 384. What has not been used for longest goes first.
+MOST_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,14 +45,14 @@ class Features:
     """Features of the readable images of a source, in its order.
 
     Attributes:
-        values: one row an image; with "tokens", one matrix an image.
+        values: one row per image; with pooling "tokens", one matrix per image.
         labels: of the same images, or None.
         classes: names of the classes, or None.
         locations: where each image is.
-        bad: the images that could not be read, and so are left out.
+        bad: the images that could not be read, which are left out.
         name: of the source.
-        layer: number of the layer, from 0.
-        pooling: how tokens became features.
+        layer: index of the layer, from 0.
+        pooling: how tokens were pooled to features.
     """
 
     values: Float[np.ndarray, "n f"] | Float[np.ndarray, "n t d"]
@@ -61,13 +71,13 @@ class Extraction:
 
     Attributes:
         layers: of the encoder, from 0 or negative from the end; "all" for each of them.
-        pooling: see `models.features.pool`; by default as the backbone needs.
-        batch_size: images that are encoded at once.
+        pooling: see `models.features.pool`; by default as fits the backbone.
+        batch_size: number of images encoded at once.
         workers: processes that read images; by default one less than there are cores, at most 8, or none for few
             images.
         max_bad: largest share of unreadable images.
-        cache: whether to take features from the user's cache, and to leave them there.
-        on_images: told the number of images of each batch, for a progress bar.
+        cache: whether to read features from the user's cache, and to write them to it.
+        on_images: called with the number of images of each batch, for a progress bar.
     """
 
     layers: Sequence[int] | str = (DEFAULT_LAYER,)
@@ -92,10 +102,10 @@ class Extraction:
             raise UserError("\n".join(mistakes))
 
     def layer_numbers(self, backbone: Backbone) -> list[int]:
-        """Numbers from 0 of the wanted layers of a backbone.
+        """Indices of the requested layers of a backbone, from 0.
 
         Raises:
-            UserError: for one that does not exist.
+            UserError: for a layer that does not exist.
         """
         if isinstance(self.layers, str):
             return list(range(depth(backbone.encoder)))
@@ -105,7 +115,7 @@ class Extraction:
         """The pooling for a backbone.
 
         Raises:
-            UserError: for one that it cannot have.
+            UserError: for a pooling that the backbone does not support.
         """
         pooling = self.pooling or default_pooling(backbone.encoder)
         check_pooling(backbone.encoder, pooling)
@@ -117,7 +127,7 @@ class Batch(NamedTuple):
 
     Attributes:
         indices: of the images in the source.
-        values: for each layer, the features; none where no image of the batch can be read.
+        values: the features for each layer; empty if no image of the batch can be read.
         bad: the unreadable images.
     """
 
@@ -127,10 +137,10 @@ class Batch(NamedTuple):
 
 
 def extract(backbone: Backbone, source: ImageSource, extraction: Extraction) -> list[Features]:
-    """Features of every readable image of a source, from each wanted layer, in one pass.
+    """Extract the features of every readable image of a source, from each requested layer, in one pass.
 
-    All of them are held in memory: images x f x 4 bytes a layer. The cache keeps what is pooled (tokens would fill it)
-    and complete (so that unreadable images are reported every time).
+    All features are held in memory: images x f x 4 bytes per layer. Only pooled features are cached (tokens would fill
+    the cache), and only if every image could be read (so that unreadable images are reported every time).
 
     Raises:
         UserError: if too many images cannot be read, or features are not finite.
@@ -166,7 +176,7 @@ def extract(backbone: Backbone, source: ImageSource, extraction: Extraction) -> 
 def feature_batches(
     backbone: Backbone, source: ImageSource, layers: Sequence[int], pooling: Pooling, extraction: Extraction
 ) -> Iterator[Batch]:
-    """Features in float32, batch by batch in the order of the source.
+    """Extract features in float32, batch by batch in the order of the source.
 
     Raises:
         UserError: as soon as too many images cannot be read, or features are not finite.
@@ -195,7 +205,7 @@ def feature_batches(
 
 
 def _collect(batches: Iterator[Batch], total: int) -> tuple[Int[np.ndarray, "n"], list[np.ndarray], list[BadImage]]:
-    """All batches together, in arrays that are made once."""
+    """All batches together, in arrays that are allocated once."""
     indices = np.empty(total, dtype=np.int64)
     arrays: list[np.ndarray] = []
     bad: list[BadImage] = []
@@ -206,7 +216,7 @@ def _collect(batches: Iterator[Batch], total: int) -> tuple[Int[np.ndarray, "n"]
         bad += batch.bad
         if not arrays:
             arrays = [np.empty((total, *values.shape[1:]), dtype=np.float32) for values in batch.values]
-        for array, values in zip(arrays, batch.values, strict=False):  # a batch without readable images has none
+        for array, values in zip(arrays, batch.values, strict=False):  # a batch without readable images has no values
             array[start:stop] = values
     if not stop:
         raise UserError(f"None of {total} images can be read. The first is\n{bad[0].location}: {bad[0].reason}")
@@ -220,12 +230,12 @@ def _check_finite(values: list[np.ndarray], indices: np.ndarray, source: ImageSo
             first = source.location(int(indices[np.argmin(finite)]))
             raise UserError(
                 f"{backbone.name} gives features that are not finite numbers, first for {first}.\n"
-                "Its weights hold NaN or overflow: take an earlier checkpoint of the run."
+                "Its weights contain NaN, or values overflow: use an earlier checkpoint of the run."
             )
 
 
 def _ignore_interrupts(_worker: int) -> None:
-    """Leave Ctrl-C, which reaches every process, to the one that ends the others."""
+    """Ignore Ctrl-C, which reaches every process, in loader processes: the main process ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -233,3 +243,62 @@ def _workers(wanted: int | None, images: int) -> int:
     if wanted is not None:
         return wanted
     return 0 if images < _FEW_IMAGES else default_workers()
+
+
+class FeatureCache:
+    """The cached pooled features of one data source by one backbone: a file per layer in the user's cache folder.
+
+    The name of a file is a digest of the weights, the architecture, the preparation of images, versions, and the
+    paths, sizes and modification times of the data. Data and networks that only exist in Python have no such digest and
+    are not cached. The cache is only for speed: a file that is damaged, or cannot be read or written, is ignored.
+
+    Args:
+        backbone: whose features are cached.
+        source: of the images.
+        pooling: how tokens are pooled to features.
+    """
+
+    def __init__(self, backbone: Backbone, source: ImageSource, pooling: Pooling) -> None:
+        data = source.fingerprint()
+        weights = backbone.fingerprint() if data is not None else None
+        self._key = None if weights is None else [*_VERSIONS, weights, data, pooling]
+        self._images = len(source)
+
+    def read(self, layer: int) -> np.ndarray | None:
+        """The features of a layer, images x f; None if they are not cached."""
+        path = self._path(layer)
+        if path is None:
+            return None
+        try:
+            values = load_file(path)["features"]
+            path.touch()  # the time of last use
+        except (OSError, SafetensorError, KeyError):
+            return None
+        return values if values.ndim == 2 and values.shape[0] == self._images else None
+
+    def write(self, layer: int, values: np.ndarray) -> None:
+        """Cache the features of a layer, and remove the least recently used files if they exceed the limit."""
+        path = self._path(layer)
+        if path is None or values.nbytes > MOST_BYTES:
+            return
+        with contextlib.suppress(UserError, OSError, SafetensorError):
+            with whole_file(path) as temporary:
+                save_file({"features": np.ascontiguousarray(values)}, temporary)
+            _make_room(path.parent)
+
+    def _path(self, layer: int) -> Path | None:
+        if self._key is None:
+            return None
+        digest = hashlib.sha256(json.dumps([*self._key, layer]).encode()).hexdigest()[:32]
+        return cache_folder() / "features" / f"{digest}.safetensors"
+
+
+def _make_room(folder: Path) -> None:
+    """Remove the least recently used files until the rest fits."""
+    files = sorted(((file.stat(), file) for file in folder.glob("*.safetensors")), key=lambda pair: pair[0].st_mtime_ns)
+    total = sum(status.st_size for status, _ in files)
+    for status, file in files:
+        if total <= MOST_BYTES:
+            return
+        file.unlink(missing_ok=True)
+        total -= status.st_size

@@ -1,4 +1,4 @@
-"""Features in files that other programs read, each written whole or not at all."""
+"""Files of features for other programs, each written completely or not at all."""
 
 import csv
 import json
@@ -24,11 +24,13 @@ def check_feature_file(path: Path, pooling: str | None) -> None:
     if path.suffix.lower() not in _WRITERS:
         raise UserError(f"--out {path} must end in one of {' '.join(_WRITERS)}.")
     if pooling == "tokens" and path.suffix.lower() == ".csv":
-        raise UserError(f"{path} has one row an image, which cannot hold its tokens: use .parquet, .npz or another.")
+        raise UserError(
+            f"{path} has one row per image, which cannot hold its tokens: use .parquet, .npz or another format."
+        )
 
 
 def write_features(features: Features, path: Path) -> None:
-    """Write features in the format that the file's suffix names; see `commands.embed.embed` for what each holds.
+    """Write features in the format given by the file's suffix; `commands.embed.embed` describes the formats.
 
     Raises:
         UserError: if the file cannot be written.
@@ -92,11 +94,11 @@ def _write_safetensors(features: Features, path: Path) -> None:
     path.touch()
     mode = path.stat().st_mode
     save_file(arrays, path, metadata={name: json.dumps(text) for name, text in texts.items()})
-    path.chmod(mode)  # safetensors makes files that only their owner can read
+    path.chmod(mode)  # safetensors creates files that only their owner can read
 
 
 def _columns(features: Features) -> dict[str, list]:
-    """What is known of each image, besides its features."""
+    """The columns of a table besides the features: file, and label and class where they are known."""
     columns: dict[str, list] = {"file": features.locations}
     if features.labels is not None:
         columns["label"] = features.labels.tolist()

@@ -1,6 +1,6 @@
-"""What frozen features are worth: nearest neighbours, a linear classifier, and one from very few labels.
+"""Probes of frozen features: nearest neighbours, a linear classifier, and a linear classifier from few labels.
 
-The three take features as arrays and know nothing of networks. scikit-learn does the work.
+All three take features as arrays, independent of networks. scikit-learn does the work.
 """
 
 import math
@@ -23,10 +23,9 @@ from crate_mae.errors import UserError
 
 TEMPERATURE = 0.07
 C_GRID = tuple(10.0 ** (power / 2) for power in range(-10, 5))  # 1e-5 to 100
-# Weakly regularised fits take the longest by far: the search ends after so many that were no better.
-PATIENCE = 2
+PATIENCE = 2  # values of C in a row without an improvement, after which the search ends: weak regularisation is slow
 SHARE_TO_CHOOSE_C = 0.1
-# Nothing is left to choose it on. From 0.1 to 10 it moves the accuracy on digits and CIFAR-10 by less than 2 points.
+# No images are left to choose it on. Values from 0.1 to 10 change the accuracy on digits and CIFAR-10 by < 2 points.
 FEWSHOT_C = 1.0
 _MOST_ITERATIONS = 1000
 _TOP = 5
@@ -43,12 +42,12 @@ class Score:
 
 @dataclass(frozen=True)
 class KnnResult:
-    """What nearest neighbours know.
+    """The result of the nearest-neighbour probe.
 
     Attributes:
-        top1: share of test images whose class has most votes.
-        top5: share whose class is among the five with most votes; None for at most five classes.
-        k: neighbours that vote.
+        top1: share of test images whose class has the most votes.
+        top5: share whose class is among the five with the most votes; None for at most five classes.
+        k: number of neighbours that vote.
     """
 
     top1: Score
@@ -58,15 +57,15 @@ class KnnResult:
 
 @dataclass(frozen=True)
 class LinearResult:
-    """What a linear classifier knows.
+    """The result of the linear probe.
 
     Attributes:
-        top1: share of test images that are classified rightly.
+        top1: share of test images that are classified correctly.
         top5: share whose class is among the five most probable; None for at most five classes.
-        chosen_on: accuracy on the tenth of the training images that C was chosen on, before the final fit.
+        chosen_on: accuracy on the tenth of the training images used to choose C, before the final fit.
         c: the inverse strength of regularisation.
-        grid: every C that was tried, with its accuracy on that tenth; larger ones were not worth trying.
-        is_c_at_edge: whether the best C is the smallest or largest there is, so that a better one may be beyond.
+        grid: every C that was tried, with its accuracy on that tenth.
+        is_c_at_edge: whether the best C is the smallest or largest of the grid, so that a better one may lie beyond.
         converged: whether the solver met its tolerance in the final fit.
     """
 
@@ -81,10 +80,10 @@ class LinearResult:
 
 @dataclass(frozen=True)
 class FewshotResult:
-    """What a linear classifier knows that has seen a few images of each class.
+    """The result of the few-shot probe.
 
     Attributes:
-        shots: labelled images a class.
+        shots: labelled images per class.
         accuracy: mean over draws; its interval is that of the mean, by Student's t over draws.
         draws: accuracy of each draw.
         converged: whether the solver met its tolerance in every draw.
@@ -107,11 +106,11 @@ def knn_probe(
     """Vote among the k most similar training images, each with the weight exp(cosine similarity / 0.07).
 
     The vote is that of instance discrimination (Wu et al. 2018) and DINO. Features are standardised first, as in
-    `linear_probe`: each less its mean, divided by its deviation, over the training images. Cosines depend on where the
-    origin is, and without this step the choice of units decides the score: with all training images of CIFAR-10, raw
+    `linear_probe`: minus their mean, divided by their standard deviation, over the training images. Cosines depend on
+    where the origin is, so without this step the score depends on units: with all training images of CIFAR-10, raw
     pixels in [-1, 1] had 46.2% and the same pixels in [0, 1] 36.3% (standardised, 46.1%); the features of
-    `crate_mae_micro_cifar10` had 50.1% (standardised, 54.2%). Pixels and the features of every model are now treated
-    alike, and no score changes with the units of a feature.
+    `crate_mae_micro_cifar10` had 50.1% (standardised, 54.2%). With it, pixels and the features of every model are
+    treated alike, and no score changes with the units of a feature.
 
     Raises:
         UserError: if there are fewer training images than k.
@@ -139,10 +138,10 @@ def linear_probe(
 ) -> LinearResult:
     """Multinomial logistic regression on standardised features.
 
-    C is chosen on a stratified tenth of the training images, never on the test images, and then all training images
-    are fitted with it. Values are tried from small to large, until two in a row improve neither accuracy nor cross
-    entropy on that tenth. Of several with the same accuracy, which on few images are many, the one with the smallest
-    cross entropy is chosen.
+    C is chosen on a stratified tenth of the training images, never on the test images; then all training images are
+    fitted with it. Values are tried from small to large, until two in a row improve neither accuracy nor cross
+    entropy on that tenth. Among values with the same accuracy, which are common with few images, the one with the
+    smallest cross entropy is chosen.
 
     Raises:
         UserError: if a class has a single training image, which cannot be in both parts.
@@ -194,7 +193,7 @@ def fewshot_probe(
 ) -> FewshotResult:
     """Logistic regression (C = 1) from a few images of each class, drawn many times.
 
-    Features are standardised by all training images: that needs no labels, and a handful of images has no statistics.
+    Features are standardised over all training images: that needs no labels, and a few images give poor statistics.
 
     Raises:
         UserError: if a class has fewer training images than `shots`.
@@ -234,7 +233,7 @@ def wilson_interval(right: int, total: int) -> Score:
 
 
 def mean_interval(values: Sequence[float]) -> Score:
-    """A mean with Student's 95% interval; of one value, the interval is all of [0, 1]."""
+    """A mean with Student's 95% interval; for one value, the interval is all of [0, 1]."""
     mean = float(np.mean(values))
     if len(values) < 2:
         return Score(mean, 0.0, 1.0)
@@ -243,19 +242,19 @@ def mean_interval(values: Sequence[float]) -> Score:
 
 
 def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Each feature less its mean, divided by its deviation, over the training images."""
+    """Features minus their mean, divided by their standard deviation, over the training images."""
     scaler = StandardScaler().fit(train)
     return np.asarray(scaler.transform(train)), np.asarray(scaler.transform(test))
 
 
 def _logistic_regression(**options: Any) -> LogisticRegression:
-    # lbfgs computes in the type of the features, and ours are float32: on CIFAR-10 (50,000 x 384) that takes half the
-    # time of float64, and a tolerance of 1e-6 for scikit-learn's 1e-4 changes the accuracy by 0.05 points.
+    # lbfgs computes in the type of the features, here float32: on CIFAR-10 (50,000 x 384) that takes half the time of
+    # float64. A tolerance of 1e-6 instead of scikit-learn's 1e-4 changes the accuracy by 0.05 points.
     return LogisticRegression(max_iter=_MOST_ITERATIONS, **options)
 
 
 def _fit(model: LogisticRegression, x: np.ndarray, y: np.ndarray) -> bool:
-    """Fit, and say whether the solver met its tolerance."""
+    """Fit, and return whether the solver met its tolerance."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(x, y)
@@ -269,7 +268,7 @@ def _accuracy(model: LogisticRegression, x: np.ndarray, labels: np.ndarray) -> f
 def _top_scores(
     classifier: KNeighborsClassifier | LogisticRegression, x: np.ndarray, labels: Int[np.ndarray, "k"]
 ) -> tuple[Score, Score | None]:
-    """Top-1 and, for more than five classes, top-5; of classes that tie, the first counts as more probable."""
+    """Top-1 and, for more than five classes, top-5; among tied classes, the first counts as more probable."""
     classes = np.asarray(classifier.classes_)
     order = classes[np.argsort(-np.asarray(classifier.predict_proba(x)), axis=1, kind="stable")]
     hits = order == labels[:, None]

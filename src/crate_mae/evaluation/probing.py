@@ -1,18 +1,18 @@
-"""From a model and labelled images to the scores of a probe, layer by layer."""
+"""From a model and labelled images to the results of a probe for each layer."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from crate_mae.data import BadImage, ImageSource, full_name, open_source, same_images
+from crate_mae.data.base import align_classes, aligned_labels
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone, open_backbone
 from crate_mae.evaluation.extract import Extraction, Features, extract
-from crate_mae.evaluation.labels import comparable
 
-# (training features, test features, names of the classes) to results
+# (training features, validation features, names of the classes) to results
 Probe = Callable[[Features, Features, list[str]], Sequence[Any]]
 Extractor = Callable[[Backbone, ImageSource, Extraction], list[Features]]
 
@@ -21,15 +21,15 @@ _PACKAGES = ("crate-mae", "torch", "timm", "scikit-learn", "numpy")
 
 @dataclass(frozen=True, kw_only=True)
 class Probed:
-    """What a probe found.
+    """The results of a probe.
 
     Attributes:
-        backbone: what was probed.
+        backbone: whose features were probed.
         train: name of the training images.
-        val: name of the test images.
-        images: numbers of training and test images.
-        classes: names.
-        pooling: how tokens became features.
+        val: name of the validation images.
+        images: numbers of training and validation images.
+        classes: names of the classes.
+        pooling: how tokens were pooled to features.
         rows: (layer, result) pairs.
         bad: images that could not be read.
     """
@@ -44,7 +44,7 @@ class Probed:
     bad: tuple[BadImage, ...]
 
     def report(self, **settings: Any) -> dict[str, Any]:
-        """Everything for a JSON file: what was measured on what, with which settings and versions."""
+        """The content of a JSON file: results, model, data, settings and versions."""
         return {
             "model": self.backbone.name,
             "fresh_weights": self.backbone.is_fresh,
@@ -76,25 +76,33 @@ def probe(
 
     Args:
         model: any form that `open_backbone` takes.
-        train: labelled images that the probe learns from.
-        val: labelled images that it is measured on.
+        train: labelled images to fit the probe on.
+        val: labelled images to measure it on.
         run: the probe.
         extraction: how to extract features.
-        seed: of fresh weights.
-        extractor: `extract`, or a function that also shows how far it is.
+        seed: of a random initialisation.
+        extractor: `extract`, or a function that also shows its progress.
 
     Raises:
         UserError: for a mistake in the model, data or labels.
     """
     sources = (open_source(train), open_source(val))
-    _refuse_same(*sources)
+    if same_images(*sources):
+        raise UserError(
+            f"--train and --val are the same images ({sources[0].name}), so a probe would be measured on "
+            "images that it was fitted on.\nGive other images with --val."
+        )
     backbone = open_backbone(model, seed=seed)
     train_layers, val_layers = (extractor(backbone, source, extraction) for source in sources)
     rows: list[tuple[int, Any]] = []
     classes: list[str] = []
     for train_features, val_features in zip(train_layers, val_layers, strict=True):
-        train_features, val_features, classes = comparable(train_features, val_features)
-        rows += [(train_features.layer, result) for result in run(train_features, val_features, classes)]
+        classes = align_classes(train_features, val_features)
+        learned, measured = (
+            replace(features, labels=aligned_labels(features, classes), classes=classes)
+            for features in (train_features, val_features)
+        )
+        rows += [(train_features.layer, result) for result in run(learned, measured, classes)]
     train_features, val_features = train_layers[0], val_layers[0]
     return Probed(
         backbone=backbone,
@@ -109,18 +117,10 @@ def probe(
 
 
 def data_name(data: Any, source: ImageSource) -> str:
-    """How a report names data: by a name that opens it from any folder."""
+    """The name of data in a report, which opens it from any folder."""
     return full_name(data) if isinstance(data, (str, Path)) else source.name
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes the numbers."""
+    """Versions of the packages that compute the numbers."""
     return {package: version(package) for package in _PACKAGES}
-
-
-def _refuse_same(train: ImageSource, val: ImageSource) -> None:
-    if same_images(train, val):
-        raise UserError(
-            f"--train and --val are the same images ({train.name}), so a probe would be asked what it was told.\n"
-            "Give test images that it has not seen with --val."
-        )

@@ -1,4 +1,4 @@
-"""How well a model completes images, over mask ratios."""
+"""How well a model completes images: masks, completions, and their quality at each mask ratio."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from crate_mae.data import BadImage, ImageSource, UnreadableImage
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
-from crate_mae.evaluation.completion_quality import completion_quality
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.completion import Completion, complete, completion_of, predicted_patches
 from crate_mae.models.features import evaluating
@@ -19,12 +19,12 @@ from crate_mae.models.masking import patch_statistics, patchify, random_mask
 
 
 class ReadImages(NamedTuple):
-    """Images of a source, prepared.
+    """Prepared images of a source.
 
     Attributes:
         images: normalised.
-        locations: where each is.
-        bad: those that could not be read, and so are left out.
+        locations: where each image is.
+        bad: the images that could not be read, which are left out.
     """
 
     images: Float[Tensor, "b c hh ww"]
@@ -33,7 +33,7 @@ class ReadImages(NamedTuple):
 
 
 def read_images(source: ImageSource, transform: Preparation, indices: Iterable[int], count: int) -> ReadImages:
-    """The first `count` of the numbered images that can be read.
+    """Read the first `count` readable images among the given indices.
 
     Raises:
         UserError: if none can be read.
@@ -56,15 +56,15 @@ def read_images(source: ImageSource, transform: Preparation, indices: Iterable[i
 
 @dataclass(frozen=True)
 class CompletionScore:
-    """Means over images, of hidden patches alone but for SSIM.
+    """Means over images, of hidden patches only except for SSIM.
 
     Attributes:
         mask_ratio: share of patches to hide.
-        hidden: how many patches of each image that is.
-        mse: mean squared error of pixels, normalised as the model takes them: the loss of training without
+        hidden: number of hidden patches per image.
+        mse: mean squared error of pixels, normalised as for the model: the training loss without
             `norm_pix_loss`.
-        normalised_mse: the same in units of each patch's own standard deviation: the loss of training with
-            `norm_pix_loss`. Nearly flat patches weigh most in it.
+        normalised_mse: the same in units of each patch's own standard deviation: the training loss with
+            `norm_pix_loss`. Nearly flat patches have the largest weight in it.
         psnr: of the hidden patches, in decibels.
         ssim: of the picture with the completion pasted into its holes, at most 1.
     """
@@ -88,16 +88,16 @@ def completion_scores(
 ) -> list[CompletionScore]:
     """Measure completions of the same images at several mask ratios.
 
-    Each image's masks are nested: what is hidden at one ratio is hidden at every larger one. They depend on the seed
-    and the image's place alone, so batches of any size give the same scores.
+    Masks are nested: patches that are hidden at one ratio are hidden at every larger one. They depend only on the seed
+    and the position of the image, so scores do not depend on the batch size.
 
     Args:
-        model: its targets may be normalised; each patch's mean and standard deviation then come from the original.
+        model: if its targets are normalised, each patch's mean and standard deviation come from the original.
         images: normalised.
         mask_ratios: in (0, 1).
         seed: of the masks.
-        batch_size: images that are completed at once.
-        on_batch: told after each batch, for a progress bar.
+        batch_size: number of images completed at once.
+        on_batch: called after each batch, for a progress bar.
 
     Raises:
         UserError: for a ratio that hides no patch.
@@ -115,31 +115,71 @@ def completion_scores(
 
 
 def nested_masks(images: int, num_patches: int, mask_ratio: float, seed: int) -> Bool[Tensor, "b n"]:
-    """Masks of which those at a larger ratio hide all that those at a smaller one hide.
+    """Nested masks: those at a larger ratio hide everything that those at a smaller ratio hide.
 
     Raises:
         UserError: for a ratio that hides no patch, or is not in (0, 1).
     """
     masks = random_mask(images, num_patches, mask_ratio, torch.Generator().manual_seed(seed))
     if not masks.any():
-        raise UserError(f"A mask ratio of {mask_ratio} hides none of {num_patches} patches: nothing is completed.")
+        raise UserError(
+            f"A mask ratio of {mask_ratio} hides none of {num_patches} patches: there is nothing to complete."
+        )
     return masks
 
 
 def complete_in_batches(
     model: MaskedAutoencoder, images: Float[Tensor, "b c hh ww"], masks: Bool[Tensor, "b n"], batch_size: int = 64
 ) -> Completion:
-    """`models.completion.complete` for any number of images, in `eval()`."""
+    """Complete any number of images in batches, in `eval()` mode; see `models.completion.complete`."""
     with evaluating(model):
         batches = zip(images.split(batch_size), masks.split(batch_size), strict=True)
         parts = [complete(model, batch, mask) for batch, mask in batches]
     return Completion(*(torch.cat(pictures) for pictures in zip(*parts, strict=True)))
 
 
+class CompletionQuality(NamedTuple):
+    """The quality of completed pictures, one number per image.
+
+    Attributes:
+        psnr: peak signal-to-noise ratio of the hidden patches alone, in decibels: -10 log10 of the mean squared error
+            of pixels in [0, 1]. Visible patches, which the pasted picture copies, do not count.
+        ssim: structural similarity of the pasted picture to the original, at most 1. It compares neighbourhoods, so
+            visible patches do count.
+    """
+
+    psnr: Float[Tensor, " b"]
+    ssim: Float[Tensor, " b"]
+
+
+def completion_quality(completion: Completion, mask: Bool[Tensor, "b n"], patch_size: int) -> CompletionQuality:
+    """Compare completed pictures with their originals.
+
+    SSIM uses the usual Gaussian window of 11 pixels (sigma 1.5), or one of 5 pixels (sigma 0.5) on images smaller than
+    16 pixels, which the usual one does not fit.
+
+    Args:
+        completion: pictures in [0, 1].
+        mask: true = hidden; at least one patch in every image.
+        patch_size: side of a patch in pixels.
+    """
+    targets, predictions = (patchify(x, patch_size) for x in (completion.original, completion.completed))
+    sigma = 1.5 if min(completion.original.shape[-2:]) >= 16 else 0.5
+    psnr = [
+        peak_signal_noise_ratio(prediction[hidden], target[hidden], data_range=1.0)
+        for prediction, target, hidden in zip(predictions, targets, mask, strict=True)
+    ]
+    ssim = structural_similarity_index_measure(
+        completion.pasted, completion.original, sigma=sigma, data_range=1.0, reduction="none"
+    )
+    assert isinstance(ssim, Tensor)
+    return CompletionQuality(torch.stack(psnr), ssim.reshape(len(psnr)))
+
+
 def _scores_of_images(
     model: MaskedAutoencoder, images: Float[Tensor, "b c hh ww"], mask: Bool[Tensor, "b n"]
 ) -> Float[Tensor, "b 4"]:
-    """The four measures of each image."""
+    """The four measures of `CompletionScore` for each image."""
     config = model.config
     with evaluating(model):
         prediction = predicted_patches(model, images, mask)

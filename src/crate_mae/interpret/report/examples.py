@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from crate_mae.data.facts import fixed_sample
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
-from crate_mae.evaluation.completion_quality import completion_quality
-from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks, read_images
+from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
 from crate_mae.interpret.attention import ClassAttention, class_attention
 from crate_mae.interpret.foregrounds import mass_mask, principal_mask
 from crate_mae.interpret.measure import Opened
