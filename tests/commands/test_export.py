@@ -143,7 +143,7 @@ def test_timm_opens_the_folder_and_our_commands_too(tmp_path):
     other = timm.create_model(f"local-dir:{tmp_path / 'x'}", pretrained=True, in_chans=1, num_classes=3)
     assert other(torch.randn(2, 1, 6, 10)).shape == (2, 3)
     backbone = open_backbone(str(tmp_path / "x"))
-    assert backbone.image_size == (6, 10) and not backbone.is_fresh
+    assert backbone.image_size == (6, 10) and not backbone.is_random
     torch.testing.assert_close(backbone.encoder.forward_features(images), expected)
     with pytest.raises(crate_mae.UserError, match="an encoder alone, in timm's layout"):
         crate_mae.load(tmp_path / "x")

@@ -26,7 +26,7 @@ def test_a_saved_model_brings_its_own_preparation(tmp_path):
     backbone = open_backbone(tmp_path / "model")
     assert (backbone.image_size, backbone.in_chans, backbone.mean, backbone.std) == ((6, 10), 1, (0.3,), (0.2,))
     assert same_weights(backbone.encoder, model.encoder)
-    assert not backbone.is_fresh
+    assert not backbone.is_random
     assert not backbone.encoder.training
     assert same_weights(open_backbone(model.train()).encoder, model.encoder)
     assert not model.encoder.training
@@ -47,7 +47,7 @@ def test_a_name_has_fresh_weights_by_the_seed_and_draws_from_nobody():
     before = torch.get_rng_state()
     one, same, other = (open_backbone(MODEL, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
-    assert one.is_fresh
+    assert one.is_random
     assert same_weights(one.encoder, same.encoder)
     assert not same_weights(one.encoder, other.encoder)
 
@@ -56,7 +56,7 @@ def test_a_timm_network_has_its_published_preparation():
     backbone = open_backbone("timm:test_vit:random", seed=3)
     assert backbone.image_size == (160, 160)
     assert backbone.mean == (0.5, 0.5, 0.5)
-    assert backbone.is_fresh
+    assert backbone.is_random
     assert backbone.encoder.num_classes == 0
     assert same_weights(backbone.encoder, open_backbone("timm:test_vit:random", seed=3).encoder)
     plain = open_backbone("timm:test_resnet:random")
@@ -92,7 +92,7 @@ def test_published_weights_on_this_machine_need_no_network(monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained, num_classes: plain)
     backbone = open_backbone("timm:test_vit")
     assert backbone.encoder is plain
-    assert not backbone.is_fresh
+    assert not backbone.is_random
 
 
 def test_a_timm_network_without_published_weights_is_a_sentence():

@@ -222,7 +222,7 @@ def test_controls_differ_in_what_they_should(inspection):
     assert model.find("coding_rate", "z_next") != train.find("coding_rate", "z_next")
     assert baseline.find("coding_rate", "z_next") != random_baseline.find("coding_rate", "z_next")
     # From Python: nobody knows of the training of model and baseline.
-    assert [found.is_fresh for found in (model, random, baseline, random_baseline)] == [False, True, False, True]
+    assert [found.is_random for found in (model, random, baseline, random_baseline)] == [False, True, False, True]
 
 
 def test_a_shortage_of_images_is_said(inspection, page):

@@ -133,7 +133,7 @@ def test_masked_passes_are_measured(build):
 def test_a_preset_is_known_to_be_fresh():
     inspection, _, page = report(model="crate_mae_nano_patch2_8")
     model, random = inspection.measured
-    assert model.is_fresh and random.is_fresh
+    assert model.is_random and random.is_random
     assert model.find("output_cosine") != random.find("output_cosine")  # other seeds
     assert "both show what chance gives" in page
 
@@ -228,5 +228,5 @@ def test_saved_models_are_opened_by_name(build, tmp_path):
     crate_mae.save(build(), tmp_path / "saved")
     inspection, _, page = report(model=str(tmp_path / "saved"))
     assert inspection.model.measures.model == str(tmp_path / "saved")
-    assert not inspection.model.is_fresh
+    assert not inspection.model.is_random
     assert str(tmp_path / "saved") in page

@@ -116,7 +116,7 @@ def embed(
         features = dataclasses.replace(features, values=unit_length(features.values))
     write_features(features, out)
     print_bad(console, features.bad)
-    if backbone.is_fresh:
+    if backbone.is_random:
         print_random_initialisation(console, backbone.name)
     console.print(_summary(features, out), soft_wrap=True, markup=False)
     bad = [(image.location, image.reason) for image in features.bad]

@@ -236,7 +236,7 @@ def _evaluate(
     print_bad(console, probed.bad)
     for note in _notes(probed.rows):
         console.print(note, soft_wrap=True, markup=False)
-    if probed.backbone.is_fresh:
+    if probed.backbone.is_random:
         print_random_initialisation(console, probed.backbone.name)
     write_report(console, report, out)
     return Evaluation(report, out)

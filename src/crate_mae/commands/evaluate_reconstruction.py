@@ -86,14 +86,14 @@ def eval_reconstruction(
     console = Console(highlight=False)
     scores = _scores_shown(console, net, read.images, mask_ratios, seed=seed, batch_size=batch_size)
     _show(console, net, scores)
-    is_fresh = str(model) in list_models()
-    if is_fresh:
+    is_random = str(model) in list_models()
+    if is_random:
         print_random_initialisation(console, str(model))
     print_bad(console, read.bad)
     report = {
         "probe": "reconstruction",
         "model": str(model),
-        "fresh_weights": is_fresh,
+        "fresh_weights": is_random,
         "data": data_name(data, source),
         "images": len(read.images),
         "left_out": [tuple(bad) for bad in read.bad],

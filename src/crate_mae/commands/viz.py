@@ -177,7 +177,7 @@ def viz_layers(
         beside = [] if twin is None else measure_layers(twin, data, count=count, seed=seed, audited=False).rows
     _write(draw_layers(found.rows, beside), path)
     print_bad(console, found.bad)
-    if opened.backbone.is_fresh:
+    if opened.backbone.is_random:
         print_random_initialisation(console, opened.name)
     console.print(f"Saved {path}, of {found.images:,} images", soft_wrap=True, markup=False)
     return Picture(path, [])
@@ -212,7 +212,7 @@ def _save(figure: Any, path: Path, backbone: "Backbone", read: "ReadImages") -> 
     console = Console(highlight=False)
     _write(figure, path)
     print_bad(console, read.bad)
-    if backbone.is_fresh:
+    if backbone.is_random:
         print_random_initialisation(console, backbone.name)
     console.print(f"Saved {path}", soft_wrap=True, markup=False)
     return Picture(path, read.locations)

@@ -41,7 +41,7 @@ class Backbone:
         in_chans: channels of its input.
         mean: per channel, in [0, 1].
         std: per channel, in [0, 1].
-        is_fresh: whether its weights are a random initialisation.
+        is_random: whether its weights are a random initialisation.
         architecture: everything besides the weights that determines the features; None if unknown, as for a module
             from Python, whose features are then not cached.
     """
@@ -52,7 +52,7 @@ class Backbone:
     in_chans: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    is_fresh: bool = False
+    is_random: bool = False
     architecture: str | None = None
 
     def transform(self) -> Preparation:
@@ -112,10 +112,10 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
     if is_encoder_of_transformers(described):
         return _from_encoder_folder(folder, name, described["settings"])
     with default_generator_seeded(seed):
-        return _ours(load(model), name, is_fresh=name in list_models())
+        return _ours(load(model), name, is_random=name in list_models())
 
 
-def _ours(net: Any, name: str, *, is_fresh: bool) -> Backbone:
+def _ours(net: Any, name: str, *, is_random: bool) -> Backbone:
     """The encoder of an autoencoder, or of a classifier made from one."""
     config = net.config
     return Backbone(
@@ -125,7 +125,7 @@ def _ours(net: Any, name: str, *, is_fresh: bool) -> Backbone:
         in_chans=config.in_chans,
         mean=config.mean,
         std=config.std,
-        is_fresh=is_fresh,
+        is_random=is_random,
         architecture=json.dumps(config.to_dict()),
     )
 
@@ -133,13 +133,13 @@ def _ours(net: Any, name: str, *, is_fresh: bool) -> Backbone:
 def _from_module(module: nn.Module) -> Backbone:
     name = type(module).__name__
     if hasattr(module, "config") and hasattr(module, "encoder"):
-        return _ours(module, name, is_fresh=False)
+        return _ours(module, name, is_random=False)
     if not callable(getattr(module, "forward_features", None)):
         raise UserError(
             f"A {name} has no forward_features: only models of this library and of timm can be evaluated.\n"
             "Give your network that method (images b c hh ww to tokens b n d, or to a map b d gh gw)."
         )
-    return _with_timm_data(module, name, is_fresh=False, architecture=None)
+    return _with_timm_data(module, name, is_random=False, architecture=None)
 
 
 def _from_timm(model: str, seed: int) -> Backbone:
@@ -156,7 +156,7 @@ def _from_timm(model: str, seed: int) -> Backbone:
             encoder = timm.create_model(name, pretrained=not rest, num_classes=0)
     except Exception as error:  # of the hub, the network or timm: no published weights
         raise UserError(f"The weights of {model} cannot be loaded: {first_line(error)}\n{_OFFLINE}") from error
-    return _with_timm_data(encoder, model, is_fresh=bool(rest), architecture=model)
+    return _with_timm_data(encoder, model, is_random=bool(rest), architecture=model)
 
 
 def _from_timm_folder(folder: Path, name: str) -> Backbone:
@@ -164,7 +164,7 @@ def _from_timm_folder(folder: Path, name: str) -> Backbone:
         encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     except Exception as error:  # timm raises many kinds
         raise UserError(f"{folder} cannot be opened by timm: {first_line(error)}") from error
-    return _with_timm_data(encoder, name, is_fresh=False, architecture=(folder / CONFIG_FILE).read_text("utf-8"))
+    return _with_timm_data(encoder, name, is_random=False, architecture=(folder / CONFIG_FILE).read_text("utf-8"))
 
 
 def _from_encoder_folder(folder: Path, name: str, settings: dict[str, Any]) -> Backbone:
@@ -174,7 +174,7 @@ def _from_encoder_folder(folder: Path, name: str, settings: dict[str, Any]) -> B
     if problems := misfits(found, net.encoder.state_dict()):
         raise UserError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {problems}.")
     net.encoder.load_state_dict(found)
-    return _ours(net, name, is_fresh=False)
+    return _ours(net, name, is_random=False)
 
 
 def _ask_hub(name: str) -> None:
@@ -188,7 +188,7 @@ def _ask_hub(name: str) -> None:
         HfApi().model_info(repository.strip(), timeout=_PATIENCE)
 
 
-def _with_timm_data(encoder: nn.Module, name: str, *, is_fresh: bool, architecture: str | None) -> Backbone:
+def _with_timm_data(encoder: nn.Module, name: str, *, is_random: bool, architecture: str | None) -> Backbone:
     data: Mapping[str, Any] = resolve_model_data_config(encoder)
     channels = int(getattr(encoder, "in_chans", data["input_size"][0]))
     size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or data["input_size"][1:]
@@ -204,7 +204,7 @@ def _with_timm_data(encoder: nn.Module, name: str, *, is_fresh: bool, architectu
         in_chans=channels,
         mean=mean,
         std=std,
-        is_fresh=is_fresh,
+        is_random=is_random,
         architecture=architecture,
     )
 

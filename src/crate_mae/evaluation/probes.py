@@ -45,7 +45,7 @@ class KnnResult:
     """The result of the nearest-neighbour probe.
 
     Attributes:
-        top1: share of test images whose class has the most votes.
+        top1: share of validation images whose class has the most votes.
         top5: share whose class is among the five with the most votes; None for at most five classes.
         k: number of neighbours that vote.
     """
@@ -60,7 +60,7 @@ class LinearResult:
     """The result of the linear probe.
 
     Attributes:
-        top1: share of test images that are classified correctly.
+        top1: share of validation images that are classified correctly.
         top5: share whose class is among the five most probable; None for at most five classes.
         chosen_on: accuracy on the tenth of the training images used to choose C, before the final fit.
         c: the inverse strength of regularisation.
@@ -98,8 +98,8 @@ class FewshotResult:
 def knn_probe(
     train: Float[np.ndarray, "n f"],
     train_labels: Int[np.ndarray, "n"],
-    test: Float[np.ndarray, "k f"],
-    test_labels: Int[np.ndarray, "k"],
+    val: Float[np.ndarray, "k f"],
+    val_labels: Int[np.ndarray, "k"],
     *,
     k: int = 20,
 ) -> KnnResult:
@@ -118,28 +118,28 @@ def knn_probe(
     if not 1 <= k <= len(train):
         raise UserError(f"--k is {k}, but must be between 1 and the {len(train)} training images.")
 
-    train, test = (np.asarray(normalize(x)) for x in _standardised(train, test))
+    train, val = (np.asarray(normalize(x)) for x in _standardised(train, val))
     # Of unit vectors, the squared distance is 2 - 2 cos: the order is the same, and the search much faster.
     weights: Any = lambda distances: np.exp((1 - distances**2 / 2) / TEMPERATURE)  # noqa: E731
     classifier = KNeighborsClassifier(k, weights=weights, algorithm="brute")
     classifier.fit(train, train_labels)
-    top1, top5 = _top_scores(classifier, test, test_labels)
+    top1, top5 = _top_scores(classifier, val, val_labels)
     return KnnResult(top1, top5, k)
 
 
 def linear_probe(
     train: Float[np.ndarray, "n f"],
     train_labels: Int[np.ndarray, "n"],
-    test: Float[np.ndarray, "k f"],
-    test_labels: Int[np.ndarray, "k"],
+    val: Float[np.ndarray, "k f"],
+    val_labels: Int[np.ndarray, "k"],
     *,
     grid: Sequence[float] = C_GRID,
     seed: int = 0,
 ) -> LinearResult:
     """Multinomial logistic regression on standardised features.
 
-    C is chosen on a stratified tenth of the training images, never on the test images; then all training images are
-    fitted with it. Values are tried from small to large, until two in a row improve neither accuracy nor cross
+    C is chosen on a stratified tenth of the training images, never on the validation images; then all training
+    images are fitted with it. Values are tried from small to large, until two in a row improve neither accuracy nor cross
     entropy on that tenth. Among values with the same accuracy, which are common with few images, the one with the
     smallest cross entropy is chosen.
 
@@ -166,10 +166,10 @@ def linear_probe(
         if fruitless == PATIENCE:
             break
     best = max(accuracies, key=lambda c: (accuracies[c], -losses[c]))
-    train, test = _standardised(train, test)
+    train, val = _standardised(train, val)
     model = _logistic_regression(C=best)
     converged = _fit(model, train, train_labels)
-    top1, top5 = _top_scores(model, test, test_labels)
+    top1, top5 = _top_scores(model, val, val_labels)
     return LinearResult(
         top1,
         top5,
@@ -184,8 +184,8 @@ def linear_probe(
 def fewshot_probe(
     train: Float[np.ndarray, "n f"],
     train_labels: Int[np.ndarray, "n"],
-    test: Float[np.ndarray, "k f"],
-    test_labels: Int[np.ndarray, "k"],
+    val: Float[np.ndarray, "k f"],
+    val_labels: Int[np.ndarray, "k"],
     *,
     shots: int,
     draws: int = 20,
@@ -200,14 +200,14 @@ def fewshot_probe(
     """
     refuse_small_classes(train_labels, shots)
     classes = np.unique(train_labels)
-    train, test = _standardised(train, test)
+    train, val = _standardised(train, val)
     accuracies, converged = [], True
     for draw in range(draws):
         random = np.random.default_rng([seed, shots, draw])
         chosen = np.concatenate([random.choice(np.flatnonzero(train_labels == c), shots, False) for c in classes])
         model = _logistic_regression(C=FEWSHOT_C)
         converged &= _fit(model, train[chosen], train_labels[chosen])
-        accuracies.append(_accuracy(model, test, test_labels))
+        accuracies.append(_accuracy(model, val, val_labels))
     return FewshotResult(shots, mean_interval(accuracies), accuracies, converged)
 
 
@@ -241,10 +241,10 @@ def mean_interval(values: Sequence[float]) -> Score:
     return Score(mean, max(0.0, mean - half), min(1.0, mean + half))
 
 
-def _standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _standardised(train: np.ndarray, val: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Features minus their mean, divided by their standard deviation, over the training images."""
     scaler = StandardScaler().fit(train)
-    return np.asarray(scaler.transform(train)), np.asarray(scaler.transform(test))
+    return np.asarray(scaler.transform(train)), np.asarray(scaler.transform(val))
 
 
 def _logistic_regression(**options: Any) -> LogisticRegression:

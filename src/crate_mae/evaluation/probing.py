@@ -47,7 +47,7 @@ class Probed:
         """The content of a JSON file: results, model, data, settings and versions."""
         return {
             "model": self.backbone.name,
-            "fresh_weights": self.backbone.is_fresh,
+            "fresh_weights": self.backbone.is_random,
             "train": self.train,
             "val": self.val,
             "train_images": self.images[0],

@@ -175,7 +175,7 @@ def open_measurable(model: Any, seed: int) -> Opened:
     net = model if isinstance(model, MaskedAutoencoder) else backbone.encoder
     if not _is_transformer(backbone.encoder, layers_of(net)):
         raise UserError(f"{name} is not a Vision Transformer, and only layers of those can be measured.")
-    return Opened(name, net, replace(backbone, is_fresh=backbone.is_fresh or is_preset))
+    return Opened(name, net, replace(backbone, is_random=backbone.is_random or is_preset))
 
 
 def untrained_twin(model: Opened, seed: int) -> Opened | None:
@@ -192,7 +192,7 @@ def untrained_twin(model: Opened, seed: int) -> Opened | None:
             build_classifier(ClassifierConfig.from_dict(values)) if is_classifier else build(config_from_dict(values))
         )
     opened = open_measurable(twin, seed)
-    return Opened(model.name, opened.net, replace(opened.backbone, is_fresh=True))
+    return Opened(model.name, opened.net, replace(opened.backbone, is_random=True))
 
 
 def _is_transformer(encoder: nn.Module, layers: Mapping[str, nn.Module]) -> bool:

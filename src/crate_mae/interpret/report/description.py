@@ -14,7 +14,7 @@ def describe(model: Opened) -> dict[str, str]:
     """Lines of a table about a model, by their names."""
     parameters = sum(parameter.numel() for parameter in model.net.parameters())
     lines = {"Model": model.name}
-    if model.backbone.is_fresh:
+    if model.backbone.is_random:
         lines["Weights"] = "random initialisation: nothing was learned yet"
     if isinstance(model.net, MaskedAutoencoder):
         lines |= _of_autoencoder(model.net)

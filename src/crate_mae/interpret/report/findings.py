@@ -91,7 +91,7 @@ def rates_finding(inspection: Inspection) -> Finding:
     own, more = trends.get("model"), []
     if own is not None:
         answer = f"From the first encoder layer to the last, {_tally(own)}."
-        more += [*_against_random(own, trends.get("random"), inspection.model.is_fresh), *_collapse(inspection.model)]
+        more += [*_against_random(own, trends.get("random"), inspection.model.is_random), *_collapse(inspection.model)]
         if reduction := trend(inspection.model.find("pooled_rate_reduction", "z_next")):
             more.append(f"R - R^c of the tokens of all images, which the layers are to raise: {reduction}.")
     else:
@@ -314,13 +314,13 @@ def _tally(trends: Mapping[str, Trend]) -> str:
     return listed([f"{listed(titles)} {_VERBS[verdict][len(titles) > 1]}" for verdict, titles in groups.items()])
 
 
-def _against_random(own: Mapping[str, Trend], random: Mapping[str, Trend] | None, is_fresh: bool) -> list[str]:
+def _against_random(own: Mapping[str, Trend], random: Mapping[str, Trend] | None, is_random: bool) -> list[str]:
     """Whether what is predicted happens without training, too."""
     if random is None:
         return []
     falling = [name for name, found in own.items() if found.verdict == "falls"]
     too = [MEASURES[name].title for name in falling if random[name].verdict == "falls"]
-    if is_fresh:
+    if is_random:
         lesson = "The model itself has random initialisation, so both show what chance gives."
     elif not falling:
         lesson = "So the prediction does not hold, whatever random initialisation gives."

@@ -44,13 +44,13 @@ class SubjectMeasures:
 
     Attributes:
         key: one of `subjects.LABELS`.
-        is_fresh: whether the network has random initialisation.
+        is_random: whether the network has random initialisation.
         tokens: image size, patches and width in a few words.
         measures: all curves, probes included.
     """
 
     key: str
-    is_fresh: bool
+    is_random: bool
     tokens: str
     measures: Measurements
 
@@ -127,7 +127,7 @@ class Inspection:
                 {
                     "subject": found.key,
                     "label": found.label,
-                    "fresh_weights": found.is_fresh,
+                    "fresh_weights": found.is_random,
                     "tokens": found.tokens,
                     **asdict(found.measures),
                 }
@@ -227,7 +227,7 @@ def _measure(
             )
     return SubjectMeasures(
         key=subject.key,
-        is_fresh=subject.opened.backbone.is_fresh,
+        is_random=subject.opened.backbone.is_random,
         tokens=tokens_of(subject.opened),
         measures=measures,
     )

@@ -85,7 +85,7 @@ def write_page(inspection: Inspection, plan: Plan, pictures: Mapping[str, bytes]
 def _describe(found: SubjectMeasures) -> str:
     """A network, its images and its shape."""
     m = found.measures
-    weights = ", with random initialisation" if found.is_fresh else ""
+    weights = ", with random initialisation" if found.is_random else ""
     images = f"{m.images:,} image" + ("" if m.images == 1 else "s")
     return f"{m.model}{weights}; {images} of {m.data}; {found.tokens}"
 

@@ -132,7 +132,7 @@ def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str
     else:
         baseline = open_measurable(settings.baseline, settings.seed)
         found["baseline"] = Subject("baseline", baseline, data)
-        if baseline.backbone.is_fresh:
+        if baseline.backbone.is_random:
             left_out[LABELS["random_baseline"]] = "the baseline itself has random initialisation"
         else:
             _add_twin(found, "random_baseline", baseline, settings.seed, left_out)
