@@ -90,7 +90,7 @@ def test_no_folder_hides_a_public_name():
         ("theory/x.py", "from crate_mae import models"),
         ("theory/x.py", "import crate_mae"),
         ("evaluation/x.py", "from crate_mae.training.options import PretrainOptions"),
-        ("evaluation/x.py", "from crate_mae.comparison.options import Options"),
+        ("evaluation/x.py", "from crate_mae.comparison.options import CompareOptions"),
         ("commands/x.py", "import torch"),
         ("data/x.py", "from datasets import load_dataset"),
         ("commands/x.py", "import gradio"),

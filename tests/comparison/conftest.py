@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 import crate_mae
 
 MODELS = ("crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8")
+MEMORY = 7 * 2**20  # bytes of a step, instead of a process for each model
 OPTIONS = {
     "budget": "steps=10",
     "batch_size": 25,
@@ -57,6 +58,7 @@ def compared(tmp_path_factory, digits):
     """A finished comparison; tests that change it make a copy."""
     with pytest.MonkeyPatch.context() as patch:
         _set_environment(patch, tmp_path_factory.mktemp("cache"))
+        patch.setattr("crate_mae.comparison.budget.step_memory", lambda *_: MEMORY)  # measured in tests/costs
         return crate_mae.compare(MODELS, out=tmp_path_factory.mktemp("comparison") / "out", **OPTIONS, **digits)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from crate_mae.comparison.budget import BudgetPlan, Costs
 from crate_mae.comparison.entries import open_images, resolve_entries
-from crate_mae.comparison.options import Options
+from crate_mae.comparison.options import CompareOptions
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Trainer
 from crate_mae.errors import UserError
 from crate_mae.models.weights import load
@@ -73,6 +73,7 @@ def test_the_table_has_a_row_for_each_entry_and_control(compared):
         assert float(row["training_flops"]) == pytest.approx(expected)
         assert float(row["linear_low"]) <= float(row["linear_mean"]) <= float(row["linear_high"])
         assert float(row["images_per_second"]) > 0
+        assert int(row["peak_memory_bytes"]) == 7 * 2**20
 
 
 def test_scores_of_seeds_are_summarised_with_their_spread(compared):
@@ -106,7 +107,7 @@ def test_the_notes_explain_where_the_first_is_behind_and_how_to_read_it(compared
 
 
 def test_the_random_control_is_the_network_before_its_first_step(compared):
-    options = Options(models=(CRATE, VIT), **plan_options(compared))
+    options = CompareOptions((CRATE, VIT), out="", **plan_options(compared))
     entry = resolve_entries(options, open_images(options))[0]
     run = compared.path / "runs" / CRATE / "seed-1"
     trained = load(run)
@@ -190,7 +191,7 @@ def test_without_labels_completions_alone_are_measured(compare, tmp_path, capsys
 
 def test_a_rate_that_does_not_stay_finite_is_the_worst(compared, tmp_path, monkeypatch):
     monkeypatch.setattr("crate_mae.comparison.runs.next_rate", lambda losses, first: 1e30 if losses else first)
-    options = Options(models=(CRATE, VIT), **plan_options(compared))
+    options = CompareOptions((CRATE, VIT), out="", **plan_options(compared))
     entry = resolve_entries(options, open_images(options))[0]
     lines = []
     trainer = Trainer(options, ComparisonDirectory(tmp_path), lines.append)

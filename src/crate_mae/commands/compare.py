@@ -1,45 +1,19 @@
 """`crate-mae compare`: under equal conditions, is one model better than another on these images?"""
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
+from crate_mae.comparison.options import CompareOptions
 from crate_mae.errors import RunStopped
-from crate_mae.training.options import Data, ImageSize
+from crate_mae.training.options import takes
 
 if TYPE_CHECKING:
     from crate_mae.comparison.compare import Comparison
 else:
     Comparison = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
 
-Models = Annotated[tuple[str, ...], Parameter(negative=())]
 
-
-def compare(
-    models: Models,
-    *,
-    train: Data,
-    val: Data,
-    budget: str,
-    out: Annotated[Path | str, Parameter(alias="-o")],
-    batch_size: int | None = None,
-    mask_ratio: float = 0.75,
-    norm_pix_loss: bool = False,
-    seeds: int = 1,
-    lr_search: int = 3,
-    search_share: float = 0.3,
-    probe_layer: int | None = None,
-    pooling: Literal["cls", "mean", "cls+mean"] | None = None,
-    precision: Literal["auto", "float32", "bfloat16"] = "auto",
-    workers: int | None = None,
-    threads: int | None = None,
-    image_size: ImageSize = None,
-    min_crop: float = 0.2,
-    flip: bool = True,
-    dry_run: bool = False,
-    quiet: bool = False,
-) -> Comparison:
+@takes(CompareOptions)
+def compare(options: CompareOptions) -> Comparison:
     """Pretrain models under the same budget, each with its own best learning rate, and measure them in the same way.
 
     Steps are timed first, in turns, so that each entry gets a fixed number of steps and a full schedule. Then a
@@ -51,31 +25,6 @@ def compare(
     `out` then contains table.md, table.csv, figure.png, curves.png, comparison.yaml, and all runs. The same command,
     given again, continues the comparison.
 
-    Args:
-        models: Two or more names from `crate-mae models`.
-        train: Images for pretraining and for fitting the probes, in any form that `crate-mae pretrain` takes.
-        val: Other images to measure on.
-        budget: Budget of each entry, including the search: steps=N, minutes=N on this machine, or flops=N of training.
-        out: Folder of the comparison.
-        batch_size: Images per step. By default 256, less for little data.
-        mask_ratio: Share of patches hidden in training.
-        norm_pix_loss: Predict patches normalised by their own mean and standard deviation.
-        seeds: Number of final runs of each entry, all with the same steps; the budget is for the first.
-        lr_search: Number of learning rates to try, beginning with each model's default: three times the best so far, or
-            a third of it, in the direction in which the loss falls, then between the best and its neighbour; 1 skips
-            the search.
-        search_share: Share of the budget for the search, divided equally among the tries.
-        probe_layer: Encoder layer of the features, from 0, or negative from the end. By default as `crate-mae eval`.
-        pooling: Class token, mean of patches, or both. By default as `crate-mae eval`.
-        precision: By default whichever is measured to be faster here, for each entry.
-        workers: Processes that load images. By default one less than there are cores, at most 8.
-        threads: CPU threads. By default PyTorch's choice.
-        image_size: Pixels, or HEIGHTxWIDTH. By default the models', if they agree.
-        min_crop: Smallest share of an image that a random crop takes.
-        flip: Mirror half of the images; unsuitable for text.
-        dry_run: Only check, time, and print the plan.
-        quiet: Print nothing.
-
     Returns:
         The comparison: `.path`, `.table`, `.notes`, `.results`.
 
@@ -83,19 +32,17 @@ def compare(
         UserError: for every mistake in the options at once, or a reason to stop that the user can fix.
         RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
     """
-    given = {key: value for key, value in locals().items() if key not in ("models", "out", "dry_run", "quiet")}
     from rich.console import Console
 
     from crate_mae.comparison.compare import compare as run
-    from crate_mae.comparison.options import Options
 
-    console = Console(highlight=False, quiet=quiet)
+    console = Console(highlight=False, quiet=options.quiet)
 
     def report(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)
 
     try:
-        comparison = run(Options(models=tuple(models), **given), Path(out), dry_run=dry_run, report=report)
+        comparison = run(options, report=report)
     except RunStopped:
         report("Stopped and saved. The same command, given again, continues.")
         raise

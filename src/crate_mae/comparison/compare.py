@@ -10,7 +10,7 @@ from typing import Any
 from crate_mae.comparison.budget import BudgetPlan, Costs, measure_costs, plan_budget
 from crate_mae.comparison.entries import Entry, Images, open_images, resolve_entries
 from crate_mae.comparison.figure import draw_curves, draw_scores
-from crate_mae.comparison.options import Options, parse_budget
+from crate_mae.comparison.options import CompareOptions, parse_budget
 from crate_mae.comparison.report import csv_text, markdown, table_rows, write_notes
 from crate_mae.comparison.results import EntryResult, measure_all
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trainer
@@ -38,20 +38,19 @@ class Comparison:
     results: list[EntryResult]
 
 
-def compare(options: Options, out: Path, *, dry_run: bool, report: Report) -> Comparison:
-    """Start a comparison, or continue the one in `out`; see `crate_mae.compare`.
+def compare(options: CompareOptions, *, report: Report) -> Comparison:
+    """Start a comparison, or continue the one in its folder; see `crate_mae.compare`.
 
     Args:
         options: of the comparison.
-        out: its folder.
-        dry_run: stop after reporting the plan.
         report: called with each line of progress.
     """
     _refuse_launcher()
     images = open_images(options)
-    plain = options.plain(images.train_name, images.val_name)
+    out = Path(options.out)
+    saved = options.saved(images.train_name, images.val_name)
     directory = ComparisonDirectory(out)
-    existing = directory.existing(plain)
+    existing = directory.existing(saved)
     entries = resolve_entries(options, images)
     with computing_threads(entries[0].config.threads):
         if existing is None:
@@ -63,18 +62,18 @@ def compare(options: Options, out: Path, *, dry_run: bool, report: Report) -> Co
             report(line)
         if images.why_no_probes:
             report(f"No probes: {images.why_no_probes}")
-        if dry_run:
+        if options.dry_run:
             report("This was a dry run: nothing has been written.")
             return Comparison(out, [], [], [])
         if existing is None:
-            directory.save_plan(_plan_content(plain, planned))
+            directory.save_plan(_plan_content(saved, planned))
         trained = Trainer(options, directory, report).train_all(planned)
         results, pixels = measure_all(options, planned, trained, images=images, directory=directory, report=report)
     return publish(out, results, pixels, options=options, images=images)
 
 
 def publish(
-    out: Path, results: list[EntryResult], pixels: dict[str, float], *, options: Options, images: Images
+    out: Path, results: list[EntryResult], pixels: dict[str, float], *, options: CompareOptions, images: Images
 ) -> Comparison:
     """Write the tables and the figures."""
     rows = table_rows(results, pixels)
@@ -87,7 +86,7 @@ def publish(
     return Comparison(out, rows, notes, results)
 
 
-def _plan(options: Options, entries: Sequence[Entry], costs: Sequence[Costs]) -> list[Planned]:
+def _plan(options: CompareOptions, entries: Sequence[Entry], costs: Sequence[Costs]) -> list[Planned]:
     budget = parse_budget(options.budget)
     planned = []
     for entry, cost in zip(entries, costs, strict=True):
@@ -105,7 +104,7 @@ def _plan(options: Options, entries: Sequence[Entry], costs: Sequence[Costs]) ->
     return planned
 
 
-def _plan_content(plain: dict[str, Any], planned: Sequence[Planned]) -> dict[str, Any]:
+def _plan_content(options: dict[str, Any], planned: Sequence[Planned]) -> dict[str, Any]:
     """The content of `comparison.yaml`, in which entries are called contestants."""
     contestants = {}
     for entry, costs, plan in planned:
@@ -118,7 +117,7 @@ def _plan_content(plain: dict[str, Any], planned: Sequence[Planned]) -> dict[str
             "threads": c.threads,
             "model": {key: list(v) if isinstance(v, tuple) else v for key, v in entry.model.to_dict().items()},
         }
-    return {"options": plain, "contestants": contestants, "environment": environment()}
+    return {"options": options, "contestants": contestants, "environment": environment()}
 
 
 def _read_plan(content: dict[str, Any], entries: Sequence[Entry], out: Path) -> list[Planned]:
@@ -135,7 +134,7 @@ def _read_plan(content: dict[str, Any], entries: Sequence[Entry], out: Path) -> 
     return planned
 
 
-def _plan_lines(options: Options, planned: Sequence[Planned]) -> Iterator[str]:
+def _plan_lines(options: CompareOptions, planned: Sequence[Planned]) -> Iterator[str]:
     total = 0.0
     for entry, costs, plan in planned:
         seconds = costs.seconds_per_step(entry.config.workers)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crate_mae.comparison.options import Options
+from crate_mae.comparison.options import CompareOptions
 from crate_mae.costs.trial import StepSettings
 from crate_mae.data import BadImage, ImageSource, UnreadableImage, same_images
 from crate_mae.data.base import align_classes, refuse_unreadable
@@ -79,7 +79,7 @@ class Images:
     why_no_probes: str
 
 
-def open_images(options: Options) -> Images:
+def open_images(options: CompareOptions) -> Images:
     """Open both data sets, and check that their labels fit together.
 
     Raises:
@@ -109,7 +109,7 @@ def _check_readable(val: ImageSource) -> None:
     refuse_unreadable(val, bad, Extraction().max_bad, held_out=True)
 
 
-def resolve_entries(options: Options, images: Images) -> list[Entry]:
+def resolve_entries(options: CompareOptions, images: Images) -> list[Entry]:
     """Configure every model, with open options set from the images and the machine.
 
     Raises:
@@ -133,7 +133,7 @@ def resolve_entries(options: Options, images: Images) -> list[Entry]:
     return entries
 
 
-def extraction(options: Options) -> Extraction:
+def extraction(options: CompareOptions) -> Extraction:
     """The settings of feature extraction for the probes."""
     layer = DEFAULT_LAYER if options.probe_layer is None else options.probe_layer
     return Extraction(layers=(layer,), pooling=options.pooling, workers=options.workers)

@@ -2,13 +2,28 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import KW_ONLY, MISSING, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, no_type_check
+
+from cyclopts import Parameter
 
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
-from crate_mae.training.options import PretrainOptions
+from crate_mae.training.options import (
+    Data,
+    Mistake,
+    Mistakes,
+    Pixels,
+    PretrainOptions,
+    Range,
+    check_ranges,
+    option,
+)
 
+Models = Annotated[tuple[str, ...], Parameter(negative=())]
+_AT_LEAST_1 = Range(lambda x: x >= 1, "at least 1")
+_BETWEEN_0_AND_1 = Range(lambda x: 0 < x < 1, "between 0 and 1")
 _FORMS = "A budget is steps=N, minutes=N or flops=N, such as steps=2000, minutes=30 or flops=1e15."
 _KINDS = ("steps", "minutes", "flops")
 
@@ -47,55 +62,84 @@ def parse_budget(text: str) -> Budget:
     return Budget(kind, amount)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """The options of `crate_mae.compare`, which explains them.
+@no_type_check  # values come from users: `__post_init__` reports all wrong ones together
+@dataclass(frozen=True)
+class CompareOptions:
+    """The options of `crate_mae.compare`.
 
     Raises:
         UserError: with all mistakes that can be found without the images.
     """
 
-    models: tuple[str, ...]
-    train: Any
-    val: Any
-    budget: str
-    batch_size: int | None
-    mask_ratio: float
-    norm_pix_loss: bool
-    seeds: int
-    lr_search: int
-    search_share: float
-    probe_layer: int | None
-    pooling: Literal["cls", "mean", "cls+mean"] | None
-    precision: Literal["auto", "float32", "bfloat16"]
-    workers: int | None
-    threads: int | None
-    image_size: int | tuple[int, int] | None
-    min_crop: float
-    flip: bool
+    models: Models = option(MISSING, "Two or more names from `crate-mae models`.")
+    _: KW_ONLY
+    train: Data = option(
+        MISSING, "Images for pretraining and for fitting the probes, in any form that `crate-mae pretrain` takes."
+    )
+    val: Data = option(MISSING, "Other images to measure on.")
+    budget: str = option(
+        MISSING,
+        "Budget of each entry, including the search: steps=N, minutes=N on this machine, or flops=N of training.",
+    )
+    out: Annotated[Path | str, Parameter(alias="-o")] = option(MISSING, "Folder of the comparison.", saved=False)
+    batch_size: int = option(None, "Images per step. By default 256, less for little data.")
+    mask_ratio: float = option(0.75, "Share of patches hidden in training.")
+    norm_pix_loss: bool = option(False, "Predict patches normalised by their own mean and standard deviation.")
+    seeds: int = option(
+        1,
+        "Number of final runs of each entry, all with the same steps; the budget is for the first.",
+        _AT_LEAST_1,
+    )
+    lr_search: int = option(
+        3,
+        "Number of learning rates to try, beginning with each model's default: three times the best so far, or a third "
+        "of it, in the direction in which the loss falls, then between the best and its neighbour; 1 skips the search.",
+        _AT_LEAST_1,
+    )
+    search_share: float = option(
+        0.3, "Share of the budget for the search, divided equally among the tries.", _BETWEEN_0_AND_1
+    )
+    probe_layer: int = option(
+        None, "Encoder layer of the features, from 0, or negative from the end. By default as `crate-mae eval`."
+    )
+    pooling: Literal["cls", "mean", "cls+mean"] = option(
+        None, "Class token, mean of patches, or both. By default as `crate-mae eval`."
+    )
+    precision: Literal["auto", "float32", "bfloat16"] = option(
+        "auto", "By default whichever is measured to be faster here, for each entry."
+    )
+    workers: int = option(None, "Processes that load images. By default one less than there are cores, at most 8.")
+    threads: int = option(None, "CPU threads. By default PyTorch's choice.")
+    image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the models', if they agree.")
+    min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.")
+    flip: bool = option(True, "Mirror half of the images; unsuitable for text.")
+    dry_run: bool = option(False, "Only check, time, and print the plan.", saved=False)
+    quiet: bool = option(False, "Print nothing.", saved=False)
 
     def __post_init__(self) -> None:
-        mistakes = []
+        object.__setattr__(self, "models", tuple(self.models))
+        mistakes = Mistakes()
         if len(self.models) < 2:
             named = f"only {self.models[0]}" if self.models else "none"
-            mistakes.append(f"A comparison needs at least two models, but {named} was named.")
-        twice = [name for name in dict.fromkeys(self.models) if self.models.count(name) > 1]
-        mistakes += [f"{name} is named twice: it would be compared with itself." for name in twice]
-        for name in dict.fromkeys(self.models):
-            mistakes += _message_of(preset, name)
-        mistakes += _message_of(parse_budget, self.budget)
-        least_one = {"--seeds": self.seeds, "--lr-search": self.lr_search}
+            mistakes.append(Mistake(f"A comparison needs at least two models, but {named} was named."))
+        names = dict.fromkeys(self.models)
         mistakes += [
-            f"{option} is {value}, but must be at least 1." for option, value in least_one.items() if value < 1
+            Mistake(f"{name} is named twice: it would be compared with itself.")
+            for name in names
+            if self.models.count(name) > 1
         ]
-        if not 0 < self.search_share < 1:
-            mistakes.append(f"--search-share is {self.search_share}, but must be between 0 and 1.")
-        if mistakes:
-            raise UserError("\n".join(mistakes))
+        for name in names:
+            with mistakes.collected():
+                preset(name)
+        with mistakes.collected():
+            parse_budget(self.budget)
+        mistakes += check_ranges(self)
+        mistakes.raise_if_any()
 
-    def plain(self, train: str, val: str) -> dict[str, Any]:
+    def saved(self, train: str, val: str) -> dict[str, Any]:
         """The options as they are written to a file, with names that open the data from any folder."""
-        values = {**dataclasses.asdict(dataclasses.replace(self, train=None, val=None)), "train": train, "val": val}
+        names = [item.name for item in dataclasses.fields(self) if item.metadata["saved"]]
+        values = {**{name: getattr(self, name) for name in names}, "train": train, "val": val}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def pretraining(self, model: str, **settings: Any) -> PretrainOptions:
@@ -111,11 +155,3 @@ class Options:
         given = {key: getattr(self, key) for key in (*shared, "min_crop", "flip")}
         fixed = {"out": "", "trackers": (), "quiet": True}
         return PretrainOptions(self.train, **{**fixed, **given, "model": model, **settings})
-
-
-def _message_of(check: Any, value: str) -> list[str]:
-    try:
-        check(value)
-    except UserError as error:
-        return [str(error)]
-    return []

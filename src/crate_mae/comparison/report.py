@@ -9,7 +9,7 @@ from typing import Any
 from scipy.stats import t as student_t
 
 from crate_mae.comparison.entries import Images
-from crate_mae.comparison.options import Budget, Options, parse_budget
+from crate_mae.comparison.options import Budget, CompareOptions, parse_budget
 from crate_mae.comparison.results import MASK_RATIO, PROBES, SCORES, EntryResult, Spread, spread
 
 _NORMAL_QUANTILE = 1.96  # two-sided, 95%
@@ -148,7 +148,7 @@ def _memory(number: int | None) -> str:
     return f"{number / 2**30:.2f} GiB" if number >= 2**30 else f"{number / 2**20:.0f} MiB"
 
 
-def write_notes(results: Sequence[EntryResult], options: Options, images: Images) -> list[str]:
+def write_notes(results: Sequence[EntryResult], options: CompareOptions, images: Images) -> list[str]:
     """Notes on how to read the table, the most important first: where the first entry is behind."""
     budget = parse_budget(options.budget)
     return [
@@ -209,7 +209,7 @@ def may_be_chance(name: str, mine: Spread, theirs: Spread, val_images: int) -> b
     return abs(mine.mean - theirs.mean) < bound * math.sqrt(variance)
 
 
-def _certainty(options: Options, images: Images) -> Iterator[str]:
+def _certainty(options: CompareOptions, images: Images) -> Iterator[str]:
     """How certain differences are, and what the words "may be chance" mean."""
     if options.seeds > 1:
         yield (
@@ -230,7 +230,7 @@ def _certainty(options: Options, images: Images) -> Iterator[str]:
         )
 
 
-def _terms(results: Sequence[EntryResult], options: Options, budget: Budget) -> Iterator[str]:
+def _terms(results: Sequence[EntryResult], options: CompareOptions, budget: Budget) -> Iterator[str]:
     """What was equal for all entries."""
     c = results[0].entry.config
     search = (

@@ -7,7 +7,7 @@ from typing import Any
 
 from crate_mae.comparison.budget import BudgetPlan, Costs
 from crate_mae.comparison.entries import NEIGHBOURS, Entry, Images, extraction
-from crate_mae.comparison.options import Options
+from crate_mae.comparison.options import CompareOptions
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trained
 from crate_mae.data import evaluation_transform
 from crate_mae.data.facts import fixed_sample
@@ -129,7 +129,7 @@ class EntryResult:
 
 
 def measure_all(
-    options: Options,
+    options: CompareOptions,
     planned: Sequence[Planned],
     trained: Sequence[Trained],
     *,
@@ -177,7 +177,7 @@ def _complete(model: MaskedAutoencoder, images: Images) -> dict[str, float]:
     return {"psnr": score.psnr, "ssim": score.ssim, "mse": score.mse}
 
 
-def _probe(model: Any, options: Options, images: Images) -> dict[str, float]:
+def _probe(model: Any, options: CompareOptions, images: Images) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def run(train: Features, val: Features, _classes: list[str]) -> list[None]:

@@ -20,7 +20,7 @@ import yaml
 
 from crate_mae.comparison.budget import BudgetPlan, Costs, next_rate
 from crate_mae.comparison.entries import Entry
-from crate_mae.comparison.options import Options
+from crate_mae.comparison.options import CompareOptions
 from crate_mae.data.files import refuse_used_folder, write_whole
 from crate_mae.errors import DivergedError, UserError
 from crate_mae.training.run_directory import Run, RunDirectory
@@ -156,7 +156,7 @@ class Trainer:
         report: called with each line of progress.
     """
 
-    def __init__(self, options: Options, directory: ComparisonDirectory, report: Report) -> None:
+    def __init__(self, options: CompareOptions, directory: ComparisonDirectory, report: Report) -> None:
         self.options = options
         self.directory = directory
         self.report = report

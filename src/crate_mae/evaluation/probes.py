@@ -139,8 +139,8 @@ def linear_probe(
     """Multinomial logistic regression on standardised features.
 
     C is chosen on a stratified tenth of the training images, never on the validation images; then all training
-    images are fitted with it. Values are tried from small to large, until two in a row improve neither accuracy nor cross
-    entropy on that tenth. Among values with the same accuracy, which are common with few images, the one with the
+    images are fitted with it. Values are tried from small to large, until two in a row improve neither accuracy nor
+    cross entropy on that tenth. Among values with the same accuracy, which are common with few images, the one with the
     smallest cross entropy is chosen.
 
     Raises:

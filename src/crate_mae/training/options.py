@@ -32,6 +32,7 @@ from crate_mae.errors import UserError
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 
 def _as_text(_type: Any, tokens: Sequence[Token]) -> str:
@@ -326,7 +327,7 @@ class FinetuneOptions(RunOptions):
         return 2 if self.mixup > 0 or self.cutmix > 0 else 1
 
 
-def own_first(kind: type[RunOptions]) -> list[dataclasses.Field]:
+def own_first(kind: Any) -> list[dataclasses.Field]:
     """The options of a command: first those that only it has, then the shared ones."""
     shared = [item.name for item in dataclasses.fields(RunOptions)]
     return sorted(dataclasses.fields(kind), key=lambda item: item.name in shared)
@@ -378,13 +379,19 @@ class Mistakes(list[Mistake]):
 
 def check(options: RunOptions) -> Mistakes:
     """Check each option by itself."""
+    mistakes = check_ranges(options)
+    if options.epochs is not None and options.steps is not None:
+        mistakes.append(Mistake("--epochs and --steps both set the length of the run: give one of them."))
+    return mistakes
+
+
+def check_ranges(options: Any) -> Mistakes:
+    """Compare the value of each option of a dataclass with its choices and its range."""
     mistakes = Mistakes()
     for item in dataclasses.fields(options):
         name, value = item.name, getattr(options, item.name)
         if value is not None and (wrong := _mistake(value, item.type, item.metadata["numbers"])):
             mistakes.append(Mistake(f"{option_name(name)} is {wrong}.", name))
-    if options.epochs is not None and options.steps is not None:
-        mistakes.append(Mistake("--epochs and --steps both set the length of the run: give one of them."))
     return mistakes
 
 
@@ -422,7 +429,7 @@ def is_of_type(value: Any, hint: Any) -> bool:
     return isinstance(value, (int, float) if hint is float else hint)
 
 
-def takes(kind: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]], Callable[P, R]]:
+def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
     """Make a function of options a function of keywords: a command, for Python and for the command line.
 
     Its signature and the section "Args" of its docstring are made from the fields of the dataclass.
@@ -432,7 +439,7 @@ def takes(kind: Callable[P, OptionsT]) -> Callable[[Callable[[OptionsT], R]], Ca
     """
     signature = _signature(kind)
 
-    def decorate(function: Callable[[OptionsT], R]) -> Callable[P, R]:
+    def decorate(function: Callable[[T], R]) -> Callable[P, R]:
         def command(*args: P.args, **kwargs: P.kwargs) -> R:
             signature.bind(*args, **kwargs)  # which names this function, and not the dataclass, in its error
             return function(kind(*args, **kwargs))
