@@ -127,19 +127,19 @@ def test_classes_are_compared_by_name_not_by_number(coloured):
 @pytest.mark.parametrize("kind", KINDS)
 def test_data_without_labels_is_refused(kind, photos, coloured, crate_mae_command):
     train, val = photos
-    for options in (["--train", train / "red", "--val", val], ["--train", train, "--val", val / "red"]):
-        code, _, error = crate_mae_command("eval", kind, MODEL, *options)
+    for option, data in {"--train": (train / "red", val), "--val": (train, val / "red")}.items():
+        code, _, error = crate_mae_command("eval", kind, MODEL, "--train", data[0], "--val", data[1])
         assert code == 2
-        assert "red has no labels, which a probe needs" in error
+        assert f"red ({option}) has no labels" in error
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_test_images_of_other_classes_are_refused_by_name(kind, photos, coloured, crate_mae_command):
+def test_validation_images_of_other_classes_are_refused_by_name(kind, photos, coloured, crate_mae_command):
     other = coloured("other", {"red": 3, "blue": 3})
     code, _, error = crate_mae_command("eval", kind, MODEL, "--train", photos[0], "--val", other)
     assert code == 2
-    assert "lacks: blue." in error
-    assert "has: green." in error
+    assert "other: blue." in error
+    assert ": green; only in" in error
     assert len(error.strip().splitlines()) <= 4
 
 

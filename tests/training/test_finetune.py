@@ -238,7 +238,7 @@ MISTAKES = {
     "other classes": ({"val": labelled(9, 3, first=8)}, "digits:train: 0, 1, 2, 3, 4 and 3 more; only in list: 10"),
     "a class missing": ({"val": labelled(90, 9)}, "only in digits:train: 9"),
     "the same images": ({"val": "digits:train"}, "--train and --val are the same images (digits:train)"),
-    "one class": ({"train": labelled(40, 1), "val": labelled(9, 1)}, "are of one class, 0"),
+    "one class": ({"train": labelled(40, 1), "val": labelled(9, 1)}, "are of one class (0)"),
     "nothing to validate on": ({"val": []}, "is empty"),
     "a share too small": ({"labels": 0.001}, "--labels 0.001 leaves no image of 0 (145), 1 (149)"),
     "no share": ({"labels": 0.0}, "--labels is 0.0, but must be more than 0 and at most 1"),

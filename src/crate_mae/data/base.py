@@ -199,28 +199,35 @@ def occurring_classes(source: Labelled) -> list[str]:
     return [] if labels is None else [_name(source, int(label)) for label in np.unique(labels) if label >= 0]
 
 
-def align_classes(train: Labelled, val: Labelled) -> list[str]:
+def align_classes(train: Labelled, val: Labelled, *, same: bool = False) -> list[str]:
     """Return the classes of the training images, after checking that a classifier of them can be measured on `val`.
 
-    Classes are compared by name, or by number as text where they have no names. The validation images need not have
-    every class of the training images.
+    Classes are compared by name, or by number as text where they have no names.
+
+    Args:
+        train: training images.
+        val: validation images, which may only have classes of the training images.
+        same: whether the validation images must have all of these classes.
 
     Raises:
-        UserError: if either has no labels, `val` has a class that `train` lacks, or there is only one class.
+        UserError: if either has no labels, their classes differ, or there is only one class.
     """
-    for source in (train, val):
-        if source.labels is None:
+    for source, option in ((train, "--train"), (val, "--val")):
+        if source.labels is None or not (source.labels >= 0).any():
             raise UserError(
-                f"{source.name} has no labels, which a probe needs.\n"
-                "Labels are folders named after classes, a column `label` of a parquet file, or .cls files in a shard."
+                f"{source.name} ({option}) has no labels.\n"
+                "Labels are class folders, a label column in .parquet, .cls files in .tar shards, or (image, label) "
+                "pairs."
             )
     classes, found = (list(dict.fromkeys(occurring_classes(source))) for source in (train, val))
-    if unknown := [name for name in found if name not in classes]:
-        missing = [name for name in classes if name not in found]
+    missing = [name for name in classes if name not in found]
+    unknown = [name for name in found if name not in classes]
+    if unknown or (same and missing):
+        only = {train.name: missing, val.name: unknown}
         raise UserError(
-            f"{val.name} has classes that {train.name} lacks: {and_more(unknown)}.\n"
-            + (f"Only {train.name} has: {and_more(missing)}.\n" if missing else "")
-            + "Training and validation images must be of the same classes, with the same names."
+            "Training and validation images have different classes:\n"
+            + "; ".join(f"only in {name}: {and_more(names, 5)}" for name, names in only.items() if names)
+            + ".\nBoth need the same classes, by name (or by number, where they have no names)."
         )
     if len(classes) < 2:
         raise UserError(f"All images of {train.name} are of one class ({classes[0]}): there is nothing to tell apart.")

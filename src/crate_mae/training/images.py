@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from crate_mae.data import (
-    NO_LABEL,
     BadImage,
     Batch,
     ImageDataset,
@@ -24,12 +23,10 @@ from crate_mae.data import (
     UnreadableImage,
     collate,
     full_name,
-    label_names,
-    occurring_classes,
     open_source,
     same_images,
 )
-from crate_mae.data.base import most_bad, refuse_unreadable
+from crate_mae.data.base import align_classes, aligned_labels, most_bad, refuse_unreadable
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, and_more
@@ -125,13 +122,10 @@ def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
             f"--train and --val are the same images ({train_images.name}): the best model would be the one that "
             "memorises them.\nGive images that are not trained on with --val."
         )
-    classes = _classes_of(train_images, "--train")
-    if len(classes) < 2:
-        raise UserError(f"All images of {train_images.name} are of one class, {classes[0]}: there is nothing to learn.")
-    _refuse_differences(train_images, classes, val_images, _classes_of(val_images, "--val"))
-    numbered = _numbered(train_images, classes)
+    classes = align_classes(train_images, val_images, same=True)
+    numbered = aligned_labels(train_images, classes)
     chosen = np.arange(len(numbered)) if share == 1 else stratified_share(numbered, classes, share, seed)
-    val_numbered = _numbered(val_images, classes)
+    val_numbered = aligned_labels(val_images, classes)
     return RunImages(
         Part(train_images, chosen, labels=numbered[chosen], classes=classes),
         Part(val_images, np.arange(len(val_numbered)), labels=val_numbered, classes=classes),
@@ -162,36 +156,6 @@ def stratified_share(labels: np.ndarray, classes: list[str], share: float, seed:
             "are.\nGive a larger share."
         )
     return np.sort(np.concatenate(chosen))
-
-
-def _classes_of(source: ImageSource, option: str) -> list[str]:
-    classes = occurring_classes(source)
-    if not classes:
-        raise UserError(
-            f"{source.name} ({option}) has no labels, and fine-tuning needs them.\n"
-            "Labels are class folders, a label column in .parquet, .cls files in .tar shards, or (image, label) pairs."
-        )
-    return classes
-
-
-def _refuse_differences(train: ImageSource, classes: list[str], val: ImageSource, val_classes: list[str]) -> None:
-    """Raise a `UserError` if a class occurs in one source only."""
-    differences = {
-        train.name: [name for name in classes if name not in val_classes],
-        val.name: [name for name in val_classes if name not in classes],
-    }
-    if found := [f"only in {source}: {and_more(names, _MOST_NAMED)}" for source, names in differences.items() if names]:
-        raise UserError(
-            "Training and validation images have different classes,\n"
-            + "; ".join(found)
-            + ".\nBoth need the same ones, by name (or by number, where they have no names)."
-        )
-
-
-def _numbered(source: ImageSource, classes: list[str]) -> np.ndarray:
-    number: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
-    # Only an image that could not be read is without a label by now; it is found, and reported, again in training.
-    return np.array([number.get(name, NO_LABEL) for name in label_names(source) or []], dtype=np.int64)
 
 
 def read_held_out(
