@@ -93,7 +93,7 @@ def test_tokens_keep_their_shape(model, tmp_path, crate_mae_command):
     np.testing.assert_allclose(read, tokens, atol=1e-6)
     code, _, error = crate_mae_command("embed", model, DATA, "--out", tmp_path / "t.csv", "--pooling", "tokens")
     assert code == 2
-    assert "one row an image, which cannot hold its tokens" in error
+    assert "one row per image, which cannot hold its tokens" in error
     assert not (tmp_path / "t.csv").exists()
 
 

@@ -254,7 +254,7 @@ def write_report(console: Any, report: dict[str, Any], out: Path | None) -> None
 def _title(report: dict[str, Any]) -> str:
     return (
         f"{report['probe']} probe of {report['model']}, {report['pooling']} features: {report['train_images']:,} "
-        f"training and {report['val_images']:,} test images of {len(report['classes'])} classes"
+        f"training and {report['val_images']:,} validation images of {len(report['classes'])} classes"
     )
 
 
