@@ -1,4 +1,4 @@
-"""A visitor: the page in a real Chromium, wide and narrow, from a first look to saved pictures."""
+"""The app in Chromium, in wide and narrow windows, from the first view to saved pictures."""
 
 import base64
 import io
@@ -166,7 +166,7 @@ def test_two_models_are_compared_and_pictures_saved(visit):
     assert page.save("#inside .curves .save").read_text(encoding="utf-8").startswith("<svg")
 
 
-def test_a_drawing_begins_with_nothing_hidden(visit):
+def test_a_drawing_starts_with_nothing_hidden(visit):
     page = visit()
     page.changes("#completed", lambda: page.tab.get_by_role("button", name="Show all").click())
     assert not page.mask().any()
@@ -177,7 +177,7 @@ def test_a_drawing_begins_with_nothing_hidden(visit):
     assert not page.mask().any()
 
 
-def test_nonsense_is_answered_with_a_sentence_and_the_picture_stays(visit, as_file, tmp_path):
+def test_invalid_files_are_explained_and_the_picture_stays(visit, as_file, tmp_path):
     page = visit()
     before = page.picture("#completed img")
     for name, content, words in (

@@ -1,4 +1,4 @@
-"""What the page computes is what the rest of the library computes."""
+"""The app computes the same as the rest of the library."""
 
 import numpy as np
 import pytest
@@ -53,7 +53,7 @@ def test_only_hidden_patches_are_pasted_and_measured(small, photograph):
     assert found.psnr == float(completion_quality(found.pictures, mask.flatten()[None], 2).psnr[0])
 
 
-def test_what_a_model_has_to_beat_is_a_flat_patch_of_what_is_known(small, photograph):
+def test_the_baseline_is_flat_patches_of_what_is_known(small, photograph):
     """By hand: the mean colour of what is visible; and each patch's own mean, if brightness is taken from it."""
     mask = torch.zeros(5, 7, dtype=torch.bool)
     mask[1, 2:4] = True
@@ -102,7 +102,7 @@ def test_attention_of_a_patch_is_that_of_its_own_tokens(small, photograph):
     np.testing.assert_allclose(found.heads, expected.numpy(), atol=1e-6)
 
 
-def test_another_patch_and_another_layer_look_elsewhere(small, photograph):
+def test_attention_differs_between_patches_and_layers(small, photograph):
     first = look_inside(small, photograph, 0, 3).heads
     assert np.abs(first - look_inside(small, photograph, 0, 30).heads).max() > 1e-4
     assert np.abs(first - look_inside(small, photograph, 2, 3).heads).max() > 1e-4
@@ -133,7 +133,7 @@ def test_a_transformer_has_attention_but_no_such_curves(photograph):
     assert look_inside(twin, photograph, 0, 5).heads.shape == (4, 4, 4)
 
 
-def test_damaged_weights_are_a_sentence(small, photograph):
+def test_damaged_weights_are_explained(small, photograph):
     damaged = create_model("crate_mae_nano_patch2_8").eval()
     with torch.no_grad():
         for parameter in damaged.parameters():
@@ -154,7 +154,7 @@ def test_grey_models_take_colour(photograph):
     assert found.pictures.original.shape == (1, 1, 8, 8)
 
 
-def test_a_mask_survives_as_text(small):
+def test_a_mask_is_unchanged_by_text(small):
     mask = seeded_mask(small, 0.6, seed=3)
     assert mask.shape == (5, 7)
     assert mask.sum() == 21
@@ -162,7 +162,7 @@ def test_a_mask_survives_as_text(small):
 
 
 @pytest.mark.parametrize("text", [None, "", "0" * 34, "2" * 35, 35 * [0], "0" * 34 + "x"])
-def test_other_text_is_no_mask(text):
+def test_invalid_masks_are_refused(text):
     with pytest.raises(UserError, match="mask does not fit"):
         mask_from_text(text, (5, 7))
 

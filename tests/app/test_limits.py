@@ -1,4 +1,4 @@
-"""What the server lets in, without a server."""
+"""Limits of the server, without a server."""
 
 import asyncio
 
@@ -36,7 +36,7 @@ def ask(path, *parts):
 @pytest.mark.parametrize(
     "path", ["/", "/config", "/assets/index-1.js", "/gradio_api/queue/join", "/gradio_api/heartbeat/a1"]
 )
-def test_the_page_gets_through_with_its_headers(path):
+def test_requests_of_the_app_are_accepted_and_get_headers(path):
     status, headers, body, _ = ask(path, b"one ", b"two")
     assert (status, body) == (200, b"one two")
     assert headers[b"x-own"] == b"1"
@@ -60,14 +60,14 @@ def test_the_page_gets_through_with_its_headers(path):
         "/config/../gradio_api/upload",
     ],
 )
-def test_what_the_page_does_not_need_is_not_there(path):
+def test_other_addresses_are_not_found(path):
     status, _, body, read = ask(path, b"x")
     assert status == 404
     assert b"the app is at /" in body
     assert read == 0
 
 
-def test_what_is_too_large_is_not_read_to_its_end(monkeypatch):
+def test_a_request_that_is_too_large_is_not_read_completely(monkeypatch):
     monkeypatch.setattr(limits, "MAX_BODY", 100)
     assert ask("/gradio_api/queue/join", b"a" * 100)[0] == 200
     status, _, _, read = ask("/gradio_api/queue/join", *[b"a" * 60] * 5)

@@ -1,4 +1,4 @@
-"""Pictures from strangers: nonsense is refused in one sentence, and no bomb is decoded."""
+"""Uploaded pictures: invalid files are refused in one sentence, and no decompression bomb is decoded."""
 
 import io
 import struct
@@ -33,7 +33,7 @@ def zip_bomb():
     return buffer.getvalue()
 
 
-def test_a_picture_comes_out_small_upright_and_without_its_history(as_file, photograph):
+def test_a_picture_is_scaled_turned_upright_and_stripped_of_metadata(as_file, photograph):
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by a quarter
     exif[0x010F] = "a camera"
@@ -60,7 +60,7 @@ def test_every_kind_of_pixel_becomes_rgb(mode, as_file, photograph):
     assert np.asarray(image).std() > 20
 
 
-def test_of_an_animation_the_first_frame_is_taken(as_file):
+def test_the_first_frame_of_an_animated_upload_is_used(as_file):
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue", "lime")]
     animation = as_file(frames[0], "GIF", save_all=True, append_images=frames[1:])
     assert read_upload(animation, side=16).getpixel((3, 3)) == (255, 0, 0)
@@ -83,7 +83,7 @@ def test_of_an_animation_the_first_frame_is_taken(as_file):
         (b"\0" * (pictures.MAX_BYTES + 1), "larger than 12 MB"),
     ],
 )
-def test_nonsense_is_refused_in_one_sentence(content, words):
+def test_invalid_files_are_refused_in_one_sentence(content, words):
     with pytest.raises(UserError, match=words) as refusal:
         read_upload(content, side=32)
     assert "\n" not in str(refusal.value)
@@ -115,7 +115,7 @@ def test_text_that_unpacks_to_gigabytes_is_refused():
     assert read_upload(harmless, side=16).size == (16, 16)
 
 
-def test_a_thread_is_cropped_before_it_is_scaled():
+def test_a_very_long_picture_is_cropped_before_it_is_scaled():
     image = Image.new("RGB", (4000, 10), "red")
     image.paste("blue", (1980, 0, 2020, 10))
     assert shrink(image, side=64).size == (40, 10)
@@ -123,17 +123,17 @@ def test_a_thread_is_cropped_before_it_is_scaled():
     assert shrink(image, side=5).size == (20, 5)
 
 
-def test_a_picture_survives_its_address(photograph):
+def test_a_picture_is_unchanged_by_its_uri(photograph):
     assert np.array_equal(read_upload(from_uri(to_uri(to_png(photograph))), side=99), photograph)
 
 
 @pytest.mark.parametrize("address", [None, 7, "", "http://elsewhere/a.png", "/etc/passwd", "file:///etc/passwd"])
-def test_only_addresses_that_hold_a_picture_are_read(address):
+def test_only_data_uris_are_read(address):
     with pytest.raises(UserError, match="There is no picture"):
         from_uri(address)
 
 
-def test_an_address_that_is_too_long_or_damaged_is_refused():
+def test_a_uri_that_is_too_long_or_damaged_is_refused():
     with pytest.raises(UserError, match="larger than 12 MB"):
         from_uri("data:image/png;base64," + "A" * (pictures.MAX_BYTES * 4 // 3 + 9))
     with pytest.raises(UserError, match="arrived incomplete"):

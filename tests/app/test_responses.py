@@ -30,7 +30,7 @@ def pictures(piece):
     return [np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in found]
 
 
-def test_a_completion_shows_four_pictures_and_says_what_they_are(untrained, photograph):
+def test_a_completion_shows_four_pictures_with_titles(untrained, photograph):
     model = untrained["crate_mae_nano_patch2_8"]
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[0, 1] = True
@@ -49,13 +49,13 @@ def test_a_completion_shows_four_pictures_and_says_what_they_are(untrained, phot
     assert "Brightness" not in piece
 
 
-def test_normalised_targets_are_owned_up_to(models, photograph):
+def test_normalised_targets_are_mentioned(models, photograph):
     piece = completion_response(photograph, list(models.values()), torch.ones(8, 8, dtype=torch.bool))
     assert "Brightness and contrast are the original's" in piece
     assert "Random initialisation" not in piece
 
 
-def test_two_models_of_other_grids_are_asked_about_the_same_place(untrained, models, photograph):
+def test_two_models_with_different_grids_use_the_same_place(untrained, models, photograph):
     small, large = untrained["crate_mae_nano_patch2_8"], next(iter(models.values()))
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[3, 0] = True
@@ -80,7 +80,7 @@ def test_the_inside_has_tokens_heads_and_curves(untrained, photograph):
     assert "layer 3 of 0 to 3" in inside_response(photograph, [model], 99, 5)
 
 
-def test_a_transformer_says_what_it_has_not(untrained, photograph):
+def test_a_transformer_has_a_note_instead_of_curves(untrained, photograph):
     piece = inside_response(photograph, [untrained["vit_mae_nano_patch2_8"]], 0, 0)
     assert "vit_mae_nano_patch2_8 has neither subspaces nor codes" in piece
     assert 'class="curves"' not in piece
@@ -142,13 +142,13 @@ def test_statuses_of_the_claims_on_a_picture_name_the_closest_control(untrained,
     assert "∎ theorem" in drawn and "‼ contradiction" in drawn
 
 
-def test_what_a_layer_did_is_said_in_words_that_can_be_wrong():
+def test_the_effect_of_a_layer_is_described_with_its_direction():
     curves = [("a", Curves([10.0, 20.0], [7.0, 21.0], [0.25, 0.5], []))]
     assert "in layer 0, attention lowers Rᶜ from 10 to 7 nats; 25% of the code" in curves_component(curves, 0)
     assert "in layer 1, attention raises Rᶜ from 20 to 21 nats; 50% of the code" in curves_component(curves, 9)
 
 
-def test_damage_is_said_where_the_pictures_would_be(untrained, photograph):
+def test_damaged_weights_are_explained_in_place_of_the_pictures(untrained, photograph):
     damaged = create_model("crate_mae_nano_patch2_8").eval()
     with torch.no_grad():
         for parameter in damaged.parameters():
@@ -163,7 +163,7 @@ def test_damage_is_said_where_the_pictures_would_be(untrained, photograph):
         assert len(pictures(piece)) >= 4
 
 
-def test_names_are_text_and_no_markup():
+def test_names_are_escaped():
     assert notice("<script>") == '<p class="notice" role="alert">&lt;script&gt;</p>'
     assert file_stem('runs/my "best" <one>') == "runs_my_best_one"
     assert file_stem("///") == "model"

@@ -1,4 +1,4 @@
-"""The server over HTTP: many visitors at once, bad questions, and no trace of any of it."""
+"""The server over HTTP: many visitors at once, invalid requests, and no files written."""
 
 import json
 import socket
@@ -72,7 +72,7 @@ def test_twenty_visitors_at_once_get_their_own_pictures(served, models):
         ("clear", {}, "Nothing is hidden"),
     ],
 )
-def test_a_bad_question_is_answered_with_a_sentence(name, changes, words, served, photograph):
+def test_an_invalid_request_is_answered_with_an_explanation(name, changes, words, served, photograph):
     values = controls(photograph, "1" * 64)
     for key, value in changes.items():
         values[CONTROLS.index(key)] = value
@@ -92,7 +92,7 @@ def test_a_bad_question_is_answered_with_a_sentence(name, changes, words, served
         ("switch", {"model": "another"}),
     ],
 )
-def test_what_no_control_of_the_page_can_say_is_refused(name, change, served, photograph):
+def test_requests_that_the_app_cannot_make_are_refused(name, change, served, photograph):
     values = controls(photograph, "1" * 64)
     for key, value in change.items():
         values[CONTROLS.index(key)] = value
@@ -107,7 +107,7 @@ def test_a_patch_that_does_not_exist_is_the_last_or_the_middle(patch, served, ph
     assert ("row 8, column 8" if patch == 10**9 else "row 5, column 1") in output["data"][0]
 
 
-def test_files_are_neither_taken_nor_given(served):
+def test_files_are_neither_accepted_nor_served(served):
     upload = httpx.post(f"{served.url}/gradio_api/upload", files={"files": ("a.png", b"1234")})
     assert upload.status_code == 404
     assert httpx.get(f"{served.url}/gradio_api/file=/etc/hostname").status_code == 404
@@ -116,7 +116,7 @@ def test_files_are_neither_taken_nor_given(served):
     assert served.noted() == []
 
 
-def test_it_listens_on_this_machine_alone(served):
+def test_it_listens_on_this_machine_only(served):
     port = int(served.url.rpartition(":")[2])
     addresses = {info[4][0] for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)}
     for address in addresses - {"127.0.0.1"}:

@@ -1,4 +1,4 @@
-"""The command line, with a note of every file that is opened for writing and of every connection to elsewhere."""
+"""The command line, with a log of every file that is opened for writing and of every connection to another machine."""
 
 import os
 import sys

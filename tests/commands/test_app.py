@@ -24,7 +24,7 @@ def test_without_gradio_the_install_line_is_named(crate_mae_command, monkeypatch
         (["--host", "192.0.2.1"], "Cannot listen"),
     ],
 )
-def test_a_mistake_is_a_sentence(options, words, crate_mae_command):
+def test_a_mistake_is_explained(options, words, crate_mae_command):
     pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'crate-mae[app]'")
     code, _, error = crate_mae_command("app", *options)
     assert code == 2

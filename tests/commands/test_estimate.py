@@ -62,7 +62,7 @@ def test_times_follow_from_speed_and_link(crate_mae_command):
     assert found.run_seconds(found.copies) == pytest.approx(36 * found.copies.step_seconds)
 
 
-def test_without_a_speed_there_are_no_times_and_a_line_says_why(crate_mae_command):
+def test_without_a_speed_there_are_no_times_and_a_line_explains_why(crate_mae_command):
     code, text, _ = crate_mae_command("estimate", "--model", NANO, "--batch-size", 4, "--devices", 2)
     assert code == 0
     for words in ("needs --flops-per-s", "crate-mae doctor", "DDP", "FSDP", "fixed numbers", "AdamW are float32"):

@@ -73,7 +73,7 @@ def test_memory_is_extrapolated_to_larger_batches(monkeypatch):
     assert extrapolated.resident == pytest.approx(whole.resident, rel=0.01)
 
 
-def test_nothing_of_the_process_changes():
+def test_an_estimate_changes_no_random_state():
     c = config("crate_mae_nano_visible_patch2_8")
     before = torch.get_rng_state()
     memory_estimate(c, settings(3))

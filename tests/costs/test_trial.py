@@ -52,7 +52,7 @@ def test_fused_attention_is_counted_forward_and_backward():
     assert backward == 5 * product  # W W^T again
 
 
-def test_torch_itself_overlooks_half_of_our_backward_pass():
+def test_torch_alone_misses_half_of_our_backward_pass():
     w = torch.randn(B, N, P, requires_grad=True)
     output = symmetric(w).sum()
     with FlopCounterMode(display=False) as counter:
@@ -61,7 +61,7 @@ def test_torch_itself_overlooks_half_of_our_backward_pass():
     assert counter.get_total_flops() == 2 * 2 * B * N * N * P
 
 
-def test_torch_itself_overlooks_the_fused_attention_of_processors():
+def test_torch_alone_misses_the_fused_attention_of_processors():
     with FlopCounterMode(display=False) as counter:
         ssa(torch.randn(2, B, N, P))
     assert counter.get_total_flops() == 0
@@ -110,7 +110,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8"])
-def test_no_matrix_product_of_a_training_step_is_overlooked(name, precision):
+def test_every_matrix_product_of_a_training_step_is_counted(name, precision):
     step = TrialStep(config(name), settings(precision=precision), CPU)
     with Operations() as operations:
         step.loss().backward()

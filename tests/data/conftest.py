@@ -1,4 +1,4 @@
-"""Small made images, each of one known colour, so that a test can tell which image it was given."""
+"""Small generated images, each of one known colour, so that a test can tell them apart."""
 
 import io
 from collections.abc import Callable

@@ -78,7 +78,7 @@ def test_replacements_differ_between_epochs(dataset):
     assert len({dataset[(2, epoch)].index for epoch in range(12)}) > 2
 
 
-def test_when_nothing_can_be_read_the_first_reason_is_told(make_folder):
+def test_if_nothing_can_be_read_the_first_reason_is_reported(make_folder):
     root = make_folder({"a.png": 1, "b.png": 2, "c.png": 3})
     for path in root.iterdir():
         path.write_bytes(b"")

@@ -173,7 +173,7 @@ def test_colour_becomes_grey_by_its_luma():
     assert unit_pixel(saved(Image.new("RGB", (3, 2), (255, 0, 0))), 1) == pytest.approx([0.299], abs=0.003)
 
 
-def test_transparency_is_laid_over_white():
+def test_transparent_parts_become_white():
     half = saved(Image.new("RGBA", (3, 2), (255, 0, 0, 128)))
     assert unit_pixel(half, 3) == pytest.approx([1, 0.498, 0.498], abs=0.005)
     assert unit_pixel(saved(Image.new("LA", (3, 2), (0, 0))), 1) == [1]

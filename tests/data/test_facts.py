@@ -32,7 +32,7 @@ def test_unreadable_images_are_left_out_and_counted(make_folder):
         describe_images(open_source(root))
 
 
-def test_the_sample_is_fixed_and_of_the_size_asked_for():
+def test_the_sample_is_fixed_and_has_the_requested_size():
     source = open_source("digits")
     assert describe_images(source, 5) == describe_images(source, 5) == ImageFacts(1, 8, 8, 5, 5)
 
@@ -56,7 +56,7 @@ def test_a_constant_channel_can_still_be_divided_by():
     assert channel_statistics(open_source([Image.new("L", (3, 2), 51)]), 1) == ((0.2,), (1 / 255,))
 
 
-def test_statistics_survive_a_probe_of_bad_images_only(make_folder, monkeypatch):
+def test_statistics_do_not_need_readable_images_in_the_first_sample(make_folder, monkeypatch):
     root = make_folder({f"{i}.png": 51 for i in range(5)})
     monkeypatch.setattr(facts_module, "_PROBE", 1)
     (bad,) = facts_module.fixed_sample(5, 1)
@@ -135,7 +135,7 @@ def test_the_command_prints_names_that_look_like_markup(make_folder, capsys):
     assert "[red] 1, b[bold] 1" in capsys.readouterr().out
 
 
-def test_the_command_overwrites_nothing(flawed, tmp_path):
+def test_the_command_does_not_overwrite_files(flawed, tmp_path):
     (tmp_path / "bad.csv").write_text("precious")
     with pytest.raises(UserError, match="is not overwritten"):
         check_command(str(flawed), out=tmp_path / "bad.csv")

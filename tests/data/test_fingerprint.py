@@ -1,4 +1,4 @@
-"""A fingerprint is the same for the same images, and another as soon as one may have changed."""
+"""A fingerprint is the same for the same images, and changes if one of them may have changed."""
 
 import os
 
@@ -65,7 +65,7 @@ def test_arrays_that_may_not_be_written_to_are_taken_without_a_warning():
     assert int(open_source([pixels]).read(0)[0, 0, 0]) == 9
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     path = tmp_path / "new" / "file.bin"
     with whole_file(path) as temporary:
         temporary.write_bytes(b"all of it")

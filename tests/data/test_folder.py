@@ -42,7 +42,7 @@ def test_class_folders_give_labels_in_sorted_order(make_folder):
     [("cat/1.png", "top.png"), ("cat/1.png", "cat/2.png"), ("train/1.png", "val/1.png")],
     ids=["one at the top", "one folder", "split names"],
 )
-def test_folders_that_are_no_classes_give_no_labels(make_folder, names):
+def test_folders_that_are_not_classes_give_no_labels(make_folder, names):
     assert open_source(make_folder(dict.fromkeys(names, 1))).labels is None
 
 
@@ -121,14 +121,14 @@ def test_a_damaged_cache_is_ignored(make_folder, own_cache, content):
     assert len(open_source(root)) == 1
 
 
-def test_a_cache_that_cannot_be_written_does_no_harm(make_folder, own_cache):
+def test_a_cache_that_cannot_be_written_is_ignored(make_folder, own_cache):
     (own_cache / "crate-mae").write_text("a file where the folder should be")
     root = make_folder({"a.png": 1})
     age(root)
     assert len(open_source(root)) == 1
 
 
-def test_a_folder_without_images_says_what_it_looked_for_and_saw(tmp_path):
+def test_a_folder_without_images_lists_its_other_files(tmp_path):
     for name in ("1.txt", "2.txt", "deep/3.TXT", "4.pdf", "README"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -138,7 +138,7 @@ def test_a_folder_without_images_says_what_it_looked_for_and_saw(tmp_path):
         open_source(tmp_path)
 
 
-def test_an_empty_folder_says_so(tmp_path):
+def test_an_empty_folder_is_reported(tmp_path):
     with pytest.raises(UserError, match=r"Found 0 images .* saw no files at all"):
         open_source(tmp_path)
 

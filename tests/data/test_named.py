@@ -141,7 +141,7 @@ def test_a_damaged_item_is_unreadable_and_has_no_label():
         ({"text": 1}, "not an image"),
     ],
 )
-def test_items_that_are_no_images_are_errors(item, words):
+def test_items_that_are_not_images_are_errors(item, words):
     with pytest.raises(UserError, match=words):
         open_source(Listed([item])).read(0)
 
@@ -169,14 +169,14 @@ def test_iterable_and_empty_data_sets_are_errors():
         ("", "empty name"),
     ],
 )
-def test_a_near_miss_is_told_the_right_form(data, words):
+def test_a_misspelt_form_gets_a_suggestion(data, words):
     with pytest.raises(UserError) as error:
         open_source(data)
     assert words in str(error.value)
     assert str(error.value).count("\n") < 4
 
 
-def test_a_missing_path_is_told_the_nearest_name(make_folder):
+def test_a_missing_path_gets_a_suggestion(make_folder):
     root = make_folder({"a.png": 1}, name="photos")
     with pytest.raises(UserError, match=r"photo does not exist\. Did you mean .*photos\?"):
         open_source(root.with_name("photo"))
@@ -184,7 +184,7 @@ def test_a_missing_path_is_told_the_nearest_name(make_folder):
         open_source(root / "x" / "y" / "z")
 
 
-def test_a_file_of_another_kind_is_told_the_forms(tmp_path):
+def test_a_file_of_another_kind_lists_the_forms(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     with pytest.raises(UserError, match=r"notes\.txt is not an image.*\nData is a folder"):
         open_source(tmp_path / "notes.txt")
@@ -234,7 +234,7 @@ def saved(tmp_path, encoded, monkeypatch):
     return tmp_path / "saved"
 
 
-def test_hub_data_is_decoded_by_us_with_labels_and_splits(saved, level_of):
+def test_hub_data_is_decoded_here_with_labels_and_splits(saved, level_of):
     train, test = open_source(f"hf:{saved}"), open_source(f"hf:{saved}:test")
     assert [level_of(train, i) for i in range(3)] == [1, 2, 3]
     assert (train.labels.tolist(), train.classes) == ([0, 1, 1], ["cat", "dog"])
@@ -243,12 +243,12 @@ def test_hub_data_is_decoded_by_us_with_labels_and_splits(saved, level_of):
         open_source(f"hf:{saved}:dev")
 
 
-def test_a_folder_saved_by_datasets_is_told_its_form(saved):
+def test_a_folder_saved_by_datasets_suggests_its_form(saved):
     with pytest.raises(UserError, match=r"opened as hf:.*saved"):
         open_source(saved)
 
 
-def test_a_missing_datasets_library_is_told_how_to_install(monkeypatch):
+def test_a_missing_datasets_library_is_reported_with_its_install_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(UserError, match=r"pip install 'crate-mae\[hub\]'"):
         open_source("hf:user/name")
