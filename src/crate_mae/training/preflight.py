@@ -28,6 +28,17 @@ from crate_mae.training.precision import WORTHWHILE, autocast, multiplies_in_bfl
 from crate_mae.training.processes import first_decides, processes_here
 from crate_mae.training.task import Task
 
+Precision = Literal["float32", "bfloat16"]
+
+_TIMED_STEPS = 3
+_FEW_TIMED_IMAGES = 8
+_LONG_STEP = 5.0  # seconds; a longer step is estimated from one with few images
+# And twice as many: what an image adds, not what weights keep. Even, for images that are mixed in pairs.
+_FEW_COUNTED_IMAGES = 2
+_STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments
+_WORDS = ("not enough memory", "can't allocate memory", "out of memory")  # PyTorch's, on Windows, on Linux, elsewhere
+_STATUS = Path("/proc/self/status")
+
 
 def check_compiler(device: torch.device) -> None:
     """Compile something small, on the device of the run.
@@ -47,12 +58,6 @@ def check_compiler(device: torch.device) -> None:
 
 def _double(x: torch.Tensor) -> torch.Tensor:
     return 2 * x
-
-
-# And twice as many: what an image adds, not what weights keep. Even, for images that are mixed in pairs.
-_FEW_COUNTED_IMAGES = 2
-_STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments
-_WORDS = ("not enough memory", "can't allocate memory", "out of memory")  # PyTorch's, on Windows, on Linux, elsewhere
 
 
 class StepTooLargeError(RuntimeError):
@@ -186,13 +191,6 @@ def _kept_per_image(task: Task) -> float:
     return per_image / (2 if precision == "auto" else 1)
 
 
-Precision = Literal["float32", "bfloat16"]
-
-_TIMED_STEPS = 3
-_FEW_TIMED_IMAGES = 8
-_LONG_STEP = 5.0  # seconds; a longer step is estimated from one with few images
-
-
 class ProbeResult(NamedTuple):
     """The result of the probe.
 
@@ -315,9 +313,6 @@ def _seconds_per_step(task: Task, micro_batch: int, precision: str, stepper: _St
 def peak_on(device: torch.device) -> int | None:
     """Bytes at the peak so far: of the GPU if there is one, else of this process; None where it is not known."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
-
-
-_STATUS = Path("/proc/self/status")
 
 
 def peak_memory() -> int | None:

@@ -32,6 +32,12 @@ from crate_mae.training.randomness import step_noise
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Measured, StepLoss, Task, evaluating
 
+_SPARSE_CODES = "encoder.blocks.*.ista"
+_PROJECTIONS = "encoder.blocks.*.attn.subspaces"
+_MASK_SEED = 0  # the same masks in every run, so that runs can be compared
+_BATCH = 32
+_PICTURED = 8
+
 
 @final
 class Pretraining(Task[PretrainOptions]):
@@ -109,13 +115,6 @@ class Pretraining(Task[PretrainOptions]):
             f"Complete others:  crate-mae reconstruct {shlex.quote(str(run))} {images} --out picture.png",
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]
-
-
-_SPARSE_CODES = "encoder.blocks.*.ista"
-_PROJECTIONS = "encoder.blocks.*.attn.subspaces"
-_MASK_SEED = 0  # the same masks in every run, so that runs can be compared
-_BATCH = 32
-_PICTURED = 8
 
 
 class LayerSignal(NamedTuple):
