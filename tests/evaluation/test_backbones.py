@@ -43,7 +43,7 @@ def test_a_classifier_is_its_encoder(tmp_path):
     assert backbone.image_size == (8, 8)
 
 
-def test_a_name_has_fresh_weights_by_the_seed_and_draws_from_nobody():
+def test_a_name_has_a_random_initialisation_by_the_seed_and_leaves_the_global_generator():
     before = torch.get_rng_state()
     one, same, other = (open_backbone(MODEL, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
@@ -111,7 +111,7 @@ def test_a_timm_network_without_published_weights_is_a_sentence():
         (torch.nn.Linear(2, 3), "A Linear has no forward_features"),
     ],
 )
-def test_what_is_no_model_is_named(model, words):
+def test_an_invalid_model_is_named(model, words):
     with pytest.raises(UserError, match=words):
         open_backbone(model)
 

@@ -1,4 +1,4 @@
-"""Features of whole data sources, what is left out, and what the cache may and may not do."""
+"""Features of whole data sources, unreadable images, and the cache."""
 
 import functools
 import os
@@ -101,7 +101,7 @@ def test_too_many_unreadable_images_are_refused(model, folder):
         only(open_backbone(model), folder, max_bad=1.0)
 
 
-def test_features_that_are_no_numbers_are_refused_with_the_first_image(folder):
+def test_features_that_are_not_finite_are_refused_with_the_first_image(folder):
     model = crate_mae.create_model(MODEL)
     with torch.no_grad():
         model.encoder.norm.weight[3] = torch.nan
@@ -132,7 +132,7 @@ def test_grey_and_colour_and_other_sizes_are_converted(folder):
         ({"layers": (9,)}, "There is no layer 9"),
     ],
 )
-def test_options_that_make_no_sense_are_named(model, folder, options, words):
+def test_invalid_options_are_named(model, folder, options, words):
     with pytest.raises(UserError, match=words):
         only(open_backbone(model), folder, **options)
 
@@ -147,7 +147,7 @@ def test_features_are_extracted_once(model, folder, calls):
     assert calls == [12] * 3
 
 
-def test_whatever_changes_features_is_extracted_anew(model, folder, calls):
+def test_changes_that_affect_features_extract_them_again(model, folder, calls):
     only(open_backbone(model), folder)
     path = folder / "blue" / "0.png"
     path.write_bytes((folder / "red" / "0.png").read_bytes())
@@ -216,7 +216,7 @@ def test_the_cache_forgets_what_was_used_longest_ago(model, folder, own_cache, c
     assert [cache.read(layer) is not None for layer in range(4)] == [True, False, True, False]
 
 
-def test_what_only_python_knows_is_not_kept(model, own_cache):
+def test_features_of_data_from_python_are_not_cached(model, own_cache):
     images = [torch.rand(3, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     assert len(only(open_backbone(model), images).values) == 3
     assert not (own_cache / "crate-mae" / "features").exists()

@@ -83,7 +83,7 @@ def test_five_classes_have_no_top5():
 
 
 @pytest.mark.parametrize("k", [0, 51])
-def test_a_k_that_cannot_be_is_named(k):
+def test_an_impossible_k_is_named(k):
     train, labels = clouds(50)
     with pytest.raises(UserError, match=f"--k is {k}, but must be between 1 and the 50 training images"):
         knn_probe(train, labels, train, labels, k=k)
@@ -122,7 +122,7 @@ def test_test_images_never_choose_c():
 
 
 @pytest.mark.parametrize(("accuracies", "at_edge"), [([0.1, 0.9, 0.2], False), ([0.9, 0.1, 0.2], True)])
-def test_a_best_c_at_the_edge_is_said(monkeypatch, accuracies, at_edge):
+def test_a_best_c_at_the_edge_is_reported(monkeypatch, accuracies, at_edge):
     values = iter(accuracies)
     monkeypatch.setattr(probes, "_accuracy", lambda model, x, labels: next(values))
     train, labels = clouds(70)
@@ -148,7 +148,7 @@ def test_of_equal_accuracies_the_more_certain_wins():
     assert result.c == 1.0
 
 
-def test_a_solver_that_gave_up_is_said_and_warns_nobody(monkeypatch):
+def test_a_solver_that_did_not_converge_is_reported_without_a_warning(monkeypatch):
     monkeypatch.setattr(probes, "_MOST_ITERATIONS", 2)
     train, labels = clouds(140)
     with warnings.catch_warnings():
@@ -175,7 +175,7 @@ def test_fewshot_takes_so_many_of_each_class(monkeypatch):
     assert fewshot_probe(train, labels, test, test_labels, shots=3, draws=4, seed=6) != result
 
 
-def test_more_shots_know_more():
+def test_more_shots_are_more_accurate():
     train, labels = clouds(280, spread=1.0)
     test, test_labels = clouds(200, spread=1.0, seed=1)
     one, ten = (fewshot_probe(train, labels, test, test_labels, shots=shots).accuracy.value for shots in (1, 10))
