@@ -1,10 +1,12 @@
-"""Telling other libraries of our models when they are imported, and not before.
+"""Register the models with timm and transformers as soon as these are imported.
 
-timm and transformers find a model by name in a registry of their own, and look for no plug-ins. `import crate_mae` has
-to put ours there, in whichever order the two are imported, and must not import timm or transformers to do so: that
-takes seconds, and `crate-mae --help` and every program that never uses them would pay. So `import crate_mae` leaves a
-note with Python's import system: when one of these modules has been imported, import the module of ours that registers
-with it. Nothing else is changed, no file is looked for differently, and each note is taken down when it was used.
+Both libraries look up a model by name in their own registry, and have no plug-ins. `import crate_mae` has to register
+the models there, in either order of the two imports, without importing timm or transformers itself: that takes seconds,
+which `crate-mae --help` and programs that use neither would pay. So it adds a finder to `sys.meta_path`, the only
+global state that it changes. When one of the libraries is imported, the finder adds a step to that import: importing
+the module of this library that registers the models. It searches for no file in another way, and removes itself when
+nothing is left to register. The package wrapt has such post-import hooks too, and takes several times as long to import
+as `crate_mae` does.
 """
 
 import sys
@@ -17,27 +19,27 @@ from typing import Any
 
 
 def import_after(homes: Mapping[str, str]) -> None:
-    """Import a module of ours once another module has been imported; at once, if it has been already.
+    """Import a module of this library after another module is imported; now, if it has been imported already.
 
     Args:
-        homes: from the other module's name to that of ours.
+        homes: from the name of the other module to that of ours.
     """
     for name, ours in homes.items():
         if name in sys.modules:
             _import(name, ours)
     waiting = {name: ours for name, ours in homes.items() if name not in sys.modules}
     if waiting:
-        sys.meta_path.insert(0, _Notes(waiting))
+        sys.meta_path.insert(0, _RegisteringFinder(waiting))
 
 
-class _Notes:  # a finder; its base class `importlib.abc.MetaPathFinder` would double the time of `import crate_mae`
-    """Finds modules as the finders after it do, and adds one step to the import of those that are waited for."""
+class _RegisteringFinder:  # without `importlib.abc.MetaPathFinder`, which would double the time of `import crate_mae`
+    """Finds modules as the other finders do, and adds a step to the import of those in `waiting`."""
 
     def __init__(self, waiting: dict[str, str]) -> None:
         self.waiting = waiting
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        """The spec of a module that is waited for, whose loader then imports ours as well; else None."""
+        """The spec of a module in `waiting`, whose loader then imports ours as well; else None."""
         if fullname not in self.waiting:
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
@@ -50,7 +52,7 @@ class _Notes:  # a finder; its base class `importlib.abc.MetaPathFinder` would d
         execute = loader.exec_module  # pyright: ignore[reportAttributeAccessIssue]  # every loader that has a spec
 
         def execute_then_import_ours(module: ModuleType) -> None:
-            del loader.exec_module  # pyright: ignore[reportAttributeAccessIssue]  # the class's own shows again
+            del loader.exec_module  # pyright: ignore[reportAttributeAccessIssue]  # the class's own method is visible again
             execute(module)
             if ours := self.waiting.pop(name, None):
                 _import(name, ours)
@@ -61,7 +63,7 @@ class _Notes:  # a finder; its base class `importlib.abc.MetaPathFinder` would d
 
 
 def _import(name: str, ours: str) -> None:
-    """Import ours. What is wrong with it must not take the other library down."""
+    """Import ours; an error in it must not break the import of the other library."""
     try:
         import_module(ours)
     except Exception as error:
