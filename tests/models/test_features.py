@@ -222,5 +222,5 @@ def test_damaged_files_and_folders_are_named(model, tmp_path):
 def test_the_defaults_are_those_that_help_texts_name():
     for name in ("embed", "eval_knn", "eval_linear", "eval_fewshot"):
         text = " ".join(getattr(crate_mae, name).__doc__.split())
-        assert f"By default {DEFAULT_POOLING}, and mean" in text, name
-        assert f"By default {DEFAULT_LAYER}." in text, name
+        assert f"by default {DEFAULT_POOLING}, or mean" in text, name
+        assert f"by default {DEFAULT_LAYER}." in text, name
