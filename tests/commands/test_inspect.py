@@ -7,7 +7,7 @@ import pytest
 
 import crate_mae
 from crate_mae.errors import UserError
-from crate_mae.interpret.report import page
+from crate_mae.interpret.report import inspection, page
 
 command = importlib.import_module("crate_mae.commands.inspect")
 inspect = command.inspect
@@ -16,7 +16,8 @@ MODEL = "crate_mae_nano_patch2_8"
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Figures take the time, and are tested elsewhere."""
+    """Figures and untrained draws take the time, and are tested elsewhere."""
+    monkeypatch.setattr(inspection, "_DRAWS", 1)
     monkeypatch.setattr(
         page, "draw_figures", lambda plan: {figure.name: figure for section in plan.values() for figure in section}
     )

@@ -9,11 +9,18 @@ import torch
 
 import crate_mae
 from crate_mae.errors import UserError
+from crate_mae.interpret.report import inspection as inspection_module
 from crate_mae.interpret.report.examples import Grid, draw_grid
 from crate_mae.interpret.report.figures import plan_figures
 from crate_mae.interpret.report.inspection import inspect_model
 from crate_mae.interpret.report.page import write_page
 from crate_mae.interpret.report.subjects import Settings
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch):
+    """Untrained draws take the time, and are tested elsewhere."""
+    monkeypatch.setattr(inspection_module, "_DRAWS", 1)
 
 
 def report(**options):
