@@ -1,29 +1,29 @@
-"""Two contestants, timed in turns, and what comes out of it."""
+"""Two entries, timed in turns, and what comes out of it."""
 
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.contestants import sizes
+from benchmarks.entries import sizes
 from benchmarks.worker import ask
 
 # Ours, and what it is held against.
 DUELS = {
     "training": [
-        ("ours", "textbook"),
-        ("ours, layers computed again", "textbook"),
-        ("ours, visible patches", "textbook"),
+        ("ours", "reference"),
+        ("ours, layers computed again", "reference"),
+        ("ours, visible patches", "reference"),
         ("ours, visible patches", "transformers"),
         ("ours, visible patches", "timm blocks"),
     ],
-    "encoding": [("ours", "textbook"), ("ours", "timm blocks"), ("ours", "transformers")],
+    "encoding": [("ours", "reference"), ("ours", "timm blocks"), ("ours", "transformers")],
 }
 
 
 @dataclass(frozen=True)
 class Duel:
-    """What was measured of two contestants.
+    """What was measured of two entries.
 
     Attributes:
         size: of both.
@@ -69,7 +69,7 @@ HEAD = "| size | precision | task | first / second | ms | ratio | Gflop | peak |
 
 
 def fight(size: str, precision: str, task: str, names: tuple[str, str], **options: Any) -> Duel:
-    """Time two contestants; the options are `rounds`, `clock` and `threads`."""
+    """Time two entries; the options are `rounds`, `clock` and `threads`."""
     found = ask("times", sizes()[size], names=names, precision=precision, task=task, **options)
     first, second = (found["seconds"][name] for name in names)
     ratios = [b / a for a, b in zip(first, second, strict=True)]

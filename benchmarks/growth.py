@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.contestants import Size
+from benchmarks.entries import Size
 from benchmarks.report import command_line, common_options, heading, result_path
 from benchmarks.worker import ask
 from crate_mae.data.files import write_whole

@@ -1,4 +1,4 @@
-"""Foretold memory beside that of a process: `python -m benchmarks.memory --help`.
+"""Estimated memory beside that of a process: `python -m benchmarks.memory --help`.
 
 Resident memory at the peak of a training step above what the process had after its imports, each model in a process of
 its own, beside the estimate for a CPU.
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     near = [sum(abs(row.error) <= limit for row in rows) for limit in (0.1, 0.15)]
     said = f"Of {len(rows)} estimates, {near[0]} are within 10% and {near[1]} within 15%. Measured: median of rounds.\n"
     command = command_line("benchmarks.memory", arguments)
-    text = "\n".join([*heading("Foretold memory", command, options), said, _HEAD, *map(str, rows), ""])
+    text = "\n".join([*heading("Estimated memory", command, options), said, _HEAD, *map(str, rows), ""])
     write_whole(result_path("memory", options), text.encode())
     print(text)
 

@@ -25,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import patch_environment
 
-from benchmarks.contestants import sizes
+from benchmarks.entries import sizes
 from benchmarks.report import RESULTS, heading
 from crate_mae.data import Batch
 from crate_mae.data.files import write_whole

@@ -1,6 +1,6 @@
-"""How fast a step is, beside the textbook form, timm and transformers: `python -m benchmarks.steps --help`.
+"""How fast a step is, beside the reference implementation, timm and transformers: `python -m benchmarks.steps --help`.
 
-Two contestants at a time take turns in a process of their own, A B A B, with a plain product of matrices after each
+Two entries at a time take turns in a process of their own, A B A B, with a plain product of matrices after each
 round, which says what the machine can do. A ratio is one of times in the same round.
 """
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from benchmarks.chart import draw_duels
-from benchmarks.contestants import CONTESTANTS, sizes
 from benchmarks.duels import DUELS, HEAD, Duel, fight
+from benchmarks.entries import ENTRIES, sizes
 from benchmarks.report import command_line, common_options, heading, result_path
 from benchmarks.worker import ask
 from crate_mae.data.files import write_whole
@@ -23,7 +23,7 @@ from crate_mae.training.precision import multiplies_in_bfloat16
 
 
 class Memory(NamedTuple):
-    """What training takes, contestant by contestant.
+    """What training takes, entry by entry.
 
     Attributes:
         size: of all.
@@ -71,7 +71,7 @@ def _duels(options: argparse.Namespace) -> Iterator[Duel]:
 def _memories(options: argparse.Namespace) -> Iterator[Memory]:
     for size, precision in itertools.product(options.sizes, options.precisions):
         what = {"precision": precision, "task": "training", "threads": options.threads}
-        yield Memory(size, precision, {name: ask("memory", sizes()[size], name=name, **what) for name in CONTESTANTS})
+        yield Memory(size, precision, {name: ask("memory", sizes()[size], name=name, **what) for name in ENTRIES})
 
 
 def _tables(duels: Sequence[Duel], memories: Sequence[Memory]) -> Iterator[str]:
@@ -79,19 +79,19 @@ def _tables(duels: Sequence[Duel], memories: Sequence[Memory]) -> Iterator[str]:
     yield f"Images a step: {batches}.\n"
     yield "A ratio says how many times as long the second takes: median (quartiles) over rounds. Times are medians."
     yield "Operations are those of matrix products. The peak is the rate of one large product in the same rounds, in"
-    yield "Gflop a second. All contestants have the same optimizer, AdamW in one kernel.\n"
+    yield "Gflop a second. All entries have the same optimizer, AdamW in one kernel.\n"
     yield HEAD
     yield from (duel.row for duel in duels)
     if memories:
-        yield "\nPeak memory of training above the imports, each contestant in a process of its own: MB (as a share of"
-        yield "the textbook's), and page faults of a step after the first three.\n"
-        yield f"| size | precision | {' | '.join(CONTESTANTS)} |"
-        yield "|---" * (2 + len(CONTESTANTS)) + "|"
+        yield "\nPeak memory of training above the imports, each entry in a process of its own: MB (as a share of"
+        yield "the reference implementation's), and page faults of a step after the first three.\n"
+        yield f"| size | precision | {' | '.join(ENTRIES)} |"
+        yield "|---" * (2 + len(ENTRIES)) + "|"
         yield from map(_memory_row, memories)
 
 
 def _memory_row(memory: Memory) -> str:
-    whole = memory.found["textbook"]["peak"]
+    whole = memory.found["reference"]["peak"]
     cells = [
         f"{found['peak'] / 1e6:,.0f} ({found['peak'] / whole:.2f}), {found['faults']:,.0f}"
         for found in memory.found.values()

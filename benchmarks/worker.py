@@ -1,6 +1,6 @@
 """One measurement in a process of its own: `python -m benchmarks.worker`, a question in JSON in, an answer out.
 
-Contestants are timed two at a time: with many models in one process memory is scattered, and all look slower.
+Entries are timed two at a time: with many models in one process memory is scattered, and all look slower.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.contestants import CONTESTANTS, Contestant, Size, sizes
+from benchmarks.entries import ENTRIES, Entry, Size, sizes
 from crate_mae.costs.trial import flop_counter
 from crate_mae.models.devices import fastest_device
 from crate_mae.training.precision import autocast
@@ -40,7 +40,7 @@ def ask(kind: str, size: Size, **question: Any) -> Any:
 def times(
     device: torch.device, names: list[str], size: Size, precision: str, task: str, rounds: int, clock: str
 ) -> dict[str, Any]:
-    """Seconds of each contestant in each round, operations of each, and the rate of a plain product in each round."""
+    """Seconds of each entry in each round, operations of each, and the rate of a plain product in each round."""
     works = {name: work(device, name, size, precision, task) for name in names}
     for turn in works.values():
         turn()  # before anything is counted: what is formed once and kept is no part of later turns
@@ -60,8 +60,8 @@ def memory(device: torch.device, name: str, size: Size, precision: str, task: st
     """Bytes at the peak of some steps above what the imports took, page faults of each later step, and parameters."""
     work(device, name, sizes()["nano"], precision, task)()  # imports what is imported at the first step only
     before = restart_peak()
-    contestant = _enter(device, name, size, precision)
-    turn = _WORK[task](contestant, device, precision)
+    entry = _enter(device, name, size, precision)
+    turn = _WORK[task](entry, device, precision)
     for _ in range(_SETTLING_STEPS):
         turn()
     faults = _page_faults()
@@ -75,11 +75,11 @@ def memory(device: torch.device, name: str, size: Size, precision: str, task: st
         assert before is not None
         assert after is not None
         peak = after - before
-    return {"peak": peak, "faults": faults, "parameters": sum(p.numel() for p in contestant.model.parameters())}
+    return {"peak": peak, "faults": faults, "parameters": sum(p.numel() for p in entry.model.parameters())}
 
 
 def costs(device: torch.device, name: str, size: Size, precision: str, rounds: int, clock: str) -> dict[str, Any]:
-    """Both, of one contestant's training."""
+    """Both, of one entry's training."""
     weighed = memory(device, name, size, precision, "training")
     return weighed | times(device, [name], size, precision, "training", rounds, clock)
 
@@ -89,18 +89,18 @@ def work(device: torch.device, name: str, size: Size, precision: str, task: str)
     return _WORK[task](_enter(device, name, size, precision), device, precision)
 
 
-def _enter(device: torch.device, name: str, size: Size, precision: str) -> Contestant:
+def _enter(device: torch.device, name: str, size: Size, precision: str) -> Entry:
     with autocast(device, precision):  # so that it can see how it will be asked to compute
-        return CONTESTANTS[name](size, device)
+        return ENTRIES[name](size, device)
 
 
-def _training(contestant: Contestant, device: torch.device, precision: str) -> Callable[[], object]:
-    contestant.model.train()
-    optimizer = contestant.optimizer()
+def _training(entry: Entry, device: torch.device, precision: str) -> Callable[[], object]:
+    entry.model.train()
+    optimizer = entry.optimizer()
 
     def step() -> None:
         with autocast(device, precision):
-            loss = contestant.loss()
+            loss = entry.loss()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -108,12 +108,12 @@ def _training(contestant: Contestant, device: torch.device, precision: str) -> C
     return step
 
 
-def _encoding(contestant: Contestant, device: torch.device, precision: str) -> Callable[[], object]:
-    contestant.model.eval()
+def _encoding(entry: Entry, device: torch.device, precision: str) -> Callable[[], object]:
+    entry.model.eval()
 
     def encode() -> None:
         with torch.inference_mode(), autocast(device, precision):
-            contestant.encode()
+            entry.encode()
 
     return encode
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import contestants, steps
-from benchmarks.contestants import CONTESTANTS
-from benchmarks.textbook import Textbook
+from benchmarks import entries, steps
+from benchmarks.entries import ENTRIES
+from benchmarks.reference import Reference
 from crate_mae.models.official import to_official
 
 CPU = torch.device("cpu")
@@ -13,30 +13,30 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def size():
-    return contestants.sizes()["nano"]
+    return entries.sizes()["nano"]
 
 
 @pytest.mark.parametrize("name", ["ours", "ours, layers computed again"])
-def test_ours_is_the_textbooks_function_with_its_gradients(name, size):
-    ours, textbook = CONTESTANTS[name](size, CPU), CONTESTANTS["textbook"](size, CPU)
-    assert isinstance(textbook.model, Textbook)
-    torch.testing.assert_close(ours.loss(), textbook.loss())
-    torch.testing.assert_close(ours.encode(), textbook.encode())
+def test_ours_is_the_function_of_the_reference_with_its_gradients(name, size):
+    ours, reference = ENTRIES[name](size, CPU), ENTRIES["reference"](size, CPU)
+    assert isinstance(reference.model, Reference)
+    torch.testing.assert_close(ours.loss(), reference.loss())
+    torch.testing.assert_close(ours.encode(), reference.encode())
     ours.loss().backward()
-    textbook.loss().backward()
+    reference.loss().backward()
     for parameter in ours.model.parameters():
         parameter.data = parameter.grad
     expected = to_official(ours.model)
-    state = textbook.model.state()
+    state = reference.model.state()
     assert len(list(ours.model.parameters())) == len(state) - 1  # positions are fixed
-    for name, parameter in textbook.model.state().items():
+    for name, parameter in reference.model.state().items():
         if parameter.requires_grad:
             torch.testing.assert_close(parameter.grad, expected[name])
 
 
 def test_twins_have_one_configuration(size):
     pytest.importorskip("transformers")
-    timm, transformers = CONTESTANTS["timm blocks"](size, CPU), CONTESTANTS["transformers"](size, CPU)
+    timm, transformers = ENTRIES["timm blocks"](size, CPU), ENTRIES["transformers"](size, CPU)
     assert sum(p.numel() for p in timm.model.parameters()) == sum(
         p.numel() for p in transformers.model.parameters() if p.requires_grad
     )
@@ -44,8 +44,8 @@ def test_twins_have_one_configuration(size):
 
 
 def test_a_small_run_writes_a_table_and_a_chart(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(steps, "DUELS", {"training": [("ours", "textbook")]})
-    monkeypatch.setattr(steps, "CONTESTANTS", dict.fromkeys(["ours", "textbook"]))
+    monkeypatch.setattr(steps, "DUELS", {"training": [("ours", "reference")]})
+    monkeypatch.setattr(steps, "ENTRIES", dict.fromkeys(["ours", "reference"]))
     measure = ["--sizes", "nano", "--tasks", "training", "--precisions", "float32", "--threads", "1", "--rounds", "2"]
     steps.main(["--machine", "test", "--out", str(tmp_path), *measure])
     (table,), (chart,) = tmp_path.glob("steps_test_*.md"), tmp_path.glob("steps_test_*.png")

@@ -195,7 +195,7 @@ def test_a_class_with_too_few_images_is_named(probe, options):
         refuse_small_classes(labels, 2, ["a", "b", "c", "d", "owl", "f", "g"])
 
 
-def test_wilson_interval_by_the_textbook():
+def test_wilson_interval_by_its_formula():
     # Newcombe (1998), method 3: 81 of 263 is 0.2553 to 0.3662, and 0 of 20 is 0 to 0.1611.
     score = wilson_interval(81, 263)
     assert (score.value, score.low, score.high) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)

@@ -1,6 +1,6 @@
-"""Make `tests/golden/crate_mae_textbook.safetensors`: python -m tests.models.make_golden
+"""Make `tests/golden/crate_mae_reference.safetensors`: python -m tests.models.make_golden
 
-Random weights in the official layout, random images and masks, and what the textbook form computes from them in
+Random weights in the official layout, random images and masks, and what the reference implementation computes from them in
 float64. Small, and of our own making, so that the check of every number runs wherever the tests run.
 """
 
@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 import crate_mae
-from benchmarks import textbook
+from benchmarks import reference
 
-GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "crate_mae_textbook.safetensors"
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "crate_mae_reference.safetensors"
 
 
 def main() -> None:
@@ -25,8 +25,8 @@ def main() -> None:
     state = crate_mae.to_official(model)
     images = torch.randn(2, 3, 15, 25, dtype=torch.float64)
     mask = torch.rand(2, 15) < 0.6
-    results = textbook.forward(state, images, mask, heads=7)
-    feat = textbook.forward(state, images, torch.zeros_like(mask), heads=7)["latent"]
+    results = reference.forward(state, images, mask, heads=7)
+    feat = reference.forward(state, images, torch.zeros_like(mask), heads=7)["latent"]
     tensors = {f"official.{name}": value for name, value in state.items()} | results
     tensors |= {"images": images, "mask": mask.double(), "feat": feat}
     save_file({name: value.float().contiguous() for name, value in tensors.items()}, GOLDEN)

@@ -17,7 +17,7 @@ def _float64():
     torch.set_default_dtype(torch.float32)
 
 
-def textbook_mssa(z, layer):
+def reference_mssa(z, layer):
     u = layer.bases()
     heads = [torch.softmax(z @ u_k @ (z @ u_k).mT / u_k.shape[1] ** 0.5, dim=-1) @ (z @ u_k) for u_k in u]
     if layer.proj is None:
@@ -28,17 +28,17 @@ def textbook_mssa(z, layer):
 @pytest.mark.parametrize("projection", ["free", "tied"])
 def test_mssa_is_the_sum_over_subspaces(projection):
     layer, z = MSSA(21, 3, output_projection=projection), torch.randn(2, 5, 21)
-    torch.testing.assert_close(layer(z), textbook_mssa(z, layer))
+    torch.testing.assert_close(layer(z), reference_mssa(z, layer))
 
 
 def test_ista_is_the_three_product_form_with_the_same_gradients():
     layer, x = ISTA(11, step_size=0.13, threshold=0.3), torch.randn(2, 7, 11, requires_grad=True)
     d = layer.dictionary
-    textbook = torch.relu(x + 0.13 * (x @ d - x @ d.T @ d) - 0.13 * 0.3)
-    torch.testing.assert_close(layer(x), textbook, rtol=1e-12, atol=1e-13)
+    reference = torch.relu(x + 0.13 * (x @ d - x @ d.T @ d) - 0.13 * 0.3)
+    torch.testing.assert_close(layer(x), reference, rtol=1e-12, atol=1e-13)
     weight = torch.randn(2, 7, 11)
     ours = torch.autograd.grad((layer(x) * weight).sum(), [x, d])
-    theirs = torch.autograd.grad((textbook * weight).sum(), [x, d])
+    theirs = torch.autograd.grad((reference * weight).sum(), [x, d])
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -95,7 +95,7 @@ def test_the_kept_operator_follows_the_precision():
 
 def test_encoder_layer_compresses_then_sparsifies():
     layer, z = EncoderLayer(21, 3), torch.randn(2, 5, 21)
-    half = z + textbook_mssa(layer.norm1(z), layer.attn)
+    half = z + reference_mssa(layer.norm1(z), layer.attn)
     torch.testing.assert_close(layer(z), layer.ista(layer.norm2(half)))
     assert (layer(z) >= 0).all()
 
@@ -122,7 +122,7 @@ def test_overcomplete_codes_are_read_out_and_added():
 def test_decoder_layer_steps_the_other_way():
     layer, y = DecoderLayer(21, 3), torch.randn(2, 5, 21)
     half = layer.norm1(y) @ layer.dictionary.weight.T
-    torch.testing.assert_close(layer(y), half - textbook_mssa(layer.norm2(half), layer.attn))
+    torch.testing.assert_close(layer(y), half - reference_mssa(layer.norm2(half), layer.attn))
 
 
 def test_encoder_layer_takes_timms_arguments_but_no_mask():

@@ -7,15 +7,15 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import crate_mae
-from benchmarks import textbook
+from benchmarks import reference
 from crate_mae.theory.attention import attention_membership
 
-OWN = Path(__file__).resolve().parents[1] / "golden" / "crate_mae_textbook.safetensors"
+OWN = Path(__file__).resolve().parents[1] / "golden" / "crate_mae_reference.safetensors"
 
 
 @pytest.fixture(params=["own", "official"])
 def golden(request):
-    """Stored outputs: of our textbook form, always; of the official code, where the shared folder is."""
+    """Stored outputs: of our reference implementation, always; of the official code, where the shared folder is."""
     if request.param == "own":
         tensors, heads, size = load_file(OWN), 7, (15, 25)
     else:
@@ -76,21 +76,21 @@ def test_round_trip_gives_back_the_same_tensors(golden):
         assert torch.equal(back[name], value), name
 
 
-def test_the_textbook_form_computes_what_the_official_code_stored(golden):
+def test_the_reference_form_computes_what_the_official_code_stored(golden):
     tensors, state, heads, _ = golden
-    results = textbook.forward(state, tensors["images"], tensors["mask"].bool(), heads)
+    results = reference.forward(state, tensors["images"], tensors["mask"].bool(), heads)
     for name in ("loss", "loss_norm_pix", "pred", "latent"):
         assert_near(results[name], tensors[name])
 
 
-def test_gradients_are_those_of_the_textbook_form(golden):
+def test_gradients_are_those_of_the_reference_form(golden):
     tensors, state, heads, _ = golden
     model = build(golden).double()
     mask = tensors["mask"].bool()
     images = tensors["images"].double()
     model(images, mask=mask).loss.backward()
     leaves = {name: value.double().requires_grad_() for name, value in state.items()}
-    textbook.forward(leaves, images, mask, heads)["loss"].backward()
+    reference.forward(leaves, images, mask, heads)["loss"].backward()
     ours = crate_mae.to_official(model)
     grads = {name: p.grad for name, p in model.named_parameters()}
     for name, parameter in model.named_parameters():

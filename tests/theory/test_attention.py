@@ -1,4 +1,4 @@
-"""The attention that the models run is the textbook's, in value and in gradient."""
+"""The attention that the models run is the reference implementation's, in value and in gradient."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from crate_mae.theory import attention, attention_membership, linear_ssa, mssa, 
 from crate_mae.theory.attention import SymmetricAttention, fused_ssa
 
 
-def textbook_ssa(w, scale):
+def reference_ssa(w, scale):
     """softmax(s W W^T) W as it stands, differentiated by autograd: the oracle."""
     return torch.softmax(scale * (w @ w.mT), dim=-1) @ w
 
@@ -54,7 +54,7 @@ def test_membership_rows_are_distributions_by_hand():
 
 def test_default_scale_is_one_over_root_p(generator):
     w = projections(3, 11, 7, generator=generator)
-    torch.testing.assert_close(ssa(w), textbook_ssa(w, 7**-0.5))
+    torch.testing.assert_close(ssa(w), reference_ssa(w, 7**-0.5))
     torch.testing.assert_close(attention_membership(w), attention_membership(w, 7**-0.5))
 
 
@@ -72,18 +72,18 @@ def test_linear_ssa_by_hand():
 
 @pytest.mark.usefixtures("piece")
 @pytest.mark.parametrize("scale", [0.0, 0.3, 5.0])
-def test_value_and_gradient_are_the_textbooks(scale, generator):
+def test_value_and_gradient_are_those_of_the_reference(scale, generator):
     w, grad_out = projections(15, 11, 7, generator=generator), projections(15, 11, 7, generator=generator)
     ours = value_and_gradient(SymmetricAttention.apply, w, grad_out, scale)
-    oracle = value_and_gradient(textbook_ssa, w, grad_out, scale)
+    oracle = value_and_gradient(reference_ssa, w, grad_out, scale)
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("scale", [None, 0.0, 0.3, 5.0])
-def test_the_fused_form_has_the_textbooks_value_and_gradient(scale, generator):
+def test_the_fused_form_has_those_of_the_reference_value_and_gradient(scale, generator):
     w, grad_out = projections(3, 5, 11, 7, generator=generator), projections(3, 5, 11, 7, generator=generator)
     ours = value_and_gradient(fused_ssa, w, grad_out, scale)
-    oracle = value_and_gradient(textbook_ssa, w, grad_out, 7**-0.5 if scale is None else scale)
+    oracle = value_and_gradient(reference_ssa, w, grad_out, 7**-0.5 if scale is None else scale)
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
 
 
@@ -110,7 +110,7 @@ def test_the_fused_form_keeps_the_precision_of_its_input_under_autocast(generato
     w = projections(3, 11, 7, generator=generator, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = fused_ssa(w)
-    torch.testing.assert_close(out, textbook_ssa(w, 7**-0.5))
+    torch.testing.assert_close(out, reference_ssa(w, 7**-0.5))
 
 
 @pytest.mark.usefixtures("piece")
@@ -124,7 +124,7 @@ def test_views_and_expanded_gradients_are_handled(generator):
     flat = projections(3, 11, 5 * 7, generator=generator)
     w = flat.unflatten(-1, (5, 7)).transpose(1, 2)
     expanded = torch.ones((), dtype=w.dtype).expand(w.shape)
-    oracle = value_and_gradient(textbook_ssa, w, expanded, 0.3)
+    oracle = value_and_gradient(reference_ssa, w, expanded, 0.3)
     ours = value_and_gradient(ssa, w, expanded, 0.3)
     torch.testing.assert_close(ours, oracle, rtol=1e-12, atol=1e-12)
     ours = value_and_gradient(
@@ -140,7 +140,7 @@ def test_half_precisions_stay_close_to_the_exact_value_and_gradient(dtype, toler
     w, grad_out = (projections(12, 65, 32, generator=generator, dtype=dtype) for _ in range(2))
     w = (spread * w).detach()
     ours = value_and_gradient(ssa, w, grad_out, 32**-0.5)
-    exact = value_and_gradient(textbook_ssa, w.double(), grad_out.double(), 32**-0.5)
+    exact = value_and_gradient(reference_ssa, w.double(), grad_out.double(), 32**-0.5)
     for got, expected in zip(ours, exact, strict=True):
         assert got.dtype == dtype
         assert (got.double() - expected).norm() <= tolerance * expected.norm()
@@ -185,7 +185,7 @@ def test_a_second_derivative_is_refused_and_not_wrong(generator):
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 def test_mssa_sums_its_heads(batch, generator):
     z, u = projections(*batch, 11, 7, generator=generator), projections(5, 7, 3, generator=generator)
-    expected = sum(textbook_ssa(z @ u_k, 3**-0.5) @ u_k.mT for u_k in u)
+    expected = sum(reference_ssa(z @ u_k, 3**-0.5) @ u_k.mT for u_k in u)
     torch.testing.assert_close(mssa(z, u), expected, rtol=1e-12, atol=1e-12)
 
 

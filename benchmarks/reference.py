@@ -84,7 +84,7 @@ def forward(state: State, images: Tensor, hidden: Tensor, heads: int) -> dict[st
     return results | {"loss": loss(prediction, target, hidden), "loss_norm_pix": loss(prediction, normal, hidden)}
 
 
-class Textbook(nn.Module):
+class Reference(nn.Module):
     """The same as a module that can be trained: what an official state dict holds, and nothing that is never read.
 
     Args:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.textbook import Textbook
+from benchmarks.reference import Reference
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.masking import random_mask, visible_indices
@@ -22,7 +22,7 @@ _WEIGHT_DECAY = 0.05
 
 @dataclass(frozen=True)
 class Size:
-    """What is alike for all contestants.
+    """What is alike for all entries.
 
     Attributes:
         ours: configuration of CRATE-MAE; "ours, visible patches" has mask tokens at the decoder only.
@@ -45,7 +45,7 @@ class Size:
 
 
 @dataclass(frozen=True)
-class Contestant:
+class Entry:
     """A model that can be trained and asked for features.
 
     Attributes:
@@ -73,40 +73,40 @@ def sizes() -> dict[str, Size]:
 
 
 def images_and_mask(size: Size, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The same for every contestant of a size."""
+    """The same for every entry of a size."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(size.batch, size.ours.in_chans, *size.ours.image_size, generator=generator)
     rows, columns = size.ours.grid_size
     return images.to(device), random_mask(size.batch, rows * columns, MASK_RATIO, generator).to(device)
 
 
-def _ours(size: Size, device: torch.device, **settings: Any) -> Contestant:
+def _ours(size: Size, device: torch.device, **settings: Any) -> Entry:
     return _of_config(size, size.ours.replace(**settings), device)
 
 
-def _frugal(size: Size, device: torch.device) -> Contestant:
-    contestant = _ours(size, device)
-    assert isinstance(contestant.model, MaskedAutoencoder)
-    contestant.model.set_grad_checkpointing()
-    return contestant
+def _frugal(size: Size, device: torch.device) -> Entry:
+    entry = _ours(size, device)
+    assert isinstance(entry.model, MaskedAutoencoder)
+    entry.model.set_grad_checkpointing()
+    return entry
 
 
-def _textbook(size: Size, device: torch.device) -> Contestant:
-    model = Textbook(to_official(_build(size.ours, device)), size.ours.num_heads).to(device)
+def _reference(size: Size, device: torch.device) -> Entry:
+    model = Reference(to_official(_build(size.ours, device)), size.ours.num_heads).to(device)
     images, mask = images_and_mask(size, device)
-    return Contestant(model, lambda: model(images, mask), lambda: model.features(images))
+    return Entry(model, lambda: model(images, mask), lambda: model.features(images))
 
 
-def _timm(size: Size, device: torch.device) -> Contestant:
+def _timm(size: Size, device: torch.device) -> Entry:
     """Blocks of timm as a masked autoencoder with a visible-only encoder: our baseline."""
     return _of_config(size, size.twin, device)
 
 
-def _of_config(size: Size, config: ModelConfig, device: torch.device) -> Contestant:
+def _of_config(size: Size, config: ModelConfig, device: torch.device) -> Entry:
     model = _build(config, device)
     images, mask = images_and_mask(size, device)
     visible = visible_indices(mask)  # known before the step, as in training
-    return Contestant(
+    return Entry(
         model,
         lambda: model(images, mask=mask, visible=visible).loss,
         lambda: model.encoder.forward_features(images),
@@ -118,7 +118,7 @@ def _build(config: ModelConfig, device: torch.device) -> MaskedAutoencoder:
     return build(config).to(device)
 
 
-def _transformers(size: Size, device: torch.device) -> Contestant:
+def _transformers(size: Size, device: torch.device) -> Entry:
     """Hugging Face's ViT-MAE in the twin's configuration."""
     from transformers import ViTMAEForPreTraining
 
@@ -135,7 +135,7 @@ def _transformers(size: Size, device: torch.device) -> Contestant:
         model.config.mask_ratio = MASK_RATIO
         return features
 
-    return Contestant(model, lambda: model(images, noise=noise).loss, encode)
+    return Entry(model, lambda: model(images, noise=noise).loss, encode)
 
 
 def _transformers_config(size: Size) -> Any:
@@ -157,11 +157,11 @@ def _transformers_config(size: Size) -> Any:
     )
 
 
-CONTESTANTS: dict[str, Callable[[Size, torch.device], Contestant]] = {
+ENTRIES: dict[str, Callable[[Size, torch.device], Entry]] = {
     "ours": _ours,
     "ours, layers computed again": _frugal,
     "ours, visible patches": lambda size, device: _ours(size, device, mask_tokens="decoder"),
-    "textbook": _textbook,
+    "reference": _reference,
     "timm blocks": _timm,
     "transformers": _transformers,
 }
