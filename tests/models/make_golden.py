@@ -1,7 +1,7 @@
 """Make `tests/golden/crate_mae_reference.safetensors`: python -m tests.models.make_golden
 
-Random weights in the official layout, random images and masks, and what the reference implementation computes from them in
-float64. Small, and of our own making, so that the check of every number runs wherever the tests run.
+Random weights in the official layout, random images and masks, and what the reference implementation computes from
+them in float64. Small, and of our own making, so that the check of every number runs wherever the tests run.
 """
 
 from pathlib import Path
