@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 DRIVER = Path(__file__).with_name("watched_server.py")
-BUNDLED = "crate_mae_micro_cifar10"
+BUNDLED = "crate_mae_micro_monotone_cifar10"
 STARTS_WITHIN = 400  # seconds, on a machine with much else to do
 
 

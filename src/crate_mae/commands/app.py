@@ -11,7 +11,7 @@ _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def app(
-    models: Annotated[tuple[str, ...], Parameter(negative=())] = ("crate_mae_micro_cifar10",),
+    models: Annotated[tuple[str, ...], Parameter(negative=())] = ("crate_mae_micro_monotone_cifar10",),
     *,
     host: str = "127.0.0.1",
     port: int = 7860,
