@@ -8,7 +8,7 @@ import pytest
 from tests.training.real_processes import MONOTONE, finish, largest_difference, wait_for
 
 CHECKPOINT_OFTEN = ("checkpoint_minutes=0.0001",)
-KILLS = ((1, 5), (8, 12), (15, 18))  # each at a random step of a range
+KILLS = ((1, 5), (8, 12))  # each at a random step of a range
 
 
 def result(run):
@@ -20,10 +20,9 @@ def result(run):
     ("options", "kills"),
     [
         (("drop_path=0.2",), KILLS),
-        (("precision=bfloat16", "workers=1"), KILLS[1:2]),
-        ((MONOTONE, "drop_path=0.2"), KILLS[1:2]),
+        ((MONOTONE, "precision=bfloat16", "workers=1"), KILLS[1:2]),
     ],
-    ids=["drop_path", "bfloat16", "monotone"],
+    ids=["published layers", "monotone layers in bfloat16"],
 )
 def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, driver, options, kills):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
