@@ -16,6 +16,7 @@ from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.models import create_model
 from crate_mae.models.weights import save
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
+from crate_mae.training.report import RunReport
 
 TINY_MODEL = {"embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_depth": 2}
 TINY_RUN = {
@@ -52,6 +53,18 @@ def cpu(monkeypatch) -> None:
     """Tests compute on the CPU, also where there is something faster, and bit for bit."""
     if torch.accelerator.is_available():
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture
+def written_report() -> None:
+    """Asks for runs that write `report.html`; see `no_report`."""
+
+
+@pytest.fixture(autouse=True)
+def no_report(request, monkeypatch) -> None:
+    """Without `written_report`, runs write no report: it takes a third of the time of so short a run."""
+    if "written_report" not in request.fixturenames:
+        monkeypatch.setattr(RunReport, "_write", lambda _report: None)
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def labelled(number, classes=2, channels=1, size=(8, 8), first=0):
     ]
 
 
-def test_a_run_learns_and_keeps_the_best_model(tiny_finetuning, capsys):
+def test_a_run_learns_and_keeps_the_best_model(tiny_finetuning, written_report, capsys):
     options = {**PLAIN, "lr": 3e-2, "steps": 60, "monitor_steps": 20, "layer_decay": 1.0, "quiet": False}
     run = tiny_finetuning(**options)
     rows = [row for row in run.metrics() if row["val_accuracy"] is not None]

@@ -56,7 +56,7 @@ def photos(tmp_path):
     return make
 
 
-def test_a_run_learns_and_leaves_everything_that_its_folder_promises(tiny_run, capsys):
+def test_a_run_learns_and_leaves_everything_that_its_folder_promises(tiny_run, written_report, capsys):
     run = tiny_run(quiet=False, steps=60, monitor_steps=30)
     rows = run.metrics()
     assert [row["step"] for row in rows] == [0, *range(3, 61, 3)]

@@ -17,6 +17,8 @@ from crate_mae.training.processes import StopRequest
 from crate_mae.training.report import RunReport, curve, draw_layer_signals, draw_learning
 from crate_mae.training.run_directory import RunDirectory
 
+pytestmark = pytest.mark.usefixtures("written_report")
+
 ROWS = [
     {"step": 0.0, "loss": None, "lr": None, "held_out_loss": 1.5, "feature_rank": 3.0, "images_per_second": None},
     {"step": 3.0, "loss": 1.2, "lr": 0.1, "held_out_loss": None, "feature_rank": None, "images_per_second": 70.0},

@@ -14,7 +14,9 @@ def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(tmp_path, dri
     options = ("steps=12", "accumulation=2", "monitor_steps=4")
     whole = driver("pretrain", tmp_path / "whole", *options)
     run = tmp_path / "run"
-    finish(driver("pretrain", run, *options, "stop_at=6", launcher=sharded(4), **CPU), code=1)  # the launcher's own code
+    finish(
+        driver("pretrain", run, *options, "stop_at=6", launcher=sharded(4), **CPU), code=1
+    )  # the launcher's own code
     four = run / "checkpoints" / "step-7"
     parts = sorted(path.name for path in four.glob("model*"))
     assert parts == [*(f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)), "model.safetensors.index.json"]
