@@ -1,5 +1,7 @@
 """What pages say of the tree, read from the tree: results with their commands, and the reference, module by module."""
 
+import dataclasses
+import importlib
 import json
 import re
 from pathlib import Path
@@ -39,7 +41,26 @@ def _entry(path: Path, source: Path) -> str:
     name = ".".join(path.relative_to(source).with_suffix("").parts)
     if path.name == "__init__.py":
         return f"::: {name.removesuffix('.__init__')}\n    options:\n      members: false\n"
-    return f"::: {name}\n"
+    return f"::: {name}\n{_options(name, path)}"
+
+
+def _options(name: str, path: Path) -> str:
+    """A table of the options of a command that takes a dataclass of them, which its signature does not show."""
+    taken = re.search(r"^@takes\((\w+)\)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    if taken is None:
+        return ""
+    kind = getattr(importlib.import_module(name), taken[1])
+    rows = [
+        f"| `{field.name}` | {_default(field)} | {field.metadata['help']} |"
+        for field in dataclasses.fields(kind)
+        if "help" in field.metadata
+    ]
+    head = f"\nOptions of `{name.rpartition('.')[2]}`; None is chosen from the data and the machine.\n"
+    return "\n".join([head, "| option | default | |", "|---|---|---|", *rows, ""])
+
+
+def _default(field: dataclasses.Field) -> str:
+    return "required" if field.default is dataclasses.MISSING else f"`{field.default}`"
 
 
 def _is_documented(path: Path) -> bool:
