@@ -10,6 +10,7 @@ from crate_mae.costs.memory import LIBRARY_BYTES, LiveTensors, memory_estimate, 
 from crate_mae.costs.trial import StepSettings, TrialStep
 from crate_mae.models import create_model
 from crate_mae.training.precision import multiplies_in_bfloat16
+from tests.costs.models import EVERY_KIND
 
 CPU = torch.device("cpu")
 
@@ -39,15 +40,7 @@ def test_tensors_are_counted_until_they_are_freed():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "crate_mae_nano_patch2_8",
-        "crate_mae_nano_visible_patch2_8",
-        "crate_mae_nano_monotone_patch2_8",
-        "vit_mae_nano_patch2_8",
-    ],
-)
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_tensors_without_values_take_the_memory_of_real_ones(name, precision):
     c, s = config(name), settings(5, precision)
     found = memory_estimate(c, s)

@@ -10,6 +10,7 @@ from crate_mae.costs.trial import StepFlops, StepSettings, TrialStep, flop_count
 from crate_mae.models import create_model
 from crate_mae.theory.attention import SymmetricAttention, ssa
 from crate_mae.theory.sparse_coding import ista_step
+from tests.costs.models import EVERY_KIND
 
 CPU = torch.device("cpu")
 B, N, P = 3, 7, 5
@@ -158,15 +159,7 @@ def test_steps_are_timed_in_turns():
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(
-    "name",
-    [
-        "crate_mae_nano_patch2_8",
-        "crate_mae_nano_visible_patch2_8",
-        "crate_mae_nano_monotone_patch2_8",
-        "vit_mae_nano_patch2_8",
-    ],
-)
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_operations_are_extrapolated_exactly(name, precision):
     c = config(name, depth=3, decoder_depth=4)
     s = settings(batch_size=5, precision=precision)

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
+from crate_mae.drawing.page import table
 from crate_mae.drawing.style import GREY, colour, legend_above, marker, new_figure, panels
 from crate_mae.interpret.claims.common import Section, Spread, generator, span, spreads_by_step
 from crate_mae.theory import (
@@ -244,14 +245,12 @@ def explain_signal_to_noise(results: SignalToNoise) -> Section:
 
 def _factor_table(results: SignalToNoise) -> str:
     """For each noise level: how many layers have the predicted factor, and the first layer's factor; as HTML."""
-    heading = "".join(f"<th>{title}</th>" for _, title in OPERATORS.values())
     rows = []
     for noise_std in dict.fromkeys(curve.noise_std for curve in results.curves):
         curves = [curve for curve in results.curves if curve.noise_std == noise_std]
-        cells = [f"<td>{curve.layers_held}; {curve.factor[0].mean:.2f}</td>" for curve in curves]
-        rows.append(f"<tr><td>{noise_std:g}</td>{''.join(cells)}</tr>")
+        rows.append([f"{noise_std:g}", *(f"{curve.layers_held}; {curve.factor[0].mean:.2f}" for curve in curves)])
     caption = (
         f"Number of layers, from the first, whose factor is within {HOLDS_WITHIN:.0%} of the predicted one; the first "
         "layer's factor"
     )
-    return f"<table><caption>{caption}</caption><tr><th>σ</th>{heading}</tr>{''.join(rows)}</table>"
+    return table(["σ", *(title for _, title in OPERATORS.values())], rows, caption)
