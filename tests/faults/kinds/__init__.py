@@ -1,0 +1,1 @@
+"""Kinds of damaged and odd inputs: each module has a list `KINDS`."""
