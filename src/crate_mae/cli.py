@@ -11,15 +11,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
-from cyclopts.config import Dict, Yaml
+from cyclopts.config import Dict
 from cyclopts.types import ExistingFile
-from rich.console import Console
 
+from crate_mae.data.documents import read_yaml
 from crate_mae.errors import RunStopped, UserError
+from crate_mae.terminal import open_console
 
 # name: (function, its line in `crate-mae --help`, which does not import the function)
 _COMMANDS = {
@@ -94,22 +96,25 @@ def build_app() -> App:
             config: YAML file with options of the command; options on the command line override it.
         """
         if config is not None:
-            app.config = partial(_options_of, Yaml(config, must_exist=True))
+            app.config = partial(_options_of, config)
         return app(tokens, exit_on_error=False, print_error=False)
 
     return app
 
 
-def _options_of(file: Yaml, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+def _options_of(file: Path, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
     """Fill the options of a command from a flat file; the file of a run also names its command."""
+    options = read_yaml(file)
+    options = {} if options is None else options
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise UserError(f"{file} must hold options by name, one a line, such as `steps: 100`.")
     # `data: ...` in the file is an option of `pretrain`. In a flat file Cyclopts would read this key as the command
     # `data`, but not below the key `pretrain`: so the options are nested below the name of the command.
-    options: dict[str, Any] = dict(file.config)
     if (kind := options.pop("command", None)) is not None and commands and kind != commands[-1]:
-        raise UserError(f"{file.path} holds the options of `crate-mae {kind}`, not of `crate-mae {commands[-1]}`.")
+        raise UserError(f"{file} holds the options of `crate-mae {kind}`, not of `crate-mae {commands[-1]}`.")
     for command in reversed(commands):
         options = {command: options}
-    Dict(options, source=str(file.path))(app, commands, arguments)
+    Dict(options, source=str(file))(app, commands, arguments)
 
 
 @contextmanager
@@ -133,7 +138,7 @@ def _terminated_cleanly() -> Iterator[None]:
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Run the command line on `tokens`, by default `sys.argv`; see the module for exit codes."""
-    console = Console(stderr=True, highlight=False)
+    console = open_console(stderr=True)
     try:
         with _terminated_cleanly():
             build_app().meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")

@@ -119,7 +119,7 @@ def test_a_pickle_with_the_name_of_weights_is_not_opened(folder):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("{", "is damaged"),
+        ("{", "cannot be read as JSON"),
         ("[]", "does not describe a crate-mae model"),
         ('{"model_type": "vit_mae"}', "does not describe a crate-mae model"),
         ('{"library": "crate-mae", "architecture": "mlp"}', 'Unknown architecture "mlp"'),

@@ -38,7 +38,11 @@ def test_only_what_decides_the_result_counts_as_a_difference(config):
 
 @pytest.mark.parametrize(
     ("old", "new", "named"),
-    [("seed:", "sed:", "seed.*Unknown options: sed"), ("# What", "}{", "Cannot read"), (None, "3", "holds no options")],
+    [
+        ("seed:", "sed:", "seed.*Unknown options: sed"),
+        ("# What", "}{", "cannot be read as YAML: line 4"),
+        (None, "3", "holds no options"),
+    ],
 )
 def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, config, old, new, named):
     text = new if old is None else to_yaml(config).replace(old, new, 1)

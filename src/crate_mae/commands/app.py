@@ -37,12 +37,11 @@ def app(
         raise UserError(f"--port is {port}, but must be from 0 to 65535.")
     if find_spec("gradio") is None:
         raise UserError("The app needs Gradio, which is not installed: pip install 'crate-mae[app]'")
-    from rich.console import Console
-
     from crate_mae.app.models import open_models
     from crate_mae.app.server import build_server, listen
+    from crate_mae.terminal import open_console
 
-    console = Console(highlight=False)
+    console = open_console()
     with listen(host, port) as listening:
         with console.status("Starting the app"):
             server = build_server(open_models(models))

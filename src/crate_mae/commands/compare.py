@@ -32,11 +32,10 @@ def compare(options: CompareOptions) -> Comparison:
         UserError: for every mistake in the options at once, or a reason to stop that the user can fix.
         RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
     """
-    from rich.console import Console
-
     from crate_mae.comparison.compare import compare as run
+    from crate_mae.terminal import open_console
 
-    console = Console(highlight=False, quiet=options.quiet)
+    console = open_console(quiet=options.quiet)
 
     def report(line: str) -> None:
         console.print(line, markup=False, soft_wrap=True)

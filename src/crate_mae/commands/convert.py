@@ -62,10 +62,9 @@ def convert(
     Raises:
         UserError: for a file that is damaged, unknown or does not fit, or a folder that is not empty.
     """
-    from rich.console import Console
-
     from crate_mae.data.files import refuse_used_folder
     from crate_mae.models.conversion import understand
+    from crate_mae.terminal import open_console
     from crate_mae.training.run_directory import whole_folder
 
     file, out = Path(file), Path(out)
@@ -78,7 +77,7 @@ def convert(
     conversion = understand(file, num_heads, **settings)
     with whole_folder(out) as folder:
         conversion.write(folder)
-    console = Console(highlight=False)
+    console = open_console()
     console.print(f"Found {conversion.found}.", soft_wrap=True, markup=False)
     for note in conversion.notes:
         console.print(f"  {note}", soft_wrap=True, markup=False)

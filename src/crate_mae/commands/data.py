@@ -4,13 +4,13 @@ import csv
 import io
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
 from crate_mae.data.results import DataReport
 from crate_mae.errors import UserError
+from crate_mae.terminal import open_console
 
 _SHOWN = 10
 
@@ -35,7 +35,7 @@ def check(data: str | Path, *, sample: int | None = None, out: Path | str | None
     out = None if out is None else Path(out)
     if out is not None and out.exists():
         raise UserError(f"{out} exists already and is not overwritten: give another name with --out.")
-    console = Console()
+    console = open_console()
     source = open_source(data)
     total = len(source) if sample is None else min(sample, len(source))
     with Progress(console=console, transient=True) as progress:

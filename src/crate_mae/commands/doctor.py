@@ -18,8 +18,9 @@ def doctor() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
     import torch
-    from rich.console import Console
     from rich.table import Table
+
+    from crate_mae.terminal import open_console
 
     def installed(package: str) -> str:
         try:
@@ -46,7 +47,7 @@ def doctor() -> dict[str, str]:
     table = Table(box=None, show_header=False)
     for name, value in facts.items():
         table.add_row(name, value)
-    Console(highlight=False).print(table)
+    open_console().print(table)
     return facts
 
 

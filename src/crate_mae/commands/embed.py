@@ -88,13 +88,12 @@ def embed(
     """
     import dataclasses
 
-    from rich.console import Console
-
     from crate_mae.data import open_source
     from crate_mae.evaluation.backbones import open_backbone
     from crate_mae.evaluation.extract import Extraction
     from crate_mae.evaluation.feature_files import check_feature_file, unit_length, write_features
     from crate_mae.models.features import DEFAULT_LAYER
+    from crate_mae.terminal import open_console
 
     check_seed(seed)
     out = Path(out)
@@ -110,7 +109,7 @@ def embed(
     )
     source = open_source(data)
     backbone = open_backbone(model, seed=seed)
-    console = Console(highlight=False)
+    console = open_console()
     features = extract_with_progress(console, backbone, source, extraction)[0]
     if normalize:
         features = dataclasses.replace(features, values=unit_length(features.values))

@@ -56,12 +56,10 @@ def estimate(
     Raises:
         UserError: that lists all mistakes in the options.
     """
-    import json as encoder
-
-    from rich.console import Console
-
     from crate_mae.costs.estimate import Circumstances, estimate_run
+    from crate_mae.data.documents import to_json
     from crate_mae.models.presets import preset
+    from crate_mae.terminal import open_console
 
     circumstances = Circumstances(
         batch_size=batch_size,
@@ -84,8 +82,8 @@ def estimate(
         raise UserError("\n".join(mistakes))
 
     found = estimate_run(config, circumstances)
-    lines = [encoder.dumps(found.to_dict(), indent=2)] if json else _lines(found)
-    console = Console(highlight=False)
+    lines = [to_json(found.to_dict())] if json else _lines(found)
+    console = open_console()
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
     return found

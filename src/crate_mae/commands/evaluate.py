@@ -1,6 +1,5 @@
 """`crate-mae eval knn | linear | fewshot`: evaluate frozen features with labelled images."""
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -206,11 +205,10 @@ def _evaluate(
     kind: str, run: "Probe", options: dict[str, Any], *, shown: tuple[str, ...], settings: dict[str, Any]
 ) -> Evaluation:
     """Check the options, run a probe, print its table, and write its file."""
-    from rich.console import Console
-
     from crate_mae.evaluation.extract import Extraction
     from crate_mae.evaluation.probing import probe
     from crate_mae.models.features import DEFAULT_LAYER
+    from crate_mae.terminal import open_console
 
     check_seed(options["seed"])
     out = options["out"]
@@ -220,7 +218,7 @@ def _evaluate(
         layers=layer if isinstance(layer, str) else (layer,),
         **{key: options[key] for key in ("pooling", "batch_size", "workers", "max_bad", "cache")},
     )
-    console = Console(highlight=False)
+    console = open_console()
     probed = probe(
         options["model"],
         options["train"],
@@ -244,10 +242,11 @@ def _evaluate(
 
 def write_report(console: Any, report: dict[str, Any], out: Path | None) -> None:
     """Write a report as JSON if a file is given."""
+    from crate_mae.data.documents import to_json
     from crate_mae.data.files import write_whole
 
     if out is not None:
-        write_whole(out, (json.dumps(report, indent=2, ensure_ascii=False) + "\n").encode())
+        write_whole(out, (to_json(report) + "\n").encode())
         console.print(f"Saved {out}", soft_wrap=True, markup=False)
 
 

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
-from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
 from crate_mae.commands.console import OWN_STATISTICS, check_seed, new_file, print_bad, print_random_initialisation
 from crate_mae.commands.evaluate import Evaluation, write_report
+from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def eval_reconstruction(
     with default_generator_seeded(seed):
         net = load_autoencoder(model)
     read = read_images(source, open_backbone(net).transform(), fixed_sample(len(source), count, seed), count)
-    console = Console(highlight=False)
+    console = open_console()
     scores = _scores_shown(console, net, read.images, mask_ratios, seed=seed, batch_size=batch_size)
     _show(console, net, scores)
     is_random = str(model) in list_models()
@@ -111,7 +111,7 @@ def eval_reconstruction(
 
 
 def _scores_shown(
-    console: Console,
+    console: CleanConsole,
     net: "MaskedAutoencoder",
     images: "Float[Tensor, 'b c hh ww']",
     mask_ratios: tuple[float, ...],
@@ -129,7 +129,7 @@ def _scores_shown(
         )
 
 
-def _show(console: Console, net: "MaskedAutoencoder", scores: "list[CompletionScore]") -> None:
+def _show(console: CleanConsole, net: "MaskedAutoencoder", scores: "list[CompletionScore]") -> None:
     table = Table("hidden", "error", "error, normalised patches", "PSNR", "SSIM", box=None)
     for score in scores:
         table.add_row(

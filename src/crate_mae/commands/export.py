@@ -73,10 +73,9 @@ def export(
     Raises:
         UserError: for a mistake in the options or the model, an export that differs, or a missing package.
     """
-    from rich.console import Console
-
     from crate_mae.data.files import refuse_used_folder
     from crate_mae.models.weights import load
+    from crate_mae.terminal import open_console
     from crate_mae.training.run_directory import whole_folder
 
     out = Path(out)
@@ -95,7 +94,7 @@ def export(
             difference = formats.largest_difference(net, part, formats.runner(net, folder, format, part))
             if not int8:
                 formats.check_difference(difference, tolerance)
-    console = Console(highlight=False)
+    console = open_console()
     console.print(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.", soft_wrap=True)
     if difference is not None:
         console.print(f"Largest difference from the model: {difference:.2g}.", soft_wrap=True)

@@ -65,12 +65,11 @@ def inspect(
     """
     folder = Path(out)
     refuse_used_folder(folder)
-    from rich.console import Console
-
     from crate_mae.data.files import write_whole
     from crate_mae.interpret.report.inspection import inspect_model
     from crate_mae.interpret.report.page import PAGE, report_files
     from crate_mae.interpret.report.subjects import Settings
+    from crate_mae.terminal import open_console
 
     settings = Settings(
         model=model,
@@ -84,7 +83,7 @@ def inspect(
         probe_images=probe_images,
         seed=seed,
     )
-    console = Console(highlight=False, quiet=quiet)
+    console = open_console(quiet=quiet)
     with console.status("Opening ...") as status:
         inspection = inspect_model(
             settings, training=_training(model), on_stage=lambda stage: status.update(f"Measuring {stage} ...")

@@ -40,11 +40,11 @@ def models() -> list[ModelRow]:
         One row per preset. Presets are not trained.
     """
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from crate_mae.models import create_model, list_models
     from crate_mae.models.presets import list_bundled
+    from crate_mae.terminal import open_console
 
     rows = []
     for name in list_models():
@@ -71,7 +71,7 @@ def models() -> list[ModelRow]:
             f"{row.depth} + {row.decoder_depth}",
         )
     # In a narrow terminal, or a pipe, lines wrap instead of losing numbers.
-    console = Console(width=max(Console().width, 100))
+    console = open_console(width=max(open_console().width, 100))
     console.print(table)
     console.print(f"Trained, and in the package: {', '.join(list_bundled())}", highlight=False)
     return rows

@@ -71,11 +71,10 @@ def predict(
     Raises:
         UserError: if the model is not a classifier, no image can be read, or `out` exists already.
     """
-    from rich.console import Console
-
     from crate_mae.data import open_source
     from crate_mae.data.files import write_whole
     from crate_mae.models.weights import load_classifier
+    from crate_mae.terminal import open_console
 
     out = new_file("--out", out, ".csv", overwrite=overwrite)
     if batch_size < 1 or workers < 0:
@@ -93,7 +92,7 @@ def predict(
     write_whole(out, _as_csv(files, predicted, truth, probabilities, classes))
     accuracy = _accuracy(predicted, truth, classes)
 
-    console = Console(highlight=False)
+    console = open_console()
     print_bad(console, bad)
     if accuracy is not None:
         console.print(f"Accuracy: {accuracy:.2%} of {len(files):,} images")

@@ -40,9 +40,8 @@ def push(
     import tempfile
     from pathlib import Path
 
-    from rich.console import Console
-
     from crate_mae.commands.export import check_options
+    from crate_mae.terminal import open_console
 
     part = part or ("encoder" if format == "timm" else "full")
     check_options(format, part)
@@ -59,5 +58,5 @@ def push(
     with tempfile.TemporaryDirectory() as scratch:
         write(net, Path(scratch), format, part, facts=facts)
         address = upload(Path(scratch), repository, private=private, revision=revision)
-    Console(highlight=False).print(f"Uploaded {net.config.name}: {address}", soft_wrap=True, markup=False)
+    open_console().print(f"Uploaded {net.config.name}: {address}", soft_wrap=True, markup=False)
     return address

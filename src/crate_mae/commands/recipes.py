@@ -13,12 +13,12 @@ def recipes(name: str | None = None) -> list[str]:
     Raises:
         UserError: for an unknown name.
     """
-    from rich.console import Console
     from rich.table import Table
 
+    from crate_mae.terminal import open_console
     from crate_mae.training.recipes import describe_recipe, list_recipes, recipe_text
 
-    console = Console(highlight=False)
+    console = open_console()
     if name is not None:
         console.print(recipe_text(name), end="", soft_wrap=True, markup=False)
     else:

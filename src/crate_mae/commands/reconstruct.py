@@ -56,14 +56,13 @@ def reconstruct(
     Returns:
         The path of the picture, and the quality of each completion.
     """
-    from rich.console import Console
-
     from crate_mae.data import evaluation_transform, open_source, save_picture_grid
     from crate_mae.data.dataset import default_generator_seeded
     from crate_mae.errors import UserError
     from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
     from crate_mae.models.presets import list_models
     from crate_mae.models.weights import load_autoencoder
+    from crate_mae.terminal import open_console
 
     check_seed(seed)
     path = new_file("--out", out, ".png", overwrite=overwrite)
@@ -82,7 +81,7 @@ def reconstruct(
     save_picture_grid(rows, path, captions=[f"{psnr:.1f} dB" for psnr in quality.psnr])
 
     result = Reconstruction(path, read.locations, quality.psnr.tolist(), quality.ssim.tolist())
-    console = Console(highlight=False)
+    console = open_console()
     console.print(_table(result))
     if config.norm_pix_loss:
         console.print(OWN_STATISTICS)

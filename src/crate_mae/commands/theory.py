@@ -41,12 +41,11 @@ def theory(
     if seed < 0:
         raise UserError(f"--seed is {seed}, but must be at least 0.")
     refuse_used_folder(folder, overwrite=overwrite)
-    from rich.console import Console
-
     from crate_mae.data.files import write_whole
     from crate_mae.interpret.claims.page import PAGE, measure_theory, theory_files
+    from crate_mae.terminal import open_console
 
-    console = Console(highlight=False, quiet=quiet)
+    console = open_console(quiet=quiet)
     console.print("Measuring, which takes less than a minute ...")
     for name, content in theory_files(measure_theory(seed)).items():
         write_whole(folder / name, content)

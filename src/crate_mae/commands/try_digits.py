@@ -19,8 +19,7 @@ def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) ->
     Returns:
         The run.
     """
-    from rich.console import Console
-
+    from crate_mae.terminal import open_console
     from crate_mae.training.options import PretrainOptions
 
     run = pretrain("digits:train", out=out, val="digits:test", recipe="digits", epochs=epochs)
@@ -29,7 +28,7 @@ def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) ->
     reconstruct(str(run.path), "digits:test", out=picture, mask_ratio=run.config.mask_ratio, count=12, overwrite=True)
     rows = [row for row in run.metrics() if row["held_out_loss"] is not None]
     first, last = rows[0]["held_out_loss"], rows[-1]["held_out_loss"]
-    Console(highlight=False).print(
+    open_console().print(
         f"\nLoss on digits it never saw: {first:.3f} at the start, {last:.3f} now.\n"
         f"Look at {picture}: each column is one digit, as it is, with half of it hidden, and completed.\n"
         f"Now with your own images:\n"

@@ -160,10 +160,9 @@ def viz_layers(
         UserError: for a mistake in the options, data or model; no file is written then.
     """
     path = _new_picture(out, overwrite=overwrite)
-    from rich.console import Console
-
     from crate_mae.interpret.curves import draw_layers
     from crate_mae.interpret.measure import measure_layers, open_measurable, untrained_twin
+    from crate_mae.terminal import open_console
 
     opened = open_measurable(model, seed)
     twin = None
@@ -171,7 +170,7 @@ def viz_layers(
         twin = untrained_twin(opened, seed + 1)  # other weights than those of an untrained model
         if twin is None:
             raise UserError(f"The configuration of a {opened.name} from Python is not known: leave out --control.")
-    console = Console(highlight=False)
+    console = open_console()
     with console.status("Measuring the layers"):
         found = measure_layers(opened, data, count=count, seed=seed, audited=False)
         beside = [] if twin is None else measure_layers(twin, data, count=count, seed=seed, audited=False).rows
@@ -207,9 +206,9 @@ def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, Re
 
 def _save(figure: Any, path: Path, backbone: "Backbone", read: "ReadImages") -> Picture:
     """Write a picture of images, and report it."""
-    from rich.console import Console
+    from crate_mae.terminal import open_console
 
-    console = Console(highlight=False)
+    console = open_console()
     _write(figure, path)
     print_bad(console, read.bad)
     if backbone.is_random:

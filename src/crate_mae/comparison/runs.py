@@ -9,7 +9,6 @@ DIR/
     table.csv  table.md  figure.png  curves.png
 """
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ import yaml
 from crate_mae.comparison.budget import BudgetPlan, Costs, next_rate
 from crate_mae.comparison.entries import Entry
 from crate_mae.comparison.options import CompareOptions
+from crate_mae.data.documents import read_json, read_yaml, to_json
 from crate_mae.data.files import refuse_used_folder, write_whole
 from crate_mae.errors import DivergedError, UserError
 from crate_mae.training.run_directory import Run, RunDirectory
@@ -70,9 +70,9 @@ class ComparisonDirectory:
             refuse_used_folder(self.path, kind="a comparison", leftovers=(f".{self.plan_file.name}.",))
             return None
         try:
-            content = yaml.safe_load(self.plan_file.read_text(encoding="utf-8"))
+            content = read_yaml(self.plan_file)
             held = dict(content["options"])
-        except (OSError, UnicodeDecodeError, yaml.YAMLError, TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError) as error:
             raise UserError(
                 f"{self.plan_file} cannot be read as a comparison. Give a new folder with --out."
             ) from error
@@ -94,12 +94,12 @@ class ComparisonDirectory:
         """The scores under a key of `scores.json`; measured now if they are not there."""
         file = self.path / "scores.json"
         try:
-            scores = dict(json.loads(file.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):  # not there yet, or damaged: measured again
+            scores = dict(read_json(file))
+        except (ValueError, TypeError):  # not there yet, or damaged: measured again
             scores = {}
         if key not in scores:
             scores[key] = measure()
-            write_whole(file, (json.dumps(scores, indent=2) + "\n").encode())
+            write_whole(file, (to_json(scores) + "\n").encode())
         return scores[key]
 
 

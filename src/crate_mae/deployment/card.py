@@ -4,13 +4,12 @@
 """
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from crate_mae.data.documents import read_json, read_yaml
+from crate_mae.errors import UserError
 from crate_mae.models.classifier import ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.description import Config
@@ -249,9 +248,8 @@ def _environment(folder: Path) -> str:
 def _mapping(file: Path) -> dict[str, Any]:
     """A file of YAML or JSON that holds a mapping; else an empty one, since a card must not make an export fail."""
     try:
-        text = file.read_text(encoding="utf-8")
-        found = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError):
+        found = read_json(file) if file.suffix == ".json" else read_yaml(file)
+    except UserError:
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -1,7 +1,6 @@
 """Tensors from files that cannot run code."""
 
 import argparse
-import json
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from crate_mae.data.documents import read_json
 from crate_mae.errors import UserError, and_more
 
 _PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of trainers, of torch.compile
@@ -92,10 +92,10 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 def _parts(path: Path) -> list[Path]:
     index = index_of(path)
     try:
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        names = read_json(index)["weight_map"].values()
         # Paths in the index are reduced to names, so that only files beside it are read.
         return [path.with_name(Path(name).name) for name in dict.fromkeys(names)]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is missing or damaged: {error}.") from error
 
 

@@ -11,7 +11,6 @@ Importing this file imports timm and registers, and builds nothing.
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +19,7 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
+from crate_mae.data.documents import read_json
 from crate_mae.models.config import CrateConfig, ModelConfig, ViTConfig, config_from_dict
 from crate_mae.models.presets import bundled_folder, list_bundled, list_models, preset
 
@@ -96,7 +96,7 @@ def encoder_tensors(tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[s
 
 
 def _config_of_bundled(name: str) -> ModelConfig:
-    values = json.loads((bundled_folder(name) / "config.json").read_text(encoding="utf-8"))
+    values = read_json(bundled_folder(name) / "config.json")
     return config_from_dict({key: value for key, value in values.items() if key not in ("library", "format_version")})
 
 

@@ -1,6 +1,5 @@
 """Models on disk: `model.safetensors` and `config.json` in a folder, and every form of MODEL that names one."""
 
-import json
 import os
 import re
 import shutil
@@ -12,6 +11,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from crate_mae.data.documents import read_json, to_json
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
@@ -62,7 +62,7 @@ def save_tensors(tensors: dict[str, Tensor], config: Config, folder: str | Path)
 
 def save_config(config: Config, folder: Path) -> None:
     """Write `config.json` alone, into a folder whose tensors are written by others."""
-    (folder / CONFIG_FILE).write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(to_json(describe(config)) + "\n", encoding="utf-8")
 
 
 def write_encoder(model: Model, folder: Path) -> None:
@@ -88,7 +88,7 @@ def write_timm_folder(config: ModelConfig, tensors: dict[str, Tensor], folder: P
     }
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(to_json(description) + "\n", encoding="utf-8")
 
 
 def load(model: str | Path, **settings: Any) -> Model:
@@ -183,10 +183,7 @@ def read_config(folder: Path) -> Config:
         UserError: if `config.json` is damaged or was not written by this library.
     """
     path = folder / CONFIG_FILE
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: {error}.") from error
+    values = read_json(path)
     if is_of_timm(values) or is_encoder_of_transformers(values):
         raise UserError(
             f"{folder} holds an encoder alone, in {'timm' if is_of_timm(values) else 'transformers'}'s layout, and no "
@@ -211,8 +208,8 @@ def _config_from(values: Any) -> Config:
 def description_in(folder: Path) -> Any:
     """The contents of a folder's `config.json`; None without a readable one."""
     try:
-        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(folder / CONFIG_FILE)
+    except UserError:
         return None
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from crate_mae.data.documents import read_yaml
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 from crate_mae.training.options import Data, FinetuneOptions, PretrainOptions, RunOptions, is_of_type, saved_options
@@ -79,11 +80,7 @@ def load_config(path: Path) -> PretrainOptions | FinetuneOptions:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"Cannot read the configuration {path}: {reason}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path} holds no options of a run.")
     return values

@@ -48,9 +48,9 @@ def _as_size(_type: Any, tokens: Sequence[Token]) -> int | tuple[int, int]:
 
 
 def _as_setting(_type: Any, tokens: Sequence[Token]) -> Any:
-    import yaml
+    from crate_mae.data.documents import parse_yaml
 
-    return yaml.safe_load(tokens[0].value)
+    return parse_yaml(tokens[0].value, tokens[0].value)
 
 
 # From Python, data may also be a torch.utils.data.Dataset: a type that only an import of torch could name.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 import time
@@ -13,6 +12,7 @@ from itertools import starmap
 from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
 from crate_mae.training.progress import duration
 from crate_mae.training.run_directory import Run, RunDirectory
@@ -140,7 +140,7 @@ def _fact(key: str, value: str) -> str:
 
 def _environment(directory: RunDirectory) -> str:
     """Versions and machine, of the last start."""
-    found: dict[str, Any] = json.loads((directory.path / "environment.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = read_json(directory.path / "environment.json")
     packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
     gpus = f", {', '.join(found['gpus'])}" if found["gpus"] else ""
     return escape(f"Python {found['python']}, {', '.join(packages)}; {found['system']}, {found['cpus']} CPUs{gpus}.")

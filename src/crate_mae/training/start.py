@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, patch_environment
-from rich.console import Console
 
 from crate_mae.errors import UserError
 from crate_mae.models.weights import newest_checkpoint
+from crate_mae.terminal import open_console
 from crate_mae.training import checkpoint
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
@@ -58,7 +58,7 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
     out = Path(options.out)
     directory = RunDirectory(out)
     processes = _join_processes()
-    console = Console() if processes.is_main_process and not options.quiet else None
+    console = open_console() if processes.is_main_process and not options.quiet else None
     display = Display(console, on_progress if processes.is_main_process else None)
     existing = directory.existing_config()
     if existing is not None:

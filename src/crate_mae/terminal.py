@@ -1,0 +1,52 @@
+"""Text for terminals: what comes from outside cannot move the cursor, set a title or change a colour."""
+
+import unicodedata
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+
+_KEPT = "\n\t"
+# Control characters, halves of surrogate pairs (bytes of a file name that are not UTF-8), and separators of lines.
+_UNSAFE_CATEGORIES = {"Cc", "Cs", "Zl", "Zp"}
+_DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # which reorder text
+
+
+def printable(text: str, encoding: str = "utf-8") -> str:
+    r"""The text with what a terminal would act on, or cannot display, written as Python does: "\x1b".
+
+    Args:
+        text: from anywhere.
+        encoding: of the terminal or file.
+    """
+    if not text.isascii() or not text.isprintable():
+        text = "".join(
+            character.encode("unicode_escape").decode("ascii") if _is_unsafe(character) else character
+            for character in text
+        )
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _is_unsafe(character: str) -> bool:
+    if character in _KEPT:
+        return False
+    return unicodedata.category(character) in _UNSAFE_CATEGORIES or character in _DIRECTIONS
+
+
+class CleanConsole(Console):
+    """A console of rich on which all text is made `printable`: names of files and classes, messages of libraries."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Rich's segments, with clean text; only rich itself styles them and moves the cursor."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=printable(segment.text, self.encoding))
+
+
+def open_console(**options: Any) -> CleanConsole:
+    """A console for messages, in which numbers and paths are not coloured.
+
+    Args:
+        options: of rich's `Console`.
+    """
+    return CleanConsole(highlight=False, **options)
