@@ -3,8 +3,6 @@
 import dataclasses
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +15,7 @@ from crate_mae.models import create_model
 from crate_mae.models.weights import save
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
 from crate_mae.training.report import RunReport
+from tests.training.real_processes import CPU, Forked, launched
 
 TINY_MODEL = {"embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_depth": 2}
 TINY_RUN = {
@@ -37,7 +36,6 @@ TINY_FINETUNING = {
     "train": "digits:train",
     "val": "digits:test",
 }
-DRIVER = Path(__file__).with_name("driver.py")
 
 
 @pytest.fixture(autouse=True)
@@ -174,18 +172,13 @@ def usual_signals():
 
 @pytest.fixture
 def driver():
-    """`driver(*words)`: a real process that pretrains; see driver.py."""
+    """`driver(*words)`: a real process that trains (driver.py); or one for each of `environments`; or by a launcher."""
     started = []
 
-    def start(*words, launcher=(), **environment):
-        command = [sys.executable, *launcher, str(DRIVER), *map(str, words)]
-        process = subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+    def start(*words, launcher=None, environments=({},)):
+        words = [str(word) for word in words]
+        given = [{**os.environ, "OMP_NUM_THREADS": "1", **each} for each in environments]
+        process = Forked(words, given) if launcher is None else launched(launcher, words, {**given[0], **CPU})
         started.append(process)
         return process
 

@@ -3,13 +3,15 @@
 driver.py pretrain OUT KEY=VALUE... | driver.py finetune OUT model=MODEL KEY=VALUE... | driver.py resume OUT
 
 It prints "step N" after every step, and then sleeps for `pause` seconds. With `stop_at=N` it is sent SIGTERM after
-step N; with `die_at=N` the second process is killed there.
+step N; with `die_at=N` the second process is killed there. See real_processes.py for how it is started.
 """
 
+import multiprocessing
 import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,38 +36,54 @@ TINY_RUN = {
 }
 
 
-def print_step(_display, step, *_numbers):
-    sys.stdout.write(f"step {step}\n")
-    sys.stdout.flush()
-    if step == STOP_AT:
-        os.kill(os.getpid(), signal.SIGTERM)
-    if step == DIE_AT and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(PAUSE)
-
-
-if __name__ == "__main__":
-    command, out, *words = sys.argv[1:]
-    options = dict(word.split("=", 1) for word in words)
-    options = {key: yaml.safe_load(value) for key, value in options.items()}
-    PAUSE = options.pop("pause", 0.0)
-    STOP_AT, DIE_AT = options.pop("stop_at", None), options.pop("die_at", None)
-    progress.Display.step = print_step
+def main(command, out, *words):
+    options = {key: yaml.safe_load(value) for key, value in (word.split("=", 1) for word in words)}
+    pause, stop_at, die_at = (options.pop(key, None) for key in ("pause", "stop_at", "die_at"))
+    progress.Display.step = partial(print_step, pause or 0.0, stop_at, die_at)
     report.RunReport._write = lambda _report: None  # a page would take a third of the time of so short a run
     compile_with = torch.nn.Module.compile
     torch.nn.Module.compile = lambda module, **how: compile_with(module, backend="eager", **how)  # needs no compiler
     start.check_compiler = lambda _device: None
     try:
-        if command == "resume":
-            resume(Path(out), quiet=True)
-        elif command == "finetune":
-            shared = {key: value for key, value in TINY_RUN.items() if key != "model_settings"}
-            labelled = {"train": "digits:train", "val": "digits:test"}
-            finetune(options.pop("model"), out=Path(out), quiet=False, **{**shared, **labelled, **options})
-        else:
-            pretrain(options.pop("data", "digits"), out=Path(out), quiet=False, **{**TINY_RUN, **options})
+        train(command, Path(out), options)
     except RunStopped as stopped:
         sys.exit(128 + stopped.signal)
     except UserError as error:
         sys.stdout.write(f"Error: {error}\n")
         sys.exit(2)
+
+
+def train(command, out, options):
+    if command == "resume":
+        resume(out, quiet=True)
+    elif command == "finetune":
+        shared = {key: value for key, value in TINY_RUN.items() if key != "model_settings"}
+        labelled = {"train": "digits:train", "val": "digits:test"}
+        finetune(options.pop("model"), out=out, quiet=False, **{**shared, **labelled, **options})
+    else:
+        pretrain(options.pop("data", "digits"), out=out, quiet=False, **{**TINY_RUN, **options})
+
+
+def print_step(pause, stop_at, die_at, step, *_numbers):
+    sys.stdout.write(f"step {step}\n")
+    sys.stdout.flush()
+    if step == stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)
+    if step == die_at and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(pause)
+
+
+def forked(output, environment, *words):
+    """`main` in a process that was forked with everything imported, and prints to a connection."""
+    multiprocessing.set_start_method(None, force=True)  # loaders start as they do elsewhere
+    os.environ.clear()
+    os.environ.update(environment)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    output.close()
+    main(*words)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

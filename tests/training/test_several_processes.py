@@ -3,31 +3,29 @@
 import pytest
 
 from tests.training.real_processes import (
-    CPU,
     MONOTONE,
     TORCHRUN,
     accelerate,
     column,
     finish,
     largest_difference,
+    unsharded,
     world_size,
 )
 
 
 @pytest.mark.parametrize(
-    ("launcher", "number", "options"),
-    [(TORCHRUN, 2, ("steps=12",)), (accelerate(4), 4, ("steps=6", MONOTONE))],
+    ("launcher", "options"),
+    [(TORCHRUN, ("steps=12",)), (accelerate(2), ("steps=6", MONOTONE))],
     ids=["torchrun", "accelerate, monotone"],
 )
-def test_several_processes_give_the_weights_of_one(tmp_path, driver, launcher, number, options):
+def test_several_processes_give_the_weights_of_one(tmp_path, driver, launcher, options):
     alone, together = tmp_path / "one", tmp_path / "several"
     one = driver("pretrain", alone, *options)
-    finish(driver("pretrain", together, *options, launcher=launcher, **CPU))
+    finish(driver("pretrain", together, *options, launcher=launcher))
     finish(one)
-    assert [world_size(run / "checkpoints" / options[0].replace("steps=", "step-")) for run in (alone, together)] == [
-        1,
-        number,
-    ]
+    last = options[0].replace("steps=", "step-")
+    assert [world_size(run / "checkpoints" / last) for run in (alone, together)] == [1, 2]
     assert largest_difference(alone, together) < 1e-5
     assert column(alone, 0) == column(together, 0)
     losses = [[float(loss) for loss in column(run, 2)[1:]] for run in (alone, together)]
@@ -38,7 +36,7 @@ def test_two_processes_fine_tune_as_one(tmp_path, driver, encoder_folder):
     options = (f"model={encoder_folder}", "steps=8", "monitor_steps=4", "drop_path=0.0")
     alone, together = tmp_path / "one", tmp_path / "two"
     one = driver("finetune", alone, *options)
-    finish(driver("finetune", together, *options, launcher=TORCHRUN, **CPU))
+    finish(driver("finetune", together, *options, environments=unsharded(2)))
     finish(one)
     assert world_size(together / "checkpoints" / "step-8") == 2
     assert largest_difference(*(run / "checkpoints" / "step-8" for run in (alone, together))) < 1e-5

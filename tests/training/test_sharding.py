@@ -7,16 +7,14 @@ from safetensors.torch import load_file
 import crate_mae
 from crate_mae.errors import UserError
 from crate_mae.training.checkpoint import assign_tensors, part_file, write_index
-from tests.training.real_processes import CPU, TORCHRUN, column, finish, largest_difference, sharded, world_size
+from tests.training.real_processes import TORCHRUN, column, finish, largest_difference, sharded, world_size
 
 
 def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(tmp_path, driver):
     options = ("steps=12", "accumulation=2", "monitor_steps=4")
     whole = driver("pretrain", tmp_path / "whole", *options)
     run = tmp_path / "run"
-    finish(
-        driver("pretrain", run, *options, "stop_at=6", launcher=sharded(4), **CPU), code=1
-    )  # the launcher's own code
+    finish(driver("pretrain", run, *options, "stop_at=6", environments=sharded(4)), code=143)
     four = run / "checkpoints" / "step-7"
     parts = sorted(path.name for path in four.glob("model*"))
     assert parts == [*(f"model-0000{i}-of-00004.safetensors" for i in (1, 2, 3, 4)), "model.safetensors.index.json"]
@@ -25,7 +23,7 @@ def test_a_run_goes_on_with_any_number_of_processes_sharded_or_not(tmp_path, dri
     by_part = [load_file(four / name) for name in parts[:-1]]
     assert sorted(name for part in by_part for name in part) == sorted(unfinished)
     assert all(torch.equal(unfinished[name], tensor) for part in by_part for name, tensor in part.items())
-    finish(driver("resume", run, "stop_at=9", launcher=sharded(2), **CPU), code=1)
+    finish(driver("resume", run, "stop_at=9", environments=sharded(2)), code=143)
     assert world_size(run / "checkpoints" / "step-10") == 2
     finish(driver("resume", run))
     finish(whole)
@@ -38,7 +36,7 @@ def test_a_sharded_model_is_fine_tuned_with_its_average_as_a_whole_one(tmp_path,
     options = (f"model={encoder_folder}", "steps=6", "monitor_steps=3", "drop_path=0.0")
     one = driver("finetune", tmp_path / "one", *options)
     two = ("finetune", tmp_path / "two", *options, "grad_checkpointing=true", "compile=true")
-    finish(driver(*two, launcher=sharded(2), **CPU))
+    finish(driver(*two, environments=sharded(2)))
     finish(one)
     assert largest_difference(tmp_path / "one", tmp_path / "two") < 1e-5
     assert sorted(path.name for path in (tmp_path / "two" / "checkpoints" / "step-6").glob("trained*")) == [
@@ -52,7 +50,7 @@ def test_a_sharded_model_is_fine_tuned_with_its_average_as_a_whole_one(tmp_path,
 def test_when_one_process_is_killed_the_other_reports_it_and_the_run_resumes(tmp_path, driver):
     options = ("steps=10", "checkpoint_minutes=0.0001")
     whole = driver("pretrain", tmp_path / "whole", *options)
-    output = finish(driver("pretrain", tmp_path / "run", *options, "die_at=5", launcher=TORCHRUN, **CPU), code=1)
+    output = finish(driver("pretrain", tmp_path / "run", *options, "die_at=5", launcher=TORCHRUN), code=1)
     assert output.count("Process 0 of 2 has lost another one") == 1
     assert f"To continue: crate-mae resume {tmp_path / 'run'}" in output
     assert output.count("Traceback") == 1  # the launcher's own, about the process that was killed
