@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from crate_mae.data import ImageSource, Part, label_names
+from crate_mae.data import ImageSource, Part
+from crate_mae.data.base import align_classes, aligned_labels, occurring_classes
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.extract import Extraction, extract
@@ -136,11 +137,14 @@ def split_probe_images(source: ImageSource, most: int, seed: int) -> ProbeImages
         UserError: without labels, with one class, or with a class of fewer than two images to fit on.
     """
     chosen = _labelled(source, most, seed)
-    order = np.random.default_rng(seed).permutation(len(chosen.indices))
+    order = np.random.default_rng(seed).permutation(len(chosen))
     halves = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
-    return _numbered_alike(
-        *(_Labelled(source, chosen.indices[half], [chosen.names[int(i)] for i in half]) for half in halves)
-    )
+    labels = chosen.labels
+    assert labels is not None, "a choice of labelled images"
+    train, test = (Part(chosen, half, labels=labels[half], classes=source.classes) for half in halves)
+    if unknown := set(occurring_classes(test)) - set(occurring_classes(train)):
+        raise UserError(f"Class {min(unknown)} of {source.name} has too few images for a probe.")
+    return _numbered_alike(train, test)
 
 
 def probe_layers(
@@ -221,39 +225,21 @@ def _probes(backbone: Backbone, images: ProbeImages, layers: Sequence[int] | str
         backbone.encoder.to(device)  # extraction takes it to an accelerator, away from its decoder
 
 
-class _Labelled(NamedTuple):
-    """Numbers of images in a source, and the names of their classes."""
-
-    source: ImageSource
-    indices: Int[np.ndarray, "n"]
-    names: Sequence[str]
-
-
-def _labelled(source: ImageSource, most: int, seed: int) -> _Labelled:
+def _labelled(source: ImageSource, most: int, seed: int) -> Part:
     """A pseudo-random choice of the images that have a label."""
-    names = label_names(source)
-    known = [i for i, name in enumerate(names or []) if name is not None]
-    if names is None or not known:
+    labels = source.labels
+    known = np.flatnonzero(labels >= 0) if labels is not None else np.zeros(0, dtype=np.int64)
+    if labels is None or not len(known):
         raise UserError(f"{source.name} has no labels, and a linear probe needs them.")
     if len(known) > most:
-        known = sorted(np.random.default_rng(seed).choice(known, most, replace=False).tolist())
-    return _Labelled(source, np.array(known, dtype=np.int64), [str(names[i]) for i in known])
+        known = np.sort(np.random.default_rng(seed).choice(known, most, replace=False))
+    return Part(source, known, labels=labels[known], classes=source.classes)
 
 
-def _numbered_alike(train: _Labelled, test: _Labelled) -> ProbeImages:
-    """Images to fit and to measure on, whose labels are numbers of the training images' classes."""
-    classes = sorted(set(train.names))
-    if strange := sorted(set(test.names) - set(classes)):
-        if train.source is test.source:
-            raise UserError(f"Class {strange[0]} of {test.source.name} has too few images for a probe.")
-        raise UserError(f"{test.source.name} has classes that {train.source.name} lacks, such as {strange[0]}.")
-    if len(classes) < 2:
-        raise UserError(
-            f"All images of {train.source.name} are of one class ({classes[0]}): a probe needs at least two classes."
-        )
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [np.array([number[name] for name in chosen.names], dtype=np.int64) for chosen in (train, test)]
+def _numbered_alike(train: Part, test: Part) -> ProbeImages:
+    """The same images, with labels that are numbers of the training images' classes."""
+    classes = align_classes(train, test)
+    labels = [aligned_labels(part, classes) for part in (train, test)]
     refuse_small_classes(labels[0], 2, classes)
-    return ProbeImages(
-        *(Part(c.source, c.indices, labels=found) for c, found in zip((train, test), labels, strict=True))
-    )
+    parts = zip((train, test), labels, strict=True)
+    return ProbeImages(*(Part(part, np.arange(len(part)), labels=found) for part, found in parts))
