@@ -25,27 +25,6 @@ def render(template: str, **values: Any) -> str:
     return _environment().get_template(template).render(**values)
 
 
-def page(title: str, body: str) -> str:
-    """Write a whole HTML document.
-
-    Args:
-        title: as text.
-        body: as HTML, everything below the title.
-    """
-    return render("drawing/page.html.j2", title=title, body=Markup(body))
-
-
-def figure(png: bytes, caption: str, alt: str | None = None) -> str:
-    """Write a picture inside a page, as HTML.
-
-    Args:
-        png: the file.
-        caption: HTML below it.
-        alt: a text for where it cannot be seen; by default the caption.
-    """
-    return _macros().figure(png, Markup(caption), alt or caption)
-
-
 def table(header: Any, rows: Any, caption: str = "") -> str:
     """Write a table whose first column names each row, as HTML, from cells that are HTML."""
     cells = [[Markup(cell) for cell in row] for row in rows]

@@ -7,8 +7,6 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from html import escape
-from itertools import starmap
 from math import ceil, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -82,20 +80,25 @@ def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str]) 
         task: describes the result.
         plan: see `RunReport`.
     """
-    from crate_mae.drawing.page import page
+    from crate_mae.drawing.page import render
+    from crate_mae.drawing.style import encode
 
-    rows = Run(directory.path, task.config).metrics()
-    written = f"Written {datetime.now().isoformat(sep=' ', timespec='seconds')}."
-    content = f"""<p class="glance">{_progress(task, directory, rows)}</p>
-<p class="small">{written}{"" if directory.is_finished else " Reload the page for news."}</p>
-{_figures(directory, rows)}
-<h2>The run</h2>
-<ul>{"".join(starmap(_fact, plan.items()))}</ul>
-<details><summary>All options</summary>
-<div class="wide"><pre>{escape(directory.config_file.read_text(encoding="utf-8"))}</pre></div></details>
-<footer><p>The numbers are in <code>metrics.csv</code> and <code>layers.csv</code>, all pictures in
-<code>pictures/</code>. {_environment(directory)}</p></footer>"""
-    return page(f"crate-mae {task.config.command}: {directory.path.resolve().name}", content)
+    rows, layers = Run(directory.path, task.config).metrics(), directory.layers.read()
+    completed_step, picture = directory.newest_picture() or (0, None)
+    return render(
+        "training/report.html.j2",
+        title=f"crate-mae {task.config.command}: {directory.path.resolve().name}",
+        progress=_progress(task, directory, rows),
+        written=datetime.now().isoformat(sep=" ", timespec="seconds"),
+        is_finished=directory.is_finished,
+        learning=encode(draw_learning(rows), "png") if rows else None,
+        layers=encode(draw_layer_signals(layers), "png") if layers else None,
+        completed=picture.read_bytes() if picture else None,
+        completed_step=completed_step,
+        plan=plan,
+        options=directory.config_file.read_text(encoding="utf-8"),
+        environment=_environment(directory),
+    )
 
 
 def _progress(task: Task, directory: RunDirectory, rows: Sequence[Row]) -> str:
@@ -110,32 +113,7 @@ def _progress(task: Task, directory: RunDirectory, rows: Sequence[Row]) -> str:
         text += f" At {speed:,.0f} images per second, {duration(seconds)} are left."
     if curve(rows, task.measures[0]).steps:
         text += " " + task.describe_result(rows)
-    return escape(text)
-
-
-def _figures(directory: RunDirectory, rows: Sequence[Row]) -> str:
-    """Curves of the run and of the layers, and the newest picture, as far as they are there."""
-    from crate_mae.drawing.page import figure
-    from crate_mae.drawing.style import encode
-
-    parts = []
-    if rows:
-        picture = encode(draw_learning(rows), "png")
-        parts += ["<h2>Learning</h2>", figure(picture, "Training loss: mean since the row before.", "Curves by step")]
-    if layers := directory.layers.read():
-        picture = encode(draw_layer_signals(layers), "png")
-        caption = "Of held-out images of which nothing is hidden. R<sup>c</sup> as the official code takes it."
-        parts += ["<h2>Layers</h2>", figure(picture, caption, "Subspace rate and sparsity of every layer, by step")]
-    if newest := directory.newest_picture():
-        step, path = newest
-        caption = f"Held-out images at step {step:,}."
-        parts += ["<h2>Completed images</h2>", figure(path.read_bytes(), caption)]
-    return "\n".join(parts)
-
-
-def _fact(key: str, value: str) -> str:
-    """One entry of the plan."""
-    return f"<li><strong>{escape(key)}</strong>: {escape(value)}</li>\n"
+    return text
 
 
 def _environment(directory: RunDirectory) -> str:
@@ -143,7 +121,7 @@ def _environment(directory: RunDirectory) -> str:
     found: dict[str, Any] = read_json(directory.path / "environment.json")
     packages = [f"{name} {version}" for name, version in found["packages"].items() if version]
     gpus = f", {', '.join(found['gpus'])}" if found["gpus"] else ""
-    return escape(f"Python {found['python']}, {', '.join(packages)}; {found['system']}, {found['cpus']} CPUs{gpus}.")
+    return f"Python {found['python']}, {', '.join(packages)}; {found['system']}, {found['cpus']} CPUs{gpus}."
 
 
 class _Line(NamedTuple):
