@@ -149,15 +149,10 @@ def test_a_missing_shard_of_a_range_is_named(tmp_path, encoded):
         open_source(str(tmp_path / "s-{0..3}.tar"))
 
 
-def test_broken_compressed_and_imageless_shards_are_clear_errors(tmp_path, noisy):
-    whole = write_tar(tmp_path / "a.tar", {"1.jpg": noisy(1), "2.jpg": noisy(2)}).read_bytes()
-    size = 512 * (2 + len(noisy(1)) // 512)  # of the first member with its header
-    broken = {"data.tar": whole[: size + 900], "header.tar": whole[: size + 100], "none.tar": b"no tar at all" * 99}
-    broken["middle.tar"] = whole[:size] + b"x" + whole[size + 1 :]
-    for name, content in broken.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError, match=f"Cannot read the shard .*{name}"):
-            open_source(tmp_path / name)
+def test_compressed_and_imageless_shards_are_clear_errors(tmp_path, noisy):
+    (tmp_path / "none.tar").write_bytes(b"no tar at all" * 99)
+    with pytest.raises(UserError, match=r"Cannot read the shard .*none\.tar"):
+        open_source(tmp_path / "none.tar")
     write_tar(tmp_path / "zip.tar", {"1.jpg": noisy(1)}, mode="w:gz")
     with pytest.raises(UserError, match="gunzip"):
         open_source(tmp_path / "zip.tar")

@@ -144,18 +144,36 @@ def test_both_byte_orders_of_sixteen_bits_agree(mode):
     ("values", "expected"),
     [
         (np.array([[0, 40000]], dtype=np.int32), [0, 40000 / 65535]),
-        (np.array([[0, 2**30]], dtype=np.int32), [0, 0.5]),
-        (np.array([[-5, 0, 5]], dtype=np.int32), [0, 0.5, 1]),
+        (np.array([[2**29, 2**30]], dtype=np.int32), [0.5, 1]),
+        (np.array([[-(2**20), 2**20]], dtype=np.int32), [0, 1]),
         (np.array([[0, 0.25]], dtype=np.float32), [0, 0.25]),
-        (np.array([[0, 51]], dtype=np.float32), [0, 0.2]),
-        (np.array([[0, 13107]], dtype=np.float32), [0, 0.2]),
+        (np.array([[51, 255]], dtype=np.float32), [0.2, 1]),
         (np.array([[-1000, 1000, np.nan]], dtype=np.float32), [0, 1, 0.5]),
-        (np.array([[0, 4e5]], dtype=np.float32), [0, 1]),
+        (np.array([[1e38, np.inf]], dtype=np.float32), [1, 0]),
     ],
 )
 def test_deep_modes_are_scaled_by_their_range(values, expected):
     image = decode(saved(Image.fromarray(values), "TIFF"), "x")
     assert to_channels(image, 1).flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_little_brighter_pixel_changes_the_scale_a_little():
+    for level, brighter in ((0.5, 1.0001), (65000, 65600)):
+        kind = np.float32 if level < 1 else np.int32
+        plain = np.full((3, 3), level, kind)
+        other = plain.copy()
+        other[0, 0] = brighter
+        means = [float(to_channels(Image.fromarray(pixels), 1)[0, 1, 1]) for pixels in (plain, other)]
+        assert means[1] == pytest.approx(means[0], rel=0.01)
+
+
+def test_images_of_one_source_share_their_range(tmp_path):
+    for name, top in (("a", 400.0), ("b", 100.0), ("c", 200.0)):
+        Image.fromarray(np.array([[0, top]], dtype=np.float32)).save(tmp_path / f"{name}.tif")
+    source = open_source(tmp_path)
+    assert [source.read(i).max().item() for i in range(3)] == [1, 0.25, 0.5]
+    assert source.value_range("F") == (0, 400)
+    assert open_source([source.picture(0), source.picture(1)]).read(1).max().item() == 0.25
 
 
 def test_a_sixteen_bit_pgm_is_scaled_by_65535():

@@ -1,27 +1,10 @@
 import os
-import time
 
 import pytest
 
 from crate_mae.data import folder as folder_module
 from crate_mae.data import open_source
 from crate_mae.errors import UserError
-
-
-def age(root, seconds=60):
-    """Make every folder look as if it had last changed some time ago, so that its listing may be cached."""
-    then = time.time_ns() - seconds * 10**9
-    for folder in [root, *(path for path in root.rglob("*") if path.is_dir())]:
-        os.utime(folder, ns=(then, then))
-
-
-@pytest.fixture
-def scans(monkeypatch):
-    """How often a folder was really listed."""
-    counted = []
-    scan = folder_module._scan
-    monkeypatch.setattr(folder_module, "_scan", lambda root: counted.append(root) or scan(root))
-    return counted
 
 
 def test_a_flat_folder_is_read_in_the_order_of_names_without_labels(make_folder, level_of):
@@ -77,55 +60,6 @@ def test_links_are_followed_but_loops_are_not(make_folder):
 def test_a_single_image_file_is_a_source_of_one(make_folder, level_of):
     source = open_source(make_folder({"a.png": 77, "b.png": 1}) / "a.png")
     assert (len(source), level_of(source, 0)) == (1, 77)
-
-
-def test_an_unchanged_folder_is_listed_once(make_folder, scans, own_cache):
-    root = make_folder({"x/a.png": 1, "y/b.png": 2})
-    age(root)
-    first, second = open_source(root), open_source(root)
-    assert len(scans) == 1
-    assert [first.location(i) for i in range(2)] == [second.location(i) for i in range(2)]
-    assert len(list((own_cache / "crate-mae" / "folders").iterdir())) == 1
-
-
-@pytest.mark.parametrize("change", ["add", "remove", "new folder"])
-def test_a_changed_folder_is_listed_again(make_folder, encoded, scans, change):
-    root = make_folder({"x/a.png": 1, "x/b.png": 2})
-    age(root)
-    open_source(root)
-    if change == "add":
-        (root / "x" / "c.png").write_bytes(encoded(3))
-    elif change == "remove":
-        (root / "x" / "b.png").unlink()
-    else:
-        (root / "z").mkdir()
-        (root / "z" / "c.png").write_bytes(encoded(3))
-    assert len(open_source(root)) == (1 if change == "remove" else 3)
-    assert len(scans) == 2
-
-
-def test_a_folder_that_changed_just_now_is_not_cached(make_folder, scans):
-    root = make_folder({"a.png": 1})
-    open_source(root)
-    open_source(root)
-    assert len(scans) == 2
-
-
-@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b'{"version": 1, "root": "elsewhere"}'])
-def test_a_damaged_cache_is_ignored(make_folder, own_cache, content):
-    root = make_folder({"a.png": 1})
-    age(root)
-    open_source(root)
-    (cache,) = (own_cache / "crate-mae" / "folders").iterdir()
-    cache.write_bytes(content)
-    assert len(open_source(root)) == 1
-
-
-def test_a_cache_that_cannot_be_written_is_ignored(make_folder, own_cache):
-    (own_cache / "crate-mae").write_text("a file where the folder should be")
-    root = make_folder({"a.png": 1})
-    age(root)
-    assert len(open_source(root)) == 1
 
 
 def test_a_folder_without_images_lists_its_other_files(tmp_path):

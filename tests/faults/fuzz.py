@@ -16,13 +16,14 @@ import os
 import pkgutil
 import random
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,9 +63,9 @@ def attempt(kind: Kind, seed: int) -> Result:
     from crate_mae.errors import UserError
 
     results = []
-    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder, warnings.catch_warnings():
+    with _temporary_folder() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        given = kind.make(random.Random(f"{kind.name} {seed}"), Path(folder))
+        given = kind.make(random.Random(f"{kind.name} {seed}"), folder)
         for call in kind.calls:
             try:
                 call(given)
@@ -74,6 +75,15 @@ def attempt(kind: Kind, seed: int) -> Result:
             except BaseException as error:
                 results.append(Result("traceback", _end_of(error)))
     return max(results, key=lambda result: OUTCOMES.index(result.outcome))
+
+
+@contextlib.contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    folder = tempfile.mkdtemp(prefix="fuzz-")
+    try:
+        yield Path(folder)
+    finally:
+        subprocess.run(["rm", "-rf", folder], check=False)  # Python's own way ends at a thousand levels
 
 
 def _end_of(error: BaseException) -> str:

@@ -1,9 +1,11 @@
 """The interface of image sources, parts of a source, labels, and the rule for unreadable images."""
 
+import contextlib
 import hashlib
 import os
+import stat
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,12 +14,16 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.data.decode import UnreadableImage, decode
+from crate_mae.data.decode import MOST_BYTES, UNBOUNDED_MODES, UnreadableImage, decode, deep_to_unit, range_of
+from crate_mae.data.files import read_regular
 from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError, and_more
 
 NO_LABEL = -1
 _LEAST_SEEN = 100
+_RANGE_SAMPLE = 100  # images
+_LARGEST_LABEL = 2**63 - 1
+_BLOCK = 4096  # bytes of a file that a fingerprint reads at one place
 
 
 class ImageSource(ABC):
@@ -28,14 +34,21 @@ class ImageSource(ABC):
     Attributes:
         name: as the user wrote it, for messages.
         classes: names of the classes, `classes[label]`, or None.
+        left_out: number of files beside the images that are not read, by suffix or kind.
+
+    Raises:
+        UserError: if a label has no name, but there are names.
     """
 
     def __init__(
         self, name: str, labels: Int[np.ndarray, "n"] | None = None, classes: Sequence[str] | None = None
     ) -> None:
-        self.name = name
-        self.classes = list(classes) if classes is not None else None
+        self.name = text_of(name)
+        self.classes = [text_of(str(known)) for known in classes] if classes is not None else None
+        self.left_out: dict[str, int] = {}
         self._labels = labels
+        self._ranges: dict[str, tuple[float, float]] = {}
+        self._check_names(labels)
 
     @abstractmethod
     def __len__(self) -> int:
@@ -62,6 +75,43 @@ class ImageSource(ABC):
         """Label of image i; `NO_LABEL` (-1) without labels."""
         return NO_LABEL if self._labels is None else int(self._labels[i])
 
+    def value_range(self, mode: str) -> tuple[float, float]:
+        """The values that become 0 and 1 in all images of a mode without bounds: I (32 bits) or F (float).
+
+        They are measured once, on a fixed sample of 100 images; see `range_of`.
+        """
+        if mode not in self._ranges:
+            self._ranges[mode] = range_of(self._sample_of_mode(mode))
+        return self._ranges[mode]
+
+    def _sample_of_mode(self, mode: str) -> Iterator[Image.Image]:
+        for i in fixed_sample(len(self), min(_RANGE_SAMPLE, len(self))):
+            with contextlib.suppress(UnreadableImage):
+                picture = self.picture(i)
+                if isinstance(picture, Image.Image) and picture.mode == mode:
+                    yield picture
+
+    def picture(self, i: int) -> Image.Image | Tensor:
+        """Read image i in its own mode, before one of mode I or F is scaled by the range of its source."""
+        return self.read(i)
+
+    def _in_range(self, picture: Image.Image) -> Image.Image | Tensor:
+        """An image as `read` returns it: one of a mode without bounds is scaled by the range of its source."""
+        if picture.mode not in UNBOUNDED_MODES:
+            return picture
+        low, high = self.value_range(picture.mode)
+        if high <= low:  # no image of the sample has this mode
+            low, high = range_of([picture])
+        return deep_to_unit(picture, (low, high))
+
+    def _check_names(self, labels: Int[np.ndarray, "n"] | None) -> None:
+        if self.classes is None or labels is None or not len(labels) or labels.max() < len(self.classes):
+            return
+        raise UserError(
+            f"{self.name} has the label {labels.max()}, but names for {len(self.classes)} classes only "
+            f"({and_more(self.classes, 5)}).\nClasses are numbered from 0: fix the labels or the names."
+        )
+
     def fingerprint(self) -> str | None:
         """Return a text that changes if an image may have changed; None if that is unknown, as for Python objects."""
         return None
@@ -78,7 +128,11 @@ class EncodedSource(ImageSource):
             UnreadableImage: if they cannot be read.
         """
 
-    def read(self, i: int) -> Image.Image:
+    def read(self, i: int) -> Image.Image | Tensor:
+        """Decode image i as `picture` does; one of mode I or F is scaled by `value_range`."""
+        return self._in_range(self.picture(i))
+
+    def picture(self, i: int) -> Image.Image:
         """Decode image i, upright and in its own mode."""
         return decode(self.content(i), self.location(i))
 
@@ -112,54 +166,99 @@ class Part(ImageSource):
         """Image i of the part."""
         return self._whole.read(int(self._indices[i]))
 
+    def picture(self, i: int) -> Image.Image | Tensor:
+        """Image i of the part, in its own mode."""
+        return self._whole.picture(int(self._indices[i]))
+
+    def value_range(self, mode: str) -> tuple[float, float]:
+        """That of the whole source."""
+        return self._whole.value_range(mode)
+
     def location(self, i: int) -> str:
         """Where image i of the part is."""
         return self._whole.location(int(self._indices[i]))
 
 
 def read_file(path: Path, location: str) -> bytes:
-    """Read all bytes of an image file.
+    """Read all bytes of an image file: a regular file of at most `MOST_BYTES` bytes.
 
     Raises:
         UnreadableImage: with the operating system's reason.
     """
     try:
-        return path.read_bytes()
+        return read_regular(path, MOST_BYTES)
     except OSError as error:
         raise UnreadableImage(location, (error.strerror or str(error)).lower()) from error
 
 
-def files_fingerprint(paths: Iterable[Path]) -> str | None:
-    """Digest paths, sizes and modification times; return None if a file is not accessible."""
+def files_fingerprint(files: Iterable[tuple[str, Path]], blocks: int = 2) -> str | None:
+    """Digest names, sizes, modification times and some bytes of files; return None if a file is not accessible.
+
+    Times alone would not do: some file systems have none, and copies may keep those of other files.
+
+    Args:
+        files: their names in the digest, and their paths.
+        blocks: how many blocks of 4 KiB are read, spread evenly from the first to the last bytes of a file.
+    """
     digest = hashlib.sha256()
     try:
-        for path in paths:
+        for name, path in files:
             status = path.stat()
-            digest.update(os.fsencode(path.absolute()) + f"\0{status.st_size} {status.st_mtime_ns}\0".encode())
+            digest.update(os.fsencode(name) + f"\0{status.st_size} {status.st_mtime_ns}\0".encode())
+            if stat.S_ISREG(status.st_mode):
+                digest.update(_some_bytes(path, status.st_size, blocks))
     except OSError:
         return None
     return digest.hexdigest()
 
 
+def _some_bytes(path: Path, size: int, blocks: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        if size <= blocks * _BLOCK:
+            return file.read(size)
+        found = []
+        for block in range(blocks):
+            file.seek(block * (size - _BLOCK) // (blocks - 1))
+            found.append(file.read(_BLOCK))
+        return b"".join(found)
+
+
 def printable(path: PurePath) -> str:
     """Convert a path to text for messages and tables, even if its name is not valid Unicode."""
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+    return text_of(str(path))
+
+
+def text_of(name: str) -> str:
+    r"""A name that can be written to any file: bytes that are not valid Unicode become "\udcff" and the like."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def fixed_sample(length: int, sample: int | None, seed: int = 0) -> list[int]:
+    """Draw `sample` distinct pseudo-random numbers below `length`, sorted for quick reading; all numbers for None."""
+    if sample is None or sample >= length:
+        return list(range(length))
+    if sample < 1:
+        raise UserError(f"A sample needs at least one image, got {sample}.")
+    return sorted(np.random.default_rng(seed).choice(length, sample, replace=False).tolist())
 
 
 def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:
-    """Convert labels as they were found, all integers or all names, to numbers and class names.
+    """Convert labels as they were found, whole numbers or names, to numbers and class names.
 
-    Names are numbered in sorted order. If any label is missing or negative, there are no labels.
+    Numbers stay as they are, unless other labels are names or a number is too large for 64 bits: then all are names,
+    which are numbered in sorted order. If any label is missing or negative, there are no labels.
     """
-    if not len(found) or any(label is None for label in found):
+    if not len(found) or not all(isinstance(label, (int, np.integer, str)) for label in found):
         return None, None
-    if all(isinstance(label, str) for label in found):
-        classes = sorted(set(found))
-        number = {name: i for i, name in enumerate(classes)}
-        return np.array([number[name] for name in found], dtype=np.int64), classes
-    if not all(isinstance(label, (int, np.integer)) and label >= 0 for label in found):
+    numbers = [label for label in found if not isinstance(label, str)]
+    if any(number < 0 for number in numbers):
         return None, None
-    return np.array(found, dtype=np.int64), None
+    if len(numbers) == len(found) and max(numbers) <= _LARGEST_LABEL:
+        return np.array(found, dtype=np.int64), None
+    names = [text_of(str(label)) for label in found]
+    classes = sorted(set(names))
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[name] for name in names], dtype=np.int64), classes
 
 
 @runtime_checkable
@@ -244,7 +343,7 @@ def aligned_labels(source: Labelled, classes: list[str]) -> Int[np.ndarray, "n"]
 
 
 def _name(source: Labelled, label: int) -> str:
-    return source.classes[label] if source.classes is not None and label < len(source.classes) else str(label)
+    return str(label) if source.classes is None else source.classes[label]
 
 
 def most_bad(max_bad: float, seen: int) -> float:

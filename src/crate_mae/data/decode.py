@@ -1,24 +1,37 @@
-"""Decode image files, and convert images to a number of channels. Damaged files are refused."""
+"""Decode image files, and convert images to a number of channels. Damaged files are refused.
 
+All images are opened here, with a fixed list of formats: Pillow knows others, of which EPS runs a program.
+"""
+
+import contextlib
 import io
+import threading
 import warnings
+import zlib
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
 from crate_mae.errors import UserError, first_line
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow reads the MPO files of phones as JPEG
+MOST_BYTES = 2**29  # of an encoded image
+MOST_PIXELS = 2**26  # of a decoded one: 8,192 x 8,192, up to a gigabyte while it is converted
+
 DEEP_MODES = frozenset({"I", "F", "I;16", "I;16L", "I;16B", "I;16N"})
+UNBOUNDED_MODES = frozenset({"I", "F"})
 GREY_MODES = DEEP_MODES | {"1", "L", "LA", "La"}
 COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV"})
 
 # Where Pillow's formats keep what can hold an orientation; reading it costs a third of decoding a 32-pixel JPEG.
 _ORIENTATION_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
 _LONGEST_REASON = 160
+_LARGEST_VALUE = 1e37  # so that the difference of two is finite in float32
 
 
 class UnreadableImage(Exception):  # noqa: N818 - named after the image; not an error of the program
@@ -39,25 +52,24 @@ class UnreadableImage(Exception):  # noqa: N818 - named after the image; not an 
 
 
 def decode(content: bytes, location: str) -> Image.Image:
-    """Decode a whole image file and turn it upright (EXIF orientation).
+    """Decode a whole image file of one of the `FORMATS` and turn it upright (EXIF orientation).
 
     The image keeps its own mode (bit depth, palette, transparency) and `format`; `to_channels` converts it.
-    Of an animation the first frame is used. A truncated file is unreadable, never a half-grey image.
+    Of an animation the first frame is used. A truncated file is unreadable, never a half-grey image, and so is a PNG
+    file whose pixels do not match their checksum; the other formats have none that Pillow checks. A JPEG file of more
+    than `MOST_PIXELS` pixels is decoded at 1/2, 1/4 or 1/8 of its size; files of other formats are refused.
 
     Raises:
-        UnreadableImage: for anything that Pillow cannot decode completely.
+        UnreadableImage: for anything that cannot be decoded completely.
     """
     if not content:
         raise UnreadableImage(location, "the file is empty (0 bytes)")
+    if len(content) > MOST_BYTES:
+        raise UnreadableImage(location, f"{len(content):,} bytes are more than the {MOST_BYTES:,} that are read")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content))
-            image.load()
-            form = image.format
-            if any(key in image.info for key in _ORIENTATION_KEYS):
-                image = ImageOps.exif_transpose(image)
-                image.format = form
+            image = Image.open(io.BytesIO(content), formats=FORMATS)
     except UnidentifiedImageError as error:
         raise UnreadableImage(location, "not an image of a known format, or its header is damaged") from error
     except Image.DecompressionBombError as error:
@@ -65,9 +77,86 @@ def decode(content: bytes, location: str) -> Image.Image:
         raise UnreadableImage(location, f"more than {limit:,} pixels: refused as a decompression bomb") from error
     except Exception as error:  # Pillow's plug-ins raise nearly any type on a damaged file.
         raise UnreadableImage(location, _short(error)) from error
+    if image.format == "PNG" and not _png_checksums_match(content):
+        raise UnreadableImage(location, "damaged: the checksum of its pixels is wrong")
+    return upright(image, location)
+
+
+def upright(image: Image.Image, location: str) -> Image.Image:
+    """Load an open image completely, and turn it upright, as `decode` does.
+
+    Raises:
+        UnreadableImage: if it cannot be loaded, is of another format or mode, or has too many pixels.
+    """
+    form = image.format
+    if isinstance(image, ImageFile.ImageFile) and form not in (*FORMATS, "MPO"):
+        raise UnreadableImage(location, f"the format {form} is not one of {', '.join(FORMATS)}: convert it")
+    try:
+        with warnings.catch_warnings(), _truncated_images_refused():
+            warnings.simplefilter("ignore")
+            if isinstance(image, ImageFile.ImageFile):
+                _limit_pixels(image, location)
+            image.load()
+            if any(key in image.info for key in _ORIENTATION_KEYS):
+                image = ImageOps.exif_transpose(image)
+                image.format = form
+    except UnreadableImage:
+        raise
+    except Exception as error:  # as in `decode`
+        raise UnreadableImage(location, _short(error)) from error
     if image.mode not in GREY_MODES and image.mode not in COLOUR_MODES:
         raise UnreadableImage(location, f"pixels of mode {image.mode} are not supported")
     return image
+
+
+def _limit_pixels(image: ImageFile.ImageFile, location: str) -> None:
+    """Have a large JPEG decoded at a fraction of its size, and refuse what is still too large."""
+    width, height = image.size
+    for scale in (2, 4, 8):
+        if image.width * image.height <= MOST_PIXELS:
+            return
+        image.draft(None, (width // scale, height // scale))
+    if image.width * image.height > MOST_PIXELS:
+        raise UnreadableImage(
+            location, f"{width:,} x {height:,} pixels are more than the {MOST_PIXELS:,} that are read: save it smaller"
+        )
+
+
+class _Inside:
+    """How many threads are inside `_truncated_images_refused`, and what the setting was before the first."""
+
+    lock = threading.Lock()
+    threads = 0
+    before = False
+
+
+@contextlib.contextmanager
+def _truncated_images_refused() -> Iterator[None]:
+    """Switch off Pillow's LOAD_TRUNCATED_IMAGES, which other libraries switch on for the whole process."""
+    with _Inside.lock:
+        if not _Inside.threads:
+            _Inside.before = ImageFile.LOAD_TRUNCATED_IMAGES
+        _Inside.threads += 1
+        ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        with _Inside.lock:
+            _Inside.threads -= 1
+            if not _Inside.threads:
+                ImageFile.LOAD_TRUNCATED_IMAGES = _Inside.before
+
+
+def _png_checksums_match(content: bytes) -> bool:
+    """Check what Pillow does not: the checksums of the chunks of pixels."""
+    view, at = memoryview(content), 8
+    while at + 12 <= len(content):
+        length, kind = int.from_bytes(view[at : at + 4], "big"), bytes(view[at + 4 : at + 8])
+        end = at + 8 + length
+        if kind == b"IDAT" and zlib.crc32(view[at + 4 : end]) != int.from_bytes(view[end : end + 4], "big"):
+            return False
+        at = end + 4
+    return True
 
 
 def channels_of(image: Image.Image | Tensor) -> int:
@@ -93,6 +182,8 @@ def to_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Ten
         UserError: if the counts do not fit.
     """
     if not isinstance(image, Tensor):
+        if image.mode not in GREY_MODES and image.mode not in COLOUR_MODES:
+            raise UserError(f"Pixels of mode {image.mode} are not supported: convert the image to L or RGB.")
         if image.mode not in DEEP_MODES:
             return _convert_pillow(image, channels)
         image = deep_to_unit(image)
@@ -114,20 +205,38 @@ def to_tensor(image: Image.Image | Tensor) -> UInt8[Tensor, "c hh ww"] | Float[T
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1).contiguous()
 
 
-def deep_to_unit(image: Image.Image) -> Float[Tensor, "1 hh ww"]:
-    """Scale a grey image of more than 8 bits to [0, 1].
+def deep_to_unit(image: Image.Image, values: tuple[float, float] | None = None) -> Float[Tensor, "1 hh ww"]:
+    """Scale a grey image of more than 8 bits to [0, 1]; what lies outside is clamped.
 
-    16-bit modes are divided by 65535. Mode I holds 16-bit files in 32 bits, so it is divided by 65535 too unless a
-    value is larger; then by 2^31 - 1. Mode F is taken to be in the first of [0, 1], [0, 255], [0, 65535] that
-    holds it. Negative or larger values have no range of their own: they are stretched from minimum to maximum.
+    Args:
+        image: grey, of one of the `DEEP_MODES`.
+        values: what becomes 0 and 1. 16-bit modes always have 0 and 65535. An image of mode I (32 bits) or F (float)
+            shares the values of its source (`ImageSource.value_range`); without a source, they are its own.
     """
+    pixels = _deep_values(image)
+    if image.mode not in UNBOUNDED_MODES:
+        values = 0.0, 65535.0
+    low, high = values or range_of([image])
+    return torch.from_numpy(np.clip((pixels - np.float32(low)) / np.float32(high - low), 0, 1))[None]
+
+
+def range_of(images: Iterable[Image.Image]) -> tuple[float, float]:
+    """The values that become 0 and 1 in images of one of the `UNBOUNDED_MODES`.
+
+    They are 0 and the full scale of the usual files, 65535 for mode I and 1 for mode F, unless a value is larger or
+    negative: then the largest or the smallest. So they change little with one pixel that is a little brighter.
+    """
+    low, high = 0.0, 0.0
+    for image in images:
+        pixels = _deep_values(image)
+        low = min(low, float(pixels.min()))
+        high = max(high, float(pixels.max()), 65535.0 if image.mode == "I" else 1.0)
+    return low, high
+
+
+def _deep_values(image: Image.Image) -> Float[np.ndarray, "hh ww"]:
     values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
-    tops = {"I": (65535.0, 2.0**31 - 1), "F": (1.0, 255.0, 65535.0)}.get(image.mode, (65535.0,))
-    low, high = float(values.min()), float(values.max())
-    top = next((top for top in tops if high <= top), None)
-    if low < 0 or top is None:
-        return torch.from_numpy((values - low) / max(high - low, 1e-12))[None]
-    return torch.from_numpy(values / np.float32(top))[None]
+    return np.clip(values, -_LARGEST_VALUE, _LARGEST_VALUE)
 
 
 def _convert_pillow(image: Image.Image, channels: int) -> Image.Image:
@@ -136,6 +245,8 @@ def _convert_pillow(image: Image.Image, channels: int) -> Image.Image:
     wanted = "L" if channels == 1 else "RGB"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if image.mode in ("La", "RGBa"):  # premultiplied, which Pillow only converts back to the ordinary modes
+            image = image.convert(image.mode.upper())
         if image.has_transparency_data:
             colours = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)

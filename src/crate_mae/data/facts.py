@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.data.base import EncodedSource, ImageSource
-from crate_mae.data.decode import UnreadableImage, channels_of, decode, size_of, to_channels
+from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample
+from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, decode, size_of, to_channels
 from crate_mae.data.results import BadImage, DataReport, ImageFacts
 from crate_mae.errors import UserError
 
@@ -115,6 +115,8 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
         modes=dict(modes.most_common()),
         formats=dict(formats.most_common()),
         bad=tuple(bad),
+        left_out=dict(source.left_out),
+        ranges={mode: source.value_range(mode) for mode in sorted(UNBOUNDED_MODES & set(modes))},
         duplicates=tuple(tuple(map(source.location, group)) for group in same.values() if len(group) > 1),
         **_suggestions(source, sizes, channels, len(indices)),
     )
@@ -128,15 +130,6 @@ def suggest_model(facts: ImageFacts) -> tuple[str, int]:
     if side <= 48:
         return "crate_mae_micro_patch4_32", 32
     return "crate_mae_tiny_patch16_224", 224
-
-
-def fixed_sample(length: int, sample: int | None, seed: int = 0) -> list[int]:
-    """Draw `sample` distinct pseudo-random numbers below `length`, sorted for quick reading; all numbers for None."""
-    if sample is None or sample >= length:
-        return list(range(length))
-    if sample < 1:
-        raise UserError(f"A sample needs at least one image, got {sample}.")
-    return sorted(np.random.default_rng(seed).choice(length, sample, replace=False).tolist())
 
 
 def prevalent_channels(counts: Counter[int]) -> int:
@@ -190,7 +183,7 @@ def _read_with_digest(source: ImageSource, i: int) -> tuple[Image.Image | Tensor
     if isinstance(source, EncodedSource):
         content = source.content(i)
         return decode(content, source.location(i)), hashlib.sha256(content).digest()
-    image = source.read(i)
+    image = source.picture(i)
     pixels = np.asarray(image) if isinstance(image, Image.Image) else image.detach().cpu().numpy()
     return image, hashlib.sha256(f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()).digest()
 
@@ -207,8 +200,9 @@ def _class_counts(source: ImageSource) -> dict[str, int] | None:
     numbers, counts = np.unique(source.labels, return_counts=True)
     names = source.classes or []
     return {
-        names[number] if number < len(names) else str(number): count
+        names[number] if names else str(number): count
         for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
+        if number >= 0
     }
 
 

@@ -1,8 +1,10 @@
 """Writing files completely or not at all, the cache folder, and the check of output folders."""
 
 import contextlib
+import errno
 import os
 import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +21,25 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "crate-mae"
     except RuntimeError:  # a user without a home folder, as in some containers
         return Path(tempfile.gettempdir()) / "crate-mae"
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """Read a regular file of limited size: a pipe would wait for its other end for ever, and a device never ends.
+
+    Args:
+        path: of the file, or of a link to it.
+        most: bytes.
+
+    Raises:
+        OSError: if it is no regular file, larger, or cannot be read; the reason is in `strerror`.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = "a folder" if stat.S_ISDIR(status.st_mode) else "a pipe, a socket or a device"
+        raise OSError(errno.EINVAL, f"{kind}, not a regular file")
+    if status.st_size > most:
+        raise OSError(errno.EFBIG, f"{status.st_size:,} bytes are more than the {most:,} that are read")
+    return path.read_bytes()
 
 
 @contextlib.contextmanager

@@ -1,28 +1,26 @@
-"""A folder of images, at any depth. Its listing is cached until one of its folders changes."""
+"""A folder of images, at any depth."""
 
-import contextlib
-import hashlib
-import json
 import os
-import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import Int
 
 from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable, read_file
-from crate_mae.data.files import cache_folder, write_whole
 from crate_mae.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
+# Made by file managers, operating systems and network drives; some hold small copies of the images.
+SYSTEM_FOLDERS = frozenset(
+    {"@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
+)
 
-_LISTING_VERSION = 1
-# A folder that changed within this time before it was listed may change again without a new modification time.
-_SETTLED_NS = 2_000_000_000
+
+_MOST_FOLDERS = 1_000_000  # links among folders can make far more of a few
 
 
 @dataclass
@@ -32,14 +30,12 @@ class Listing:
     Attributes:
         images: sorted paths of the image files.
         containers: sorted paths of the `.parquet` and `.tar` files.
-        others: number of other files by suffix.
-        folders: modification time in ns of every folder below, and of the folder itself (".").
+        others: number of other files by suffix, and of folders of the system by name with "/".
     """
 
     images: list[str]
     containers: list[str]
     others: dict[str, int]
-    folders: dict[str, int]
 
 
 class FolderSource(EncodedSource):
@@ -68,49 +64,22 @@ class FolderSource(EncodedSource):
 
     def fingerprint(self) -> str | None:
         """Of all image files."""
-        return files_fingerprint(self._root / image for image in self._images)
+        return files_fingerprint((image, self._root / image) for image in self._images)
 
 
 def list_folder(root: Path) -> Listing:
-    """List a folder, from the cache if no folder in it has changed.
-
-    If the cache cannot be read or written, the folder is listed again each time.
+    """List a folder.
 
     Raises:
         UserError: if a folder may not be read.
     """
-    root = root.absolute()
-    digest = hashlib.sha256(os.fsencode(root)).hexdigest()[:32]
-    cache = cache_folder() / "folders" / f"{digest}.json"
-    cached = _cached_listing(cache, root)
-    if cached is not None:
-        return cached
-    listing = _scan(root)
-    if time.time_ns() - max(listing.folders.values()) > _SETTLED_NS:
-        content = json.dumps({"version": _LISTING_VERSION, "root": str(root), **asdict(listing)})
-        with contextlib.suppress(UserError):
-            write_whole(cache, content.encode("ascii"))
-    return listing
-
-
-def _cached_listing(cache: Path, root: Path) -> Listing | None:
-    try:
-        content = json.loads(cache.read_bytes())
-        if (content.pop("version"), content.pop("root")) != (_LISTING_VERSION, str(root)):
-            return None
-        listing = Listing(**content)
-        unchanged = all((root / name).stat().st_mtime_ns == mtime for name, mtime in listing.folders.items())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return None
-    return listing if unchanged else None
-
-
-def _scan(root: Path) -> Listing:
-    listing = Listing([], [], {}, {})
+    listing = Listing([], [], {})
     others: Counter[str] = Counter()
-    for name in _walk(root, PurePosixPath(), frozenset(), listing.folders):
+    for name in _walk(root.absolute()):
         suffix = PurePosixPath(name).suffix.lower()
-        if suffix in IMAGE_SUFFIXES:
+        if name.endswith("/"):
+            others[f"{PurePosixPath(name).name}/"] += 1
+        elif suffix in IMAGE_SUFFIXES:
             listing.images.append(name)
         else:
             others[suffix] += 1
@@ -122,28 +91,45 @@ def _scan(root: Path) -> Listing:
     return listing
 
 
-def _walk(
-    root: Path, folder: PurePosixPath, above: frozenset[tuple[int, int]], folders: dict[str, int]
-) -> Iterator[str]:
-    """Yield files below a folder, following links except into a folder that contains it. Fills `folders`."""
-    try:
-        status = (root / folder).stat()
-        identity = (status.st_dev, status.st_ino)
-        if identity in above:
-            return
-        folders[str(folder)] = status.st_mtime_ns
-        with os.scandir(root / folder) as entries:
-            found = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
-    except OSError as error:
-        raise UserError(
-            f"Cannot read the folder {printable(root / folder)}: {(error.strerror or str(error)).lower()}.\n"
-            "Allow it (chmod u+rx), or move it out of the data."
-        ) from error
-    for name, is_folder in found:
-        if is_folder:
-            yield from _walk(root, folder / name, above | {identity}, folders)
-        else:
-            yield str(folder / name)
+def _walk(root: Path) -> Iterator[str]:
+    """Yield files below a folder, and folders of the system with "/" at the end.
+
+    Links are followed except into a folder that contains them. Without recursion, which ends at a thousand levels.
+    """
+    waiting: list[tuple[PurePosixPath, frozenset[tuple[int, int]]]] = [(PurePosixPath(), frozenset())]
+    visited = 0
+    while waiting:
+        folder, above = waiting.pop()
+        visited += 1
+        if visited > _MOST_FOLDERS:
+            raise UserError(
+                f"{printable(root)} has more than {_MOST_FOLDERS:,} folders, such as "
+                f"{_shortened(printable(folder))}.\nRemove links to large folders from the data."
+            )
+        try:
+            status = (root / folder).stat()
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                continue
+            with os.scandir(root / folder) as entries:
+                found = [(entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            raise UserError(
+                f"Cannot read the folder {_shortened(printable(root / folder))}: "
+                f"{(error.strerror or str(error)).lower()}.\n"
+                "Allow it (chmod u+rx), or move it out of the data."
+            ) from error
+        for name, is_folder in found:
+            if not is_folder:
+                yield str(folder / name)
+            elif name.lower() in SYSTEM_FOLDERS:
+                yield f"{folder / name}/"
+            else:
+                waiting.append((folder / name, above | {identity}))
+
+
+def _shortened(path: str) -> str:
+    return path if len(path) < 300 else f"{path[:150]}...{path[-100:]}"
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -1,7 +1,7 @@
 """Images in parquet files, in the layout of Hugging Face datasets or with a plain binary column."""
 
 import bisect
-import json
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
@@ -15,13 +15,18 @@ from jaxtyping import Int
 
 from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable
 from crate_mae.data.decode import UnreadableImage
+from crate_mae.data.documents import parse_json
 from crate_mae.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "bytes")
 LABEL_NAMES = ("label", "labels", "class", "target", "cls", "fine_label")
 
 # Row groups of image files are mostly 1 to 50 MB: room for a few of them, or all of CIFAR-10.
 _CACHE_BYTES = 256 * 2**20
+_MOST_GROUP_BYTES = 2**31
+_FINGERPRINT_BLOCKS = 64
 
 
 class ParquetSource(EncodedSource):
@@ -33,29 +38,19 @@ class ParquetSource(EncodedSource):
 
     def __init__(self, paths: Sequence[Path], name: str) -> None:
         self._paths = list(paths)
-        files = [_open(path) for path in self._paths]
-        schema = files[0].schema_arrow
-        features = _features(schema)
-        self._column = _image_column(schema, features, self._paths[0])
-        for path, file in zip(self._paths, files, strict=True):
-            if self._column not in file.schema_arrow.names:
-                raise UserError(
-                    f'{printable(path)} has no column "{self._column}", unlike {printable(self._paths[0])}.'
-                )
-        self._groups = [(number, group) for number, file in enumerate(files) for group in range(file.num_row_groups)]
-        sizes = [files[number].metadata.row_group(group).num_rows for number, group in self._groups]
-        self._group_starts = [0, *accumulate(sizes)]
-        self._file_starts = [0, *accumulate(file.metadata.num_rows for file in files)]
+        files = [_File(path) for path in self._paths]
+        first = files[0]
+        self._column = first.image_column
+        for file in files[1:]:
+            if self._column not in file.schema.names:
+                raise UserError(f'{file.name} has no column "{self._column}", unlike {first.name}.')
+        self._groups = [(number, group) for number, file in enumerate(files) for group in range(len(file.groups))]
+        self._group_starts = [0, *accumulate(rows for file in files for rows in file.groups)]
+        self._file_starts = [0, *accumulate(sum(file.groups) for file in files)]
         if not self._group_starts[-1]:
             raise UserError(f"{name} has no rows.")
-        label_column = _label_column(schema, features)
-        labels, classes = _read_labels(files, label_column)
-        if labels is not None and label_column in features:
-            classes = features[label_column].get("names", classes)
-        super().__init__(name, labels, classes)
+        super().__init__(name, *_labels_of(files))
         self._cache: OrderedDict[int, pa.Array | pa.ChunkedArray] = OrderedDict()
-        for file in files:
-            file.close()
 
     def __len__(self) -> int:
         return self._group_starts[-1]
@@ -71,8 +66,11 @@ class ParquetSource(EncodedSource):
             rows = self._load(group, i)
         else:
             self._cache.move_to_end(group)
-        content = rows[i - self._group_starts[group]].as_py()
-        if content is None:
+        try:
+            content = rows[i - self._group_starts[group]].as_py()
+        except Exception as error:  # fewer rows than the file said, or values that its type cannot have
+            raise UnreadableImage(self.location(i), f"the row cannot be read ({first_line(error)})") from error
+        if not isinstance(content, bytes):
             raise UnreadableImage(self.location(i), "the row holds no image bytes")
         return content
 
@@ -83,18 +81,21 @@ class ParquetSource(EncodedSource):
 
     def fingerprint(self) -> str | None:
         """Of the files."""
-        return files_fingerprint(self._paths)
+        return files_fingerprint(((path.name, path) for path in self._paths), _FINGERPRINT_BLOCKS)
 
     def _load(self, group: int, i: int) -> pa.Array | pa.ChunkedArray:
         number, local = self._groups[group]
         try:
             # Opened each time, so that processes share no file position; single-threaded, since workers are parallel.
             with pq.ParquetFile(self._paths[number]) as file:
+                size = file.metadata.row_group(local).total_byte_size
+                if size > _MOST_GROUP_BYTES:
+                    raise ValueError(f"{size:,} bytes are more than the {_MOST_GROUP_BYTES:,} that are read at once")
                 table = file.read_row_group(local, columns=[self._column], use_threads=False)
-        except (OSError, pa.ArrowException) as error:
+                struct = pa.types.is_struct(table.schema.field(0).type)
+                column = table.flatten().column(f"{self._column}.bytes") if struct else table.column(0)
+        except Exception as error:  # pyarrow raises nearly any type on a damaged file
             raise UnreadableImage(self.location(i), f"its row group cannot be read ({first_line(error)})") from error
-        struct = pa.types.is_struct(table.schema.field(0).type)
-        column = table.flatten().column(f"{self._column}.bytes") if struct else table.column(0)
         rows = column.chunk(0) if column.num_chunks == 1 else column
         self._cache[group] = rows
         while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > _CACHE_BYTES:
@@ -102,20 +103,98 @@ class ParquetSource(EncodedSource):
         return rows
 
 
-def _open(path: Path) -> pq.ParquetFile:
-    try:
-        return pq.ParquetFile(path)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"Cannot read {printable(path)} as a parquet file: {first_line(error)}") from error
+class _File:
+    """What the index of a parquet file says, and its column of labels.
+
+    Attributes:
+        name: for messages.
+        schema: names and types of the columns.
+        groups: number of rows of each row group.
+        image_column: name of the column of encoded images.
+        label_column: name of the column of labels, or None.
+        labels: as they were found; empty without a column of labels.
+        classes: names of the classes that are stored beside the rows, or None.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.name = printable(path)
+        try:
+            if not path.is_file():
+                raise OSError("it is not a regular file")
+            with pq.ParquetFile(path) as file:
+                self.schema = file.schema_arrow
+                self.groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                features = _features(self.schema, self.name)
+                self.image_column = _image_column(self.schema, features, path)
+                self.label_column = _label_column(self.schema, features)
+                column = self.label_column
+                self.labels = [] if column is None else file.read(columns=[column]).column(0).to_pylist()
+        except UserError:
+            raise
+        except Exception as error:  # pyarrow raises nearly any type on a damaged file
+            raise UserError(f"Cannot read {self.name} as a parquet file: {first_line(error)}") from error
+        self.classes = None if column is None else _class_names(features.get(column, {}), column, self.name)
 
 
-def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+def _labels_of(files: Sequence[_File]) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:
+    """Labels of all rows, and class names. Files that number the same classes differently are brought together."""
+    first = files[0]
+    for file in files:
+        if file.label_column != first.label_column or (file.classes is None) != (first.classes is None):
+            described = [f"{_described(other)} in {other.name}" for other in (first, file)]
+            raise UserError(
+                f"The files have different labels: {', '.join(described)}.\n"
+                "Give all files the same columns and metadata, or open them one by one."
+            )
+    if first.classes is None or all(file.classes == first.classes for file in files):
+        labels, classes = number_labels([label for file in files for label in file.labels])
+        return labels, classes if first.classes is None or labels is None else first.classes
+    named = [_names_of(file) for file in files]
+    labels, _ = number_labels([name for names in named for name in names])
+    if labels is None:
+        return None, None
+    classes = list(dict.fromkeys(known for file in files for known in file.classes or ()))
+    return np.array([classes.index(name) for names in named for name in names], dtype=np.int64), classes
+
+
+def _names_of(file: _File) -> list[str | None]:
+    """The class of each row by its name; None where a row has no label."""
+    classes = file.classes or []
+    if any(isinstance(label, int) and label >= len(classes) for label in file.labels):
+        raise UserError(f"{file.name} has the label {max(file.labels)}, but names for {len(classes)} classes only.")
+    return [classes[label] if isinstance(label, int) and label >= 0 else None for label in file.labels]
+
+
+def _described(file: _File) -> str:
+    if file.label_column is None:
+        return "no column of labels"
+    return f'"{file.label_column}" {"without" if file.classes is None else "with"} class names'
+
+
+def _features(schema: pa.Schema, name: str) -> dict[str, dict[str, Any]]:
     """Return the column descriptions that the `datasets` library stores in a file; empty if there are none."""
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, ValueError, TypeError):
+    stored = (schema.metadata or {}).get(b"huggingface")
+    if stored is None:
         return {}
-    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+    try:
+        features = parse_json(stored, f"{name}: its metadata")["info"]["features"]
+        return {column: feature for column, feature in features.items() if isinstance(feature, dict)}
+    except (UserError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s: column types and class names in its metadata are not understood (%s)", name, error)
+        return {}
+
+
+def _class_names(feature: dict[str, Any], column: str, name: str) -> list[str] | None:
+    """Return the class names in the description of a column; None if there are none."""
+    names = feature.get("names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(known, (str, int)) for known in names):
+        raise UserError(
+            f'{name}: the class names of the column "{column}" in its metadata are not a list of names, but '
+            f"{str(names)[:60]}.\nWrite the file again, with ClassLabel(names=[...]) of the datasets library."
+        )
+    return [str(known) for known in names]
 
 
 def _image_column(schema: pa.Schema, features: dict[str, dict[str, Any]], path: Path) -> str:
@@ -133,24 +212,22 @@ def _image_column(schema: pa.Schema, features: dict[str, dict[str, Any]], path: 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
     if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _holds_bytes(field.type) for field in kind)
+        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
+    return _is_bytes(kind)
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _label_column(schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str | None:
-    declared = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
-    named = [name for name in LABEL_NAMES if name in schema.names and _holds_labels(schema.field(name).type)]
+    able = [field.name for field in schema if _holds_labels(field.type)]
+    declared = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
+    named = [name for name in LABEL_NAMES if name in able]
     return next(iter([*(name for name in named if name in declared), *declared, *named]), None)
 
 
 def _holds_labels(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):  # a categorical column of pandas
+        return _holds_labels(kind.value_type)
     return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _read_labels(
-    files: Sequence[pq.ParquetFile], column: str | None
-) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:
-    if column is None or not all(column in file.schema_arrow.names for file in files):
-        return None, None
-    found = [label for file in files for label in file.read(columns=[column]).column(0).to_pylist()]
-    return number_labels(found)

@@ -44,6 +44,9 @@ class DataReport:
         modes: number of images of each pixel mode ("RGB", "L", "I;16", ...; "3 x uint8" for tensors).
         formats: number of images of each file format ("JPEG", ...).
         bad: the unreadable images, with reasons.
+        left_out: number of files that are not read as images, by suffix, and of folders of the system.
+        ranges: for images of the modes I (32 bits) and F (float) the values that become 0 and 1; see
+            `ImageSource.value_range`.
         duplicates: locations of images with identical bytes, group by group.
         mean: per channel, in [0, 1]; see `channel_statistics`.
         std: per channel, in [0, 1].
@@ -61,6 +64,8 @@ class DataReport:
     modes: dict[str, int]
     formats: dict[str, int]
     bad: tuple[BadImage, ...]
+    left_out: dict[str, int]
+    ranges: dict[str, tuple[float, float]]
     duplicates: tuple[tuple[str, ...], ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]

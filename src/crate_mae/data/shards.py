@@ -1,26 +1,65 @@
 """WebDataset shards: tar files whose members are images, read in place, so that they can be read in any order."""
 
-import json
+import io
+import logging
+import os
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable
-from crate_mae.data.decode import UnreadableImage
+import numpy as np
+from jaxtyping import Int
+
+from crate_mae.data.base import NO_LABEL, EncodedSource, files_fingerprint, number_labels, printable
+from crate_mae.data.decode import MOST_BYTES, UnreadableImage
+from crate_mae.data.documents import parse_json
 from crate_mae.data.folder import IMAGE_SUFFIXES
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more, first_line
+
+logger = logging.getLogger(__name__)
 
 _LABEL_KEYS = ("label", "cls", "class")
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})")  # as a program writes it; 007 and ids of 30 digits are names
+_MOST_LABEL_BYTES = 2**20
+_MOST_HEADER_BYTES = 2**20
+_FINGERPRINT_BLOCKS = 64
+# Archives end with two blocks of zeros and are filled up to 10 KiB; what follows is another archive.
+_AFTER_END = 64 * 1024
+_LOST = "lost: "  # begins the problem of an image that a damaged shard likely held
+_MOST_LOST = 9  # images assumed lost in a damaged archive, per image that can be read
 
 
 class Member(NamedTuple):
-    """One image inside a shard: number of the shard, name in it, and position of its bytes."""
+    """One image inside a shard.
+
+    Attributes:
+        shard: number of the shard.
+        name: in the shard.
+        offset: of its bytes.
+        size: of its bytes.
+        problem: why it cannot be read; empty if it can.
+    """
 
     shard: int
     name: str
     offset: int
     size: int
+    problem: str = ""
+
+
+@dataclass
+class _Index:
+    """What one shard holds. A name that comes again stands for its last member, as when the archive is unpacked."""
+
+    images: dict[str, Member] = field(default_factory=dict)
+    labels: dict[str, int | str] = field(default_factory=dict)
+    others: Counter[str] = field(default_factory=Counter)
+    replaced: list[str] = field(default_factory=list)
+    bad_labels: list[str] = field(default_factory=list)
 
 
 class ShardSource(EncodedSource):
@@ -28,19 +67,26 @@ class ShardSource(EncodedSource):
 
     By the WebDataset convention, `key.cls` (a number or a name) or `key.json` (with "label", "cls" or "class") holds
     the label of the image of the same key, which ends at the first dot of the file name.
+
+    Members that are not plain files (links, pipes, devices, sparse files) are unreadable images. A damaged shard is
+    read up to the damage; the images that were likely lost are unreadable images too, so `--max-bad` decides.
     """
 
     def __init__(self, paths: Sequence[Path], name: str) -> None:
         self._paths = list(paths)
         self._members: list[Member] = []
         found: list[int | str | None] = []
+        others: Counter[str] = Counter()
         for number, path in enumerate(self._paths):
-            members, labels = _index(number, path)
-            self._members += members
-            found += labels
+            index = _index(number, path)
+            self._members += index.images.values()
+            found += [index.labels.get(_key(member.name)) for member in index.images.values() if not _is_lost(member)]
+            others += index.others
         if not self._members:
             raise UserError(f"Found 0 images in {len(self._paths)} shard(s) of {name}: looked for {_suffixes()}.")
-        super().__init__(name, *number_labels(found))
+        labels, classes = number_labels(found)
+        super().__init__(name, self._with_lost(labels), classes)
+        self.left_out = dict(others.most_common())
 
     def __len__(self) -> int:
         return len(self._members)
@@ -48,6 +94,8 @@ class ShardSource(EncodedSource):
     def content(self, i: int) -> bytes:
         """The bytes of image member i."""
         member = self._members[i]
+        if member.problem:
+            raise UnreadableImage(self.location(i), member.problem)
         try:
             # Opened each time, so that processes share no file position.
             with self._paths[member.shard].open("rb") as file:
@@ -66,44 +114,156 @@ class ShardSource(EncodedSource):
 
     def fingerprint(self) -> str | None:
         """Of the shards."""
-        return files_fingerprint(self._paths)
+        return files_fingerprint(((path.name, path) for path in self._paths), _FINGERPRINT_BLOCKS)
+
+    def _with_lost(self, labels: Int[np.ndarray, "n"] | None) -> Int[np.ndarray, "m"] | None:
+        """Labels of all members, of those of the lost ones too, which have none."""
+        if labels is None:
+            return None
+        whole = np.full(len(self._members), NO_LABEL, dtype=np.int64)
+        whole[[not _is_lost(member) for member in self._members]] = labels
+        return whole
 
 
-def _index(number: int, path: Path) -> tuple[list[Member], list[int | str | None]]:
+def _index(number: int, path: Path) -> _Index:
     """List the image members of one shard, and their labels as found."""
-    members: list[Member] = []
-    labels: dict[str, int | str | None] = {}
+    index = _Index()
     try:
-        with tarfile.open(path, "r:") as shard:
-            for info in shard:
-                file = PurePosixPath(info.name)
-                if not info.isfile() or file.name.startswith("."):
-                    continue
-                suffix = file.suffix.lower()
-                if suffix in IMAGE_SUFFIXES:
-                    members.append(Member(number, info.name, info.offset_data, info.size))
-                elif suffix in (".cls", ".json"):
-                    content = shard.extractfile(info)
-                    assert content is not None, "a regular member has content"
-                    label = _parse_label(content.read(), suffix)
-                    if label is not None:
-                        labels[_key(info.name)] = label
-            _check_end(path, shard.offset)
-    except (OSError, tarfile.TarError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        if not path.is_file():
+            raise tarfile.ReadError("not a regular file")
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            end, damage = _add_members(index, number, file, size)
+    except Exception as error:  # tarfile raises nearly any type on a damaged file
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
         raise UserError(
             f"Cannot read the shard {printable(path)}: {reason.lower()}.\n"
             "Shards are uncompressed tar files; unpack compressed ones (gunzip), and fetch broken ones again."
         ) from error
-    return members, [labels.get(_key(member.name)) for member in members]
+    if damage:
+        _add_lost(index, number, end, size, damage)
+    _warn(index, path)
+    return index
 
 
-def _check_end(path: Path, offset: int) -> None:
-    """Raise an error for a damaged header, which `tarfile` mistakes for the end and would lose images silently."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        if file.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"damaged or cut short at byte {offset}")
+def _add_members(index: _Index, number: int, file: io.BufferedReader, size: int) -> tuple[int, str]:
+    """Add the members of an archive; return where reading ended, and what is damaged there, if anything."""
+    end = 0
+    try:
+        with tarfile.open(fileobj=_Headers(file), mode="r:") as shard:
+            for info in shard:
+                if info.size < 0 or shard.offset <= end:
+                    raise tarfile.ReadError("the header of a member is damaged")
+                end = shard.offset
+                _add_member(index, number, info, file, size)
+    except Exception as error:
+        if not end:
+            raise
+        return end, first_line(error)
+    return _end_of_archive(file, end)
+
+
+class _Headers(io.BufferedIOBase):
+    """A file of which `tarfile` reads headers alone, of limited size."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file = file
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Read the blocks of a header."""
+        if not 0 <= size <= _MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header has {size:,} bytes")
+        return self._file.read(size)
+
+    def seek(self, offset: int, whence: int = 0, /) -> int:
+        """Go to the next header."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """The position in the file."""
+        return self._file.tell()
+
+
+def _add_member(index: _Index, number: int, info: tarfile.TarInfo, file: io.BufferedReader, size: int) -> None:
+    path = PurePosixPath(info.name)
+    suffix = path.suffix.lower()
+    if info.isdir() or path.name.startswith("."):
+        return
+    if suffix in IMAGE_SUFFIXES:
+        if info.name in index.images:
+            index.replaced.append(info.name)
+            del index.images[info.name]  # the last one keeps its own place
+        index.images[info.name] = Member(number, info.name, info.offset_data, info.size, _problem(info, size))
+    elif suffix in (".cls", ".json"):
+        label = None if _problem(info, size, _MOST_LABEL_BYTES) else _read_label(file, info, suffix)
+        if label is not None:
+            index.labels[_key(info.name)] = label
+        elif suffix == ".cls":
+            index.bad_labels.append(info.name)
+    else:
+        index.others[suffix] += 1
+
+
+def _problem(info: tarfile.TarInfo, size: int, most: int = MOST_BYTES) -> str:
+    """Why the content of a member cannot be read; empty if it can."""
+    if info.issparse():
+        return "a sparse file in the shard, not a plain one"
+    if not info.isfile():
+        kind = "a link" if info.issym() or info.islnk() else "a pipe or a device"
+        return f"{kind} in the shard, not a plain file"
+    if info.size > most:
+        return f"{info.size:,} bytes are more than the {most:,} that are read"
+    return "the shard is cut short" if info.offset_data + info.size > size else ""
+
+
+def _read_label(file: io.BufferedReader, info: tarfile.TarInfo, suffix: str) -> int | str | None:
+    file.seek(info.offset_data)
+    return _parse_label(file.read(info.size), suffix)
+
+
+def _end_of_archive(file: io.BufferedReader, end: int) -> tuple[int, str]:
+    """Where an archive ends, and what is wrong there: `tarfile` takes a damaged header for the end."""
+    file.seek(end)
+    block = file.read(tarfile.BLOCKSIZE)
+    if len(block) < tarfile.BLOCKSIZE:
+        return end, "it has no end: it was cut short"
+    if block.strip(b"\0"):
+        return end, "a header is damaged"
+    rest = file.read(_AFTER_END)
+    if rest.strip(b"\0"):
+        return end, "another archive follows the end of the first"
+    return end, ""
+
+
+def _add_lost(index: _Index, number: int, end: int, size: int, damage: str) -> None:
+    """Add as many unreadable images as the rest of a damaged shard likely holds, judged by the images before it."""
+    read = len(index.images)
+    lost = round(read * max(size - end, 0) / max(end, 1))
+    problem = f"{_LOST}the shard is damaged after byte {end:,} ({damage})"
+    for count in range(1, max(1, min(lost, _MOST_LOST * read)) + 1):
+        name = f"(lost image {count})"
+        index.images[name] = Member(number, name, end, 0, problem)
+
+
+def _is_lost(member: Member) -> bool:
+    return member.problem.startswith(_LOST)
+
+
+def _warn(index: _Index, path: Path) -> None:
+    if index.replaced:
+        logger.warning(
+            "%s: %d image(s) have the name of a later one, which takes their place: %s",
+            printable(path),
+            len(index.replaced),
+            and_more(list(map(repr, index.replaced)), 3),
+        )
+    if index.bad_labels:
+        logger.warning(
+            "%s: %d label(s) cannot be read, and images of which any has no label have none: %s",
+            printable(path),
+            len(index.bad_labels),
+            and_more(list(map(repr, index.bad_labels)), 3),
+        )
 
 
 def _key(name: str) -> str:
@@ -113,17 +273,14 @@ def _key(name: str) -> str:
 
 def _parse_label(content: bytes, suffix: str) -> int | str | None:
     try:
-        text = content.decode("utf-8").strip()
         if suffix == ".json":
-            described = json.loads(text)
+            described = parse_json(content, "the label")
             label = next((described[key] for key in _LABEL_KEYS if key in described), None)
             return label if isinstance(label, (int, str)) else None
+        text = content.decode("utf-8").strip()
     except (ValueError, TypeError):
         return None
-    try:
-        return int(text)
-    except ValueError:
-        return text or None
+    return int(text) if _NUMBER.fullmatch(text) else text or None
 
 
 def _suffixes() -> str:

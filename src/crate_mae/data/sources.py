@@ -1,10 +1,13 @@
 """Open DATA: from what the user wrote to an image source."""
 
+import logging
+import math
 import os
 import re
 from itertools import product
 from pathlib import Path
 
+from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from crate_mae.data.base import ImageSource, printable
@@ -16,10 +19,15 @@ from crate_mae.data.shards import ShardSource
 from crate_mae.data.wrapped import DatasetSource, Indexable, open_torchvision
 from crate_mae.errors import UserError, nearest
 
+logger = logging.getLogger(__name__)
+
 FORMS = (
     "Data is a folder of images, an image, a .parquet file or a folder of them, .tar shards (path, glob, or\n"
     "{000..009}), hf:name[:split], torchvision:CIFAR10[:split], digits, or from Python a torch.utils.data.Dataset."
 )
+# Images that Pillow does not read by itself; those that it does are in its own list.
+OTHER_IMAGE_SUFFIXES = frozenset({".heic", ".heif", ".avif", ".jxl", ".svg", ".raw", ".dng", ".nef", ".cr2", ".arw"})
+_MOST_FILES = 1_000_000  # that a pattern may stand for
 _PREFIXES = ("hf", "torchvision", "digits")
 _PATTERN = re.compile(r"[*?\[{]")
 
@@ -104,6 +112,8 @@ def _open_path(path: Path, name: str) -> ImageSource:
             return _open_files([path], name)
     except OSError as error:  # a name too long, a folder above that may not be entered
         raise UserError(f"Cannot access {printable(path)}: {(error.strerror or str(error)).lower()}.") from error
+    if path.exists():
+        raise UserError(f"{printable(path)} is a pipe, a socket or a device, not a regular file or a folder.\n{FORMS}")
     if _PATTERN.search(name):
         return _open_files(_expand(str(path)), name)
     raise _not_found(path, name)
@@ -112,12 +122,25 @@ def _open_path(path: Path, name: str) -> ImageSource:
 def _open_folder(path: Path, name: str) -> ImageSource:
     listing = list_folder(path)
     if listing.images:
-        return FolderSource(path, listing.images, name)
+        source = FolderSource(path, listing.images, name)
+        source.left_out = listing.others
+        _warn_of_images(source)
+        return source
     for suffix, kind in ((".parquet", ParquetSource), (".tar", ShardSource)):
         found = [path / file for file in listing.containers if file.lower().endswith(suffix)]
         if found:
             return kind(_training_part(found), name)
     raise _no_images(path, listing)
+
+
+def _warn_of_images(source: FolderSource) -> None:
+    """Name what is left out of a folder although it may well be images."""
+    known = Image.registered_extensions().keys() | OTHER_IMAGE_SUFFIXES
+    found = [f"{count} {suffix}" for suffix, count in source.left_out.items() if suffix in known]
+    if found:
+        logger.warning(
+            "%s: not read are %s. Formats that are read: %s.", source.name, ", ".join(found), " ".join(IMAGE_SUFFIXES)
+        )
 
 
 def _open_files(paths: list[Path], name: str) -> ImageSource:
@@ -159,6 +182,8 @@ def _expand(pattern: str) -> list[Path]:
 def _expand_braces(pattern: str) -> list[str]:
     parts = re.split(r"\{([^{}]*)\}", pattern)
     choices = [[part] if number % 2 == 0 else _choices(part) for number, part in enumerate(parts)]
+    if math.prod(map(len, choices)) > _MOST_FILES:
+        raise UserError(f"{pattern} stands for more than {_MOST_FILES:,} files.")
     return ["".join(chosen) for chosen in product(*choices)]
 
 
@@ -168,6 +193,8 @@ def _choices(inside: str) -> list[str]:
     if span is None:
         return inside.split(",")
     first, last = span.groups()
+    if len(last) > 18 or int(last) - int(first) > _MOST_FILES:
+        raise UserError(f"{{{inside}}} stands for more than {_MOST_FILES:,} files.")
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
 
 

@@ -1,5 +1,6 @@
 """From a decoded image to the normalised input of a model: augmented at random for training, fixed for use."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -13,6 +14,8 @@ from torchvision.transforms.v2 import functional as tvf
 from crate_mae.data.dataset import global_generators_seeded
 from crate_mae.data.decode import size_of, to_channels, to_tensor
 from crate_mae.errors import UserError
+
+_MOST_COVERING = 16  # how many times as long as the target a scaled image may be before it is cropped
 
 Resize = Callable[[Image.Image | Tensor], Image.Image | Tensor]
 
@@ -35,6 +38,11 @@ class Preparation:
             raise UserError(f"{channels} channel(s) need as many means and stds, not {len(mean)} and {len(std)}.")
         if not all(value > 0 for value in std):
             raise UserError(f"Every std must be positive, got {tuple(std)}.")
+        if not (all(0 <= value <= 1 for value in mean) and all(value <= 1 for value in std)):
+            raise UserError(
+                f"mean {tuple(mean)} and std {tuple(std)} are not those of pixels in [0, 1].\n"
+                "Divide by 255 those of pixels from 0 to 255."
+            )
         self.resize = resize
         self.channels = channels
         self.mean = torch.tensor(mean, dtype=torch.float32).reshape(-1, 1, 1)
@@ -47,8 +55,9 @@ class Preparation:
             UserError: if its channels cannot be converted to the required number.
         """
         pixels = to_tensor(self.resize(to_channels(image, self.channels)))
-        # Out of place: these may be the pixels of a tensor data set itself.
-        unit = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
+        # Out of place: these may be the pixels of a tensor data set itself. Bicubic resampling overshoots at edges;
+        # of 8 bits it is clamped already.
+        unit = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)
         return (unit - self.mean) / self.std
 
 
@@ -65,12 +74,24 @@ class FitAndCentre:
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
         """Resize one image to the target size."""
-        height, width = size_of(image)
-        if (height, width) == self.size:
+        if size_of(image) == self.size:
             return image
+        image = self._without_far_ends(image)
+        height, width = size_of(image)
         scale = max(self.size[0] / height, self.size[1] / width)
         covering = [max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))]
         return self._crop(v2.Resize(covering, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(image))
+
+    def _without_far_ends(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
+        """Cut off the ends of a thin image, of which only the middle is used: enlarged, they would fill the memory."""
+        height, width = size_of(image)
+        most = (
+            math.ceil(_MOST_COVERING * self.size[0] * width / self.size[1]),
+            math.ceil(_MOST_COVERING * self.size[1] * height / self.size[0]),
+        )
+        # By an even number of pixels, so that the middle stays where it is.
+        kept = [side - max(0, (side - limit) // 2 * 2) for side, limit in zip((height, width), most, strict=True)]
+        return image if kept == [height, width] else v2.CenterCrop(kept)(image)
 
 
 class RandAugment:
@@ -116,7 +137,7 @@ class RandAugment:
 
 
 def _to_8_bits(image: Tensor) -> Image.Image:
-    return tvf.to_pil_image(image if image.dtype == torch.uint8 else (image * 255).round().to(torch.uint8))
+    return tvf.to_pil_image(image if image.dtype == torch.uint8 else (image.clamp(0, 1) * 255).round().to(torch.uint8))
 
 
 def pretrain_transform(

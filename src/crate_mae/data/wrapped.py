@@ -10,13 +10,14 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.data.base import NO_LABEL, ImageSource
-from crate_mae.data.decode import COLOUR_MODES, GREY_MODES, UnreadableImage, decode
+from crate_mae.data.base import NO_LABEL, ImageSource, number_labels
+from crate_mae.data.decode import UnreadableImage, decode, upright
 from crate_mae.data.files import cache_folder
 from crate_mae.errors import UserError, did_you_mean, first_line
 
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values", "jpg", "png", "x")
 _LABEL_KEYS = ("label", "labels", "class", "target", "cls", "fine_label", "y")
+_LARGEST_LABEL = 2**63 - 1
 
 
 @runtime_checkable
@@ -32,12 +33,14 @@ class DatasetSource(ImageSource):
     """A map-style data set whose items are images, `(image, label)` pairs, or dicts with an image and perhaps a label.
 
     An image is a Pillow image, a tensor (hh ww, or c hh ww), a NumPy array (hh ww, or hh ww c), or encoded bytes.
-    Arrays and tensors are uint8, uint16, or floats in [0, 1].
+    Arrays and tensors are uint8, uint16, or floats in [0, 1]. A Pillow image of a file is turned upright like the file
+    itself. Labels are whole numbers or names.
     """
 
     def __init__(self, dataset: Indexable, name: str | None = None) -> None:
         classes = getattr(dataset, "classes", None)
-        super().__init__(name or type(dataset).__name__, classes=classes if isinstance(classes, list) else None)
+        known = classes if isinstance(classes, (list, tuple)) else None
+        super().__init__(name or type(dataset).__name__, classes=known)
         if not len(dataset):
             raise UserError(f"The data set {self.name} is empty.")
         self._dataset = dataset
@@ -51,12 +54,17 @@ class DatasetSource(ImageSource):
         return {**self.__dict__, "_last": None}
 
     def read(self, i: int) -> Image.Image | Tensor:
-        """The image of item i."""
+        """The image of item i; a Pillow image of mode I or F is scaled by `value_range`."""
+        picture = self.picture(i)
+        return self._in_range(picture) if isinstance(picture, Image.Image) else picture
+
+    def picture(self, i: int) -> Image.Image | Tensor:
+        """The image of item i, a Pillow image in its own mode."""
         image = _image_of(self._item(i))
         if isinstance(image, bytes):
             return decode(image, self.location(i))
         if isinstance(image, Image.Image):
-            return self._loaded(image, i)
+            return upright(image, self.location(i))
         if isinstance(image, np.ndarray):
             image = _array_to_tensor(image)
         if isinstance(image, Tensor):
@@ -78,23 +86,34 @@ class DatasetSource(ImageSource):
             if self._labels is None:
                 self._labels = self._collect_labels()
             self._labels_known = True
+            self._check_names(self._labels)
         return self._labels
 
     def label(self, i: int) -> int:
-        """Label of item i, without reading any other item."""
+        """Label of item i, without reading any other item: -1 for a name, until `labels` has numbered the names."""
         if self._labels_known:
             return super().label(i)
         label = _label_of(self._item(i))
-        return NO_LABEL if label is None else label
+        if label is None or isinstance(label, str):
+            return NO_LABEL
+        self._check_names(np.array([label]))
+        return label
 
     def _collect_labels(self) -> Int[np.ndarray, "n"] | None:
-        labels = np.full(len(self), NO_LABEL, dtype=np.int64)
+        found: dict[int, int | str] = {}
         for i in range(len(self)):
             with contextlib.suppress(UnreadableImage):
                 label = _label_of(self._item(i))
                 if label is None:
                     return None
-                labels[i] = label
+                found[i] = label
+        numbers, classes = number_labels(list(found.values()))
+        if numbers is None:
+            return None
+        if classes is not None:
+            numbers, self.classes = _numbered_as(self.classes, numbers, classes)
+        labels = np.full(len(self), NO_LABEL, dtype=np.int64)
+        labels[list(found)] = numbers
         return labels
 
     def _item(self, i: int) -> Any:
@@ -105,15 +124,6 @@ class DatasetSource(ImageSource):
             except (OSError, SyntaxError) as error:  # Pillow's errors for damaged files
                 raise UnreadableImage(self.location(i), first_line(error)) from error
         return self._last[1]
-
-    def _loaded(self, image: Image.Image, i: int) -> Image.Image:
-        try:
-            image.load()
-        except Exception as error:  # as in `decode`
-            raise UnreadableImage(self.location(i), first_line(error)) from error
-        if image.mode not in GREY_MODES and image.mode not in COLOUR_MODES:
-            raise UnreadableImage(self.location(i), f"pixels of mode {image.mode} are not supported")
-        return image
 
 
 def open_torchvision(name: str, split: str | None) -> DatasetSource:
@@ -172,7 +182,7 @@ def _image_of(item: Any) -> Any:
     return item
 
 
-def _label_of(item: Any) -> int | None:
+def _label_of(item: Any) -> int | str | None:
     label: Any
     if isinstance(item, (tuple, list)):
         label = item[1] if len(item) > 1 else None
@@ -183,8 +193,17 @@ def _label_of(item: Any) -> int | None:
     if isinstance(label, (Tensor, np.ndarray)) and label.ndim == 0:
         label = label.item()
     if isinstance(label, (int, np.integer)) and label >= 0:
-        return int(label)
-    return None
+        return int(label) if label <= _LARGEST_LABEL else str(label)
+    return str(label) if isinstance(label, str) else None
+
+
+def _numbered_as(
+    known: list[str] | None, numbers: Int[np.ndarray, "n"], names: list[str]
+) -> tuple[Int[np.ndarray, "n"], list[str]]:
+    """Labels that are names, numbered as the data set's own classes are if all of them are among those."""
+    if known is None or not set(names) <= set(known):
+        return numbers, names
+    return np.array([known.index(name) for name in names], dtype=np.int64)[numbers], known
 
 
 def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
@@ -195,7 +214,8 @@ def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
         listed: Any = getattr(dataset, attribute, None)
         if isinstance(listed, (list, Tensor, np.ndarray)):
             labels = np.asarray(listed)
-            if labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer) and labels.min() >= 0:
+            whole = labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer)
+            if whole and labels.min() >= 0 and labels.max() <= _LARGEST_LABEL:
                 return labels.astype(np.int64)
     return None
 
