@@ -154,7 +154,8 @@ def _labels_of(files: Sequence[_File]) -> tuple[Int[np.ndarray, "n"] | None, lis
     if labels is None:
         return None, None
     classes = list(dict.fromkeys(known for file in files for known in file.classes or ()))
-    return np.array([classes.index(name) for names in named for name in names], dtype=np.int64), classes
+    number = {name: i for i, name in enumerate(classes)}
+    return np.array([number[name] for names in named for name in names if name is not None], dtype=np.int64), classes
 
 
 def _names_of(file: _File) -> list[str | None]:

@@ -169,10 +169,10 @@ class _Headers(io.BufferedIOBase):
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file
 
-    def read(self, size: int = -1, /) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
         """Read the blocks of a header."""
-        if not 0 <= size <= _MOST_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header has {size:,} bytes")
+        if size is None or not 0 <= size <= _MOST_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header has {size} bytes")
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
