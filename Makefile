@@ -1,5 +1,5 @@
 # Two commands: `make try` runs the main job on data that is on every machine, `make test` runs the tests.
-# Both make a virtual environment first. Nothing else is needed than Python 3.10 or newer, its pip, and make.
+# Both make a virtual environment first. Nothing else is needed than Python 3.11 or newer, its pip, and make.
 
 PYTHON ?= python3
 VENV := .venv

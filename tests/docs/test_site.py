@@ -12,7 +12,6 @@ from crate_mae import theory
 from docs.tools import assemble, generated
 
 ROOT = Path(__file__).resolve().parents[2]
-# tomllib is not in Python 3.10.
 NAVIGATION = re.findall(r'= "([\w/]+\.md)" }', (ROOT / "docs/zensical.toml").read_text(encoding="utf-8"))
 
 

@@ -33,7 +33,7 @@ _TITLES = {
 _CURVES = (
     "Yellow marks the layer chosen above. The first half of a layer is derived to compress, that is, to lower the "
     "subspace rate Rᶜ: from the hollow point to the filled one. The second half makes the code sparse, that is, sets "
-    "exact zeros; its effect on the rate is the step to the next hollow point."
+    "exact zeros; what it does to the rate lies between this filled point and the hollow point of the next layer."
 )
 _AUDIT = (
     "∎ a theorem of the layer, true for every picture; ✓ the step beats its best control, by this share of the value "
