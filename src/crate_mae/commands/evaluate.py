@@ -1,7 +1,7 @@
 """`crate-mae eval knn | linear | fewshot`: evaluate frozen features with labelled images."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -15,7 +15,7 @@ from crate_mae.commands.console import (
     print_bad,
     print_random_initialisation,
 )
-from crate_mae.training.options import Data
+from crate_mae.training.options import Data, option, takes
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.probes import Score
@@ -38,43 +38,58 @@ class Evaluation:
     path: Path | None
 
 
-def eval_knn(
-    model: Data,
-    *,
-    train: Data,
-    val: Data,
-    out: Path | str | None = None,
-    k: int = 20,
-    pooling: Pooled | None = None,
-    layer: int | Literal["all"] | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-    workers: int | None = None,
-    max_bad: float = 0.01,
-    cache: bool = True,
-    overwrite: bool = False,
-) -> Evaluation:
+@dataclass(frozen=True)
+class ProbeOptions:
+    """The options that all probes share."""
+
+    model: Data = option(
+        MISSING,
+        "A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random "
+        "initialisation), timm:NAME, timm:NAME:random, or pixels.",
+    )
+    _: KW_ONLY
+    train: Data = option(MISSING, "Labelled images, in any form of data that `crate-mae pretrain` takes.")
+    val: Data = option(MISSING, "Labelled images of the same classes to measure on.")
+    out: Path | str | None = option(None, "New .json file for scores and settings.")
+    pooling: Pooled | None = option(
+        None, "The class token, the mean of patches, or both; by default cls+mean, or mean without a class token."
+    )
+    layer: int | Literal["all"] | None = option(
+        None, "Layer of the encoder from 0, negative from the end, or all; by default -1."
+    )
+    seed: int = option(0, "Seed of random initialisation, and of what the probe draws.")
+    batch_size: int = option(256, "Images per batch.")
+    workers: int | None = option(
+        None, "Processes that load images; by default one less than the number of cores, at most 8."
+    )
+    max_bad: float = option(0.01, "Largest share of unreadable images.")
+    cache: bool = option(True, "Keep features in the user's cache folder, and reuse them if nothing has changed.")
+    overwrite: bool = option(False, "Replace an existing file.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnnOptions(ProbeOptions):
+    """The options of `eval_knn`."""
+
+    k: int = option(20, "Number of neighbours.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewshotOptions(ProbeOptions):
+    """The options of `eval_fewshot`."""
+
+    shots: Shots = option((1, 5, 10), "Numbers of images per class.")
+    draws: int = option(20, "Number of draws.")
+    layer: int | None = option(None, "Layer of the encoder from 0, or negative from the end; by default -1.")
+
+
+@takes(KnnOptions)
+def eval_knn(options: KnnOptions) -> Evaluation:
     """Classify images by the nearest neighbours of their frozen features among labelled images.
 
     The k training images with the largest cosine similarity vote, each with the weight exp(similarity / 0.07). Features
     are standardised over the training images first. Nothing is trained. Scores have Wilson's 95% interval over the
     validation images.
-
-    Args:
-        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random
-            initialisation), timm:NAME, timm:NAME:random, or pixels.
-        train: Labelled images, in any form of data that `crate-mae pretrain` takes.
-        val: Labelled images of the same classes to measure on.
-        out: New .json file for scores and settings.
-        k: Number of neighbours.
-        pooling: The class token, the mean of patches, or both; by default cls+mean, or mean without a class token.
-        layer: Layer of the encoder from 0, negative from the end, or all; by default -1.
-        seed: Seed of random initialisation.
-        batch_size: Images per batch.
-        workers: Processes that load images; by default one less than the number of cores, at most 8.
-        max_bad: Largest share of unreadable images.
-        cache: Keep features in the user's cache folder, and reuse them if nothing has changed.
-        overwrite: Replace an existing file.
 
     Returns:
         The scores, one row per layer.
@@ -85,47 +100,19 @@ def eval_knn(
     from crate_mae.evaluation.probes import knn_probe
 
     def run(train: Any, val: Any, _classes: list[str]) -> list[Any]:
-        return [knn_probe(train.values, train.labels, val.values, val.labels, k=k)]
+        return [knn_probe(train.values, train.labels, val.values, val.labels, k=options.k)]
 
-    return _evaluate("knn", run, locals(), shown=("top1", "top5"), settings={"k": k})
+    return _evaluate("knn", run, options, shown=("top1", "top5"), settings={"k": options.k})
 
 
-def eval_linear(
-    model: Data,
-    *,
-    train: Data,
-    val: Data,
-    out: Path | str | None = None,
-    pooling: Pooled | None = None,
-    layer: int | Literal["all"] | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-    workers: int | None = None,
-    max_bad: float = 0.01,
-    cache: bool = True,
-    overwrite: bool = False,
-) -> Evaluation:
+@takes(ProbeOptions)
+def eval_linear(options: ProbeOptions) -> Evaluation:
     """Fit a linear classifier to the frozen features of labelled images.
 
     The classifier is multinomial logistic regression on standardised features. Its regularisation C is chosen on a
     tenth of the training images, never on the validation images. Scores have Wilson's 95% interval over the validation
     images. With --layer all, choose a layer by `chosen_on`, the accuracy on that tenth: the best of many scores is
     biased.
-
-    Args:
-        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random
-            initialisation), timm:NAME, timm:NAME:random, or pixels.
-        train: Labelled images, in any form of data that `crate-mae pretrain` takes.
-        val: Labelled images of the same classes to measure on.
-        out: New .json file for scores and settings.
-        pooling: The class token, the mean of patches, or both; by default cls+mean, or mean without a class token.
-        layer: Layer of the encoder from 0, negative from the end, or all; by default -1.
-        seed: Seed of random initialisation, and of the choice of the tenth.
-        batch_size: Images per batch.
-        workers: Processes that load images; by default one less than the number of cores, at most 8.
-        max_bad: Largest share of unreadable images.
-        cache: Keep features in the user's cache folder, and reuse them if nothing has changed.
-        overwrite: Replace an existing file.
 
     Returns:
         The scores, one row per layer.
@@ -137,49 +124,17 @@ def eval_linear(
 
     def run(train: Any, val: Any, classes: list[str]) -> list[Any]:
         refuse_small_classes(train.labels, 2, classes)
-        return [linear_probe(train.values, train.labels, val.values, val.labels, seed=seed)]
+        return [linear_probe(train.values, train.labels, val.values, val.labels, seed=options.seed)]
 
-    return _evaluate("linear", run, locals(), shown=("top1", "top5", "chosen_on", "c"), settings={})
+    return _evaluate("linear", run, options, shown=("top1", "top5", "chosen_on", "c"), settings={})
 
 
-def eval_fewshot(
-    model: Data,
-    *,
-    train: Data,
-    val: Data,
-    out: Path | str | None = None,
-    shots: Shots = (1, 5, 10),
-    draws: int = 20,
-    pooling: Pooled | None = None,
-    layer: int | None = None,
-    seed: int = 0,
-    batch_size: int = 256,
-    workers: int | None = None,
-    max_bad: float = 0.01,
-    cache: bool = True,
-    overwrite: bool = False,
-) -> Evaluation:
+@takes(FewshotOptions)
+def eval_fewshot(options: FewshotOptions) -> Evaluation:
     """Fit a linear classifier to the frozen features of a few images of each class, drawn many times.
 
     The classifier is logistic regression (C = 1) on features standardised over all training images, which needs no
     labels. The interval is Student's 95% interval of the mean over draws.
-
-    Args:
-        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random
-            initialisation), timm:NAME, timm:NAME:random, or pixels.
-        train: Labelled images to draw from, in any form of data that `crate-mae pretrain` takes.
-        val: Labelled images of the same classes to measure on.
-        out: New .json file for scores and settings.
-        shots: Numbers of images per class.
-        draws: Number of draws.
-        pooling: The class token, the mean of patches, or both; by default cls+mean, or mean without a class token.
-        layer: Layer of the encoder from 0, or negative from the end; by default -1.
-        seed: Seed of random initialisation, and of the draws.
-        batch_size: Images per batch.
-        workers: Processes that load images; by default one less than the number of cores, at most 8.
-        max_bad: Largest share of unreadable images.
-        cache: Keep features in the user's cache folder, and reuse them if nothing has changed.
-        overwrite: Replace an existing file.
 
     Returns:
         The scores, one row per number of shots.
@@ -190,19 +145,20 @@ def eval_fewshot(
     from crate_mae.errors import UserError
     from crate_mae.evaluation.probes import fewshot_probe, refuse_small_classes
 
+    draws, shots = options.draws, options.shots
     if draws < 1 or not shots or min(shots) < 1:
         raise UserError(f"--draws is {draws} and --shots {shots}, but all must be at least 1.")
 
     def run(train: Any, val: Any, classes: list[str]) -> list[Any]:
         refuse_small_classes(train.labels, max(shots), classes)
         arrays = (train.values, train.labels, val.values, val.labels)
-        return [fewshot_probe(*arrays, shots=count, draws=draws, seed=seed) for count in shots]
+        return [fewshot_probe(*arrays, shots=count, draws=draws, seed=options.seed) for count in shots]
 
-    return _evaluate("fewshot", run, locals(), shown=("shots", "accuracy"), settings={"draws": draws})
+    return _evaluate("fewshot", run, options, shown=("shots", "accuracy"), settings={"draws": draws})
 
 
 def _evaluate(
-    kind: str, run: "Probe", options: dict[str, Any], *, shown: tuple[str, ...], settings: dict[str, Any]
+    kind: str, run: "Probe", options: ProbeOptions, *, shown: tuple[str, ...], settings: dict[str, Any]
 ) -> Evaluation:
     """Check the options, run a probe, print its table, and write its file."""
     from crate_mae.evaluation.extract import Extraction
@@ -210,25 +166,28 @@ def _evaluate(
     from crate_mae.models.features import DEFAULT_LAYER
     from crate_mae.terminal import open_console
 
-    check_seed(options["seed"])
-    out = options["out"]
-    out = None if out is None else new_file("--out", out, ".json", overwrite=options["overwrite"])
-    layer = DEFAULT_LAYER if options["layer"] is None else options["layer"]
+    check_seed(options.seed)
+    out = None if options.out is None else new_file("--out", options.out, ".json", overwrite=options.overwrite)
+    layer = DEFAULT_LAYER if options.layer is None else options.layer
     extraction = Extraction(
         layers=layer if isinstance(layer, str) else (layer,),
-        **{key: options[key] for key in ("pooling", "batch_size", "workers", "max_bad", "cache")},
+        pooling=options.pooling,
+        batch_size=options.batch_size,
+        workers=options.workers,
+        max_bad=options.max_bad,
+        cache=options.cache,
     )
     console = open_console()
     probed = probe(
-        options["model"],
-        options["train"],
-        options["val"],
+        options.model,
+        options.train,
+        options.val,
         run,
         extraction=extraction,
-        seed=options["seed"],
+        seed=options.seed,
         extractor=partial(extract_with_progress, console),
     )
-    report = {"probe": kind, **probed.report(seed=options["seed"], **settings)}
+    report = {"probe": kind, **probed.report(seed=options.seed, **settings)}
     console.print(_title(report), soft_wrap=True, markup=False)
     console.print(_table(probed.rows, shown))
     print_bad(console, probed.bad)
