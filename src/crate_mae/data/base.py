@@ -41,7 +41,7 @@ class ImageSource(ABC):
     """
 
     def __init__(
-        self, name: str, labels: Int[np.ndarray, "n"] | None = None, classes: Sequence[str] | None = None
+        self, name: str, labels: Int[np.ndarray, "n"] | None = None, classes: Sequence[object] | None = None
     ) -> None:
         self.name = text_of(name)
         self.classes = [text_of(str(known)) for known in classes] if classes is not None else None
@@ -187,8 +187,8 @@ def read_file(path: Path, location: str) -> bytes:
     """
     try:
         return read_regular(path, MOST_BYTES)
-    except OSError as error:
-        raise UnreadableImage(location, (error.strerror or str(error)).lower()) from error
+    except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
+        raise UnreadableImage(location, (getattr(error, "strerror", None) or str(error)).lower()) from error
 
 
 def files_fingerprint(files: Iterable[tuple[str, Path]], blocks: int = 2) -> str | None:

@@ -76,7 +76,8 @@ def full_name(data: str | Path) -> str:
         folder, colon, split = rest.partition(":")
         return f"hf:{Path(folder).resolve()}{colon}{split}" if kind == "hf" and Path(folder).is_dir() else text
     path = Path(os.path.expanduser(text))  # noqa: PTH111  # Path's own raises for a user who is not known
-    return str(path.resolve()) if path.exists() or _PATTERN.search(text) else text
+    # Path's own `exists` raises for a name that is too long.
+    return str(path.resolve()) if os.path.exists(path) or _PATTERN.search(text) else text  # noqa: PTH110
 
 
 def same_images(first: ImageSource, second: ImageSource) -> bool:

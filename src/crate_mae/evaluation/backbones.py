@@ -25,6 +25,7 @@ from crate_mae.models.tensors import misfits, read_tensors
 from crate_mae.models.weights import CONFIG_FILE, WEIGHTS_FILE, description_in, folder_of, load
 
 _PIXELS_SIDE = 32
+_MOST_PIXELS_SIDE = 512  # 786,432 features an image
 _PATIENCE = 10.0  # seconds
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 _OFFLINE = "Without a network connection, use timm:NAME:random (random weights), a model of your own, or `pixels`."
@@ -211,9 +212,10 @@ def _with_timm_data(encoder: nn.Module, name: str, *, is_random: bool, architect
 
 def _pixels(model: str) -> Backbone:
     side = model.partition(":")[2] or str(_PIXELS_SIDE)
-    if not side.isdecimal() or int(side) < 1:
+    if not (side.isdecimal() and len(side) <= len(str(_MOST_PIXELS_SIDE)) and 1 <= int(side) <= _MOST_PIXELS_SIDE):
         raise UserError(
-            f"{model} is not a valid model: it must look like pixels or pixels:SIZE, with a size such as 32."
+            f"{model} is not a valid model: it must look like pixels or pixels:SIZE, with a size such as 32, "
+            f"{_MOST_PIXELS_SIDE} at most."
         )
     half = (0.5, 0.5, 0.5)
     size = (int(side), int(side))

@@ -26,7 +26,7 @@ from crate_mae.data import (
     open_source,
     same_images,
 )
-from crate_mae.data.base import align_classes, aligned_labels, most_bad, refuse_unreadable
+from crate_mae.data.base import align_classes, aligned_labels, most_bad, refuse_unreadable, text_of
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, and_more
@@ -73,6 +73,11 @@ def open_named(data: Any) -> tuple[ImageSource, str]:
             "Resume it from Python with the same call as before: crate_mae.pretrain(your_dataset, out=...) or the like."
         )
     name = full_name(data)
+    if name != text_of(name):
+        raise UserError(
+            f"{text_of(name)} is not valid Unicode, so the run could not be resumed by this name.\n"
+            "Rename it, or give a link to it."
+        )
     return open_source(name), name
 
 
