@@ -128,6 +128,16 @@ def test_the_command_prints_a_table_and_lists_bad_files(flawed, tmp_path, capsys
     assert rows == [["location", "reason"], *(list(bad) for bad in report.bad)]
 
 
+def test_the_command_prints_what_is_not_read_and_the_range_of_deep_images(tmp_path, capsys):
+    Image.fromarray(np.array([[0, 300]], dtype=np.float32)).save(tmp_path / "a.tif")
+    (tmp_path / "b.jfif").touch()
+    (tmp_path / "c").touch()
+    check_command(str(tmp_path))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "values of F 0 to 300 become 0 to 1" in printed
+    assert "not read without a suffix 1, .jfif 1" in printed
+
+
 def test_the_command_prints_names_that_look_like_markup(make_folder, capsys):
     root = make_folder({"[red]/a.png": 1, "b[bold]/a.png": 2})
     (root / "[red]/a.png").write_bytes(b"")

@@ -66,7 +66,7 @@ def _table(report: DataReport) -> Table:
         ("formats", _counts(report.formats)),
         *((f"values of {mode}", f"{low:g} to {high:g} become 0 to 1") for mode, (low, high) in report.ranges.items()),
         ("unreadable", _listed(len(report.bad), [f"{bad.location}: {bad.reason}" for bad in report.bad])),
-        ("not read", _counts({suffix or "without a suffix": count for suffix, count in report.left_out.items()})),
+        *_left_out(report.left_out),
         ("duplicates", _listed(len(report.duplicates), [" = ".join(group) for group in report.duplicates])),
         ("mean", _numbers(report.mean)),
         ("std", _numbers(report.std)),
@@ -76,6 +76,11 @@ def _table(report: DataReport) -> Table:
     for name, value in rows:
         table.add_row(name, Text(value, overflow="fold"))
     return table
+
+
+def _left_out(counts: dict[str, int]) -> list[tuple[str, str]]:
+    named = {suffix or "without a suffix": count for suffix, count in counts.items()}
+    return [("not read", _counts(named))] if named else []
 
 
 def _counts(counts: dict[str, int]) -> str:
