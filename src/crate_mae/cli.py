@@ -4,6 +4,9 @@ Exit codes: 0 success; 1 a bug in the library, with its traceback; 2 a mistake i
 by Ctrl-C and SIGTERM.
 """
 
+import errno
+import math
+import os
 import signal
 import sys
 import threading
@@ -13,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
@@ -21,9 +24,10 @@ from cyclopts.types import ExistingFile
 
 from crate_mae.data.documents import read_yaml
 from crate_mae.errors import RunStopped, UserError
-from crate_mae.terminal import open_console
+from crate_mae.terminal import CleanConsole, open_console
 
 # name: (function, its line in `crate-mae --help`, which does not import the function)
+_LARGEST = 2**53  # whole numbers up to which floats are exact
 _COMMANDS = {
     "try": ("try_digits:try_digits", "Pretrain on the handwritten digits of scikit-learn, in under 3 minutes."),
     "pretrain": ("pretrain:pretrain", "Pretrain on unlabelled images."),
@@ -43,6 +47,19 @@ _COMMANDS = {
     "models": ("models:models", "List the names of models."),
     "recipes": ("recipes:recipes", "List recipes: tested sets of options for pretraining, with their results."),
     "doctor": ("doctor:doctor", "Describe this machine and installation for a bug report."),
+}
+# Errors that a file or folder of the user can cause anywhere; others are bugs.
+_OF_THE_MACHINE = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.ELOOP,
+    errno.EMFILE,
+    errno.ENAMETOOLONG,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
 }
 _EVAL_COMMANDS = {
     "knn": ("evaluate:eval_knn", "Classify by nearest neighbours of frozen features."),
@@ -95,8 +112,7 @@ def build_app() -> App:
             tokens: The command and its options, as typed.
             config: YAML file with options of the command; options on the command line override it.
         """
-        if config is not None:
-            app.config = partial(_options_of, config)
+        app.config = (_check_words,) if config is None else (partial(_options_of, config), _check_words)
         return app(tokens, exit_on_error=False, print_error=False)
 
     return app
@@ -115,6 +131,36 @@ def _options_of(file: Path, app: App, commands: tuple[str, ...], arguments: Argu
     for command in reversed(commands):
         options = {command: options}
     Dict(options, source=str(file))(app, commands, arguments)
+
+
+def _check_words(_app: App, _commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+    """Refuse what Cyclopts would round, and what no option means: 2.7 steps, a rate of inf, data of an empty name."""
+    for argument in arguments:
+        kinds = _kinds(argument.hint)
+        for word in (token.value for token in argument.tokens):
+            if not word and (Path in kinds or argument.parameter.converter is not None):
+                raise UserError(f"{argument.name} is empty. Was a variable of the shell meant that is not set?")
+            if {int, float} & kinds and (wrong := _not_a_number_of(kinds, word)):
+                raise UserError(f"{argument.name} is {word[:100]}, but must be {wrong}.")
+
+
+def _kinds(hint: Any) -> set[Any]:
+    """The simple types that a hint is made of: int and None, of `tuple[int, ...] | None`."""
+    inner = [part for part in get_args(hint) if part is not ...]
+    return set().union(*map(_kinds, inner)) if inner and get_origin(hint) is not Literal else {hint}
+
+
+def _not_a_number_of(kinds: set[Any], word: str) -> str:
+    """What a word should have been, if it is a number of another kind; words that are none are Cyclopts' to refuse."""
+    try:
+        value = float(word)
+    except ValueError:
+        return ""
+    if not math.isfinite(value):
+        return "a finite number"
+    if float in kinds:
+        return ""
+    return "" if value.is_integer() and abs(value) <= _LARGEST else f"a whole number of at most {_LARGEST:,}"
 
 
 @contextmanager
@@ -143,10 +189,20 @@ def main(tokens: Sequence[str] | None = None) -> None:
         with _terminated_cleanly():
             build_app().meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
-        console.print("[bold red]Error:[/] ", end="")
-        console.print(str(error), markup=False, soft_wrap=True)
+        _print_error(console, str(error))
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in _OF_THE_MACHINE:
+            raise
+        where = "" if error.filename is None else f" {error.filename}:"
+        _print_error(console, f"The operating system refused:{where} {os.strerror(error.errno).lower()}.")
         sys.exit(2)
     except RunStopped as stopped:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _print_error(console: CleanConsole, message: str) -> None:
+    console.print("[bold red]Error:[/] ", end="")
+    console.print(message, markup=False, soft_wrap=True)

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 import crate_mae
+from crate_mae.models.weights import save_tensors
 
 MODEL = "crate_mae_nano_patch2_8"
 KINDS = ["knn", "linear", "fewshot"]
@@ -178,7 +179,7 @@ def test_weights_that_hold_nan_are_refused(kind, photos, tmp_path, crate_mae_com
     net = crate_mae.create_model(MODEL)
     with torch.no_grad():
         net.encoder.norm.bias[0] = torch.nan
-    crate_mae.save(net, tmp_path / "model")
+    save_tensors(net.state_dict(), net.config, tmp_path / "model")
     tokens = ["--train", photos[0], "--val", photos[1], "--out", tmp_path / "e.json"]
     code, _, error = crate_mae_command("eval", kind, tmp_path / "model", *tokens)
     assert code == 2
@@ -204,14 +205,14 @@ def test_unreadable_images_are_left_out_listed_and_written_down(photos, crate_ma
         (["knn", MODEL, *DIGITS, "--out", "x.csv"], "--out x.csv must name a .json file"),
         (["knn", MODEL, *DIGITS, "--out", "there.json"], "exists already"),
         (["knn", MODEL, *DIGITS, "--k", "0"], "--k is 0"),
-        (["linear", MODEL, *DIGITS, "--seed", "-1"], "--seed is -1, but must be between 0 and 4294967295"),
+        (["linear", MODEL, *DIGITS, "--seed", "-1"], "--seed is -1, but must be between 0 and 4,294,967,295"),
         (["fewshot", MODEL, *DIGITS, "--seed", "9999999999999"], "--seed is 9999999999999"),
         (["reconstruction", MODEL, "digits", "--seed", "-1"], "--seed is -1"),
         (["knn", MODEL, *DIGITS, "--k", "1501"], "between 1 and the 1500 training images"),
         (["linear", MODEL, *DIGITS, "--layer", "7"], "There is no layer 7"),
         (["linear", MODEL, *DIGITS, "--layer", "some"], "--layer"),
         (["fewshot", MODEL, *DIGITS, "--draws", "0"], "--draws is 0"),
-        (["fewshot", MODEL, *DIGITS, "--shots", "0", "5"], "--shots (0, 5)"),
+        (["fewshot", MODEL, *DIGITS, "--shots", "0", "5"], "--shots is 0"),
         (["fewshot", MODEL, *DIGITS, "--shots", "999"], "needs 999 of each class"),
         (["linear", "timm:test_resnet:random", *DIGITS, "--pooling", "cls"], "no class token"),
         (["linear", MODEL, *DIGITS, "--pooling", "tokens"], "pooling"),

@@ -29,7 +29,7 @@ def test_a_saved_model_brings_its_own_preparation(tmp_path):
     assert not backbone.is_random
     assert not backbone.encoder.training
     assert same_weights(open_backbone(model.train()).encoder, model.encoder)
-    assert not model.encoder.training
+    assert model.encoder.training
 
 
 def test_a_classifier_is_its_encoder(tmp_path):

@@ -50,7 +50,7 @@ def judged(found, key=claims.COMPRESS, theorems=frozenset(), draws=()):
 
 def walk(net, images, **options):
     def show(net, batch):
-        return net(batch, mask_ratio=0.0)
+        return net(batch, mask=torch.zeros(len(batch), net.num_patches, dtype=torch.bool))
 
     with evaluating(net):
         return measure_claims(net, {"all": list(images.split(4))}, show, **options)
@@ -159,7 +159,7 @@ def test_values_are_those_of_the_layer(build, images):
     rows = {(row.part, row.layer, row.claim): row for row in audit(walk(model, images))}
     layer = model.encoder.blocks[0]
     with torch.no_grad(), crate_mae.trace(model, ["*.z", "*.z_half", "*.z_next", "*.code"]) as record:
-        model(images, mask_ratio=0.0)
+        model(images, mask=torch.zeros(len(images), model.num_patches, dtype=torch.bool))
     points = {name: values[0] for name, values in record.items()}
     z, z_half, code = (points[f"encoder.blocks.0.{kind}"] for kind in ("z", "z_half", "code"))
     with torch.no_grad():

@@ -62,7 +62,7 @@ def test_coordinates_are_dead_if_no_token_of_any_batch_uses_them(build, images):
     model = build()
     rows = dead_coordinates(model, images.split(2))
     with torch.no_grad(), trace(model, ["*.code"]) as record:
-        model(images, mask_ratio=0.0)
+        model(images, mask=torch.zeros(len(images), model.num_patches, dtype=torch.bool))
     for row in rows:
         code = record[f"encoder.blocks.{row.layer}.code"][0]
         assert row.mean == pytest.approx(float((code.flatten(0, 1) == 0).all(0).float().mean()))
@@ -77,7 +77,7 @@ def test_feature_ranks_fall_to_one_where_images_become_one(build, images):
     rows = feature_ranks(model, images.split(3))
     assert [(row.part, row.layer) for row in rows] == [("encoder", 0), ("encoder", 1), ("decoder", 0), ("decoder", 1)]
     with torch.no_grad(), trace(model, ["encoder.blocks.1.z_next"]) as record:
-        model(images, mask_ratio=0.0)
+        model(images, mask=torch.zeros(len(images), model.num_patches, dtype=torch.bool))
     z = record["encoder.blocks.1.z_next"][0].mean(1).double()
     share = torch.linalg.svdvals(z - z.mean(0))
     share = share / share.sum()

@@ -48,7 +48,7 @@ def test_streamed_measures_are_those_of_the_traces(build, images, batch_size):
         torch.no_grad(),
         trace(model, ["*.z", "*.z_half", "*.z_next", "*.projections", "*.attention", "*.code"]) as record,
     ):
-        model(images, mask_ratio=0.0)
+        model(images, mask=torch.zeros(len(images), model.num_patches, dtype=torch.bool))
     for name, part, layer in (("encoder.blocks.1", "encoder", 1), ("decoder.blocks.0", "decoder", 0)):
         block = model.get_submodule(name)
         u = block.attn.bases().detach()

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from crate_mae.commands.console import computes
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.errors import RunStopped
 from crate_mae.training.options import takes
@@ -12,6 +13,7 @@ else:
     Comparison = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
 
 
+@computes
 @takes(CompareOptions)
 def compare(options: CompareOptions) -> Comparison:
     """Pretrain models under the same budget, each with its own best learning rate, and measure them in the same way.

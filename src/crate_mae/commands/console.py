@@ -1,13 +1,16 @@
 """Checks, progress and messages that commands share."""
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
+from numbers import Integral
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
 
+from crate_mae.data.files import path_of
 from crate_mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -15,8 +18,25 @@ if TYPE_CHECKING:
     from crate_mae.evaluation.backbones import Backbone
     from crate_mae.evaluation.extract import Extraction, Features
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 _LARGEST_SEED = 2**32 - 1
+MOST_WORKERS = 256
 OWN_STATISTICS = "Brightness and contrast of each patch come from the original: targets were normalised."
+
+
+def computes(command: Callable[P, R]) -> Callable[P, R]:
+    """Run a command under this library's own settings of PyTorch; see `models.devices.own_settings`."""
+
+    @functools.wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        from crate_mae.models.devices import own_settings
+
+        with own_settings():
+            return command(*args, **kwargs)
+
+    return run
 
 
 def new_file(option: str, path: Path | str, suffix: str, *, overwrite: bool) -> Path:
@@ -25,7 +45,7 @@ def new_file(option: str, path: Path | str, suffix: str, *, overwrite: bool) -> 
     Raises:
         UserError: if its suffix is wrong, or the file exists and may not be replaced.
     """
-    path = Path(path)
+    path = path_of(option, path)
     if path.suffix.lower() != suffix:
         raise UserError(f"{option} {path} must name a {suffix} file.")
     refuse_existing(path, overwrite=overwrite)
@@ -34,8 +54,16 @@ def new_file(option: str, path: Path | str, suffix: str, *, overwrite: bool) -> 
 
 def check_seed(seed: int) -> None:
     """Raise a `UserError` for a seed that some generator does not accept."""
-    if not 0 <= seed <= _LARGEST_SEED:
-        raise UserError(f"--seed is {seed}, but must be between 0 and {_LARGEST_SEED}.")
+    check_whole("--seed", seed, 0, _LARGEST_SEED)
+
+
+def check_whole(option: str, value: int, least: int = 1, most: int = 10**9) -> None:
+    """Raise a `UserError` for a number that is not whole, or out of its range."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise UserError(f"{option} is {value!r}, but must be a whole number.")
+    if not least <= int(value) <= most:
+        text = f"a number of {len(str(abs(value)))} digits" if abs(value) > 10**15 else str(value)
+        raise UserError(f"{option} is {text}, but must be between {least} and {most:,}.")
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

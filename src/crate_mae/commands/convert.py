@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
+from crate_mae.commands.console import computes
 from crate_mae.errors import UserError
 
 
@@ -24,6 +25,7 @@ class Converted:
     notes: list[str]
 
 
+@computes
 def convert(
     file: Path | str,
     *,
@@ -62,12 +64,12 @@ def convert(
     Raises:
         UserError: for a file that is damaged, unknown or does not fit, or a folder that is not empty.
     """
-    from crate_mae.data.files import refuse_used_folder
+    from crate_mae.data.files import path_of, refuse_used_folder
     from crate_mae.models.conversion import understand
     from crate_mae.terminal import open_console
     from crate_mae.training.run_directory import whole_folder
 
-    file, out = Path(file), Path(out)
+    file, out = path_of("FILE", file), path_of("--out", out)
     refuse_used_folder(out)
     if not file.exists():
         raise UserError(f"{file} does not exist.")

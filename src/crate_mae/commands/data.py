@@ -30,9 +30,9 @@ def check(data: str | Path, *, sample: int | None = None, out: Path | str | None
         UserError: if the data does not exist, or `out` exists already.
     """
     from crate_mae.data import check, open_source
-    from crate_mae.data.files import write_whole
+    from crate_mae.data.files import path_of, write_whole
 
-    out = None if out is None else Path(out)
+    out = None if out is None else path_of("--out", out)
     if out is not None and out.exists():
         raise UserError(f"{out} exists already and is not overwritten: give another name with --out.")
     console = open_console()

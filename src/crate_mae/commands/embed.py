@@ -8,11 +8,13 @@ from cyclopts import Parameter
 
 from crate_mae.commands.console import (
     check_seed,
+    computes,
     extract_with_progress,
     print_bad,
     print_random_initialisation,
     refuse_existing,
 )
+from crate_mae.data.files import path_of
 from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ class Embedding:
     bad: list[tuple[str, str]]
 
 
+@computes
 def embed(
     model: Data,
     data: Data,
@@ -96,7 +99,7 @@ def embed(
     from crate_mae.terminal import open_console
 
     check_seed(seed)
-    out = Path(out)
+    out = path_of("--out", out)
     check_feature_file(out, pooling)
     refuse_existing(out, overwrite=overwrite)
     extraction = Extraction(

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from crate_mae.commands.console import computes
 from crate_mae.errors import UserError
 from crate_mae.training.options import ImageSize
 
@@ -14,6 +15,7 @@ IMAGENET_1K = 1_281_167
 PUBLISHED_EPOCHS = 800
 
 
+@computes
 def estimate(
     *,
     model: str,

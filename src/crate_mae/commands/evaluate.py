@@ -10,6 +10,8 @@ from cyclopts import Parameter
 
 from crate_mae.commands.console import (
     check_seed,
+    check_whole,
+    computes,
     extract_with_progress,
     new_file,
     print_bad,
@@ -83,6 +85,7 @@ class FewshotOptions(ProbeOptions):
     layer: int | None = option(None, "Layer of the encoder from 0, or negative from the end; by default -1.")
 
 
+@computes
 @takes(KnnOptions)
 def eval_knn(options: KnnOptions) -> Evaluation:
     """Classify images by the nearest neighbours of their frozen features among labelled images.
@@ -99,12 +102,15 @@ def eval_knn(options: KnnOptions) -> Evaluation:
     """
     from crate_mae.evaluation.probes import knn_probe
 
+    check_whole("--k", options.k)
+
     def run(train: Any, val: Any, _classes: list[str]) -> list[Any]:
         return [knn_probe(train.values, train.labels, val.values, val.labels, k=options.k)]
 
     return _evaluate("knn", run, options, shown=("top1", "top5"), settings={"k": options.k})
 
 
+@computes
 @takes(ProbeOptions)
 def eval_linear(options: ProbeOptions) -> Evaluation:
     """Fit a linear classifier to the frozen features of labelled images.
@@ -129,6 +135,7 @@ def eval_linear(options: ProbeOptions) -> Evaluation:
     return _evaluate("linear", run, options, shown=("top1", "top5", "chosen_on", "c"), settings={})
 
 
+@computes
 @takes(FewshotOptions)
 def eval_fewshot(options: FewshotOptions) -> Evaluation:
     """Fit a linear classifier to the frozen features of a few images of each class, drawn many times.
@@ -145,9 +152,12 @@ def eval_fewshot(options: FewshotOptions) -> Evaluation:
     from crate_mae.errors import UserError
     from crate_mae.evaluation.probes import fewshot_probe, refuse_small_classes
 
-    draws, shots = options.draws, options.shots
-    if draws < 1 or not shots or min(shots) < 1:
-        raise UserError(f"--draws is {draws} and --shots {shots}, but all must be at least 1.")
+    shots, draws = options.shots, options.draws
+    check_whole("--draws", draws)
+    if not shots:
+        raise UserError("--shots is empty: give at least one number of images.")
+    for each in shots:
+        check_whole("--shots", each)
 
     def run(train: Any, val: Any, classes: list[str]) -> list[Any]:
         refuse_small_classes(train.labels, max(shots), classes)

@@ -8,7 +8,15 @@ from cyclopts import Parameter
 from rich.progress import Progress
 from rich.table import Table
 
-from crate_mae.commands.console import OWN_STATISTICS, check_seed, new_file, print_bad, print_random_initialisation
+from crate_mae.commands.console import (
+    OWN_STATISTICS,
+    check_seed,
+    check_whole,
+    computes,
+    new_file,
+    print_bad,
+    print_random_initialisation,
+)
 from crate_mae.commands.evaluate import Evaluation, write_report
 from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import Data
@@ -23,15 +31,17 @@ if TYPE_CHECKING:
 Ratios = Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())]
 
 _PICTURED = 8
+_RATIOS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 
 
+@computes
 def eval_reconstruction(
-    model: str | Path,
+    model: Data,
     data: Data,
     *,
     out: Path | str | None = None,
     picture: Path | str | None = None,
-    mask_ratios: Ratios = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95),
+    mask_ratios: Ratios | None = None,
     count: int = 1000,
     seed: int = 0,
     batch_size: int = 64,
@@ -50,7 +60,8 @@ def eval_reconstruction(
         data: Images, in any form of data that `crate-mae pretrain` takes.
         out: New .json file for the scores.
         picture: New .png file for a picture of the first images at each ratio.
-        mask_ratios: Shares of patches to hide.
+        mask_ratios: Shares of patches to hide; by default 0.5, 0.6, 0.7, 0.75, 0.8, 0.9 and 0.95, as far as they leave
+            a patch visible.
         count: Largest number of images to measure; of more images, a fixed pseudo-random sample is used.
         seed: Seed of the masks, of that sample, and of random initialisation.
         batch_size: Images per batch.
@@ -69,30 +80,33 @@ def eval_reconstruction(
     from crate_mae.evaluation.backbones import open_backbone
     from crate_mae.evaluation.probing import data_name, versions
     from crate_mae.evaluation.reconstruction import read_images
+    from crate_mae.models.masking import visible_patches
     from crate_mae.models.presets import list_models
-    from crate_mae.models.weights import load_autoencoder
+    from crate_mae.models.weights import load_autoencoder, model_name
 
     check_seed(seed)
     out = None if out is None else new_file("--out", out, ".json", overwrite=overwrite)
     picture = None if picture is None else new_file("--picture", picture, ".png", overwrite=overwrite)
-    if count < 1 or batch_size < 1 or not mask_ratios:
-        raise UserError(
-            f"--count is {count}, --batch-size {batch_size} and --mask-ratios {mask_ratios}: none may be 0."
-        )
+    check_whole("--count", count)
+    check_whole("--batch-size", batch_size)
+    if mask_ratios is not None and not mask_ratios:
+        raise UserError("--mask-ratios is empty: give at least one.")
     source = open_source(data)
     with default_generator_seeded(seed):
         net = load_autoencoder(model)
+    ratios = mask_ratios or tuple(r for r in _RATIOS if visible_patches(net.num_patches, r) > 0)
     read = read_images(source, open_backbone(net).transform(), fixed_sample(len(source), count, seed), count)
     console = open_console()
-    scores = _scores_shown(console, net, read.images, mask_ratios, seed=seed, batch_size=batch_size)
+    scores = _scores_shown(console, net, read.images, ratios, seed=seed, batch_size=batch_size)
     _show(console, net, scores)
-    is_random = str(model) in list_models()
+    name = model_name(model)
+    is_random = name in list_models()
     if is_random:
-        print_random_initialisation(console, str(model))
+        print_random_initialisation(console, name)
     print_bad(console, read.bad)
     report = {
         "probe": "reconstruction",
-        "model": str(model),
+        "model": name,
         "fresh_weights": is_random,
         "data": data_name(data, source),
         "images": len(read.images),

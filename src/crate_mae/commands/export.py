@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
+from crate_mae.commands.console import computes
 from crate_mae.errors import UserError
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
@@ -31,6 +32,7 @@ class Exported:
     largest_difference: float | None
 
 
+@computes
 def export(
     model: Any,
     *,
@@ -73,12 +75,12 @@ def export(
     Raises:
         UserError: for a mistake in the options or the model, an export that differs, or a missing package.
     """
-    from crate_mae.data.files import refuse_used_folder
+    from crate_mae.data.files import path_of, refuse_used_folder
     from crate_mae.models.weights import load
     from crate_mae.terminal import open_console
     from crate_mae.training.run_directory import whole_folder
 
-    out = Path(out)
+    out = path_of("--out", out)
     part = part or ("full" if format in ("safetensors", "hf") else "encoder")
     refuse_used_folder(out)
     check_options(format, part, int8=int8)

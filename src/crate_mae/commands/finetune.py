@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from crate_mae.commands.console import computes
 from crate_mae.training.options import FinetuneOptions, takes
 
 if TYPE_CHECKING:
@@ -10,6 +11,7 @@ else:
     Run = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
 
 
+@computes
 @takes(FinetuneOptions)
 def finetune(options: FinetuneOptions) -> Run:
     """Train a classifier on labelled images, from a pretrained encoder or from scratch.

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crate_mae.data.files import refuse_used_folder
+from crate_mae.commands.console import computes
+from crate_mae.data.files import path_of, refuse_used_folder
 from crate_mae.errors import UserError
 from crate_mae.training.options import Data
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from crate_mae.interpret.report.inspection import Training
 
 
+@computes
 def inspect(
     model: Data,
     data: Data,
@@ -63,7 +65,7 @@ def inspect(
     Raises:
         UserError: for a mistake in the options, the models or the data; no file is written then.
     """
-    folder = Path(out)
+    folder = path_of("--out", out)
     refuse_used_folder(folder)
     from crate_mae.data.files import write_whole
     from crate_mae.interpret.report.inspection import inspect_model
@@ -106,7 +108,7 @@ def _training(model: object) -> "Training":
     from crate_mae.training.options import PretrainOptions
     from crate_mae.training.run_directory import RunDirectory
 
-    if not isinstance(model, (str, Path)) or not RunDirectory(Path(model)).config_file.is_file():
+    if not isinstance(model, (str, Path)) or not RunDirectory(path_of("MODEL", model)).config_file.is_file():
         return Training()
     run = RunDirectory(Path(model))
     try:

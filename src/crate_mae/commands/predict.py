@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import new_file, print_bad
+from crate_mae.commands.console import MOST_WORKERS, check_whole, computes, new_file, print_bad
 from crate_mae.errors import UserError
 from crate_mae.training.options import Data
 
@@ -42,8 +42,9 @@ class Predictions:
     bad: list[BadImage]
 
 
+@computes
 def predict(
-    model: str | Path,
+    model: Data,
     images: Data,
     *,
     out: Annotated[Path | str, Parameter(alias="-o")],
@@ -73,14 +74,17 @@ def predict(
     """
     from crate_mae.data import open_source
     from crate_mae.data.files import write_whole
+    from crate_mae.models.devices import fastest_device
     from crate_mae.models.weights import load_classifier
     from crate_mae.terminal import open_console
 
     out = new_file("--out", out, ".csv", overwrite=overwrite)
-    if batch_size < 1 or workers < 0:
-        raise UserError(f"--batch-size {batch_size} must be at least 1, and --workers {workers} at least 0.")
+    check_whole("--batch-size", batch_size)
+    check_whole("--workers", workers, 0, MOST_WORKERS)
     source = open_source(images)
     net = load_classifier(model)
+    if net is not model:  # a model from Python stays where it is
+        net.to(fastest_device())
     probabilities, indices, bad = _classify(net, source, batch_size, workers)
     if not indices:
         raise UserError(f"No image of {source.name} can be read. The first is\n{bad[0].location}: {bad[0].reason}")
@@ -109,18 +113,17 @@ def _classify(
     import torch
 
     from crate_mae.data import evaluation_transform, readable_batches
-    from crate_mae.models.devices import fastest_device
+    from crate_mae.models.features import evaluating
 
     c = model.config
     transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
-    device = fastest_device()
-    model = model.to(device).eval()
+    place = model.head.weight
     rows, indices, bad = [], [], []
-    with torch.inference_mode():
+    with evaluating(model):
         for batch in readable_batches(source, transform, batch_size, workers=workers):
             bad += batch.bad
             if len(batch.images):
-                rows.append(model(batch.images.to(device)).float().softmax(dim=1).cpu())
+                rows.append(model(batch.images.to(place.device, place.dtype)).float().softmax(dim=1).cpu())
                 indices += batch.indices.tolist()
     return torch.cat(rows) if rows else torch.empty(0, len(c.classes)), indices, bad
 

@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from crate_mae.commands.console import computes
+from crate_mae.data.files import path_of
 from crate_mae.errors import UserError
 from crate_mae.training.options import PretrainOptions, takes
 
@@ -13,6 +15,7 @@ else:
     Run = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
 
 
+@computes
 @takes(PretrainOptions)
 def pretrain(options: PretrainOptions) -> Run:
     """Train a masked autoencoder on images; labels are not needed.
@@ -33,6 +36,7 @@ def pretrain(options: PretrainOptions) -> Run:
     return start(with_recipe(options))
 
 
+@computes
 def resume(run: Path | str, *, quiet: bool = False) -> Run:
     """Continue a run of pretraining or fine-tuning that was stopped, from its newest checkpoint.
 
@@ -52,7 +56,7 @@ def resume(run: Path | str, *, quiet: bool = False) -> Run:
     from crate_mae.training.run_directory import RunDirectory
     from crate_mae.training.start import start
 
-    config = RunDirectory(Path(run)).existing_config()
+    config = RunDirectory(path_of("RUN", run)).existing_config()
     if config is None:
         raise UserError(
             f"{run} is not a run: it has no config.yaml. Start one with: crate-mae pretrain DATA --out {run}"

@@ -2,9 +2,11 @@
 
 from typing import Any, Literal
 
+from crate_mae.commands.console import computes
 from crate_mae.errors import UserError
 
 
+@computes
 def push(
     model: Any,
     repository: str,

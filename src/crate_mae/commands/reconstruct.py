@@ -8,7 +8,16 @@ from cyclopts import Parameter
 from rich.table import Table
 from rich.text import Text
 
-from crate_mae.commands.console import OWN_STATISTICS, check_seed, new_file, print_bad, print_random_initialisation
+from crate_mae.commands.console import (
+    OWN_STATISTICS,
+    check_seed,
+    check_whole,
+    computes,
+    new_file,
+    print_bad,
+    print_random_initialisation,
+)
+from crate_mae.training.options import Data
 
 
 @dataclass(frozen=True)
@@ -28,9 +37,10 @@ class Reconstruction:
     ssim: list[float]
 
 
+@computes
 def reconstruct(
-    model: str | Path,
-    images: str | Path,
+    model: Data,
+    images: Data,
     *,
     out: Annotated[Path | str, Parameter(alias="-o")],
     mask_ratio: float = 0.75,
@@ -58,16 +68,14 @@ def reconstruct(
     """
     from crate_mae.data import evaluation_transform, open_source, save_picture_grid
     from crate_mae.data.dataset import default_generator_seeded
-    from crate_mae.errors import UserError
     from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
     from crate_mae.models.presets import list_models
-    from crate_mae.models.weights import load_autoencoder
+    from crate_mae.models.weights import load_autoencoder, model_name
     from crate_mae.terminal import open_console
 
     check_seed(seed)
     path = new_file("--out", out, ".png", overwrite=overwrite)
-    if count < 1:
-        raise UserError(f"--count is {count}, but must be at least 1.")
+    check_whole("--count", count)
     source = open_source(images)
     with default_generator_seeded(seed):
         net = load_autoencoder(model)
@@ -85,8 +93,8 @@ def reconstruct(
     console.print(_table(result))
     if config.norm_pix_loss:
         console.print(OWN_STATISTICS)
-    if str(model) in list_models():
-        print_random_initialisation(console, str(model))
+    if (name := model_name(model)) in list_models():
+        print_random_initialisation(console, name)
     print_bad(console, read.bad)
     console.print(f"Saved {path}", soft_wrap=True, markup=False)
     return result

@@ -5,10 +5,11 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from crate_mae.data.files import refuse_used_folder
-from crate_mae.errors import UserError
+from crate_mae.commands.console import check_seed, computes
+from crate_mae.data.files import path_of, refuse_used_folder
 
 
+@computes
 def theory(
     *,
     out: Annotated[Path | str, Parameter(alias="-o")],
@@ -37,9 +38,8 @@ def theory(
     Raises:
         UserError: if the folder is not empty or is a file, the seed is negative, or it cannot be written.
     """
-    folder = Path(out)
-    if seed < 0:
-        raise UserError(f"--seed is {seed}, but must be at least 0.")
+    folder = path_of("--out", out)
+    check_seed(seed)
     refuse_used_folder(folder, overwrite=overwrite)
     from crate_mae.data.files import write_whole
     from crate_mae.interpret.claims.page import PAGE, measure_theory, theory_files

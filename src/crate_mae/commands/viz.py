@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import check_seed, print_bad, print_random_initialisation, refuse_existing
+from crate_mae.commands.console import (
+    check_seed,
+    check_whole,
+    computes,
+    print_bad,
+    print_random_initialisation,
+    refuse_existing,
+)
+from crate_mae.data.files import path_of
 from crate_mae.errors import UserError
 from crate_mae.training.options import Data
 
@@ -33,6 +41,7 @@ class Picture:
     images: list[str]
 
 
+@computes
 def viz_attention(
     model: Data,
     images: Data,
@@ -82,6 +91,7 @@ def viz_attention(
     return _save(figure, path, backbone, read)
 
 
+@computes
 def viz_pca(
     model: Data,
     images: Data,
@@ -127,6 +137,7 @@ def viz_pca(
     return _save(draw_token_colours(pictures, found.pictures, found.explained), path, backbone, read)
 
 
+@computes
 def viz_layers(
     model: Data,
     data: Data,
@@ -183,7 +194,7 @@ def viz_layers(
 
 
 def _new_picture(out: Path | str, *, overwrite: bool) -> Path:
-    path = Path(out)
+    path = path_of("--out", out)
     if path.suffix.lower() not in _KINDS:
         raise UserError(f"--out {path} must name a {' or '.join(_KINDS)} file.")
     refuse_existing(path, overwrite=overwrite)
@@ -197,8 +208,7 @@ def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, Re
     from crate_mae.evaluation.reconstruction import read_images
 
     check_seed(seed)
-    if count < 1:
-        raise UserError(f"--count is {count}, but must be at least 1.")
+    check_whole("--count", count)
     source = open_source(images)
     backbone = open_backbone(model, seed=seed)
     return backbone, read_images(source, backbone.transform(), range(len(source)), count)

@@ -14,7 +14,7 @@ from crate_mae.comparison.options import CompareOptions, parse_budget
 from crate_mae.comparison.report import csv_text, markdown, table_rows, write_notes
 from crate_mae.comparison.results import EntryResult, measure_all
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trainer
-from crate_mae.data.files import write_whole
+from crate_mae.data.files import path_of, write_whole
 from crate_mae.errors import UserError
 from crate_mae.training.processes import computing_threads, training_device
 from crate_mae.training.progress import duration
@@ -47,7 +47,7 @@ def compare(options: CompareOptions, *, report: Report) -> Comparison:
     """
     _refuse_launcher()
     images = open_images(options)
-    out = Path(options.out)
+    out = path_of("--out", options.out)
     saved = options.saved(images.train_name, images.val_name)
     directory = ComparisonDirectory(out)
     existing = directory.existing(saved)

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from crate_mae.costs.memory import build_without_memory, memory_estimate
+from crate_mae.costs.memory import memory_estimate
 from crate_mae.costs.trial import StepSettings, step_flops
-from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.autoencoder import MaskedAutoencoder, build_without_memory
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import visible_patches
 from crate_mae.training.options import option_name

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from crate_mae.costs.trial import StepSettings, TrialStep
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.autoencoder import MaskedAutoencoder, build_without_memory
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.masking import random_mask
 from crate_mae.models.monotone import retract_
@@ -73,12 +73,6 @@ def memory_estimate(config: ModelConfig, settings: StepSettings) -> StepMemory:
         saved, permanent, tensors = (round(b + (2 * share - 2) * (b - a)) for a, b in zip(half, whole, strict=True))
     resident = permanent + HEAP * (tensors - permanent) + LIBRARY_BYTES[settings.precision]
     return StepMemory(saved, tensors, round(resident))
-
-
-def build_without_memory(config: ModelConfig) -> MaskedAutoencoder:
-    """Build a model with shapes but no values, on PyTorch's device "meta", without drawing random numbers."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build(config)
 
 
 def _simulated(config: ModelConfig, settings: StepSettings) -> tuple[int, int, int]:

@@ -7,7 +7,6 @@ bounded size, or a `UserError` says what is wrong with it.
 
 import json
 import math
-import stat
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 
 import yaml
 
+from crate_mae.data.files import read_regular
 from crate_mae.errors import UserError
 
 MOST_JSON_BYTES = 16 * 2**20
@@ -81,7 +81,7 @@ def to_json(value: Any, indent: int | None = 2) -> str:
 class _PlainLoader(yaml.SafeLoader):
     """PyYAML's safe loader, without dates: the date 2023-99-99 would end in a traceback."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {  # pyright: ignore[reportIncompatibleVariableOverride]
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -89,15 +89,9 @@ class _PlainLoader(yaml.SafeLoader):
 
 def _read(path: Path, most: int) -> bytes:
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
-            raise UserError(f"{path} is not a regular file.")
-        with path.open("rb") as file:
-            content = file.read(most + 1)
+        return read_regular(path, most)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
-    if len(content) > most:
-        raise UserError(f"{path} is larger than the {most // 2**10:,} KiB that such a file may have.")
-    return content
 
 
 def _decoded(text: str | bytes) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import reprlib
 import secrets
 import stat
 import tempfile
@@ -21,6 +22,28 @@ def cache_folder() -> Path:
         return Path.home() / ".cache" / "crate-mae"
     except RuntimeError:  # a user without a home folder, as in some containers
         return Path(tempfile.gettempdir()) / "crate-mae"
+
+
+def path_of(what: str, value: str | Path) -> Path:
+    """The path that a user gave for an option, which need not exist.
+
+    Args:
+        what: the option, such as "--out", or what the path is of.
+        value: as given.
+
+    Raises:
+        UserError: for an empty text, which would mean the current folder, or one that cannot be a path.
+    """
+    if not str(value):
+        raise UserError(f"{what} is empty. Was a variable of the shell meant that is not set?")
+    try:
+        Path(value).lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:
+        reason = str(getattr(error, "strerror", None) or error).lower()
+        raise UserError(f"{what} {reprlib.repr(str(value))}: {reason}.") from error
+    return Path(value)
 
 
 def read_regular(path: Path, most: int) -> bytes:

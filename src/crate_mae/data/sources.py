@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from crate_mae.data.base import ImageSource, printable
 from crate_mae.data.digits import DigitsSource
+from crate_mae.data.files import path_of
 from crate_mae.data.folder import IMAGE_SUFFIXES, SPLIT_NAMES, FolderSource, Listing, list_folder
 from crate_mae.data.hub import HubSource
 from crate_mae.data.parquet import ParquetSource
@@ -56,6 +57,8 @@ def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSo
     """
     if isinstance(data, ImageSource):
         return data
+    if isinstance(data, str | Path):
+        path_of("DATA", data)
     if isinstance(data, Path):
         return _open_path(data, str(data))
     if isinstance(data, str):
@@ -71,6 +74,7 @@ def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSo
 def full_name(data: str | Path) -> str:
     """Return a name by which `open_source` finds the same data from any folder: absolute paths, the rest unchanged."""
     text = str(data)
+    path_of("DATA", data)
     if isinstance(data, str) and text.partition(":")[0] in _PREFIXES:
         kind, _, rest = text.partition(":")
         folder, colon, split = rest.partition(":")

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,20 @@ from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, did_you_mean, first_line
 from crate_mae.models.autoencoder import build
 from crate_mae.models.description import config_from_settings, is_encoder_of_transformers, is_of_timm
+from crate_mae.models.monotone import check_monotone
 from crate_mae.models.presets import list_models
-from crate_mae.models.tensors import misfits, read_tensors
-from crate_mae.models.weights import CONFIG_FILE, WEIGHTS_FILE, description_in, folder_of, load
+from crate_mae.models.tensors import read_tensors, refuse_broken
+from crate_mae.models.timm_models import refuse_timm_misfits
+from crate_mae.models.weights import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    description_in,
+    folder_of,
+    load,
+    model_name,
+    refuse_misfits,
+    unwrapped,
+)
 
 _PIXELS_SIDE = 32
 _MOST_PIXELS_SIDE = 512  # 786,432 features an image
@@ -36,7 +47,7 @@ class Backbone:
     """A frozen encoder, and how to prepare images for it.
 
     Attributes:
-        encoder: a module with timm's interface, in `eval()` mode.
+        encoder: a module with timm's interface; see `evaluating`.
         name: the name that the user gave.
         image_size: height and width of its input.
         in_chans: channels of its input.
@@ -45,6 +56,7 @@ class Backbone:
         is_random: whether its weights are a random initialisation.
         architecture: everything besides the weights that determines the features; None if unknown, as for a module
             from Python, whose features are then not cached.
+        is_borrowed: whether it is a module from Python, which stays on its device and as it is.
     """
 
     encoder: nn.Module
@@ -55,6 +67,7 @@ class Backbone:
     std: tuple[float, ...]
     is_random: bool = False
     architecture: str | None = None
+    is_borrowed: bool = False
 
     def transform(self) -> Preparation:
         """The preparation of an image, without randomness."""
@@ -100,7 +113,7 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
         UserError: if there is no such model, or its weights cannot be loaded.
     """
     if isinstance(model, nn.Module):
-        return _from_module(model)
+        return replace(_from_module(unwrapped(model)), is_borrowed=True)
     name = str(model)
     if isinstance(model, str) and name.partition(":")[0] == "pixels" and not Path(name).exists():
         return _pixels(name)
@@ -109,7 +122,7 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
     folder = folder_of(model)
     described = description_in(folder)
     if is_of_timm(described):
-        return _from_timm_folder(folder, name)
+        return _from_timm_folder(folder, name, described)
     if is_encoder_of_transformers(described):
         return _from_encoder_folder(folder, name, described["settings"])
     with default_generator_seeded(seed):
@@ -120,7 +133,7 @@ def _ours(net: Any, name: str, *, is_random: bool) -> Backbone:
     """The encoder of an autoencoder, or of a classifier made from one."""
     config = net.config
     return Backbone(
-        encoder=net.encoder.eval(),
+        encoder=net.encoder,
         name=name,
         image_size=config.image_size,
         in_chans=config.in_chans,
@@ -132,7 +145,7 @@ def _ours(net: Any, name: str, *, is_random: bool) -> Backbone:
 
 
 def _from_module(module: nn.Module) -> Backbone:
-    name = type(module).__name__
+    name = model_name(module)
     if hasattr(module, "config") and hasattr(module, "encoder"):
         return _ours(module, name, is_random=False)
     if not callable(getattr(module, "forward_features", None)):
@@ -157,25 +170,29 @@ def _from_timm(model: str, seed: int) -> Backbone:
             encoder = timm.create_model(name, pretrained=not rest, num_classes=0)
     except Exception as error:  # of the hub, the network or timm: no published weights
         raise UserError(f"The weights of {model} cannot be loaded: {first_line(error)}\n{_OFFLINE}") from error
-    return _with_timm_data(encoder, model, is_random=bool(rest), architecture=model)
+    return _with_timm_data(encoder.eval(), model, is_random=bool(rest), architecture=model)
 
 
-def _from_timm_folder(folder: Path, name: str) -> Backbone:
+def _from_timm_folder(folder: Path, name: str, description: Mapping[str, Any]) -> Backbone:
+    refuse_timm_misfits(folder, description)
     try:
         encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
     except Exception as error:  # timm raises many kinds
         raise UserError(f"{folder} cannot be opened by timm: {first_line(error)}") from error
-    return _with_timm_data(encoder, name, is_random=False, architecture=(folder / CONFIG_FILE).read_text("utf-8"))
+    return _with_timm_data(
+        encoder.eval(), name, is_random=False, architecture=(folder / CONFIG_FILE).read_text("utf-8")
+    )
 
 
 def _from_encoder_folder(folder: Path, name: str, settings: dict[str, Any]) -> Backbone:
-    net = build(config_from_settings(settings))
-    tensors = read_tensors(folder / WEIGHTS_FILE)
-    found = {name.removeprefix("encoder."): value for name, value in tensors.items()}
-    if problems := misfits(found, net.encoder.state_dict()):
-        raise UserError(f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE}: {problems}.")
-    net.encoder.load_state_dict(found)
-    return _ours(net, name, is_random=False)
+    config, path = config_from_settings(settings), folder / WEIGHTS_FILE
+    refuse_misfits(path, config)
+    tensors = read_tensors(path)
+    refuse_broken(tensors, path)
+    net = build(config)
+    net.encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in tensors.items()})
+    check_monotone(net.encoder)
+    return _ours(net.eval(), name, is_random=False)
 
 
 def _ask_hub(name: str) -> None:
@@ -199,7 +216,7 @@ def _with_timm_data(encoder: nn.Module, name: str, *, is_random: bool, architect
         for key in ("mean", "std")
     )
     return Backbone(
-        encoder=encoder.eval(),
+        encoder=encoder,
         name=name,
         image_size=(int(size[0]), int(size[1])),
         in_chans=channels,

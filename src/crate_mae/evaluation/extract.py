@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
+from numbers import Integral
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +35,8 @@ from crate_mae.models.features import (
     layer_number,
 )
 
+_LARGEST_BATCH = 10**9
+_MOST_WORKERS = 256
 _FEW_IMAGES = 2000  # up to which processes take longer to start than they save
 _VERSIONS = (version("crate-mae"), torch.__version__)  # of what prepares images, and of what computes
 # About 14 times the features of CIFAR-10 at a width of 2 x 384. What has not been used for longest goes first.
@@ -90,14 +93,14 @@ class Extraction:
 
     def __post_init__(self) -> None:
         mistakes = []
-        if self.batch_size < 1:
-            mistakes.append(f"--batch-size is {self.batch_size}, but must be at least 1.")
-        if self.workers is not None and self.workers < 0:
-            mistakes.append(f"--workers is {self.workers}, but must be at least 0.")
+        if not _is_whole(self.batch_size) or not 1 <= self.batch_size <= _LARGEST_BATCH:
+            mistakes.append(f"--batch-size is {self.batch_size}, but must be a whole number of at least 1.")
+        if self.workers is not None and (not _is_whole(self.workers) or not 0 <= self.workers <= _MOST_WORKERS):
+            mistakes.append(f"--workers is {self.workers}, but must be a whole number from 0 to {_MOST_WORKERS}.")
         if not 0.0 <= self.max_bad <= 1.0:
             mistakes.append(f"--max-bad is {self.max_bad}, but must be between 0 and 1.")
-        if isinstance(self.layers, str) and self.layers != "all":
-            mistakes.append(f'--layer is "{self.layers}", but must be a number or "all".')
+        if self.layers != "all" if isinstance(self.layers, str) else not all(map(_is_whole, self.layers)):
+            mistakes.append(f'--layer is {self.layers!r}, but must be a whole number or "all".')
         if mistakes:
             raise UserError("\n".join(mistakes))
 
@@ -120,6 +123,10 @@ class Extraction:
         pooling = self.pooling or default_pooling(backbone.encoder)
         check_pooling(backbone.encoder, pooling)
         return pooling
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class Batch(NamedTuple):
@@ -182,8 +189,9 @@ def feature_batches(
         UserError: as soon as too many images cannot be read, or features are not finite.
     """
     encoder = backbone.encoder
-    device = fastest_device()
-    encoder.to(device)
+    if not backbone.is_borrowed:
+        encoder.to(fastest_device())
+    place = next((each for each in encoder.parameters() if each.is_floating_point()), torch.empty(0))
     workers = _workers(extraction.workers, len(source))
     unreadable: list[BadImage] = []
     transform = backbone.transform()
@@ -196,7 +204,7 @@ def feature_batches(
         values: list[np.ndarray] = []
         if len(indices):
             with evaluating(encoder):
-                features = encode_layers(encoder, batch.images.to(device), layers, pooling)
+                features = encode_layers(encoder, batch.images.to(place.device, place.dtype), layers, pooling)
             values = [layer.float().cpu().numpy() for layer in features]
             _check_finite(values, indices, source, backbone)
         yield Batch(indices, values, batch.bad)

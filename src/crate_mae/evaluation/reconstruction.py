@@ -17,6 +17,9 @@ from crate_mae.models.completion import Completion, complete, completion_of, pre
 from crate_mae.models.features import evaluating
 from crate_mae.models.masking import patch_statistics, patchify, random_mask
 
+# In decibels: a root mean squared error of 1e-5. That of an exact completion is infinite, and so would be every mean.
+LARGEST_PSNR = 100.0
+
 
 class ReadImages(NamedTuple):
     """Prepared images of a source.
@@ -65,7 +68,7 @@ class CompletionScore:
             `norm_pix_loss`.
         normalised_mse: the same in units of each patch's own standard deviation: the training loss with
             `norm_pix_loss`. Nearly flat patches have the largest weight in it.
-        psnr: of the hidden patches, in decibels.
+        psnr: of the hidden patches, in decibels, that of no image more than `LARGEST_PSNR`.
         ssim: of the picture with the completion pasted into its holes, at most 1.
     """
 
@@ -100,7 +103,7 @@ def completion_scores(
         on_batch: called after each batch, for a progress bar.
 
     Raises:
-        UserError: for a ratio that hides no patch.
+        UserError: for a ratio that hides nothing or leaves nothing visible, or completions that are not finite.
     """
     scores: list[CompletionScore] = []
     for ratio in mask_ratios:
@@ -110,7 +113,13 @@ def completion_scores(
             rows.append(_scores_of_images(model, batch, mask))
             if on_batch is not None:
                 on_batch()
-        scores.append(CompletionScore(ratio, int(masks[0].sum()), *torch.cat(rows).double().mean(dim=0).tolist()))
+        means = torch.cat(rows).double().mean(dim=0)
+        if not means.isfinite().all():
+            raise UserError(
+                "The model's completions are not finite numbers: its weights contain NaN, or values overflow.\n"
+                "Use an earlier checkpoint of the run."
+            )
+        scores.append(CompletionScore(ratio, int(masks[0].sum()), *means.tolist()))
     return scores
 
 
@@ -118,14 +127,9 @@ def nested_masks(images: int, num_patches: int, mask_ratio: float, seed: int) ->
     """Nested masks: those at a larger ratio hide everything that those at a smaller ratio hide.
 
     Raises:
-        UserError: for a ratio that hides no patch, or is not in (0, 1).
+        UserError: for a ratio that hides nothing, or leaves nothing visible.
     """
-    masks = random_mask(images, num_patches, mask_ratio, torch.Generator().manual_seed(seed))
-    if not masks.any():
-        raise UserError(
-            f"A mask ratio of {mask_ratio} hides none of {num_patches} patches: there is nothing to complete."
-        )
-    return masks
+    return random_mask(images, num_patches, mask_ratio, torch.Generator().manual_seed(seed))
 
 
 def complete_in_batches(
@@ -143,7 +147,7 @@ class CompletionQuality(NamedTuple):
 
     Attributes:
         psnr: peak signal-to-noise ratio of the hidden patches alone, in decibels: -10 log10 of the mean squared error
-            of pixels in [0, 1]. Visible patches, which the pasted picture copies, do not count.
+            of pixels in [0, 1], at most `LARGEST_PSNR`. Visible patches, which the pasted picture copies, do not count.
         ssim: structural similarity of the pasted picture to the original, at most 1. It compares neighbourhoods, so
             visible patches do count.
     """
@@ -166,14 +170,13 @@ def completion_quality(completion: Completion, mask: Bool[Tensor, "b n"], patch_
     targets, predictions = (patchify(x, patch_size) for x in (completion.original, completion.completed))
     sigma = 1.5 if min(completion.original.shape[-2:]) >= 16 else 0.5
     psnr = [
-        peak_signal_noise_ratio(prediction[hidden], target[hidden], data_range=1.0)
+        peak_signal_noise_ratio(prediction[hidden], target[hidden], data_range=1.0).clamp(max=LARGEST_PSNR)
         for prediction, target, hidden in zip(predictions, targets, mask, strict=True)
     ]
     ssim = structural_similarity_index_measure(
         completion.pasted, completion.original, sigma=sigma, data_range=1.0, reduction="none"
     )
-    assert isinstance(ssim, Tensor)
-    return CompletionQuality(torch.stack(psnr), ssim.reshape(len(psnr)))
+    return CompletionQuality(torch.stack(psnr), torch.as_tensor(ssim).reshape(len(psnr)))
 
 
 def _scores_of_images(
@@ -186,7 +189,7 @@ def _scores_of_images(
         target = patchify(images, config.patch_size)
         error = (prediction - target).square()
         _, std = patch_statistics(target)
-        hidden = mask / mask.sum(dim=1, keepdim=True)
+        hidden = mask.to(error.dtype) / mask.sum(dim=1, keepdim=True)
         mse, normalised_mse = ((each.mean(dim=-1) * hidden).sum(dim=1) for each in (error, error / std.square()))
         quality = completion_quality(completion_of(config, images, mask, prediction), mask, config.patch_size)
     return torch.stack([mse, normalised_mse, quality.psnr, quality.ssim], dim=1)

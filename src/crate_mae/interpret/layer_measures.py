@@ -122,7 +122,7 @@ def stream(
 def default_pass(model: nn.Module) -> Callable[[Any], object]:
     """The pass of a model on whole images."""
     if isinstance(model, MaskedAutoencoder):
-        return lambda images: model(images, mask_ratio=0.0)
+        return lambda images: model(images, mask=images.new_zeros(len(images), model.num_patches, dtype=torch.bool))
     features: Any = model.forward_features
     return features
 

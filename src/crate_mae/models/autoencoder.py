@@ -274,6 +274,12 @@ def build(config: ModelConfig) -> MaskedAutoencoder:
     return model
 
 
+def build_without_memory(config: ModelConfig) -> MaskedAutoencoder:
+    """Build a model with shapes but no values, on PyTorch's device "meta", without drawing random numbers."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build(config)
+
+
 def _choose_attention_kernel(attention: Any, arguments: tuple[Tensor, ...]) -> None:
     """Before each call, have timm's attention take the faster of its two forms, as `theory.attention.ssa` does.
 

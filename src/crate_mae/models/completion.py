@@ -50,7 +50,8 @@ def predicted_patches(
     taken from the original, hidden patches included: such pictures know each patch's brightness and contrast from the
     answer, and look better than the model alone could make them.
     """
-    prediction = model(images, mask=mask).prediction.to(images.dtype)
+    own = images.to(model.mask_token)  # a model from Python may be elsewhere, and in another precision
+    prediction = model(own, mask=mask).prediction.to(images)
     if not model.config.norm_pix_loss:
         return prediction
     mean, std = patch_statistics(patchify(images, model.config.patch_size))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,6 +13,28 @@ from crate_mae.errors import UserError, did_you_mean
 
 Initialization = Literal["official", "isometric"]
 Layer = Literal["published", "monotone"]
+
+# Settings are also read from files of others: these limits hold for all.
+LARGEST = {
+    "image_size": 2**16,
+    "patch_size": 2**10,
+    "in_chans": 2**12,
+    "embed_dim": 2**16,
+    "decoder_embed_dim": 2**16,
+    "depth": 1000,
+    "decoder_depth": 1000,
+    "num_heads": 2**12,
+    "decoder_num_heads": 2**12,
+    "overcomplete": 64,
+    "mlp_ratio": 64,
+    "drop_path": 1,
+    "step_size": 1_000_000,
+    "threshold": 1_000_000,
+    "mean": 1_000_000,
+    "std": 1_000_000,
+}
+MOST_PATCHES = 2**18
+LONGEST_TEXT = 256  # of a name
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # as timm has them; this file imports nothing that takes time
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -61,6 +85,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         if mistakes := list(_wrong_types(self)):
+            raise UserError(f"Model {str(self.name)[:LONGEST_TEXT]}: " + "\n".join(mistakes))
+        if mistakes := list(_too_large(self)):
             raise UserError(f"Model {self.name}: " + "\n".join(mistakes))
         rgb = self.in_chans == 3
         resolved = {
@@ -88,6 +114,8 @@ class ModelConfig:
                 f"patches of {self.patch_size} pixels do not divide images of {hh} x {ww}; "
                 f"take an image size that is a multiple of {self.patch_size}, such as {near}."
             )
+        elif (patches := (hh // self.patch_size) * (ww // self.patch_size)) > MOST_PATCHES:
+            yield f"{hh} x {ww} pixels in patches of {self.patch_size} are {patches:,}, but at most {MOST_PATCHES:,}."
         sides = (("", self.embed_dim, self.num_heads), ("decoder_", self.decoder_embed_dim, self.decoder_num_heads))
         for side, width, heads in sides:
             if width % heads:
@@ -202,6 +230,11 @@ class ViTConfig(ModelConfig):
     mask_tokens: Literal["encoder", "decoder"] = "decoder"
     mlp_ratio: float = 4.0
 
+    def _mistakes(self) -> Iterator[str]:
+        yield from super()._mistakes()
+        if self.mlp_ratio <= 0:
+            yield f"mlp_ratio is {self.mlp_ratio}, but must be positive."
+
 
 def check_settings(config_class: type[ModelConfig], settings: dict[str, Any]) -> None:
     """Raise a `UserError` for settings which `config_class` does not have, with the nearest names it has."""
@@ -247,8 +280,25 @@ def _wrong_types(config: ModelConfig) -> Iterator[str]:
         else:
             is_right = isinstance(value, bool) == (field.type == "bool") and isinstance(value, (str, bool))
             kind = "true or false" if field.type == "bool" else "text"
+            if isinstance(value, str) and len(value) > LONGEST_TEXT:
+                is_right, kind = False, f"text of at most {LONGEST_TEXT} characters"
         if not is_right:
-            yield f"{field.name} is {value!r}, but must be {kind}."
+            yield f"{field.name} is {reprlib.repr(value)}, but must be {kind}."
+
+
+def _too_large(config: ModelConfig) -> Iterator[str]:
+    """Settings beyond every model that anybody trains: built, they would fill the memory or never end."""
+    for name, most in LARGEST.items():
+        value = getattr(config, name, 0)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if wrong := [number for number in numbers if not -math.inf < number <= most]:  # NaN is neither
+            yield f"{name} is {_short(wrong[0])}, but must be a number of at most {most:,}."
+
+
+def _short(number: float) -> str:
+    """A number as text; one of many digits is not written out."""
+    is_long = isinstance(number, int) and abs(number) >= 10**15
+    return f"a number of {int(math.log10(abs(number))) + 1} digits" if is_long else f"{number:,}"
 
 
 def _is_number(value: Any, kind: type | tuple[type, ...]) -> bool:

@@ -13,13 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 from crate_mae.models.config import CrateConfig
 from crate_mae.models.official import PUBLISHED_HEADS, from_official
-from crate_mae.models.tensors import misfits, read_tensors, without_prefixes
+from crate_mae.models.tensors import misfits, read_tensors, refuse_broken, refuse_other_types, without_prefixes
 from crate_mae.models.timm_models import any_size_encoder
 from crate_mae.models.weights import load, save, write_timm_folder
 
@@ -51,12 +52,16 @@ def understand(path: Path, num_heads: int | None = None, **settings: Any) -> Con
         UserError: for a file that is damaged, unknown or does not fit.
     """
     if path.is_dir():
+        if num_heads is not None:
+            raise UserError(f"{path} is a folder of a model, which has its number of heads: leave --num-heads out.")
         model = load(path, **settings)
         count = sum(p.numel() for p in model.parameters())
         found = f"a {type(model).__name__} of this library, {model.config.name}, {count / 1e6:.2f} M parameters"
         return Conversion(found, [], lambda folder: save(model, folder))
     tensors, prefixes = without_prefixes(read_tensors(path))
     notes = [f"Removed from all names: the prefix {''.join(prefixes)}"] if prefixes else []
+    refuse_other_types(tensors, path)
+    refuse_broken(tensors, path)
     if is_classifier(tensors):
         return _classifier(path, tensors, notes, num_heads, settings)
     if "blocks.0.layers.0.0.fn.qkv.weight" in tensors:
@@ -65,16 +70,16 @@ def understand(path: Path, num_heads: int | None = None, **settings: Any) -> Con
         raise UserError(
             f"{path} has this library's own names, and its config.json is missing: name the folder that holds both."
         )
-    names = ", ".join(sorted(tensors)[:4])
     raise UserError(
-        f"{path} holds no CRATE-MAE, official or ours, and no official CRATE classifier. Its first tensors are {names}."
+        f"{path} holds no CRATE-MAE, official or ours, and no official CRATE classifier. Its first tensors are "
+        f"{and_more(sorted(tensors), 4)}."
     )
 
 
 def _autoencoder(
     path: Path, tensors: dict[str, Tensor], notes: list[str], num_heads: int | None, settings: dict[str, Any]
 ) -> Conversion:
-    width = tensors["blocks.0.layers.0.0.fn.qkv.weight"].shape[1]
+    width = _size(path, tensors, "blocks.0.layers.0.0.fn.qkv.weight", 2)[1]
     heads = _heads(path, width, num_heads, notes)
     options: dict[str, Any] = {"name": path.stem} | settings
     model = from_official(tensors, num_heads=heads, **options)
@@ -99,17 +104,22 @@ def _autoencoder(
 def _classifier(
     path: Path, tensors: dict[str, Tensor], notes: list[str], num_heads: int | None, settings: Mapping[str, Any]
 ) -> Conversion:
-    heads = _heads(path, tensors["to_patch_embedding.2.weight"].shape[0], num_heads, notes)
+    width = _size(path, tensors, "to_patch_embedding.2.weight", 2)[0]
+    positions = _size(path, tensors, "pos_embedding", 3)
+    if positions[1] < 2 or positions[2] != width:
+        raise UserError(f"{path} does not fit an official CRATE classifier: its positions are {positions}.")
+    heads = _heads(path, width, num_heads, notes)
     try:
         config = classifier_config(tensors, heads, **({"name": path.stem} | dict(settings)))
         found, left = encoder_of_classifier(tensors, config)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    wanted = any_size_encoder(config, patch_norm=True).state_dict()
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        wanted = any_size_encoder(config, patch_norm=True).state_dict()
     if problems := misfits(found, wanted):
         raise UserError(f"{path} does not fit an official CRATE classifier: {problems}.")
-    classes = tensors["mlp_head.1.weight"].shape[0] if left else 0
     if left:
+        classes = _size(path, tensors, left[0], tensors[left[0]].ndim or 1)[0]
         notes.append(f"Left out: mlp_head.1, the map to {classes} classes. `crate-mae finetune` makes a new one.")
     notes.append(
         f"Assumed, since the file does not contain them: step size {config.step_size}, threshold {config.threshold}."
@@ -120,6 +130,12 @@ def _classifier(
         f"{config.patch_size}, images of {config.image_size[0]} x {config.image_size[1]}"
     )
     return Conversion(text, notes, lambda folder: write_timm_folder(config, found, folder, patch_norm=True))
+
+
+def _size(path: Path, tensors: Mapping[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    if tensors[name].ndim != dimensions:
+        raise UserError(f"{path} holds {name} of {tensors[name].ndim} dimensions, not {dimensions}.")
+    return tuple(tensors[name].shape)
 
 
 def _heads(path: Path, width: int, num_heads: int | None, notes: list[str]) -> int:

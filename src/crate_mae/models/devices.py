@@ -1,4 +1,7 @@
-"""Where to compute."""
+"""Where to compute, and under which settings of PyTorch."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -18,3 +21,24 @@ def send(x: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda" and x.device.type == "cpu":
         x = x.pin_memory()
     return x.to(device, non_blocking=device.type != "cpu")
+
+
+@contextmanager
+def own_settings() -> Iterator[None]:
+    """Compute as this library documents, whatever the program around it has set, and leave its settings as they were.
+
+    Inside, new tensors are float32, gradients are recorded, and nothing runs in automatic mixed precision. Afterwards
+    PyTorch's default generator on the CPU, which training seeds in every step, goes on where it was.
+    """
+    dtype, state = torch.get_default_dtype(), torch.get_rng_state()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            for kind in {"cpu", fastest_device().type}:
+                stack.enter_context(torch.autocast(kind, enabled=False))
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_rng_state(state)

@@ -141,12 +141,16 @@ def check_pooling(encoder: nn.Module, pooling: Pooling) -> None:
 def evaluating(encoder: nn.Module) -> Iterator[None]:
     """Have a module in `eval()`, without gradients or automatic mixed precision; afterwards it is as it was."""
     training = [module for module in encoder.modules() if module.training]
-    encoder.eval()
+    for module in training:  # `eval()` may be overridden, to keep parts as they are
+        module.training = False
     device = next((parameter.device.type for parameter in encoder.parameters()), "cpu")
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)  # of numbers that the model or a measure makes
     try:
         with torch.inference_mode(), torch.autocast(device, enabled=False):
             yield
     finally:
+        torch.set_default_dtype(dtype)
         for module in training:
             module.training = True
 

@@ -20,19 +20,30 @@ def random_mask(
     Args:
         batch: number of images b.
         num_patches: patches per image n.
-        mask_ratio: share of hidden patches, in [0, 1).
+        mask_ratio: share of hidden patches; see `check_mask_ratio`.
         generator: source of randomness; its device is the mask's device. None takes torch's global CPU generator.
 
     Returns:
         True where a patch is hidden.
 
     Raises:
-        UserError: for a ratio outside [0, 1).
+        UserError: for a ratio that hides nothing, or leaves nothing visible.
     """
-    if not 0.0 <= mask_ratio < 1.0:
-        raise UserError(f"mask_ratio is {mask_ratio}, but must be at least 0 and less than 1.")
-    noise = torch.rand(batch, num_patches, generator=generator, device=generator.device if generator else None)
+    check_mask_ratio(mask_ratio, num_patches)
+    device = generator.device if generator else "cpu"
+    noise = torch.rand(batch, num_patches, generator=generator, device=device, dtype=torch.float32)
     return hide_all_but(visible_from_noise(noise, mask_ratio), num_patches)
+
+
+def check_mask_ratio(mask_ratio: float, num_patches: int) -> None:
+    """Raise a `UserError` for a ratio that hides none of the patches of an image, or leaves none visible."""
+    visible = visible_patches(num_patches, mask_ratio) if 0.0 < mask_ratio < 1.0 else 0
+    if not 0 < visible < num_patches:
+        hidden = "none" if mask_ratio <= 0 or visible else "all"
+        raise UserError(
+            f"mask_ratio is {mask_ratio}, which hides {hidden} of {num_patches:,} patches, but must hide some and "
+            "leave some visible."
+        )
 
 
 def visible_from_noise(noise: Float[Tensor, "b n"], mask_ratio: float) -> Int[Tensor, "b keep"]:

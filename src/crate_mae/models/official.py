@@ -15,9 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crate_mae.errors import UserError, and_more
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.autoencoder import MaskedAutoencoder, build, build_without_memory
 from crate_mae.models.config import CrateConfig, ModelConfig, config_from_dict
-from crate_mae.models.tensors import misfits, read_tensors, without_prefixes
+from crate_mae.models.tensors import misfits, read_tensors, refuse_other_types, without_prefixes
 
 # Official name -> ours, as regular expressions; $ is a layer's number.
 _NAMES = {
@@ -86,12 +86,13 @@ def from_official(
         UserError: for a file that is not an official CRATE-MAE, naming what is missing, unknown or of the wrong shape.
     """
     tensors, where = _official_tensors(state_dict_or_path)
+    refuse_other_types(tensors, where)
     config = _infer_config(tensors, where, num_heads, image_size, settings)
     unused = {name: tensors.pop(name) for name in (*_DEAD, "pos_embed") if name in tensors}
-    model = build(config)
-    wanted = {_rename(name, _OURS): value for name, value in model.state_dict().items()}
+    wanted = {_rename(name, _OURS): value for name, value in build_without_memory(config).state_dict().items()}
     if problems := misfits(tensors, wanted):
         raise UserError(f"{where} does not fit an official CRATE-MAE: {problems}.")
+    model = build(config)
     model.load_state_dict({_rename(name, _NAMES): value for name, value in tensors.items()})
     model.official_unused = {name: unused[name].clone() for name in _DEAD if name in unused}
     return model
@@ -140,6 +141,11 @@ def _infer_config(
         raise UserError(
             f"{where} is not an official CRATE-MAE: it lacks patch_embed, decoder_pos_embed or blocks.0.layers.\n"
             f"It holds {and_more(sorted(tensors), 4)}."
+        )
+    if patch.ndim != 4 or positions.ndim != 3 or positions.shape[2] != patch.shape[0]:
+        raise UserError(
+            f"{where} is not an official CRATE-MAE: patch_embed.proj.weight is {tuple(patch.shape)}, and "
+            f"decoder_pos_embed {tuple(positions.shape)}."
         )
     width, channels, patch_size, _ = patch.shape
     if image_size is None:

@@ -1,7 +1,7 @@
 """Tensors from files that cannot run code."""
 
 import argparse
-import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 from crate_mae.data.documents import read_json
 from crate_mae.errors import UserError, and_more
 
+_FLOATS = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 _PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of trainers, of torch.compile
 
 
@@ -35,10 +36,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         with _damage_explained(path):
             return load_file(path)
+    _refuse_packed(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the reader of pickles raises exceptions of any kind for a damaged file
         raise UserError(
             f"{path} cannot be read as a file of tensors: it is damaged, or holds Python objects, which could run code."
             "\nConvert it to safetensors with the program that made it."
@@ -46,9 +48,74 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise UserError(f"{path} does not hold a dictionary of tensors.")
+    is_named = isinstance(content, dict) and all(isinstance(name, str) for name in content)
+    if not is_named or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise UserError(f"{path} does not hold a dictionary from names to tensors.")
+    if wrong := [name for name, value in content.items() if not _is_whole(value)]:
+        raise UserError(f"{path} holds {wrong[0]} without all of its numbers, as a sparse or an expanded tensor.")
     return content
+
+
+def _refuse_packed(path: Path) -> None:
+    """PyTorch does not compress its files; one that is compressed may unpack to any size."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
+    except Exception:  # no archive: a file of an old PyTorch, or a damaged one, as is told when it is read
+        return
+    if packed:
+        raise UserError(f"{path} holds compressed files, which PyTorch does not write. Save it again with torch.save.")
+
+
+def _is_whole(value: Tensor) -> bool:
+    """Whether a tensor has memory for each of its numbers: one of a few bytes can claim any shape."""
+    if value.layout != torch.strided or value.is_meta:
+        return False
+    return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
+
+
+def described_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors that a safetensors file of weights, whole or in parts, says it holds: names and shapes, no values.
+
+    Returns:
+        Tensors on the device "meta", which have no memory.
+
+    Raises:
+        UserError: for a file or part that is missing or damaged, or tensors that are not weights as they are, such as
+            the 8-bit formats, which mean something only with scales of their own.
+    """
+    found: dict[str, Tensor] = {}
+    for part in _parts_of(path):
+        with _damage_explained(part), safe_open(part, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  # no dictionary
+                described = file.get_slice(name)
+                if described.get_dtype() not in _FLOATS:
+                    raise _no_weights(part, name, described.get_dtype())
+                found[name] = torch.empty(described.get_shape(), device="meta")
+    return found
+
+
+def refuse_other_types(tensors: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raise a `UserError` for tensors of another type than the four in which weights are stored as they are."""
+    for name, value in tensors.items():
+        if value.dtype not in _FLOATS.values():
+            raise _no_weights(where, name, str(value.dtype).removeprefix("torch."))
+
+
+def refuse_broken(tensors: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raise a `UserError` for numbers that are not finite."""
+    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise UserError(
+            f"{where} holds numbers that are not finite, in {len(broken)} tensor(s) such as {broken[0]}.\n"
+            "Nothing can be computed with it: take an earlier checkpoint of the run, or another model."
+        )
+
+
+def _no_weights(where: Path | str, name: str, kind: str) -> UserError:
+    return UserError(
+        f"{where} holds {name} as {kind}, but weights must be float32, float64, float16 or bfloat16.\n"
+        "Convert it with the program that made it."
+    )
 
 
 def without_prefixes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
@@ -80,16 +147,21 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
     Raises:
         UserError: for a file or part that is missing or damaged.
     """
-    parts = [path] if path.is_file() else _parts(path)
-    for part in parts:
-        if not part.is_file():
-            raise UserError(f"There is no weights file at {part}.")
+    for part in _parts_of(path):
         with _damage_explained(part), safe_open(part, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # no dictionary
                 yield name, file.get_tensor(name)
 
 
-def _parts(path: Path) -> list[Path]:
+def _parts_of(path: Path) -> list[Path]:
+    parts = [path] if path.is_file() else _indexed_parts(path)
+    for part in parts:
+        if not part.is_file():
+            raise UserError(f"There is no weights file at {part}.")
+    return parts
+
+
+def _indexed_parts(path: Path) -> list[Path]:
     index = index_of(path)
     try:
         names = read_json(index)["weight_map"].values()

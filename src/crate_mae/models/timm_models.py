@@ -12,19 +12,26 @@ Importing this file imports timm and registers, and builds nothing.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.layers import resample_abs_pos_embed
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from crate_mae.data.documents import read_json
+from crate_mae.errors import UserError
 from crate_mae.models.config import CrateConfig, ModelConfig, ViTConfig, config_from_dict
 from crate_mae.models.presets import bundled_folder, list_bundled, list_models, preset
+from crate_mae.models.tensors import described_tensors, misfits
 
 # Names of models that no preset describes; their arguments do.
 CUSTOM = {CrateConfig: "crate_mae_custom", ViTConfig: "vit_mae_custom"}
+
+_MOST_LAYERS = 1000
+_LARGEST_ARGUMENT = 2**16
 
 _CRATE_OPTIONS = ("layer", "step_size", "threshold", "output_projection", "ista_skip", "overcomplete")
 
@@ -93,6 +100,62 @@ def encoder_tensors(tensors: Mapping[str, Tensor], encoder: nn.Module) -> dict[s
     if grid != new_grid:
         found["pos_embed"] = resample_abs_pos_embed(found["pos_embed"], new_grid, grid, own.num_prefix_tokens)
     return found
+
+
+def refuse_timm_misfits(folder: Path, description: Mapping[str, Any]) -> None:
+    """Compare the arguments in a folder of timm's layout with its weights, before timm builds a model from them.
+
+    Args:
+        folder: with `model.safetensors`; of networks of timm itself any file of weights.
+        description: its `config.json`.
+
+    Raises:
+        UserError: if the arguments describe another model than that of the weights, or one that is too large.
+    """
+    name, arguments = description.get("architecture"), description.get("model_args") or {}
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise UserError(f"{folder}/config.json does not name an architecture of timm and its arguments.")
+    if name in _configs:
+        _refuse_other_encoder(folder / "model.safetensors", _configs[name], arguments)
+        return
+    if wrong := [key for key, value in arguments.items() if _is_large(key, value)]:
+        raise UserError(f"{folder}/config.json: {wrong[0]} of {name} is larger than in any network.")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            numbers = sum(value.numel() for value in timm.create_model(name, **arguments, num_classes=0).parameters())
+    except Exception:  # timm raises many kinds: it says what is wrong when it opens the folder
+        return
+    stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if numbers > stored:
+        raise UserError(f"{folder} describes a {name} of {numbers:,} numbers, but holds only {stored:,} bytes.")
+
+
+def _refuse_other_encoder(path: Path, like: ModelConfig, arguments: Mapping[str, Any]) -> None:
+    """Compare the arguments of one of our encoders with a file of its weights."""
+    names = {"img_size": "image_size", "drop_path_rate": "drop_path"}
+    known = {names.get(key, key): key for key in timm_arguments(like)}
+    config = like.replace(**{setting: arguments[key] for setting, key in known.items() if key in arguments})
+    found = described_tensors(path)
+    sizes = {
+        "cls_token": (1, 1, config.embed_dim),
+        "pos_embed": (1, 1 + config.grid_size[0] * config.grid_size[1], config.embed_dim),
+    }
+    layers = len({name.split(".")[1] for name in found if name.startswith("blocks.")})
+    if layers != config.depth or any(name not in found or found[name].shape != sizes[name] for name in sizes):
+        raise UserError(f"{path} holds the weights of another encoder than config.json describes.")
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        wanted = any_size_encoder(config, **({"patch_norm": True} if arguments.get("patch_norm") else {})).state_dict()
+    if problems := misfits(found, wanted):
+        raise UserError(f"{path} holds the weights of another encoder than config.json describes: {problems}.")
+
+
+def _is_large(key: str, value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) > _MOST_LAYERS or any(_is_large(key, item) for item in value)
+    if isinstance(value, dict):
+        return any(_is_large(f"{key}.{name}", item) for name, item in value.items())
+    most = _MOST_LAYERS if "depth" in key or "layers" in key else _LARGEST_ARGUMENT
+    return isinstance(value, (int, float)) and not -most <= value <= most
 
 
 def _config_of_bundled(name: str) -> ModelConfig:

@@ -4,16 +4,18 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from crate_mae.data.documents import read_json, to_json
+from crate_mae.data.files import path_of
 from crate_mae.errors import UserError, first_line
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.autoencoder import MaskedAutoencoder, build, build_without_memory
 from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.description import (
@@ -28,7 +30,14 @@ from crate_mae.models.description import (
 )
 from crate_mae.models.monotone import check_monotone
 from crate_mae.models.presets import bundled_folder, create_model, list_bundled, list_models
-from crate_mae.models.tensors import has_tensors, misfits, read_tensors
+from crate_mae.models.tensors import (
+    described_tensors,
+    has_tensors,
+    misfits,
+    read_tensors,
+    refuse_broken,
+    refuse_other_types,
+)
 from crate_mae.models.timm_models import timm_arguments, timm_name, timm_pretrained_cfg
 
 WEIGHTS_FILE = "model.safetensors"
@@ -38,13 +47,38 @@ CONFIG_FILE = "config.json"
 Model = MaskedAutoencoder | Classifier
 
 
-def save(model: Model, folder: str | Path) -> None:
+def save(model: Model | nn.Module, folder: str | Path) -> None:
     """Write `model.safetensors` (encoder, and decoder or head) and `config.json` into a folder, whole or not at all.
 
-    Existing files of these names are replaced.
+    Existing files of these names are replaced. What `torch.compile` and data parallelism put around a model is left
+    out.
+
+    Raises:
+        UserError: if `load` would refuse the files: for another kind of model, one whose layers were changed so that
+            its configuration no longer describes it, or numbers that are not finite.
     """
-    tensors = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+    model = unwrapped(model)
+    if not isinstance(model, Model):
+        raise UserError(f"A {type(model).__name__} cannot be saved: only models of this library can.")
+    if any(value.is_meta for value in model.state_dict().values()):
+        raise UserError("This model is on the device meta: it has no weights to save.")
+    # A compiled layer keeps its own name and gets this one below it.
+    state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
+    _refuse_misfits(tensors, _described(model.config), "This model", "its config describes")
+    refuse_broken(tensors, "This model")
     save_tensors(tensors, model.config, folder)
+
+
+def unwrapped(model: Any) -> Any:
+    """The model inside the wrappers of `torch.compile` and data parallelism."""
+    while True:
+        if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(model, nn.Module) and "_orig_mod" in dict(model.named_children()):
+            model = model.get_submodule("_orig_mod")
+        else:
+            return model
 
 
 def save_tensors(tensors: dict[str, Tensor], config: Config, folder: str | Path) -> None:
@@ -127,30 +161,47 @@ def load(model: str | Path, **settings: Any) -> Model:
     return _load_folder(folder, settings)
 
 
-def load_autoencoder(model: str | Path, **settings: Any) -> MaskedAutoencoder:
-    """`load`, where a decoder is needed.
+def load_autoencoder(model: str | Path | nn.Module, **settings: Any) -> MaskedAutoencoder:
+    """`load`, where a decoder is needed; a model from Python is taken as it is.
 
     Raises:
         UserError: if the model is a classifier.
     """
-    loaded = load(model, **settings)
+    loaded = _load_or_take(model, **settings)
     if isinstance(loaded, Classifier):
-        raise UserError(f"{model} is a classifier and has no decoder: name the run of `crate-mae pretrain` instead.")
+        raise UserError(
+            f"{model_name(model)} is a classifier and has no decoder: name the run of `crate-mae pretrain` instead."
+        )
     return loaded
 
 
-def load_classifier(model: str | Path) -> Classifier:
-    """`load`, where classes are needed.
+def load_classifier(model: str | Path | nn.Module) -> Classifier:
+    """`load`, where classes are needed; a model from Python is taken as it is.
 
     Raises:
         UserError: if the model is an autoencoder.
     """
-    loaded = load(model)
+    loaded = _load_or_take(model)
     if isinstance(loaded, MaskedAutoencoder):
         raise UserError(
-            f"{model} is an autoencoder and knows no classes: fine-tune it first, with `crate-mae finetune`."
+            f"{model_name(model)} is an autoencoder and knows no classes: fine-tune it first, with "
+            "`crate-mae finetune`."
         )
     return loaded
+
+
+def model_name(model: str | Path | nn.Module) -> str:
+    """What reports and messages call a model: what the user wrote, or the class of a model from Python."""
+    return type(unwrapped(model)).__name__ if isinstance(model, nn.Module) else str(model)
+
+
+def _load_or_take(model: str | Path | nn.Module, **settings: Any) -> Model:
+    if not isinstance(model, nn.Module):
+        return load(model, **settings)
+    model = unwrapped(model)
+    if not isinstance(model, Model):
+        raise UserError(f"A {type(model).__name__} is not a model of this library, and has nothing to complete images.")
+    return model
 
 
 def newest_checkpoint(run: Path, name: str = "last") -> Path | None:
@@ -215,26 +266,74 @@ def description_in(folder: Path) -> Any:
 
 def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     config = read_config(folder).replace(**settings)
-    model = build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
     path = folder / WEIGHTS_FILE
+    refuse_misfits(path, config)
+    model = build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
     tensors = read_tensors(path)
-    if hint := _other_layers(tensors, model.state_dict()):
-        raise UserError(f"{path} {hint}")
-    if problems := misfits(tensors, model.state_dict()):
-        raise UserError(
-            f"{path} holds the weights of another model than {CONFIG_FILE} and the settings describe:\n{problems}."
-        )
-    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-        raise UserError(
-            f"{path} holds numbers that are not finite, in {len(broken)} tensor(s) such as {broken[0]}.\n"
-            "Nothing can be computed with it: take an earlier checkpoint of the run, or another model."
-        )
+    refuse_broken(tensors, str(path))
     model.load_state_dict(tensors)
     try:
         check_monotone(model)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return model.eval()
+
+
+def refuse_misfits(path: Path, config: Config) -> None:
+    """Compare a file of weights with a configuration before a model is built, or a number of the file is read.
+
+    Both may come from others: a configuration of a million layers would take hours to build.
+
+    Raises:
+        UserError: if the file holds another model, tensors that are not weights, or is damaged.
+    """
+    found, whose = described_tensors(path), f"{CONFIG_FILE} and the settings describe"
+    if wrong := list(_other_sizes(found, config)):
+        raise UserError(f"{path} holds the weights of another model than {whose}:\n{'; '.join(wrong)}.")
+    wanted = _described(config)
+    if not any(name.startswith("decoder.") for name in found) and isinstance(config, ModelConfig):  # an encoder's file
+        wanted = {name: value for name, value in wanted.items() if name.startswith("encoder.")}
+    _refuse_misfits(found, wanted, str(path), whose)
+
+
+def _other_sizes(found: Mapping[str, Tensor], config: Config) -> Iterator[str]:
+    """The sizes that a model is built from, where a file of weights has others, or does not show them."""
+    c = config.encoder if isinstance(config, ClassifierConfig) else config
+    sizes = {
+        "encoder.cls_token": (1, 1, c.embed_dim),
+        "encoder.pos_embed": (1, 1 + c.grid_size[0] * c.grid_size[1], c.embed_dim),
+        "encoder.patch_embed.proj.weight": (c.embed_dim, c.in_chans, c.patch_size, c.patch_size),
+    }
+    parts = {"encoder": c.depth}
+    if isinstance(config, ModelConfig) and any(name.startswith("decoder.") for name in found):
+        sizes["decoder.pred.weight"] = (c.patch_size**2 * c.in_chans, c.decoder_embed_dim)
+        parts["decoder"] = c.decoder_depth
+    for name, size in sizes.items():
+        if name not in found:
+            yield f"{name} is missing"
+        elif tuple(found[name].shape) != size:
+            yield f"{name} is {tuple(found[name].shape)}, not {size}"
+    for part, depth in parts.items():
+        layers = len({name.split(".")[2] for name in found if name.startswith(f"{part}.blocks.")})
+        if layers != depth:
+            yield f"the {part} has {layers} layers, not {depth:,}"
+
+
+def _described(config: Config) -> dict[str, Tensor]:
+    """The names and shapes of a model's tensors, without memory."""
+    if isinstance(config, ModelConfig):
+        return build_without_memory(config).state_dict()
+    encoder = build_without_memory(config.encoder).encoder
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return Classifier(encoder, config).state_dict()
+
+
+def _refuse_misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, whose: str) -> None:
+    refuse_other_types(found, where)
+    if hint := _other_layers(found, wanted):
+        raise UserError(f"{where} {hint}")
+    if problems := misfits(found, wanted):
+        raise UserError(f"{where} holds the weights of another model than {whose}:\n{problems}.")
 
 
 def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
@@ -258,7 +357,7 @@ def folder_of(model: str | Path) -> Path:
     Raises:
         UserError: if the Hub has no such repository, or cannot be reached.
     """
-    return _download(str(model)[3:]) if str(model).startswith("hf:") else Path(model)
+    return _download(str(model)[3:]) if str(model).startswith("hf:") else path_of("MODEL", model)
 
 
 def _download(repository: str) -> Path:

@@ -13,6 +13,7 @@ from crate_mae.data.dataset import default_workers
 from crate_mae.errors import UserError
 from crate_mae.models.classifier import ClassifierConfig
 from crate_mae.models.config import ModelConfig
+from crate_mae.models.masking import check_mask_ratio
 from crate_mae.models.presets import list_models, preset
 from crate_mae.models.weights import load, read_config
 from crate_mae.training.finetuning import Finetuning, Initialisation
@@ -80,6 +81,8 @@ def resolve_pretraining(options: PretrainOptions, processes: int) -> Resolved[Pr
         )
     with mistakes.collected():
         model = _pretraining_model(options, images.train if images and not mistakes else None)
+        if not mistakes.concern("mask_ratio"):
+            check_mask_ratio(options.mask_ratio, math.prod(model.grid_size))
     mistakes.raise_if_any()
     assert images is not None and model is not None
 

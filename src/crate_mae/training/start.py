@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, patch_environment
 
+from crate_mae.data.files import path_of
 from crate_mae.errors import UserError
 from crate_mae.models.weights import newest_checkpoint
 from crate_mae.terminal import open_console
@@ -55,7 +56,7 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
         on_progress: see `Display`.
     """
     started = time.monotonic()
-    out = Path(options.out)
+    out = path_of("--out", options.out)
     directory = RunDirectory(out)
     processes = _join_processes()
     console = open_console() if processes.is_main_process and not options.quiet else None

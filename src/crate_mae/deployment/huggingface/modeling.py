@@ -30,7 +30,7 @@ from crate_mae.models.autoencoder import build, masked_loss, predict
 from crate_mae.models.classifier import Classifier
 from crate_mae.models.description import settings_of
 from crate_mae.models.features import pool
-from crate_mae.models.masking import random_mask, visible_indices, visible_patches
+from crate_mae.models.masking import check_mask_ratio, random_mask, visible_indices, visible_patches
 from crate_mae.models.timm_models import any_size_encoder
 from crate_mae.models.weights import Model
 
@@ -177,7 +177,8 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             return_dict: whether to return names or a tuple.
 
         Raises:
-            UserError: for images or a mask of another size, or a ratio outside [0, 1).
+            UserError: for images or a mask of another size, or a ratio that hides all, or is above
+                0 and hides nothing.
         """
         c = self.config.autoencoder
         if tuple(pixel_values.shape[1:]) != (c.in_chans, *c.image_size):
@@ -203,6 +204,9 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             return given.reshape(batch, count).bool()
         if ratio is None:
             ratio = float(self.config.mask_ratio) if self.training or noise is not None else 0.0
+        if ratio == 0:
+            return torch.zeros(batch, count, dtype=torch.bool)
+        check_mask_ratio(ratio, count)
         if noise is not None:
             return noise.argsort(dim=1).argsort(dim=1) >= visible_patches(count, ratio)
         return random_mask(batch, count, ratio, None if self.training else torch.Generator().manual_seed(0))

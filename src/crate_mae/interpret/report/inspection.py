@@ -6,7 +6,6 @@ import csv
 import dataclasses
 import io
 import json
-import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -297,12 +296,11 @@ def _shortages(subjects: dict[str, Subject], measured: Sequence[SubjectMeasures]
 
 
 def _completions(examples: Examples) -> dict[str, Any] | None:
-    """PSNR of each drawn completion; none for a perfect one."""
+    """PSNR of each drawn completion."""
     found = examples.completed
     if found is None:
         return None
-    psnr = [value if math.isfinite(value) else None for value in found.psnr]
-    return {"mask_ratio": found.mask_ratio, "psnr": psnr}
+    return {"mask_ratio": found.mask_ratio, "psnr": found.psnr}
 
 
 def _csv(kind: type, rows: Mapping[str, Sequence[Any]]) -> str:
