@@ -220,3 +220,30 @@ def test_a_png_with_a_damaged_length_does_not_loop():
         whole[at : at + 4] = struct.pack(">I", length)
         with pytest.raises(UnreadableImage):
             decode(bytes(whole), "x")
+
+
+@pytest.mark.parametrize(
+    ("array", "message"),
+    [
+        (np.zeros((0, 5), np.uint8), "no pixels"),
+        (np.zeros((3, 3), object), "the type object"),
+        (np.zeros((3, 3), np.complex64), "the type complex64"),
+        (np.zeros((3, 3), np.longdouble), "the type float128|the type longdouble"),
+        (np.zeros((3, 3), np.int32), "the type torch.int32"),
+        (np.full((3, 3), np.nan), "a float image is in"),
+        (np.zeros(3, np.uint8), "has the shape"),
+    ],
+)
+def test_arrays_that_are_no_images_are_sentences(array, message):
+    with pytest.raises(UserError, match=message):
+        open_source([array]).read(0)
+
+
+def test_arrays_of_another_byte_order_are_read():
+    for kind, level in ((">u2", 13107), (">f4", 0.2), (">f8", 0.2)):
+        assert open_source([np.full((3, 3), level, kind)]).read(0).flatten()[0].item() == pytest.approx(0.2)
+
+
+def test_a_picture_without_pixels_is_unreadable():
+    with pytest.raises(UnreadableImage, match="no pixels"):
+        open_source([Image.new("L", (0, 4))]).read(0)

@@ -47,7 +47,7 @@ def check(data: str | Path, *, sample: int | None = None, out: Path | str | None
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("location", "reason"))
         writer.writerows(report.bad)
-        write_whole(out, text.getvalue().encode())
+        write_whole(out, text.getvalue().encode("utf-8", "backslashreplace"))
         console.print(f"{len(report.bad)} unreadable images are listed in {out}", markup=False)
     return report
 

@@ -89,6 +89,8 @@ def upright(image: Image.Image, location: str) -> Image.Image:
         UnreadableImage: if it cannot be loaded, is of another format or mode, or has too many pixels.
     """
     form = image.format
+    if not all(image.size):
+        raise UnreadableImage(location, f"it has no pixels ({image.width} x {image.height})")
     if isinstance(image, ImageFile.ImageFile) and form not in (*FORMATS, "MPO"):
         raise UnreadableImage(location, f"the format {form} is not one of {', '.join(FORMATS)}: convert it")
     try:
@@ -213,11 +215,13 @@ def deep_to_unit(image: Image.Image, values: tuple[float, float] | None = None) 
         values: what becomes 0 and 1. 16-bit modes always have 0 and 65535. An image of mode I (32 bits) or F (float)
             shares the values of its source (`ImageSource.value_range`); without a source, they are its own.
     """
-    pixels = _deep_values(image)
     if image.mode not in UNBOUNDED_MODES:
         values = 0.0, 65535.0
     low, high = values or range_of([image])
-    return torch.from_numpy(np.clip((pixels - np.float32(low)) / np.float32(high - low), 0, 1))[None]
+    pixels = _deep_values(image)  # and then in place, since large images fill the memory
+    pixels -= np.float32(low)
+    pixels /= np.float32(high - low)
+    return torch.from_numpy(np.clip(pixels, 0, 1, out=pixels))[None]
 
 
 def range_of(images: Iterable[Image.Image]) -> tuple[float, float]:
@@ -235,8 +239,9 @@ def range_of(images: Iterable[Image.Image]) -> tuple[float, float]:
 
 
 def _deep_values(image: Image.Image) -> Float[np.ndarray, "hh ww"]:
-    values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=0.0, neginf=0.0)
-    return np.clip(values, -_LARGEST_VALUE, _LARGEST_VALUE)
+    values = np.asarray(image).astype(np.float32)
+    np.nan_to_num(values, copy=False, posinf=0.0, neginf=0.0)
+    return np.clip(values, -_LARGEST_VALUE, _LARGEST_VALUE, out=values)
 
 
 def _convert_pillow(image: Image.Image, channels: int) -> Image.Image:
@@ -248,7 +253,7 @@ def _convert_pillow(image: Image.Image, channels: int) -> Image.Image:
         if image.mode in ("La", "RGBa"):  # premultiplied, which Pillow only converts back to the ordinary modes
             image = image.convert(image.mode.upper())
         if image.has_transparency_data:
-            colours = image.convert("RGBA")
+            colours = image if image.mode == "RGBA" else image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
         if image.mode == wanted:
             return image

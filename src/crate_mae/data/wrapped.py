@@ -66,7 +66,7 @@ class DatasetSource(ImageSource):
         if isinstance(image, Image.Image):
             return upright(image, self.location(i))
         if isinstance(image, np.ndarray):
-            image = _array_to_tensor(image)
+            image = _array_to_tensor(image, self.location(i))
         if isinstance(image, Tensor):
             return _unit_tensor(image, self.location(i))
         raise UserError(
@@ -121,7 +121,7 @@ class DatasetSource(ImageSource):
         if self._last is None or self._last[0] != i:
             try:
                 self._last = (i, self._dataset[i])
-            except (OSError, SyntaxError) as error:  # Pillow's errors for damaged files
+            except (OSError, SyntaxError, Image.DecompressionBombError) as error:  # Pillow's errors for damaged files
                 raise UnreadableImage(self.location(i), first_line(error)) from error
         return self._last[1]
 
@@ -220,9 +220,12 @@ def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
     return None
 
 
-def _array_to_tensor(array: np.ndarray) -> Tensor:
+def _array_to_tensor(array: np.ndarray, location: str) -> Tensor:
+    if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
+        raise UserError(f"{location} has the type {array.dtype}; an image is uint8, uint16, or float in [0, 1].")
     if array.dtype == np.uint16:
-        array = array.astype(np.float32) / np.float32(65535)
+        array = np.asarray(array / np.float32(65535), dtype=np.float32)
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     # PyTorch warns about arrays that are not writeable, such as the pixels of a Pillow image: those are copied.
     tensor = torch.from_numpy(np.ascontiguousarray(array) if array.flags.writeable else array.copy())
     return tensor.permute(2, 0, 1).contiguous() if tensor.ndim == 3 else tensor
@@ -233,6 +236,8 @@ def _unit_tensor(image: Tensor, location: str) -> Tensor:
         image = image[None]
     if image.ndim != 3:
         raise UserError(f"{location} has the shape {tuple(image.shape)}; an image is c hh ww, or hh ww.")
+    if not image.numel():
+        raise UserError(f"{location} has the shape {tuple(image.shape)}: it has no pixels.")
     if image.dtype == torch.uint16:
         return image.to(torch.float32) / 65535
     if image.dtype == torch.uint8:

@@ -257,8 +257,9 @@ class FeatureCache:
     """The cached pooled features of one data source by one backbone: a file per layer in the user's cache folder.
 
     The name of a file is a digest of the weights, the architecture, the preparation of images, versions, and the
-    paths, sizes and modification times of the data. Data and networks that only exist in Python have no such digest and
-    are not cached. The cache is only for speed: a file that is damaged, or cannot be read or written, is ignored.
+    names, sizes, modification times and some bytes of the data. Data and networks that only exist in Python have no
+    such digest and are not cached. The cache is only for speed: a file that is damaged, or cannot be read or written,
+    is ignored.
 
     Args:
         backbone: whose features are cached.

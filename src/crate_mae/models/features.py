@@ -5,6 +5,7 @@
 """
 
 import inspect
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -218,7 +219,7 @@ def _items(images: OneImage | Sequence[OneImage]) -> list[OneImage]:
     if not items:
         raise UserError("There are no images to embed: the list is empty.")
     for item in items:
-        if isinstance(item, (str, Path)) and Path(item).is_dir():
+        if isinstance(item, (str, Path)) and os.path.isdir(item):  # noqa: PTH112  # Path's raises for a long name
             raise UserError(f'{item} is a folder. For all its images: crate_mae.embed(model, "{item}", out=...).')
     return items
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from PIL import Image
 
 from tests.faults.fuzz import Kind
@@ -293,7 +294,7 @@ def make_folder(rng: random.Random, folder: Path) -> Path:
             case 3:
                 path.mkdir()
             case 4:
-                _deep(folder, rng.choice((10, 300, 1200)))
+                _deep(folder, rng.choice((10, 10, 10, 300, 1200)))
             case 5:
                 name = rng.randbytes(rng.randint(1, 9)).replace(b"/", b"x").replace(b"\0", b"x")
                 with open(os.fsencode(folder) + b"/" + name + b".png", "wb") as file:  # noqa: PTH123
@@ -317,6 +318,28 @@ def _deep(folder: Path, depth: int) -> None:
         os.close(above)
         above = below
     os.close(above)
+
+
+# Data sets of Python.
+
+
+def make_items(rng: random.Random, _folder: Path) -> list[Any]:
+    """Items as users give them: arrays and pictures of every type, pairs, dictionaries, and what is none of these."""
+    draw = np.random.default_rng(rng.getrandbits(32))
+    items = []
+    for _ in range(rng.randint(1, 4)):
+        shape = tuple(rng.choice((0, 1, 3, 8)) for _ in range(rng.choice((0, 1, 2, 3, 3, 4))))
+        kinds = ("u1", "u1", "<u2", ">u2", "i4", "f2", "f4", ">f8", "?", "O", "c8", "g", "M8[s]")
+        array = draw.integers(0, rng.choice((2, 2, 256)), shape).astype("u1").astype(rng.choice(kinds))
+        mode = rng.choice((*_MODES, "La", "RGBa", "PA", "HSV", "YCbCr", "LAB", "I;16B"))
+        picture = Image.new(mode, (rng.choice((0, 1, 9)), rng.choice((1, 9))))
+        opened: Any = picture
+        with contextlib.suppress(Exception):
+            opened = Image.open(io.BytesIO(mutated(rng, encoded(rng, rng.choice(FORMS)))))
+        image = rng.choice((array, array, picture, opened, encoded(rng, "PNG"), b"", None, "x.png", 5, {}, ()))
+        label = rng.choice((0, 1, "a", 2**64, -1, None, 0.5, np.uint64(2**64 - 1), np.array(3), [1], "\ud800"))
+        items.append(rng.choice((image, (image, label), {"image": image, "label": label}, [image, label])))
+    return items
 
 
 # Calls.
@@ -343,17 +366,28 @@ def check_all(data: Any) -> None:
     check(data)
 
 
-def embed_file(path: Path) -> None:
-    """An image by its path, as `model.embed` takes it."""
-    from crate_mae.data.base import read_file
-    from crate_mae.data.decode import decode
+def report_all(data: Any) -> None:
+    """The check behind that command."""
+    from crate_mae.data import check, open_source
 
-    decode(read_file(path, str(path)), str(path))
+    check(open_source(data))
+
+
+def embed_items(items: Any) -> None:
+    """The items, or the images at a path, as `embed` of a model takes them."""
+    from crate_mae.data import evaluation_transform
+    from crate_mae.evaluation.backbones import RawPixels
+    from crate_mae.models.features import embed_images
+
+    encoder = RawPixels()
+    encoder.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))  # tells the device
+    embed_images(encoder, evaluation_transform((4, 4), 3, (0.5,) * 3, (0.5,) * 3), items, pooling="mean")
 
 
 KINDS = [
-    Kind("damaged image", make_damaged_image, (embed_file, read_all)),
-    Kind("odd image", make_odd_image, (embed_file, check_all)),
+    Kind("damaged image", make_damaged_image, (embed_items, read_all)),
+    Kind("odd image", make_odd_image, (embed_items, check_all)),
+    Kind("Python items", make_items, (read_all, report_all, embed_items)),
     Kind("tar shard", make_shard, (read_all, check_all)),
     Kind("parquet files", make_parquet, (read_all, check_all)),
     Kind("folder", make_folder, (read_all, check_all)),
