@@ -387,7 +387,7 @@ def embed_items(items: Any) -> None:
 KINDS = [
     Kind("damaged image", make_damaged_image, (embed_items, read_all)),
     Kind("odd image", make_odd_image, (embed_items, check_all)),
-    Kind("Python items", make_items, (read_all, report_all, embed_items)),
+    Kind("Python items", make_items, (read_all, report_all)),
     Kind("tar shard", make_shard, (read_all, check_all)),
     Kind("parquet files", make_parquet, (read_all, check_all)),
     Kind("folder", make_folder, (read_all, check_all)),
