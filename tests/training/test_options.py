@@ -19,7 +19,7 @@ from crate_mae.training.resolve import with_machine
 
 def parse(words, *files, command="pretrain"):
     app = cli.build_app()
-    app.config = [functools.partial(cli._options_of, cyclopts.config.Yaml(file)) for file in files]
+    app.config = [functools.partial(cli._options_of, file) for file in files]
     _, bound, _ = app.parse_args([command, *words], exit_on_error=False, print_error=False)
     return bound.arguments
 
