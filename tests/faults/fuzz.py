@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 OUTCOMES = ("accepted", "sentence", "traceback", "memory", "hang", "died")
 FAULTS = OUTCOMES[2:]
-_SECONDS = 30  # for one input
+_SECONDS = 60  # for one input, on a machine that may be busy
 _MOST_MIB = 1024  # that one input may add to the peak of memory
 _ADDRESS_SPACE = 12 * 2**30  # protects the machine
 _SHOWN = 5  # faults of a kind

@@ -19,6 +19,10 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
+from crate_mae.commands.data import check as check_command
+from crate_mae.data import UnreadableImage, check, evaluation_transform, open_source
+from crate_mae.evaluation.backbones import RawPixels
+from crate_mae.models.features import embed_images
 from tests.faults.fuzz import Kind
 
 FORMS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -347,8 +351,6 @@ def make_items(rng: random.Random, _folder: Path) -> list[Any]:
 
 def read_all(data: Any) -> None:
     """Every image of a source, prepared for a model, with its label."""
-    from crate_mae.data import UnreadableImage, evaluation_transform, open_source
-
     source = open_source(data)
     transform = evaluation_transform((8, 8), 3, (0.5,) * 3, (0.5,) * 3)
     _ = source.fingerprint(), source.labels
@@ -361,24 +363,16 @@ def read_all(data: Any) -> None:
 
 def check_all(data: Any) -> None:
     """The command `data check`."""
-    from crate_mae.commands.data import check
-
-    check(data)
+    check_command(data)
 
 
 def report_all(data: Any) -> None:
     """The check behind that command."""
-    from crate_mae.data import check, open_source
-
     check(open_source(data))
 
 
 def embed_items(items: Any) -> None:
     """The items, or the images at a path, as `embed` of a model takes them."""
-    from crate_mae.data import evaluation_transform
-    from crate_mae.evaluation.backbones import RawPixels
-    from crate_mae.models.features import embed_images
-
     encoder = RawPixels()
     encoder.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))  # tells the device
     embed_images(encoder, evaluation_transform((4, 4), 3, (0.5,) * 3, (0.5,) * 3), items, pooling="mean")
