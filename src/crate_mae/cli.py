@@ -1,7 +1,7 @@
 """The command line: each command is a documented function of `crate_mae.commands`, imported when it is called.
 
 Exit codes: 0 success; 1 a bug in the library, with its traceback; 2 a mistake in the user's input; 130 and 143 stopped
-by Ctrl-C and SIGTERM.
+by Ctrl-C and SIGTERM, 129 by SIGHUP (a closed terminal).
 """
 
 import errno
@@ -165,21 +165,23 @@ def _not_a_number_of(kinds: set[Any], word: str) -> str:
 
 @contextmanager
 def _terminated_cleanly() -> Iterator[None]:
-    """Let SIGTERM end the program as Ctrl-C does, so that no incomplete file is left behind."""
-    usual = signal.getsignal(signal.SIGTERM)
-    if usual is not signal.SIG_DFL or threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Let SIGTERM, and SIGHUP of a closed terminal, end the program as Ctrl-C does: no file stays incomplete."""
 
     def end(number: int, _frame: FrameType | None) -> None:
         sys.exit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
+    handled: list[int] = []
+    if threading.current_thread() is threading.main_thread():
+        known = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]  # not on Windows
+        handled = [number for number in known if signal.getsignal(number) is signal.SIG_DFL]
+    for number in handled:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is end:  # a run that has lost its other processes ignores SIGTERM
-            signal.signal(signal.SIGTERM, usual)
+        for number in handled:
+            if signal.getsignal(number) is end:  # a run that has lost its other processes ignores SIGTERM
+                signal.signal(number, signal.SIG_DFL)
 
 
 def main(tokens: Sequence[str] | None = None) -> None:

@@ -188,7 +188,15 @@ def test_a_class_that_was_renamed_is_seen(model, folder):
     np.testing.assert_allclose(renamed.values, first.values[[*range(5, 12), *range(5)]], atol=1e-5)
 
 
-@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"no tensors"), lambda path: os.truncate(path, 99)])
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 2
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda path: path.write_bytes(b"no tensors"), lambda path: os.truncate(path, 99), flip]
+)
 def test_a_damaged_cache_is_done_without_and_mended(model, folder, calls, own_cache, damage):
     first = only(open_backbone(model), folder)
     (kept,) = (own_cache / "crate-mae" / "features").iterdir()

@@ -14,8 +14,9 @@ from crate_mae.commands.pretrain import resume
 from crate_mae.data import open_source
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.models import create_model
+from crate_mae.models.checkpoints import named_checkpoint
 from crate_mae.models.classifier import Classifier
-from crate_mae.models.weights import load, newest_checkpoint, save
+from crate_mae.models.weights import load, save
 from crate_mae.training.finetuning import Finetuning
 from crate_mae.training.options import FinetuneOptions, check
 from crate_mae.training.progress import Display
@@ -59,9 +60,9 @@ def test_a_run_learns_and_keeps_the_best_model(tiny_finetuning, written_report, 
     assert rows[-1]["best_score"] == best["val_accuracy"]
     assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "command.txt", "environment.json", "log.txt", "metrics.csv"),
-        *("checkpoints", "report.html", "model.safetensors", "config.json"),
+        *("checkpoints", "report.html", "model.safetensors", "config.json", "SHA256SUMS", ".lock"),
     }
-    assert newest_checkpoint(run.path, "best").name == f"step-{best['step']:.0f}"
+    assert named_checkpoint(run.path, "best").name == f"step-{best['step']:.0f}"
     model = run.model()
     assert isinstance(model, Classifier)
     assert list(model.config.classes) == DIGITS

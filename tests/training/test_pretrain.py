@@ -65,7 +65,7 @@ def test_a_run_learns_and_leaves_everything_that_its_folder_promises(tiny_run, w
     assert held_out[60] < 0.7 * held_out[0]
     assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "command.txt", "environment.json", "log.txt", "metrics.csv", "layers.csv"),
-        *("checkpoints", "pictures", "report.html", "model.safetensors", "config.json"),
+        *("checkpoints", "pictures", "report.html", "model.safetensors", "config.json", "SHA256SUMS", ".lock"),
     }
     assert sorted(path.name for path in (run.path / "pictures").iterdir()) == [
         "step-0.png",
@@ -266,7 +266,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_a_whole_checkpoint(tiny_r
     }
     with monkeypatch.context() as patch:
         at_step(patch, 14, lambda: patch.setattr(*targets[what], full_disk))
-        with pytest.raises(UserError, match=r"disk of .* is full(.|\n)*step-13, is whole(.|\n)*crate-mae resume"):
+        with pytest.raises(UserError, match=r"the disk is full(.|\n)*up to step-13 is saved(.|\n)*crate-mae resume"):
             tiny_run(checkpoint_epochs=1)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["last", "step-13"]
     assert weights(resume(tmp_path / "run", quiet=True).path) == weights(tiny_run("whole").path)

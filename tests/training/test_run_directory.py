@@ -1,23 +1,17 @@
 import json
 import logging
-import os
-import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from crate_mae.data.files import whole_folder
 from crate_mae.errors import UserError
-from crate_mae.training.run_directory import CsvLog, RunDirectory, whole_folder
+from crate_mae.training import run_directory
+from crate_mae.training.run_directory import CsvLog, RunDirectory
 
 logger = logging.getLogger("crate_mae.somewhere")
-
-
-@pytest.fixture
-def dead_process() -> int:
-    process = subprocess.Popen([sys.executable, "-c", ""])
-    process.wait()
-    return process.pid
 
 
 def test_a_run_begins_with_its_configuration_command_environment_and_log(tmp_path, config):
@@ -31,7 +25,6 @@ def test_a_run_begins_with_its_configuration_command_environment_and_log(tmp_pat
     assert (directory.path / "command.txt").read_text().count("\n") == 1
     log = (directory.path / "log.txt").read_text()
     assert "inside" in log and "outside" not in log
-    assert not (directory.path / "lock").exists()
 
 
 def test_files_and_foreign_folders_are_refused(tmp_path):
@@ -42,27 +35,50 @@ def test_files_and_foreign_folders_are_refused(tmp_path):
         RunDirectory(tmp_path).existing_config()
 
 
-def test_a_run_that_is_being_written_is_refused(tmp_path, config):
-    holder = {"host": socket.gethostname(), "pid": os.getppid()}
-    (tmp_path / "lock").write_text(json.dumps(holder))
-    with pytest.raises(UserError, match=f"process {os.getppid()} on"), RunDirectory(tmp_path).opened(config):
-        pass
-    assert (tmp_path / "lock").exists()
+HOLDER = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
 
 
-@pytest.mark.parametrize("content", ["", '{"host": "', None])
-def test_the_lock_of_a_process_that_is_gone_is_taken_over(tmp_path, config, dead_process, content):
-    if content is None:
-        content = json.dumps({"host": socket.gethostname(), "pid": dead_process})
-    (tmp_path / "lock").write_text(content)
+def test_a_run_is_written_by_one_process_at_a_time_until_that_ends_however_it_does(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.0)
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another run of crate-mae"), RunDirectory(tmp_path).opened(config):
+            pass
+        other.kill()
     with RunDirectory(tmp_path).opened(config):
-        assert json.loads((tmp_path / "lock").read_text())["pid"] == os.getpid()
-
-
-def test_another_machines_lock_is_kept(tmp_path, config):
-    (tmp_path / "lock").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
-    with pytest.raises(UserError, match="on elsewhere"), RunDirectory(tmp_path).opened(config):
         pass
+
+
+def test_of_two_threads_one_writes_a_run(tmp_path, config, monkeypatch):
+    monkeypatch.setattr(run_directory, "LOCK_SECONDS", 0.0)
+
+    def refused():
+        with pytest.raises(UserError, match="another run of crate-mae"), RunDirectory(tmp_path).opened(config):
+            pass
+
+    with RunDirectory(tmp_path).opened(config), ThreadPoolExecutor(1) as pool:
+        pool.submit(refused).result()
+
+
+def test_what_killed_processes_and_earlier_versions_left_is_removed(tmp_path, config):
+    for name in ("lock", ".config.yaml.0123abcd", ".report.html.0123abcd"):
+        (tmp_path / name).write_text("")
+    (tmp_path / ".writing-abcdefgh").mkdir()
+    (tmp_path / "config.yaml").write_text("")
+    (tmp_path / ".notes.tmp").write_text("mine")
+    with RunDirectory(tmp_path).opened(config):
+        pass
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {
+        ".lock", ".notes.tmp", "checkpoints", "command.txt", "config.yaml", "environment.json", "log.txt"
+    }  # fmt: skip
 
 
 def test_a_table_is_cut_back_to_a_step_and_loses_half_written_rows(tmp_path):
@@ -82,10 +98,16 @@ def test_a_table_is_cut_back_to_a_step_and_loses_half_written_rows(tmp_path):
 
 def test_cutting_a_run_back_removes_later_pictures(tmp_path):
     (tmp_path / "pictures").mkdir()
-    for step in (0, 9, 10):
-        (tmp_path / "pictures" / f"step-{step}.png").touch()
-    RunDirectory(tmp_path).cut_back(9)
-    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == ["step-0.png", "step-9.png"]
+    for name in ("step-0", "step-9", "step-10", "step-10 (copy)"):
+        (tmp_path / "pictures" / f"{name}.png").touch()
+    directory = RunDirectory(tmp_path)
+    assert directory.newest_picture() == (10, directory.picture(10))
+    directory.cut_back(9)
+    assert sorted(p.name for p in (tmp_path / "pictures").iterdir()) == [
+        "step-0.png",
+        "step-10 (copy).png",
+        "step-9.png",
+    ]
 
 
 def test_a_folder_is_written_whole_or_not_at_all(tmp_path):

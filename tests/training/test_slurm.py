@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from crate_mae.models.weights import newest_checkpoint
+from crate_mae.models.checkpoints import newest_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "examples" / "slurm" / "pretrain.sh"
 

@@ -32,7 +32,7 @@ def compare(options: CompareOptions) -> Comparison:
 
     Raises:
         UserError: for every mistake in the options at once, or a reason to stop that the user can fix.
-        RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
+        RunStopped: after Ctrl-C, SIGTERM or SIGHUP, when everything has been saved.
     """
     from crate_mae.comparison.compare import compare as run
     from crate_mae.terminal import open_console

@@ -64,10 +64,9 @@ def convert(
     Raises:
         UserError: for a file that is damaged, unknown or does not fit, or a folder that is not empty.
     """
-    from crate_mae.data.files import path_of, refuse_used_folder
+    from crate_mae.data.files import path_of, refuse_used_folder, whole_folder
     from crate_mae.models.conversion import understand
     from crate_mae.terminal import open_console
-    from crate_mae.training.run_directory import whole_folder
 
     file, out = path_of("FILE", file), path_of("--out", out)
     refuse_used_folder(out)

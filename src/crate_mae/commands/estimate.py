@@ -1,5 +1,6 @@
 """`crate-mae estimate`: what a pretraining run needs, before there is a machine to run it on."""
 
+import math
 from typing import TYPE_CHECKING, Any, Literal
 
 from crate_mae.commands.console import computes
@@ -60,6 +61,7 @@ def estimate(
     """
     from crate_mae.costs.estimate import Circumstances, estimate_run
     from crate_mae.data.documents import to_json
+    from crate_mae.models.masking import check_mask_ratio
     from crate_mae.models.presets import preset
     from crate_mae.terminal import open_console
 
@@ -78,6 +80,8 @@ def estimate(
     try:
         changed = {"image_size": image_size, "in_chans": channels}
         config = preset(model).replace(**{key: value for key, value in changed.items() if value is not None})
+        if 0 < mask_ratio < 1:  # others have been noted
+            check_mask_ratio(mask_ratio, math.prod(config.grid_size))
     except UserError as error:
         mistakes.append(str(error))
     if mistakes or config is None:

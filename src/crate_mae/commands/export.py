@@ -75,10 +75,9 @@ def export(
     Raises:
         UserError: for a mistake in the options or the model, an export that differs, or a missing package.
     """
-    from crate_mae.data.files import path_of, refuse_used_folder
+    from crate_mae.data.files import path_of, refuse_used_folder, whole_folder
     from crate_mae.models.weights import load
     from crate_mae.terminal import open_console
-    from crate_mae.training.run_directory import whole_folder
 
     out = path_of("--out", out)
     part = part or ("full" if format in ("safetensors", "hf") else "encoder")

@@ -21,14 +21,14 @@ def finetune(options: FinetuneOptions) -> Run:
     publish, measure it on a third set, or take the accuracy of the last row of metrics.csv.
 
     Everything is checked before a file is written. If `out` is a run already, it is resumed where it stopped: options
-    left at their defaults are then taken from that run, and others must be the same.
+    that are not given are then taken from that run, and others must be the same.
 
     Returns:
         The run: `.path`, `.config`, `.model()` (the best one), `.metrics()`.
 
     Raises:
         UserError: for every mistake in the options at once, or a reason to stop that can be fixed.
-        RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
+        RunStopped: after Ctrl-C, SIGTERM or SIGHUP, when everything has been saved.
     """
     from crate_mae.training.start import start
 

@@ -21,14 +21,14 @@ def pretrain(options: PretrainOptions) -> Run:
     """Train a masked autoencoder on images; labels are not needed.
 
     Everything is checked before a file is written. If `out` is a run already, it is resumed where it stopped: options
-    left at their defaults are then taken from that run, and others must be the same.
+    that are not given are then taken from that run, and others must be the same.
 
     Returns:
         The run: `.path`, `.config`, `.model()`, `.metrics()`.
 
     Raises:
         UserError: for every mistake in the options at once, or a reason to stop that can be fixed.
-        RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
+        RunStopped: after Ctrl-C, SIGTERM or SIGHUP, when everything has been saved.
     """
     from crate_mae.training.recipes import with_recipe
     from crate_mae.training.start import start
@@ -51,7 +51,7 @@ def resume(run: Path | str, *, quiet: bool = False) -> Run:
 
     Raises:
         UserError: if this is not a run, or for a reason to stop that can be fixed.
-        RunStopped: after Ctrl-C or SIGTERM, when everything has been saved.
+        RunStopped: after Ctrl-C, SIGTERM or SIGHUP, when everything has been saved.
     """
     from crate_mae.training.run_directory import RunDirectory
     from crate_mae.training.start import start

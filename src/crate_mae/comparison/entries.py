@@ -6,7 +6,7 @@ import torch
 
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.costs.trial import StepSettings
-from crate_mae.data import BadImage, ImageSource, UnreadableImage, same_images
+from crate_mae.data import BadImage, ImageSource, UnreadableImage, refuse_shared_images
 from crate_mae.data.base import align_classes, refuse_unreadable
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
@@ -87,11 +87,7 @@ def open_images(options: CompareOptions) -> Images:
             validation images cannot be read, which would otherwise only be found after all training.
     """
     (train, train_name), (val, val_name) = open_named(options.train), open_named(options.val)
-    if same_images(train, val):
-        raise UserError(
-            f"--train and --val are the same images ({train.name}), so models would be measured on images "
-            "that they were trained on.\nGive other images with --val."
-        )
+    refuse_shared_images(train, val, "--train", "models would be measured on images that they were trained on")
     _check_readable(val)
     unlabelled = [source.name for source in (train, val) if source.labels is None]
     classes = 0 if unlabelled else _check_classes(train, val)

@@ -11,19 +11,21 @@ from cyclopts import Parameter
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
 from crate_mae.training.options import (
+    AT_LEAST_1,
+    BETWEEN_0_AND_1,
+    FROM_0_TO_1024,
+    SHARE,
+    TO_1024,
     Data,
     Mistake,
     Mistakes,
     Pixels,
     PretrainOptions,
-    Range,
     check_ranges,
     option,
 )
 
 Models = Annotated[tuple[str, ...], Parameter(negative=())]
-_AT_LEAST_1 = Range(lambda x: x >= 1, "at least 1")
-_BETWEEN_0_AND_1 = Range(lambda x: 0 < x < 1, "between 0 and 1")
 _FORMS = "A budget is steps=N, minutes=N or flops=N, such as steps=2000, minutes=30 or flops=1e15."
 _KINDS = ("steps", "minutes", "flops")
 
@@ -82,22 +84,22 @@ class CompareOptions:
         "Budget of each entry, including the search: steps=N, minutes=N on this machine, or flops=N of training.",
     )
     out: Annotated[Path | str, Parameter(alias="-o")] = option(MISSING, "Folder of the comparison.", saved=False)
-    batch_size: int = option(None, "Images per step. By default 256, less for little data.")
-    mask_ratio: float = option(0.75, "Share of patches hidden in training.")
+    batch_size: int = option(None, "Images per step. By default 256, less for little data.", AT_LEAST_1)
+    mask_ratio: float = option(0.75, "Share of patches hidden in training.", BETWEEN_0_AND_1)
     norm_pix_loss: bool = option(False, "Predict patches normalised by their own mean and standard deviation.")
     seeds: int = option(
         1,
         "Number of final runs of each entry, all with the same steps; the budget is for the first.",
-        _AT_LEAST_1,
+        AT_LEAST_1,
     )
     lr_search: int = option(
         3,
         "Number of learning rates to try, beginning with each model's default: three times the best so far, or a third "
         "of it, in the direction in which the loss falls, then between the best and its neighbour; 1 skips the search.",
-        _AT_LEAST_1,
+        AT_LEAST_1,
     )
     search_share: float = option(
-        0.3, "Share of the budget for the search, divided equally among the tries.", _BETWEEN_0_AND_1
+        0.3, "Share of the budget for the search, divided equally among the tries.", BETWEEN_0_AND_1
     )
     probe_layer: int = option(
         None, "Encoder layer of the features, from 0, or negative from the end. By default as `crate-mae eval`."
@@ -108,10 +110,12 @@ class CompareOptions:
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "By default whichever is measured to be faster here, for each entry."
     )
-    workers: int = option(None, "Processes that load images. By default one less than there are cores, at most 8.")
-    threads: int = option(None, "CPU threads. By default PyTorch's choice.")
+    workers: int = option(
+        None, "Processes that load images. By default one less than there are cores, at most 8.", FROM_0_TO_1024
+    )
+    threads: int = option(None, "CPU threads. By default PyTorch's choice.", TO_1024)
     image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the models', if they agree.")
-    min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.")
+    min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.", SHARE)
     flip: bool = option(True, "Mirror half of the images; unsuitable for text.")
     dry_run: bool = option(False, "Only check, time, and print the plan.", saved=False)
     quiet: bool = option(False, "Print nothing.", saved=False)

@@ -6,9 +6,11 @@ DIR/
         search-0.001/   a run of the search, named after its learning rate; all runs are those of `crate-mae pretrain`
         seed-0/         the final runs
     scores.json         scores of the final runs and of the controls
+    SHA256SUMS          digests of comparison.yaml and scores.json
     table.csv  table.md  figure.png  curves.png
 """
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +23,12 @@ from crate_mae.comparison.budget import BudgetPlan, Costs, next_rate
 from crate_mae.comparison.entries import Entry
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.data.documents import read_json, read_yaml, to_json
-from crate_mae.data.files import refuse_used_folder, write_whole
+from crate_mae.data.files import damage_of, path_of, refuse_used_folder, write_digests, write_whole
 from crate_mae.errors import DivergedError, UserError
 from crate_mae.training.run_directory import Run, RunDirectory
 from crate_mae.training.start import start
+
+logger = logging.getLogger(__name__)
 
 _HEADER = "# A comparison of crate-mae. The same command, given again, continues it.\n"
 _SEARCH_SEED = 0
@@ -49,6 +53,11 @@ class ComparisonDirectory:
         """The file of options, costs and plans; a folder with this file is a comparison."""
         return self.path / "comparison.yaml"
 
+    @property
+    def scores_file(self) -> Path:
+        """The file of the scores that have been measured."""
+        return self.path / "scores.json"
+
     def search_run(self, model: str, rate: float) -> Path:
         """The run that tries a learning rate."""
         return self.path / "runs" / model / f"search-{rate:.3g}"
@@ -66,9 +75,14 @@ class ComparisonDirectory:
         Raises:
             UserError: if the folder holds something else, or a comparison with other options.
         """
-        if not self.plan_file.exists():
+        if not path_of("--out", self.plan_file).exists():
             refuse_used_folder(self.path, kind="a comparison", leftovers=(f".{self.plan_file.name}.",))
             return None
+        if damage := damage_of(self.path, [self.plan_file.name]):
+            raise UserError(
+                f"The comparison in {self.path} is damaged: {damage}.\n"
+                "Put a copy of that file back, or give a new folder with --out."
+            )
         try:
             content = read_yaml(self.plan_file)
             held = dict(content["options"])
@@ -89,17 +103,26 @@ class ComparisonDirectory:
         """Write `comparison.yaml`."""
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
         write_whole(self.plan_file, (_HEADER + text).encode())
+        self._write_digests()
+
+    def _write_digests(self) -> None:
+        files = [path.name for path in (self.plan_file, self.scores_file) if path.exists()]
+        write_digests(self.path, files)
 
     def score(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The scores under a key of `scores.json`; measured now if they are not there."""
-        file = self.path / "scores.json"
+        file = self.scores_file
         try:
-            scores = dict(read_json(file))
+            damage = damage_of(self.path, [file.name]) if file.exists() else None
+            if damage:
+                logger.warning("%s: %s. All scores are measured again.", self.path, damage)
+            scores = {} if damage else dict(read_json(file))
         except (ValueError, TypeError):  # not there yet, or damaged: measured again
             scores = {}
         if key not in scores:
             scores[key] = measure()
             write_whole(file, (to_json(scores) + "\n").encode())
+            self._write_digests()
         return scores[key]
 
 
@@ -166,7 +189,7 @@ class Trainer:
 
         Raises:
             UserError: if no learning rate, or a final run, stays finite; or for a reason to stop a run.
-            RunStopped: after SIGINT or SIGTERM, when everything has been saved.
+            RunStopped: after SIGINT, SIGTERM or SIGHUP, when everything has been saved.
         """
         searches = [self.search(each) for each in planned]
         rates = [_best(each.entry, losses) for each, (losses, _) in zip(planned, searches, strict=True)]

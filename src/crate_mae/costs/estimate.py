@@ -1,6 +1,7 @@
 """Estimate what a pretraining run needs on any number of devices: counted, not measured."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +13,9 @@ from crate_mae.costs.trial import StepSettings, step_flops
 from crate_mae.models.autoencoder import MaskedAutoencoder, build_without_memory
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import visible_patches
-from crate_mae.training.options import option_name
+from crate_mae.training.options import LARGEST, option_name
 
+_MOST_AT_ONCE = 10_000_000  # images and devices: tensors of more have more numbers than PyTorch counts
 _FLOAT = 4  # bytes; weights, gradients and moments are float32 in either precision
 _NUMBERS = 4  # per weight: the weight, its gradient, and AdamW's two moments
 _AT_THE_PEAK = 3  # of them, when the backward pass begins: gradients replace activations
@@ -49,12 +51,13 @@ class Circumstances:
         wrong = []
         for key in ("batch_size", "devices", "images", "epochs"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            most = _MOST_AT_ONCE if key in ("batch_size", "devices") else LARGEST
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
                 wrong.append(key)
-                yield f"{option_name(key)} is {value}, but must be a whole number of at least 1."
+                yield f"{option_name(key)} is {value}, but must be a whole number from 1 to {most:,}."
         for key in ("flops_per_s", "link_bytes_per_s"):
-            if (value := getattr(self, key)) is not None and not value > 0:
-                yield f"{option_name(key)} is {value}, but must be more than 0."
+            if (value := getattr(self, key)) is not None and not 0 < value < math.inf:
+                yield f"{option_name(key)} is {value}, but must be more than 0, and finite."
         if not 0 < self.mask_ratio < 1:
             yield f"--mask-ratio is {self.mask_ratio}, but must be between 0 and 1."
         if self.precision not in _SIZES:

@@ -22,6 +22,7 @@ from crate_mae.data.results import DataReport as DataReport
 from crate_mae.data.results import ImageFacts as ImageFacts
 from crate_mae.data.sources import full_name as full_name
 from crate_mae.data.sources import open_source as open_source
+from crate_mae.data.sources import refuse_shared_images as refuse_shared_images
 from crate_mae.data.sources import same_images as same_images
 from crate_mae.data.transforms import evaluation_transform as evaluation_transform
 from crate_mae.data.transforms import finetune_transform as finetune_transform

@@ -116,6 +116,13 @@ class ImageSource(ABC):
         """Return a text that changes if an image may have changed; None if that is unknown, as for Python objects."""
         return None
 
+    def origins(self) -> Iterable[str]:
+        """What each image is, in order, whichever way the source was opened, such as the real path of its file.
+
+        Empty if that is not known.
+        """
+        return ()
+
 
 class EncodedSource(ImageSource):
     """A source whose images are files, or bytes of files inside larger ones."""
@@ -177,6 +184,11 @@ class Part(ImageSource):
     def location(self, i: int) -> str:
         """Where image i of the part is."""
         return self._whole.location(int(self._indices[i]))
+
+    def origins(self) -> Iterable[str]:
+        """Those of the whole source, at the images of the part."""
+        origins = list(self._whole.origins())
+        return (origins[i] for i in self._indices) if origins else ()
 
 
 def read_file(path: Path, location: str) -> bytes:

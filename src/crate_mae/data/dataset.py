@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,6 +20,9 @@ from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
 
 MOST_REPLACEMENTS = 20
+_LOST = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+(?: \w+)?)|exited unexpectedly)"
+)
 
 
 class Sample(NamedTuple):
@@ -173,11 +177,36 @@ def _collate_readable(attempts: Sequence[Sample | BadImage]) -> Batch:
 
 @contextmanager
 def workers_errors_plain() -> Iterator[None]:
-    """Raise a `UserError` of a loader process, which arrives with a traceback, with its message alone."""
+    """Raise a `UserError` of a loader process, which arrives with a traceback, with its message alone.
+
+    The error about a loader process that was ended from outside becomes a `UserError` as well.
+    """
     try:
         yield
     except UserError as error:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+    except RuntimeError as error:
+        if message := explain_lost(error):
+            raise UserError(message) from error
+        raise
+
+
+def explain_lost(error: BaseException) -> str | None:
+    """Explain PyTorch's error about a loader process that was ended from outside; None for every other error."""
+    lost = _LOST.search(str(error)) if isinstance(error, RuntimeError) else None
+    if lost is None:
+        return None
+    pids, how = lost[1], lost[2] or ""
+    if how.startswith("Bus error"):
+        return (
+            f"Process {pids}, which loaded images, was ended: the shared memory (/dev/shm) is too small for it.\n"
+            "Give --workers 0, or more shared memory (docker run --shm-size=8g)."
+        )
+    by = f" by the signal {how}" if how else ""
+    return (
+        f"Process {pids}, which loaded images, was ended{by}, most likely by the operating system because memory was "
+        "short.\nGive fewer --workers, a smaller --batch-size, or stop other programs."
+    )
 
 
 @contextmanager

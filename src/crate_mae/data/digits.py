@@ -1,5 +1,6 @@
 """The 1,797 handwritten digits of scikit-learn: real images that need no download."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,10 @@ class DigitsSource(ImageSource):
     def location(self, i: int) -> str:
         """The number of the digit in `load_digits`."""
         return f"digits row {self._rows[i]}"
+
+    def origins(self) -> Iterator[str]:
+        """Their numbers in `load_digits`."""
+        return (self.location(i) for i in range(len(self)))
 
     def fingerprint(self) -> str:
         """The digits never change."""

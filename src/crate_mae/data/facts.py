@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample
+from crate_mae.data.dataset import default_generator_seeded, global_generators_seeded
 from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, decode, size_of, to_channels
 from crate_mae.data.results import BadImage, DataReport, ImageFacts
 from crate_mae.errors import UserError
@@ -120,6 +121,20 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
         duplicates=tuple(tuple(map(source.location, group)) for group in same.values() if len(group) > 1),
         **_suggestions(source, sizes, channels, len(indices)),
     )
+
+
+def content_digests(source: ImageSource, sample: int = 16) -> list[str]:
+    """Digests of the contents of a fixed pseudo-random sample: of the bytes of files, of the pixels of others."""
+    return [_content_digest(source, i) for i in fixed_sample(len(source), sample)]
+
+
+def _content_digest(source: ImageSource, i: int) -> str:
+    try:
+        # A data set of Python may change its images at random: with the same seeds, it does so in the same way.
+        with default_generator_seeded(0), global_generators_seeded(0):
+            return _read_with_digest(source, i)[1].hex()
+    except UnreadableImage:
+        return "unreadable"
 
 
 def suggest_model(facts: ImageFacts) -> tuple[str, int]:

@@ -1,16 +1,29 @@
-"""Writing files completely or not at all, the cache folder, and the check of output folders."""
+"""Writing files completely or not at all, digests that notice damage, the cache folder, and checks of output folders.
+
+What has a new name is on disk before it gets that name, and the name is on disk before anything relies on it: a power
+cut leaves the old file or the new one. SHA256SUMS in a folder holds the digests of its files in the format of the
+program `sha256sum`, with which anybody can check them: `sha256sum --check SHA256SUMS`.
+"""
 
 import contextlib
 import errno
+import hashlib
 import os
+import re
 import reprlib
 import secrets
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from crate_mae.errors import UserError
+
+DIGESTS_FILE = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
+_MOST_BYTES = 2**20  # of SHA256SUMS: ten thousand files
 
 
 def cache_folder() -> Path:
@@ -78,7 +91,9 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        flush_to_disk(temporary)
         temporary.replace(path)
+        flush_names(path.parent)
     except OSError as error:
         raise UserError(f"Cannot write {path}: {(error.strerror or str(error)).lower()}.") from error
     finally:
@@ -90,6 +105,92 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write bytes to a file, completely or not at all; see `whole_file`."""
     with whole_file(path) as temporary, temporary.open("xb") as file:
         file.write(content)
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill, which takes the name `path` when the block ends without an exception.
+
+    A folder already at `path` is replaced. If the block fails, nothing is left of it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+        flush_names(temporary)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+        flush_names(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def flush_to_disk(file: Path) -> None:
+    """Have the operating system write a file to disk: its new name must not reach the disk before its contents."""
+    with file.open("r+b") as opened:
+        os.fsync(opened.fileno())
+
+
+def flush_names(folder: Path) -> None:
+    """Have the operating system write to disk which files a folder has, where it can (not on Windows)."""
+    with contextlib.suppress(OSError):
+        opened = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def write_digests(folder: Path, names: Iterable[str], known: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Write SHA256SUMS with the digests of files of a folder.
+
+    Args:
+        folder: of the files.
+        names: of the files.
+        known: digests that need not be computed, by name.
+    """
+    lines = [f"{known.get(name) or file_digest(folder / name)}  {name}\n" for name in sorted(names)]
+    write_whole(folder / DIGESTS_FILE, "".join(lines).encode())
+
+
+def damage_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
+    """What is damaged in a folder according to its SHA256SUMS, as the beginning of a sentence; None if nothing is.
+
+    Args:
+        folder: without SHA256SUMS nothing is known, and so nothing is damaged.
+        names: of the files to check; those that SHA256SUMS does not list are not checked. By default all that it lists.
+    """
+    path = folder / DIGESTS_FILE
+    try:
+        if not path.is_file():
+            return None
+        with path.open("rb") as file:
+            lines = file.read(_MOST_BYTES).decode("ascii").splitlines()
+        matches = [_LINE.fullmatch(line) for line in lines]
+        digests = {match[2]: match[1] for match in matches if match}
+        if len(digests) < len(lines) or not lines:
+            return f"{DIGESTS_FILE} is damaged"
+        for name in digests if names is None else [name for name in names if name in digests]:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+            if file_digest(folder / name) != digests[name]:
+                return f"{name} differs from its digest"
+    except UnicodeDecodeError:
+        return f"{DIGESTS_FILE} is damaged"
+    except OSError as error:
+        return f"it cannot be read ({(error.strerror or str(error)).lower()})"
+    return None
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_used_folder(

@@ -62,6 +62,11 @@ class FolderSource(EncodedSource):
         """The path of file i."""
         return printable(self._root / self._images[i])
 
+    def origins(self) -> Iterator[str]:
+        """The files, without links to their folder."""
+        root = os.path.realpath(self._root)
+        return (f"{root}/{image}" for image in self._images)
+
     def fingerprint(self) -> str | None:
         """Of all image files."""
         return files_fingerprint((image, self._root / image) for image in self._images)

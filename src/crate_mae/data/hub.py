@@ -1,5 +1,6 @@
 """Data sets of the Hugging Face Hub, or of a local folder that the `datasets` library reads."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ class HubSource(EncodedSource):
     def location(self, i: int) -> str:
         """Data set and row of image i."""
         return f"{self.name} row {i}"
+
+    def origins(self) -> Iterator[str]:
+        """The rows of what the `datasets` library gives the same fingerprint."""
+        return (f"{self._rows._fingerprint} row {i}" for i in range(len(self)))
 
     def fingerprint(self) -> str | None:
         """The fingerprint of the `datasets` library: of its files and all operations on their rows."""

@@ -2,9 +2,10 @@
 
 import bisect
 import logging
+import os
 from collections import OrderedDict
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,12 @@ class ParquetSource(EncodedSource):
         """File and row of image i, counted from 0 in that file."""
         number = bisect.bisect_right(self._file_starts, i) - 1
         return f"{printable(self._paths[number])} row {i - self._file_starts[number]}"
+
+    def origins(self) -> Iterator[str]:
+        """Files and rows."""
+        for path, (start, stop) in zip(self._paths, pairwise(self._file_starts), strict=True):
+            name = os.path.realpath(path)
+            yield from (f"{name} row {row}" for row in range(stop - start))
 
     def fingerprint(self) -> str | None:
         """Of the files."""

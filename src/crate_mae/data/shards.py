@@ -6,7 +6,7 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -111,6 +111,11 @@ class ShardSource(EncodedSource):
         """Shard and member name of image i."""
         member = self._members[i]
         return f"{printable(self._paths[member.shard])}:{printable(PurePosixPath(member.name))}"
+
+    def origins(self) -> Iterator[str]:
+        """Shards and positions in them."""
+        names = [os.path.realpath(path) for path in self._paths]
+        return (f"{names[member.shard]} {member.offset}" for member in self._members)
 
     def fingerprint(self) -> str | None:
         """Of the shards."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from crate_mae.data.base import ImageSource, printable
 from crate_mae.data.digits import DigitsSource
+from crate_mae.data.facts import content_digests
 from crate_mae.data.files import path_of
 from crate_mae.data.folder import IMAGE_SUFFIXES, SPLIT_NAMES, FolderSource, Listing, list_folder
 from crate_mae.data.hub import HubSource
@@ -85,9 +86,38 @@ def full_name(data: str | Path) -> str:
 
 
 def same_images(first: ImageSource, second: ImageSource) -> bool:
-    """Return whether two sources are known to have the same images, by their files."""
+    """Return whether two sources have the same images: the same files, or as many with the same contents in a sample.
+
+    Copies in another order are not recognised.
+    """
     fingerprint = first.fingerprint()
-    return first is second or (fingerprint is not None and fingerprint == second.fingerprint())
+    if first is second or (fingerprint is not None and fingerprint == second.fingerprint()):
+        return True
+    return len(first) == len(second) and content_digests(first) == content_digests(second)
+
+
+def refuse_shared_images(train: ImageSource, val: ImageSource, option: str, consequence: str) -> None:
+    """Raise a `UserError` if images to measure on are among those that are learned from.
+
+    They are recognised where both are the same files, rows, shard members or items, whichever way they were opened; not
+    where one is a copy of the other, for which all contents would have to be read.
+
+    Args:
+        train: learned from.
+        val: measured on.
+        option: how `train` is given.
+        consequence: of measuring on them, which completes the sentence "... are the same images, so ...".
+    """
+    remedy = "Give other images with --val."
+    if same_images(train, val):
+        raise UserError(f"{option} and --val are the same images ({train.name}), so {consequence}.\n{remedy}")
+    numbers = {origin: i for i, origin in enumerate(val.origins())}
+    shared = [numbers[origin] for origin in train.origins() if origin in numbers]
+    if shared:
+        raise UserError(
+            f"{len(shared):,} of {len(val):,} images of --val ({val.name}) are also in {option} ({train.name}), "
+            f"such as {val.location(shared[0])}, so {consequence}.\n{remedy}"
+        )
 
 
 def _open_text(data: str) -> ImageSource:

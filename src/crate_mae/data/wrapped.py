@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -77,6 +78,10 @@ class DatasetSource(ImageSource):
     def location(self, i: int) -> str:
         """The name of the data set and the item's number."""
         return f"{self.name}[{i}]"
+
+    def origins(self) -> Iterator[str]:
+        """The Python object and the items' numbers."""
+        return (f"object {id(self._dataset)} item {i}" for i in range(len(self)))
 
     @property
     def labels(self) -> Int[np.ndarray, "n"] | None:

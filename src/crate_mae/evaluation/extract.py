@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import logging
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from crate_mae.data import BadImage, ImageSource, readable_batches
 from crate_mae.data.base import refuse_unreadable
@@ -35,6 +36,9 @@ from crate_mae.models.features import (
     layer_number,
 )
 
+logger = logging.getLogger(__name__)
+
+_DIGEST = "sha256"
 _LARGEST_BATCH = 10**9
 _MOST_WORKERS = 256
 _FEW_IMAGES = 2000  # up to which processes take longer to start than they save
@@ -258,8 +262,8 @@ class FeatureCache:
 
     The name of a file is a digest of the weights, the architecture, the preparation of images, versions, and the
     names, sizes, modification times and some bytes of the data. Data and networks that only exist in Python have no
-    such digest and are not cached. The cache is only for speed: a file that is damaged, or cannot be read or written,
-    is ignored.
+    such digest and are not cached. The cache is only for speed: a file that cannot be read or written is ignored, and
+    so is one without the digest that was written with it, which is damaged: its features are extracted again.
 
     Args:
         backbone: whose features are cached.
@@ -276,14 +280,18 @@ class FeatureCache:
     def read(self, layer: int) -> np.ndarray | None:
         """The features of a layer, images x f; None if they are not cached."""
         path = self._path(layer)
-        if path is None:
+        if path is None or not path.is_file():
             return None
         try:
-            values = load_file(path)["features"]
+            with safe_open(path, framework="np") as file:
+                values, digest = file.get_tensor("features"), (file.metadata() or {}).get(_DIGEST)
             path.touch()  # the time of last use
-        except (OSError, SafetensorError, KeyError):
+        except (OSError, SafetensorError, ValueError, TypeError):
+            digest = values = None
+        if values is None or digest != _digest(values) or values.shape[:1] != (self._images,) or values.ndim != 2:
+            logger.warning("Cached features are damaged and are extracted again: %s", path)
             return None
-        return values if values.ndim == 2 and values.shape[0] == self._images else None
+        return values
 
     def write(self, layer: int, values: np.ndarray) -> None:
         """Cache the features of a layer, and remove the least recently used files if they exceed the limit."""
@@ -292,7 +300,8 @@ class FeatureCache:
             return
         with contextlib.suppress(UserError, OSError, SafetensorError):
             with whole_file(path) as temporary:
-                save_file({"features": np.ascontiguousarray(values)}, temporary)
+                values = np.ascontiguousarray(values)
+                save_file({"features": values}, temporary, metadata={_DIGEST: _digest(values)})
             _make_room(path.parent)
 
     def _path(self, layer: int) -> Path | None:
@@ -300,6 +309,13 @@ class FeatureCache:
             return None
         digest = hashlib.sha256(json.dumps([*self._key, layer]).encode()).hexdigest()[:32]
         return cache_folder() / "features" / f"{digest}.safetensors"
+
+
+def _digest(values: np.ndarray) -> str:
+    """A digest of an array: of its numbers, their type and its shape."""
+    digest = hashlib.sha256(f"{values.dtype} {values.shape}".encode())
+    digest.update(np.ascontiguousarray(values).data)
+    return digest.hexdigest()
 
 
 def _make_room(folder: Path) -> None:

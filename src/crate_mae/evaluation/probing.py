@@ -6,9 +6,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from crate_mae.data import BadImage, ImageSource, full_name, open_source, same_images
+from crate_mae.data import BadImage, ImageSource, full_name, open_source, refuse_shared_images
 from crate_mae.data.base import align_classes, aligned_labels
-from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone, open_backbone
 from crate_mae.evaluation.extract import Extraction, Features, extract
 
@@ -87,11 +86,7 @@ def probe(
         UserError: for a mistake in the model, data or labels.
     """
     sources = (open_source(train), open_source(val))
-    if same_images(*sources):
-        raise UserError(
-            f"--train and --val are the same images ({sources[0].name}), so a probe would be measured on "
-            "images that it was fitted on.\nGive other images with --val."
-        )
+    refuse_shared_images(*sources, "--train", "a probe would be measured on images that it was fitted on")
     backbone = open_backbone(model, seed=seed)
     train_layers, val_layers = (extractor(backbone, source, extraction) for source in sources)
     rows: list[tuple[int, Any]] = []

@@ -1,7 +1,8 @@
 """Models on disk: `model.safetensors` and `config.json` in a folder, and every form of MODEL that names one."""
 
+import logging
 import os
-import re
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -13,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crate_mae.data.documents import read_json, to_json
-from crate_mae.data.files import path_of
+from crate_mae.data.files import DIGESTS_FILE, damage_of, flush_names, flush_to_disk, path_of
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.autoencoder import MaskedAutoencoder, build, build_without_memory
+from crate_mae.models.checkpoints import WEIGHTS_FILE, newest_checkpoint
 from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.description import (
@@ -40,7 +42,8 @@ from crate_mae.models.tensors import (
 )
 from crate_mae.models.timm_models import timm_arguments, timm_name, timm_pretrained_cfg
 
-WEIGHTS_FILE = "model.safetensors"
+logger = logging.getLogger(__name__)
+
 _PARTS, _INDEX = "model-*.safetensors", "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
 
@@ -90,8 +93,11 @@ def save_tensors(tensors: dict[str, Tensor], config: Config, folder: str | Path)
         save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
         # safetensors makes files that only their owner can read; take the user's own permissions instead.
         shutil.copymode(Path(scratch) / CONFIG_FILE, Path(scratch) / WEIGHTS_FILE)
+        (folder / DIGESTS_FILE).unlink(missing_ok=True)  # of the files that are replaced
         for name in (WEIGHTS_FILE, CONFIG_FILE):
+            flush_to_disk(Path(scratch) / name)
             os.replace(Path(scratch) / name, folder / name)  # noqa: PTH105  # atomic also where the target exists
+        flush_names(folder)
 
 
 def save_config(config: Config, folder: Path) -> None:
@@ -149,7 +155,7 @@ def load(model: str | Path, **settings: Any) -> Model:
         hint = f"Name its folder instead: {folder.parent}" if folder.name == WEIGHTS_FILE else _official_hint(folder)
         raise UserError(f"{folder} is a file, but a model is a folder with {WEIGHTS_FILE} and {CONFIG_FILE}.\n{hint}")
     if not (folder / CONFIG_FILE).exists():  # perhaps a run that is not finished
-        folder = newest_checkpoint(folder) or folder
+        folder = newest_checkpoint(folder, logger.warning) or folder
     there = {WEIGHTS_FILE: has_tensors(folder / WEIGHTS_FILE), CONFIG_FILE: (folder / CONFIG_FILE).is_file()}
     missing = [file for file, is_there in there.items() if not is_there]
     if missing:
@@ -204,29 +210,6 @@ def _load_or_take(model: str | Path | nn.Module, **settings: Any) -> Model:
     return model
 
 
-def newest_checkpoint(run: Path, name: str = "last") -> Path | None:
-    """The checkpoint of a run that the file `checkpoints/last` names; None before the first checkpoint.
-
-    Args:
-        run: the run's folder.
-        name: of the file: "last", or "best" for the checkpoint that did best on the validation images.
-
-    Raises:
-        UserError: if that checkpoint is gone.
-    """
-    file = run / "checkpoints" / name
-    if not file.is_file():
-        return None
-    step = file.read_text(encoding="utf-8").strip()
-    folder = file.parent / step
-    if not (re.fullmatch(r"step-\d+", step) and folder.is_dir()):
-        raise UserError(
-            f'{file} names the checkpoint "{step}", which is not there.\n'
-            f"Write the name of another folder in {file.parent} into it, or delete the run and start again."
-        )
-    return folder
-
-
 def read_config(folder: Path) -> Config:
     """The configuration in a model folder.
 
@@ -265,6 +248,7 @@ def description_in(folder: Path) -> Any:
 
 
 def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
+    _refuse_damaged(folder)
     config = read_config(folder).replace(**settings)
     path = folder / WEIGHTS_FILE
     refuse_misfits(path, config)
@@ -334,6 +318,18 @@ def _refuse_misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], w
         raise UserError(f"{where} {hint}")
     if problems := misfits(found, wanted):
         raise UserError(f"{where} holds the weights of another model than {whose}:\n{problems}.")
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raise a `UserError` if a file of the model differs from the digest that a run has written beside it."""
+    damage = damage_of(folder, (CONFIG_FILE, *(path.name for path in folder.glob("model*"))))
+    if damage is None:
+        return
+    if (folder / "config.yaml").exists():
+        remedy = f"This writes it again, from the run's newest checkpoint: crate-mae resume {shlex.quote(str(folder))}"
+    else:
+        remedy = f"Take another checkpoint, or if you have changed the file yourself, delete {folder / DIGESTS_FILE}."
+    raise UserError(f"The model in {folder} is damaged: {damage}.\n{remedy}")
 
 
 def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -8,6 +8,9 @@ Of a sharded model each process writes a file of its own: not its slices, but a 
 whole. Tensors are gathered one after another, so that no process ever holds more than its share and one tensor; and
 the files, with an index, are those in which Hugging Face splits large models. Slices would avoid the gathering, which
 takes about as much traffic as a forward pass, but only programs that know the sharding could read them.
+
+SHA256SUMS holds a digest of every file, with which `models.checkpoints` finds the newest checkpoint that is whole. The
+tables of the run are copied into each checkpoint, from which a resumed run takes them back.
 """
 
 from __future__ import annotations
@@ -15,17 +18,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -36,13 +41,22 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from crate_mae.data.files import write_whole
-from crate_mae.errors import UserError
-from crate_mae.models.tensors import index_of, misfits, read_tensors, stream_tensors
-from crate_mae.models.weights import CONFIG_FILE, WEIGHTS_FILE, Config, newest_checkpoint, save_config, save_tensors
-from crate_mae.training.model_state import WHOLE, ModelState, shard_like, whole_tensor, whole_weights
+from crate_mae.data.documents import read_json
+from crate_mae.data.files import DIGESTS_FILE, file_digest, flush_to_disk, whole_folder, write_digests, write_whole
+from crate_mae.errors import DivergedError, UserError
+from crate_mae.models.checkpoints import (
+    STATE_FILE,
+    WEIGHTS_FILE,
+    damage_of_checkpoint,
+    is_checkpoint,
+    list_checkpoints,
+    named_checkpoint,
+)
+from crate_mae.models.tensors import has_tensors, index_of, misfits, read_tensors, stream_tensors
+from crate_mae.models.weights import CONFIG_FILE, Config, save_config, save_tensors
+from crate_mae.training.model_state import WHOLE, ModelState, own_part, shard_like, whole_tensor, whole_weights
 from crate_mae.training.processes import all_succeed, first_decides
-from crate_mae.training.run_directory import RunDirectory, flush_to_disk, whole_folder
+from crate_mae.training.run_directory import TABLES, RunDirectory
 from crate_mae.training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -50,6 +64,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
+_UNFINISHED = re.compile(r"\.step-\d+\.tmp")  # a checkpoint of a process that was killed while it wrote
 
 
 @dataclass
@@ -62,7 +77,11 @@ class TrainState:
         skipped_in_a_row: how many of them came last.
         loss_sum: sum of the losses since the last row of metrics.csv,
         loss_count: and their number.
-        images: training images, which must not change under a run.
+        images: training images, which must not change under a run,
+        data: and digests of these images, of those that are held out, and of their labels.
+        options: those that decide the result.
+        kept_step: the step of a checkpoint that is kept besides the usual ones: the one that the run went back to when
+            others were damaged or missing. A disk that has damaged one may damage the next.
         world_size: processes.
         best_step: the step of the best model so far, where models are compared,
         best_score: and its score.
@@ -74,6 +93,9 @@ class TrainState:
     loss_sum: float = 0.0
     loss_count: int = 0
     images: int = 0
+    data: dict[str, str] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    kept_step: int = 0
     world_size: int = 1
     best_step: int = 0
     best_score: float | None = None
@@ -158,6 +180,8 @@ def write(checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainSta
         for file, tensors in snapshot.files.items():
             _write_tensors(tensors, temporary / file)
         _write_state(temporary, snapshot, state)
+        _copy_tables(checkpoints.parent, temporary)
+        write_digests(temporary, [path.name for path in temporary.iterdir()])
     _name_last(folder, state)
     return folder
 
@@ -173,6 +197,7 @@ def write_parts(
     folder = checkpoints / f"step-{state.step}"
     holders, processes = snapshot.holders, accelerator.num_processes
     assert holders is not None, "the snapshot is of a sharded model"
+    digests: dict[str, str] = {}
     with ExitStack() as stack:
 
         def begin() -> Path:
@@ -187,16 +212,20 @@ def write_parts(
                 path = part_file(temporary / file, accelerator.process_index, processes)
                 _write_tensors(tensors, path)
                 flush_to_disk(path)
+                digests[path.name] = file_digest(path)
 
         def complete() -> None:
             for file, holder in holders.items():
                 write_index(temporary / file, holder, processes)
             _write_state(temporary, snapshot, state)
+            _copy_tables(checkpoints.parent, temporary)
+            write_digests(temporary, [path.name for path in temporary.iterdir()], known=known)
             stack.close()  # the folder takes its name
             _name_last(folder, state)
 
         temporary = first_decides(accelerator, begin)
         all_succeed(accelerator, write_part)
+        known = {name: digest for part in gather_object([digests]) for name, digest in part.items()}
         first_decides(accelerator, complete)
 
 
@@ -207,23 +236,26 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _write_state(folder: Path, snapshot: Snapshot, state: TrainState) -> None:
     content = {"schema": SCHEMA, **dataclasses.asdict(state), "parameter_groups": snapshot.groups}
-    (folder / "state.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _name_last(folder: Path, state: TrainState) -> None:
     checkpoints = folder.parent
-    kept = [folder, newest_checkpoint(checkpoints.parent)]
+    kept = [folder, named_checkpoint(checkpoints.parent), checkpoints / f"step-{state.kept_step}"]
     if state.best_score is not None:
         kept.append(checkpoints / f"step-{state.best_step}")
         write_whole(checkpoints / "best", f"step-{state.best_step}\n".encode())
     write_whole(checkpoints / "last", f"{folder.name}\n".encode())
-    for other in (
-        *checkpoints.glob("step-*"),
-        *checkpoints.glob(".step-*"),
-    ):  # ".": unfinished, of a killed process
-        if other not in kept:
+    for other in list(checkpoints.iterdir()):
+        if other not in kept and (is_checkpoint(other) or _UNFINISHED.fullmatch(other.name)):
             shutil.rmtree(other)
     logger.info("Saved %s.", folder)
+
+
+def _copy_tables(run: Path, folder: Path) -> None:
+    for name in TABLES:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
 
 
 def read(folder: Path, model_state: ModelState) -> TrainState:
@@ -232,7 +264,7 @@ def read(folder: Path, model_state: ModelState) -> TrainState:
     Raises:
         UserError: if a file is missing or damaged, or belongs to another model.
     """
-    state, groups = _read_state(folder / "state.json")
+    state, groups = _read_state(folder / STATE_FILE)
     trained = WEIGHTS_FILE if model_state.average is None else TRAINED_FILE
     _read_weights(folder / trained, model_state.model, model_state)
     if model_state.average is not None:
@@ -267,23 +299,62 @@ def _read_weights(path: Path, model: nn.Module, model_state: ModelState) -> None
 
 def _read_state(path: Path) -> tuple[TrainState, list[Any]]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         schema, groups = content.pop("schema"), content.pop("parameter_groups")
         if schema != SCHEMA:
             raise UserError(f"{path} was written by another version of crate-mae (its schema is {schema}).")
         return TrainState(**content), groups
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is missing or damaged, so the run cannot continue from there: {error}.\n"
-            f"If {path.parent.parent} holds another checkpoint, write its name into the file `last` beside it."
-        ) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged, so the run cannot continue from there: {error}.") from error
 
 
-def step_of(folder: Path) -> int:
-    """The step at which a checkpoint was written, from its name."""
-    return int(folder.name.removeprefix("step-"))
+def restore_tables(folder: Path, directory: RunDirectory, step: int) -> None:
+    """Put the tables of a run back as they were at a checkpoint.
+
+    Args:
+        folder: of the checkpoint. Those from before there were digests have no tables: rows after `step` are removed.
+        directory: of the run.
+        step: of the checkpoint.
+    """
+    directory.cut_back(step, tables=not (folder / DIGESTS_FILE).exists())
+    if (folder / DIGESTS_FILE).exists():
+        for name in TABLES:
+            if (folder / name).is_file():
+                write_whole(directory.path / name, (folder / name).read_bytes())
+            else:
+                (directory.path / name).unlink(missing_ok=True)
+
+
+def last_good(run: Path) -> Path | None:
+    """The newest checkpoint of a run that is whole and whose weights are finite."""
+    for folder in list_checkpoints(run):
+        if damage_of_checkpoint(folder) is None and _is_finite(folder):
+            return folder
+    return None
+
+
+def _is_finite(folder: Path) -> bool:
+    files = [folder / file for file in (WEIGHTS_FILE, TRAINED_FILE) if has_tensors(folder / file)]
+    return all(_all_finite(tensor) for file in files for _, tensor in stream_tensors(file))
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    return bool(tensor.isfinite().all())
+
+
+def diverged(run: Path, what: str) -> DivergedError:
+    """The error to raise when a run did not stay finite.
+
+    Args:
+        run: its folder.
+        what: was not finite, and when: the first sentence.
+    """
+    good = last_good(run)
+    return DivergedError(
+        f"{what}\n"
+        f"The last good checkpoint is {good or 'none: the run had only begun'}.\n"
+        "Start a new run with a lower --lr, a longer --warmup-epochs, or --precision float32."
+    )
 
 
 def assign_tensors(tensors: Mapping[str, Tensor], processes: int) -> dict[str, int]:
@@ -348,7 +419,12 @@ class Saver:
         return state.step % self.steps_between == 0 or state.step == self.config.steps
 
     def save(self, state: TrainState) -> None:
-        """Write a checkpoint. All processes must call this together."""
+        """Write a checkpoint. All processes must call this together.
+
+        Raises:
+            DivergedError: if weights are not finite. Such a checkpoint would take the place of a good one.
+        """
+        check_state(self.accelerator, self.model_state, self.directory, state.step)
         snapshot, config = gather(self.model_state), self.task.model.config
         folder = self.directory.checkpoints
         if self.model_state.is_sharded:
@@ -365,8 +441,44 @@ class Saver:
         last, config = whole_weights(self.model_state.kept), self.task.model.config
 
         def write() -> None:
-            best = None if state.best_score is None else self.directory.checkpoints / f"step-{state.best_step}"
+            self.directory.check_present()
+            forget_damaged_best(self.directory.path, state, logger.warning)
+            best = best_checkpoint(self.directory.path, state)
             tensors = last if best is None else read_tensors(best / WEIGHTS_FILE)
             save_tensors(tensors, config, self.directory.path)
 
         first_decides(self.accelerator, write)
+
+
+def check_state(accelerator: Accelerator, model_state: ModelState, directory: RunDirectory, step: int) -> None:
+    """Check that a model can be measured or saved. All processes must call this together.
+
+    Raises:
+        DivergedError: if weights are not finite, in the processes that hold them; a `UserError` in the others.
+        UserError: if the run's folder is gone.
+    """
+    kept = [model_state.plain, *([] if model_state.average is None else [model_state.average.module])]
+    finite = all(_all_finite(own_part(value)) for model in kept for value in model.state_dict().values())
+
+    def check() -> None:
+        directory.check_present()
+        if not finite:
+            raise diverged(directory.path, f"The weights are not finite after step {step}.")
+
+    all_succeed(accelerator, check)
+
+
+def best_checkpoint(run: Path, state: TrainState) -> Path | None:
+    """The checkpoint with the best score; None where models are not compared."""
+    return None if state.best_score is None else run / "checkpoints" / f"step-{state.best_step}"
+
+
+def forget_damaged_best(run: Path, state: TrainState, report: Callable[[str], object]) -> None:
+    """If the best checkpoint is damaged or missing, report that, and have the next score be the best."""
+    best = best_checkpoint(run, state)
+    if best is None:
+        return
+    damage = damage_of_checkpoint(best) if best.is_dir() else "it is missing"
+    if damage is not None:
+        report(f"{best}, the best checkpoint, is damaged: {damage}. The best of those from here on takes its place.")
+        state.best_step, state.best_score = 0, None

@@ -78,6 +78,7 @@ class Finetuning(Task[FinetuneOptions]):
     """
 
     measures: ClassVar[tuple[str, ...]] = ("val_loss", "val_accuracy", "val_accuracy_top5", "best_score")
+    learns_labels: ClassVar[bool] = True
 
     def __init__(self, config: FinetuneOptions, images: RunImages, initialisation: Initialisation) -> None:
         assert images.train.classes is not None, "labelled images have classes"

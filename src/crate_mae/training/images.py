@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,10 +26,11 @@ from crate_mae.data import (
     collate,
     full_name,
     open_source,
-    same_images,
+    refuse_shared_images,
 )
-from crate_mae.data.base import align_classes, aligned_labels, most_bad, refuse_unreadable, text_of
+from crate_mae.data.base import align_classes, aligned_labels, label_names, most_bad, refuse_unreadable, text_of
 from crate_mae.data.dataset import workers_errors_plain
+from crate_mae.data.facts import content_digests
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, and_more
 from crate_mae.training.options import RunOptions
@@ -93,6 +96,7 @@ def open_images(data: Any, val: Any = None) -> RunImages:
     whole, name = open_named(data)
     if val is not None:
         other, other_name = open_named(val)
+        refuse_shared_images(whole, other, "DATA", "the loss on them would not be one on held-out images")
         return RunImages(whole, _fixed_part(other, MOST_HELD_OUT)[0], name, other_name)
     if len(whole) < 2:
         raise UserError(
@@ -122,11 +126,7 @@ def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
             leaves a class without an image.
     """
     (train_images, train_name), (val_images, val_name) = open_named(train), open_named(val)
-    if same_images(train_images, val_images):
-        raise UserError(
-            f"--train and --val are the same images ({train_images.name}): the best model would be the one that "
-            "memorises them.\nGive images that are not trained on with --val."
-        )
+    refuse_shared_images(train_images, val_images, "--train", "the best model would be the one that memorises them")
     classes = align_classes(train_images, val_images, same=True)
     numbered = aligned_labels(train_images, classes)
     chosen = np.arange(len(numbered)) if share == 1 else stratified_share(numbered, classes, share, seed)
@@ -137,6 +137,32 @@ def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
         train_name,
         val_name,
     )
+
+
+def data_digests(train: ImageSource, held_out: ImageSource, *, with_labels: bool) -> dict[str, str]:
+    """Digests by which a resumed run notices that its data has changed, by what has changed.
+
+    Of all images the names count, of a fixed sample the contents. Names are taken without what all have in common, so
+    that data may move to another folder.
+    """
+    found = {"training images": _images_digest(train), "held-out images": _images_digest(held_out)}
+    if with_labels:
+        found |= {"training labels": _labels_digest(train), "held-out labels": _labels_digest(held_out)}
+    return found
+
+
+def _images_digest(source: ImageSource) -> str:
+    names = [source.location(i) for i in range(len(source))]
+    common = len(os.path.commonprefix(names))  # noqa: RUF071  # names need not be paths
+    return _digest([name[common:] for name in names] + content_digests(source))
+
+
+def _labels_digest(source: ImageSource) -> str:
+    return _digest([str(name) for name in label_names(source) or []])
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.sha256("\0".join(texts).encode("utf-8", "surrogateescape")).hexdigest()
 
 
 def stratified_share(labels: np.ndarray, classes: list[str], share: float, seed: int) -> np.ndarray:

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import LoggerType
 
 from crate_mae.errors import UserError
-from crate_mae.training.checkpoint import TrainState
+from crate_mae.training.checkpoint import TrainState, check_state
 from crate_mae.training.model_state import ModelState
 from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import first_decides
@@ -114,11 +114,13 @@ class Logbook:
 
     def _measure(self, model_state: ModelState, step: int) -> Measured:
         """Measure on held-out images; all processes get the result, since it decides about checkpoints."""
+        check_state(self.accelerator, model_state, self.directory, step)
         with model_state.measured(self.accelerator) as model:
             return first_decides(self.accelerator, lambda: self.task.measure(model, step, self.directory))
 
     def _write(self, row: dict[str, Any]) -> None:
         if self.accelerator.is_main_process:
+            self.directory.check_present()
             self.table.append([row])
         numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
         self.accelerator.log(numbers, step=row["step"])

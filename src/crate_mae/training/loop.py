@@ -8,8 +8,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -21,12 +22,16 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
-from crate_mae.errors import DivergedError, RunStopped, UserError
+from crate_mae.data.files import write_whole
+from crate_mae.errors import RunStopped, UserError
+from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.models.devices import send
 from crate_mae.models.monotone import retract_
 from crate_mae.training import checkpoint
 from crate_mae.training.checkpoint import Saver, TrainState
-from crate_mae.training.images import BadImages, micro_slices, training_batches
+from crate_mae.training.config import changes_since, result_options
+from crate_mae.training.failures import explain_failed_writing, explain_lost_loader
+from crate_mae.training.images import BadImages, data_digests, micro_slices, training_batches
 from crate_mae.training.logbook import Logbook, StepLog, close_trackers, start_trackers
 from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
 from crate_mae.training.optimizer import scaled_lr, warmup_cosine
@@ -36,7 +41,7 @@ from crate_mae.training.processes import Agreement, agree, explain_lost_processe
 from crate_mae.training.progress import Display, plan_lines
 from crate_mae.training.randomness import seed_step
 from crate_mae.training.report import RunReport
-from crate_mae.training.run_directory import RunDirectory, is_disk_full
+from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -58,20 +63,21 @@ def train(
 
     Raises:
         UserError: for a reason to stop that the user can fix. What was saved stays whole.
-        RunStopped: after SIGINT or SIGTERM, when everything has been saved.
+        RunStopped: after SIGINT, SIGTERM or SIGHUP, when everything has been saved.
     """
     try:
         with ExitStack() as stack:
             first_decides(accelerator, lambda: stack.enter_context(directory.opened(task.config)))
-            stack.enter_context(_explain_full_disk(directory))
+            stack.enter_context(explain_failed_writing(directory))
             stack.enter_context(explain_lost_processes(accelerator, directory.resume_command))
+            stack.enter_context(explain_lost_loader(directory))
             display.lines(plan_lines(plan))
 
             # Build.
             model_state = build_model_state(task, accelerator)
 
             # Resume.
-            state = _resume(task, accelerator, directory, model_state)
+            state = _resume(task, accelerator, directory, model_state, report=display.warn)
             start_trackers(accelerator, task.config, directory.path, state.step)
             stack.callback(close_trackers, accelerator)
 
@@ -80,6 +86,8 @@ def train(
             report = RunReport(directory, task, plan, writes=accelerator.is_main_process)
             stack.enter_context(closing(report))
             _learn(task, accelerator, model_state, state, batches, directory=directory, display=display, report=report)
+            report.close()
+            first_decides(accelerator, directory.finish)  # last of all: until then, the run is to be finished again
     except RunStopped:
         accelerator.wait_for_everyone()  # a launcher ends all processes at once when the first has ended
         raise
@@ -127,7 +135,7 @@ def _learn(
             if too_many_bad:
                 raise bad_images.error(task.images_seen(state.step))
             if state.skipped_in_a_row >= min(MOST_SKIPPED_IN_A_ROW, config.steps):
-                raise _diverged(directory, state)
+                raise checkpoint.diverged(directory.path, _skipped(state))
             if step.agreed.stop and state.step < config.steps:
                 display.lines([f"Stopped and saved at step {state.step}. To continue: {directory.resume_command}"])
                 raise RunStopped(step.agreed.stop)
@@ -234,25 +242,68 @@ def _clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Float[Tens
     return whole_tensor(norm)
 
 
-def _resume(task: Task, accelerator: Accelerator, directory: RunDirectory, model_state: ModelState) -> TrainState:
-    """Read the state to go on from; logs are cut back to it."""
-    images = len(task.images.train)
-    folder = checkpoint.newest_checkpoint(directory.path)
+def _resume(
+    task: Task,
+    accelerator: Accelerator,
+    directory: RunDirectory,
+    model_state: ModelState,
+    report: Callable[[str], object],
+) -> TrainState:
+    """Read the state to go on from; logs are cut back to it.
+
+    Raises:
+        UserError: if no checkpoint is whole, or the options or the data are not those that the run began with.
+    """
+    train, held_out = task.images.train, task.images.held_out
+    data = first_decides(accelerator, lambda: data_digests(train, held_out, with_labels=task.learns_labels))
+    notes: list[str] = []
+    folder = first_decides(accelerator, lambda: newest_checkpoint(directory.path, notes.append))
     if folder is None:
-        state = TrainState(images=images)
+        state = TrainState()
     else:
         state = checkpoint.read(folder, model_state)
-        if state.images != images:
-            raise UserError(
-                f"This run trains on {state.images} images, but its data now has {images}.\n"
-                "Put the data back as it was, or start a new run with another --out."
-            )
+        _refuse_changes(state, task, data)
         logger.info("Resuming from %s, which %d process(es) wrote.", folder, state.world_size)
+    state.images, state.data, state.options = len(train), data, result_options(task.config)
     state.world_size = accelerator.num_processes
+    for note in notes:
+        report(note)
+        state.kept_step = state.step
     if accelerator.is_main_process:
-        directory.cut_back(None if folder is None else state.step)
+        _go_back(directory, folder, state, report)
     accelerator.wait_for_everyone()
     return state
+
+
+def _refuse_changes(state: TrainState, task: Task, data: Mapping[str, str]) -> None:
+    """Raise a `UserError` if options or data are not those of a checkpoint."""
+    remedy = "or start a new run with another --out."
+    if changed := changes_since(state.options, task.config):
+        raise UserError(
+            "config.yaml has other options than the run began with:\n  " + "\n  ".join(changed) + "\n"
+            f"Write the first values into it again, {remedy}"
+        )
+    images = len(task.images.train)
+    if state.images != images:
+        raise UserError(
+            f"This run trains on {state.images} images, but its data now has {images}.\n"
+            f"Put the data back as it was, {remedy}"
+        )
+    if changed := [name for name, digest in data.items() if state.data.get(name, digest) != digest]:
+        raise UserError(
+            f"The {' and the '.join(changed)} are not those that this run began with, though their number is the same: "
+            f"other names, contents or classes.\nPut the data back as it was, {remedy}"
+        )
+
+
+def _go_back(directory: RunDirectory, folder: Path | None, state: TrainState, report: Callable[[str], object]) -> None:
+    """Have the files of the run be as they were at a checkpoint, or before the first step."""
+    if folder is None:
+        directory.cut_back(None)
+        return
+    checkpoint.restore_tables(folder, directory, state.step)
+    write_whole(directory.checkpoints / "last", f"{folder.name}\n".encode())
+    checkpoint.forget_damaged_best(directory.path, state, report)
 
 
 def _batches(task: Task, accelerator: Accelerator, start_step: int) -> Generator[Batch]:
@@ -272,25 +323,5 @@ def _note_bad_images(task: Task, bad_images: BadImages, step: int, found: list[B
     return bad_images.add(step, gather_object(found)) and bad_images.too_many(task.images_seen(step))
 
 
-def _diverged(directory: RunDirectory, state: TrainState) -> DivergedError:
-    last = checkpoint.newest_checkpoint(directory.path)
-    return DivergedError(
-        f"Loss or gradients were not finite {state.skipped_in_a_row} steps in a row, up to step {state.step}.\n"
-        f"The last good checkpoint is {last or 'none: the run had only begun'}.\n"
-        "Start a new run with a lower --lr, a longer --warmup-epochs, or --precision float32."
-    )
-
-
-@contextmanager
-def _explain_full_disk(directory: RunDirectory) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if not is_disk_full(error):
-            raise
-        last = checkpoint.newest_checkpoint(directory.path)
-        raise UserError(
-            f"The disk of {directory.path} is full, so the run has stopped. "
-            + (f"Its last checkpoint, {last.name}, is whole." if last else "It had no checkpoint yet.")
-            + f"\nFree some space, then: {directory.resume_command}"
-        ) from error
+def _skipped(state: TrainState) -> str:
+    return f"Loss or gradients were not finite {state.skipped_in_a_row} steps in a row, up to step {state.step}."

@@ -194,6 +194,11 @@ def whole_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_like(whole: Tensor, example: Tensor | None) -> Tensor:
     """This process's shard of a tensor that every process has whole; the whole if the example is not sharded alike."""
     if not isinstance(example, DTensor) or example.shape != whole.shape:

@@ -6,9 +6,10 @@ None is open: `resolve` fills it in from the data and the machine, and in a run 
 
 import dataclasses
 import inspect
+import math
 import textwrap
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,6 +63,10 @@ Names = Annotated[tuple[str, ...] | str, Parameter(consume_multiple=True, negati
 Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 
 
+MOST_THREADS = 1024  # and processes: many more end a process without a message
+LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
+
+
 class Range(NamedTuple):
     """The numbers that an option takes.
 
@@ -74,13 +79,15 @@ class Range(NamedTuple):
     text: str
 
 
-_POSITIVE = Range(lambda x: x > 0, "more than 0")
-_AT_LEAST_0 = Range(lambda x: x >= 0, "at least 0")
-_AT_LEAST_1 = Range(lambda x: x >= 1, "at least 1")
-_BELOW_1 = Range(lambda x: 0 <= x < 1, "at least 0 and less than 1")
-_BETWEEN_0_AND_1 = Range(lambda x: 0 < x < 1, "between 0 and 1")
-_FROM_0_TO_1 = Range(lambda x: 0 <= x <= 1, "from 0 to 1")
-_SHARE = Range(lambda x: 0 < x <= 1, "more than 0 and at most 1")
+POSITIVE = Range(lambda x: x > 0, "more than 0")
+AT_LEAST_0 = Range(lambda x: x >= 0, "at least 0")
+AT_LEAST_1 = Range(lambda x: x >= 1, "at least 1")
+TO_1024 = Range(lambda x: 1 <= x <= MOST_THREADS, f"from 1 to {MOST_THREADS:,}")
+FROM_0_TO_1024 = Range(lambda x: 0 <= x <= MOST_THREADS, f"from 0 to {MOST_THREADS:,}")
+BELOW_1 = Range(lambda x: 0 <= x < 1, "at least 0 and less than 1")
+BETWEEN_0_AND_1 = Range(lambda x: 0 < x < 1, "between 0 and 1")
+FROM_0_TO_1 = Range(lambda x: 0 <= x <= 1, "from 0 to 1")
+SHARE = Range(lambda x: 0 < x <= 1, "more than 0 and at most 1")
 
 
 def option(default: Any, explanation: str, numbers: Range | None = None, **kind: bool) -> Any:
@@ -121,6 +128,7 @@ class RunOptions:
 
     Attributes:
         command: the command, and the function of `crate_mae`, that takes these options.
+        typed: no option, but the names of those that were given, perhaps with their default value.
     """
 
     command: ClassVar[str]
@@ -130,34 +138,34 @@ class RunOptions:
         None,
         "Passes over the training images. If neither --epochs nor --steps is given, 100 for pretraining and 50 for "
         "fine-tuning.",
-        _AT_LEAST_1,
+        AT_LEAST_1,
         saved=False,
     )
-    steps: int = option(None, "Optimizer steps, instead of epochs.", _AT_LEAST_1)
+    steps: int = option(None, "Optimizer steps, instead of epochs.", AT_LEAST_1)
     batch_size: int = option(
         None,
         "Images per step, over all processes and micro-batches. By default 256, less for few images.",
-        _AT_LEAST_1,
+        AT_LEAST_1,
     )
-    lr: float = option(None, "Learning rate per 256 images; it is scaled by batch_size / 256.", _POSITIVE)
-    min_lr: float = option(0.0, "Learning rate at the end of the cosine, per 256 images.", _AT_LEAST_0)
+    lr: float = option(None, "Learning rate per 256 images; it is scaled by batch_size / 256.", POSITIVE)
+    min_lr: float = option(0.0, "Learning rate at the end of the cosine, per 256 images.", AT_LEAST_0)
     warmup_epochs: float = option(
-        None, "Epochs of linear warm-up. By default 5% of a run of pretraining, 10% of fine-tuning.", _AT_LEAST_0
+        None, "Epochs of linear warm-up. By default 5% of a run of pretraining, 10% of fine-tuning.", AT_LEAST_0
     )
     weight_decay: float = option(
-        0.05, "Decoupled weight decay of AdamW; norms, biases and tokens are spared.", _AT_LEAST_0
+        0.05, "Decoupled weight decay of AdamW; norms, biases and tokens are spared.", AT_LEAST_0
     )
-    clip_grad: float = option(1.0, "Largest norm of the gradient; 0 does not clip.", _AT_LEAST_0)
-    drop_path: float = option(0.0, "Stochastic depth of the encoder's last layer.")
+    clip_grad: float = option(1.0, "Largest norm of the gradient; 0 does not clip.", AT_LEAST_0)
+    drop_path: float = option(0.0, "Stochastic depth of the encoder's last layer.", BELOW_1)
     image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the model's.")
-    min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.", _SHARE)
+    min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.", SHARE)
     flip: bool = option(True, "Mirror half of the images; wrong for writing.")
-    seed: int = option(0, "Of the weights, the order, the crops and the masks.", _AT_LEAST_0)
+    seed: int = option(0, "Of the weights, the order, the crops and the masks.", AT_LEAST_0)
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "By default whichever is faster here, as measured."
     )
 
-    accumulation: int = option(1, "Micro-batches per step, to save memory.", _AT_LEAST_1, speed=True)
+    accumulation: int = option(1, "Micro-batches per step, to save memory.", AT_LEAST_1, speed=True)
     compile: bool = option(False, "Compile the model with torch.compile.", speed=True)
     grad_checkpointing: bool = option(
         False, "Compute layers again in the backward pass, to save memory.", speed=True, later=True
@@ -165,26 +173,26 @@ class RunOptions:
     workers: int = option(
         None,
         "Processes that load images. By default one less than there are cores, at most 8.",
-        _AT_LEAST_0,
+        FROM_0_TO_1024,
         speed=True,
     )
-    threads: int = option(None, "CPU threads that compute. By default PyTorch's choice.", _AT_LEAST_1, speed=True)
-    max_bad: float = option(0.01, "Largest share of unreadable images before the run stops.", _FROM_0_TO_1, speed=True)
-    checkpoint_minutes: float = option(10.0, "Save at least this often.", _POSITIVE, speed=True)
+    threads: int = option(None, "CPU threads that compute. By default PyTorch's choice.", TO_1024, speed=True)
+    max_bad: float = option(0.01, "Largest share of unreadable images before the run stops.", FROM_0_TO_1, speed=True)
+    checkpoint_minutes: float = option(10.0, "Save at least this often.", POSITIVE, speed=True)
     checkpoint_epochs: int = option(
-        None, "Save every so many epochs. By default as many as take about a minute.", _AT_LEAST_1, speed=True
+        None, "Save every so many epochs. By default as many as take about a minute.", AT_LEAST_1, speed=True
     )
     log_steps: int = option(
         None,
         "Steps between rows of metrics.csv. By default about 200 rows, and at most 50 steps.",
-        _AT_LEAST_1,
+        AT_LEAST_1,
         speed=True,
     )
     monitor_steps: int = option(
         None,
         "Steps between measurements and pictures of held-out images. By default 20 times in a run, but not more than "
         "once in an epoch or 100 steps.",
-        _AT_LEAST_1,
+        AT_LEAST_1,
         speed=True,
     )
     trackers: Names = option(
@@ -194,6 +202,7 @@ class RunOptions:
     )
     dry_run: bool = option(False, "Only check, and print the plan.", saved=False)
     quiet: bool = option(False, "Print nothing.", saved=False)
+    typed: frozenset[str] = option(frozenset(), "", saved=False)
 
     @property
     def inseparable(self) -> int:
@@ -201,16 +210,17 @@ class RunOptions:
         return 1
 
     def given(self) -> dict[str, Any]:
-        """The options that are not at their defaults. Data may be any Python object, so it is not compared."""
-        values = {item.name: (getattr(self, item.name), item.default) for item in dataclasses.fields(self)}
+        """The options that were typed, or are not at their defaults. Data, any Python object, is not compared."""
+        values = {item.name: (getattr(self, item.name), item.default) for item in own_first(type(self))}
         return {
             name: value
             for name, (value, default) in values.items()
-            if (value is not default if default in (None, dataclasses.MISSING) else value != default)
+            if name in self.typed
+            or (value is not default if default in (None, dataclasses.MISSING) else value != default)
         }
 
     def filled_from(self: "OptionsT", existing: "RunOptions") -> "OptionsT":
-        """These options, with those left at their defaults taken from a run that exists."""
+        """These options, with those that were not given taken from a run that exists."""
         given = self.given()
         kept = {name: getattr(existing, name) for name in saved_options(type(self)) if name not in given}
         if "epochs" in given and "steps" not in given:
@@ -241,18 +251,18 @@ class PretrainOptions(RunOptions):
     lr: float = option(
         None,
         "Learning rate per 256 images; it is scaled by batch_size / 256. By default from width and batch.",
-        _POSITIVE,
+        POSITIVE,
     )
     val: Data = option(None, "Other data to measure on. By default 5% of the images, at most 512, are held out.")
     model_settings: dict[str, Setting] = option(
         None, "Any other setting of the model, such as --model-settings.threshold 0.1"
     )
-    channels: int = option(None, "Channels to convert images to. By default those of the images.", _AT_LEAST_1)
+    channels: int = option(None, "Channels to convert images to. By default those of the images.", AT_LEAST_1)
     mean: Numbers = option(
         None, "Per channel, of pixels in [0, 1]. By default ImageNet's for 3 channels, otherwise measured."
     )
     std: Numbers = option(None, "Per channel, likewise.")
-    mask_ratio: float = option(0.75, "Share of hidden patches.", _BETWEEN_0_AND_1)
+    mask_ratio: float = option(0.75, "Share of hidden patches.", BETWEEN_0_AND_1)
     mask_tokens: Literal["encoder", "decoder"] = option(
         None, "Where mask tokens come in. By default as in the model of that name."
     )
@@ -282,7 +292,7 @@ class FinetuneOptions(RunOptions):
         **_described("Labelled images of the same classes, to measure on and to choose the best model by.")
     )
     labels: float = option(
-        1.0, "Share of the training images to use, of each class alike; the seed chooses them.", _SHARE
+        1.0, "Share of the training images to use, of each class alike; the seed chooses them.", SHARE
     )
     pooling: Literal["cls", "mean", "cls+mean"] = option(
         "cls+mean", "What the head sees: the class token, the mean over patches, or both."
@@ -291,33 +301,33 @@ class FinetuneOptions(RunOptions):
         None,
         "Learning rate of the head per 256 images; it is scaled by batch_size / 256. By default 1.5e-3, more for "
         "batches of less than 256.",
-        _POSITIVE,
+        POSITIVE,
     )
-    layer_decay: float = option(0.75, "The learning rate of each layer is that of the next, times this.", _SHARE)
+    layer_decay: float = option(0.75, "The learning rate of each layer is that of the next, times this.", SHARE)
     mixup: float = option(
-        0.8, "How much two images are mixed (the parameter of a Beta distribution); 0 for never.", _AT_LEAST_0
+        0.8, "How much two images are mixed (the parameter of a Beta distribution); 0 for never.", AT_LEAST_0
     )
     cutmix: float = option(
-        1.0, "Likewise for a box cut out of one and pasted into the other; steps use one or the other.", _AT_LEAST_0
+        1.0, "Likewise for a box cut out of one and pasted into the other; steps use one or the other.", AT_LEAST_0
     )
     rand_augment: str = option("rand-m9-mstd0.5-inc1", 'timm\'s RandAugment policy; "" for none.')
-    label_smoothing: float = option(0.1, "Part of each target that is spread over all classes.", _BELOW_1)
+    label_smoothing: float = option(0.1, "Part of each target that is spread over all classes.", BELOW_1)
     ema: float = option(
         0.9999,
         "Decay of a running average of the weights, which is what is measured and kept; it forgets faster at the "
         "beginning. 0 for none.",
-        _BELOW_1,
+        BELOW_1,
     )
-    drop_path: float = option(0.1, "Stochastic depth of the encoder's last layer.")
+    drop_path: float = option(0.1, "Stochastic depth of the encoder's last layer.", BELOW_1)
     image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the model's; positions are interpolated.")
     seed: int = option(
-        0, "Of the random initialisation, the choice of labels, the order and the augmentation.", _AT_LEAST_0
+        0, "Of the random initialisation, the choice of labels, the order and the augmentation.", AT_LEAST_0
     )
     monitor_steps: int = option(
         None,
         "Steps between validations. By default an epoch, or as many epochs as it takes to train on as many images as "
         "are validated on.",
-        _AT_LEAST_1,
+        AT_LEAST_1,
         speed=True,
     )
 
@@ -330,7 +340,8 @@ class FinetuneOptions(RunOptions):
 def own_first(kind: Any) -> list[dataclasses.Field]:
     """The options of a command: first those that only it has, then the shared ones."""
     shared = [item.name for item in dataclasses.fields(RunOptions)]
-    return sorted(dataclasses.fields(kind), key=lambda item: item.name in shared)
+    options = [item for item in dataclasses.fields(kind) if item.name != "typed"]
+    return sorted(options, key=lambda item: item.name in shared)
 
 
 def saved_options(kind: type[RunOptions], *, speed: bool | None = None) -> list[str]:
@@ -399,6 +410,8 @@ def _mistake(value: Any, hint: Any, numbers: Range | None) -> str | None:
     """Why an option cannot have a value, which completes a sentence that begins with "--lr is"; None if it can."""
     if get_origin(hint) is Literal and value not in get_args(hint):
         return f"{value}, but must be one of {', '.join(get_args(hint))}"
+    if hint is not Data and not _is_finite(value):
+        return f"{value}, but must be finite" if is_of_type(value, float) else f"{value}, but all must be finite"
     if numbers is None:
         return None
     if not is_of_type(value, float):
@@ -406,6 +419,17 @@ def _mistake(value: Any, hint: Any, numbers: Range | None) -> str | None:
     if not numbers.contains(value):
         return f"{value}, but must be {numbers.text}"
     return None if is_of_type(value, hint) else f"{value}, but must be a whole number"
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a number, or each one in a tuple or dictionary, is finite, and if whole not too large to be counted."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_finite, value))
+    if isinstance(value, dict):
+        return all(map(_is_finite, value.values()))
+    if isinstance(value, int):
+        return abs(value) <= LARGEST
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def is_of_type(value: Any, hint: Any) -> bool:
@@ -441,8 +465,8 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
 
     def decorate(function: Callable[[T], R]) -> Callable[P, R]:
         def command(*args: P.args, **kwargs: P.kwargs) -> R:
-            signature.bind(*args, **kwargs)  # which names this function, and not the dataclass, in its error
-            return function(kind(*args, **kwargs))
+            given = signature.bind(*args, **kwargs)  # which names this function, and not the dataclass, in its error
+            return function(_with_typed(kind(*args, **kwargs), given.arguments))
 
         annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         result = function.__annotations__["return"]
@@ -454,6 +478,13 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
         return command
 
     return decorate
+
+
+def _with_typed(options: Any, names: Iterable[str]) -> Any:
+    """Options that know which of them were given; None stands for an option that was not."""
+    if not isinstance(options, RunOptions):
+        return options
+    return dataclasses.replace(options, typed=frozenset(name for name in names if getattr(options, name) is not None))
 
 
 def _signature(kind: Any) -> inspect.Signature:

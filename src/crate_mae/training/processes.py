@@ -23,6 +23,8 @@ from crate_mae.models.devices import fastest_device, send
 
 T = TypeVar("T")
 
+# SIGHUP: the terminal was closed; Windows does not have it
+STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _ECHO_SECONDS = 2.0  # in which a second signal is taken for the first one, passed on
 
 
@@ -87,12 +89,12 @@ def agree(
         save: whether this process finds a checkpoint due.
     """
     first = accelerator.is_main_process
-    flags = torch.tensor([bad_images, stop == signal.SIGINT, stop == signal.SIGTERM, save and first])
+    flags = torch.tensor([bad_images, save and first, *(stop == number for number in STOPPING)])
     losses = torch.stack([loss.float(), grad_norm.float() * first])
     mine = torch.cat([losses, send(flags.float(), loss.device)])
     together = cast(torch.Tensor, accelerator.reduce(mine, "sum"))
-    total, norm, bad, interrupted, terminated, due = together.tolist()
-    stop = signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
+    total, norm, bad, due, *stops = together.tolist()
+    stop = next((number for number, asked in zip(STOPPING, stops, strict=True) if asked), 0)
     return Agreement(total / accelerator.num_processes, norm, int(bad), int(stop), due > 0)
 
 
@@ -160,7 +162,7 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[StopRequest]:
-    """Note SIGINT and SIGTERM instead of ending at once, so that a step can be finished and saved.
+    """Note SIGINT, SIGTERM and SIGHUP instead of ending at once, so that a step can be finished and saved.
 
     A later signal has its usual effect at once. One that follows within moments does not: launchers pass on to their
     processes what a terminal or SLURM has sent to all of them already. Outside the main thread, Python does not allow
@@ -170,8 +172,9 @@ def stop_requests() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    # A shell has background jobs ignore Ctrl-C, which is meant for the foreground job: they still do.
+    usual = {number: signal.getsignal(number) for number in STOPPING}
+    # A shell has background jobs ignore Ctrl-C, which is meant for the foreground job, and nohup has its program ignore
+    # SIGHUP: they still do.
     usual = {number: handler for number, handler in usual.items() if handler is not signal.SIG_IGN}
     asked_at = 0.0
 
@@ -200,5 +203,5 @@ def stop_requests() -> Iterator[StopRequest]:
 
 def ignore_stop_requests(_worker: int) -> None:
     """Have a loader process ignore signals sent to the whole group; it ends when the training process ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOPPING:
+        signal.signal(number, signal.SIG_IGN)

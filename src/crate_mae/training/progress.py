@@ -6,6 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
@@ -87,6 +88,31 @@ def _estimate(task: Task, probe: ProbeResult, start_step: int) -> str:
     return f"{duration(seconds)} if images load fast enough, {memory}"
 
 
+class LastingStream:
+    """A stream whose other end may go away, such as a closed terminal; what is written then is lost, not an error.
+
+    Args:
+        stream: to write to.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Write a text, if anybody reads it."""
+        with contextlib.suppress(OSError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush the stream, if anybody reads it."""
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+
 class Display:
     """Lines before and after a run, and its progress in between; all of it goes to the log as well.
 
@@ -107,6 +133,12 @@ class Display:
             logger.info("%s", line)
             if self.console is not None:
                 self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def warn(self, line: str) -> None:
+        """Print a line about something that is not as it should be."""
+        logger.warning("%s", line)
+        if self.console is not None:
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     @contextlib.contextmanager
     def training(self, step: int, total_steps: int) -> Iterator[None]:

@@ -41,7 +41,7 @@ def describe_recipe(name: str) -> str:
 
 
 def with_recipe(options: PretrainOptions) -> PretrainOptions:
-    """Options with those of their recipe, if they name one, in place of those left at their defaults.
+    """Options with those of their recipe, if they name one, in place of those that are not given.
 
     Settings of the model are merged one by one. A length given as `epochs` or `steps` replaces the recipe's, whichever
     of the two that has.
@@ -54,4 +54,5 @@ def with_recipe(options: PretrainOptions) -> PretrainOptions:
         recipe = {key: value for key, value in recipe.items() if key not in ("epochs", "steps")}
     if "model_settings" in given and "model_settings" in recipe:
         given["model_settings"] = {**recipe["model_settings"], **given["model_settings"]}
-    return dataclasses.replace(options, **{**recipe, **given})
+    typed = options.typed | recipe.keys()
+    return dataclasses.replace(options, **{**recipe, **given, "typed": typed})

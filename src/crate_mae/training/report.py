@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
 from crate_mae.training.progress import duration
-from crate_mae.training.run_directory import Run, RunDirectory
+from crate_mae.training.run_directory import RunDirectory, numbers
 from crate_mae.training.task import Task
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class RunReport:
         self.plan = plan
         self.writes = writes
         self._due = time.monotonic() + _SECONDS_BETWEEN
+        self._is_closed = False
 
     def update(self, step: int) -> None:
         """Write the report if this step has measured the model and the last report is old enough."""
@@ -57,11 +58,13 @@ class RunReport:
             self._write()
 
     def close(self) -> None:
-        """Write the report for the last time."""
-        self._write()
+        """Write the report for the last time; a second call does nothing."""
+        if not self._is_closed:
+            self._is_closed = True
+            self._write()
 
     def _write(self) -> None:
-        if not self.writes:
+        if not self.writes or not self.directory.path.is_dir():  # the folder is gone: make no other
             return
         started = time.monotonic()
         try:
@@ -83,7 +86,7 @@ def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str]) 
     from crate_mae.drawing.page import render
     from crate_mae.drawing.style import encode
 
-    rows, layers = Run(directory.path, task.config).metrics(), directory.layers.read()
+    rows, layers = numbers(directory.metrics()), directory.layers.read()
     completed_step, picture = directory.newest_picture() or (0, None)
     return render(
         "training/report.html.j2",

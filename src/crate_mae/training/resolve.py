@@ -20,6 +20,7 @@ from crate_mae.training.finetuning import Finetuning, Initialisation
 from crate_mae.training.images import open_images, open_labelled
 from crate_mae.training.logbook import choose_trackers
 from crate_mae.training.options import (
+    LARGEST,
     FinetuneOptions,
     Mistake,
     Mistakes,
@@ -216,6 +217,8 @@ def with_length(
                 "make it shorter."
             )
         )
+    if steps * options.accumulation > LARGEST:
+        mistakes.append(Mistake(f"A run of {steps:,} steps is longer than can be counted: make it shorter."))
     log_steps = options.log_steps or max(1, min(50, steps // 200))
     return replace(
         options, batch_size=batch, epochs=None, steps=steps, warmup_epochs=warmup_epochs, log_steps=log_steps

@@ -12,6 +12,8 @@ RUN/
         step-1200/      model.safetensors + config.json (a MODEL like any other)
                         optimizer.safetensors + state.json
                         trained.safetensors: if the model is an average, the weights that are averaged
+                        metrics.csv, layers.csv, bad_files.csv: as they were at that step
+                        SHA256SUMS: digests of all these files, as of the program sha256sum
         last            one line: the name of the newest complete checkpoint
         best            of fine-tuning: the name of the checkpoint with the best score on the validation images
     pictures/           of pretraining: step-1200.png: held-out images, masked, completed
@@ -19,23 +21,23 @@ RUN/
     tensorboard/        if TensorBoard is installed
     model.safetensors   the finished model: of pretraining the last one, of fine-tuning the best one, with
     config.json         how it is built
-    lock                host and process that writes here now
+    SHA256SUMS          digests of the files of a finished run, written last
+    .lock               an operating-system lock is on it while a process writes here; the file itself stays
 """
 
 from __future__ import annotations
 
 import csv
-import errno
 import json
 import logging
 import os
 import platform
+import re
 import shlex
 import shutil
-import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -43,10 +45,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
+from filelock import FileLock, Timeout
 
-from crate_mae.data.files import refuse_used_folder, write_whole
-from crate_mae.errors import UserError
+from crate_mae.data.files import DIGESTS_FILE, damage_of, path_of, refuse_used_folder, write_digests, write_whole
+from crate_mae.errors import UserError, first_line
+from crate_mae.models.checkpoints import list_checkpoints
 from crate_mae.training.config import load_config, save_config
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
 
@@ -61,7 +64,13 @@ SPEED = ("images_per_second", "data_wait")
 LAYERS = ("step", "part", "layer", "measure", "value")
 BAD_FILES = ("step", "location", "reason")
 _PACKAGES = ("crate-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+TABLES = ("metrics.csv", "layers.csv", "bad_files.csv")
+_FINAL = ("config.yaml", "environment.json", "model.safetensors", "config.json", "report.html", *TABLES)
+_LEFT_BY_KILLED = re.compile(  # "lock": of earlier versions
+    r"\.writing-\w{8}|\.(config\.yaml|environment\.json|report\.html|SHA256SUMS|[a-z_]+\.csv)\.[0-9a-f]{8}|lock"
+)
+_PICTURE = re.compile(r"step-(\d+)\.png")
+LOCK_SECONDS = 10.0  # PyTorch's loader processes look every 5 s whether the process that started them is gone
 
 
 @dataclass(frozen=True)
@@ -105,13 +114,40 @@ class RunDirectory:
 
     def newest_picture(self) -> tuple[int, Path] | None:
         """The last picture, and its step; None if there is none."""
-        steps = [int(path.stem.removeprefix("step-")) for path in (self.path / "pictures").glob("step-*.png")]
+        steps = self._pictured_steps()
         return (max(steps), self.picture(max(steps))) if steps else None
+
+    def _pictured_steps(self) -> list[int]:
+        """The steps that have a picture; files of other names are not ours."""
+        matches = [_PICTURE.fullmatch(path.name) for path in (self.path / "pictures").glob("step-*.png")]
+        return [int(match[1]) for match in matches if match]
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has written its final model; `config.json` is written last."""
+        """Whether the run has written its final model; of that, `config.json` is written last."""
         return (self.path / "config.json").exists()
+
+    def why_unfinished(self) -> str | None:
+        """Why a run that has its final model must be finished once more; None if it is complete.
+
+        SHA256SUMS is written last. Runs from before there were digests are complete without it.
+        """
+        if (self.path / DIGESTS_FILE).exists():
+            return damage_of(self.path)
+        has_digests = any((folder / DIGESTS_FILE).exists() for folder in list_checkpoints(self.path))
+        return "it was ended while it wrote its last files" if has_digests else None
+
+    def finish(self) -> None:
+        """Write the digests of all files, which completes the run."""
+        write_digests(self.path, [name for name in _FINAL if (self.path / name).is_file()])
+
+    def check_present(self) -> None:
+        """Raise a `UserError` if the folder was deleted or moved: it would be made again, without what was in it."""
+        if not self.config_file.exists():
+            raise UserError(
+                f"The folder of the run, {self.path}, was deleted or moved, so the run has stopped.\n"
+                "If it was moved, continue it in its new place: crate-mae resume NEW_PLACE"
+            )
 
     @property
     def resume_command(self) -> str:
@@ -124,9 +160,9 @@ class RunDirectory:
         Raises:
             UserError: if the path is a file, or a folder with something else in it.
         """
-        if self.config_file.exists():
+        if path_of("--out", self.config_file).exists():
             return load_config(self.config_file)
-        refuse_used_folder(self.path, kind="a run of crate-mae", leftovers=("lock", ".config.yaml."))
+        refuse_used_folder(self.path, kind="a run of crate-mae", leftovers=("lock", ".lock", ".config.yaml."))
         return None
 
     @contextmanager
@@ -153,7 +189,10 @@ class RunDirectory:
     @contextmanager
     def _begun(self, config: RunOptions) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path / "lock"):
+        with _locked(self.path / ".lock"):
+            for path in self.path.iterdir():
+                if _LEFT_BY_KILLED.fullmatch(path.name):
+                    _remove(path)
             save_config(config, self.config_file)
             write_whole(self.path / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
             with (self.path / "command.txt").open("a", encoding="utf-8") as file:
@@ -162,13 +201,20 @@ class RunDirectory:
             with _logged_to(self.path / "log.txt"):
                 yield
 
-    def cut_back(self, step: int | None) -> None:
-        """Forget what was logged after `step`; None forgets everything."""
-        for table in (self.metrics(), self.layers, self.bad_files):
+    def cut_back(self, step: int | None, *, tables: bool = True) -> None:
+        """Forget what was logged after `step`, in tables only where asked; None forgets everything."""
+        for table in (self.metrics(), self.layers, self.bad_files) if tables else ():
             table.cut_back(step)
-        for picture in (self.path / "pictures").glob("step-*.png"):
-            if step is None or int(picture.stem.removeprefix("step-")) > step:
-                picture.unlink()
+        for pictured in self._pictured_steps():
+            if step is None or pictured > step:
+                self.picture(pictured).unlink()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -199,9 +245,15 @@ class Run:
         return load(self.path)
 
     def metrics(self) -> list[dict[str, float | None]]:
-        """The rows of metrics.csv; a value that was not measured at a step is None."""
-        rows = RunDirectory(self.path).metrics().read()
-        return [{key: float(value) if value else None for key, value in row.items()} for row in rows]
+        """The rows of metrics.csv; a value that was not measured at a step is None.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        table = RunDirectory(self.path).metrics()
+        if damage := damage_of(self.path, [table.path.name]):
+            raise UserError(f"{self.path}: {damage}.\nThis writes it again: {self.resume_command}")
+        return numbers(table)
 
 
 class CsvLog:
@@ -232,12 +284,21 @@ class CsvLog:
             writer.writerows(rows)
 
     def read(self) -> list[dict[str, str]]:
-        """All complete rows, as text."""
+        """All complete rows, as text.
+
+        Raises:
+            UserError: if the file is not such a table.
+        """
         if not self.path.exists():
             return []
-        text = self.path.read_text(encoding="utf-8")
-        complete = text[: text.rfind("\n") + 1]
-        return list(csv.DictReader(complete.splitlines()))
+        try:
+            text = self.path.read_text(encoding="utf-8-sig")  # spreadsheets add a byte order mark
+            rows = list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines(), restval=""))
+            if not all(None not in row and row["step"].isdecimal() for row in rows):
+                raise ValueError("it has rows of another form")
+        except (ValueError, KeyError, csv.Error) as error:
+            raise UserError(f"{self.path} is not a table of this run any more: {first_line(error)}.") from error
+        return rows
 
     def cut_back(self, step: int | None) -> None:
         """Keep the rows up to and including `step`, with the columns that they have; None keeps nothing."""
@@ -251,6 +312,20 @@ class CsvLog:
             temporary.path.replace(self.path)
         else:
             self.path.unlink()
+
+
+def numbers(table: CsvLog) -> list[dict[str, float | None]]:
+    """The rows of a table of numbers; an empty cell is None.
+
+    Raises:
+        UserError: if the file is not such a table.
+    """
+    try:
+        return [{key: float(value) if value else None for key, value in row.items()} for row in table.read()]
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{table.path} holds something else than numbers: {error}.") from error
 
 
 def environment() -> dict[str, Any]:
@@ -276,57 +351,32 @@ def _version(package: str) -> str | None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock file with host and process number. That of a process which no longer exists is taken over."""
-    holder = {"host": socket.gethostname(), "pid": os.getpid()}
-    if path.exists():
-        _refuse_if_held(path, holder)
-        path.unlink(missing_ok=True)
+    """Hold an operating-system lock, which ends with the process that holds it, however that ends.
+
+    Loader processes of a killed run live for some seconds, and hold its lock so long: a lock is waited for.
+
+    Raises:
+        UserError: if another process, or another thread of this one, holds the lock.
+    """
+    lock = FileLock(path, timeout=LOCK_SECONDS)
     try:
-        with path.open("x", encoding="utf-8") as file:  # "x": of two processes starting at once, one gets it
-            file.write(json.dumps(holder))
-    except FileExistsError as error:
-        raise UserError(f"{path.parent} has just been taken by another process.") from error
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
+        lock.acquire()
+    except Timeout as error:
+        raise UserError(
+            f"{path.parent} is being written by another run of crate-mae: wait for it, or stop it."
+        ) from error
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
-
-
-def _refuse_if_held(path: Path, holder: dict[str, Any]) -> None:
-    try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        host, pid = str(held["host"]), int(held["pid"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return  # incomplete: its process died while writing
-    if host == holder["host"] and (pid == holder["pid"] or not _is_alive(pid)):
-        logger.info("Taking over from process %d, which is gone.", pid)
-        return
-    raise UserError(
-        f"{path.parent} is being written by process {pid} on {host}.\n"
-        f"Wait for it or stop it. If it is certainly gone, delete {path}."
-    )
-
-
-def _is_alive(pid: int) -> bool:
-    if os.name == "nt":
-        return True  # there, os.kill would end the process instead of testing for it
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+        with suppress(OSError):  # the folder may be gone
+            lock.release()
 
 
 @contextmanager
 def _logged_to(path: Path) -> Iterator[None]:
     """Send log messages of the library to a file, at level INFO, for the duration of the block."""
     library = logging.getLogger("crate_mae")
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _LogFile(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     level = library.level
     library.addHandler(handler)
@@ -339,41 +389,14 @@ def _logged_to(path: Path) -> Iterator[None]:
         handler.close()
 
 
-@contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill, which takes the name `path` when the block ends without an exception.
+class _LogFile(logging.FileHandler):
+    """A log file. An error in writing is raised: it stops the run as one in writing any other file does."""
 
-    A folder already at `path` is replaced. If the block fails, nothing is left of it.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        yield temporary
-        for file in temporary.iterdir():
-            flush_to_disk(file)
-        if path.exists():
-            shutil.rmtree(path)
-        temporary.rename(path)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802  # logging's name
+        """Raise the error, where `logging` would print a traceback and go on."""
+        raise  # `logging` calls this from its handler of exceptions
 
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception means that the disk, or the user's quota, is full.
-
-    Exceptions of safetensors have no error number, only the operating system's message. An exception raised from
-    another one is judged by its cause.
-    """
-    if isinstance(error, OSError):
-        return error.errno in _FULL
-    if isinstance(error, SafetensorError):
-        return any(os.strerror(number) in str(error) for number in _FULL)
-    return error.__cause__ is not None and is_disk_full(error.__cause__)
-
-
-def flush_to_disk(file: Path) -> None:
-    """Have the operating system write a file to disk: its new name must not reach the disk before its contents."""
-    with file.open("r+b") as opened:
-        os.fsync(opened.fileno())
+    def close(self) -> None:
+        """Close the file; an error has been raised before."""
+        with suppress(OSError):
+            super().close()

@@ -6,6 +6,7 @@ import atexit
 import dataclasses
 import gc
 import math
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,9 +19,8 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from crate_mae.data.files import path_of
 from crate_mae.errors import UserError
-from crate_mae.models.weights import newest_checkpoint
+from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.terminal import open_console
-from crate_mae.training import checkpoint
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
 from crate_mae.training.model_state import asked_sharding
@@ -37,7 +37,7 @@ from crate_mae.training.preflight import (
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, training_device
-from crate_mae.training.progress import Display, describe_end, describe_plan, plan_lines
+from crate_mae.training.progress import Display, LastingStream, describe_end, describe_plan, plan_lines
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
 from crate_mae.training.run_directory import Run, RunDirectory
@@ -59,22 +59,31 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
     out = path_of("--out", options.out)
     directory = RunDirectory(out)
     processes = _join_processes()
-    console = open_console() if processes.is_main_process and not options.quiet else None
+    console = open_console(file=LastingStream(sys.stdout)) if processes.is_main_process and not options.quiet else None
     display = Display(console, on_progress if processes.is_main_process else None)
     existing = directory.existing_config()
     if existing is not None:
         _refuse_other_kind(existing, options)
         options = options.filled_from(existing)
-    resolved = resolve(options, processes.num_processes, newest_checkpoint(out))
+    reason = directory.why_unfinished() if directory.is_finished else ""
+    newest = out if reason is None else newest_checkpoint(out)
+    resolved = resolve(options, processes.num_processes, newest)
     if existing is not None:
         _refuse_differences(existing, resolved.config, out)
-        if directory.is_finished:
+    if existing is not None and directory.is_finished:
+        if reason is None:
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
             return Run(out, existing)
+        if newest is None:
+            raise UserError(f"The finished run in {out} is damaged: {reason}.\nIt has no checkpoint to finish it from.")
+        display.warn(f"The run in {out} is finished once more: {reason}.")
 
     with computing_threads(resolved.config.threads):
         accelerator = _build_accelerator(resolved.config, processes, out)
-        run = partial(_run, accelerator=accelerator, directory=directory, display=display, started=started)
+        step = step_of(newest) if newest else 0
+        run = partial(
+            _run, start_step=step, accelerator=accelerator, directory=directory, display=display, started=started
+        )
         with suppress(StepTooLargeError):
             return run(resolved)
         accelerator.free_memory()
@@ -89,6 +98,7 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
 def _run(
     resolved: Resolved,
     *,
+    start_step: int,
     accelerator: Accelerator,
     directory: RunDirectory,
     display: Display,
@@ -96,8 +106,7 @@ def _run(
 ) -> Run:
     """Build the task, and run it to the end."""
     task, found = _build_task(resolved, accelerator)
-    newest = newest_checkpoint(directory.path)
-    plan = describe_plan(task, accelerator, found, directory, checkpoint.step_of(newest) if newest else 0)
+    plan = describe_plan(task, accelerator, found, directory, start_step)
     run = Run(directory.path, task.config)
     if task.config.dry_run:
         display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])

@@ -60,10 +60,12 @@ class Task(ABC, Generic[OptionsT]):
 
     Attributes:
         measures: columns of metrics.csv that `measure` fills, in their order.
+        learns_labels: whether the result depends on labels.
         ema: decay of the running average of the weights; 0 keeps none.
     """
 
     measures: ClassVar[tuple[str, ...]]
+    learns_labels: ClassVar[bool] = False
     ema: float = 0.0
 
     def __init__(

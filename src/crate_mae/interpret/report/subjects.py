@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from crate_mae.data import ImageSource, open_source
+from crate_mae.data import ImageSource, open_source, same_images
 from crate_mae.errors import UserError
 from crate_mae.interpret.measure import Opened, open_measurable, untrained_twin
 from crate_mae.models.autoencoder import MaskedAutoencoder
@@ -163,8 +163,7 @@ def _refuse_same(found: dict[str, Subject]) -> None:
         if key not in found:
             continue
         other = found[key].source
-        fingerprint = data.fingerprint()
-        if other is data or (fingerprint is not None and fingerprint == other.fingerprint()):
+        if same_images(data, other):
             raise UserError(
                 f"--{key}-data are the same images as DATA ({data.name}), so there is nothing to compare.\n"
                 f"Give other images with --{key}-data, or leave it out."

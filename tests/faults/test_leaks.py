@@ -1,0 +1,86 @@
+"""Images to measure on that are among those learned from are refused, in whatever form both are given."""
+
+import io
+import tarfile
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from crate_mae.data import open_source, refuse_shared_images
+from crate_mae.errors import UserError
+from crate_mae.training.images import open_images
+from tests.training.conftest import own_cache  # noqa: F401  # fixture
+
+
+def noise(*seed):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8), dtype=np.uint8))
+
+
+def png(*seed):
+    file = io.BytesIO()
+    noise(*seed).save(file, "png")
+    return file.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Twelve images in every form, and a copy, a link and a part of the folder."""
+    (tmp_path / "photos" / "more").mkdir(parents=True)
+    (tmp_path / "copy").mkdir()
+    for i in range(12):
+        for folder in ("photos/more" if i % 2 else "photos", "copy"):
+            (tmp_path / folder / f"{i:02}.png").write_bytes(png(i))
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    pq.write_table(pa.table({"image": [png(i) for i in range(12)]}), tmp_path / "all.parquet")
+    with tarfile.open(tmp_path / "all.tar", "w") as tar:
+        for i in range(12):
+            info = tarfile.TarInfo(f"{i:02}.png")
+            info.size = len(png(i))
+            tar.addfile(info, io.BytesIO(png(i)))
+    (tmp_path / "other.tar").symlink_to(tmp_path / "all.tar")
+    return tmp_path
+
+
+ITEMS = [(np.asarray(noise(i)), i % 2) for i in range(12)]
+
+
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [("photos", "link"), ("photos", "photos/../photos"), ("all.tar", "other.tar"), ("all.parquet", "all.tar"),
+     ("copy", "all.parquet")],
+)  # fmt: skip
+def test_the_same_images_are_recognised(data, train, val):
+    with pytest.raises(UserError, match=r"--train and --val are the same images"):
+        refuse_shared_images(open_source(data / train), open_source(data / val), "--train", "it is no test")
+
+
+def test_the_same_images_of_python_and_of_names_are_recognised():
+    for train, val in ((ITEMS, ITEMS), (ITEMS, list(ITEMS)), ("digits", "digits")):
+        with pytest.raises(UserError, match=r"are the same images"):
+            refuse_shared_images(open_source(train), open_source(val), "--train", "it is no test")
+
+
+@pytest.mark.parametrize(
+    ("train", "val", "shared"),
+    [("photos", "photos/more", "6 of 6"), ("photos", "link/more/01.png", "1 of 1"),
+     ("digits", "digits:test", "297 of 297")],
+)  # fmt: skip
+def test_a_part_of_the_training_images_is_recognised(data, train, val, shared):
+    first, second = (name if name.startswith("digits") else data / name for name in (train, val))
+    with pytest.raises(UserError, match=rf"{shared} images of --val .* are also in --train"):
+        refuse_shared_images(open_source(first), open_source(second), "--train", "it is no test")
+
+
+def test_other_images_are_accepted(data):
+    others = [(np.asarray(noise(i, 1)), i % 2) for i in range(12)]
+    for train, val in ((ITEMS, others), ("digits:train", "digits:test"), (str(data / "photos"), others)):
+        refuse_shared_images(open_source(train), open_source(val), "--train", "it is no test")
+
+
+@pytest.mark.parametrize("val", ["photos", "link", "photos/more"])
+def test_pretraining_is_not_measured_on_its_training_images(data, val):
+    with pytest.raises(UserError, match="DATA"):
+        open_images(str(data / "photos"), str(data / val))
