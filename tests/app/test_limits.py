@@ -14,7 +14,7 @@ async def echo(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 
 
-def ask(path, *parts):
+def ask(path, *parts, app=echo):
     """Status, headers, body, and how many parts of the question were read."""
     messages = [
         {"type": "http.request", "body": part, "more_body": number < len(parts) - 1}
@@ -28,13 +28,13 @@ def ask(path, *parts):
     async def send(message):
         answers.append(message)
 
-    asyncio.run(RequestLimits(echo)({"type": "http", "path": path}, receive, send))
+    asyncio.run(RequestLimits(app)({"type": "http", "path": path}, receive, send))
     start, body = answers
     return start["status"], dict(start["headers"]), body["body"], len(parts) - len(messages)
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/config", "/assets/index-1.js", "/gradio_api/queue/join", "/gradio_api/heartbeat/a1"]
+    "path", ["/", "/config", "/assets/index-1.js", "/gradio_api/reset", "/gradio_api/heartbeat/a1"]
 )
 def test_requests_of_the_app_are_accepted_and_get_headers(path):
     status, headers, body, _ = ask(path, b"one ", b"two")
@@ -67,8 +67,77 @@ def test_other_addresses_are_not_found(path):
     assert read == 0
 
 
-def test_a_request_that_is_too_large_is_not_read_completely(monkeypatch):
+def test_a_request_that_is_too_large_is_read_and_dropped(monkeypatch):
     monkeypatch.setattr(limits, "MAX_BODY", 100)
-    assert ask("/gradio_api/queue/join", b"a" * 100)[0] == 200
-    status, _, _, read = ask("/gradio_api/queue/join", *[b"a" * 60] * 5)
-    assert (status, read) == (413, 2)
+    assert ask("/gradio_api/reset", b"a" * 100)[0] == 200
+    status, _, _, read = ask("/gradio_api/reset", *[b"a" * 60] * 5)
+    assert (status, read) == (413, 5)
+    monkeypatch.setattr(limits, "_MOST_DISCARDED", 150)
+    assert ask("/gradio_api/reset", *[b"a" * 60] * 5)[3] == 3
+
+
+async def fails(scope, receive, send):
+    if scope["path"] == "/config":
+        await send({"type": "http.response.start", "status": 500, "headers": []})
+        await send({"type": "http.response.body", "body": b"Traceback"})
+    raise RuntimeError("no\nstory")
+
+
+@pytest.mark.parametrize("path", ["/config", "/gradio_api/cancel"])
+def test_what_the_application_cannot_handle_is_the_fault_of_the_request(path, caplog):
+    status, _, body, _ = ask(path, b"{}", app=fails)
+    assert (status, body) == (400, b"The app cannot make sense of this request.")
+    assert [(record.exc_info, "RuntimeError: no" in record.getMessage()) for record in caplog.records] == [(None, True)]
+
+
+@pytest.mark.parametrize("call", [b"", b"{", b"[" * 100_000, b"9" * 5000, b'{"data": "\\ud800"}', b"\xff"])
+def test_a_call_that_is_not_json_is_refused(call):
+    assert ask("/gradio_api/queue/join", call)[0] == 400
+
+
+def test_a_request_that_breaks_off_or_takes_too_long_ends(monkeypatch):
+    async def silent():
+        await asyncio.sleep(60)
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    monkeypatch.setattr(limits, "SECONDS_TO_SEND", 0.05)
+    for receive, status in ((silent, 408), (gone, 400)):
+        answers = []
+
+        async def send(message, answers=answers):
+            answers.append(message)
+
+        asyncio.run(RequestLimits(echo)({"type": "http", "path": "/gradio_api/reset"}, receive, send))
+        assert answers[0]["status"] == status
+
+
+def test_few_large_requests_are_held_at_once(monkeypatch):
+    """Large requests stay counted until the handler of uploads has answered them; refused ones are not counted."""
+    monkeypatch.setattr(limits, "SMALL_BODY", 10)
+    monkeypatch.setattr(limits, "MAX_BODY", 1000)
+    large = limits.LargeRequests()
+    server = RequestLimits(echo, lambda call: None if call == {"a": 1} else "no", large)
+
+    def join(body, path="/gradio_api/queue/join"):
+        answers = []
+
+        async def receive():
+            return {"type": "http.request", "body": body}
+
+        async def send(message):
+            answers.append(message)
+
+        asyncio.run(server({"type": "http", "path": path}, receive, send))
+        return answers[0]["status"]
+
+    call, forged = b'{"a":        1}', b'{"b":        1}'
+    assert [join(body) for body in (forged, call, call, forged, call, call)] == [422, 200, 200, 422, 200, 200]
+    assert join(call) == join(b"x" * 500, "/gradio_api/reset") == 429
+    assert join(b'{"a": 1}') == 200
+    large.answered()
+    assert join(b"x" * 500, "/gradio_api/reset") == 200
+    assert [join(call), join(call)] == [200, 429]
+    monkeypatch.setattr(limits, "SECONDS_TO_ANSWER", -1.0)
+    assert join(call) == 200

@@ -26,7 +26,8 @@ def ask(url, name, data, event_data=None, session="one"):
         parts = client.get("/config").json()["dependencies"]
         number = next(each["id"] for each in parts if each["api_name"] == name)
         question = {"data": data, "event_data": event_data, "fn_index": number, "session_hash": session}
-        client.post("/gradio_api/queue/join", json=question).raise_for_status()
+        if client.post("/gradio_api/queue/join", json=question).status_code == 422:
+            return False, None
         with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}) as answers:
             for line in answers.iter_lines():
                 message = json.loads(line.removeprefix("data: ")) if line else {}

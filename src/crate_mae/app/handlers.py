@@ -4,6 +4,9 @@ Handlers keep no data of visitors. The picture travels with every request, as th
 with the response, so that any number of visitors can use the app at once.
 """
 
+import functools
+import logging
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -16,11 +19,18 @@ from crate_mae.app.compute import layers, mask_from_text, mask_text, seeded_mask
 from crate_mae.app.models import AppModel
 from crate_mae.app.pictures import examples, from_uri, read_upload, to_png, to_uri
 from crate_mae.app.responses import completion_response, inside_response
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
+
+logger = logging.getLogger(__name__)
 
 ALONE = "no other model"
 UNTRAINED = "the same, untrained"
 MASK_RATIO = 0.75
+LEAST_RATIO, MOST_RATIO = 0.05, 0.95
+_CALL = {"data", "event_data", "fn_index", "session_hash", "trigger_id"}
+_FORGED = "This is not a request that the app makes."
+_LONGEST_SESSION = 64
+_MOST_EVENTS = 1000
 _NO_LIMIT = 2**30  # of a side: a browser sends back pictures that were scaled down before
 
 
@@ -53,13 +63,16 @@ class Handlers:
 
     Args:
         models: the models to choose from, by name.
+        answered: is called when an upload has been answered.
 
     Attributes:
+        models: as given.
         examples: pictures to start with.
     """
 
-    def __init__(self, models: dict[str, AppModel]) -> None:
+    def __init__(self, models: dict[str, AppModel], answered: Callable[[], object] = lambda: None) -> None:
         self.models = models
+        self._answered = answered
         self.examples = examples()
         self._side = max(max(model.net.config.image_size) for model in models.values())
 
@@ -77,6 +90,8 @@ class Handlers:
             image = read_upload(from_uri(_detail(event, "content")), self._side)
         except UserError as error:
             return [gr.HTML(message=[_detail(event, "attempt"), str(error)]), *[gr.skip()] * 4]
+        finally:
+            self._answered()
         return self._show(event, to_uri(to_png(image)), Controls(*values))
 
     def select(self, event: gr.EventData, *values: Any) -> list[Any]:
@@ -140,6 +155,37 @@ class Handlers:
         """Return the picture as the model sees it, for both grids."""
         return displayed_picture(self._chosen(c)[0].net, _picture(c))
 
+    def mistake(self, call: Any) -> str | None:
+        """Say what is wrong with a call of the page's script to Gradio; None if the script could have made it."""
+        if not isinstance(call, dict) or not call.keys() <= _CALL or not isinstance(call.get("data"), list):
+            return _FORGED
+        event, session, values = call.get("event_data"), call.get("session_hash"), call["data"]
+        is_known = (
+            isinstance(session, str)
+            and 0 < len(session) <= _LONGEST_SESSION
+            and session.isprintable()
+            and _is_number(call.get("fn_index"), 0, _MOST_EVENTS)
+            and (call.get("trigger_id") is None or _is_number(call["trigger_id"], 0, 10**6))
+            and (event is None or isinstance(event, dict))
+            and len(values) == len(Controls._fields)
+        )
+        return None if is_known and self._are_possible(Controls(*values)) else _FORGED
+
+    def _are_possible(self, c: Controls) -> bool:
+        last = max(layers(model.net) for model in self.models.values()) - 1
+        return (
+            (c.picture is None or isinstance(c.picture, str))
+            and isinstance(c.model, str)
+            and c.model in self.models
+            and isinstance(c.beside, str)
+            and c.beside in (ALONE, UNTRAINED, *self.models)
+            and (c.mask is None or isinstance(c.mask, str))
+            and _is_number(c.mask_ratio, LEAST_RATIO, MOST_RATIO)
+            and (c.seed is None or _is_number(c.seed, -(2**63), 2**63))
+            and _is_number(c.layer, 0, last)
+            and (c.patch is None or isinstance(c.patch, str | int))
+        )
+
     def _show(self, event: gr.EventData, picture: str, c: Controls) -> list[Any]:
         c, message = c._replace(picture=picture), [_detail(event, "attempt"), ""]
         return [gr.HTML(picture, message=message), *self._grids(c), self.completed(*c), self.inside(*c)]
@@ -165,6 +211,24 @@ class Handlers:
             self.examples[number] if isinstance(number, int) and 0 <= number < len(self.examples) else self.examples[0]
         )
         return to_uri(to_png(read_upload(to_png(chosen.image), self._side)))
+
+
+def refusing(handler: Callable[..., Any]) -> Callable[..., Any]:
+    """A handler whose failure is told to the visitor, and to the log in one line."""
+
+    @functools.wraps(handler)
+    def handle(*arguments: Any) -> Any:
+        try:
+            return handler(*arguments)
+        except Exception as error:  # values that only a forged request can have
+            logger.warning("A request failed: %s: %s", type(error).__name__, first_line(error))
+            raise gr.Error(_FORGED, print_exception=False) from None
+
+    return handle
+
+
+def _is_number(value: object, least: float, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _detail(event: gr.EventData, name: str) -> object:

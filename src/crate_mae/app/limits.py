@@ -1,11 +1,27 @@
-"""Limits of what the server accepts, and of what browsers may load: an ASGI application around another."""
+"""Limits of what the server accepts and holds, and of what browsers may load: an ASGI application around another."""
 
+import asyncio
+import logging
 import re
+import time
+from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from crate_mae.app.pictures import MAX_BYTES
+from crate_mae.data.documents import parse_json
+from crate_mae.errors import UserError, first_line
 
-MAX_BODY = 2 * MAX_BYTES  # of a request: base64 text takes 4/3 of the size of a picture
+logger = logging.getLogger(__name__)
+
+SMALL_BODY = 2**20  # holds a picture that was scaled down already
+MAX_BODY = 4 * MAX_BYTES // 3 + SMALL_BODY  # base64 text takes 4/3 of the size of a picture
+MOST_LARGE = 4  # larger requests at once, from their first bytes until they are answered
+SECONDS_TO_SEND = 60.0  # for the body of a request
+SECONDS_TO_ANSWER = 60.0  # after which a large request is no longer counted
+MOST_CONNECTIONS = 256
+_MOST_DISCARDED = 8 * MAX_BODY  # of a request that is too large: a client reads its answer when it has sent all
+_JOIN = "/gradio_api/queue/join"
 # The app, its scripts and styles; its requests and their responses; the heartbeat of open tabs.
 _ALLOWED = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.*"
@@ -21,42 +37,148 @@ _HEADERS = {
 
 
 class RequestLimits:
-    """Accepts only the requests that the app itself makes, of at most `MAX_BODY` bytes.
+    """Accepts only the requests that the app itself makes, of limited size, number and time.
 
-    Gradio can also store files, serve files and fetch from other hosts. The app needs none of it.
+    Gradio can also store files, serve files and fetch from other hosts. The app needs none of it. What it cannot make
+    sense of is answered with a status of 400 to 499 and a sentence.
 
     Args:
         app: an ASGI application.
+        mistake: says what is wrong with the values of a call, or None.
+        large: counts large requests; whoever answers one takes it off.
     """
 
-    def __init__(self, app: Any) -> None:
+    def __init__(
+        self, app: Any, mistake: Callable[[Any], str | None] = lambda _: None, large: "LargeRequests | None" = None
+    ) -> None:
         self._app = app
+        self._mistake = mistake
+        self._large = large or LargeRequests()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handle one request."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
+        elif scope["type"] != "http":
+            await send({"type": "websocket.close"})  # the app opens none
         elif not _ALLOWED.fullmatch(scope["path"]):
             await _refuse(send, 404, "There is nothing here: the app is at /.")
-        elif (body := await _read(receive)) is None:
-            await _refuse(send, 413, f"This is larger than the {MAX_BODY // 2**20} MB that the app accepts.")
         else:
-            await self._app(scope, _replay(body, receive), _with_headers(send))
+            await self._handle(scope, receive, send)
 
+    async def _handle(self, scope: Any, receive: Any, send: Any) -> None:
+        """Read a request, check it, and let the application answer; large ones are counted meanwhile."""
+        is_call = scope["path"] == _JOIN and scope.get("method", "POST") == "POST"
+        is_large, is_waiting = False, False
+        try:
+            body = await self._read(receive)
+            is_large = len(body) > SMALL_BODY
+            if is_call:
+                self._check_call(body)
+            is_waiting = await self._answer(scope, _replay(body, receive), send) < 400 and is_call
+        except _RefusedError as refused:
+            await _refuse(send, refused.status, str(refused))
+        finally:
+            if is_large and not is_waiting:  # else the handler of uploads takes it off
+                self._large.answered()
 
-async def _read(receive: Any) -> bytes | None:
-    """Read the whole body of a request; return None, and stop reading, if it is too large."""
-    parts, size, more = [], 0, True
-    while more:
-        message = await receive()
-        if message["type"] != "http.request":
-            break
-        parts.append(message.get("body", b""))
-        size += len(parts[-1])
+    async def _read(self, receive: Any) -> bytes:
+        """Read the whole body of a request; the rest of one that is refused is read too, and dropped."""
+        body, size, more = bytearray(), 0, True
+        refused: _RefusedError | None = None
+        is_counted = False
+        try:
+            async with asyncio.timeout(SECONDS_TO_SEND):
+                while more and size <= _MOST_DISCARDED:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        raise _RefusedError(400, "The request ended before it was complete.")
+                    part, more = message.get("body", b""), message.get("more_body", False)
+                    size += len(part)
+                    if refused is None:
+                        body += part
+                        refused, is_counted = self._limited(size, is_counted=is_counted)
+                    else:
+                        body.clear()
+            if refused is not None:
+                raise refused
+        except (TimeoutError, _RefusedError) as error:
+            if is_counted:
+                self._large.answered()
+            if isinstance(error, _RefusedError):
+                raise
+            raise _RefusedError(408, f"This took longer than {SECONDS_TO_SEND:.0f} seconds to arrive.") from error
+        return bytes(body)
+
+    def _limited(self, size: int, *, is_counted: bool) -> tuple["_RefusedError | None", bool]:
+        """Whether a request that has grown to this size is refused, and whether it is counted as a large one."""
         if size > MAX_BODY:
-            return None
-        more = message.get("more_body", False)
-    return b"".join(parts)
+            return _RefusedError(
+                413, f"This is larger than the {MAX_BODY // 2**20} MB that the app accepts."
+            ), is_counted
+        if size <= SMALL_BODY or is_counted:
+            return None, is_counted
+        if not self._large.add():
+            return _RefusedError(429, "The app is busy with other pictures: try again in a few seconds."), False
+        return None, True
+
+    def _check_call(self, body: bytes) -> None:
+        """Refuse what is not a call of one of the app's functions."""
+        try:
+            call = parse_json(body, "The request")
+        except UserError as error:
+            raise _RefusedError(400, first_line(error)) from error
+        if mistake := self._mistake(call):
+            raise _RefusedError(422, mistake)
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> int:
+        """Let the application answer, and return the status; one line of the log says why it failed."""
+        status = 0
+
+        async def watched(message: Any) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            if status < 500:
+                await send(message)
+
+        try:
+            await self._app(scope, receive, _with_headers(watched))
+        except Exception as error:  # of any library on the way
+            logger.warning("A request to %r failed: %s: %s", scope["path"], type(error).__name__, first_line(error))
+            status = status or 500  # else the answer has begun
+        if status >= 500:
+            raise _RefusedError(400, "The app cannot make sense of this request.")
+        return status
+
+
+class LargeRequests:
+    """Counts the large requests that are held at once, from the first megabyte on."""
+
+    def __init__(self) -> None:
+        self._begun: deque[float] = deque()
+
+    def add(self) -> bool:
+        """Count one more; return False if there are as many as may be."""
+        while self._begun and time.monotonic() - self._begun[0] > SECONDS_TO_ANSWER:
+            self._begun.popleft()  # whose answer failed, or was for another function
+        if len(self._begun) >= MOST_LARGE:
+            return False
+        self._begun.append(time.monotonic())
+        return True
+
+    def answered(self) -> None:
+        """Count one less."""
+        if self._begun:
+            self._begun.popleft()
+
+
+class _RefusedError(Exception):
+    """A request that is answered with a status and a sentence."""
+
+    def __init__(self, status: int, sentence: str) -> None:
+        super().__init__(sentence)
+        self.status = status
 
 
 def _replay(body: bytes, receive: Any) -> Any:

@@ -7,8 +7,7 @@ from typing import Any, Literal
 import gradio as gr
 
 from crate_mae.app.compute import layers
-from crate_mae.app.handlers import ALONE, UNTRAINED, Controls, Handlers
-from crate_mae.app.models import AppModel
+from crate_mae.app.handlers import ALONE, LEAST_RATIO, MOST_RATIO, UNTRAINED, Controls, Handlers, refusing
 from crate_mae.app.pictures import FORMATS, MAX_BYTES, TOO_LARGE, Example, to_png, to_uri
 
 _MAX_WAITING = 64  # requests; later ones are refused
@@ -40,13 +39,13 @@ _CHOOSER = """
 """
 
 
-def build_page(models: dict[str, AppModel]) -> gr.Blocks:
+def build_page(handlers: Handlers) -> gr.Blocks:
     """Build the app with its first results.
 
     Args:
-        models: the models to choose from, by name; the first is selected, beside the second if there is one.
+        handlers: of its events. The first of their models is selected, beside the second if there is one.
     """
-    handlers = Handlers(models)
+    models = handlers.models
     names = list(models)
     start = handlers.start(names[0], names[1] if len(names) > 1 else ALONE)
     grid, last = models[start.model].grid, layers(models[start.model].net) - 1
@@ -61,7 +60,7 @@ def build_page(models: dict[str, AppModel]) -> gr.Blocks:
                 with gr.Row(elem_classes="buttons"):
                     another = gr.Button("Another mask", size="md", min_width=130)
                     clear = gr.Button("Show all", size="md", min_width=90)
-                ratio = gr.Slider(0.05, 0.95, start.mask_ratio, step=0.05, label="Share to hide at random")
+                ratio = gr.Slider(LEAST_RATIO, MOST_RATIO, start.mask_ratio, step=0.05, label="Share to hide at random")
                 seed = gr.Number(start.seed, label="Seed of the random mask", precision=0)
             with gr.Column(scale=3, min_width=300):
                 _heading(*_COMPLETED)
@@ -103,7 +102,7 @@ def _heading(title: str, text: str) -> None:
 def _connect(event: Any, handler: Any, controls: Controls, outputs: Sequence[Any]) -> None:
     """Call a handler with all controls; while it runs, only the last of several further events is kept."""
     event(
-        handler,
+        refusing(handler),
         [*controls],
         [*outputs],
         trigger_mode="always_last",

@@ -7,7 +7,8 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from crate_mae.app.limits import RequestLimits
+from crate_mae.app.handlers import Handlers
+from crate_mae.app.limits import MOST_CONNECTIONS, LargeRequests, RequestLimits
 from crate_mae.app.models import AppModel
 from crate_mae.app.page import build_page, static_text
 from crate_mae.errors import UserError
@@ -22,9 +23,11 @@ def build_server(models: dict[str, AppModel]) -> uvicorn.Server:
         models: the models to choose from, by name.
     """
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=("monospace",))
+    large = LargeRequests()
+    handlers = Handlers(models, answered=large.answered)
     page = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
-        build_page(models),
+        build_page(handlers),
         "/",
         theme=theme,
         css=static_text("page.css"),
@@ -36,9 +39,13 @@ def build_server(models: dict[str, AppModel]) -> uvicorn.Server:
         mcp_server=False,
         enable_monitoring=False,
     )
-    application: Any = RequestLimits(page)
+    application: Any = RequestLimits(page, handlers.mistake, large)
     # Every open browser tab keeps a connection open; shutting down does not wait for them.
-    return uvicorn.Server(uvicorn.Config(application, log_level="warning", timeout_graceful_shutdown=1))
+    return uvicorn.Server(
+        uvicorn.Config(
+            application, log_level="warning", timeout_graceful_shutdown=1, limit_concurrency=MOST_CONNECTIONS
+        )
+    )
 
 
 def listen(host: str, port: int) -> socket.socket:
