@@ -10,6 +10,11 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import crate_mae
+from crate_mae.cli import main
+from crate_mae.evaluation.backbones import open_backbone
+from crate_mae.training.config import load_config, to_yaml
+from crate_mae.training.options import PretrainOptions
 from tests.faults.fuzz import Kind
 from tests.faults.kinds.sources import mutated
 
@@ -41,8 +46,6 @@ def odd_value(rng: random.Random) -> Any:
 
 
 def _model(rng: random.Random, folder: Path) -> Path:
-    import crate_mae
-
     name = rng.choice(("crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8", "crate_mae_nano_monotone_patch2_8"))
     sizes = {"embed_dim": 24, "depth": 1, "num_heads": 3, "decoder_depth": 1, "in_chans": 1}
     crate_mae.save(crate_mae.create_model(name, **sizes), folder)
@@ -89,9 +92,6 @@ def odd_header(rng: random.Random, folder: Path) -> Path:
 
 def odd_run(rng: random.Random, folder: Path) -> Path:
     """The config.yaml of a run with other values, or damaged as text."""
-    from crate_mae.training.config import to_yaml
-    from crate_mae.training.options import PretrainOptions
-
     lines = to_yaml(PretrainOptions("digits", out=folder, steps=3)).splitlines()
     for _ in range(rng.choice((1, 1, 3))):
         at = rng.randrange(len(lines))
@@ -128,27 +128,7 @@ def odd_words(rng: random.Random, folder: Path) -> list[str]:
     return [*command, rng.choice(options[command[0]]), word]
 
 
-def _load(folder: Path) -> object:
-    import crate_mae
-
-    return crate_mae.load(folder)
-
-
-def _open(folder: Path) -> object:
-    from crate_mae.evaluation.backbones import open_backbone
-
-    return open_backbone(folder)
-
-
-def _read_run(path: Path) -> object:
-    from crate_mae.training.config import load_config
-
-    return load_config(path)
-
-
 def _command(words: list[str]) -> None:
-    from crate_mae.cli import main
-
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
         try:
             main(words)
@@ -158,8 +138,8 @@ def _command(words: list[str]) -> None:
 
 
 KINDS = [
-    Kind("config.json", odd_description, (_load, _open)),
-    Kind("safetensors", odd_header, (_load, _open)),
-    Kind("config.yaml", odd_run, (_read_run,)),
+    Kind("config.json", odd_description, (crate_mae.load, open_backbone)),
+    Kind("safetensors", odd_header, (crate_mae.load, open_backbone)),
+    Kind("config.yaml", odd_run, (load_config,)),
     Kind("numbers", odd_words, (_command,)),
 ]
