@@ -1,6 +1,7 @@
 """From a decoded image to the normalised input of a model: augmented at random for training, fixed for use."""
 
 import math
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -94,6 +95,9 @@ class FitAndCentre:
         return image if kept == [height, width] else v2.CenterCrop(kept)(image)
 
 
+_POLICY = re.compile(r"rand(-([mn]\d{1,3}|mmax\d{1,3}|inc[01]|(p|mstd)\d{1,3}(\.\d{0,9})?|t\w+))*")
+
+
 class RandAugment:
     """timm's RandAugment (Cubuk et al. 2020) of grey and RGB images, which works on 8 bits.
 
@@ -115,12 +119,15 @@ class RandAugment:
             raise UserError(f"RandAugment needs grey or RGB images, not {channels} channels: use --rand-augment ''.")
         fill = tuple(round(255 * value) for value in mean)
         settings = {"translate_const": int(min(image_size) * 0.45), "img_mean": fill if channels == 3 else fill[0]}
+        refused = UserError(
+            f'--rand-augment "{policy[:99]}" is not understood: use a policy like rand-m9-mstd0.5-inc1, or "" for none.'
+        )
+        if not _POLICY.fullmatch(policy):  # timm's own check is an assert, which `python -O` leaves out
+            raise refused
         try:
             self._augment = rand_augment_transform(policy, settings)
         except (AssertionError, KeyError, ValueError) as error:
-            raise UserError(
-                f'--rand-augment "{policy}" is not understood: use a policy like rand-m9-mstd0.5-inc1, or "" for none.'
-            ) from error
+            raise refused from error
 
     def __call__(self, image: Image.Image | Tensor) -> Image.Image:
         """Augment one image; deeper pixels are rounded to 8 bits."""
