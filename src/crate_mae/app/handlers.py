@@ -27,8 +27,7 @@ ALONE = "no other model"
 UNTRAINED = "the same, untrained"
 MASK_RATIO = 0.75
 LEAST_RATIO, MOST_RATIO = 0.05, 0.95
-_CALL = {"data", "event_data", "fn_index", "session_hash", "trigger_id"}
-_FORGED = "This is not a request that the app makes."
+FORGED = "This is not a request that the app makes."
 _LONGEST_SESSION = 64
 _MOST_EVENTS = 1000
 _NO_LIMIT = 2**30  # of a side: a browser sends back pictures that were scaled down before
@@ -157,19 +156,19 @@ class Handlers:
 
     def mistake(self, call: Any) -> str | None:
         """Say what is wrong with a call of the page's script to Gradio; None if the script could have made it."""
-        if not isinstance(call, dict) or not call.keys() <= _CALL or not isinstance(call.get("data"), list):
-            return _FORGED
-        event, session, values = call.get("event_data"), call.get("session_hash"), call["data"]
+        if not isinstance(call, dict) or not isinstance(call.get("data"), list):
+            return FORGED
+        session, values = call.get("session_hash"), call["data"]
         is_known = (
             isinstance(session, str)
             and 0 < len(session) <= _LONGEST_SESSION
             and session.isprintable()
             and _is_number(call.get("fn_index"), 0, _MOST_EVENTS)
             and (call.get("trigger_id") is None or _is_number(call["trigger_id"], 0, 10**6))
-            and (event is None or isinstance(event, dict))
+            and not call.get("batched")
             and len(values) == len(Controls._fields)
         )
-        return None if is_known and self._are_possible(Controls(*values)) else _FORGED
+        return None if is_known and self._are_possible(Controls(*values)) else FORGED
 
     def _are_possible(self, c: Controls) -> bool:
         last = max(layers(model.net) for model in self.models.values()) - 1
@@ -180,7 +179,7 @@ class Handlers:
             and isinstance(c.beside, str)
             and c.beside in (ALONE, UNTRAINED, *self.models)
             and (c.mask is None or isinstance(c.mask, str))
-            and _is_number(c.mask_ratio, LEAST_RATIO, MOST_RATIO)
+            and _is_number(c.mask_ratio, LEAST_RATIO - 1e-9, MOST_RATIO + 1e-9)
             and (c.seed is None or _is_number(c.seed, -(2**63), 2**63))
             and _is_number(c.layer, 0, last)
             and (c.patch is None or isinstance(c.patch, str | int))
@@ -222,7 +221,7 @@ def refusing(handler: Callable[..., Any]) -> Callable[..., Any]:
             return handler(*arguments)
         except Exception as error:  # values that only a forged request can have
             logger.warning("A request failed: %s: %s", type(error).__name__, first_line(error))
-            raise gr.Error(_FORGED, print_exception=False) from None
+            raise gr.Error(FORGED, print_exception=False) from None
 
     return handle
 

@@ -7,7 +7,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 
-from crate_mae.app.handlers import Handlers
+from crate_mae.app.handlers import FORGED, Handlers
 from crate_mae.app.limits import MOST_CONNECTIONS, LargeRequests, RequestLimits
 from crate_mae.app.models import AppModel
 from crate_mae.app.page import build_page, static_text
@@ -25,9 +25,17 @@ def build_server(models: dict[str, AppModel]) -> uvicorn.Server:
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=("monospace",))
     large = LargeRequests()
     handlers = Handlers(models, answered=large.answered)
+    blocks = build_page(handlers)
+
+    def mistake(call: Any) -> str | None:
+        if found := handlers.mistake(call):
+            return found
+        is_known = call["fn_index"] in blocks.fns and call.get("trigger_id") in (None, *blocks.blocks)
+        return None if is_known else FORGED
+
     page = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
-        build_page(handlers),
+        blocks,
         "/",
         theme=theme,
         css=static_text("page.css"),
@@ -39,7 +47,7 @@ def build_server(models: dict[str, AppModel]) -> uvicorn.Server:
         mcp_server=False,
         enable_monitoring=False,
     )
-    application: Any = RequestLimits(page, handlers.mistake, large)
+    application: Any = RequestLimits(page, mistake, large)
     # Every open browser tab keeps a connection open; shutting down does not wait for them.
     return uvicorn.Server(
         uvicorn.Config(
