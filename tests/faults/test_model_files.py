@@ -58,9 +58,8 @@ def test_a_configuration_of_another_model_is_refused_before_it_is_built(key, val
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, key: value}))
     monkeypatch.setattr("crate_mae.models.weights.build", pytest.fail)
-    with pytest.raises(crate_mae.UserError) as refusal:
+    with pytest.raises(crate_mae.UserError):
         crate_mae.load(folder)
-    assert len(str(refusal.value)) < 1500
 
 
 @pytest.mark.parametrize(

@@ -295,7 +295,7 @@ def _too_large(config: ModelConfig) -> Iterator[str]:
             yield f"{name} is {_short(wrong[0])}, but must be a number of at most {most:,}."
 
 
-def _short(number: float) -> str:
+def _short(number: int | float) -> str:  # types are checked in tests, and an int is no float there
     """A number as text; one of many digits is not written out."""
     is_long = isinstance(number, int) and abs(number) >= 10**15
     return f"a number of {int(math.log10(abs(number))) + 1} digits" if is_long else f"{number:,}"

@@ -30,7 +30,7 @@ from crate_mae.models.tensors import described_tensors, misfits
 # Names of models that no preset describes; their arguments do.
 CUSTOM = {CrateConfig: "crate_mae_custom", ViTConfig: "vit_mae_custom"}
 
-_MOST_LAYERS = 1000
+_MOST_LAYERS = 200
 _LARGEST_ARGUMENT = 2**16
 
 _CRATE_OPTIONS = ("layer", "step_size", "threshold", "output_projection", "ista_skip", "overcomplete")
