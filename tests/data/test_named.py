@@ -166,7 +166,8 @@ def test_iterable_and_empty_data_sets_are_errors():
         ("torchvision:Cifar-10", "Did you mean torchvision:CIFAR10?"),
         ("torchvision:MNIST:val", "use torchvision:MNIST:train or torchvision:MNIST:test"),
         ("s3://bucket/x", "neither a path nor a known form"),
-        ("", "empty name"),
+        ("", "DATA is empty"),
+        ("  ", "empty name"),
     ],
 )
 def test_a_misspelt_form_gets_a_suggestion(data, words):
