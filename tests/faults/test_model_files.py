@@ -31,6 +31,7 @@ HUGE = {
     "std": [[0.0], [float("inf")]],
     "layer": ["monotone", "x" * 10**6],
     "name": ["x" * 10**6, 7],
+    "architecture": ["mlp", ["crate"], None],
 }
 
 

@@ -254,8 +254,8 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     classes = {c.architecture: c for c in (CrateConfig, ViTConfig)}
     settings = _tuples(values)
     architecture = settings.pop("architecture", None)
-    if architecture not in classes:
-        raise UserError(f'Unknown architecture "{architecture}": it must be one of {", ".join(classes)}.')
+    if not isinstance(architecture, str) or architecture not in classes:
+        raise UserError(f'Unknown architecture "{str(architecture)[:100]}": it must be one of {", ".join(classes)}.')
     check_settings(classes[architecture], settings)
     try:
         return classes[architecture](**settings)
