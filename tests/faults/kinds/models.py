@@ -121,7 +121,7 @@ def odd_words(rng: random.Random, folder: Path) -> list[str]:
     options = {
         "reconstruct": ("--mask-ratio", "--count", "--seed"),
         "eval": ("--mask-ratios", "--count", "--seed", "--batch-size"),
-        "embed": ("--layer", "--batch-size", "--workers", "--max-bad", "--seed"),
+        "embed": ("--layer", "--batch-size", "--max-bad", "--seed"),
         "estimate": ("--mask-ratio", "--batch-size", "--devices", "--image-size", "--flops-per-s", "--epochs"),
     }
     word = rng.choice(_WORDS) if rng.random() < 0.6 else str(rng.choice((-1, 0, 0.06, 0.94, 0.999, 1, 1.5, 3, 10**12)))
