@@ -127,6 +127,8 @@ def test_a_terminal_that_is_closed_is_written_to_no_more():
 def test_a_loader_process_that_was_ended_is_explained(message, expected):
     with pytest.raises(UserError, match=expected), workers_errors_plain():
         raise RuntimeError(message)
+    with pytest.raises(UserError, match="A process, which loaded images"), workers_errors_plain():
+        raise EOFError
     with pytest.raises(RuntimeError, match="another"), workers_errors_plain():
         raise RuntimeError("another")
 

@@ -185,6 +185,8 @@ def workers_errors_plain() -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
+    except (EOFError, ConnectionError) as error:  # it was ended while it sent a batch
+        raise UserError(_lost("A process", "")) from error
     except RuntimeError as error:
         if message := explain_lost(error):
             raise UserError(message) from error
@@ -202,9 +204,12 @@ def explain_lost(error: BaseException) -> str | None:
             f"Process {pids}, which loaded images, was ended: the shared memory (/dev/shm) is too small for it.\n"
             "Give --workers 0, or more shared memory (docker run --shm-size=8g)."
         )
-    by = f" by the signal {how}" if how else ""
+    return _lost(f"Process {pids}", f" by the signal {how}" if how else "")
+
+
+def _lost(process: str, by: str) -> str:
     return (
-        f"Process {pids}, which loaded images, was ended{by}, most likely by the operating system because memory was "
+        f"{process}, which loaded images, was ended{by}, most likely by the operating system because memory was "
         "short.\nGive fewer --workers, a smaller --batch-size, or stop other programs."
     )
 

@@ -63,7 +63,10 @@ def explain_lost_loader(directory: RunDirectory) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, UserError) as error:
-        message = explain_lost(error) or (error.__cause__ and explain_lost(error.__cause__))
+        cause = error.__cause__
+        message = explain_lost(error) or (cause and explain_lost(cause))
+        if isinstance(cause, (EOFError, ConnectionError)):
+            message = str(error)
         if not message:
             raise
         raise UserError(f"{message}\n{saved(directory)} To continue: {directory.resume_command}") from error
