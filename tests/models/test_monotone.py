@@ -11,6 +11,7 @@ from crate_mae.models.monotone import (
     MOST_SCALE,
     BoundedISTA,
     Compression,
+    Decompression,
     MonotoneDecoderLayer,
     MonotoneEncoderLayer,
     OrthogonalSubspaces,
@@ -86,6 +87,19 @@ def test_the_step_is_its_formula(generator):
         torch.testing.assert_close(attn.membership(attn.project(x))[:, k], b)
         expected = expected + attn.rate_logit[k].sigmoid() * (b @ w - w) @ u.mT
     torch.testing.assert_close(attn(x), expected)
+    reverse = Decompression(WIDTH, HEADS).double().eval()
+    reverse.load_state_dict(
+        {name.replace("rate_logit", "log_rate"): value for name, value in attn.state_dict().items()}
+    )
+    ratio = (attn.rate_logit.exp() / attn.rate_logit.sigmoid()).repeat_interleave(WIDTH // HEADS)
+    u = attn.subspaces.matrix().mT
+    torch.testing.assert_close(reverse(x) @ u, ratio * (expected @ u))
+
+
+def test_the_decoder_starts_with_steps_that_the_encoder_cannot_take():
+    encoder, decoder = (kind(WIDTH, HEADS).rate().flatten().tolist() for kind in (Compression, Decompression))
+    assert encoder == pytest.approx([0.5] * HEADS)
+    assert decoder == pytest.approx([2.5] * HEADS)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -215,6 +229,9 @@ def test_subspaces_far_from_orthogonal_are_refused(tmp_path):
 def test_a_temperature_beyond_computing_is_refused(tmp_path):
     model = saved(tmp_path, lambda model: model.decoder.blocks[0].attn.log_scale.fill_(200))
     with pytest.raises(UserError, match=r"decoder\.blocks\.0\.attn\.log_scale is 200 at most"):
+        crate_mae.load(tmp_path)
+    saved(tmp_path, lambda model: model.decoder.blocks[1].attn.log_rate.fill_(30))
+    with pytest.raises(UserError, match=r"decoder\.blocks\.1\.attn\.log_rate is 30 at most, a step size beyond 10000"):
         crate_mae.load(tmp_path)
     with torch.no_grad():
         model.decoder.blocks[0].attn.log_scale.fill_(float("nan"))

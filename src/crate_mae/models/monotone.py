@@ -1,12 +1,13 @@
 """Layers whose compression and sparse coding are theorems about the module, for every weight and every token.
 
     encoder layer    X = LN(Z)           Z_half = X + Compression(X)          Z_next = BoundedISTA(LN(Z_half))
-    decoder layer    X = LN(LN(Y) E^T)   Y_next = X - Compression(X)
+    decoder layer    X = LN(LN(Y) E^T)   Y_next = X - Decompression(X)
 
 `Compression` is sum_k kappa_k (B_k W_k - W_k) U_k^T with W_k = X U_k, U = [U_1 .. U_h] orthogonal, ||B_k||_2 <= 1 and
 0 < kappa_k < 1, so that R^c(Z_half | U) <= R^c(X | U) (`theory.compression`). `BoundedISTA` is one proximal-gradient
 step from the all-zero code with eta ||D||_2^2 <= 1, so that its code never has a larger lasso objective than no code at
-all (`theory.sparse_coding`). The decoder takes the compression with the opposite sign: no rate falls.
+all (`theory.sparse_coding`). `Decompression` is the same step, which the decoder takes with the opposite sign, so that
+no rate falls; there any kappa_k > 0 will do, and the decoder needs more than 1 (see the class).
 
 What differs from the published layer: the step starts from X instead of Z and has its term -W_k; the output projection
 is U_k; the attention is balanced; the sizes kappa_k and inverse temperatures s_k are learned, one per head; sparse
@@ -15,7 +16,7 @@ coding starts from 0 instead of X. There are two d x d matrices to a layer inste
 **How the guarantees are kept.** They belong to the module, not to an optimizer (a loop that compiles or shards layers
 calls `retract_` after each step, as ours does). U: in training, a parameter that has been changed is re-orthogonalised
 by one Newton-Schulz step before it is used, in place; in `eval()` its exact polar factor is used. D: divided by its
-norm in the forward pass, where need be. kappa and s: a sigmoid and an exponential of the parameters.
+norm in the forward pass, where need be. kappa and s: a sigmoid or an exponential of the parameters.
 """
 
 import copy
@@ -142,6 +143,8 @@ class Compression(SubspaceAttention):
     """
 
     MOST_LOG_SCALE: Final[float] = math.log(1e4)  # of what is computed with; trained s are near p^-1/2
+    RATE: ClassVar[str] = "rate_logit"  # the parameter that kappa is computed from
+    FIRST_RATE: ClassVar[float] = 0.0
 
     def __init__(
         self,
@@ -153,13 +156,13 @@ class Compression(SubspaceAttention):
     ) -> None:
         super().__init__(embed_dim, num_heads)
         self.subspaces = OrthogonalSubspaces(embed_dim, device=device, dtype=dtype)
-        self.rate_logit = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
+        self.register_parameter(self.RATE, nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype)))
         self.log_scale = nn.Parameter(torch.empty(num_heads, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Kappa = 1/2 and s = p^-1/2; the subspaces reset themselves."""
-        nn.init.zeros_(self.rate_logit)
+        """The first kappa, and s = p^-1/2; the subspaces reset themselves."""
+        nn.init.constant_(self.get_parameter(self.RATE), self.FIRST_RATE)
         nn.init.constant_(self.log_scale, -0.5 * math.log(len(self.subspaces.weight) / self.num_heads))
 
     def bases(self) -> Float[Tensor, "h d p"]:
@@ -224,6 +227,29 @@ class Compression(SubspaceAttention):
     def extra_repr(self) -> str:
         """Width and heads, for `print(model)`."""
         return f"{len(self.subspaces.weight)}, num_heads={self.num_heads}"
+
+
+class Decompression(Compression):
+    """The same step with any kappa_k > 0: what a decoder layer takes away from X.
+
+    W_k becomes (1 + kappa_k) W_k - kappa_k B_k W_k; up to a factor, W_k - B_k W_k + W_k / kappa_k. The larger kappa,
+    the less is left of a token but its difference from the tokens that it attends to. With kappa < 1, as in the
+    encoder, completions are worse (results/monotone_layers). The first kappa is about that of the published decoder,
+    whose Y_half is sqrt(2) times as long as X when training starts: 1 / (sqrt(2) - 1).
+
+    Attributes:
+        subspaces: U.
+        log_rate: kappa_k = exp(log_rate[k]), one per head; 2.5 at first.
+        log_scale: s_k = exp(log_scale[k]), one per head; p^-1/2 at first, as in the published layer.
+    """
+
+    RATE: ClassVar[str] = "log_rate"
+    FIRST_RATE: ClassVar[float] = math.log(2.5)
+
+    def rate(self) -> Float[Tensor, "h 1 1"]:
+        # type: () -> Tensor
+        """kappa, positive and at most `MOST_SCALE`."""
+        return torch.exp(self.log_rate.clamp(-self.MOST_LOG_SCALE, self.MOST_LOG_SCALE))[:, None, None]
 
 
 MOST_SCALE = math.exp(Compression.MOST_LOG_SCALE)  # of the inverse temperature, far from overflow
@@ -299,9 +325,9 @@ class MonotoneEncoderLayer(EncoderLayer):
 
 
 class MonotoneDecoderLayer(DecoderLayer):
-    """The way back: X = LN(LN(Y) E^T); Y_next = X - Compression(X), which lowers no rate."""
+    """The way back: X = LN(LN(Y) E^T); Y_next = X - Decompression(X), which lowers no rate."""
 
-    attention: ClassVar[Any] = Compression
+    attention: ClassVar[Any] = Decompression
     theorems: ClassVar[frozenset[str]] = frozenset({"decompress"})
 
     def step_start(self, y_half: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -348,22 +374,24 @@ def orthogonal_parameters(model: nn.Module) -> set[str]:
 def check_monotone(model: nn.Module) -> None:
     """Raise a `UserError` for weights with which a monotone layer cannot keep its guarantee.
 
-    Subspaces that are far from orthogonal, and inverse temperatures that overflow, are named with their layer.
+    Subspaces that are far from orthogonal, and numbers that would overflow, are named with their layer.
     """
     for name, module in model.named_modules():
         if not isinstance(module, Compression):
             continue
-        if not bool((module.log_scale.detach().float() <= module.MOST_LOG_SCALE).all()):
-            raise UserError(
-                f"{name}.log_scale is {float(module.log_scale.detach().max()):.3g} at most, an inverse temperature "
-                f"beyond {MOST_SCALE:g}: attention cannot be computed with it.\n"
-                "Training has diverged: take an earlier checkpoint of the run."
-            )
+        for what, key in (("an inverse temperature", "log_scale"), ("a step size", "log_rate")):
+            value = getattr(module, key, None)
+            if value is not None and not bool((value.detach().float() <= module.MOST_LOG_SCALE).all()):
+                raise UserError(
+                    f"{name}.{key} is {float(value.detach().max()):.3g} at most, {what} beyond {MOST_SCALE:g}: "
+                    "attention cannot be computed with it.\n"
+                    "Training has diverged: take an earlier checkpoint of the run."
+                )
         try:
             nearest_orthogonal(module.subspaces.weight.detach())
         except UserError as error:
             raise UserError(f"{name}.subspaces: {error}") from error
 
 
-for _module in (Compression, BoundedISTA):
+for _module in (Compression, Decompression, BoundedISTA):
     register_notrace_module(_module)
