@@ -64,6 +64,17 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
     "monotone, symmetric": ({}, Pieces(membership="symmetric")),
     "monotone, no mixing": ({}, Pieces(membership="none")),
     "published, no mixing": ({}, PUBLISHED._replace(membership="none")),
+    "decoder: kappa < 1": ({"layer": "monotone"}, Pieces(decoder_rate="below 1", sides="decoder")),
+    "decoder: softmax": ({"layer": "monotone"}, Pieces(membership="softmax", sides="decoder")),
+    "decoder: from Y_half": (
+        {"layer": "monotone"},
+        PUBLISHED._replace(subspaces="orthogonal", membership="balanced", temperature="learned", sides="decoder"),
+    ),
+    "decoder: from Y_half, softmax": (
+        {"layer": "monotone"},
+        PUBLISHED._replace(subspaces="orthogonal", sides="decoder"),
+    ),
+    "decoder: tied": ({"layer": "monotone"}, PUBLISHED._replace(sides="decoder")),
     "one U for all layers": ({}, Pieces(shared=True)),
     "relu alone": ({}, Pieces(dictionary="none")),
     "ISTA as published": ({}, Pieces(dictionary="published")),

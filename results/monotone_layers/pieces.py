@@ -7,8 +7,8 @@ all layers so while a model is built or loaded.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, NamedTuple
 from unittest import mock
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crate_mae.models import autoencoder
 from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer
-from crate_mae.models.monotone import BoundedISTA, OrthogonalSubspaces
+from crate_mae.models.monotone import BoundedISTA, Decompression, OrthogonalSubspaces
 from crate_mae.theory.attention import attention_membership
 from crate_mae.theory.compression import balanced_membership, symmetric_membership
 from crate_mae.theory.sparse_coding import sparse_codes
@@ -44,6 +44,8 @@ class Pieces(NamedTuple):
         dictionary: "published" ISTA; its D "bounded"; bounded and started from "relu" of X or from "zero"; "zero two",
             two steps from zero; or "none", relu(X) alone.
         threshold: lambda "fixed", or "learned" for each layer (with "zero" alone).
+        decoder_rate: kappa of the decoder, "positive" or, as that of the encoder, "below 1".
+        sides: whether "both" encoder and decoder are made of these pieces, or the "decoder" alone.
     """
 
     subspaces: Literal["free", "orthogonal"] = "orthogonal"
@@ -53,6 +55,8 @@ class Pieces(NamedTuple):
     shared: bool = False
     dictionary: Literal["published", "bounded", "relu", "zero", "zero two", "none"] = "zero"
     threshold: Literal["fixed", "learned"] = "fixed"
+    decoder_rate: Literal["positive", "below 1"] = "positive"
+    sides: Literal["both", "decoder"] = "both"
 
 
 class FreeSubspaces(OrthogonalSubspaces):
@@ -67,11 +71,19 @@ class FreeSubspaces(OrthogonalSubspaces):
 
 
 class Step(nn.Module):
-    """The attention step of some pieces."""
+    """The attention step of some pieces; `rate_of` makes kappa of its parameter, which starts at `first_rate`."""
 
-    def __init__(self, embed_dim: int, num_heads: int, pieces: Pieces, side: list[OrthogonalSubspaces]) -> None:
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        pieces: Pieces,
+        side: list[OrthogonalSubspaces],
+        rate_of: Callable[[Tensor], Tensor] = torch.sigmoid,
+        first_rate: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.pieces, self.num_heads = pieces, num_heads
+        self.pieces, self.num_heads, self.rate_of = pieces, num_heads, rate_of
         if not (pieces.shared and side):
             kind = OrthogonalSubspaces if pieces.subspaces == "orthogonal" else FreeSubspaces
             self.own = kind(embed_dim)
@@ -83,7 +95,7 @@ class Step(nn.Module):
         else:
             self.register_buffer("log_scale", start, persistent=False)
         if pieces.step == "descent":
-            self.rate_logit = nn.Parameter(torch.zeros(num_heads, 1, 1))
+            self.rate_parameter = nn.Parameter(torch.full((num_heads, 1, 1), first_rate))
 
     def forward(self, x: Tensor) -> Tensor:
         """What the encoder adds and the decoder takes away."""
@@ -92,7 +104,7 @@ class Step(nn.Module):
         # The softmax takes a number for its scale; a scale inside W serves all.
         root = torch.exp(self.log_scale / 2)
         mixed = MEMBERSHIPS[self.pieces.membership](root * w, 1.0) @ w
-        change = mixed if self.pieces.step == "published" else torch.sigmoid(self.rate_logit) * (mixed - w)
+        change = mixed if self.pieces.step == "published" else self.rate_of(self.rate_parameter) * (mixed - w)
         return F.linear(change.transpose(1, 2).flatten(2), subspaces.matrix().mT)
 
 
@@ -145,7 +157,8 @@ class PiecesDecoderLayer(DecoderLayer):
         self.pieces = pieces
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.dictionary = Dictionary(embed_dim)
-        self.attn = Step(embed_dim, num_heads, pieces, side)
+        rate = (torch.exp, Decompression.FIRST_RATE) if pieces.decoder_rate == "positive" else (torch.sigmoid, 0.0)
+        self.attn = Step(embed_dim, num_heads, pieces, side, *rate)
 
     def step_start(self, y_half: Tensor, x: Tensor) -> Tensor:
         """Y_half or X."""
@@ -171,8 +184,8 @@ def installed(pieces: Pieces | None) -> Iterator[None]:
         side: list[OrthogonalSubspaces] = []
         return lambda: PiecesDecoderLayer(dim, num_heads, pieces, side)
 
-    with (
-        mock.patch.object(autoencoder, "crate_block", encoder_block),
-        mock.patch.object(autoencoder, "crate_decoder_block", decoder_block),
-    ):
+    with ExitStack() as patched:
+        patched.enter_context(mock.patch.object(autoencoder, "crate_decoder_block", decoder_block))
+        if pieces.sides == "both":
+            patched.enter_context(mock.patch.object(autoencoder, "crate_block", encoder_block))
         yield
