@@ -145,6 +145,7 @@ class Compression(SubspaceAttention):
     MOST_LOG_SCALE: Final[float] = math.log(1e4)  # of what is computed with; trained s are near p^-1/2
     RATE: ClassVar[str] = "rate_logit"  # the parameter that kappa is computed from
     FIRST_RATE: ClassVar[float] = 0.0
+    rate_logit: Tensor
 
     def __init__(
         self,
@@ -245,6 +246,7 @@ class Decompression(Compression):
 
     RATE: ClassVar[str] = "log_rate"
     FIRST_RATE: ClassVar[float] = math.log(2.5)
+    log_rate: Tensor
 
     def rate(self) -> Float[Tensor, "h 1 1"]:
         # type: () -> Tensor
