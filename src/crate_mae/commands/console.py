@@ -22,7 +22,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _LARGEST_SEED = 2**32 - 1
-MOST_WORKERS = 256
 OWN_STATISTICS = "Brightness and contrast of each patch come from the original: targets were normalised."
 
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import MOST_WORKERS, check_whole, computes, new_file, print_bad
+from crate_mae.commands.console import check_whole, computes, new_file, print_bad
 from crate_mae.errors import UserError
-from crate_mae.training.options import Data
+from crate_mae.training.options import MOST_THREADS, Data
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +80,7 @@ def predict(
 
     out = new_file("--out", out, ".csv", overwrite=overwrite)
     check_whole("--batch-size", batch_size)
-    check_whole("--workers", workers, 0, MOST_WORKERS)
+    check_whole("--workers", workers, 0, MOST_THREADS)
     source = open_source(images)
     net = load_classifier(model)
     if net is not model:  # a model from Python stays where it is

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _DIGEST = "sha256"
 _LARGEST_BATCH = 10**9
-_MOST_WORKERS = 256
+_MOST_WORKERS = 1024  # as in training
 _FEW_IMAGES = 2000  # up to which processes take longer to start than they save
 _VERSIONS = (version("crate-mae"), torch.__version__)  # of what prepares images, and of what computes
 # About 14 times the features of CIFAR-10 at a width of 2 x 384. What has not been used for longest goes first.
