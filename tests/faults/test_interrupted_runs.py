@@ -5,6 +5,9 @@ import logging
 import os
 import shutil
 import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +16,7 @@ from crate_mae.commands.pretrain import pretrain, resume
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.training.failures import explain_failed_writing
+from crate_mae.training.logbook import open_trackers
 from crate_mae.training.processes import STOPPING
 from crate_mae.training.progress import Display, LastingStream
 from crate_mae.training.run_directory import CsvLog, RunDirectory
@@ -144,3 +148,26 @@ def test_a_run_that_loses_a_loader_says_what_is_saved_and_goes_on(tmp_path):
     with pytest.raises(UserError, match="Python object"):
         resume(tmp_path / "run", quiet=True)
     assert pretrain(DATA, out=tmp_path / "run", **SHORT).model().num_patches == 16
+
+
+def test_a_thread_of_tensorboard_that_cannot_write_prints_nothing_and_other_threads_do(monkeypatch):
+    seen = []
+    monkeypatch.setattr(threading, "excepthook", lambda raised: seen.append(raised.exc_value))
+    accelerator, config = SimpleNamespace(trackers=[]), SimpleNamespace(trackers=())
+    full, bug = OSError(errno.ENOSPC, "No space left on device"), ValueError("a bug")
+
+    def raising(error, module):
+        def run(_self):
+            raise error
+
+        thread = type("Writer", (threading.Thread,), {"__module__": module, "run": run})()
+        thread.start()
+        thread.join()
+
+    with open_trackers(accelerator, config, Path("run"), 0):
+        raising(full, "tensorboard.summary.writer.event_file_writer")
+        assert seen == []
+        raising(bug, "tensorboard.summary.writer.event_file_writer")
+        raising(full, "elsewhere")
+    raising(full, "tensorboard.summary.writer.event_file_writer")
+    assert seen == [bug, full, full]

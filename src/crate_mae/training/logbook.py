@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,14 +150,28 @@ def choose_trackers(asked: str | Sequence[str] | None) -> tuple[str, ...]:
     return asked
 
 
-def start_trackers(accelerator: Accelerator, config: RunOptions, run: Path, start_step: int) -> None:
-    """Start the accelerator's trackers, and have TensorBoard forget everything after `start_step`."""
-    if config.trackers:
-        options = {"tensorboard": {"purge_step": start_step + 1}, "wandb": {"name": run.name}}
-        accelerator.init_trackers("", init_kwargs={name: options.get(name, {}) for name in config.trackers})
+@contextmanager
+def open_trackers(accelerator: Accelerator, config: RunOptions, run: Path, start_step: int) -> Iterator[None]:
+    """Start the trackers, have TensorBoard forget what came after `start_step`, and close them in the end.
 
+    A thread of TensorBoard that cannot write would print a traceback. Its error is raised again in this thread, by the
+    next row or by closing, and is explained there.
+    """
+    usual = threading.excepthook
 
-def close_trackers(accelerator: Accelerator) -> None:
-    """Have the trackers write what they still hold."""
-    for tracker in accelerator.trackers:
-        tracker.finish()
+    def quiet(raised: threading.ExceptHookArgs) -> None:
+        if not (isinstance(raised.exc_value, OSError) and type(raised.thread).__module__.startswith("tensorboard.")):
+            usual(raised)
+
+    options = {"tensorboard": {"purge_step": start_step + 1}, "wandb": {"name": run.name}}
+    threading.excepthook = quiet
+    try:
+        if config.trackers:
+            accelerator.init_trackers("", init_kwargs={name: options.get(name, {}) for name in config.trackers})
+        try:
+            yield
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+    finally:
+        threading.excepthook = usual

@@ -32,7 +32,7 @@ from crate_mae.training.checkpoint import Saver, TrainState
 from crate_mae.training.config import changes_since, result_options
 from crate_mae.training.failures import explain_failed_writing, explain_lost_loader
 from crate_mae.training.images import BadImages, data_digests, micro_slices, training_batches
-from crate_mae.training.logbook import Logbook, StepLog, close_trackers, start_trackers
+from crate_mae.training.logbook import Logbook, StepLog, open_trackers
 from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
 from crate_mae.training.optimizer import scaled_lr, warmup_cosine
 from crate_mae.training.precision import autocast
@@ -78,8 +78,7 @@ def train(
 
             # Resume.
             state = _resume(task, accelerator, directory, model_state, report=display.warn)
-            start_trackers(accelerator, task.config, directory.path, state.step)
-            stack.callback(close_trackers, accelerator)
+            stack.enter_context(open_trackers(accelerator, task.config, directory.path, state.step))
 
             # Closed with the run, so that no loader process outlives it, whatever ends it.
             batches = stack.enter_context(closing(_batches(task, accelerator, state.step)))
