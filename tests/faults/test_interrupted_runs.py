@@ -7,16 +7,17 @@ import shutil
 import signal
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from crate_mae.commands.pretrain import pretrain, resume
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.training.failures import explain_failed_writing
 from crate_mae.training.logbook import open_trackers
+from crate_mae.training.options import PretrainOptions
 from crate_mae.training.processes import STOPPING
 from crate_mae.training.progress import Display, LastingStream
 from crate_mae.training.run_directory import CsvLog, RunDirectory
@@ -153,7 +154,7 @@ def test_a_run_that_loses_a_loader_says_what_is_saved_and_goes_on(tmp_path):
 def test_a_thread_of_tensorboard_that_cannot_write_prints_nothing_and_other_threads_do(monkeypatch):
     seen = []
     monkeypatch.setattr(threading, "excepthook", lambda raised: seen.append(raised.exc_value))
-    accelerator, config = SimpleNamespace(trackers=[]), SimpleNamespace(trackers=())
+    accelerator, config = Accelerator(cpu=True), PretrainOptions("digits", out="run", trackers=())
     full, bug = OSError(errno.ENOSPC, "No space left on device"), ValueError("a bug")
 
     def raising(error, module):

@@ -46,7 +46,7 @@ class CrateMAEImageProcessor(BaseImageProcessor):
         size = {"height": height, "width": width}
         return cls(size=size, image_mean=list(config.mean), image_std=list(config.std))
 
-    def preprocess(self, images: Any, return_tensors: str | None = "pt", **_options: Any) -> BatchFeature:
+    def preprocess(self, images: Any, *_more: Any, return_tensors: str | None = "pt", **_options: Any) -> BatchFeature:
         """Prepare images.
 
         Args:
