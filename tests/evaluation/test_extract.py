@@ -128,7 +128,7 @@ def test_grey_and_colour_and_other_sizes_are_converted(folder):
     [
         ({"batch_size": 0, "workers": -1}, "--batch-size is 0.*\n--workers is -1"),
         ({"max_bad": 2.0}, "--max-bad is 2.0"),
-        ({"layers": "every"}, '--layer is "every", but must be a number or "all"'),
+        ({"layers": "every"}, '--layer is .every., but must be a whole number or "all"'),
         ({"layers": (9,)}, "There is no layer 9"),
     ],
 )
