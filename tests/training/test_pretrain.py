@@ -270,3 +270,10 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_a_whole_checkpoint(tiny_r
             tiny_run(checkpoint_epochs=1)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["last", "step-13"]
     assert weights(resume(tmp_path / "run", quiet=True).path) == weights(tiny_run("whole").path)
+
+
+def test_autocast_around_a_run_changes_nothing(tiny_run):
+    plain = tiny_run("plain", steps=4, precision="bfloat16").model().state_dict()
+    with torch.autocast("cpu", torch.bfloat16):
+        around = tiny_run("around", steps=4, precision="bfloat16").model().state_dict()
+    assert all(torch.equal(plain[name], around[name]) for name in plain)

@@ -37,7 +37,10 @@ def own_settings() -> Iterator[None]:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             for kind in {"cpu", fastest_device().type}:
-                stack.enter_context(torch.autocast(kind, enabled=False))
+                if torch.is_autocast_enabled(kind):
+                    # Without its cache: what PyTorch keeps there of weights, it forgets only when the outermost block
+                    # ends, and steps inside would go on with the weights of the first one.
+                    stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
             yield
     finally:
         torch.set_default_dtype(dtype)
