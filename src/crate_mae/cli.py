@@ -23,6 +23,7 @@ from cyclopts.config import Dict
 from cyclopts.types import ExistingFile
 
 from crate_mae.data.documents import read_yaml
+from crate_mae.data.files import path_of
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.terminal import CleanConsole, open_console
 
@@ -139,7 +140,7 @@ def _check_words(_app: App, _commands: tuple[str, ...], arguments: ArgumentColle
         kinds = _kinds(argument.hint)
         for word in (token.value for token in argument.tokens):
             if not word and (Path in kinds or argument.parameter.converter is not None):
-                raise UserError(f"{argument.name} is empty. Was a variable of the shell meant that is not set?")
+                path_of(argument.name, word)  # which refuses an empty one
             if {int, float} & kinds and (wrong := _not_a_number_of(kinds, word)):
                 raise UserError(f"{argument.name} is {word[:100]}, but must be {wrong}.")
 

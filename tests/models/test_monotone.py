@@ -176,7 +176,7 @@ def test_a_weight_is_re_orthogonalised_once_for_each_change(generator):
     with torch.no_grad():
         subspaces.weight.mul_(0.9)
     subspaces(x)
-    torch.testing.assert_close(subspaces.weight, 0.9 * after)  # whoever calls retract_ goes on to call it
+    torch.testing.assert_close(subspaces.weight, 0.9 * after)  # a loop that calls retract_ goes on to call it
 
 
 def test_averages_and_half_precision_are_orthogonal_in_eval_mode(generator):

@@ -45,7 +45,7 @@ class RequestLimits:
     Args:
         app: an ASGI application.
         mistake: says what is wrong with the values of a call, or None.
-        large: counts large requests; whoever answers one takes it off.
+        large: counts large requests; the handler that answers one takes it off.
     """
 
     def __init__(
