@@ -25,7 +25,7 @@ from cyclopts.types import ExistingFile
 from crate_mae.data.documents import read_yaml
 from crate_mae.data.files import path_of
 from crate_mae.errors import RunStopped, UserError
-from crate_mae.terminal import CleanConsole, open_console
+from crate_mae.terminal import CleanConsole, clean_warnings, open_console
 
 # name: (function, its line in `crate-mae --help`, which does not import the function)
 _LARGEST = 2**53  # whole numbers up to which floats are exact
@@ -189,7 +189,7 @@ def main(tokens: Sequence[str] | None = None) -> None:
     """Run the command line on `tokens`, by default `sys.argv`; see the module for exit codes."""
     console = open_console(stderr=True)
     try:
-        with _terminated_cleanly():
+        with _terminated_cleanly(), clean_warnings():
             build_app().meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
         _print_error(console, str(error))

@@ -1,7 +1,9 @@
-"""Text for terminals: what comes from outside cannot move the cursor, set a title or change a colour."""
+"""Text for terminals and logs: what comes from outside cannot move the cursor, set a title or change a colour."""
 
+import logging
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -41,6 +43,29 @@ class CleanConsole(Console):
         """Rich's segments, with clean text; only rich itself styles them and moves the cursor."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text, self.encoding))
+
+
+class CleanFormatter(logging.Formatter):
+    """Formats the lines of a log as `printable` text: a log is read on a terminal, and written in UTF-8."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line of a record."""
+        return printable(super().format(record))
+
+
+@contextmanager
+def clean_warnings() -> Iterator[None]:
+    """Have `logging` print warnings of libraries as `printable` text, where nothing else is set up for them."""
+    handler = logging.lastResort
+    if handler is None:
+        yield
+        return
+    before = handler.formatter
+    handler.setFormatter(CleanFormatter())
+    try:
+        yield
+    finally:
+        handler.setFormatter(before)
 
 
 def open_console(**options: Any) -> CleanConsole:

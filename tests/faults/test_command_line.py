@@ -21,6 +21,9 @@ WORDS = {
     "no folder": (["pretrain", "digits", "--out", ""], "--out is empty"),
     "no model": (["embed", "", "digits", "--out", "x.npy"], "--model is empty"),
     "no file": (["embed", "pixels", "digits", "--out", ""], "--out is empty"),
+    "a name that is no text": (["theory", "--out", "x\udcff"], r"--out 'x\udcff' is not valid text in utf-8"),
+    "a run of such a name": (["pretrain", "digits", "--out", "x\udcff"], "is not valid text"),
+    "a table of such a name": (["data", "check", "digits", "--out", "x\udcff.csv"], "is not valid text"),
     "a name that is too long": (["theory", "--out", "x" * 5000], "file name too long"),
 }
 

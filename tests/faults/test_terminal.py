@@ -1,6 +1,7 @@
 """Names of files and classes cannot control the terminal, and any terminal can display them."""
 
 import io
+import logging
 import re
 
 import pytest
@@ -9,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crate_mae.cli import main
-from crate_mae.terminal import open_console, printable
+from crate_mae.terminal import clean_warnings, open_console, printable
 
 NAMES = {
     "colour": ("a\x1b[31mb", r"a\x1b[31mb"),
@@ -61,3 +62,11 @@ def test_error_messages_are_clean(capsys):
         main(["resume", "no\x1b[31mrun"])
     assert stop.value.code == 2
     assert r"no\x1b[31mrun" in capsys.readouterr().err
+
+
+def test_warnings_that_are_logged_are_clean(capsys, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("crate_mae"), "propagate", False)  # to the handlers of pytest
+    with clean_warnings():
+        logging.getLogger("crate_mae.somewhere").warning("Left out: %s", "a\x1b[31mb")
+    logging.getLogger("crate_mae.somewhere").warning("%s", "a\x1b[31mb")  # as in other programs
+    assert capsys.readouterr().err == "Left out: a\\x1b[31mb\na\x1b[31mb\n"

@@ -108,6 +108,15 @@ def test_odd_boxes_are_named(tmp_path, content, words):
         read_drawings(tmp_path / "boxes.csv")
 
 
+def test_unreadable_masks_are_counted_and_named(pictures, masks, build):
+    (masks / "below" / "1.png").write_bytes(b"nothing")
+    found = drawn(masks, pictures, build())
+    assert len(found.images) == 2 and [mask.location for mask in found.bad] == [str(masks / "below" / "1.png")]
+    (masks / "below" / "2.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"(?s)2 of 3 masks of --foregrounds cannot be read, such as\n.*1\.png: "):
+        drawn(masks, pictures, build())
+
+
 def test_odd_masks_are_named(pictures, masks, build, tmp_path):
     with pytest.raises(UserError, match="neither a folder of masks nor"):
         read_drawings(tmp_path / "nowhere")

@@ -197,16 +197,21 @@ def test_drawn_foregrounds_are_scored_for_every_network(build, tmp_path):
         pixels[i : i + 4, 2:6] = 220
         Image.fromarray(pixels).save(tmp_path / "images" / f"{i}.png")
         Image.fromarray((pixels > 100).astype(np.uint8)).save(tmp_path / "masks" / f"{i}.png")
+    Image.new("L", (8, 8)).save(tmp_path / "images" / "4.png")
+    (tmp_path / "masks" / "4.png").write_bytes(b"nothing")
     options = {"model": build(), "baseline": build("vit_mae_nano_patch2_8"), "data": str(tmp_path / "images")}
+    options["count"] = 5
     inspection, plan, _ = report(**options, foregrounds=tmp_path / "masks", other_data="digits:test")
     scored = {found.key: found.find("foreground_iou", "component") for found in inspection.measured}
     assert {key: [row.n for row in rows] for key, rows in scored.items()} == {
-        **{key: [3, 3] for key in ("model", "random", "baseline", "random_baseline")},
+        **{key: [4, 4] for key in ("model", "random", "baseline", "random_baseline")},
         "other": [],
     }
     drawn = next(figure for figure in plan["attention"] if figure.name == "foreground_scores")
     assert [curve.label for curve in drawn.panels[0].curves][-1] == "all of the image"
     assert all(curve.rows for panel in drawn.panels for curve in panel.curves)
+    (note,) = (note for note in inspection.notes if "4.png" in note)
+    assert note.startswith("1 of 5 masks of --foregrounds cannot be read")
     assert f"--foregrounds {tmp_path / 'masks'}" in inspection.settings.command()
     without, _, page = report(**options)
     assert "--foregrounds" in without.left_out["scores of foregrounds"] and "scores of foregrounds" in page

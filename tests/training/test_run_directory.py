@@ -18,13 +18,13 @@ def test_a_run_begins_with_its_configuration_command_environment_and_log(tmp_pat
     directory = RunDirectory(tmp_path / "deep" / "run")
     assert directory.existing_config() is None
     with directory.opened(config):
-        logger.info("inside")
+        logger.info("inside %s", "a\x1b[31mb\udcff")  # as names of files may be
     logger.info("outside")
     assert directory.existing_config() == config
     assert json.loads((directory.path / "environment.json").read_text())["packages"]["torch"]
     assert (directory.path / "command.txt").read_text().count("\n") == 1
     log = (directory.path / "log.txt").read_text()
-    assert "inside" in log and "outside" not in log
+    assert r"INFO inside a\x1b[31mb\udcff" in log and "outside" not in log
 
 
 def test_files_and_foreign_folders_are_refused(tmp_path):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from rich.console import Console
 from rich.progress import Progress
 
-from crate_mae.data.files import path_of
+from crate_mae.data.files import output_path
 from crate_mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def new_file(option: str, path: Path | str, suffix: str, *, overwrite: bool) -> 
     Raises:
         UserError: if its suffix is wrong, or the file exists and may not be replaced.
     """
-    path = path_of(option, path)
+    path = output_path(option, path)
     if path.suffix.lower() != suffix:
         raise UserError(f"{option} {path} must name a {suffix} file.")
     refuse_existing(path, overwrite=overwrite)

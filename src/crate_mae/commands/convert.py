@@ -64,11 +64,11 @@ def convert(
     Raises:
         UserError: for a file that is damaged, unknown or does not fit, or a folder that is not empty.
     """
-    from crate_mae.data.files import path_of, refuse_used_folder, whole_folder
+    from crate_mae.data.files import output_path, path_of, refuse_used_folder, whole_folder
     from crate_mae.models.conversion import understand
     from crate_mae.terminal import open_console
 
-    file, out = path_of("FILE", file), path_of("--out", out)
+    file, out = path_of("FILE", file), output_path("--out", out)
     refuse_used_folder(out)
     if not file.exists():
         raise UserError(f"{file} does not exist.")

@@ -30,9 +30,9 @@ def check(data: str | Path, *, sample: int | None = None, out: Path | str | None
         UserError: if the data does not exist, or `out` exists already.
     """
     from crate_mae.data import check, open_source
-    from crate_mae.data.files import path_of, write_whole
+    from crate_mae.data.files import output_path, write_whole
 
-    out = None if out is None else path_of("--out", out)
+    out = None if out is None else output_path("--out", out)
     if out is not None and out.exists():
         raise UserError(f"{out} exists already and is not overwritten: give another name with --out.")
     console = open_console()
@@ -47,7 +47,7 @@ def check(data: str | Path, *, sample: int | None = None, out: Path | str | None
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("location", "reason"))
         writer.writerows(report.bad)
-        write_whole(out, text.getvalue().encode("utf-8", "backslashreplace"))
+        write_whole(out, text.getvalue())
         console.print(f"{len(report.bad)} unreadable images are listed in {out}", markup=False)
     return report
 

@@ -14,7 +14,7 @@ from crate_mae.commands.console import (
     print_random_initialisation,
     refuse_existing,
 )
-from crate_mae.data.files import path_of
+from crate_mae.data.files import output_path
 from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ def embed(
     from crate_mae.terminal import open_console
 
     check_seed(seed)
-    out = path_of("--out", out)
+    out = output_path("--out", out)
     check_feature_file(out, pooling)
     refuse_existing(out, overwrite=overwrite)
     extraction = Extraction(

@@ -215,7 +215,7 @@ def write_report(console: Any, report: dict[str, Any], out: Path | None) -> None
     from crate_mae.data.files import write_whole
 
     if out is not None:
-        write_whole(out, (to_json(report) + "\n").encode())
+        write_whole(out, to_json(report) + "\n")
         console.print(f"Saved {out}", soft_wrap=True, markup=False)
 
 

@@ -75,11 +75,11 @@ def export(
     Raises:
         UserError: for a mistake in the options or the model, an export that differs, or a missing package.
     """
-    from crate_mae.data.files import path_of, refuse_used_folder, whole_folder
+    from crate_mae.data.files import output_path, refuse_used_folder, whole_folder
     from crate_mae.models.weights import load
     from crate_mae.terminal import open_console
 
-    out = path_of("--out", out)
+    out = output_path("--out", out)
     part = part or ("full" if format in ("safetensors", "hf") else "encoder")
     refuse_used_folder(out)
     check_options(format, part, int8=int8)

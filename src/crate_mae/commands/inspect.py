@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from crate_mae.commands.console import computes
-from crate_mae.data.files import path_of, refuse_used_folder
+from crate_mae.data.files import output_path, path_of, refuse_used_folder
 from crate_mae.errors import UserError
 from crate_mae.training.options import Data
 
@@ -65,7 +65,7 @@ def inspect(
     Raises:
         UserError: for a mistake in the options, the models or the data; no file is written then.
     """
-    folder = path_of("--out", out)
+    folder = output_path("--out", out)
     refuse_used_folder(folder)
     from crate_mae.data.files import write_whole
     from crate_mae.interpret.report.inspection import inspect_model

@@ -147,7 +147,7 @@ def _as_csv(
     truth: list[str | None] | None,
     probabilities: Tensor,
     classes: tuple[str, ...],
-) -> bytes:
+) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     label = [] if truth is None else ["label"]
@@ -156,4 +156,4 @@ def _as_csv(
         label = [] if truth is None else [truth[i] or ""]
         numbers = [f"{value:.6g}" for value in values]
         writer.writerow([files[i], predicted[i], f"{max(values):.6g}", *label, *numbers])
-    return text.getvalue().encode()
+    return text.getvalue()

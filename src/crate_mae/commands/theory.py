@@ -6,7 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from crate_mae.commands.console import check_seed, computes
-from crate_mae.data.files import path_of, refuse_used_folder
+from crate_mae.data.files import output_path, refuse_used_folder
 
 
 @computes
@@ -38,7 +38,7 @@ def theory(
     Raises:
         UserError: if the folder is not empty or is a file, the seed is negative, or it cannot be written.
     """
-    folder = path_of("--out", out)
+    folder = output_path("--out", out)
     check_seed(seed)
     refuse_used_folder(folder, overwrite=overwrite)
     from crate_mae.data.files import write_whole

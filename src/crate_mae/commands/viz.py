@@ -17,7 +17,7 @@ from crate_mae.commands.console import (
     print_random_initialisation,
     refuse_existing,
 )
-from crate_mae.data.files import path_of
+from crate_mae.data.files import output_path
 from crate_mae.errors import UserError
 from crate_mae.training.options import Data
 
@@ -194,7 +194,7 @@ def viz_layers(
 
 
 def _new_picture(out: Path | str, *, overwrite: bool) -> Path:
-    path = path_of("--out", out)
+    path = output_path("--out", out)
     if path.suffix.lower() not in _KINDS:
         raise UserError(f"--out {path} must name a {' or '.join(_KINDS)} file.")
     refuse_existing(path, overwrite=overwrite)

@@ -14,7 +14,7 @@ from crate_mae.comparison.options import CompareOptions, parse_budget
 from crate_mae.comparison.report import csv_text, markdown, table_rows, write_notes
 from crate_mae.comparison.results import EntryResult, measure_all
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trainer
-from crate_mae.data.files import path_of, write_whole
+from crate_mae.data.files import output_path, write_whole
 from crate_mae.errors import UserError
 from crate_mae.training.processes import computing_threads, training_device
 from crate_mae.training.progress import duration
@@ -47,7 +47,7 @@ def compare(options: CompareOptions, *, report: Report) -> Comparison:
     """
     _refuse_launcher()
     images = open_images(options)
-    out = path_of("--out", options.out)
+    out = output_path("--out", options.out)
     saved = options.saved(images.train_name, images.val_name)
     directory = ComparisonDirectory(out)
     existing = directory.existing(saved)
@@ -79,8 +79,8 @@ def publish(
     rows = table_rows(results, pixels)
     notes = write_notes(results, options, images)
     title = f"{', '.join(options.models)}: {options.budget} each, on {images.train.name}"
-    write_whole(out / "table.csv", csv_text(results, pixels).encode())
-    write_whole(out / "table.md", markdown(rows, notes, title).encode())
+    write_whole(out / "table.csv", csv_text(results, pixels))
+    write_whole(out / "table.md", markdown(rows, notes, title))
     draw_scores(results, pixels, out / "figure.png")
     draw_curves(results, out / "curves.png")
     return Comparison(out, rows, notes, results)

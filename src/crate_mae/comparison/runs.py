@@ -102,7 +102,7 @@ class ComparisonDirectory:
     def save_plan(self, content: dict[str, Any]) -> None:
         """Write `comparison.yaml`."""
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-        write_whole(self.plan_file, (_HEADER + text).encode())
+        write_whole(self.plan_file, _HEADER + text)
         self._write_digests()
 
     def _write_digests(self) -> None:
@@ -121,7 +121,7 @@ class ComparisonDirectory:
             scores = {}
         if key not in scores:
             scores[key] = measure()
-            write_whole(file, (to_json(scores) + "\n").encode())
+            write_whole(file, to_json(scores) + "\n")
             self._write_digests()
         return scores[key]
 

@@ -14,6 +14,7 @@ import reprlib
 import secrets
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -59,6 +60,21 @@ def path_of(what: str, value: str | Path) -> Path:
     return Path(value)
 
 
+def output_path(option: str, value: str | Path) -> Path:
+    """The path of a file or folder to write; see `path_of`.
+
+    Raises:
+        UserError: also for a name that is not valid Unicode: not every library that writes there could.
+    """
+    path = path_of(option, value)
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        encoding = sys.getfilesystemencoding()
+        raise UserError(f"{option} {str(path)!r} is not valid text in {encoding}: give another name.") from None
+    return path
+
+
 def read_regular(path: Path, most: int) -> bytes:
     """Read a regular file of limited size: a pipe would wait for its other end for ever, and a device never ends.
 
@@ -101,10 +117,16 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write bytes to a file, completely or not at all; see `whole_file`."""
+def write_whole(path: Path, content: bytes | str) -> None:
+    r"""Write a file, completely or not at all; see `whole_file`.
+
+    Args:
+        path: of the file.
+        content: a text is written as UTF-8. Names of files in it may have bytes that are not: they become "\udcff".
+    """
+    encoded = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with whole_file(path) as temporary, temporary.open("xb") as file:
-        file.write(content)
+        file.write(encoded)
 
 
 @contextlib.contextmanager
@@ -155,7 +177,7 @@ def write_digests(folder: Path, names: Iterable[str], known: Mapping[str, str] =
         known: digests that need not be computed, by name.
     """
     lines = [f"{known.get(name) or file_digest(folder / name)}  {name}\n" for name in sorted(names)]
-    write_whole(folder / DIGESTS_FILE, "".join(lines).encode())
+    write_whole(folder / DIGESTS_FILE, "".join(lines))
 
 
 def damage_of(folder: Path, names: Iterable[str] | None = None) -> str | None:

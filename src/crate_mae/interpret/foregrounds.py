@@ -15,8 +15,8 @@ from PIL import Image
 from scipy import ndimage
 from torch import Tensor, nn
 
-from crate_mae.data import ImageSource
-from crate_mae.data.base import printable, read_file
+from crate_mae.data import BadImage, ImageSource
+from crate_mae.data.base import most_bad, printable, read_file
 from crate_mae.data.decode import UnreadableImage, decode
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
@@ -28,6 +28,7 @@ from crate_mae.models.tracing import layers_of
 FOREGROUND_MASS = 0.6  # DINO's share of the attention that makes the foreground
 CORRECT_IOU = 0.5
 KINDS = ("attention", "component", "everything")  # the last is the control: all of the image
+_MOST_BAD = 0.01  # the share of masks that may be unreadable: --max-bad of other commands by default
 _COLUMNS = ("image", "left", "top", "right", "bottom")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, the last two beyond it, in pixels
@@ -52,11 +53,13 @@ class Drawn(NamedTuple):
         images: normalised.
         masks: the foregrounds; None if boxes were drawn, which hold more than it.
         boxes: of each image those that were drawn, or that of its mask's largest part; top, left, bottom, right.
+        bad: the masks that cannot be read; their images are left out.
     """
 
     images: Float[Tensor, "b c hh ww"]
     masks: Bool[Tensor, "b hh ww"] | None
     boxes: list[Int[Tensor, "k 4"]]
+    bad: list[BadImage]
 
 
 def read_drawings(path: Path) -> Drawings:
@@ -76,28 +79,38 @@ def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], 
     """The images with a drawn foreground, and their foregrounds, scaled and cropped alike.
 
     Raises:
-        UserError: if no image has one, or a mask has another size than its image.
+        UserError: if no image has one, a mask has another size than its image, or too many masks cannot be read.
     """
-    images, masks, boxes = [], [], []
+    images, masks, boxes, bad = [], [], [], []
     for i in indices:
         name = Path(source.location(i)).stem
         if name not in drawings.masks and name not in drawings.boxes:
             continue
         try:
             picture = source.read(i)
-            parts = _parts(drawings, name, _size(picture))
         except UnreadableImage:
             continue  # reported where images are measured
+        try:
+            parts = _parts(drawings, name, _size(picture))
+        except UnreadableImage as error:
+            bad.append(BadImage(error.location, error.reason))
+            continue
         prepared = torch.stack([_prepared(part, backbone) for part in parts])
         images.append(backbone.transform()(picture))
         masks.append(prepared.any(0))
         boxes.append(largest_boxes(prepared))
+    total = len(images) + len(bad)
+    if len(bad) > most_bad(_MOST_BAD, total) or (bad and not images):
+        raise UserError(
+            f"{len(bad)} of {total} masks of --foregrounds cannot be read, such as\n"
+            f"{bad[0].location}: {bad[0].reason}\nFix them, or remove them with their images."
+        )
     if not images:
         raise UserError(
             f"No foreground belongs to a measured image, such as {printable(Path(source.location(0)))}.\n"
             "A mask, or a line of a .csv file, must have the name of its image, without the ending."
         )
-    return Drawn(torch.stack(images), torch.stack(masks) if drawings.masks else None, boxes)
+    return Drawn(torch.stack(images), torch.stack(masks) if drawings.masks else None, boxes, bad)
 
 
 def mass_mask(saliency: Float[Tensor, "b gh gw"], mass: float = FOREGROUND_MASS) -> Bool[Tensor, "b gh gw"]:
@@ -241,7 +254,7 @@ def _parts(drawings: Drawings, name: str, size: tuple[int, int]) -> list[Bool[np
     width, height = size
     if name in drawings.masks:
         path = drawings.masks[name]
-        picture = decode(read_file(path, str(path)), str(path))
+        picture = decode(read_file(path, printable(path)), printable(path))
         if picture.size != size:
             raise UserError(f"{path} has {picture.width} x {picture.height} pixels, its image {width} x {height}.")
         values = np.asarray(picture.convert("RGB") if len(picture.getbands()) > 1 else picture)

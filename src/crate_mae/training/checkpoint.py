@@ -244,8 +244,8 @@ def _name_last(folder: Path, state: TrainState) -> None:
     kept = [folder, named_checkpoint(checkpoints.parent), checkpoints / f"step-{state.kept_step}"]
     if state.best_score is not None:
         kept.append(checkpoints / f"step-{state.best_step}")
-        write_whole(checkpoints / "best", f"step-{state.best_step}\n".encode())
-    write_whole(checkpoints / "last", f"{folder.name}\n".encode())
+        write_whole(checkpoints / "best", f"step-{state.best_step}\n")
+    write_whole(checkpoints / "last", f"{folder.name}\n")
     for other in list(checkpoints.iterdir()):
         if other not in kept and (is_checkpoint(other) or _UNFINISHED.fullmatch(other.name)):
             shutil.rmtree(other)

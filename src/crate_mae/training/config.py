@@ -58,7 +58,7 @@ def to_yaml(config: RunOptions) -> str:
 
 def save_config(config: RunOptions, path: Path) -> None:
     """Write `to_yaml()` to a file, whole or not at all."""
-    write_whole(path, to_yaml(config).encode())
+    write_whole(path, to_yaml(config))
 
 
 def load_config(path: Path) -> PretrainOptions | FinetuneOptions:

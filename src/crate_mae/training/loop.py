@@ -301,7 +301,7 @@ def _go_back(directory: RunDirectory, folder: Path | None, state: TrainState, re
         directory.cut_back(None)
         return
     checkpoint.restore_tables(folder, directory, state.step)
-    write_whole(directory.checkpoints / "last", f"{folder.name}\n".encode())
+    write_whole(directory.checkpoints / "last", f"{folder.name}\n")
     checkpoint.forget_damaged_best(directory.path, state, report)
 
 

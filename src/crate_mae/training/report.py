@@ -68,7 +68,7 @@ class RunReport:
             return
         started = time.monotonic()
         try:
-            write_whole(self.directory.report, render_report(self.directory, self.task, self.plan).encode())
+            write_whole(self.directory.report, render_report(self.directory, self.task, self.plan))
         except Exception:  # whatever it is, it is not worth a run
             logger.warning("%s could not be written; the run goes on without it.", self.directory.report, exc_info=True)
         ended = time.monotonic()

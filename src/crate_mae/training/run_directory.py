@@ -50,6 +50,7 @@ from filelock import FileLock, Timeout
 from crate_mae.data.files import DIGESTS_FILE, damage_of, path_of, refuse_used_folder, write_digests, write_whole
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.checkpoints import list_checkpoints
+from crate_mae.terminal import CleanFormatter
 from crate_mae.training.config import load_config, save_config
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
 
@@ -194,8 +195,8 @@ class RunDirectory:
                 if _LEFT_BY_KILLED.fullmatch(path.name):
                     _remove(path)
             save_config(config, self.config_file)
-            write_whole(self.path / "environment.json", (json.dumps(environment(), indent=2) + "\n").encode())
-            with (self.path / "command.txt").open("a", encoding="utf-8") as file:
+            write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+            with (self.path / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")
             self.checkpoints.mkdir(exist_ok=True)
             with _logged_to(self.path / "log.txt"):
@@ -377,7 +378,7 @@ def _logged_to(path: Path) -> Iterator[None]:
     """Send log messages of the library to a file, at level INFO, for the duration of the block."""
     library = logging.getLogger("crate_mae")
     handler = _LogFile(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler.setFormatter(CleanFormatter("%(asctime)s %(levelname)s %(message)s"))
     level = library.level
     library.addHandler(handler)
     library.setLevel(min(level or logging.INFO, logging.INFO))

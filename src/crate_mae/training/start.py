@@ -17,7 +17,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, patch_environment
 
-from crate_mae.data.files import path_of
+from crate_mae.data.files import output_path
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.terminal import open_console
@@ -56,7 +56,7 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
         on_progress: see `Display`.
     """
     started = time.monotonic()
-    out = path_of("--out", options.out)
+    out = output_path("--out", options.out)
     directory = RunDirectory(out)
     processes = _join_processes()
     console = open_console(file=LastingStream(sys.stdout)) if processes.is_main_process and not options.quiet else None

@@ -65,14 +65,14 @@ def measure_theory(seed: int = 0, draws: int = 5) -> TheoryResults:
     )
 
 
-def theory_files(results: TheoryResults) -> dict[str, bytes]:
+def theory_files(results: TheoryResults) -> dict[str, bytes | str]:
     """The content of every file by its name: each figure as PNG and PDF, the numbers as JSON, and the page last."""
     figures = draw_theory(results)
     pictures = {name: encode(figure, "png") for name, figure in figures.items()}
-    files = {f"{name}.png": picture for name, picture in pictures.items()}
+    files: dict[str, bytes | str] = {f"{name}.png": picture for name, picture in pictures.items()}
     files |= {f"{name}.pdf": encode(figure, "pdf") for name, figure in figures.items()}
-    files["theory.json"] = results.to_json().encode()
-    files[PAGE] = write_page(results, explain_theory(results), pictures).encode()
+    files["theory.json"] = results.to_json()
+    files[PAGE] = write_page(results, explain_theory(results), pictures)
     return files
 
 

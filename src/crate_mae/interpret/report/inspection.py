@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_mae.data.facts import fixed_sample
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
 from crate_mae.interpret.attention_use import AttentionUse, attention_use
@@ -175,7 +175,7 @@ def inspect_model(
     hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
     for subject in subjects.values():
         report(f"{subject.label}: {subject.opened.name} on {subject.source.name}")
-        scores = _foreground_rows(subject, settings, drawings)
+        scores = _foreground_rows(subject, settings, drawings, notes)
         measured.append(_measure(subject, settings, hidden, images, notes, report, scores))
     report("the model without mixing")
     use = _attention_use(subjects["model"], settings, hidden, images, left_out)
@@ -256,13 +256,18 @@ def _attention_use(
     return found
 
 
-def _foreground_rows(subject: Subject, settings: Settings, drawings: Drawings | None) -> list[Row]:
-    """How well a network finds the drawn foregrounds."""
+def _foreground_rows(subject: Subject, settings: Settings, drawings: Drawings | None, notes: list[str]) -> list[Row]:
+    """How well a network finds the drawn foregrounds; masks that cannot be read are noted, once for all networks."""
     encoder = subject.opened.backbone.encoder
     if drawings is None or not subject.has_own_network or grid_size(encoder) is None:
         return []
     chosen = fixed_sample(len(subject.source), settings.count, settings.seed)
     drawn = read_drawn(drawings, subject.source, chosen, subject.opened.backbone)
+    if drawn.bad:
+        named = and_more([f"{mask.location}: {mask.reason}" for mask in drawn.bad], 5, "; ")
+        total = len(drawn.images) + len(drawn.bad)
+        note = f"{len(drawn.bad)} of {total} masks of --foregrounds cannot be read and are left out: {named}."
+        notes += [] if note in notes else [note]
     return score_foregrounds(encoder, drawn)
 
 

@@ -37,16 +37,16 @@ class AuditTable(NamedTuple):
     claims: list[list[AuditRow]]
 
 
-def report_files(inspection: Inspection) -> dict[str, bytes]:
+def report_files(inspection: Inspection) -> dict[str, bytes | str]:
     """The files of a report by their names in its folder; the page comes last, so that a folder with one is whole."""
     plan = plan_figures(inspection)
     figures = draw_figures(plan)
     pictures = {name: encode(figure, "png") for name, figure in figures.items()}
-    files = {f"figures/{name}.png": picture for name, picture in pictures.items()}
+    files: dict[str, bytes | str] = {f"figures/{name}.png": picture for name, picture in pictures.items()}
     files |= {f"figures/{name}.pdf": encode(figure, "pdf") for name, figure in figures.items()}
-    files["measures.json"] = inspection.to_json().encode()
-    files |= {name: table.encode() for name, table in inspection.tables().items()}
-    files[PAGE] = write_page(inspection, plan, pictures).encode()
+    files["measures.json"] = inspection.to_json()
+    files |= inspection.tables()
+    files[PAGE] = write_page(inspection, plan, pictures)
     return files
 
 
