@@ -1,5 +1,9 @@
 """Words of the command line that would be rounded, or mean nothing: each is named, and nothing is written."""
 
+import json
+import subprocess
+import sys
+
 import pytest
 
 from crate_mae.cli import main
@@ -43,3 +47,33 @@ def test_an_option_may_be_empty_where_that_means_something(capsys):
     with pytest.raises(SystemExit):
         main(["finetune", "m", "--train", "a", "--val", "b", "--out", "o", "--rand-augment", "", "--labels", "inf"])
     assert "--labels is inf" in capsys.readouterr().err
+
+
+_WITHOUT_ASSERTIONS = """
+import json, sys
+from crate_mae.cli import main
+assert False, "python -O leaves this out"
+for words in json.loads(sys.argv[1]):
+    try:
+        main(words)
+    except SystemExit as stop:
+        print(stop.code, flush=True)
+"""
+
+
+def test_wrong_options_are_refused_where_python_leaves_assertions_out(tmp_path):
+    model = "crate_mae_nano_patch2_8"
+    finetune = ["finetune", model, "--train", "digits:train", "--val", "digits:test", "--out", "run", "--dry-run"]
+    wrong = (
+        [*finetune, "--rand-augment", "rand-x9"],  # which timm checks by an assertion
+        [*finetune, "--labels", "2"],
+        [*PRETRAIN, "--model", model, "--mask-ratio", "1.5"],
+        [*PRETRAIN, "--model", model, "--batch-size", "4", "--accumulation", "3"],
+        [*PROBE, "--k", "0"],
+    )
+    command = [sys.executable, "-O", "-c", _WITHOUT_ASSERTIONS, json.dumps(wrong)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["2"] * len(wrong)
+    for words in ("--rand-augment", "--labels is 2", "--mask-ratio is 1.5", "cannot be divided among", "--k is 0"):
+        assert words in done.stderr
+    assert not any(tmp_path.iterdir())

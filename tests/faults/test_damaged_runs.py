@@ -11,6 +11,7 @@ from PIL import Image
 
 from crate_mae.commands.finetune import finetune
 from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.data import files
 from crate_mae.data.files import DIGESTS_FILE
 from crate_mae.errors import DivergedError, UserError
 from crate_mae.models.checkpoints import newest_checkpoint
@@ -236,3 +237,12 @@ def test_weights_that_are_not_finite_take_no_good_checkpoints_place(killed, monk
     with pytest.raises(DivergedError, match=r"good checkpoint is .*step-8"):
         resume(killed, quiet=True)
     assert newest_checkpoint(killed) == killed / "checkpoints" / "step-8"
+
+
+def test_the_checkpoint_to_go_on_from_is_read_once_for_its_digests(killed, monkeypatch):
+    read = []
+    usual = files.file_digest
+    monkeypatch.setattr(files, "file_digest", lambda path: read.append(path) or usual(path))
+    killed_at(9, resume, killed, quiet=True)
+    weights = [path for path in read if path.name == "model.safetensors"]
+    assert weights == [killed / "checkpoints" / "step-8" / "model.safetensors"]

@@ -19,6 +19,7 @@ from crate_mae.app.compute import layers, mask_from_text, mask_text, seeded_mask
 from crate_mae.app.models import AppModel
 from crate_mae.app.pictures import examples, from_uri, read_upload, to_png, to_uri
 from crate_mae.app.responses import completion_response, inside_response
+from crate_mae.data.numbers import is_number
 from crate_mae.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
@@ -163,8 +164,8 @@ class Handlers:
             isinstance(session, str)
             and 0 < len(session) <= _LONGEST_SESSION
             and session.isprintable()
-            and _is_number(call.get("fn_index"), 0, _MOST_EVENTS)
-            and (call.get("trigger_id") is None or _is_number(call["trigger_id"], 0, 10**6))
+            and is_number(call.get("fn_index"), 0, _MOST_EVENTS)
+            and (call.get("trigger_id") is None or is_number(call["trigger_id"], 0, 10**6))
             and not call.get("batched")
             and len(values) == len(Controls._fields)
         )
@@ -179,9 +180,9 @@ class Handlers:
             and isinstance(c.beside, str)
             and c.beside in (ALONE, UNTRAINED, *self.models)
             and (c.mask is None or isinstance(c.mask, str))
-            and _is_number(c.mask_ratio, LEAST_RATIO - 1e-9, MOST_RATIO + 1e-9)
-            and (c.seed is None or _is_number(c.seed, -(2**63), 2**63))
-            and _is_number(c.layer, 0, last)
+            and is_number(c.mask_ratio, LEAST_RATIO - 1e-9, MOST_RATIO + 1e-9)
+            and (c.seed is None or is_number(c.seed, -(2**63), 2**63))
+            and is_number(c.layer, 0, last)
             and (c.patch is None or isinstance(c.patch, str | int))
         )
 
@@ -224,10 +225,6 @@ def refusing(handler: Callable[..., Any]) -> Callable[..., Any]:
             raise gr.Error(FORGED, print_exception=False) from None
 
     return handle
-
-
-def _is_number(value: object, least: float, most: float) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and least <= value <= most
 
 
 def _detail(event: gr.EventData, name: str) -> object:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
-from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from crate_mae.data.files import output_path
+from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,15 +54,6 @@ def new_file(option: str, path: Path | str, suffix: str, *, overwrite: bool) -> 
 def check_seed(seed: int) -> None:
     """Raise a `UserError` for a seed that some generator does not accept."""
     check_whole("--seed", seed, 0, _LARGEST_SEED)
-
-
-def check_whole(option: str, value: int, least: int = 1, most: int = 10**9) -> None:
-    """Raise a `UserError` for a number that is not whole, or out of its range."""
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise UserError(f"{option} is {value!r}, but must be a whole number.")
-    if not least <= int(value) <= most:
-        text = f"a number of {len(str(abs(value)))} digits" if abs(value) > 10**15 else str(value)
-        raise UserError(f"{option} is {text}, but must be between {least} and {most:,}.")
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:

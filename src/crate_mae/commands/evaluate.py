@@ -10,13 +10,13 @@ from cyclopts import Parameter
 
 from crate_mae.commands.console import (
     check_seed,
-    check_whole,
     computes,
     extract_with_progress,
     new_file,
     print_bad,
     print_random_initialisation,
 )
+from crate_mae.data.numbers import check_whole
 from crate_mae.training.options import Data, option, takes
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from rich.table import Table
 from crate_mae.commands.console import (
     OWN_STATISTICS,
     check_seed,
-    check_whole,
     computes,
     new_file,
     print_bad,
     print_random_initialisation,
 )
 from crate_mae.commands.evaluate import Evaluation, write_report
+from crate_mae.data.numbers import check_whole
 from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import Data
 

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import check_whole, computes, new_file, print_bad
+from crate_mae.commands.console import computes, new_file, print_bad
+from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.errors import UserError
-from crate_mae.training.options import MOST_THREADS, Data
+from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
     from torch import Tensor

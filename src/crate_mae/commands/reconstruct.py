@@ -11,12 +11,12 @@ from rich.text import Text
 from crate_mae.commands.console import (
     OWN_STATISTICS,
     check_seed,
-    check_whole,
     computes,
     new_file,
     print_bad,
     print_random_initialisation,
 )
+from crate_mae.data.numbers import check_whole
 from crate_mae.training.options import Data
 
 

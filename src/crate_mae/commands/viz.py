@@ -11,13 +11,13 @@ from cyclopts import Parameter
 
 from crate_mae.commands.console import (
     check_seed,
-    check_whole,
     computes,
     print_bad,
     print_random_initialisation,
     refuse_existing,
 )
 from crate_mae.data.files import output_path
+from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
 from crate_mae.training.options import Data
 

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from crate_mae.data import BadImage, ImageSource, readable_batches
 from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.dataset import default_workers
 from crate_mae.data.files import cache_folder, whole_file
+from crate_mae.data.numbers import MOST_THREADS, check_whole, is_number
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.models.devices import fastest_device
@@ -39,8 +41,6 @@ from crate_mae.models.features import (
 logger = logging.getLogger(__name__)
 
 _DIGEST = "sha256"
-_LARGEST_BATCH = 10**9
-_MOST_WORKERS = 1024  # as in training
 _FEW_IMAGES = 2000  # up to which processes take longer to start than they save
 _VERSIONS = (version("crate-mae"), torch.__version__)  # of what prepares images, and of what computes
 # About 14 times the features of CIFAR-10 at a width of 2 x 384. What has not been used for longest goes first.
@@ -96,17 +96,14 @@ class Extraction:
     on_images: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
-        mistakes = []
-        if not _is_whole(self.batch_size) or not 1 <= self.batch_size <= _LARGEST_BATCH:
-            mistakes.append(f"--batch-size is {self.batch_size}, but must be a whole number of at least 1.")
-        if self.workers is not None and (not _is_whole(self.workers) or not 0 <= self.workers <= _MOST_WORKERS):
-            mistakes.append(f"--workers is {self.workers}, but must be a whole number from 0 to {_MOST_WORKERS}.")
+        check_whole("--batch-size", self.batch_size)
+        if self.workers is not None:
+            check_whole("--workers", self.workers, 0, MOST_THREADS)
         if not 0.0 <= self.max_bad <= 1.0:
-            mistakes.append(f"--max-bad is {self.max_bad}, but must be between 0 and 1.")
-        if self.layers != "all" if isinstance(self.layers, str) else not all(map(_is_whole, self.layers)):
-            mistakes.append(f'--layer is {self.layers!r}, but must be a whole number or "all".')
-        if mistakes:
-            raise UserError("\n".join(mistakes))
+            raise UserError(f"--max-bad is {self.max_bad}, but must be between 0 and 1.")
+        layers = () if self.layers == "all" else self.layers
+        if isinstance(layers, str) or not all(is_number(each, -math.inf, math.inf, Integral) for each in layers):
+            raise UserError(f'--layer is {layers!r}, but must be a whole number or "all".')
 
     def layer_numbers(self, backbone: Backbone) -> list[int]:
         """Indices of the requested layers of a backbone, from 0.
@@ -127,10 +124,6 @@ class Extraction:
         pooling = self.pooling or default_pooling(backbone.encoder)
         check_pooling(backbone.encoder, pooling)
         return pooling
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 class Batch(NamedTuple):

@@ -61,12 +61,15 @@ def named_checkpoint(run: Path, name: str = "last") -> Path | None:
     return folder if _NAME.fullmatch(step) and is_checkpoint(folder) else None
 
 
-def newest_checkpoint(run: Path, report: Callable[[str], object] = lambda _line: None) -> Path | None:
+def newest_checkpoint(
+    run: Path, report: Callable[[str], object] = lambda _line: None, *, known: Path | None = None
+) -> Path | None:
     """The newest whole checkpoint of a run: the one that `checkpoints/last` names, or else the newest other one.
 
     Args:
         run: the run's folder.
         report: is called with a line if the one that `last` names is missing or damaged, and another one is taken.
+        known: a checkpoint that this function returned a moment ago, whose files are not read again.
 
     Returns:
         its folder; None before the first checkpoint.
@@ -79,7 +82,7 @@ def newest_checkpoint(run: Path, report: Callable[[str], object] = lambda _line:
     if named_checkpoint(run) is None and (folder / "last").exists():
         damaged.append(f"{folder / 'last'} does not name a checkpoint that is there")
     for checkpoint in list_checkpoints(run):
-        damage = damage_of_checkpoint(checkpoint)
+        damage = None if checkpoint == known else damage_of_checkpoint(checkpoint)
         if damage is None:
             if damaged or named_checkpoint(run) is None:
                 why = "; ".join(damaged) or f"{folder / 'last'} is missing"

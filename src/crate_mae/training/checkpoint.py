@@ -473,10 +473,19 @@ def best_checkpoint(run: Path, state: TrainState) -> Path | None:
     return None if state.best_score is None else run / "checkpoints" / f"step-{state.best_step}"
 
 
-def forget_damaged_best(run: Path, state: TrainState, report: Callable[[str], object]) -> None:
-    """If the best checkpoint is damaged or missing, report that, and have the next score be the best."""
+def forget_damaged_best(
+    run: Path, state: TrainState, report: Callable[[str], object], *, known: Path | None = None
+) -> None:
+    """If the best checkpoint is damaged or missing, report that, and have the next score be the best.
+
+    Args:
+        run: the run's folder.
+        state: of the run.
+        report: is called with a line.
+        known: a checkpoint that is known to be whole.
+    """
     best = best_checkpoint(run, state)
-    if best is None:
+    if best is None or best == known:
         return
     damage = damage_of_checkpoint(best) if best.is_dir() else "it is missing"
     if damage is not None:

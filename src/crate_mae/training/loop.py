@@ -50,7 +50,13 @@ MOST_SKIPPED_IN_A_ROW = 5
 
 
 def train(
-    task: Task, accelerator: Accelerator, *, directory: RunDirectory, display: Display, plan: Mapping[str, str]
+    task: Task,
+    accelerator: Accelerator,
+    *,
+    directory: RunDirectory,
+    display: Display,
+    plan: Mapping[str, str],
+    newest: Path | None,
 ) -> None:
     """Train from the newest checkpoint, or from the beginning, to the end of the run.
 
@@ -60,6 +66,7 @@ def train(
         directory: where everything is kept.
         display: prints the plan and the progress.
         plan: to print before the first step, and to keep in the log and the report.
+        newest: the newest checkpoint of the run, which has been checked.
 
     Raises:
         UserError: for a reason to stop that the user can fix. What was saved stays whole.
@@ -77,7 +84,7 @@ def train(
             model_state = build_model_state(task, accelerator)
 
             # Resume.
-            state = _resume(task, accelerator, directory, model_state, report=display.warn)
+            state = _resume(task, accelerator, directory, model_state, newest=newest, report=display.warn)
             stack.enter_context(open_trackers(accelerator, task.config, directory.path, state.step))
 
             # Closed with the run, so that no loader process outlives it, whatever ends it.
@@ -246,9 +253,13 @@ def _resume(
     accelerator: Accelerator,
     directory: RunDirectory,
     model_state: ModelState,
+    *,
+    newest: Path | None,
     report: Callable[[str], object],
 ) -> TrainState:
     """Read the state to go on from; logs are cut back to it.
+
+    Another run may have held the lock until now, so the newest checkpoint is looked for again.
 
     Raises:
         UserError: if no checkpoint is whole, or the options or the data are not those that the run began with.
@@ -256,7 +267,7 @@ def _resume(
     train, held_out = task.images.train, task.images.held_out
     data = first_decides(accelerator, lambda: data_digests(train, held_out, with_labels=task.learns_labels))
     notes: list[str] = []
-    folder = first_decides(accelerator, lambda: newest_checkpoint(directory.path, notes.append))
+    folder = first_decides(accelerator, lambda: newest_checkpoint(directory.path, notes.append, known=newest))
     if folder is None:
         state = TrainState()
     else:
@@ -302,7 +313,7 @@ def _go_back(directory: RunDirectory, folder: Path | None, state: TrainState, re
         return
     checkpoint.restore_tables(folder, directory, state.step)
     write_whole(directory.checkpoints / "last", f"{folder.name}\n")
-    checkpoint.forget_damaged_best(directory.path, state, report)
+    checkpoint.forget_damaged_best(directory.path, state, report, known=folder)
 
 
 def _batches(task: Task, accelerator: Accelerator, start_step: int) -> Generator[Batch]:

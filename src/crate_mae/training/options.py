@@ -29,6 +29,7 @@ from typing import (
 
 from cyclopts import Parameter, Token
 
+from crate_mae.data.numbers import MOST_THREADS
 from crate_mae.errors import UserError
 
 P = ParamSpec("P")
@@ -63,7 +64,6 @@ Names = Annotated[tuple[str, ...] | str, Parameter(consume_multiple=True, negati
 Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 
 
-MOST_THREADS = 1024  # and processes: many more end a process without a message
 LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from jaxtyping import Float
 from torch import Tensor
@@ -98,7 +98,7 @@ def agree(
     return Agreement(total / accelerator.num_processes, norm, int(bad), int(stop), due > 0)
 
 
-def first_decides(accelerator: Accelerator, decide: Callable[[], T]) -> T:
+def first_decides(accelerator: Accelerator | PartialState, decide: Callable[[], T]) -> T:
     """Call a function in the first process only; all processes return its value, or raise if it does."""
     result: list = [None, None]
     failure: Exception | None = None

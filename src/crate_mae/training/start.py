@@ -36,7 +36,7 @@ from crate_mae.training.preflight import (
     refuse_too_large,
     too_large,
 )
-from crate_mae.training.processes import all_succeed, computing_threads, training_device
+from crate_mae.training.processes import all_succeed, computing_threads, first_decides, training_device
 from crate_mae.training.progress import Display, LastingStream, describe_end, describe_plan, plan_lines
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
@@ -65,8 +65,7 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
     if existing is not None:
         _refuse_other_kind(existing, options)
         options = options.filled_from(existing)
-    reason = directory.why_unfinished() if directory.is_finished else ""
-    newest = out if reason is None else newest_checkpoint(out)
+    reason, newest = first_decides(processes, lambda: _found_in(directory))
     resolved = resolve(options, processes.num_processes, newest)
     if existing is not None:
         _refuse_differences(existing, resolved.config, out)
@@ -82,7 +81,13 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
         accelerator = _build_accelerator(resolved.config, processes, out)
         step = step_of(newest) if newest else 0
         run = partial(
-            _run, start_step=step, accelerator=accelerator, directory=directory, display=display, started=started
+            _run,
+            newest=newest,
+            start_step=step,
+            accelerator=accelerator,
+            directory=directory,
+            display=display,
+            started=started,
         )
         with suppress(StepTooLargeError):
             return run(resolved)
@@ -95,9 +100,16 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
             raise too_large(smaller, processes.num_processes) from None
 
 
+def _found_in(directory: RunDirectory) -> tuple[str | None, Path | None]:
+    """Why a run is to be finished, None if it is complete; and its newest whole checkpoint."""
+    reason = directory.why_unfinished() if directory.is_finished else ""
+    return reason, directory.path if reason is None else newest_checkpoint(directory.path)
+
+
 def _run(
     resolved: Resolved,
     *,
+    newest: Path | None,
     start_step: int,
     accelerator: Accelerator,
     directory: RunDirectory,
@@ -111,7 +123,7 @@ def _run(
     if task.config.dry_run:
         display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])
         return run
-    train(task, accelerator, directory=directory, display=display, plan=plan)
+    train(task, accelerator, directory=directory, display=display, plan=plan, newest=newest)
     if accelerator.is_main_process:
         display.lines(describe_end(task, run, time.monotonic() - started, peak_on(accelerator.device)))
     return run
