@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from crate_mae.data import UnreadableImage, label_names, open_source
+from crate_mae.data import UnreadableImage, label_names, open_source, parquet
 from crate_mae.errors import UserError
 from tests.faults.kinds.sources import mutated
 
@@ -135,3 +135,43 @@ def test_columns_of_one_name_are_a_sentence(tmp_path):
         assert np.asarray(source.read(0)).shape == (8, 8)
     except UnreadableImage as error:
         assert "cannot be read" in error.reason
+
+
+def varint(number, length=0):
+    """A whole number as parquet writes it, padded to a length."""
+    parts = []
+    while number > 127 or len(parts) + 1 < length:
+        parts.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*parts, number])
+
+
+@pytest.mark.parametrize("codec", ["snappy", "zstd", "gzip"])
+def test_pages_that_unpack_to_more_than_they_declare_are_refused(tmp_path, codec):
+    path = tmp_path / "x.parquet"
+    pq.write_table(pa.table({"image": [bytes(2**20)]}), path, compression=codec, use_dictionary=False)
+    column = pq.read_metadata(path).row_group(0).column(0)
+    content = bytearray(path.read_bytes())
+    true = varint(2 * (2**20 + 4 + 6))  # signed numbers are doubled; 4 bytes of length and 6 of levels
+    at = content.index(true, column.data_page_offset)
+    assert at < column.data_page_offset + 8  # in the header of the page
+    content[at : at + len(true)] = varint(2 * 4096, len(true))
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImage, match="its row group cannot be read"):
+        open_source(path).read(0)
+
+
+@pytest.mark.parametrize("column", ["image", "struct", "label"])
+def test_values_that_a_dictionary_repeats_take_little_memory(tmp_path, column, monkeypatch):
+    monkeypatch.setattr(parquet, "_MOST_GROUP_BYTES", 2**20)
+    image, label = png() + bytes(2**16), "name" * 2**10
+    images = [{"bytes": image}] * 2000 if column == "struct" else [image if column == "image" else png()] * 2000
+    pq.write_table(pa.table({"image": images, "label": [label] * 2000}), tmp_path / "x.parquet", row_group_size=2000)
+    source = open_source(tmp_path / "x.parquet")
+    assert source.classes == [label]
+    if column == "label":
+        assert source.read(1999).size == (8, 8)
+    else:
+        with pytest.raises(UnreadableImage, match="more than the 1,048,576 that are read at once"):
+            source.read(0)
+    assert len({id(name) for name in parquet._File(tmp_path / "x.parquet").labels}) == 1

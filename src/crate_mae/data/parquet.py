@@ -27,6 +27,7 @@ LABEL_NAMES = ("label", "labels", "class", "target", "cls", "fine_label")
 # Row groups of image files are mostly 1 to 50 MB: room for a few of them, or all of CIFAR-10.
 _CACHE_BYTES = 256 * 2**20
 _MOST_GROUP_BYTES = 2**31
+_ROWS_AT_ONCE = 16  # one at a time would take three times as long, many could take much memory
 _FINGERPRINT_BLOCKS = 64
 
 
@@ -95,19 +96,49 @@ class ParquetSource(EncodedSource):
         try:
             # Opened each time, so that processes share no file position; single-threaded, since workers are parallel.
             with pq.ParquetFile(self._paths[number]) as file:
-                size = file.metadata.row_group(local).total_byte_size
-                if size > _MOST_GROUP_BYTES:
-                    raise ValueError(f"{size:,} bytes are more than the {_MOST_GROUP_BYTES:,} that are read at once")
-                table = file.read_row_group(local, columns=[self._column], use_threads=False)
-                struct = pa.types.is_struct(table.schema.field(0).type)
-                column = table.flatten().column(f"{self._column}.bytes") if struct else table.column(0)
+                rows = _images_of(file, local, self._column)
         except Exception as error:  # pyarrow raises nearly any type on a damaged file
             raise UnreadableImage(self.location(i), f"its row group cannot be read ({first_line(error)})") from error
-        rows = column.chunk(0) if column.num_chunks == 1 else column
         self._cache[group] = rows
         while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > _CACHE_BYTES:
             self._cache.popitem(last=False)
         return rows
+
+
+def _images_of(file: pq.ParquetFile, group: int, column: str) -> pa.Array | pa.ChunkedArray:
+    """The encoded images of a row group.
+
+    They are counted while they are read, since the sizes in the index of a file may be wrong, and a file of a few
+    bytes may repeat a value of its dictionary in every row. The sizes in the pages themselves are checked by pyarrow.
+
+    Raises:
+        ValueError: if they are larger than what is read at once.
+    """
+    size = file.metadata.row_group(group).total_byte_size
+    chunks: list[pa.Array] = []
+    if size <= _MOST_GROUP_BYTES:
+        size = 0
+        for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=[group], columns=[column], use_threads=False):
+            values = batch.column(0)
+            chunks.append(values.field("bytes") if pa.types.is_struct(values.type) else values)
+            size += chunks[-1].nbytes
+            if size > _MOST_GROUP_BYTES:
+                break
+    if size > _MOST_GROUP_BYTES:
+        raise ValueError(f"{size:,} bytes or more are more than the {_MOST_GROUP_BYTES:,} that are read at once")
+    return pa.concat_arrays(chunks) if size <= _CACHE_BYTES else pa.chunked_array(chunks)
+
+
+def _values_of(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column as Python objects; one that is repeated by a dictionary is made once."""
+    values: list[Any] = []
+    for chunk in column.chunks:
+        if pa.types.is_dictionary(chunk.type):
+            known = [*chunk.dictionary.to_pylist(), None]
+            values += [known[-1 if i is None else i] for i in chunk.indices.to_pylist()]
+        else:
+            values += chunk.to_pylist()
+    return values
 
 
 class _File:
@@ -135,7 +166,9 @@ class _File:
                 self.image_column = _image_column(self.schema, features, path)
                 self.label_column = _label_column(self.schema, features)
                 column = self.label_column
-                self.labels = [] if column is None else file.read(columns=[column]).column(0).to_pylist()
+            # As a dictionary, since a file of a few bytes may repeat a long name in every row.
+            with pq.ParquetFile(path, read_dictionary=[] if column is None else [column]) as file:
+                self.labels = [] if column is None else _values_of(file.read(columns=[column]).column(0))
         except UserError:
             raise
         except Exception as error:  # pyarrow raises nearly any type on a damaged file
