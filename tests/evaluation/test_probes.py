@@ -5,11 +5,10 @@ import warnings
 
 import numpy as np
 import pytest
-from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
 from crate_mae.errors import UserError
-from crate_mae.evaluation import probes
+from crate_mae.evaluation import logistic, probes
 from crate_mae.evaluation.probes import (
     fewshot_probe,
     knn_probe,
@@ -149,18 +148,23 @@ def test_of_equal_accuracies_the_more_certain_wins():
 
 
 def test_a_solver_that_did_not_converge_is_reported_without_a_warning(monkeypatch):
-    monkeypatch.setattr(probes, "_MOST_ITERATIONS", 2)
+    monkeypatch.setattr(logistic, "MOST_ITERATIONS", 2)
     train, labels = clouds(140)
     with warnings.catch_warnings():
-        warnings.simplefilter("error", ConvergenceWarning)
+        warnings.simplefilter("error")
         assert not linear_probe(train, labels, train, labels, grid=[10.0]).converged
         assert not fewshot_probe(train, labels, train, labels, shots=3, draws=2).converged
 
 
 def test_fewshot_takes_so_many_of_each_class(monkeypatch):
     seen = []
-    fit = probes._fit
-    monkeypatch.setattr(probes, "_fit", lambda model, x, y: seen.append((x.copy(), y)) or fit(model, x, y))
+
+    class Watched(probes.LogisticRegression):
+        def __init__(self, x, y):
+            seen.append((x.copy(), y))
+            super().__init__(x, y)
+
+    monkeypatch.setattr(probes, "LogisticRegression", Watched)
     train, labels = clouds(140)
     test, test_labels = clouds(60, seed=1)
     result = fewshot_probe(train, labels, test, test_labels, shots=3, draws=4, seed=5)
