@@ -10,7 +10,7 @@ try: $(VENV)/installed
 	$(VENV)/bin/crate-mae try
 
 test: $(VENV)/installed-for-development
-	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-for-development
 	$(VENV)/bin/ruff format --check .
@@ -35,6 +35,7 @@ $(VENV)/installed: pyproject.toml
 	$(VENV)/bin/pip install --quiet --editable .
 	touch $@
 
-$(VENV)/installed-for-development: $(VENV)/installed
+$(VENV)/installed-for-development: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --editable ".[dev,docs]"
-	touch $@
+	touch $(VENV)/installed $@

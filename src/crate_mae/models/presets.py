@@ -14,6 +14,7 @@ visible patches alone. `crate_mae_<size>_monotone` is `_visible` with layers tha
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -65,6 +66,7 @@ _PUBLISHED_VIT = {
 }
 
 
+@cache
 def _presets() -> dict[str, ModelConfig]:
     presets: dict[str, ModelConfig] = {}
     for size, (width, heads, depth, patch, image) in _SIZES.items():
