@@ -39,25 +39,27 @@ def imported_packages(source):
     return {PACKAGES.get(root, root) for root in roots}
 
 
-IMPORTS = {
-    str(path.relative_to(ROOT)): imported_packages(path.read_text(encoding="utf-8"))
-    for path in (ROOT / "src").rglob("*.py")
-}
+@pytest.fixture(scope="module")
+def imports():
+    return {
+        str(path.relative_to(ROOT)): imported_packages(path.read_text(encoding="utf-8"))
+        for path in (ROOT / "src").rglob("*.py")
+    }
 
 
-def test_every_import_is_declared():
+def test_every_import_is_declared(imports):
     declared = REQUIRED.union(*EXTRAS.values())
-    undeclared = {file: found - declared for file, found in IMPORTS.items() if found - declared}
+    undeclared = {file: found - declared for file, found in imports.items() if found - declared}
     assert undeclared == {}, "add these packages to pyproject.toml"
 
 
-def test_every_declared_package_is_imported():
-    imported = set().union(*IMPORTS.values()) | NOT_IMPORTED
+def test_every_declared_package_is_imported(imports):
+    imported = set().union(*imports.values()) | NOT_IMPORTED
     assert REQUIRED.union(*EXTRAS.values()) - imported == set(), "remove these packages from pyproject.toml"
 
 
-def test_the_app_declares_what_only_it_imports():
-    own = set().union(*(found for file, found in IMPORTS.items() if file.startswith("src/crate_mae/app/")))
+def test_the_app_declares_what_only_it_imports(imports):
+    own = set().union(*(found for file, found in imports.items() if file.startswith("src/crate_mae/app/")))
     assert own - REQUIRED == EXTRAS["app"]
 
 

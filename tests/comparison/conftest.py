@@ -9,6 +9,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 import crate_mae
+from crate_mae.training.report import RunReport
 
 MODELS = ("crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8")
 MEMORY = 7 * 2**20  # bytes of a step, instead of a process for each model
@@ -28,8 +29,9 @@ OPTIONS = {
 
 
 def _set_environment(patch, cache):
-    """Use the CPU, and a separate cache."""
+    """Use the CPU, and a separate cache; runs write no reports, which take a third of their time."""
     patch.setenv("XDG_CACHE_HOME", str(cache))
+    patch.setattr(RunReport, "_write", lambda _report: None)
     if torch.accelerator.is_available():
         patch.setenv("ACCELERATE_USE_CPU", "true")
 

@@ -20,7 +20,9 @@ def settings(batch_size, precision="float32"):
 
 
 def config(name, **changes):
-    return create_model(name, **{"in_chans": 1, "embed_dim": 20, "num_heads": 5, "depth": 3, **changes}).config
+    return create_model(
+        name, **{"in_chans": 1, "embed_dim": 20, "num_heads": 5, "depth": 3, "decoder_depth": 2, **changes}
+    ).config
 
 
 def test_tensors_are_counted_until_they_are_freed():

@@ -25,8 +25,8 @@ from crate_mae.training import progress, report, start
 TINY_RUN = {
     "model_settings": {"embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_depth": 2},
     "steps": 20,
-    "batch_size": 128,
-    "lr": 1e-3,
+    "batch_size": 24,
+    "lr": 5e-3,
     "precision": "float32",  # "auto" takes the faster one, which may be another in the next process
     "workers": 0,
     "threads": 1,
@@ -61,7 +61,7 @@ def train(command, out, options):
         labelled = {"train": "digits:train", "val": "digits:test"}
         finetune(options.pop("model"), out=out, quiet=False, **{**shared, **labelled, **options})
     else:
-        pretrain(options.pop("data", "digits"), out=out, quiet=False, **{**TINY_RUN, **options})
+        pretrain(options.pop("data", "digits:test"), out=out, quiet=False, **{**TINY_RUN, **options})
 
 
 def print_step(pause, stop_at, die_at, step, *_numbers):

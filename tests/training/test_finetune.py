@@ -49,7 +49,15 @@ def labelled(number, classes=2, channels=1, size=(8, 8), first=0):
 
 
 def test_a_run_learns_and_keeps_the_best_model(tiny_finetuning, written_report, capsys):
-    options = {**PLAIN, "lr": 3e-2, "steps": 60, "monitor_steps": 20, "layer_decay": 1.0, "quiet": False}
+    options = {
+        **PLAIN,
+        "batch_size": 128,
+        "lr": 3e-2,
+        "steps": 60,
+        "monitor_steps": 20,
+        "layer_decay": 1.0,
+        "quiet": False,
+    }
     run = tiny_finetuning(**options)
     rows = [row for row in run.metrics() if row["val_accuracy"] is not None]
     assert [row["step"] for row in rows] == [0, 20, 40, 60]
@@ -158,10 +166,10 @@ def usual_signals():
 
 @pytest.mark.usefixtures("usual_signals")
 def test_a_stopped_run_goes_on_without_the_model_that_it_began_with(tiny_finetuning, encoder_folder, monkeypatch):
-    whole = tiny_finetuning("whole", labels=0.5)
+    whole = tiny_finetuning("whole", labels=0.1)
     with monkeypatch.context() as patch, pytest.raises(RunStopped):
         at_step(patch, 13, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        tiny_finetuning("stopped", labels=0.5)
+        tiny_finetuning("stopped", labels=0.1)
     shutil.rmtree(encoder_folder)
     resumed = resume(whole.path.with_name("stopped"), quiet=True)
     assert weights(resumed.path) == weights(whole.path)

@@ -34,7 +34,7 @@ ON_A_CPU = RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator
 @pytest.mark.parametrize("error", [OUT_OF_MEMORY, ON_A_CPU, MemoryError()], ids=["cuda", "cpu", "python"])
 def test_a_step_that_does_not_fit_is_halved_once(tiny_run, limited, capsys, error):
     whole = tiny_run("whole", steps=3, accumulation=2)
-    limited(64, error)
+    limited(12, error)
     halved = tiny_run("halved", steps=3, quiet=False)
     assert "does not fit in memory: going on with --accumulation 2" in capsys.readouterr().out
     assert load_config(halved.path / "config.yaml").accumulation == 2
@@ -61,7 +61,7 @@ def test_the_first_step_itself_is_halved_too(tiny_run, monkeypatch):
 def test_the_halved_step_is_judged_and_built_as_it_will_be_taken(tiny_run, limited, monkeypatch):
     judged = []
     monkeypatch.setattr("crate_mae.training.start.refuse_too_large", lambda task, _: judged.append(task.config))
-    limited(64, OUT_OF_MEMORY)
+    limited(12, OUT_OF_MEMORY)
     run = tiny_run(steps=3)
     assert [config.accumulation for config in judged] == [1, 2]
     assert run.config.accumulation == 2
@@ -69,7 +69,7 @@ def test_the_halved_step_is_judged_and_built_as_it_will_be_taken(tiny_run, limit
 
 def test_what_does_not_fit_when_halved_stops_with_one_sentence(tiny_run, limited, tmp_path):
     limited(8, OUT_OF_MEMORY)
-    with pytest.raises(UserError, match="does not fit in memory with 64 images at a time: give a larger"):
+    with pytest.raises(UserError, match="does not fit in memory with 12 images at a time: give a larger"):
         tiny_run()
     assert not (tmp_path / "run").exists()
 
@@ -92,16 +92,16 @@ def test_other_errors_and_later_steps_are_left_alone():
 def test_a_batch_that_cannot_fit_is_refused_before_the_first_step(tiny_run, monkeypatch, tmp_path):
     with pytest.raises(UserError, match=r"0\.0 GiB are free: give a smaller --model"):
         monkeypatch.setattr(preflight, "free_memory", lambda: 100_000)
-        tiny_run()
+        tiny_run(batch_size=128)
     monkeypatch.setattr(preflight, "free_memory", lambda: 6_000_000)
     with pytest.raises(UserError, match=r"needs at least .* GiB of memory, but .* give --accumulation") as refusal:
-        tiny_run()
+        tiny_run(batch_size=128)
     assert not (tmp_path / "run").exists()
     words = str(refusal.value).split()
     accumulation = int(words[words.index("--accumulation") + 1].rstrip(","))
     largest = int(words[words.index("--batch-size") + 1].rstrip("."))
     assert 128 // accumulation <= largest < 128 // (accumulation // 2)
-    tiny_run(accumulation=accumulation, steps=2)
+    tiny_run(batch_size=128, accumulation=accumulation, steps=2)
     tiny_run("smaller", batch_size=largest, steps=2)
     with pytest.raises(UserError, match="needs at least"):
         tiny_run("larger", batch_size=largest + 1, steps=2)
@@ -139,4 +139,4 @@ def test_processes_of_one_machine_share_its_memory(tiny_run, monkeypatch):
     monkeypatch.setattr(preflight, "free_memory", lambda: 100_000_000)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "30")
     with pytest.raises(UserError, match=r"are free for each of 30 processes: give"):
-        tiny_run()
+        tiny_run(batch_size=128)

@@ -42,7 +42,7 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, driver,
 
 def test_a_killed_run_of_fine_tuning_ends_with_the_same_bits(tmp_path, driver, encoder_folder):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    options = (f"model={encoder_folder}", "drop_path=0.2", "labels=0.5", "monitor_steps=4", "workers=1")
+    options = (f"model={encoder_folder}", "drop_path=0.2", "labels=0.1", "monitor_steps=4", "workers=1")
     uninterrupted = driver("finetune", whole, *options)
     chance = random.Random(1)
     command = "finetune"
