@@ -195,8 +195,8 @@ def test_a_run_killed_while_it_finished_is_finished(finished):
 
 def test_options_changed_under_a_run_are_refused(killed):
     text = (killed / "config.yaml").read_text()
-    (killed / "config.yaml").write_text(text.replace("lr: 0.001\n", "lr: 0.003\n"))
-    with pytest.raises(UserError, match=r"lr: 0.001 -> 0.003"):
+    (killed / "config.yaml").write_text(text.replace("lr: 0.005\n", "lr: 0.003\n"))
+    with pytest.raises(UserError, match=r"lr: 0.005 -> 0.003"):
         resume(killed, quiet=True)
 
 
