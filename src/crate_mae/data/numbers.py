@@ -1,6 +1,7 @@
 """Limits of numbers that users give, and their check. Does not import PyTorch, so that commands can use it."""
 
 from numbers import Integral, Real
+from typing import Any
 
 from crate_mae.errors import UserError
 
@@ -8,16 +9,22 @@ MOST_IMAGES = 10**9  # in a batch, or counted in another way
 MOST_THREADS = 1024  # and processes: many more end a process without a message
 
 
-def is_number(value: object, least: float, most: float, kind: type = Real) -> bool:
+def is_number(value: Any, least: int | float, most: int | float, kind: type = Real) -> bool:
     """Whether a value is a number of a kind, Real or Integral, from `least` to `most`; True and False are none."""
-    return isinstance(value, kind) and not isinstance(value, bool) and least <= value <= most
+    return isinstance(value, kind) and not isinstance(value, bool) and bool(least <= value <= most)
 
 
 def check_whole(option: str, value: object, least: int = 1, most: int = MOST_IMAGES) -> None:
     """Raise a `UserError` for a number that is not whole, or out of its range."""
+    if mistake := describe_not_whole(option, value, least, most):
+        raise UserError(mistake)
+
+
+def describe_not_whole(option: str, value: object, least: int = 1, most: int = MOST_IMAGES) -> str | None:
+    """What is wrong with a value that should be a whole number in a range, as a sentence; None if nothing is."""
     if is_number(value, least, most, Integral):
-        return
+        return None
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise UserError(f"{option} is {value!r}, but must be a whole number from {least} to {most:,}.")
+        return f"{option} is {value!r}, but must be a whole number from {least} to {most:,}."
     text = "a number of more than 15 digits" if abs(int(value)) >= 10**15 else str(value)
-    raise UserError(f"{option} is {text}, but must be between {least} and {most:,}.")
+    return f"{option} is {text}, but must be between {least} and {most:,}."

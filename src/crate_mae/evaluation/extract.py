@@ -23,7 +23,7 @@ from crate_mae.data import BadImage, ImageSource, readable_batches
 from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.dataset import default_workers
 from crate_mae.data.files import cache_folder, whole_file
-from crate_mae.data.numbers import MOST_THREADS, check_whole, is_number
+from crate_mae.data.numbers import MOST_THREADS, describe_not_whole, is_number
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.models.devices import fastest_device
@@ -96,14 +96,16 @@ class Extraction:
     on_images: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
-        check_whole("--batch-size", self.batch_size)
+        mistakes = [describe_not_whole("--batch-size", self.batch_size)]
         if self.workers is not None:
-            check_whole("--workers", self.workers, 0, MOST_THREADS)
+            mistakes.append(describe_not_whole("--workers", self.workers, 0, MOST_THREADS))
         if not 0.0 <= self.max_bad <= 1.0:
-            raise UserError(f"--max-bad is {self.max_bad}, but must be between 0 and 1.")
+            mistakes.append(f"--max-bad is {self.max_bad}, but must be between 0 and 1.")
         layers = () if self.layers == "all" else self.layers
         if isinstance(layers, str) or not all(is_number(each, -math.inf, math.inf, Integral) for each in layers):
-            raise UserError(f'--layer is {layers!r}, but must be a whole number or "all".')
+            mistakes.append(f'--layer is {layers!r}, but must be a whole number or "all".')
+        if found := [mistake for mistake in mistakes if mistake]:
+            raise UserError("\n".join(found))
 
     def layer_numbers(self, backbone: Backbone) -> list[int]:
         """Indices of the requested layers of a backbone, from 0.
