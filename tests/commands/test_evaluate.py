@@ -67,10 +67,10 @@ def test_a_probe_of_digits_is_better_than_guessing_and_written_down(kind, tmp_pa
     assert report["classes"] == [str(i) for i in range(10)]
     assert (report["pooling"], report["seed"], report["image_size"]) == ("cls+mean", 5, [8, 8])
     assert {"crate-mae", "torch", "timm", "scikit-learn"} <= set(report["versions"])
-    assert len(report["results"]) == (3 if kind == "fewshot" else 1)
+    layers = [result["layer"] for result in report["results"]]
+    assert layers == ([3, 3, 3] if kind == "fewshot" else [0, 1, 2, 3])
     for result in report["results"]:
         score = result["accuracy" if kind == "fewshot" else "top1"]
-        assert result["layer"] == 3
         assert 0.13 < score["low"] < score["value"] < score["high"] < 1
         assert f"{100 * score['value']:.2f}%" in text
     if kind != "fewshot":
@@ -99,7 +99,7 @@ def test_colours_are_told_apart_by_pixels_and_by_a_timm_network(photos):
     assert report["results"][0]["top5"] is None
     assert report["pooling"] == "mean"
     assert not report["fresh_weights"]
-    report = evaluate("linear", "timm:test_resnet:random", *photos, batch_size=7)
+    report = evaluate("linear", "timm:test_resnet:untrained", *photos, batch_size=7)
     assert report["results"][0]["top1"]["value"] == 1.0
 
 
@@ -107,7 +107,7 @@ def test_colours_are_told_apart_by_pixels_and_by_a_timm_network(photos):
 def test_all_layers_have_a_row_each(kind, photos, crate_mae_command, tmp_path):
     out = tmp_path / "all.json"
     train, val = photos
-    options = ["--k", "3"] if kind == "knn" else []
+    options = ["--no-controls", "--k", "3"] if kind == "knn" else ["--no-controls"]
     tokens = ["--train", train, "--val", val, "--layer", "all", "--out", out, *options]
     code, _, error = crate_mae_command("eval", kind, MODEL, *tokens)
     assert code == 0, error
@@ -115,6 +115,73 @@ def test_all_layers_have_a_row_each(kind, photos, crate_mae_command, tmp_path):
     assert [row["layer"] for row in rows] == [0, 1, 2, 3]
     single = evaluate(kind, MODEL, train, val, layer=-3, **({"k": 3} if kind == "knn" else {}))
     assert rows[1] == json.loads(json.dumps(single["results"][0]))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A network whose weights are not those of any seed: nearly all of it is one direction of brightness."""
+    net = crate_mae.create_model(MODEL)
+    with torch.no_grad():
+        net.encoder.patch_embed.proj.weight.mul_(5)
+    folder = tmp_path_factory.mktemp("trained") / "model"
+    crate_mae.save(net, folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_controls_stand_beside_the_model_unasked(kind, trained, photos, crate_mae_command, tmp_path):
+    options = {"knn": ["--k", "3"], "linear": [], "fewshot": ["--shots", "1", "--draws", "3"]}[kind]
+    tokens = ["--train", photos[0], "--val", photos[1], "--seed", "4", *options]
+    code, text, error = crate_mae_command("eval", kind, trained, *tokens, "--out", tmp_path / "with.json")
+    assert code == 0, error
+    report = json.loads((tmp_path / "with.json").read_text(encoding="utf-8"))
+    untrained, pixels = report["controls"]
+    assert (untrained["model"], untrained["fresh_weights"]) == (f"{trained}:untrained", True)
+    assert (pixels["model"], len(pixels["results"])) == ("pixels", 1)
+    assert report["chance"]["value"] == pytest.approx(5 / 9), "most training images are red, as 5 of 9 others are"
+    assert report["verdict"] in text
+    assert "55.56%" in text
+    # The control is the model of that name, with the same seed.
+    choices = {"knn": {"k": 3}, "linear": {}, "fewshot": {"shots": (1,), "draws": 3}}[kind]
+    alone = evaluate(kind, f"{trained}:untrained", *photos, seed=4, **choices)
+    assert json.loads(json.dumps(alone["results"])) == untrained["results"]
+    assert [control["model"] for control in alone["controls"]] == ["pixels"]
+    bare = evaluate(kind, trained, *photos, controls=False, **choices)
+    assert (bare["controls"], bare["verdict"]) == ([], None)
+
+
+def test_features_that_are_no_better_than_untrained_ones_are_called_so(trained, coloured):
+    val = coloured("many", {"red": 60, "green": 60}, seed=1)
+    report = evaluate("linear", trained, coloured("train", {"red": 12, "green": 9}), val)
+    assert "no better than untrained on these images" in report["verdict"]
+
+
+def test_a_layer_is_chosen_by_training_images(trained, photos, monkeypatch):
+    from crate_mae.commands.evaluate import _verdict
+    from crate_mae.evaluation import probing
+    from crate_mae.evaluation.probes import KnnResult, Score
+
+    rows = [(0, 0.9, 0.1), (1, 0.2, 0.95), (2, 0.5, 0.3)]  # layer, on the tenth, on the validation images
+    scores = iter(rows)
+
+    def run(train, val, classes):
+        _, chosen_on, top1 = next(scores, (0, 0.5, 0.5))
+        return [KnnResult(Score(top1, top1 - 0.01, top1 + 0.01), None, chosen_on, 3)]
+
+    how = probing.Extraction(layers=(0, 1, 2), workers=0)
+    probed = probing.probe(trained, *photos, run, extraction=how, with_controls=True)
+    assert probed.chosen()[0] == 0
+    assert _verdict(probed).startswith(f"Layer 0 of {trained} (10.0%), chosen on training images: 40.0 points WORSE")
+
+
+def test_all_layers_are_probed_only_where_that_is_cheap(trained, photos, monkeypatch):
+    from crate_mae.evaluation import probing
+
+    monkeypatch.setattr(probing, "MOST_NUMBERS", 21 * 192 * 4)
+    assert len(evaluate("linear", trained, *photos, controls=False)["results"]) == 4
+    monkeypatch.setattr(probing, "MOST_NUMBERS", 21 * 192 * 4 - 1)
+    (result,) = evaluate("linear", trained, *photos, controls=False)["results"]
+    assert result["layer"] == 3
 
 
 def test_classes_are_compared_by_name_not_by_number(coloured):
@@ -215,7 +282,7 @@ def test_unreadable_images_are_left_out_listed_and_written_down(photos, crate_ma
         (["fewshot", MODEL, *DIGITS, "--draws", "0"], "--draws is 0"),
         (["fewshot", MODEL, *DIGITS, "--shots", "0", "5"], "--shots is 0"),
         (["fewshot", MODEL, *DIGITS, "--shots", "999"], "needs 999 of each class"),
-        (["linear", "timm:test_resnet:random", *DIGITS, "--pooling", "cls"], "no class token"),
+        (["linear", "timm:test_resnet:untrained", *DIGITS, "--pooling", "cls"], "no class token"),
         (["linear", MODEL, *DIGITS, "--pooling", "tokens"], "pooling"),
         (["reconstruction", MODEL, "digits", "--out", "x.png"], "--out x.png must name a .json file"),
         (["reconstruction", MODEL, "digits", "--picture", "x.json"], "--picture x.json must name a .png file"),
@@ -286,7 +353,7 @@ def test_normalised_targets_and_left_out_images_are_said(photos, tmp_path, crate
     crate_mae.save(crate_mae.create_model(MODEL, norm_pix_loss=True), tmp_path / "model")
     code, text, _ = crate_mae_command("eval", "reconstruction", tmp_path / "model", photos[1])
     assert code == 0
-    assert "come from the original: targets were normalised" in " ".join(text.split())
+    assert "come from the original: targets were normalised" in text
     assert "Left out" in text
 
 

@@ -9,7 +9,11 @@ import crate_mae
 
 MODEL = "crate_mae_nano_patch2_8"
 KINDS = ("attention", "pca", "layers")
-NETWORKS = {"attention": "timm:test_vit:random", "pca": "timm:test_resnet:random", "layers": "timm:test_vit:random"}
+NETWORKS = {
+    "attention": "timm:test_vit:untrained",
+    "pca": "timm:test_resnet:untrained",
+    "layers": "timm:test_vit:untrained",
+}
 
 
 @pytest.fixture
@@ -86,10 +90,10 @@ def test_a_picture_that_is_there_stays(photos, tmp_path, crate_mae_command, kind
         (["attention", MODEL, "--out", "x.png", "--stride", "3"], "take one of 1, 2"),
         (["attention", MODEL, "--out", "x.png", "--layer", "4"], "There is no layer 4"),
         (["attention", MODEL, "--out", "x.png", "--count", "0"], "--count is 0"),
-        (["attention", "timm:test_resnet:random", "--out", "x.png"], "only Vision Transformers"),
+        (["attention", "timm:test_resnet:untrained", "--out", "x.png"], "only Vision Transformers"),
         (["pca", MODEL, "--out", "x"], "must name a .png or .pdf file"),
         (["pca", "pixels", "--out", "x.png"], "do not lie on a grid"),
-        (["layers", "timm:test_resnet:random", "--out", "x.png"], "not a Vision Transformer"),
+        (["layers", "timm:test_resnet:untrained", "--out", "x.png"], "not a Vision Transformer"),
         (["layers", MODEL, "--out", "x.png", "--control", "trained"], "--control"),
         (["reconstruction", MODEL, "--out", "x.txt"], "must name a .png file"),
     ],

@@ -11,6 +11,7 @@ import crate_mae
 from crate_mae.errors import UserError
 from crate_mae.evaluation import backbones
 from crate_mae.evaluation.backbones import open_backbone
+from crate_mae.models.weights import write_encoder
 
 MODEL = "crate_mae_nano_patch2_8"
 
@@ -53,13 +54,13 @@ def test_a_name_has_a_random_initialisation_by_the_seed_and_leaves_the_global_ge
 
 
 def test_a_timm_network_has_its_published_preparation():
-    backbone = open_backbone("timm:test_vit:random", seed=3)
+    backbone = open_backbone("timm:test_vit:untrained", seed=3)
     assert backbone.image_size == (160, 160)
     assert backbone.mean == (0.5, 0.5, 0.5)
     assert backbone.is_random
     assert backbone.encoder.num_classes == 0
-    assert same_weights(backbone.encoder, open_backbone("timm:test_vit:random", seed=3).encoder)
-    plain = open_backbone("timm:test_resnet:random")
+    assert same_weights(backbone.encoder, open_backbone("timm:test_vit:untrained", seed=3).encoder)
+    plain = open_backbone("timm:test_resnet:untrained")
     assert plain.mean == timm.create_model("test_resnet").pretrained_cfg["mean"]
 
 
@@ -81,7 +82,7 @@ def test_published_weights_without_a_network_are_a_sentence(monkeypatch):
     with pytest.raises(UserError) as error:
         open_backbone("timm:test_vit")
     assert "weights of timm:test_vit cannot be loaded: Temporary failure in name resolution\n" in str(error.value)
-    assert "timm:NAME:random" in str(error.value)
+    assert "timm:NAME:untrained" in str(error.value)
     assert len(str(error.value).splitlines()) == 2
 
 
@@ -104,7 +105,7 @@ def test_a_timm_network_without_published_weights_is_a_sentence():
     ("model", "words"),
     [
         ("timm:vit_tinny_patch16_224", "Did you mean timm:vit_tiny_patch16_224"),
-        ("timm:test_vit:trained", "must look like timm:NAME or timm:NAME:random"),
+        ("timm:test_vit:trained", "must look like timm:NAME or timm:NAME:untrained"),
         ("pixels:big", "must look like pixels or pixels:SIZE"),
         ("pixels:0", "must look like pixels or pixels:SIZE"),
         ("nowhere", "A model is a run folder"),
@@ -138,3 +139,34 @@ def test_a_fingerprint_changes_with_all_that_decides_features():
         next(model.encoder.parameters()).view(-1)[0] += 1e-6
     prints.add(backbone.fingerprint())
     assert len(prints) == 6
+
+
+def test_any_form_of_model_has_an_untrained_one(tmp_path):
+    net = crate_mae.create_model("crate_mae_nano_patch2_8")
+    crate_mae.save(net, tmp_path / "whole")
+    (tmp_path / "timm").mkdir()
+    write_encoder(net, tmp_path / "timm")
+    for name in (f"{tmp_path / 'whole'}", f"{tmp_path / 'timm'}"):
+        trained, first, again, other = (
+            open_backbone(f"{name}{suffix}", seed=seed)
+            for suffix, seed in (("", 0), (":untrained", 1), (":untrained", 1), (":untrained", 2))
+        )
+        assert (trained.is_random, first.is_random, first.name) == (False, True, f"{name}:untrained")
+        assert same_weights(trained.encoder, net.encoder)
+        assert same_weights(first.encoder, again.encoder)
+        assert not same_weights(first.encoder, trained.encoder)
+        assert not same_weights(first.encoder, other.encoder)
+    assert not crate_mae.load(f"{tmp_path / 'whole'}:untrained").training
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("crate_mae_nano_patch2_8:untrained", "is untrained already, a name without weights: leave :untrained out"),
+        ("pixels:untrained", "pixels have no weights that could be untrained"),
+        ("missing:untrained", "missing does not exist and is no model's name"),
+    ],
+)
+def test_what_cannot_be_untrained_is_refused(model, words):
+    with pytest.raises(UserError, match=words):
+        open_backbone(model)

@@ -154,7 +154,7 @@ def test_outputs_of_one_direction_but_several_scales_have_no_common_one(digits_m
 def test_mistakes_are_sentences(digits_model):
     with pytest.raises(UserError, match="count is 0"):
         measure_layers(digits_model, "digits:test", count=0)
-    for model in ("pixels", "timm:efficientnet_b0:random", "timm:swin_tiny_patch4_window7_224:random"):
+    for model in ("pixels", "timm:efficientnet_b0:untrained", "timm:swin_tiny_patch4_window7_224:untrained"):
         with pytest.raises(UserError, match="not a Vision Transformer"):
             measure_layers(model, "digits:test", count=3)
     with pytest.raises(UserError, match="mask_ratio is 1"):

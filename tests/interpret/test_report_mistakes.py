@@ -127,8 +127,8 @@ def test_a_network_from_python_has_no_decoder_and_no_twin():
 
 
 def test_a_timm_baseline_cannot_be_masked(build):
-    with pytest.raises(UserError, match="timm:vit_tiny_patch16_224:random cannot hide patches"):
-        report(model=build(), baseline="timm:vit_tiny_patch16_224:random", mask_ratio=0.5)
+    with pytest.raises(UserError, match="timm:vit_tiny_patch16_224:untrained cannot hide patches"):
+        report(model=build(), baseline="timm:vit_tiny_patch16_224:untrained", mask_ratio=0.5)
 
 
 def test_masked_passes_are_measured(build):

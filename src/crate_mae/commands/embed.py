@@ -68,7 +68,7 @@ def embed(
 
     Args:
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random
-            initialisation), timm:NAME, timm:NAME:random, or pixels.
+            initialisation), timm:NAME, or pixels; :untrained after it means random initialisation.
         data: Any form of data that `crate-mae pretrain` takes.
         out: File to write: .parquet, .npz, .npy, .csv or .safetensors.
         pooling: The class token, the mean of patches, both concatenated, or all patches; by default cls+mean, or mean

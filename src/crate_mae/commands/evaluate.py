@@ -21,8 +21,9 @@ from crate_mae.training.options import Data, option, takes
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.probes import Score
-    from crate_mae.evaluation.probing import Probe
+    from crate_mae.evaluation.probing import Probe, Probed
 
+SCORE = "top-1 (95%)"
 Pooled = Literal["cls", "mean", "cls+mean"]
 Shots = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())]
 
@@ -47,7 +48,7 @@ class ProbeOptions:
     model: Data = option(
         MISSING,
         "A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random "
-        "initialisation), timm:NAME, timm:NAME:random, or pixels.",
+        "initialisation), timm:NAME, or pixels; :untrained after it means random initialisation.",
     )
     _: KW_ONLY
     train: Data = option(MISSING, "Labelled images, in any form of data that `crate-mae pretrain` takes.")
@@ -57,8 +58,11 @@ class ProbeOptions:
         None, "The class token, the mean of patches, or both; by default cls+mean, or mean without a class token."
     )
     layer: int | Literal["all"] | None = option(
-        None, "Layer of the encoder from 0, negative from the end, or all; by default -1."
+        None,
+        "Layer of the encoder from 0, negative from the end, or all; by default all where that takes minutes at most, "
+        "else -1.",
     )
+    controls: bool = option(True, "Probe the same network before training, and raw pixels, as well.")
     seed: int = option(0, "Seed of random initialisation, and of what the probe draws.")
     batch_size: int = option(256, "Images per batch.")
     workers: int | None = option(
@@ -92,7 +96,8 @@ def eval_knn(options: KnnOptions) -> Evaluation:
 
     The k training images with the largest cosine similarity vote, each with the weight exp(similarity / 0.07). Features
     are standardised over the training images first. Nothing is trained. Scores have Wilson's 95% interval over the
-    validation images.
+    validation images. Of several layers, the one that is compared with the controls is chosen on a tenth of the
+    training images, never on the validation images.
 
     Returns:
         The scores, one row per layer.
@@ -105,9 +110,9 @@ def eval_knn(options: KnnOptions) -> Evaluation:
     check_whole("--k", options.k)
 
     def run(train: Any, val: Any, _classes: list[str]) -> list[Any]:
-        return [knn_probe(train.values, train.labels, val.values, val.labels, k=options.k)]
+        return [knn_probe(train.values, train.labels, val.values, val.labels, k=options.k, seed=options.seed)]
 
-    return _evaluate("knn", run, options, shown=("top1", "top5"), settings={"k": options.k})
+    return _evaluate("knn", run, options, shown=("top1", "top5", "chosen_on"), settings={"k": options.k})
 
 
 @computes
@@ -117,8 +122,7 @@ def eval_linear(options: ProbeOptions) -> Evaluation:
 
     The classifier is multinomial logistic regression on standardised features. Its regularisation C is chosen on a
     tenth of the training images, never on the validation images. Scores have Wilson's 95% interval over the validation
-    images. With --layer all, choose a layer by `chosen_on`, the accuracy on that tenth: the best of many scores is
-    biased.
+    images, and so is the layer that is compared with the controls: the best of many scores would be biased.
 
     Returns:
         The scores, one row per layer.
@@ -171,16 +175,17 @@ def _evaluate(
     kind: str, run: "Probe", options: ProbeOptions, *, shown: tuple[str, ...], settings: dict[str, Any]
 ) -> Evaluation:
     """Check the options, run a probe, print its table, and write its file."""
-    from crate_mae.evaluation.extract import Extraction
+    from crate_mae.evaluation.extract import AFFORDABLE, Extraction
     from crate_mae.evaluation.probing import probe
     from crate_mae.models.features import DEFAULT_LAYER
     from crate_mae.terminal import open_console
 
     check_seed(options.seed)
     out = None if options.out is None else new_file("--out", options.out, ".json", overwrite=options.overwrite)
-    layer = DEFAULT_LAYER if options.layer is None else options.layer
+    default = DEFAULT_LAYER if isinstance(options, FewshotOptions) else AFFORDABLE
+    layers = default if options.layer is None else options.layer
     extraction = Extraction(
-        layers=layer if isinstance(layer, str) else (layer,),
+        layers=(layers,) if isinstance(layers, int) else layers,
         pooling=options.pooling,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -196,10 +201,14 @@ def _evaluate(
         extraction=extraction,
         seed=options.seed,
         extractor=partial(extract_with_progress, console),
+        with_controls=options.controls,
     )
-    report = {"probe": kind, **probed.report(seed=options.seed, **settings)}
+    verdict = _verdict(probed) if probed.controls else None
+    report = {"probe": kind, **probed.report(seed=options.seed, **settings), "verdict": verdict}
     console.print(_title(report), soft_wrap=True, markup=False)
-    console.print(_table(probed.rows, shown))
+    console.print(_table(probed, shown))
+    if verdict is not None:
+        console.print(verdict, soft_wrap=True, markup=False)
     print_bad(console, probed.bad)
     for note in _notes(probed.rows):
         console.print(note, soft_wrap=True, markup=False)
@@ -226,22 +235,55 @@ def _title(report: dict[str, Any]) -> str:
     )
 
 
-def _table(rows: list[tuple[int, Any]], shown: tuple[str, ...]) -> Any:
+def _table(probed: "Probed", shown: tuple[str, ...]) -> Any:
     from rich.table import Table
 
+    from crate_mae.evaluation.probing import PIXELS
+
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "top1": ("top-1 (95%)", lambda result: _percent(result.top1)),
+        "top1": (SCORE, lambda result: _percent(result.top1)),
         "top5": ("top-5 (95%)", lambda result: _percent(result.top5)),
         "chosen_on": ("chosen on", lambda result: f"{100 * result.chosen_on:.2f}%"),
         "c": ("C", lambda result: f"{result.c:.2g}"),
         "shots": ("images a class", lambda result: str(result.shots)),
-        "accuracy": ("top-1 (95%)", lambda result: _percent(result.accuracy)),
+        "accuracy": (SCORE, lambda result: _percent(result.accuracy)),
     }
-    kept = [columns[name] for name in shown if getattr(rows[0][1], name) is not None]
-    table = Table("layer", *(title for title, _ in kept), box=None)
-    for layer, result in rows:
-        table.add_row(str(layer), *(cell(result) for _, cell in kept))
+    kept = [columns[name] for name in shown if getattr(probed.rows[0][1], name) is not None]
+    of_chance = [_percent(probed.chance) if title == SCORE else "" for title, _ in kept]
+    table = Table("features of", "layer", *(title for title, _ in kept), box=None)
+    for each in (probed, *probed.controls):
+        name = "untrained" if each.backbone.is_random else PIXELS if each is not probed else "the model"
+        for layer, result in each.rows:
+            table.add_row(name, str(layer), *(cell(result) for _, cell in kept))
+            name = ""
+    if probed.controls:
+        table.add_row("most frequent class", "", *of_chance)
     return table
+
+
+def _verdict(probed: "Probed") -> str:
+    """Whether training has brought something: the chosen layers compared, by their intervals."""
+    (layer, result), score = probed.chosen(), _score(probed)
+    where = f"Layer {layer} of {probed.backbone.name} ({100 * score.value:.1f}%)"
+    if isinstance(getattr(result, "chosen_on", None), float) and len(probed.rows) > 1:
+        where += ", chosen on training images"
+    comparisons = []
+    for control in probed.controls:
+        other = _score(control)
+        what = "untrained" if control.backbone.is_random else control.backbone.name
+        points = 100 * (score.value - other.value)
+        if score.low > other.high:
+            comparisons.append(f"{points:.1f} points better than {what}")
+        elif score.high < other.low:
+            comparisons.append(f"{-points:.1f} points WORSE than {what}")
+        else:
+            comparisons.append(f"no better than {what} on these images ({points:+.1f} points; the intervals overlap)")
+    return f"{where}: {'; '.join(comparisons)}."
+
+
+def _score(probed: "Probed") -> "Score":
+    _, result = probed.chosen()
+    return result.accuracy if hasattr(result, "accuracy") else result.top1
 
 
 def _percent(score: "Score") -> str:

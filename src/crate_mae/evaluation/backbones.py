@@ -26,6 +26,7 @@ from crate_mae.models.tensors import read_tensors, refuse_broken
 from crate_mae.models.timm_models import refuse_timm_misfits
 from crate_mae.models.weights import (
     CONFIG_FILE,
+    UNTRAINED,
     WEIGHTS_FILE,
     description_in,
     folder_of,
@@ -33,13 +34,16 @@ from crate_mae.models.weights import (
     model_name,
     refuse_misfits,
     unwrapped,
+    without_untrained,
 )
 
 _PIXELS_SIDE = 32
 _MOST_PIXELS_SIDE = 512  # 786,432 features an image
 _PATIENCE = 10.0  # seconds
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
-_OFFLINE = "Without a network connection, use timm:NAME:random (random weights), a model of your own, or `pixels`."
+_OFFLINE = (
+    "Without a network connection, use timm:NAME:untrained (random initialisation), a model of your own, or `pixels`."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +105,7 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
     | any form that `crate_mae.load` takes | its encoder; for the name of a preset, with random weights |
     | a folder with an encoder alone | as written by `crate-mae export --part encoder` and `crate-mae convert` |
     | `timm:NAME` | a network of timm with its published weights, downloaded at first use |
-    | `timm:NAME:random` | the same with random weights, as a control |
+    | any of these, then `:untrained` | the same network with random initialisation, as a control |
     | `pixels`, `pixels:SIZE` | colour pixels at 32 x 32 or another size, as a control |
     | a module from Python | one of ours, or any with timm's interface |
 
@@ -114,22 +118,24 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
     """
     if isinstance(model, nn.Module):
         return replace(_from_module(unwrapped(model)), is_borrowed=True)
-    name = str(model)
+    name, is_untrained = without_untrained(str(model))
     if isinstance(model, str) and name.partition(":")[0] == "pixels" and not Path(name).exists():
+        if is_untrained:
+            raise UserError(f"{model}: pixels have no weights that could be untrained: leave {UNTRAINED} out.")
         return _pixels(name)
-    if isinstance(model, str) and name.startswith("timm:"):
-        return _from_timm(name, seed)
-    folder = folder_of(model)
-    described = description_in(folder)
-    if is_of_timm(described):
-        return _from_timm_folder(folder, name, described)
-    if is_encoder_of_transformers(described):
-        return _from_encoder_folder(folder, name, described["settings"])
     with default_generator_seeded(seed):
-        return _ours(load(model), name, is_random=name in list_models())
+        if isinstance(model, str) and name.startswith("timm:"):
+            backbone = _from_timm(name, is_trained=not is_untrained)
+        elif is_of_timm(described := description_in(folder := folder_of(name))):
+            backbone = _from_timm_folder(folder, described, is_trained=not is_untrained)
+        elif is_encoder_of_transformers(described):
+            backbone = _from_encoder_folder(folder, described["settings"], is_trained=not is_untrained)
+        else:
+            backbone = _ours(load(model), name)
+    return replace(backbone, name=str(model), is_random=is_untrained or name in list_models())
 
 
-def _ours(net: Any, name: str, *, is_random: bool) -> Backbone:
+def _ours(net: Any, name: str) -> Backbone:
     """The encoder of an autoencoder, or of a classifier made from one."""
     config = net.config
     return Backbone(
@@ -139,7 +145,6 @@ def _ours(net: Any, name: str, *, is_random: bool) -> Backbone:
         in_chans=config.in_chans,
         mean=config.mean,
         std=config.std,
-        is_random=is_random,
         architecture=json.dumps(config.to_dict()),
     )
 
@@ -147,52 +152,50 @@ def _ours(net: Any, name: str, *, is_random: bool) -> Backbone:
 def _from_module(module: nn.Module) -> Backbone:
     name = model_name(module)
     if hasattr(module, "config") and hasattr(module, "encoder"):
-        return _ours(module, name, is_random=False)
+        return _ours(module, name)
     if not callable(getattr(module, "forward_features", None)):
         raise UserError(
             f"A {name} has no forward_features: only models of this library and of timm can be evaluated.\n"
             "Give your network that method (images b c hh ww to tokens b n d, or to a map b d gh gw)."
         )
-    return _with_timm_data(module, name, is_random=False, architecture=None)
+    return _with_timm_data(module, name, architecture=None)
 
 
-def _from_timm(model: str, seed: int) -> Backbone:
-    _, name, *rest = model.split(":")
-    if rest not in ([], ["random"]):
-        raise UserError(f"{model} is not a valid model: it must look like timm:NAME or timm:NAME:random.")
+def _from_timm(model: str, *, is_trained: bool) -> Backbone:
+    name = model.removeprefix("timm:")
+    if ":" in name:
+        raise UserError(f"{model} is not a valid model: it must look like timm:NAME or timm:NAME{UNTRAINED}.")
     if not timm.is_model(name):
         hint = did_you_mean(name, timm.list_models(), "timm:{}")
         raise UserError(f"timm has no model {name}.{hint} timm.list_models() lists the names.")
     try:
-        if not rest:
+        if is_trained:
             _ask_hub(name)
-        with default_generator_seeded(seed):
-            encoder = timm.create_model(name, pretrained=not rest, num_classes=0)
+        encoder = timm.create_model(name, pretrained=is_trained, num_classes=0)
     except Exception as error:  # of the hub, the network or timm: no published weights
         raise UserError(f"The weights of {model} cannot be loaded: {first_line(error)}\n{_OFFLINE}") from error
-    return _with_timm_data(encoder.eval(), model, is_random=bool(rest), architecture=model)
+    return _with_timm_data(encoder.eval(), model, architecture=model)
 
 
-def _from_timm_folder(folder: Path, name: str, description: Mapping[str, Any]) -> Backbone:
+def _from_timm_folder(folder: Path, description: Mapping[str, Any], *, is_trained: bool) -> Backbone:
     refuse_timm_misfits(folder, description)
     try:
-        encoder = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=0)
+        encoder = timm.create_model(f"local-dir:{folder}", pretrained=is_trained, num_classes=0)
     except Exception as error:  # timm raises many kinds
         raise UserError(f"{folder} cannot be opened by timm: {first_line(error)}") from error
-    return _with_timm_data(
-        encoder.eval(), name, is_random=False, architecture=(folder / CONFIG_FILE).read_text("utf-8")
-    )
+    return _with_timm_data(encoder.eval(), str(folder), architecture=(folder / CONFIG_FILE).read_text("utf-8"))
 
 
-def _from_encoder_folder(folder: Path, name: str, settings: dict[str, Any]) -> Backbone:
+def _from_encoder_folder(folder: Path, settings: dict[str, Any], *, is_trained: bool) -> Backbone:
     config, path = config_from_settings(settings), folder / WEIGHTS_FILE
     refuse_misfits(path, config)
-    tensors = read_tensors(path)
-    refuse_broken(tensors, path)
     net = build(config)
-    net.encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in tensors.items()})
-    check_monotone(net.encoder)
-    return _ours(net.eval(), name, is_random=False)
+    if is_trained:
+        tensors = read_tensors(path)
+        refuse_broken(tensors, path)
+        net.encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in tensors.items()})
+        check_monotone(net.encoder)
+    return _ours(net.eval(), str(folder))
 
 
 def _ask_hub(name: str) -> None:
@@ -206,7 +209,7 @@ def _ask_hub(name: str) -> None:
         HfApi().model_info(repository.strip(), timeout=_PATIENCE)
 
 
-def _with_timm_data(encoder: nn.Module, name: str, *, is_random: bool, architecture: str | None) -> Backbone:
+def _with_timm_data(encoder: nn.Module, name: str, *, architecture: str | None) -> Backbone:
     data: Mapping[str, Any] = resolve_model_data_config(encoder)
     channels = int(getattr(encoder, "in_chans", data["input_size"][0]))
     size = getattr(getattr(encoder, "patch_embed", None), "img_size", None) or data["input_size"][1:]
@@ -222,7 +225,6 @@ def _with_timm_data(encoder: nn.Module, name: str, *, is_random: bool, architect
         in_chans=channels,
         mean=mean,
         std=std,
-        is_random=is_random,
         architecture=architecture,
     )
 

@@ -40,6 +40,7 @@ from crate_mae.models.features import (
 
 logger = logging.getLogger(__name__)
 
+AFFORDABLE = "affordable"
 _DIGEST = "sha256"
 _FEW_IMAGES = 2000  # up to which processes take longer to start than they save
 _VERSIONS = (version("crate-mae"), torch.__version__)  # of what prepares images, and of what computes
@@ -77,7 +78,8 @@ class Extraction:
     """How to extract features.
 
     Attributes:
-        layers: of the encoder, from 0 or negative from the end; "all" for each of them.
+        layers: of the encoder, from 0 or negative from the end; "all" for each of them; for probes also "affordable",
+            all if their features are few (`probing.MOST_NUMBERS`), else the last.
         pooling: see `models.features.pool`; by default as fits the backbone.
         batch_size: number of images encoded at once.
         workers: processes that read images; by default one less than there are cores, at most 8, or none for few
@@ -101,7 +103,7 @@ class Extraction:
             mistakes.append(describe_not_whole("--workers", self.workers, 0, MOST_THREADS))
         if not 0.0 <= self.max_bad <= 1.0:
             mistakes.append(f"--max-bad is {self.max_bad}, but must be between 0 and 1.")
-        layers = () if self.layers == "all" else self.layers
+        layers = () if self.layers in ("all", AFFORDABLE) else self.layers
         if isinstance(layers, str) or not all(is_number(each, -math.inf, math.inf, Integral) for each in layers):
             mistakes.append(f'--layer is {layers!r}, but must be a whole number or "all".')
         if found := [mistake for mistake in mistakes if mistake]:

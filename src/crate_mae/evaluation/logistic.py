@@ -5,8 +5,8 @@ The weights W (f x c) and biases b minimise, over n rows x_i of features with cl
     F(W, b) = sum_i ( log sum_k exp(z_ik) - z_i,y_i ) + 1/(2 C) ||W||_F^2,      z_i = x_i W + b
 
 which is strictly convex in W, so that every solver finds the same W. For more than two classes F is that of
-scikit-learn's `LogisticRegression`. For two, scikit-learn has one vector w in place of W's two columns, and half this C
-has the same effect there.
+scikit-learn's `LogisticRegression`. For two, scikit-learn has one vector w in place of W's two columns, where twice
+this C has the same effect.
 
 **The coordinates.** The Hessian of F is at most 1/2 X^T X + 1/C in each column of W (Boehning, "Multinomial logistic
 regression algorithm", 1992). With X^T X = V diag(s^2) V^T, F is therefore written in the coordinates

@@ -46,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _PARTS, _INDEX = "model-*.safetensors", "model.safetensors.index.json"
 CONFIG_FILE = "config.json"
+UNTRAINED = ":untrained"  # after any form of MODEL: the same network, randomly initialised
 
 Model = MaskedAutoencoder | Classifier
 
@@ -138,7 +139,8 @@ def load(model: str | Path, **settings: Any) -> Model:
         model: a run folder (of a run that is not finished, its newest checkpoint is taken) or any other folder with
             `model.safetensors` and `config.json`; the name of a preset (random initialisation) or of a trained model
             that comes with the library; or `hf:user/name`, a repository on the Hugging Face Hub with the same two
-            files.
+            files. Any of them but a preset, followed by `:untrained`, is the same network with random initialisation,
+            from torch's global generator: the control for what training has brought.
         settings: model settings to change, such as `norm_pix_loss`; those that change a tensor's shape are refused.
 
     Raises:
@@ -146,10 +148,27 @@ def load(model: str | Path, **settings: Any) -> Model:
             not finite.
     """
     name = str(model)
-    if name in list_models():
-        return create_model(name, **settings).eval()
+    trained, is_untrained = without_untrained(name)
+    if trained in list_models():
+        if is_untrained:
+            raise UserError(f"{trained} is untrained already, a name without weights: leave {UNTRAINED} out.")
+        return create_model(trained, **settings).eval()
+    folder = _model_folder(trained)
+    if is_untrained:
+        return _built(read_config(folder).replace(**settings)).eval()
+    return _load_folder(folder, settings)
+
+
+def without_untrained(model: str) -> tuple[str, bool]:
+    """A form of MODEL without `:untrained` after it, and whether it was there."""
+    is_untrained = model.endswith(UNTRAINED) and not Path(model).exists()
+    return (model.removesuffix(UNTRAINED) if is_untrained else model), is_untrained
+
+
+def _model_folder(name: str) -> Path:
+    """The folder with the two files of a trained model."""
     if name in list_bundled():
-        return _load_folder(bundled_folder(name), settings)
+        return bundled_folder(name)
     folder = folder_of(name)
     if folder.is_file():
         hint = f"Name its folder instead: {folder.parent}" if folder.name == WEIGHTS_FILE else _official_hint(folder)
@@ -164,7 +183,7 @@ def load(model: str | Path, **settings: Any) -> Model:
             f"{name} {what}.\nA model is a run folder, a folder with {WEIGHTS_FILE} and {CONFIG_FILE}, "
             "hf:user/name, or a name from `crate-mae models`."
         )
-    return _load_folder(folder, settings)
+    return folder
 
 
 def load_autoencoder(model: str | Path | nn.Module, **settings: Any) -> MaskedAutoencoder:
@@ -252,7 +271,7 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     config = read_config(folder).replace(**settings)
     path = folder / WEIGHTS_FILE
     refuse_misfits(path, config)
-    model = build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
+    model = _built(config)
     tensors = read_tensors(path)
     refuse_broken(tensors, str(path))
     model.load_state_dict(tensors)
@@ -261,6 +280,10 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return model.eval()
+
+
+def _built(config: Config) -> Model:
+    return build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
 
 
 def refuse_misfits(path: Path, config: Config) -> None:
