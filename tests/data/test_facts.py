@@ -1,4 +1,5 @@
 import csv
+import math
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from crate_mae.commands.data import check as check_command
 from crate_mae.data import ImageFacts, channel_statistics, check, describe_images, open_source, suggest_model
 from crate_mae.data import facts as facts_module
 from crate_mae.errors import UserError
+from crate_mae.models.presets import preset
 
 
 def test_sizes_are_medians_and_channels_follow_the_colour_images():
@@ -75,12 +77,14 @@ def test_fewer_large_images_are_read_for_the_statistics(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("height", "width", "expected"),
-    [(12, 40, ("crate_mae_nano_patch2_8", 8)), (48, 48, ("crate_mae_micro_patch4_32", 32)), (64, 49, None)],
+    ("height", "width", "size"),
+    [(12, 40, 8), (48, 48, 32), (64, 49, 64), (96, 128, 96), (128, 128, 128), (500, 177, 224)],
 )
-def test_the_suggested_model_follows_the_shorter_side(height, width, expected):
-    found = suggest_model(ImageFacts(3, height, width, 1, 1))
-    assert found == (expected or ("crate_mae_tiny_patch16_224", 224))
+def test_the_suggested_model_follows_the_shorter_side(height, width, size):
+    name, found = suggest_model(ImageFacts(3, height, width, 1, 1))
+    assert found == size
+    assert preset(name).image_size == (size, size)
+    assert 16 <= math.prod(preset(name).grid_size) <= 256
 
 
 @pytest.fixture

@@ -137,14 +137,21 @@ def _content_digest(source: ImageSource, i: int) -> str:
         return "unreadable"
 
 
+# (shorter side up to which, the preset, its image size)
+_SUGGESTIONS = (
+    (12, "crate_mae_nano_patch2_8", 8),
+    (48, "crate_mae_micro_wide_patch4_32", 32),
+    (80, "crate_mae_micro_wide_patch8_64", 64),
+    (112, "crate_mae_micro_wide_patch12_96", 96),
+    (176, "crate_mae_micro_wide_patch16_128", 128),
+)
+_LARGEST_SUGGESTION = ("crate_mae_tiny_patch16_224", 224)
+
+
 def suggest_model(facts: ImageFacts) -> tuple[str, int]:
-    """Return the preset for images of this size, and its image size: 8, 32 or 224 by the shorter side."""
+    """Return the preset for images of this size, and its image size: the one nearest to the median shorter side."""
     side = min(facts.height, facts.width)
-    if side <= 12:
-        return "crate_mae_nano_patch2_8", 8
-    if side <= 48:
-        return "crate_mae_micro_patch4_32", 32
-    return "crate_mae_tiny_patch16_224", 224
+    return next(((name, size) for most, name, size in _SUGGESTIONS if side <= most), _LARGEST_SUGGESTION)
 
 
 def prevalent_channels(counts: Counter[int]) -> int:

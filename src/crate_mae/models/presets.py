@@ -8,7 +8,8 @@ and `crate_mae_<size>_visible` is that with mask tokens only at the decoder, as 
 visible patches alone. `crate_mae_<size>_monotone` is `_visible` with layers that provably compress and sparsify
 (`models.monotone`); these have 2 d^2 weights, and `vit_mae_<size>_monotone_matched` has as many parameters.
 `crate_mae_micro_wide` is for hours of training, not days: like `_visible`, but with few wide layers
-(`results/cifar10_small_color`), and with twins of its own; `crate_mae_micro_wide_monotone` likewise.
+(`results/cifar10_small_color`), for images of 32 to 128 pixels, always in 8 x 8 patches; with twins of its own, and
+`crate_mae_micro_wide_monotone` likewise.
 `vit_mae_{small,base,large}_published` are the baselines that the CRATE-MAE paper's tables compare with.
 """
 
@@ -58,6 +59,8 @@ _WIDE = {
     "decoder_depth": 2,
 }
 
+_WIDE_SHAPES = ((4, 32), (8, 64), (12, 96), (16, 128))  # (patch, image): 8 x 8 patches each
+
 # size: (width, heads, depth, decoder width, decoder heads, decoder depth)
 _PUBLISHED_VIT = {
     "small": (384, 6, 12, 512, 16, 8),
@@ -102,14 +105,17 @@ def _presets() -> dict[str, ModelConfig]:
         "decoder_num_heads": decoder_heads,
     }
     half = {key: value if key.endswith("depth") else value // 2 for key, value in _WIDE.items()}
-    for name, like, settings in (
-        ("crate_mae_micro_wide_patch4_32", "crate_mae_micro_visible_patch4_32", _WIDE),
-        ("crate_mae_micro_wide_monotone_patch4_32", "crate_mae_micro_monotone_patch4_32", _WIDE),
-        ("vit_mae_micro_wide_patch4_32", "vit_mae_micro_patch4_32", _WIDE),
-        ("vit_mae_micro_wide_matched_patch4_32", "vit_mae_micro_patch4_32", half),
-        ("vit_mae_micro_wide_monotone_matched_patch4_32", "vit_mae_micro_patch4_32", twin),
+    for stem, like, settings in (
+        ("crate_mae_micro_wide", "crate_mae_micro_visible_patch4_32", _WIDE),
+        ("crate_mae_micro_wide_monotone", "crate_mae_micro_monotone_patch4_32", _WIDE),
+        ("vit_mae_micro_wide", "vit_mae_micro_patch4_32", _WIDE),
+        ("vit_mae_micro_wide_matched", "vit_mae_micro_patch4_32", half),
+        ("vit_mae_micro_wide_monotone_matched", "vit_mae_micro_patch4_32", twin),
     ):
-        presets[name] = presets[like].replace(name=name, **settings)
+        for patch, image in _WIDE_SHAPES:
+            name = f"{stem}_patch{patch}_{image}"
+            shape = {"patch_size": patch, "image_size": (image, image)}
+            presets[name] = presets[like].replace(name=name, **settings, **shape)
     for size, (width, heads, depth, decoder_width, decoder_heads, decoder_depth) in _PUBLISHED_VIT.items():
         name = f"vit_mae_{size}_published_patch16_224"
         presets[name] = ViTConfig(

@@ -253,6 +253,12 @@ class PretrainOptions(RunOptions):
         "Learning rate per 256 images; it is scaled by batch_size / 256. By default from width and batch.",
         POSITIVE,
     )
+    init_from: str | Path | None = option(
+        None,
+        "A trained model to start from: a run, a bundled model, hf:user/name ... Its weights are taken where they fit. "
+        "Without --model, the new model is of its kind, with patches of the size that the images need.",
+        later=True,
+    )
     val: Data = option(None, "Other data to measure on. By default 5% of the images, at most 512, are held out.")
     model_settings: dict[str, Setting] = option(
         None, "Any other setting of the model, such as --model-settings.threshold 0.1"

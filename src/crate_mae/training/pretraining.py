@@ -16,12 +16,14 @@ from torch.optim import AdamW
 
 from crate_mae.data import evaluation_transform, pretrain_transform, save_picture_grid
 from crate_mae.data.transforms import Preparation
+from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.completion import complete
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.devices import send
 from crate_mae.models.masking import hide_all_but, random_mask, visible_from_noise
 from crate_mae.models.tracing import trace
+from crate_mae.models.transfer import start_from
 from crate_mae.theory.coding_rate import official_subspace_coding_rate
 from crate_mae.theory.measures import effective_rank, zero_fraction
 from crate_mae.training.images import PYTHON_OBJECT, RunImages, read_held_out
@@ -47,6 +49,7 @@ class Pretraining(Task[PretrainOptions]):
         config: of the run.
         images: to train on and to measure on.
         model: what to build.
+        weights: of the model that this one starts from; None for a random initialisation.
 
     Raises:
         UserError: if the held-out images cannot be read.
@@ -54,10 +57,20 @@ class Pretraining(Task[PretrainOptions]):
 
     measures: ClassVar[tuple[str, ...]] = ("held_out_loss", "feature_rank")
 
-    def __init__(self, config: PretrainOptions, images: RunImages, model: ModelConfig) -> None:
+    def __init__(
+        self,
+        config: PretrainOptions,
+        images: RunImages,
+        model: ModelConfig,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         fixed = evaluation_transform(model.image_size, model.in_chans, model.mean, model.std)
         held_out, bad = read_held_out(images.held_out, fixed, config.max_bad)
         super().__init__(config, images, model=build(model), bad_held_out=bad)
+        try:
+            self.start = None if weights is None else start_from(self.model, weights)
+        except UserError as error:
+            raise UserError(f"--init-from {config.init_from}: {error}") from error
         self.monitor = Monitor(held_out, self.model.num_patches, config.mask_ratio)
 
     def transform(self) -> Preparation:
@@ -95,11 +108,13 @@ class Pretraining(Task[PretrainOptions]):
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         source = f"split off {c.data}" if c.val is None else f"from {c.val}"
         height, width = model.config.image_size
+        start = {} if self.start is None else {"starts from": f"{c.init_from}: {self.start}"}
         return {
             "images": f"{len(images.train):,} of {c.data}; {len(images.held_out):,} held out, {source}",
             "model": f"{c.model}, {parameters / 1e6:.2f} M parameters",
             "input": f"{height} x {width} pixels, {count(c.channels, 'channel')}, {model.num_patches} patches of "
             f"{model.config.patch_size} x {model.config.patch_size}, {c.mask_ratio:.0%} hidden",
+            **start,
         }
 
     def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:

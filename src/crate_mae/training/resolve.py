@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from crate_mae.data import ImageSource, channel_statistics, describe_images, finetune_transform, suggest_model
 from crate_mae.data.dataset import default_workers
@@ -14,8 +16,9 @@ from crate_mae.errors import UserError
 from crate_mae.models.classifier import ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import check_mask_ratio
-from crate_mae.models.presets import list_models, preset
-from crate_mae.models.weights import load, read_config
+from crate_mae.models.presets import list_bundled, list_models, preset
+from crate_mae.models.transfer import resized_config
+from crate_mae.models.weights import load, load_autoencoder, read_config
 from crate_mae.training.finetuning import Finetuning, Initialisation
 from crate_mae.training.images import open_images, open_labelled
 from crate_mae.training.logbook import choose_trackers
@@ -56,15 +59,18 @@ def resolve(options: RunOptions, processes: int, newest: Path | None) -> Resolve
     if isinstance(options, FinetuneOptions):
         return resolve_finetuning(options, processes, newest)
     assert isinstance(options, PretrainOptions), "there is no other kind"
-    return resolve_pretraining(options, processes)
+    return resolve_pretraining(options, processes, newest)
 
 
-def resolve_pretraining(options: PretrainOptions, processes: int) -> Resolved[PretrainOptions]:
+def resolve_pretraining(
+    options: PretrainOptions, processes: int, newest: Path | None = None
+) -> Resolved[PretrainOptions]:
     """Fill in every option that is open, from the data and the machine.
 
     Args:
         options: of the run.
         processes: number of training processes.
+        newest: see `resolve`.
 
     Raises:
         UserError: with all mistakes.
@@ -74,14 +80,15 @@ def resolve_pretraining(options: PretrainOptions, processes: int) -> Resolved[Pr
     options, mistakes = _checked(replace(options, model_settings=settings))
     if (options.mean is None) != (options.std is None):
         mistakes.append(Mistake("--mean and --std belong together: give both or neither."))
-    images = model = None
+    images = model = start = None
     with mistakes.collected():
         images = open_images(options.data, options.val)
         options = with_length(
             options, len(images.train), processes, mistakes, epochs=DEFAULT_EPOCHS, warmup=WARMUP_SHARE
         )
     with mistakes.collected():
-        model = _pretraining_model(options, images.train if images and not mistakes else None)
+        start = _start(options, newest)
+        model = _pretraining_model(options, start, images.train if images and not mistakes else None)
         if not mistakes.concern("mask_ratio"):
             check_mask_ratio(options.mask_ratio, math.prod(model.grid_size))
     mistakes.raise_if_any()
@@ -90,6 +97,7 @@ def resolve_pretraining(options: PretrainOptions, processes: int) -> Resolved[Pr
     config = replace(
         with_machine(options, processes),
         data=images.train_name,
+        init_from=None if options.init_from is None else _full_model_name(options.init_from),
         val=images.held_out_name,
         model=model.name,
         image_size=model.image_size,
@@ -103,7 +111,8 @@ def resolve_pretraining(options: PretrainOptions, processes: int) -> Resolved[Pr
         monitor_steps=options.monitor_steps
         or max(options.steps // 20, min(len(images.train) // options.batch_size, 100)),
     )
-    return Resolved(config, lambda config: Pretraining(config, images, model))
+    weights = None if start is None else start.weights
+    return Resolved(config, lambda config: Pretraining(config, images, model, weights))
 
 
 def resolve_finetuning(options: FinetuneOptions, processes: int, newest: Path | None) -> Resolved[FinetuneOptions]:
@@ -255,18 +264,43 @@ def with_machine(options: OptionsT, processes: int) -> OptionsT:
     return replace(options, workers=workers, threads=threads, checkpoint_epochs=options.checkpoint_epochs or 0)
 
 
-def _pretraining_model(options: PretrainOptions, train: ImageSource | None) -> ModelConfig:
+class _Start(NamedTuple):
+    """What a run of pretraining starts from: a model's configuration, and its weights until the run has its own."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor] | None
+
+
+def _start(options: PretrainOptions, newest: Path | None) -> _Start | None:
+    """The model of `--init-from`; of a run that has a checkpoint, the configuration in that."""
+    if options.init_from is None:
+        return None
+    if newest is not None:
+        config = read_config(newest)
+        assert isinstance(config, ModelConfig), "runs of pretraining have no classes"
+        return _Start(config, None)
+    model = load_autoencoder(options.init_from)
+    return _Start(model.config, model.state_dict())
+
+
+def _pretraining_model(options: PretrainOptions, start: _Start | None, train: ImageSource | None) -> ModelConfig:
     """The model's configuration; without images (because of other mistakes) it is only checked for mistakes."""
     if taken := [key for key in options.model_settings if key in _MODEL_OPTIONS]:
         name = option_name(taken[0].replace("in_chans", "channels"))
         raise UserError(f"Give {name} instead of a model setting.")
-    channels, name = options.channels or 3, options.model or "crate_mae_micro_patch4_32"
+    channels, suggested, side = options.channels or 3, "crate_mae_micro_wide_patch4_32", 32
     if train is not None:
         facts = describe_images(train)
         channels = options.channels or facts.channels
-        name = options.model or suggest_model(facts)[0]
-    given = {key: getattr(options, key) for key in ("image_size", "mean", "std", "mask_tokens")}
-    config = preset(name).replace(
+        suggested, side = suggest_model(facts)
+    if start is not None and options.model in (None, start.config.name):
+        size = options.image_size or side
+        config = resized_config(start.config, (size, size) if isinstance(size, int) else size)
+        kept = ("mean", "std", "mask_tokens")
+    else:
+        config, kept = preset(options.model or suggested), ("image_size", "mean", "std", "mask_tokens")
+    given = {key: getattr(options, key) for key in kept}
+    config = config.replace(
         **options.model_settings,
         **{key: value for key, value in given.items() if value is not None},
         in_chans=channels,
@@ -322,7 +356,8 @@ def _encoder_config(config: ModelConfig | ClassifierConfig) -> ModelConfig:
 def _full_model_name(model: str | Path) -> str:
     """A name by which the same model is found from any folder."""
     name = str(model)
-    return name if name in list_models() or name.startswith("hf:") else str(Path(name).expanduser().resolve())
+    is_name = name in (*list_models(), *list_bundled()) or name.startswith("hf:")
+    return name if is_name else str(Path(name).expanduser().resolve())
 
 
 def _steps_between_validations(batch_size: int, train: ImageSource, val: ImageSource) -> int:
