@@ -36,3 +36,11 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared folder with real data and golden vectors is not beside the project")
     return folder
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    """Log and output of a test with names that are no text can be sent between pytest's processes."""
+    report = yield
+    report.sections = [(title, text.encode("utf-8", "backslashreplace").decode()) for title, text in report.sections]
+    return report
