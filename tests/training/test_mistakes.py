@@ -7,6 +7,7 @@ from PIL import Image
 
 from crate_mae.commands.pretrain import resume
 from crate_mae.errors import UserError
+from crate_mae.models.presets import preset
 from crate_mae.training.options import Mistakes, PretrainOptions
 from crate_mae.training.resolve import default_base_lr, default_batch_size, with_length
 
@@ -130,20 +131,31 @@ def test_colour_images_of_another_size_get_a_model_that_fits_them(tiny_run, tmp_
         pixels = np.random.default_rng(i).integers(0, 256, (37, 41, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     config = tiny_run(data=folder, batch_size=None, steps=None, epochs=None, dry_run=True).config
-    assert (config.model, config.channels, config.image_size) == ("crate_mae_micro_patch4_32", 3, (32, 32))
+    assert (config.model, config.channels, config.image_size) == ("crate_mae_micro_wide_patch4_32", 3, (32, 32))
     assert config.mean == pytest.approx((0.485, 0.456, 0.406))
     assert (config.batch_size, config.steps) == (2, 900)
 
 
 @pytest.mark.parametrize(
-    ("count", "share", "expected"), [(1, 1, 1), (100, 1, 8), (5000, 1, 256), (5000, 3, 255), (9, 2, 2)]
+    ("count", "share", "expected"),
+    [(1, 1, 1), (100, 1, 8), (300, 1, 32), (4100, 1, 64), (5000, 3, 63), (50_000, 1, 256), (9, 2, 2)],
 )
-def test_the_default_batch_leaves_eight_steps_to_an_epoch(count, share, expected):
+def test_the_default_batch_leaves_enough_steps_to_an_epoch(count, share, expected):
     assert default_batch_size(count, share) == expected
 
 
 @pytest.mark.parametrize(
-    ("width", "batch", "expected"), [(768, 256, 1.5e-4), (192, 256, 6e-4), (192, 64, 1.2e-3), (768, 4096, 3.75e-5)]
+    ("init", "width", "batch", "expected"),
+    [
+        ("official", 768, 256, 1.5e-4),
+        ("official", 192, 256, 6e-4),
+        ("official", 192, 64, 1.2e-3),
+        ("official", 768, 4096, 3.75e-5),
+        ("isometric", 512, 64, 3.6e-3),  # the recipe small_color
+        ("isometric", 96, 256, 1.8e-3),
+        ("isometric", 1024, 256, 9e-4),
+    ],
 )
-def test_the_default_learning_rate_falls_with_width_and_batch(width, batch, expected):
-    assert default_base_lr(width, batch) == pytest.approx(expected)
+def test_the_default_learning_rate_falls_with_width_and_batch(init, width, batch, expected):
+    model = preset("crate_mae_base_patch16_224").replace(init=init, embed_dim=width, num_heads=1)
+    assert default_base_lr(model, batch) == pytest.approx(expected)

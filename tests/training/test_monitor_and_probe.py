@@ -116,6 +116,6 @@ def test_a_gpu_without_bfloat16_refuses_it_and_takes_float32_by_itself(task, mon
     with pytest.raises(UserError, match="Tesla T4 does not compute in bfloat16: give --precision float32"):
         probe(task("bfloat16"), 2, gpu)
     monkeypatch.setattr(
-        preflight, "_measured", lambda _t, _b, _s, precision, reason: ProbeResult(precision, reason, 1.0, None)
+        preflight, "_measured", lambda _t, _b, _s, precision, reason: ProbeResult(precision, reason, 1.0, 0.0, None)
     )
     assert probe(task("auto"), 2, gpu).precision == "float32"

@@ -228,7 +228,7 @@ def broken_steps(monkeypatch):
         return usual(model, *arguments) * (float("nan") if model.training and sum(calls) in broken else 1.0)
 
     monkeypatch.setattr(MaskedAutoencoder, "loss", loss)
-    monkeypatch.setattr("crate_mae.training.start.probe", lambda *_: ProbeResult("float32", "", 1.0, None))
+    monkeypatch.setattr("crate_mae.training.start.probe", lambda *_: ProbeResult("float32", "", 1.0, 0.0, None))
     monkeypatch.setattr("crate_mae.training.start.refuse_too_large", lambda *_: None)  # it computes losses, too
     return broken
 
@@ -277,3 +277,61 @@ def test_autocast_around_a_run_changes_nothing(tiny_run):
     with torch.autocast("cpu", torch.bfloat16):
         around = tiny_run("around", steps=4, precision="bfloat16").model().state_dict()
     assert all(torch.equal(plain[name], around[name]) for name in plain)
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    """`speed(step, image)`: steps and reading an image take so many seconds each, as far as is measured."""
+
+    def measured(step, image=0.0):
+        monkeypatch.setattr("crate_mae.training.start.probe", lambda *_: ProbeResult("float32", "", step, image, None))
+
+    return measured
+
+
+def test_a_run_of_minutes_has_the_steps_that_fit(tiny_run, speed, capsys):
+    options = {"steps": None, "minutes": 1000, "dry_run": True}
+    speed(60.0)
+    assert tiny_run(**options).config.steps in (948, 949), "95% of 1,000, less the seconds that the preparation took"
+    speed(30.0, 1.25)  # 24 images of 1.25 s
+    assert tiny_run(**options).config.steps in (948, 949)
+    speed(60.0, 1.25)
+    assert tiny_run(**options, workers=2).config.steps in (948, 949), "they are read while others are trained on"
+    with pytest.raises(UserError, match=r"--minutes 0.0001 is too short: .* and a step takes 90 s"):
+        tiny_run(**options | {"minutes": 0.0001})
+
+
+def test_a_short_run_takes_smaller_steps_rather_than_few(tiny_run, speed, monkeypatch):
+    monkeypatch.setattr("crate_mae.training.start._SMALLEST_BATCH", 8)
+    speed(600.0)
+    found = tiny_run(steps=None, batch_size=None, minutes=1000, dry_run=True).config
+    assert found.batch_size == 8
+    assert found.steps in (4 * 93, 4 * 94)
+    given = tiny_run(steps=None, batch_size=32, minutes=1000, dry_run=True).config
+    assert (given.batch_size, given.steps in (93, 94)) == (32, True)
+
+
+def test_a_length_in_minutes_is_one_of_three(tiny_run, tmp_path):
+    with pytest.raises(UserError, match="--steps and --minutes both set the length of the run"):
+        tiny_run(minutes=3)
+    run = tiny_run()
+    with pytest.raises(UserError, match="holds a run, whose length is 20 steps: leave --minutes out"):
+        pretrain("digits:test", out=run.path, minutes=3)
+
+
+def test_a_long_plan_names_shorter_commands_that_work(tiny_run, speed, tmp_path, capsys):
+    speed(600.0)
+    tiny_run(dry_run=True, quiet=False)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("in 30 min")]
+    commands = [line.split("  ", 1)[1].strip() for line in lines]
+    assert commands[0] == f"crate-mae pretrain digits:test --out {tmp_path / 'run'}-30min --minutes 30"
+    assert commands[1] == f"{commands[0]} --init-from crate_mae_micro_cifar10"
+    speed(1.0)
+    tiny_run(dry_run=True, quiet=False)
+    assert "in 30 min" not in capsys.readouterr().out
+
+
+def test_the_estimate_includes_reading(tiny_run, speed, capsys):
+    speed(3.0, 0.125)
+    tiny_run(dry_run=True, quiet=False)
+    assert "estimate       2 min (50% of it for reading images)" in " ".join(capsys.readouterr().out.split("\n"))

@@ -12,16 +12,14 @@ from crate_mae.comparison.entries import Entry
 from crate_mae.comparison.options import Budget
 from crate_mae.costs.memory import step_memory
 from crate_mae.costs.trial import TrialStep
-from crate_mae.data import ImageSource, UnreadableImage
-from crate_mae.data.dataset import default_generator_seeded
-from crate_mae.data.facts import fixed_sample
+from crate_mae.data import ImageSource
 from crate_mae.errors import UserError
 from crate_mae.training.precision import WORTHWHILE, multiplies_in_bfloat16
+from crate_mae.training.preflight import loading_seconds
 
 _ROUNDS = 11
 _LEAST_ROUNDS = 3
 _MOST_SECONDS = 60.0  # of all rounds, once there are enough of them
-_READ_IMAGES = 64
 _RATE_FACTOR = 3.0  # between neighbouring learning rates, as long as the best is at the edge
 
 
@@ -69,7 +67,8 @@ def measure_costs(entries: Sequence[Entry], train: ImageSource, device: torch.de
     tried = able if wanted == "auto" else [wanted]
     trials = [[TrialStep(e.model, e.step_settings(precision), device) for precision in tried] for e in entries]
     seconds = iter(seconds_in_turns([trial for of_entry in trials for trial in of_entry]))
-    loading = _loading_seconds(entries[0], train)
+    config = entries[0].config
+    loading = loading_seconds(train, entries[0].augmentation) * config.batch_size / max(1, config.workers)
     costs = []
     for entry, of_entry in zip(entries, trials, strict=True):
         times = dict(zip(tried, seconds, strict=False))
@@ -111,22 +110,6 @@ def _precision(times: dict[str, float]) -> str:
     if len(times) > 1 and times["float32"] / times["bfloat16"] > WORTHWHILE:
         return "bfloat16"
     return next(iter(times))
-
-
-def _loading_seconds(entry: Entry, train: ImageSource) -> float:
-    """Seconds to load the images of a step, measured on a fixed sample."""
-    times = []
-    for i in fixed_sample(len(train), _READ_IMAGES):
-        started = time.perf_counter()
-        try:
-            image = train.read(i)
-        except UnreadableImage:
-            continue
-        with default_generator_seeded(0):
-            entry.augmentation(image)
-        times.append(time.perf_counter() - started)
-    config = entry.config
-    return statistics.median(times) * config.batch_size / max(1, config.workers)
 
 
 @dataclass(frozen=True)

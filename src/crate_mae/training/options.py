@@ -64,6 +64,7 @@ Names = Annotated[tuple[str, ...] | str, Parameter(consume_multiple=True, negati
 Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 
 
+LENGTHS = ("epochs", "steps", "minutes")  # each sets the length of a run
 LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
 
 
@@ -142,6 +143,13 @@ class RunOptions:
         saved=False,
     )
     steps: int = option(None, "Optimizer steps, instead of epochs.", AT_LEAST_1)
+    minutes: float = option(
+        None,
+        "Minutes that the run may take, instead of epochs: its steps, and by default their batch, are fitted to the "
+        "measured speed of this machine.",
+        POSITIVE,
+        saved=False,
+    )
     batch_size: int = option(
         None,
         "Images per step, over all processes and micro-batches. By default 256, less for few images.",
@@ -223,7 +231,7 @@ class RunOptions:
         """These options, with those that were not given taken from a run that exists."""
         given = self.given()
         kept = {name: getattr(existing, name) for name in saved_options(type(self)) if name not in given}
-        if "epochs" in given and "steps" not in given:
+        if {"epochs", "minutes"} & given.keys() and "steps" not in given:
             kept["steps"] = None
         return dataclasses.replace(self, **kept)
 
@@ -397,8 +405,9 @@ class Mistakes(list[Mistake]):
 def check(options: RunOptions) -> Mistakes:
     """Check each option by itself."""
     mistakes = check_ranges(options)
-    if options.epochs is not None and options.steps is not None:
-        mistakes.append(Mistake("--epochs and --steps both set the length of the run: give one of them."))
+    lengths = [option_name(name) for name in LENGTHS if getattr(options, name) is not None]
+    if len(lengths) > 1:
+        mistakes.append(Mistake(f"{' and '.join(lengths)} both set the length of the run: give one of them."))
     return mistakes
 
 

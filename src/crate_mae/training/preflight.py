@@ -21,6 +21,10 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from crate_mae.data import ImageSource, UnreadableImage
+from crate_mae.data.dataset import default_generator_seeded
+from crate_mae.data.facts import fixed_sample
+from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, first_line
 from crate_mae.training.model_state import shard, sharding_of
 from crate_mae.training.options import RunOptions
@@ -35,6 +39,8 @@ _FEW_TIMED_IMAGES = 8
 _LONG_STEP = 5.0  # seconds; a longer step is estimated from one with few images
 # And twice as many: what an image adds, not what weights keep. Even, for images that are mixed in pairs.
 _FEW_COUNTED_IMAGES = 2
+_LOADED_IMAGES = 64
+_MOST_LOADING_SECONDS = 5.0
 _STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments
 _WORDS = ("not enough memory", "can't allocate memory", "out of memory")  # PyTorch's, on Windows, on Linux, elsewhere
 _STATUS = Path("/proc/self/status")
@@ -198,13 +204,21 @@ class ProbeResult(NamedTuple):
         precision: the precision to use.
         reason: why, in a few words; empty if it was given.
         seconds: one forward and backward pass over a micro-batch with an optimizer step, without loading images.
+        loading: seconds to read and prepare one image, in one process.
         memory: bytes at the peak, on the GPU if there is one; None if it was not measured at full size.
     """
 
     precision: Precision
     reason: str
     seconds: float
+    loading: float
     memory: int | None
+
+    def seconds_per_step(self, config: RunOptions, processes: int) -> float:
+        """Seconds of a step with its images: the slower of both with loader processes, otherwise the sum."""
+        computing = self.seconds * config.accumulation
+        loading = self.loading * config.batch_size / processes / max(1, config.workers)
+        return max(computing, loading) if config.workers else computing + loading
 
 
 def probe(task: Task, micro_batch: int, accelerator: Accelerator) -> ProbeResult:
@@ -268,6 +282,23 @@ class _Stepper(NamedTuple):
         return float(cast(torch.Tensor, self.accelerator.reduce(mine, "mean")))
 
 
+def loading_seconds(source: ImageSource, transform: Preparation) -> float:
+    """Seconds to read and prepare one image: the median over a fixed sample, as many as a few seconds allow."""
+    times: list[float] = []
+    for i in fixed_sample(len(source), _LOADED_IMAGES):
+        started = time.perf_counter()
+        try:
+            image = source.read(i)
+        except UnreadableImage:
+            continue
+        with default_generator_seeded(0):
+            transform(image)
+        times.append(time.perf_counter() - started)
+        if sum(times) > _MOST_LOADING_SECONDS:
+            break
+    return statistics.median(times) if times else 0.0
+
+
 def _measured(task: Task, micro_batch: int, stepper: _Stepper, precision: str, reason: str) -> ProbeResult:
     device = stepper.accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -279,7 +310,8 @@ def _measured(task: Task, micro_batch: int, stepper: _Stepper, precision: str, r
             precision = "bfloat16" if slow / fast > WORTHWHILE else "float32"
             reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
             seconds = min(slow, fast) if precision == "bfloat16" else slow
-    return ProbeResult(cast(Precision, precision), reason, seconds, peak_on(device) if full_size else None)
+    loading = loading_seconds(task.images.train, task.transform())
+    return ProbeResult(cast(Precision, precision), reason, seconds, loading, peak_on(device) if full_size else None)
 
 
 def _seconds_per_step(task: Task, micro_batch: int, precision: str, stepper: _Stepper) -> tuple[float, bool]:

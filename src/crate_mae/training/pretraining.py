@@ -39,6 +39,7 @@ _PROJECTIONS = "encoder.blocks.*.attn.subspaces"
 _MASK_SEED = 0  # the same masks in every run, so that runs can be compared
 _BATCH = 32
 _PICTURED = 8
+_BUNDLED = "crate_mae_micro_cifar10"
 
 
 @final
@@ -121,6 +122,13 @@ class Pretraining(Task[PretrainOptions]):
         """Describe the loss on held-out images, first and last."""
         losses = [loss for row in rows if (loss := row["held_out_loss"]) is not None]
         return f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now."
+
+    def shorter_commands(self, run: Path) -> list[str]:
+        """Commands for a run of half an hour, with other weights to start from in the second."""
+        if self.config.data.startswith(PYTHON_OBJECT):
+            return []
+        command = shlex.join(["crate-mae", "pretrain", self.config.data, "--out", f"{run}-30min", "--minutes", "30"])
+        return [command] if self.config.init_from else [command, f"{command} --init-from {_BUNDLED}"]
 
     def describe_use(self, run: Path) -> list[str]:
         """Describe how to complete other images."""

@@ -20,6 +20,7 @@ from crate_mae.training.task import Task
 
 logger = logging.getLogger(__name__)
 
+_LONG_RUN = 3600.0  # seconds, for which few people have a computer to spare
 _MUCH_WAITING = 0.2
 _SECONDS_BETWEEN_LINES = 30.0
 
@@ -43,11 +44,14 @@ def describe_plan(
         "precision": config.precision + (f" ({probe.reason})" if probe.reason else ""),
         "device": f"{accelerator.device.type}, {count(config.threads, 'thread')}, "
         f"{count(config.workers, 'loader process')}" + "".join(f", {name}" for name in _techniques(task, accelerator)),
-        "estimate": _estimate(task, probe, start_step),
+        "estimate": _estimate(task, probe, processes, start_step),
         "folder": f"{directory.path}, with a checkpoint every {count(config.checkpoint_epochs, 'epoch')} and every "
         f"{config.checkpoint_minutes:g} min",
         "to resume": directory.resume_command + " (Ctrl-C stops and saves)",
     }
+    seconds = probe.seconds_per_step(config, processes) * config.steps
+    if accelerator.device.type == "cpu" and seconds > _LONG_RUN:
+        rows |= {f"in 30 min {n}": command for n, command in enumerate(task.shorter_commands(directory.path), start=1)}
     if start_step:
         rows["resuming"] = f"at step {start_step:,}"
     return rows
@@ -80,12 +84,16 @@ def _techniques(task: Task, accelerator: Accelerator) -> list[str]:
     return [name for name, is_used in techniques.items() if is_used]
 
 
-def _estimate(task: Task, probe: ProbeResult, start_step: int) -> str:
-    seconds = probe.seconds * task.config.accumulation * (task.config.steps - start_step)
+def _estimate(task: Task, probe: ProbeResult, processes: int, start_step: int) -> str:
+    config = task.config
+    per_step = probe.seconds_per_step(config, processes)
+    computing = probe.seconds * config.accumulation
     memory = (
         f"{probe.memory / 2**30:.1f} GiB of memory" if probe.memory else "memory not measured, since a step is long"
     )
-    return f"{duration(seconds)} if images load fast enough, {memory}"
+    waiting = 1 - computing / per_step
+    loading = f" ({waiting:.0%} of it for reading images)" if waiting > _MUCH_WAITING else ""
+    return f"{duration(per_step * (config.steps - start_step))}{loading}, {memory}"
 
 
 class LastingStream:

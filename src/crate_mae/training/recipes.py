@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from crate_mae.errors import UserError, did_you_mean
-from crate_mae.training.options import PretrainOptions
+from crate_mae.training.options import LENGTHS, PretrainOptions
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -43,15 +43,15 @@ def describe_recipe(name: str) -> str:
 def with_recipe(options: PretrainOptions) -> PretrainOptions:
     """Options with those of their recipe, if they name one, in place of those that are not given.
 
-    Settings of the model are merged one by one. A length given as `epochs` or `steps` replaces the recipe's, whichever
-    of the two that has.
+    Settings of the model are merged one by one. A length given as `epochs`, `steps` or `minutes` replaces the
+    recipe's.
     """
     if options.recipe is None:
         return options
     recipe: dict[str, Any] = yaml.safe_load(recipe_text(options.recipe))
     given = options.given()
-    if {"epochs", "steps"} & given.keys():
-        recipe = {key: value for key, value in recipe.items() if key not in ("epochs", "steps")}
+    if set(LENGTHS) & given.keys():
+        recipe = {key: value for key, value in recipe.items() if key not in LENGTHS}
     if "model_settings" in given and "model_settings" in recipe:
         given["model_settings"] = {**recipe["model_settings"], **given["model_settings"]}
     typed = options.typed | recipe.keys()

@@ -14,7 +14,7 @@ from crate_mae.data import ImageSource, channel_statistics, describe_images, fin
 from crate_mae.data.dataset import default_workers
 from crate_mae.errors import UserError
 from crate_mae.models.classifier import ClassifierConfig
-from crate_mae.models.config import ModelConfig
+from crate_mae.models.config import CrateConfig, ModelConfig
 from crate_mae.models.masking import check_mask_ratio
 from crate_mae.models.presets import list_bundled, list_models, preset
 from crate_mae.models.transfer import resized_config
@@ -40,6 +40,7 @@ from crate_mae.training.task import Resolved
 DEFAULT_EPOCHS = 100
 WARMUP_SHARE = 0.05
 FINETUNE_EPOCHS = 50
+UNKNOWN_STEPS = 10**6  # of a run whose length in minutes is not fitted to its speed yet
 FINETUNE_WARMUP_SHARE = 0.1
 _MODEL_OPTIONS = ("image_size", "in_chans", "mean", "std", "mask_tokens", "norm_pix_loss", "drop_path")
 _CONVERTIBLE = (1, 3)  # numbers of channels
@@ -107,7 +108,7 @@ def resolve_pretraining(
         mask_tokens=model.mask_tokens,
         norm_pix_loss=model.norm_pix_loss,
         drop_path=model.drop_path,
-        lr=options.lr or default_base_lr(model.embed_dim, options.batch_size),
+        lr=options.lr or default_base_lr(model, options.batch_size),
         monitor_steps=options.monitor_steps
         or max(options.steps // 20, min(len(images.train) // options.batch_size, 100)),
     )
@@ -152,15 +153,24 @@ def resolve_finetuning(options: FinetuneOptions, processes: int, newest: Path | 
     return Resolved(config, lambda config: Finetuning(config, images, start))
 
 
-def default_base_lr(embed_dim: int, batch_size: int) -> float:
-    """Learning rate per 256 images, 1.5e-4 (768 / d) sqrt(256 / batch), which `scaled_lr` then multiplies.
+def default_base_lr(model: ModelConfig, batch_size: int) -> float:
+    """Learning rate per 256 images, which `scaled_lr` then multiplies: c sqrt(256 / batch).
 
-    At width 768 this is MAE's 1.5e-4 for a batch of 256, and near the published CRATE-MAE's 3e-5 for one of 4096.
-    Narrower models take larger steps. The rate that a step has in the end grows with the root of the batch, as fits
-    Adam. At width 192 the rates for batches of 64 and 256 were tried, and four times the latter, which learns nothing
+    The rate that a step has in the end grows with the root of the batch, as fits Adam.
+
+    With the isometric initialisation c is 1.8e-3, and less for layers wider than 512. That is 9e-4 for a step of 64
+    images, which gave the lowest loss of three rates at width 512; 8e-4 was used at width 256.
+
+    With the official initialisation, with which gradients start small and uneven, and for ViT-MAE, c is
+    1.5e-4 (768 / d): at width 768 MAE's 1.5e-4 for a batch of 256, and near the published CRATE-MAE's 3e-5 for one of
+    4096. At width 192 the rates for batches of 64 and 256 were tried, and four times the latter, which learns nothing
     (`docs/log.md`).
     """
-    return 1.5e-4 * (768 / embed_dim) * math.sqrt(256 / batch_size)
+    if isinstance(model, CrateConfig) and model.init == "isometric":
+        c = 1.8e-3 * min(1.0, 512 / model.embed_dim)
+    else:
+        c = 1.5e-4 * (768 / model.embed_dim)
+    return c * math.sqrt(256 / batch_size)
 
 
 def default_finetune_lr(batch_size: int) -> float:
@@ -182,13 +192,16 @@ def _checked(options: OptionsT) -> tuple[OptionsT, Mistakes]:
 
 
 def default_batch_size(images: int, share: int) -> int:
-    """The largest power of two that is at most 256 and an eighth of the images, so that an epoch has 8 steps or more.
+    """256, or less for fewer images: so that an epoch has 64 steps, or of few images 8, with 32 images or more.
+
+    A few thousand images seen 100 times in steps of 256 are too few steps to learn from.
 
     Args:
         images: training images.
         share: processes times accumulated micro-batches, among which a batch must divide evenly.
     """
-    batch = 2 ** int(math.log2(max(1, min(256, images // 8))))
+    most = min(256, images // 8, max(32, images // 64))
+    batch = 2 ** int(math.log2(max(1, most)))
     return max(1, batch // share) * share
 
 
@@ -216,6 +229,8 @@ def with_length(
         return options
     steps_per_epoch = images // batch
     steps = options.steps or steps_per_epoch * (options.epochs or epochs)
+    if options.minutes is not None:
+        steps = UNKNOWN_STEPS
     warmup_epochs = options.warmup_epochs
     if warmup_epochs is None:
         warmup_epochs = round(warmup * steps / steps_per_epoch, 4)

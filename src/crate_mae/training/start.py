@@ -24,7 +24,7 @@ from crate_mae.terminal import open_console
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
 from crate_mae.training.model_state import asked_sharding
-from crate_mae.training.options import RunOptions
+from crate_mae.training.options import OptionsT, RunOptions
 from crate_mae.training.preflight import (
     ProbeResult,
     StepTooLargeError,
@@ -37,7 +37,7 @@ from crate_mae.training.preflight import (
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, first_decides, training_device
-from crate_mae.training.progress import Display, LastingStream, describe_end, describe_plan, plan_lines
+from crate_mae.training.progress import Display, LastingStream, describe_end, describe_plan, duration, plan_lines
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
 from crate_mae.training.run_directory import Run, RunDirectory
@@ -45,6 +45,9 @@ from crate_mae.training.task import Resolved, Task
 
 # For whole models: buffers are positions, the same in all processes and constant; gradients are kept once.
 WHOLE_MODELS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+_SHARE_OF_TIME_FOR_STEPS = 0.95  # the rest is for measurements, pictures and checkpoints
+_ENOUGH_STEPS = 1000
+_SMALLEST_BATCH = 32
 _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
 
 
@@ -64,6 +67,8 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
     existing = directory.existing_config()
     if existing is not None:
         _refuse_other_kind(existing, options)
+        if options.minutes is not None:
+            raise UserError(f"{out} holds a run, whose length is {existing.steps:,} steps: leave --minutes out.")
         options = options.filled_from(existing)
     reason, newest = first_decides(processes, lambda: _found_in(directory))
     resolved = resolve(options, processes.num_processes, newest)
@@ -79,6 +84,9 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
 
     with computing_threads(resolved.config.threads):
         accelerator = _build_accelerator(resolved.config, processes, out)
+        if options.minutes is not None:
+            options = _fitted_to_time(options, resolved, accelerator, started)
+            resolved = resolve(options, processes.num_processes, newest)
         step = step_of(newest) if newest else 0
         run = partial(
             _run,
@@ -154,6 +162,27 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
         found = probe(task, micro_batch, accelerator)
     task.config = _with_probe(config, found, task.steps_per_epoch)
     return task, found
+
+
+def _fitted_to_time(options: OptionsT, resolved: Resolved, accelerator: Accelerator, started: float) -> OptionsT:
+    """The options with as many steps as fit into their minutes, at the speed of a few measured ones.
+
+    Where the batch is open and few steps would fit, there are more steps of fewer images instead.
+    """
+    task, found = _build_task(resolved, accelerator)
+    config, processes = task.config, accelerator.num_processes
+    per_step = found.seconds_per_step(config, processes)
+    spent = first_decides(accelerator, lambda: time.monotonic() - started)
+    steps = int((60 * options.minutes - spent) * _SHARE_OF_TIME_FOR_STEPS / per_step)
+    if steps < 1:
+        raise UserError(
+            f"--minutes {options.minutes:g} is too short: {duration(spent)} have gone into preparing the run, and a "
+            f"step takes {per_step:.3g} s."
+        )
+    batch, share = config.batch_size, 2 * processes * config.accumulation * config.inseparable
+    while options.batch_size is None and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
+        batch, steps = batch // 2, 2 * steps
+    return dataclasses.replace(options, minutes=None, batch_size=batch, steps=steps)
 
 
 def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:

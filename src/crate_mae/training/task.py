@@ -113,6 +113,10 @@ class Task(ABC, Generic[OptionsT]):
     def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
         """Describe the newest result in one sentence, from the rows of metrics.csv."""
 
+    def shorter_commands(self, run: Path) -> list[str]:  # noqa: ARG002  # of the run's folder
+        """Commands to print beside a plan that takes hours."""
+        return []
+
     @abstractmethod
     def describe_use(self, run: Path) -> list[str]:
         """Describe where results are and what to type next, in lines."""
