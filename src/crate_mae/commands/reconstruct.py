@@ -69,8 +69,7 @@ def reconstruct(
     from crate_mae.data import evaluation_transform, open_source, save_picture_grid
     from crate_mae.data.dataset import default_generator_seeded
     from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
-    from crate_mae.models.presets import list_models
-    from crate_mae.models.weights import load_autoencoder, model_name
+    from crate_mae.models.weights import is_untrained, load_autoencoder, model_name
     from crate_mae.terminal import open_console
 
     check_seed(seed)
@@ -92,8 +91,8 @@ def reconstruct(
     console = open_console()
     console.print(_table(result))
     if config.norm_pix_loss:
-        console.print(OWN_STATISTICS)
-    if (name := model_name(model)) in list_models():
+        console.print(OWN_STATISTICS, soft_wrap=True, markup=False)
+    if is_untrained(name := model_name(model)):
         print_random_initialisation(console, name)
     print_bad(console, read.bad)
     console.print(f"Saved {path}", soft_wrap=True, markup=False)

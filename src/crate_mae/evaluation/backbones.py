@@ -21,7 +21,6 @@ from crate_mae.errors import UserError, did_you_mean, first_line
 from crate_mae.models.autoencoder import build
 from crate_mae.models.description import config_from_settings, is_encoder_of_transformers, is_of_timm
 from crate_mae.models.monotone import check_monotone
-from crate_mae.models.presets import list_models
 from crate_mae.models.tensors import read_tensors, refuse_broken
 from crate_mae.models.timm_models import refuse_timm_misfits
 from crate_mae.models.weights import (
@@ -30,6 +29,7 @@ from crate_mae.models.weights import (
     WEIGHTS_FILE,
     description_in,
     folder_of,
+    is_untrained,
     load,
     model_name,
     refuse_misfits,
@@ -118,21 +118,21 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
     """
     if isinstance(model, nn.Module):
         return replace(_from_module(unwrapped(model)), is_borrowed=True)
-    name, is_untrained = without_untrained(str(model))
+    name, is_said = without_untrained(str(model))
     if isinstance(model, str) and name.partition(":")[0] == "pixels" and not Path(name).exists():
-        if is_untrained:
+        if is_said:
             raise UserError(f"{model}: pixels have no weights that could be untrained: leave {UNTRAINED} out.")
         return _pixels(name)
     with default_generator_seeded(seed):
         if isinstance(model, str) and name.startswith("timm:"):
-            backbone = _from_timm(name, is_trained=not is_untrained)
+            backbone = _from_timm(name, is_trained=not is_said)
         elif is_of_timm(described := description_in(folder := folder_of(name))):
-            backbone = _from_timm_folder(folder, described, is_trained=not is_untrained)
+            backbone = _from_timm_folder(folder, described, is_trained=not is_said)
         elif is_encoder_of_transformers(described):
-            backbone = _from_encoder_folder(folder, described["settings"], is_trained=not is_untrained)
+            backbone = _from_encoder_folder(folder, described["settings"], is_trained=not is_said)
         else:
             backbone = _ours(load(model), name)
-    return replace(backbone, name=str(model), is_random=is_untrained or name in list_models())
+    return replace(backbone, name=str(model), is_random=is_untrained(str(model)))
 
 
 def _ours(net: Any, name: str) -> Backbone:

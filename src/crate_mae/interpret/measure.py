@@ -34,9 +34,8 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
 from crate_mae.models.config import config_from_dict
 from crate_mae.models.features import evaluating
-from crate_mae.models.presets import list_models
 from crate_mae.models.tracing import layers_of
-from crate_mae.models.weights import load
+from crate_mae.models.weights import is_untrained, load
 
 Progress = Callable[[str], object]
 
@@ -171,11 +170,11 @@ def open_measurable(model: Any, seed: int) -> Opened:
         with default_generator_seeded(seed):
             model = load(model)
     backbone = open_backbone(model, seed=seed)
-    name, is_preset = name or backbone.name, name in list_models()
+    name, is_random = name or backbone.name, is_untrained(name)
     net = model if isinstance(model, MaskedAutoencoder) else backbone.encoder
     if not _is_transformer(backbone.encoder, layers_of(net)):
         raise UserError(f"{name} is not a Vision Transformer, and only layers of those can be measured.")
-    return Opened(name, net, replace(backbone, is_random=backbone.is_random or is_preset))
+    return Opened(name, net, replace(backbone, is_random=backbone.is_random or is_random))
 
 
 def untrained_twin(model: Opened, seed: int) -> Opened | None:

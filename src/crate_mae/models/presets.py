@@ -59,7 +59,9 @@ _WIDE = {
     "decoder_depth": 2,
 }
 
-_WIDE_SHAPES = ((4, 32), (8, 64), (12, 96), (16, 128))  # (patch, image): 8 x 8 patches each
+# Images of 8 x 8 patches each: patch, image, and widths of the ViTs with as many parameters as published and monotone
+# layers make, with the maps from and to patches, which grow with these.
+_WIDE_SHAPES = ((4, 32, 256, 216), (8, 64, 264, 220), (12, 96, 268, 224), (16, 128, 272, 232))
 
 # size: (width, heads, depth, decoder width, decoder heads, decoder depth)
 _PUBLISHED_VIT = {
@@ -112,10 +114,12 @@ def _presets() -> dict[str, ModelConfig]:
         ("vit_mae_micro_wide_matched", "vit_mae_micro_patch4_32", half),
         ("vit_mae_micro_wide_monotone_matched", "vit_mae_micro_patch4_32", twin),
     ):
-        for patch, image in _WIDE_SHAPES:
+        for patch, image, matched, monotone_matched in _WIDE_SHAPES:
             name = f"{stem}_patch{patch}_{image}"
             shape = {"patch_size": patch, "image_size": (image, image)}
-            presets[name] = presets[like].replace(name=name, **settings, **shape)
+            if stem.endswith("matched"):
+                shape["embed_dim"] = monotone_matched if "monotone" in stem else matched
+            presets[name] = presets[like].replace(name=name, **{**settings, **shape})
     for size, (width, heads, depth, decoder_width, decoder_heads, decoder_depth) in _PUBLISHED_VIT.items():
         name = f"vit_mae_{size}_published_patch16_224"
         presets[name] = ViTConfig(

@@ -148,13 +148,13 @@ def load(model: str | Path, **settings: Any) -> Model:
             not finite.
     """
     name = str(model)
-    trained, is_untrained = without_untrained(name)
+    trained, is_said = without_untrained(name)
     if trained in list_models():
-        if is_untrained:
+        if is_said:
             raise UserError(f"{trained} is untrained already, a name without weights: leave {UNTRAINED} out.")
         return create_model(trained, **settings).eval()
     folder = _model_folder(trained)
-    if is_untrained:
+    if is_said:
         return _built(read_config(folder).replace(**settings)).eval()
     return _load_folder(folder, settings)
 
@@ -163,6 +163,12 @@ def without_untrained(model: str) -> tuple[str, bool]:
     """A form of MODEL without `:untrained` after it, and whether it was there."""
     is_untrained = model.endswith(UNTRAINED) and not Path(model).exists()
     return (model.removesuffix(UNTRAINED) if is_untrained else model), is_untrained
+
+
+def is_untrained(model: str) -> bool:
+    """Whether a form of MODEL names a random initialisation: a preset, or anything followed by `:untrained`."""
+    name, is_said = without_untrained(model)
+    return is_said or name in list_models()
 
 
 def _model_folder(name: str) -> Path:
