@@ -9,7 +9,7 @@ import torch
 
 import crate_mae
 from crate_mae.errors import UserError
-from crate_mae.interpret.measure import measure_layers
+from crate_mae.interpret.measure import measure_layers, open_measurable, untrained_twin
 from crate_mae.interpret.registry import MEASURES
 from crate_mae.interpret.statistics import find
 from crate_mae.interpret.weights import measure_weights
@@ -149,6 +149,14 @@ def test_outputs_of_one_direction_but_several_scales_have_no_common_one(digits_m
     rows = {row.measure: row.mean for row in measure_weights(digits_model) if (row.part, row.layer) == ("encoder", 0)}
     assert rows["output_error"] == pytest.approx(0, abs=1e-6)
     assert rows["output_error_common"] == pytest.approx(math.sqrt(6 / 18))
+
+
+def test_networks_of_timm_have_untrained_twins():
+    found = open_measurable("timm:test_vit:untrained", 0)
+    twin = untrained_twin(found, 1)
+    assert twin is not None and twin.name == "timm:test_vit:untrained" and twin.backbone.is_random
+    name = "patch_embed.proj.weight"
+    assert not torch.equal(twin.net.state_dict()[name], found.net.state_dict()[name])
 
 
 def test_mistakes_are_sentences(digits_model):

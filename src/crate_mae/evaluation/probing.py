@@ -154,7 +154,14 @@ def _untrained(model: Any, backbone: Backbone, seed: int) -> list[Backbone]:
     if not isinstance(config, ModelConfig):
         return []
     with default_generator_seeded(seed):
-        return [replace(open_backbone(build(config).eval()), name=f"{backbone.name}{UNTRAINED}", is_random=True)]
+        return [
+            replace(
+                open_backbone(build(config).eval()),
+                name=f"{backbone.name}{UNTRAINED}",
+                is_random=True,
+                is_borrowed=False,
+            )
+        ]
 
 
 def _with_affordable_layers(how: Extraction, backbone: Backbone, train: ImageSource) -> Extraction:

@@ -35,7 +35,7 @@ from crate_mae.models.classifier import ClassifierConfig, build_classifier
 from crate_mae.models.config import config_from_dict
 from crate_mae.models.features import evaluating
 from crate_mae.models.tracing import layers_of
-from crate_mae.models.weights import is_untrained, load
+from crate_mae.models.weights import UNTRAINED, is_untrained, load
 
 Progress = Callable[[str], object]
 
@@ -183,7 +183,7 @@ def untrained_twin(model: Opened, seed: int) -> Opened | None:
     if described is None:
         return None
     if described.startswith("timm:"):
-        return open_measurable(":".join([*described.split(":")[:2], "random"]), seed)
+        return open_measurable(f"{described}{UNTRAINED}", seed)
     values = json.loads(described)
     with default_generator_seeded(seed):
         is_classifier = values["architecture"] == ClassifierConfig.architecture
