@@ -166,7 +166,7 @@ def test_a_layer_is_chosen_by_training_images(trained, photos, monkeypatch):
 
     def run(train, val, classes):
         _, chosen_on, top1 = next(scores, (0, 0.5, 0.5))
-        return [KnnResult(Score(top1, top1 - 0.01, top1 + 0.01), None, chosen_on, 3)]
+        return [KnnResult(Score(top1, top1 - 0.01, top1 + 0.01), None, 3, chosen_on)]
 
     how = probing.Extraction(layers=(0, 1, 2), workers=0)
     probed = probing.probe(trained, *photos, run, extraction=how, with_controls=True)

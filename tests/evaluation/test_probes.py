@@ -11,6 +11,7 @@ from crate_mae.errors import UserError
 from crate_mae.evaluation import logistic, probes
 from crate_mae.evaluation.probes import (
     fewshot_probe,
+    knn_accuracy_on_tenth,
     knn_probe,
     linear_probe,
     mean_interval,
@@ -45,6 +46,15 @@ def test_knn_is_the_weighted_vote_spelled_out():
     assert result.top1.value == pytest.approx(hits1 / 31)
     assert result.top5.value == pytest.approx(hits5 / 31)
     assert 0.3 < result.top1.value < result.top5.value < 1, "the example must be neither hopeless nor trivial"
+
+
+def test_the_tenth_that_layers_are_chosen_on_has_neighbours_among_the_others_alone():
+    train, labels = clouds(70, spread=0.01)
+    assert knn_accuracy_on_tenth(train, labels, k=3) == 1
+    # With labels that say nothing, an image that were its own neighbour would be right.
+    assert knn_accuracy_on_tenth(train, np.random.default_rng(0).permutation(labels), k=1) < 0.5
+    assert knn_accuracy_on_tenth(train, labels, k=64) is None, "there are 63 others"
+    assert knn_accuracy_on_tenth(train[:7], np.arange(7), k=1) is None
 
 
 def test_knn_by_hand():

@@ -42,6 +42,13 @@ def test_a_step_that_does_not_fit_is_halved_once(tiny_run, limited, capsys, erro
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
 
 
+def test_a_step_of_a_run_of_minutes_is_halved_too(tiny_run, limited, capsys):
+    limited(12, OUT_OF_MEMORY)
+    found = tiny_run(steps=None, minutes=1000, dry_run=True, quiet=False).config
+    assert "does not fit in memory: going on with --accumulation 2" in capsys.readouterr().out
+    assert found.accumulation == 2
+
+
 def test_the_first_step_itself_is_halved_too(tiny_run, monkeypatch):
     from crate_mae.training import loop
 

@@ -1,7 +1,7 @@
 """`crate-mae eval knn | linear | fewshot`: evaluate frozen features with labelled images."""
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, MISSING, dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -105,12 +105,14 @@ def eval_knn(options: KnnOptions) -> Evaluation:
     Raises:
         UserError: for a mistake in the options, model, data or labels; no file is written then.
     """
-    from crate_mae.evaluation.probes import knn_probe
+    from crate_mae.evaluation.probes import knn_accuracy_on_tenth, knn_probe
 
     check_whole("--k", options.k)
 
     def run(train: Any, val: Any, _classes: list[str]) -> list[Any]:
-        return [knn_probe(train.values, train.labels, val.values, val.labels, k=options.k, seed=options.seed)]
+        result = knn_probe(train.values, train.labels, val.values, val.labels, k=options.k)
+        chosen_on = knn_accuracy_on_tenth(train.values, train.labels, k=options.k, seed=options.seed)
+        return [replace(result, chosen_on=chosen_on)]
 
     return _evaluate("knn", run, options, shown=("top1", "top5", "chosen_on"), settings={"k": options.k})
 
@@ -185,7 +187,7 @@ def _evaluate(
     default = DEFAULT_LAYER if isinstance(options, FewshotOptions) else AFFORDABLE
     layers = default if options.layer is None else options.layer
     extraction = Extraction(
-        layers=(layers,) if isinstance(layers, int) else layers,
+        layers=layers if isinstance(layers, str) else (layers,),
         pooling=options.pooling,
         batch_size=options.batch_size,
         workers=options.workers,
@@ -238,7 +240,7 @@ def _title(report: dict[str, Any]) -> str:
 def _table(probed: "Probed", shown: tuple[str, ...]) -> Any:
     from rich.table import Table
 
-    from crate_mae.evaluation.probing import PIXELS
+    from crate_mae.evaluation.backbones import PIXELS
 
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "top1": (SCORE, lambda result: _percent(result.top1)),

@@ -37,6 +37,7 @@ from crate_mae.models.weights import (
     without_untrained,
 )
 
+PIXELS = "pixels"
 _PIXELS_SIDE = 32
 _MOST_PIXELS_SIDE = 512  # 786,432 features an image
 _PATIENCE = 10.0  # seconds
@@ -118,18 +119,18 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
     """
     if isinstance(model, nn.Module):
         return replace(_from_module(unwrapped(model)), is_borrowed=True)
-    name, is_said = without_untrained(str(model))
-    if isinstance(model, str) and name.partition(":")[0] == "pixels" and not Path(name).exists():
-        if is_said:
+    name, has_suffix = without_untrained(str(model))
+    if isinstance(model, str) and name.partition(":")[0] == PIXELS and not Path(name).exists():
+        if has_suffix:
             raise UserError(f"{model}: pixels have no weights that could be untrained: leave {UNTRAINED} out.")
         return _pixels(name)
     with default_generator_seeded(seed):
         if isinstance(model, str) and name.startswith("timm:"):
-            backbone = _from_timm(name, is_trained=not is_said)
+            backbone = _from_timm(name, is_trained=not has_suffix)
         elif is_of_timm(described := description_in(folder := folder_of(name))):
-            backbone = _from_timm_folder(folder, described, is_trained=not is_said)
+            backbone = _from_timm_folder(folder, described, is_trained=not has_suffix)
         elif is_encoder_of_transformers(described):
-            backbone = _from_encoder_folder(folder, described["settings"], is_trained=not is_said)
+            backbone = _from_encoder_folder(folder, described["settings"], is_trained=not has_suffix)
         else:
             backbone = _ours(load(model), name)
     return replace(backbone, name=str(model), is_random=is_untrained(str(model)))

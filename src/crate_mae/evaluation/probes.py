@@ -45,14 +45,14 @@ class KnnResult:
     Attributes:
         top1: share of validation images whose class has the most votes.
         top5: share whose class is among the five with the most votes; None for at most five classes.
-        chosen_on: accuracy on a tenth of the training images, with the others as neighbours; None if these are too few.
         k: number of neighbours that vote.
+        chosen_on: `knn_accuracy_on_tenth`, where layers are compared by it.
     """
 
     top1: Score
     top5: Score | None
-    chosen_on: float | None
     k: int
+    chosen_on: float | None = None
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,6 @@ def knn_probe(
     val_labels: Int[np.ndarray, "k"],
     *,
     k: int = 20,
-    seed: int = 0,
 ) -> KnnResult:
     """Vote among the k most similar training images, each with the weight exp(cosine similarity / 0.07).
 
@@ -119,18 +118,28 @@ def knn_probe(
     if not 1 <= k <= len(train):
         raise UserError(f"--k is {k}, but must be between 1 and the {len(train)} training images.")
 
-    chosen_on = None
-    if np.unique(train_labels, return_counts=True)[1].min() > 1:
-        others, tenth = _split(train_labels, seed)
-        if len(others) >= k:
-            x, x_chosen = (np.asarray(normalize(each)) for each in _standardised(train[others], train[tenth]))
-            predicted = _neighbours(x, train_labels[others], k).predict(x_chosen)
-            chosen_on = float(np.mean(predicted == train_labels[tenth]))
     train, val = (np.asarray(normalize(each)) for each in _standardised(train, val))
     classifier = _neighbours(train, train_labels, k)
     votes = np.asarray(classifier.predict_proba(val))
     top1, top5 = _top_scores(np.asarray(classifier.classes_), votes, val_labels)
-    return KnnResult(top1, top5, chosen_on, k)
+    return KnnResult(top1, top5, k)
+
+
+def knn_accuracy_on_tenth(
+    train: Float[np.ndarray, "n f"], labels: Int[np.ndarray, "n"], *, k: int = 20, seed: int = 0
+) -> float | None:
+    """Accuracy of `knn_probe` on a tenth of the training images, with the others as neighbours.
+
+    Layers are chosen by it, since the best of many scores on validation images is biased. None if the others are fewer
+    than k, or a class has a single image.
+    """
+    if np.unique(labels, return_counts=True)[1].min() < 2:
+        return None
+    others, tenth = _split(labels, seed)
+    if len(others) < k:
+        return None
+    x, x_chosen = (np.asarray(normalize(each)) for each in _standardised(train[others], train[tenth]))
+    return float(np.mean(_neighbours(x, labels[others], k).predict(x_chosen) == labels[tenth]))
 
 
 def linear_probe(

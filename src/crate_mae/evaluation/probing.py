@@ -14,19 +14,18 @@ from torch import nn
 from crate_mae.data import BadImage, ImageSource, full_name, open_source, refuse_shared_images
 from crate_mae.data.base import align_classes, aligned_labels
 from crate_mae.data.dataset import default_generator_seeded
-from crate_mae.evaluation.backbones import Backbone, open_backbone
+from crate_mae.evaluation.backbones import PIXELS, Backbone, RawPixels, open_backbone
 from crate_mae.evaluation.extract import AFFORDABLE, Extraction, Features, extract
 from crate_mae.evaluation.probes import Score, wilson_interval
-from crate_mae.models.autoencoder import build
+from crate_mae.models.classifier import ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER, depth
-from crate_mae.models.weights import UNTRAINED, unwrapped
+from crate_mae.models.weights import UNTRAINED, initialised, unwrapped
 
 # (training features, validation features, names of the classes) to results
 Probe = Callable[[Features, Features, list[str]], Sequence[Any]]
 Extractor = Callable[[Backbone, ImageSource, Extraction], list[Features]]
 
-PIXELS = "pixels"
 # Numbers in the features of all layers of all training images, up to which all layers are probed by default. A linear
 # probe of 10 classes takes about two minutes of one core for so many, which are 0.8 GB.
 MOST_NUMBERS = 200_000_000
@@ -139,24 +138,24 @@ def probe(
     if not with_controls:
         return found
     controls = [probed(control, extraction) for control in _untrained(model, backbone, seed)]
-    if not backbone.name.startswith(PIXELS):
+    if not isinstance(backbone.encoder, RawPixels):
         controls.append(probed(open_backbone(PIXELS), replace(extraction, layers=(DEFAULT_LAYER,), pooling=None)))
     return replace(found, controls=tuple(controls))
 
 
 def _untrained(model: Any, backbone: Backbone, seed: int) -> list[Backbone]:
     """The network before training, where there was one; an own network from Python has none that we could build."""
-    if backbone.is_random or backbone.name.startswith(PIXELS):
+    if backbone.is_random or isinstance(backbone.encoder, RawPixels):
         return []
     if not isinstance(model, nn.Module):
         return [open_backbone(f"{model}{UNTRAINED}", seed=seed)]
     config = getattr(unwrapped(model), "config", None)
-    if not isinstance(config, ModelConfig):
+    if not isinstance(config, ModelConfig | ClassifierConfig):
         return []
     with default_generator_seeded(seed):
         return [
             replace(
-                open_backbone(build(config).eval()),
+                open_backbone(initialised(config).eval()),
                 name=f"{backbone.name}{UNTRAINED}",
                 is_random=True,
                 is_borrowed=False,

@@ -30,12 +30,12 @@ from crate_mae.interpret.layer_measures import (
 from crate_mae.interpret.statistics import Row, place_of
 from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.weights import inverse_measures, layer_pairs, measure_inverse_weights, measure_weights
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
-from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.classifier import ClassifierConfig
 from crate_mae.models.config import config_from_dict
 from crate_mae.models.features import evaluating
 from crate_mae.models.tracing import layers_of
-from crate_mae.models.weights import UNTRAINED, is_untrained, load
+from crate_mae.models.weights import UNTRAINED, initialised, is_untrained, load
 
 Progress = Callable[[str], object]
 
@@ -187,9 +187,7 @@ def untrained_twin(model: Opened, seed: int) -> Opened | None:
     values = json.loads(described)
     with default_generator_seeded(seed):
         is_classifier = values["architecture"] == ClassifierConfig.architecture
-        twin = (
-            build_classifier(ClassifierConfig.from_dict(values)) if is_classifier else build(config_from_dict(values))
-        )
+        twin = initialised(ClassifierConfig.from_dict(values) if is_classifier else config_from_dict(values))
     opened = open_measurable(twin, seed)
     return Opened(model.name, opened.net, replace(opened.backbone, is_random=True))
 

@@ -148,14 +148,14 @@ def load(model: str | Path, **settings: Any) -> Model:
             not finite.
     """
     name = str(model)
-    trained, is_said = without_untrained(name)
+    trained, has_suffix = without_untrained(name)
     if trained in list_models():
-        if is_said:
+        if has_suffix:
             raise UserError(f"{trained} is untrained already, a name without weights: leave {UNTRAINED} out.")
         return create_model(trained, **settings).eval()
     folder = _model_folder(trained)
-    if is_said:
-        return _built(read_config(folder).replace(**settings)).eval()
+    if has_suffix:
+        return initialised(read_config(folder).replace(**settings)).eval()
     return _load_folder(folder, settings)
 
 
@@ -167,8 +167,8 @@ def without_untrained(model: str) -> tuple[str, bool]:
 
 def is_untrained(model: str) -> bool:
     """Whether a form of MODEL names a random initialisation: a preset, or anything followed by `:untrained`."""
-    name, is_said = without_untrained(model)
-    return is_said or name in list_models()
+    name, has_suffix = without_untrained(model)
+    return has_suffix or name in list_models()
 
 
 def _model_folder(name: str) -> Path:
@@ -277,7 +277,7 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     config = read_config(folder).replace(**settings)
     path = folder / WEIGHTS_FILE
     refuse_misfits(path, config)
-    model = _built(config)
+    model = initialised(config)
     tensors = read_tensors(path)
     refuse_broken(tensors, str(path))
     model.load_state_dict(tensors)
@@ -288,7 +288,8 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     return model.eval()
 
 
-def _built(config: Config) -> Model:
+def initialised(config: Config) -> Model:
+    """An autoencoder or a classifier with random initialisation, from torch's global generator."""
     return build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
 
 

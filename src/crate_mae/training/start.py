@@ -84,9 +84,6 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
 
     with computing_threads(resolved.config.threads):
         accelerator = _build_accelerator(resolved.config, processes, out)
-        if options.minutes is not None:
-            options = _fitted_to_time(options, resolved, accelerator, started)
-            resolved = resolve(options, processes.num_processes, newest)
         step = step_of(newest) if newest else 0
         run = partial(
             _run,
@@ -97,13 +94,20 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
             display=display,
             started=started,
         )
+
+        def attempt(resolved: Resolved) -> Run:
+            if options.minutes is None:
+                return run(resolved)
+            in_time = _fitted_to_time(options, resolved, accelerator, started)
+            return run(resolve(in_time, processes.num_processes, newest))
+
         with suppress(StepTooLargeError):
-            return run(resolved)
+            return attempt(resolved)
         accelerator.free_memory()
         smaller = halved(resolved.config, processes.num_processes)
         display.lines([f"A step does not fit in memory: going on with --accumulation {smaller.accumulation}."])
         try:
-            return run(dataclasses.replace(resolved, config=smaller))
+            return attempt(dataclasses.replace(resolved, config=smaller))
         except StepTooLargeError:
             raise too_large(smaller, processes.num_processes) from None
 
@@ -182,7 +186,8 @@ def _fitted_to_time(options: OptionsT, resolved: Resolved, accelerator: Accelera
     batch, share = config.batch_size, 2 * processes * config.accumulation * config.inseparable
     while options.batch_size is None and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
         batch, steps = batch // 2, 2 * steps
-    return dataclasses.replace(options, minutes=None, batch_size=batch, steps=steps)
+    fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
+    return dataclasses.replace(options, minutes=None, **fitted)
 
 
 def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:
