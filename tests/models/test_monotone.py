@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import crate_mae
 from crate_mae.errors import UserError
@@ -85,20 +86,20 @@ def test_the_step_is_its_formula(generator):
         w = x @ u
         b = balanced_membership(w, float(attn.log_scale[k].detach().exp()))
         torch.testing.assert_close(attn.membership(attn.project(x))[:, k], b)
-        expected = expected + attn.rate_logit[k].sigmoid() * (b @ w - w) @ u.mT
+        expected = expected + (1 + attn.excess_logit[k].sigmoid()) / 2 * (b @ w - w) @ u.mT
     torch.testing.assert_close(attn(x), expected)
     reverse = Decompression(WIDTH, HEADS).double().eval()
     reverse.load_state_dict(
-        {name.replace("rate_logit", "log_rate"): value for name, value in attn.state_dict().items()}
+        {name.replace("excess_logit", "log_rate"): value for name, value in attn.state_dict().items()}
     )
-    ratio = (attn.rate_logit.exp() / attn.rate_logit.sigmoid()).repeat_interleave(WIDTH // HEADS)
+    ratio = (attn.excess_logit.exp() / attn.rate().flatten()).repeat_interleave(WIDTH // HEADS)
     u = attn.subspaces.matrix().mT
     torch.testing.assert_close(reverse(x) @ u, ratio * (expected @ u))
 
 
 def test_the_decoder_starts_with_steps_that_the_encoder_cannot_take():
     encoder, decoder = (kind(WIDTH, HEADS).rate().flatten().tolist() for kind in (Compression, Decompression))
-    assert encoder == pytest.approx([0.5] * HEADS)
+    assert encoder == pytest.approx([0.75] * HEADS)
     assert decoder == pytest.approx([2.5] * HEADS)
 
 
@@ -245,6 +246,17 @@ def test_weights_of_the_other_kind_of_layers_are_refused(tmp_path, layer, other)
     saved(tmp_path, layer=layer)
     with pytest.raises(UserError, match=f"holds the weights of {layer} layers, but .* describe {other} ones"):
         crate_mae.load(tmp_path, layer=other)
+
+
+def test_weights_of_earlier_monotone_layers_are_refused(tmp_path):
+    saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file(
+        {name.replace("excess_logit", "rate_logit"): value for name, value in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
+    with pytest.raises(UserError, match=r"earlier version, whose steps could be shorter \(kappa below 1/2\)"):
+        crate_mae.load(tmp_path)
 
 
 def test_settings_that_do_not_fit_are_named():

@@ -16,7 +16,7 @@ coding starts from 0 instead of X. There are two d x d matrices to a layer inste
 **How the guarantees are kept.** They belong to the module, not to an optimizer (a loop that compiles or shards layers
 calls `retract_` after each step, as ours does). U: in training, a parameter that has been changed is re-orthogonalised
 by one Newton-Schulz step before it is used, in place; in `eval()` its exact polar factor is used. D: divided by its
-norm in the forward pass, where need be. kappa and s: a sigmoid or an exponential of the parameters.
+norm in the forward pass, where need be. kappa and s: sigmoids or exponentials of the parameters.
 """
 
 import copy
@@ -136,16 +136,21 @@ class Compression(SubspaceAttention):
 
     B_k is `theory.compression.balanced_membership` of W_k with inverse temperature s_k.
 
+    The theorem allows every kappa from 0 to 1. Here it is at least `LEAST_RATE`: without this limit, training lets the
+    attention of the first layer go (kappa near 0.02), and the loss of hidden patches is higher
+    (results/monotone_layers).
+
     Attributes:
         subspaces: U.
-        rate_logit: kappa_k = sigmoid(rate_logit[k]), one per head; 1/2 at first.
+        excess_logit: kappa_k = 1/2 + sigmoid(excess_logit[k]) / 2, one per head; 3/4 at first.
         log_scale: s_k = exp(log_scale[k]), one per head; p^-1/2 at first, as in the published layer.
     """
 
     MOST_LOG_SCALE: Final[float] = math.log(1e4)  # of what is computed with; trained s are near p^-1/2
-    RATE: ClassVar[str] = "rate_logit"  # the parameter that kappa is computed from
-    FIRST_RATE: ClassVar[float] = 0.0
-    rate_logit: Tensor
+    LEAST_RATE: Final[float] = 0.5
+    RATE: ClassVar[str] = "excess_logit"  # the parameter that kappa is computed from
+    FIRST_RATE: ClassVar[float] = 0.0  # of that parameter
+    excess_logit: Tensor
 
     def __init__(
         self,
@@ -208,8 +213,8 @@ class Compression(SubspaceAttention):
 
     def rate(self) -> Float[Tensor, "h 1 1"]:
         # type: () -> Tensor
-        """kappa, from 0 to 1."""
-        return torch.sigmoid(self.rate_logit)[:, None, None]
+        """kappa, from `LEAST_RATE` to 1."""
+        return (self.LEAST_RATE + (1 - self.LEAST_RATE) * torch.sigmoid(self.excess_logit))[:, None, None]
 
     def scale(self) -> Float[Tensor, "h 1 1"]:
         # type: () -> Tensor

@@ -363,9 +363,14 @@ def _refuse_damaged(folder: Path) -> None:
 
 
 def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The message for weights of published layers where monotone ones are wanted, or the reverse; else empty."""
+    """The message for weights of other layers than are wanted, published or monotone; else empty."""
+    if any(name.endswith("attn.rate_logit") for name in found):
+        return (
+            "holds monotone layers of an earlier version, whose steps could be shorter (kappa below 1/2).\n"
+            "Train the model again, or use the version of crate-mae that made it."
+        )
     kinds = [
-        "monotone" if any(name.endswith("attn.rate_logit") for name in tensors) else "published"
+        "monotone" if any(name.endswith("attn.log_scale") for name in tensors) else "published"
         for tensors in (found, wanted)
         if any("attn.subspaces.weight" in name for name in tensors)
     ]
