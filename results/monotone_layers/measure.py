@@ -64,6 +64,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
     "monotone, symmetric": ({}, Pieces(membership="symmetric")),
     "monotone, no mixing": ({}, Pieces(membership="none")),
     "published, no mixing": ({}, PUBLISHED._replace(membership="none")),
+    "encoder: kappa > 0": ({"layer": "monotone"}, Pieces(encoder_rate="above 0", sides="encoder")),
     "decoder: kappa < 1": ({"layer": "monotone"}, Pieces(decoder_rate="below 1", sides="decoder")),
     "decoder: softmax": ({"layer": "monotone"}, Pieces(membership="softmax", sides="decoder")),
     "decoder: from Y_half": (

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crate_mae.models import autoencoder
 from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer
-from crate_mae.models.monotone import BoundedISTA, Decompression, OrthogonalSubspaces
+from crate_mae.models.monotone import BoundedISTA, Compression, Decompression, OrthogonalSubspaces
 from crate_mae.theory.attention import attention_membership
 from crate_mae.theory.compression import balanced_membership, symmetric_membership
 from crate_mae.theory.sparse_coding import sparse_codes
@@ -44,8 +44,9 @@ class Pieces(NamedTuple):
         dictionary: "published" ISTA; its D "bounded"; bounded and started from "relu" of X or from "zero"; "zero two",
             two steps from zero; or "none", relu(X) alone.
         threshold: lambda "fixed", or "learned" for each layer (with "zero" alone).
-        decoder_rate: kappa of the decoder, "positive" or, as that of the encoder, "below 1".
-        sides: whether "both" encoder and decoder are made of these pieces, or the "decoder" alone.
+        encoder_rate: kappa of the encoder, "at least 1/2" or "above 0".
+        decoder_rate: kappa of the decoder, "positive" or, as once in the encoder, "below 1".
+        sides: whether "both" encoder and decoder are made of these pieces, or one of them alone.
     """
 
     subspaces: Literal["free", "orthogonal"] = "orthogonal"
@@ -55,8 +56,13 @@ class Pieces(NamedTuple):
     shared: bool = False
     dictionary: Literal["published", "bounded", "relu", "zero", "zero two", "none"] = "zero"
     threshold: Literal["fixed", "learned"] = "fixed"
+    encoder_rate: Literal["at least 1/2", "above 0"] = "at least 1/2"
     decoder_rate: Literal["positive", "below 1"] = "positive"
-    sides: Literal["both", "decoder"] = "both"
+    sides: Literal["both", "encoder", "decoder"] = "both"
+
+
+def _at_least_half(parameter: Tensor) -> Tensor:
+    return Compression.LEAST_RATE + (1 - Compression.LEAST_RATE) * torch.sigmoid(parameter)
 
 
 class FreeSubspaces(OrthogonalSubspaces):
@@ -140,7 +146,8 @@ class PiecesEncoderLayer(EncoderLayer):
         nn.Module.__init__(self)
         self.pieces, self.ista_skip = pieces, False
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
-        self.attn = Step(embed_dim, num_heads, pieces, side)
+        rate = _at_least_half if pieces.encoder_rate == "at least 1/2" else torch.sigmoid
+        self.attn = Step(embed_dim, num_heads, pieces, side, rate)
         self.drop_path = DropPath(drop_path)
         self.ista = ISTA(embed_dim) if pieces.dictionary == "published" else Sparsify(embed_dim, pieces)
 
@@ -185,7 +192,8 @@ def installed(pieces: Pieces | None) -> Iterator[None]:
         return lambda: PiecesDecoderLayer(dim, num_heads, pieces, side)
 
     with ExitStack() as patched:
-        patched.enter_context(mock.patch.object(autoencoder, "crate_decoder_block", decoder_block))
-        if pieces.sides == "both":
+        if pieces.sides != "encoder":
+            patched.enter_context(mock.patch.object(autoencoder, "crate_decoder_block", decoder_block))
+        if pieces.sides != "decoder":
             patched.enter_context(mock.patch.object(autoencoder, "crate_block", encoder_block))
         yield
