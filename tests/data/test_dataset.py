@@ -1,8 +1,12 @@
+import re
+
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from crate_mae.data import BadImage, ImageDataset, collate, evaluation_transform, open_source, pretrain_transform
+from crate_mae.data.base import Part
 from crate_mae.errors import UserError
 
 HALF = ((0.5,) * 3, (0.25,) * 3)
@@ -83,10 +87,20 @@ def test_if_nothing_can_be_read_the_first_reason_is_reported(make_folder):
     for path in root.iterdir():
         path.write_bytes(b"")
     dataset = ImageDataset(open_source(root), evaluation_transform((3, 3), 3, *HALF))
-    with pytest.raises(
-        UserError, match=r"3 images in a row cannot be read, the first of them\n.*b\.png: the file is em"
-    ):
+    with pytest.raises(UserError) as refused:
         dataset[1]
+    words = r"3 images in a row cannot be read, the first of them\n.*b\.png: the file is em(.|\n)*crate-mae data check "
+    assert re.search(words + re.escape(str(root)), str(refused.value))
+
+
+def test_no_command_is_named_that_cannot_open_the_images():
+    assert open_source([torch.zeros(1, 3, 3)]).check_command is None
+    dataset = ImageDataset(open_source([b"", b""]), evaluation_transform((3, 3), 3, *HALF))
+    with pytest.raises(UserError, match="2 images in a row cannot be read") as refused:
+        dataset[1]
+    assert "data check" not in str(refused.value)
+    part = Part(open_source("digits:test"), np.arange(3))
+    assert part.check_command == "crate-mae data check digits:test"
 
 
 def test_replacement_tries_are_bounded(make_folder):

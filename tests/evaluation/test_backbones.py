@@ -162,8 +162,8 @@ def test_any_form_of_model_has_an_untrained_one(tmp_path):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("crate_mae_nano_patch2_8:untrained", "is untrained already, a name without weights: leave :untrained out"),
-        ("pixels:untrained", "pixels have no weights that could be untrained"),
+        ("crate_mae_nano_patch2_8:untrained", "names a model without trained weights: leave :untrained out"),
+        ("pixels:untrained", "raw pixels have no weights: leave :untrained out"),
         ("missing:untrained", "missing does not exist and is no model's name"),
     ],
 )

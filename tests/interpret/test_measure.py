@@ -173,10 +173,12 @@ def test_mistakes_are_sentences(digits_model):
         measure_layers(digits_model, "digits:test", count=3)
 
 
-def test_saved_models_and_presets_are_opened_by_name(digits_model, tmp_path):
-    crate_mae.save(digits_model, tmp_path / "model")
+def test_saved_models_and_presets_are_opened_by_name(digits_model, tmp_path, monkeypatch):
+    folder = tmp_path / "pixels_of_digits"  # the name of raw pixels is `pixels`, and no other that begins so
+    crate_mae.save(digits_model, folder)
+    monkeypatch.chdir(tmp_path)
     unaudited = {"audited": False}
-    saved = measure_layers(str(tmp_path / "model"), "digits:test", count=3, **unaudited)
+    saved = measure_layers(folder.name, "digits:test", count=3, **unaudited)
     assert saved.rows == measure_layers(digits_model, "digits:test", count=3, **unaudited).rows
     fresh = [
         measure_layers("crate_mae_nano_patch2_8", "digits:test", count=2, seed=seed, **unaudited).rows

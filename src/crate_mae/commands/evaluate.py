@@ -62,7 +62,7 @@ class ProbeOptions:
         "Layer of the encoder from 0, negative from the end, or all; by default all where that takes minutes at most, "
         "else -1.",
     )
-    controls: bool = option(True, "Probe the same network before training, and raw pixels, as well.")
+    controls: bool = option(True, "Probe the same architecture with random initialisation, and raw pixels, as well.")
     seed: int = option(0, "Seed of random initialisation, and of what the probe draws.")
     batch_size: int = option(256, "Images per batch.")
     workers: int | None = option(
@@ -96,8 +96,8 @@ def eval_knn(options: KnnOptions) -> Evaluation:
 
     The k training images with the largest cosine similarity vote, each with the weight exp(similarity / 0.07). Features
     are standardised over the training images first. Nothing is trained. Scores have Wilson's 95% interval over the
-    validation images. Of several layers, the one that is compared with the controls is chosen on a tenth of the
-    training images, never on the validation images.
+    validation images. If there are several layers, the one that is compared with the controls is chosen on a tenth of
+    the training images, never on the validation images.
 
     Returns:
         The scores, one row per layer.
@@ -123,8 +123,8 @@ def eval_linear(options: ProbeOptions) -> Evaluation:
     """Fit a linear classifier to the frozen features of labelled images.
 
     The classifier is multinomial logistic regression on standardised features. Its regularisation C is chosen on a
-    tenth of the training images, never on the validation images. Scores have Wilson's 95% interval over the validation
-    images, and so is the layer that is compared with the controls: the best of many scores would be biased.
+    tenth of the training images, never on the validation images, and so is the layer that is compared with the
+    controls: the best of many scores would be biased. Scores have Wilson's 95% interval over the validation images.
 
     Returns:
         The scores, one row per layer.
@@ -247,7 +247,7 @@ def _table(probed: "Probed", shown: tuple[str, ...]) -> Any:
         "top5": ("top-5 (95%)", lambda result: _percent(result.top5)),
         "chosen_on": ("chosen on", lambda result: f"{100 * result.chosen_on:.2f}%"),
         "c": ("C", lambda result: f"{result.c:.2g}"),
-        "shots": ("images a class", lambda result: str(result.shots)),
+        "shots": ("images per class", lambda result: str(result.shots)),
         "accuracy": (SCORE, lambda result: _percent(result.accuracy)),
     }
     kept = [columns[name] for name in shown if getattr(probed.rows[0][1], name) is not None]
@@ -269,6 +269,8 @@ def _verdict(probed: "Probed") -> str:
     where = f"Layer {layer} of {probed.backbone.name} ({100 * score.value:.1f}%)"
     if isinstance(getattr(result, "chosen_on", None), float) and len(probed.rows) > 1:
         where += ", chosen on training images"
+    if shots := getattr(result, "shots", None):
+        where += f" from {shots} labelled image{'s' * (shots > 1)} per class"
     comparisons = []
     for control in probed.controls:
         other = _score(control)

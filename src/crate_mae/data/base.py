@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import shlex
 import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
@@ -116,6 +117,11 @@ class ImageSource(ABC):
         """Return a text that changes if an image may have changed; None if that is unknown, as for Python objects."""
         return None
 
+    @property
+    def check_command(self) -> str | None:
+        """The command that lists the images that cannot be read; None if no command can, as for Python objects."""
+        return f"crate-mae data check {shlex.quote(self.name)}"
+
     def origins(self) -> Iterable[str]:
         """What each image is, in order, whichever way the source was opened, such as the real path of its file.
 
@@ -184,6 +190,11 @@ class Part(ImageSource):
     def location(self, i: int) -> str:
         """Where image i of the part is."""
         return self._whole.location(int(self._indices[i]))
+
+    @property
+    def check_command(self) -> str | None:
+        """That of the whole source."""
+        return self._whole.check_command
 
     def origins(self) -> Iterable[str]:
         """Those of the whole source, at the images of the part."""
@@ -381,7 +392,8 @@ def refuse_unreadable(source: ImageSource, bad: Sequence[BadImage], max_bad: flo
     images = "held-out images" if held_out else f"images of {source.name}"
     limit = "" if held_out else f", more than --max-bad {max_bad:g} allows"
     remedy = "give other images with --val" if held_out else "raise --max-bad"
+    listed = f" ({source.check_command} lists them)" if source.check_command else ""
     raise UserError(
         f"{len(bad)} of {len(source)} {images} cannot be read{limit}, such as\n{bad[0].location}: {bad[0].reason}\n"
-        f"Fix or remove them (crate-mae data check {source.name} lists them), or {remedy}."
+        f"Fix or remove them{listed}, or {remedy}."
     )

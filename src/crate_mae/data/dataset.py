@@ -89,10 +89,10 @@ class ImageDataset(Dataset[Sample]):
             words = np.random.SeedSequence([self.seed, epoch, index]).generate_state(1, np.uint64)
             with default_generator_seeded(int(words[0])):
                 return Sample(self.transform(image), label, candidate, tuple(bad))
+        command = self.source.check_command
         raise UserError(
             f"{self.source.name}: {len(bad)} images in a row cannot be read, the first of them\n"
-            f"{bad[0].location}: {bad[0].reason}\n"
-            f"See them all with: crate-mae data check {self.source.name}"
+            f"{bad[0].location}: {bad[0].reason}" + (f"\nSee them all with: {command}" if command else "")
         )
 
     def _candidates(self, index: int, epoch: int) -> Iterator[int]:

@@ -72,7 +72,9 @@ def channel_statistics(
         second += moments[1]
         count += 1
     if not count:
-        raise UserError(f"No image of {source.name} can be read, so it has no mean. See: crate-mae data check")
+        command = source.check_command
+        see = f" See: {command}" if command else ""
+        raise UserError(f"No image of {source.name} can be read, so it has no mean.{see}")
     mean = first / count
     std = np.sqrt(np.maximum(second / count - mean**2, _SMALLEST_STD**2))
     return tuple(mean.tolist()), tuple(std.tolist())

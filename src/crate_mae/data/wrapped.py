@@ -59,6 +59,11 @@ class DatasetSource(ImageSource):
         picture = self.picture(i)
         return self._in_range(picture) if isinstance(picture, Image.Image) else picture
 
+    @property
+    def check_command(self) -> str | None:
+        """None for an object of Python, which no command can open."""
+        return super().check_command if self.name.startswith("torchvision:") else None
+
     def picture(self, i: int) -> Image.Image | Tensor:
         """The image of item i, a Pillow image in its own mode."""
         image = _image_of(self._item(i))

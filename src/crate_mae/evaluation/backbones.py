@@ -120,9 +120,9 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
     if isinstance(model, nn.Module):
         return replace(_from_module(unwrapped(model)), is_borrowed=True)
     name, has_suffix = without_untrained(str(model))
-    if isinstance(model, str) and name.partition(":")[0] == PIXELS and not Path(name).exists():
+    if isinstance(model, str) and is_pixels(name):
         if has_suffix:
-            raise UserError(f"{model}: pixels have no weights that could be untrained: leave {UNTRAINED} out.")
+            raise UserError(f"{model}: raw pixels have no weights: leave {UNTRAINED} out.")
         return _pixels(name)
     with default_generator_seeded(seed):
         if isinstance(model, str) and name.startswith("timm:"):
@@ -228,6 +228,11 @@ def _with_timm_data(encoder: nn.Module, name: str, *, architecture: str | None) 
         std=std,
         architecture=architecture,
     )
+
+
+def is_pixels(model: str) -> bool:
+    """Whether a form of MODEL names raw pixels."""
+    return model.partition(":")[0] == PIXELS and not Path(model).exists()
 
 
 def _pixels(model: str) -> Backbone:

@@ -47,7 +47,7 @@ class Probed:
         rows: (layer, result) pairs.
         bad: images that could not be read.
         chance: the share of validation images that are of the most frequent class of the training images.
-        controls: the same probe of the same network before training, and of raw pixels.
+        controls: the same probe of the same architecture with random initialisation, and of raw pixels.
     """
 
     backbone: Backbone
@@ -144,7 +144,7 @@ def probe(
 
 
 def _untrained(model: Any, backbone: Backbone, seed: int) -> list[Backbone]:
-    """The network before training, where there was one; an own network from Python has none that we could build."""
+    """The same architecture with random initialisation, if this library can build it."""
     if backbone.is_random or isinstance(backbone.encoder, RawPixels):
         return []
     if not isinstance(model, nn.Module):

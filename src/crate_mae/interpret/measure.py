@@ -14,7 +14,7 @@ from crate_mae.data import BadImage, open_source
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.facts import fixed_sample
 from crate_mae.errors import UserError
-from crate_mae.evaluation.backbones import Backbone, open_backbone
+from crate_mae.evaluation.backbones import Backbone, is_pixels, open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
 from crate_mae.interpret.audit import EXPAND_REDUCTION_LAYER, AuditRow, Tokens, audit
 from crate_mae.interpret.information import dead_coordinates, feature_ranks, pixels_from_layers
@@ -166,7 +166,7 @@ def open_measurable(model: Any, seed: int) -> Opened:
         UserError: if there is no such model, or it is not a Vision Transformer.
     """
     name = str(model) if isinstance(model, (str, Path)) else ""
-    if name and not name.startswith(("timm:", "pixels")):
+    if name and not name.startswith("timm:") and not is_pixels(name):
         with default_generator_seeded(seed):
             model = load(model)
     backbone = open_backbone(model, seed=seed)

@@ -66,7 +66,7 @@ def start_from(model: nn.Module, tensors: Mapping[str, Tensor]) -> Transfer:
         tensors: the other's `state_dict`.
 
     Raises:
-        UserError: if no weight of the encoder's layers fits, so that there is nothing to start from.
+        UserError: if no matrix of the encoder's layers fits, so that there is nothing to start from.
     """
     own = {name: value for name, value in model.state_dict().items() if name not in _POSITIONS}
     channels, patch = own[_PATCH_WEIGHT].shape[1], own[_PATCH_WEIGHT].shape[-1]
@@ -81,8 +81,8 @@ def start_from(model: nn.Module, tensors: Mapping[str, Tensor]) -> Transfer:
             value = _resized_prediction(value, tensors[_PATCH_WEIGHT].shape[1], channels, patch)
         if value.shape == wanted.shape:
             fitting[name] = value
-    if not any(name.startswith("encoder.blocks.") for name in fitting):
-        raise UserError("no weights of its encoder's layers fit into this model: they have another width or kind.")
+    if not any(name.startswith("encoder.blocks.") and value.ndim > 1 for name, value in fitting.items()):
+        raise UserError("no matrix of its encoder's layers fits into this model: their width or kind is another.")
     model.load_state_dict(fitting, strict=False)
     return Transfer(tuple(fitting), tuple(name for name in own if name not in fitting))
 

@@ -151,7 +151,7 @@ def load(model: str | Path, **settings: Any) -> Model:
     trained, has_suffix = without_untrained(name)
     if trained in list_models():
         if has_suffix:
-            raise UserError(f"{trained} is untrained already, a name without weights: leave {UNTRAINED} out.")
+            raise UserError(f"{trained} names a model without trained weights: leave {UNTRAINED} out.")
         return create_model(trained, **settings).eval()
     folder = _model_folder(trained)
     if has_suffix:

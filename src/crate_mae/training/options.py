@@ -264,7 +264,8 @@ class PretrainOptions(RunOptions):
     init_from: str | Path | None = option(
         None,
         "A trained model to start from: a run, a bundled model, hf:user/name ... Its weights are taken where they fit. "
-        "Without --model, the new model is of its kind, with patches of the size that the images need.",
+        "Without --model, or with the same, the new model has its settings, with patches of the size that the images "
+        "need.",
         later=True,
     )
     val: Data = option(None, "Other data to measure on. By default 5% of the images, at most 512, are held out.")

@@ -127,8 +127,12 @@ class Pretraining(Task[PretrainOptions]):
         """Commands for a run of half an hour, with other weights to start from in the second."""
         if self.config.data.startswith(PYTHON_OBJECT):
             return []
-        command = shlex.join(["crate-mae", "pretrain", self.config.data, "--out", f"{run}-30min", "--minutes", "30"])
-        return [command] if self.config.init_from else [command, f"{command} --init-from {_BUNDLED}"]
+
+        def command(out: str, *words: str) -> str:
+            return shlex.join(["crate-mae", "pretrain", self.config.data, "--out", out, "--minutes", "30", *words])
+
+        plain = command(f"{run}-30min")
+        return [plain] if self.config.init_from else [plain, command(f"{run}-30min-init", "--init-from", _BUNDLED)]
 
     def describe_use(self, run: Path) -> list[str]:
         """Describe how to complete other images."""

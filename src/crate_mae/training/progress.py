@@ -50,7 +50,7 @@ def describe_plan(
         "to resume": directory.resume_command + " (Ctrl-C stops and saves)",
     }
     seconds = probe.seconds_per_step(config, processes) * config.steps
-    if accelerator.device.type == "cpu" and seconds > _LONG_RUN:
+    if accelerator.device.type == "cpu" and seconds > _LONG_RUN and not start_step:
         rows |= {f"in 30 min {n}": command for n, command in enumerate(task.shorter_commands(directory.path), start=1)}
     if start_step:
         rows["resuming"] = f"at step {start_step:,}"

@@ -18,7 +18,7 @@ from crate_mae.models.config import CrateConfig, ModelConfig
 from crate_mae.models.masking import check_mask_ratio
 from crate_mae.models.presets import list_bundled, list_models, preset
 from crate_mae.models.transfer import resized_config
-from crate_mae.models.weights import load, load_autoencoder, read_config
+from crate_mae.models.weights import is_untrained, load, load_autoencoder, read_config
 from crate_mae.training.finetuning import Finetuning, Initialisation
 from crate_mae.training.images import open_images, open_labelled
 from crate_mae.training.logbook import choose_trackers
@@ -192,9 +192,9 @@ def _checked(options: OptionsT) -> tuple[OptionsT, Mistakes]:
 
 
 def default_batch_size(images: int, share: int) -> int:
-    """256, or less for fewer images: so that an epoch has 64 steps, or of few images 8, with 32 images or more.
+    """The largest power of two up to 256 that leaves 64 steps to an epoch; at least 32 if that leaves 8.
 
-    A few thousand images seen 100 times in steps of 256 are too few steps to learn from.
+    A hundred epochs of a few thousand images would be too few steps to learn from if each took 256.
 
     Args:
         images: training images.
@@ -294,6 +294,11 @@ def _start(options: PretrainOptions, newest: Path | None) -> _Start | None:
         config = read_config(newest)
         assert isinstance(config, ModelConfig), "runs of pretraining have no classes"
         return _Start(config, None)
+    if is_untrained(str(options.init_from)):
+        raise UserError(
+            f"--init-from {options.init_from} names a random initialisation, which every run starts from: leave it "
+            "out, or name a trained model."
+        )
     model = load_autoencoder(options.init_from)
     return _Start(model.config, model.state_dict())
 

@@ -68,7 +68,7 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
     if existing is not None:
         _refuse_other_kind(existing, options)
         if options.minutes is not None:
-            raise UserError(f"{out} holds a run, whose length is {existing.steps:,} steps: leave --minutes out.")
+            raise UserError(f"{out} already holds a run of {existing.steps:,} steps: leave --minutes out.")
         options = options.filled_from(existing)
     reason, newest = first_decides(processes, lambda: _found_in(directory))
     resolved = resolve(options, processes.num_processes, newest)
@@ -173,21 +173,25 @@ def _fitted_to_time(options: OptionsT, resolved: Resolved, accelerator: Accelera
 
     Where the batch is open and few steps would fit, there are more steps of fewer images instead.
     """
-    task, found = _build_task(resolved, accelerator)
-    config, processes = task.config, accelerator.num_processes
-    per_step = found.seconds_per_step(config, processes)
-    spent = first_decides(accelerator, lambda: time.monotonic() - started)
-    steps = int((60 * options.minutes - spent) * _SHARE_OF_TIME_FOR_STEPS / per_step)
-    if steps < 1:
-        raise UserError(
-            f"--minutes {options.minutes:g} is too short: {duration(spent)} have gone into preparing the run, and a "
-            f"step takes {per_step:.3g} s."
-        )
-    batch, share = config.batch_size, 2 * processes * config.accumulation * config.inseparable
-    while options.batch_size is None and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
-        batch, steps = batch // 2, 2 * steps
-    fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
-    return dataclasses.replace(options, minutes=None, **fitted)
+    processes = accelerator.num_processes
+    while True:
+        before = time.monotonic()
+        task, found = _build_task(resolved, accelerator)
+        # The run itself will build its task and measure steps once more.
+        preparation = first_decides(accelerator, lambda before=before: 2 * time.monotonic() - before - started)
+        config, batch = task.config, task.config.batch_size
+        per_step = found.seconds_per_step(config, processes)
+        steps = int((60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step)
+        if steps < 1:
+            raise UserError(
+                f"--minutes {options.minutes:g} is too short: preparing the run takes {duration(preparation)}, and a "
+                f"step {per_step:.3g} s."
+            )
+        fits_in_half = batch % (2 * processes * config.accumulation * config.inseparable) == 0
+        if options.batch_size is not None or steps >= _ENOUGH_STEPS or batch <= _SMALLEST_BATCH or not fits_in_half:
+            fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
+            return dataclasses.replace(options, minutes=None, **fitted)
+        resolved = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, batch_size=batch // 2))
 
 
 def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:
