@@ -42,11 +42,11 @@ def test_a_picture_is_completed_as_by_the_command(models, photograph, tmp_path):
     assert found.pictures.original.shape == (1, 3, 32, 32)
 
 
-def test_only_hidden_patches_are_pasted_and_measured(small, photograph):
+def test_only_hidden_patches_are_completed_and_measured(small, photograph):
     mask = torch.zeros(5, 7, dtype=torch.bool)
     mask[1, 2:4] = True
     found = complete_picture(small, photograph, mask)
-    changed = (found.pictures.pasted != found.pictures.original).any(1)[0]
+    changed = (found.pictures.completed != found.pictures.original).any(1)[0]
     assert changed[2:4, 4:8].any()
     changed[2:4, 4:8] = False
     assert not changed.any()

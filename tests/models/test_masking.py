@@ -64,18 +64,19 @@ def test_a_perfect_prediction_gives_back_the_original_pixels(norm_pix_loss, monk
     perfect = model(images, mask=mask)._replace(prediction=target)
     monkeypatch.setattr(model, "forward", lambda *_args, **_kwargs: perfect)
     pictures = complete(model, images, mask)
-    for picture in (pictures.original, pictures.completed, pictures.pasted):
+    for picture in (pictures.original, pictures.completed):
         torch.testing.assert_close(picture, pixels, atol=1e-5, rtol=0)
-    shown = patchify(pictures.masked, 2)
-    assert (shown[mask] == MASK_GREY).all()
-    torch.testing.assert_close(shown[~mask], patchify(pixels, 2)[~mask], atol=1e-5, rtol=0)
+    for picture, is_grey in ((pictures.masked, mask), (pictures.prediction, ~mask)):
+        shown = patchify(picture, 2)
+        assert (shown[is_grey] == MASK_GREY).all()
+        torch.testing.assert_close(shown[~is_grey], patchify(pixels, 2)[~is_grey], atol=1e-5, rtol=0)
 
 
-def test_pasted_pictures_keep_what_was_visible():
+def test_completed_pictures_keep_what_was_visible():
     model = crate_mae.create_model("vit_mae_nano_patch2_8").eval()
     images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(4)) * 0.1
     mask = random_mask(3, 16, 0.5, torch.Generator().manual_seed(0))
     pictures = complete(model, images, mask)
-    pasted, original, completed = (patchify(x, 2) for x in (pictures.pasted, pictures.original, pictures.completed))
-    assert torch.equal(pasted[~mask], original[~mask])
-    assert torch.equal(pasted[mask], completed[mask])
+    original, prediction, completed = (patchify(x, 2) for x in (pictures.original, *pictures[2:]))
+    assert torch.equal(completed[~mask], original[~mask])
+    assert torch.equal(completed[mask], prediction[mask])

@@ -27,8 +27,8 @@ HEAT = "cividis"  # looks the same with every kind of colour vision
 _TITLES = {
     "original": ("original", ""),
     "masked": ("masked", "what the model sees"),
-    "pasted": ("completed", "its prediction in the gaps"),
-    "completed": ("prediction alone", "trained on hidden patches only: elsewhere this is noise"),
+    "completed": ("completed", "its prediction in the gaps"),
+    "prediction": ("prediction", "of hidden patches alone"),
 }
 _CURVES = (
     "Yellow marks the layer chosen above. The first half of a layer is derived to compress, that is, to lower the "

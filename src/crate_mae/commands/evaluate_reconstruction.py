@@ -51,8 +51,8 @@ def eval_reconstruction(
 
     Every call uses the same images and masks. Patches hidden at one ratio stay hidden at larger ones. The mean squared
     error is that of hidden patches, in normalised pixels (the loss of ordinary training) and in units of each patch's
-    standard deviation (the loss of --norm-pix-loss); PSNR is that of hidden patches, and SSIM that of the image with
-    the completion pasted in. A model trained with --norm-pix-loss predicts patches without brightness and contrast:
+    standard deviation (the loss of --norm-pix-loss); PSNR is that of hidden patches, and SSIM that of the completed
+    image. A model trained with --norm-pix-loss predicts patches without brightness and contrast:
     both then come from the original, in all but the second measure, and the output notes it.
 
     Args:
@@ -170,5 +170,5 @@ def _save_picture(
         completion = complete_in_batches(net, images, mask)
         if not rows:
             rows.append(("original", completion.original))
-        rows += [(f"{100 * score.mask_ratio:g}% hidden", completion.masked), ("pasted", completion.pasted)]
+        rows += [(f"{100 * score.mask_ratio:g}% hidden", completion.masked), ("completed", completion.completed)]
     save_picture_grid(rows, path)

@@ -28,7 +28,7 @@ class Reconstruction:
         path: of the picture.
         images: locations of its images, in order.
         psnr: of each image's hidden patches, in decibels.
-        ssim: of each pasted picture, at most 1.
+        ssim: of each completed picture, at most 1.
     """
 
     path: Path
@@ -48,11 +48,10 @@ def reconstruct(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Reconstruction:
-    """Mask images, complete them, and save a picture: original, masked, completed, pasted.
+    """Mask images, complete them, and save a picture: original, masked, prediction, completed.
 
-    "Completed" is the prediction of all patches; "pasted" keeps the visible patches of the original. For a model
-    trained with normalised targets, brightness and contrast of each patch come from the original, and the output notes
-    it.
+    The prediction is that of hidden patches; the completed image has it in their place. For a model trained with
+    normalised targets, brightness and contrast of each patch come from the original, and the output notes it.
 
     Args:
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.

@@ -69,7 +69,7 @@ class CompletionScore:
         normalised_mse: the same in units of each patch's own standard deviation: the training loss with
             `norm_pix_loss`. Nearly flat patches have the largest weight in it.
         psnr: of the hidden patches, in decibels, that of no image more than `LARGEST_PSNR`.
-        ssim: of the picture with the completion pasted into its holes, at most 1.
+        ssim: of the completed picture, at most 1.
     """
 
     mask_ratio: float
@@ -147,8 +147,8 @@ class CompletionQuality(NamedTuple):
 
     Attributes:
         psnr: peak signal-to-noise ratio of the hidden patches alone, in decibels: -10 log10 of the mean squared error
-            of pixels in [0, 1], at most `LARGEST_PSNR`. Visible patches, which the pasted picture copies, do not count.
-        ssim: structural similarity of the pasted picture to the original, at most 1. It compares neighbourhoods, so
+            of pixels in [0, 1], at most `LARGEST_PSNR`. Visible patches, which are copied, do not count.
+        ssim: structural similarity of the completed picture to the original, at most 1. It compares neighbourhoods, so
             visible patches do count.
     """
 
@@ -167,14 +167,14 @@ def completion_quality(completion: Completion, mask: Bool[Tensor, "b n"], patch_
         mask: true = hidden; at least one patch in every image.
         patch_size: side of a patch in pixels.
     """
-    targets, predictions = (patchify(x, patch_size) for x in (completion.original, completion.completed))
+    targets, predictions = (patchify(x, patch_size) for x in (completion.original, completion.prediction))
     sigma = 1.5 if min(completion.original.shape[-2:]) >= 16 else 0.5
     psnr = [
         peak_signal_noise_ratio(prediction[hidden], target[hidden], data_range=1.0).clamp(max=LARGEST_PSNR)
         for prediction, target, hidden in zip(predictions, targets, mask, strict=True)
     ]
     ssim = structural_similarity_index_measure(
-        completion.pasted, completion.original, sigma=sigma, data_range=1.0, reduction="none"
+        completion.completed, completion.original, sigma=sigma, data_range=1.0, reduction="none"
     )
     return CompletionQuality(torch.stack(psnr), torch.as_tensor(ssim).reshape(len(psnr)))
 

@@ -18,15 +18,15 @@ class Completion(NamedTuple):
 
     Attributes:
         original: the images.
-        masked: hidden patches are grey.
-        completed: the prediction everywhere.
-        pasted: the prediction in hidden patches, the original elsewhere.
+        masked: the original, with hidden patches grey.
+        prediction: what the model predicts in hidden patches; visible ones, where it is not trained, are grey.
+        completed: the prediction in hidden patches, the original elsewhere.
     """
 
     original: Float[Tensor, "b c hh ww"]
     masked: Float[Tensor, "b c hh ww"]
+    prediction: Float[Tensor, "b c hh ww"]
     completed: Float[Tensor, "b c hh ww"]
-    pasted: Float[Tensor, "b c hh ww"]
 
 
 @torch.no_grad()
@@ -72,12 +72,12 @@ def completion_of(
         mean, std = (pixels.new_tensor(values)[:, None, None] for values in (config.mean, config.std))
         return (pixels * std + mean).clamp(0.0, 1.0)
 
-    hidden = mask.to(images.device)[..., None]
-    original = picture(target)
-    grey = unpatchify(hidden.expand_as(target).to(target.dtype), config.patch_size, config.grid_size)
+    original, predicted = picture(target), picture(prediction)
+    of_patches = mask.to(images.device)[..., None].expand_as(target).to(target.dtype)
+    hidden = unpatchify(of_patches, config.patch_size, config.grid_size) > 0
     return Completion(
         original=original,
-        masked=torch.where(grey > 0, torch.full_like(original, MASK_GREY), original),
-        completed=picture(prediction),
-        pasted=picture(torch.where(hidden, prediction, target)),
+        masked=torch.where(hidden, MASK_GREY, original),
+        prediction=torch.where(hidden, predicted, MASK_GREY),
+        completed=torch.where(hidden, predicted, original),
     )

@@ -206,7 +206,7 @@ class Monitor:
         return Signals(loss, float(effective_rank(z - z.mean(dim=0))), layers)
 
     def picture(self, model: MaskedAutoencoder, path: Path) -> None:
-        """Write held-out images as they are, masked, completed, and with the completion only in hidden patches."""
+        """Write held-out images: original, masked, prediction of hidden patches, completed."""
         device = model.mask_token.device
         images, masks = self.images[:_PICTURED].to(device), self.masks[:_PICTURED]
         with evaluating(model):

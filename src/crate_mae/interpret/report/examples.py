@@ -46,7 +46,7 @@ class Completed(NamedTuple):
     """Completions of a few images.
 
     Attributes:
-        pictures: original, masked, completed, pasted, in [0, 1].
+        pictures: original, masked, prediction, completed, in [0, 1].
         psnr: of the hidden patches of each, in decibels.
         mask_ratio: share of patches that was hidden.
         own_statistics: whether brightness and contrast of each patch come from the original.
@@ -270,9 +270,9 @@ def completion_grid(completed: Completed) -> Grid:
         "completions",
         "Completions",
         f"From left to right: an image, what the model saw of it ({100 * completed.mask_ratio:g}% of the patches "
-        "hidden), what it predicts everywhere, and the prediction pasted into the gaps of the original. Compare the "
+        "hidden), what it predicts in hidden patches, and both together. Compare the "
         f"last with the first; the number is the PSNR of hidden patches, where more is better.{own}",
-        titled(["original", "masked", "completed", "pasted"] * min(_SIDE_BY_SIDE, len(halves)), rows),
+        titled(["original", "masked", "prediction", "completed"] * min(_SIDE_BY_SIDE, len(halves)), rows),
     )
 
 
