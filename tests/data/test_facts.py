@@ -12,6 +12,7 @@ from PIL import Image
 from crate_mae.commands.data import check as check_command
 from crate_mae.data import ImageFacts, channel_statistics, check, describe_images, open_source, suggest_model
 from crate_mae.data import facts as facts_module
+from crate_mae.data.base import spread
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
 
@@ -167,3 +168,8 @@ def test_the_command_line_understands_the_command(flawed, capsys):
 def test_the_command_is_defined_without_loading_torch():
     code = "import sys, crate_mae.commands.data; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_first_of_spread_numbers_are_evenly_spaced_and_none_is_missing():
+    assert spread(10, 3) == [0, 3, 6, 1, 2, 4, 5, 7, 8, 9]
+    assert spread(3, 3) == spread(3, 8) == [0, 1, 2]

@@ -74,8 +74,8 @@ def eval_reconstruction(
         UserError: for a mistake in the options, model or data; no file is written then.
     """
     from crate_mae.data import open_source
+    from crate_mae.data.base import fixed_sample, spread
     from crate_mae.data.dataset import default_generator_seeded
-    from crate_mae.data.facts import fixed_sample
     from crate_mae.errors import UserError
     from crate_mae.evaluation.backbones import open_backbone
     from crate_mae.evaluation.probing import data_name, versions
@@ -117,7 +117,8 @@ def eval_reconstruction(
         "versions": versions(),
     }
     if picture is not None:
-        _save_picture(net, read.images[:_PICTURED], scores, seed, picture)
+        shown = spread(len(read.images), _PICTURED)[:_PICTURED]
+        _save_picture(net, read.images[shown], scores, seed, picture)
         console.print(f"Saved {picture}", soft_wrap=True, markup=False)
     write_report(console, report, out)
     return Evaluation(report, out)
@@ -160,7 +161,7 @@ def _show(console: CleanConsole, net: "MaskedAutoencoder", scores: "list[Complet
 def _save_picture(
     net: "MaskedAutoencoder", images: "Float[Tensor, 'b c hh ww']", scores: Any, seed: int, path: Path
 ) -> None:
-    """Save the first images at each mask ratio: what the model sees, and its completion."""
+    """Save some images at each mask ratio: what the model sees, and its completion."""
     from crate_mae.data import save_picture_grid
     from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks
 

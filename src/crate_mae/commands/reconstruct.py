@@ -58,7 +58,7 @@ def reconstruct(
         images: An image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
         out: New .png file for the picture.
         mask_ratio: Share of patches to hide.
-        count: Number of images, from the first on.
+        count: Number of images, evenly spaced among all.
         seed: Seed of the masks and of random initialisation.
         overwrite: Replace an existing picture.
 
@@ -66,6 +66,7 @@ def reconstruct(
         The path of the picture, and the quality of each completion.
     """
     from crate_mae.data import evaluation_transform, open_source, save_picture_grid
+    from crate_mae.data.base import spread
     from crate_mae.data.dataset import default_generator_seeded
     from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
     from crate_mae.models.weights import is_untrained, load_autoencoder, model_name
@@ -79,7 +80,7 @@ def reconstruct(
         net = load_autoencoder(model)
     config = net.config
     transform = evaluation_transform(config.image_size, config.in_chans, config.mean, config.std)
-    read = read_images(source, transform, range(len(source)), count)
+    read = read_images(source, transform, spread(len(source), count), count)
     mask = nested_masks(len(read.images), net.num_patches, mask_ratio, seed)
     completion = complete_in_batches(net, read.images, mask)
     quality = completion_quality(completion, mask, config.patch_size)

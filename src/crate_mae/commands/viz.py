@@ -68,7 +68,7 @@ def viz_attention(
         out: Picture to write, a .png or .pdf file.
         layer: Layer of the encoder from 0, or negative from the end.
         stride: Distance of two values of the maps in pixels, a divisor of the patch size; by default that size.
-        count: Number of images, from the first on.
+        count: Number of images, evenly spaced among all.
         seed: Seed of random initialisation.
         overwrite: Replace an existing picture.
 
@@ -114,7 +114,7 @@ def viz_pca(
         out: Picture to write, a .png or .pdf file.
         layer: Layer of the encoder from 0, or negative from the end. The final norm is applied to every layer.
         joint: Use the same components for all images, so that a colour means the same in each.
-        count: Number of images, from the first on.
+        count: Number of images, evenly spaced among all.
         seed: Seed of random initialisation.
         overwrite: Replace an existing picture.
 
@@ -202,8 +202,9 @@ def _new_picture(out: Path | str, *, overwrite: bool) -> Path:
 
 
 def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, ReadImages]":
-    """The model, and the first images that can be read."""
+    """The model, and some images that can be read."""
     from crate_mae.data import open_source
+    from crate_mae.data.base import spread
     from crate_mae.evaluation.backbones import open_backbone
     from crate_mae.evaluation.reconstruction import read_images
 
@@ -211,7 +212,7 @@ def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, Re
     check_whole("--count", count)
     source = open_source(images)
     backbone = open_backbone(model, seed=seed)
-    return backbone, read_images(source, backbone.transform(), range(len(source)), count)
+    return backbone, read_images(source, backbone.transform(), spread(len(source), count), count)
 
 
 def _save(figure: Any, path: Path, backbone: "Backbone", read: "ReadImages") -> Picture:

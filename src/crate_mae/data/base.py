@@ -265,6 +265,15 @@ def fixed_sample(length: int, sample: int | None, seed: int = 0) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(length, sample, replace=False).tolist())
 
 
+def spread(length: int, count: int) -> list[int]:
+    """All numbers below `length`, in an order whose first `count` are evenly spaced.
+
+    Data are often sorted by class, so that the first images are all alike.
+    """
+    first = [i * length // count for i in range(count)] if count < length else []
+    return first + sorted(set(range(length)).difference(first))
+
+
 def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:
     """Convert labels as they were found, whole numbers or names, to numbers and class names.
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from crate_mae.data import evaluation_transform, pretrain_transform, save_picture_grid
+from crate_mae.data.base import spread
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
@@ -208,7 +209,8 @@ class Monitor:
     def picture(self, model: MaskedAutoencoder, path: Path) -> None:
         """Write held-out images: original, masked, prediction of hidden patches, completed."""
         device = model.mask_token.device
-        images, masks = self.images[:_PICTURED].to(device), self.masks[:_PICTURED]
+        chosen = spread(len(self.images), _PICTURED)[:_PICTURED]
+        images, masks = self.images[chosen].to(device), self.masks[chosen]
         with evaluating(model):
             completion = complete(model, images, masks)
         save_picture_grid([(name, pictures.cpu()) for name, pictures in completion._asdict().items()], path)
