@@ -1,6 +1,8 @@
 """Exported models compute what the model does, in the programs they are for."""
 
 import json
+import os
+import stat
 
 import pytest
 import timm
@@ -128,9 +130,27 @@ def test_int8_is_smaller_and_near(tmp_path):
 
 @EXPORTERS
 def test_a_classifier_as_a_graph(classifier, tmp_path):
-    exported = crate_mae.export(classifier, out=tmp_path / "x", format="pt2", part="full", verify=True)
+    exported = crate_mae.export(classifier, out=tmp_path / "x", format="pt2", verify=True)
+    assert exported.part == "full"
     assert exported.largest_difference < 1e-5
-    assert "ant, bee, cat" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+    assert "ant, bee, cat" in card and "image-classification" in card
+
+
+def test_a_classifier_without_its_head_is_said_to_be_none(classifier, tmp_path, capsys):
+    assert crate_mae.export(classifier, out=tmp_path / "x", format="timm").part == "encoder"
+    assert "It has no head: its outputs are features, not classes." in capsys.readouterr().out
+    assert "image-feature-extraction" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+
+
+def test_exported_files_have_the_usual_mode(model, tmp_path):
+    before = os.umask(0o027)
+    try:
+        crate_mae.export(model, out=tmp_path / "x")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o750
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "x").iterdir()} == {0o640}
 
 
 def test_timm_opens_the_folder_and_our_commands_too(tmp_path):

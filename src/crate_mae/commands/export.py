@@ -10,6 +10,7 @@ from crate_mae.commands.console import computes
 from crate_mae.errors import UserError
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
+WITHOUT_HEAD = "It has no head: its outputs are features, not classes."
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
 
 
@@ -61,8 +62,8 @@ def export(
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
         out: New or empty folder for the files.
         format: Format of the files; see above.
-        part: encoder, or full: with the decoder, or the head of a classifier; by default full for safetensors and hf,
-            and encoder for the others.
+        part: encoder, or full: with the decoder, or the head of a classifier. By default full for safetensors, hf and
+            graphs of classifiers, and encoder for the others; timm takes encoders only.
         verify: Run the export with the program that it is for, on noise and on photographs, and print the largest
             difference from the model. If it exceeds the tolerance, the folder is removed.
         tolerance: Largest accepted absolute difference. Outputs have magnitudes of 1 to 20. Ignored with int8.
@@ -76,17 +77,21 @@ def export(
         UserError: for a mistake in the options or the model, an export that differs, or a missing package.
     """
     from crate_mae.data.files import output_path, refuse_used_folder, whole_folder
+    from crate_mae.models.classifier import Classifier
     from crate_mae.models.weights import load
     from crate_mae.terminal import open_console
 
     out = output_path("--out", out)
-    part = part or ("full" if format in ("safetensors", "hf") else "encoder")
     refuse_used_folder(out)
     check_options(format, part, int8=int8)
     from crate_mae.deployment import formats
     from crate_mae.deployment.card import LICENSE, provenance
 
     net = model if hasattr(model, "encoder") else load(model)
+    is_classifier = isinstance(net, Classifier)
+    if part is None:
+        has_all = format in ("safetensors", "hf") or (is_classifier and format != "timm" and not int8)
+        part = "full" if has_all else "encoder"
     facts = provenance(model) | ({LICENSE: license} if license else {})
     difference = None
     with whole_folder(out) as folder:
@@ -97,18 +102,20 @@ def export(
                 formats.check_difference(difference, tolerance)
     console = open_console()
     console.print(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.", soft_wrap=True)
+    if is_classifier and part == "encoder":
+        console.print(WITHOUT_HEAD)
     if difference is not None:
         console.print(f"Largest difference from the model: {difference:.2g}.", soft_wrap=True)
     return Exported(out, format, part, size, difference)
 
 
-def check_options(format: Format, part: str, *, int8: bool = False) -> None:  # noqa: A002
+def check_options(format: Format, part: str | None, *, int8: bool = False) -> None:  # noqa: A002
     """Raise a `UserError` for options that exclude each other, or a missing package."""
     import importlib.util
 
     if format == "timm" and part == "full":
         raise UserError("timm knows encoders alone: take --part encoder, or --format hf for all of the model.")
-    if int8 and (format, part) != ("onnx", "encoder"):
+    if int8 and (format != "onnx" or part == "full"):
         raise UserError("--int8 is for encoders in ONNX: --format onnx --part encoder.")
     if missing := [name for name in _PACKAGES.get(format, ()) if importlib.util.find_spec(name) is None]:
         raise UserError(f"--format {format} needs {' and '.join(missing)}: pip install 'crate-mae[{format}]'")

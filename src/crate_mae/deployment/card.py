@@ -84,7 +84,7 @@ def card(
     """
     facts = facts or {}
     lines = [
-        *_front_matter(config, kind, facts.get(LICENSE)),
+        *_front_matter(what(config, part), kind, facts.get(LICENSE)),
         f"# {config.name}, {'its encoder' if part == 'encoder' else 'whole'}",
         "",
         "CRATE-MAE, the white-box masked autoencoder (arXiv:2404.02446), by the library crate-mae"
@@ -111,10 +111,10 @@ def what(config: Config, part: str) -> str:
     return "classifier" if isinstance(config, ClassifierConfig) else "autoencoder"
 
 
-def _front_matter(config: Config, kind: str, license_: str | None) -> list[str]:
+def _front_matter(form: str, kind: str, license_: str | None) -> list[str]:
     """The header that the Hugging Face Hub reads. The licence is for the trainer of the model to choose: no default."""
     library = {"timm": "timm", "hf": "transformers"}.get(kind, "crate-mae")
-    task = "image-classification" if isinstance(config, ClassifierConfig) else "image-feature-extraction"
+    task = "image-classification" if form == "classifier" else "image-feature-extraction"
     licensed = [f"license: {license_}"] if license_ else []
     tags = ["tags:", "- crate-mae", "- masked-autoencoder", "- white-box"]
     return ["---", f"library_name: {library}", f"pipeline_tag: {task}", *licensed, *tags, "---", ""]
