@@ -12,15 +12,18 @@ from crate_mae.training.processes import stop_requests
 
 @pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_that_a_launcher_passes_on_is_no_second_one(number, monkeypatch):
-    with stop_requests() as request:
+def test_a_signal_that_a_launcher_passes_on_is_no_second_one(number, monkeypatch, capfd):
+    with stop_requests(answers=True) as request:
         for _ in range(3):
             signal.raise_signal(number)
         assert request.signal == number
+        answer = "Stopping after this step, and saving. Again: stop at once, and lose what is not saved."
+        assert capfd.readouterr().err.split("\n") == ["", answer, ""]
         now = time.monotonic()
         monkeypatch.setattr(time, "monotonic", lambda: now + 10)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
+        assert capfd.readouterr().err.strip() == "Stopped: the steps since the last checkpoint are lost."
 
 
 # One process of two, the other one a fiction: PyTorch's fake communication, in which every operation is done at once.

@@ -117,7 +117,8 @@ def _learn(
     log = Logbook(directory, task, accelerator, report)
     saver = Saver(directory, task, model_state=model_state, accelerator=accelerator)
 
-    with stop_requests() as request, display.training(state.step, config.steps):
+    answers = accelerator.is_main_process and not config.quiet
+    with stop_requests(answers=answers) as request, display.training(state.step, config.steps):
         if state.step == 0:
             log.begin(model_state)
         begun_at = state.step

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -161,12 +162,15 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequest]:
+def stop_requests(*, answers: bool = False) -> Iterator[StopRequest]:
     """Note SIGINT, SIGTERM and SIGHUP instead of ending at once, so that a step can be finished and saved.
 
     A later signal has its usual effect at once. One that follows within moments does not: launchers pass on to their
     processes what a terminal or SLURM has sent to all of them already. Outside the main thread, Python does not allow
     handling of signals, and nothing is changed.
+
+    Args:
+        answers: whether to say on the standard error what a signal does.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -182,7 +186,11 @@ def stop_requests() -> Iterator[StopRequest]:
         nonlocal asked_at
         if not request.signal:
             request.signal, asked_at = number, time.monotonic()
+            if answers:
+                _write_at_once("Stopping after this step, and saving. Again: stop at once, and lose what is not saved.")
         elif time.monotonic() - asked_at > _ECHO_SECONDS:
+            if answers:
+                _write_at_once("Stopped: the steps since the last checkpoint are lost.")
             signal.signal(number, usual[signal.Signals(number)])
             signal.raise_signal(number)
 
@@ -199,6 +207,12 @@ def stop_requests() -> Iterator[StopRequest]:
     finally:
         for number, handler in usual.items():
             signal.signal(number, handler)
+
+
+def _write_at_once(line: str) -> None:
+    """Write to the standard error past its buffer, which the interrupted code may be writing to."""
+    with contextlib.suppress(OSError, ValueError):  # it is closed, or no file
+        os.write(sys.stderr.fileno(), f"\n{line}\n".encode())
 
 
 def ignore_stop_requests(_worker: int) -> None:
