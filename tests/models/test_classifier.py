@@ -4,9 +4,12 @@ import dataclasses
 
 import pytest
 import torch
+from PIL import Image
 from timm.optim import param_groups_layer_decay
 
 import crate_mae
+from crate_mae.data import evaluation_transform
+from crate_mae.errors import UserError
 from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
 from crate_mae.models.weights import load_autoencoder, load_classifier, read_config
 
@@ -138,3 +141,22 @@ def test_layers_learn_slower_the_earlier_they_are(model):
             assert of[id(parameter)]["lr_scale"] == scales[0], name
         is_spared = parameter.ndim <= 1 or name == "encoder.cls_token"
         assert of[id(parameter)]["weight_decay"] == (0.0 if is_spared else 0.05), name
+
+
+def test_images_are_classified_from_python(model, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    pictures = [torch.rand(3, 7, 9, generator=generator), torch.rand(3, 12, 10, generator=generator)]
+    path = tmp_path / "a.png"
+    Image.fromarray((pictures[1].permute(1, 2, 0) * 255).byte().numpy()).save(path)
+    c = model.config
+    prepare = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
+    expected = model(torch.stack([prepare(pictures[0]), prepare(Image.open(path))])).softmax(1)
+    model.train()
+    found = model.predict([pictures[0], path], batch_size=1)
+    assert model.training
+    torch.testing.assert_close(found.probabilities, expected)
+    assert found.classes == [NAMES[i] for i in expected.argmax(1)]
+    assert model.predict(path).classes == found.classes[1:]
+    (tmp_path / "b.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"b\.png cannot be read: the file is empty"):
+        model.predict([path, tmp_path / "b.png"])

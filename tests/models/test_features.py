@@ -198,7 +198,7 @@ def test_mixed_precision_around_it_changes_nothing(model, images):
     ("images", "words"),
     [
         ([], "no images to embed"),
-        (["missing.png"], "missing.png cannot be embedded: no such file"),
+        (["missing.png"], "missing.png cannot be read: no such file"),
         (torch.zeros(2, 7, 8, 8), "images have 7 channel"),
         (torch.full((3, 8, 8), 2.0), "a float image is in \\[0, 1\\]"),
         (torch.zeros(3, 8, 8, dtype=torch.int32), "an image is uint8, uint16, or float"),
@@ -211,7 +211,7 @@ def test_what_is_no_image_is_named(model, images, words):
 
 def test_damaged_files_and_folders_are_named(model, tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n")
-    with pytest.raises(UserError, match=r"cut\.png cannot be embedded: not an image"):
+    with pytest.raises(UserError, match=r"cut\.png cannot be read: not an image"):
         model.embed(tmp_path / "cut.png")
     with pytest.raises(UserError, match=r"is a folder. For all its images: crate_mae\.embed"):
         model.embed([tmp_path])

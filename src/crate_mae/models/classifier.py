@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build, check_images
 from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.encoder import MaskedEncoder
-from crate_mae.models.features import pool
+from crate_mae.models.features import OneImage, apply_to_images, pool
 
 HeadPooling = Literal["cls", "mean", "cls+mean"]
 
@@ -99,6 +101,18 @@ class ClassifierConfig:
         return dataclasses.replace(self, encoder=self.encoder.replace(**settings))
 
 
+class Prediction(NamedTuple):
+    """The result of `Classifier.predict`, one entry per image.
+
+    Attributes:
+        classes: name of the most probable class.
+        probabilities: of all classes, in the order of the configuration.
+    """
+
+    classes: list[str]
+    probabilities: Float[Tensor, "b k"]
+
+
 class Classifier(nn.Module):
     """Images to logits: features of all tokens, pooled, normalised where patches were averaged, and mapped to classes.
 
@@ -133,6 +147,24 @@ class Classifier(nn.Module):
         check_images(images, self.config)
         tokens = self.encoder.forward_features(images)
         return self.head(self.norm(pool(tokens, self.encoder.num_prefix_tokens, self.config.pooling)))
+
+    def predict(self, images: OneImage | Sequence[OneImage], *, batch_size: int = 64) -> Prediction:
+        """Classify images in memory or in files.
+
+        Images are converted, scaled to cover the model's size, centre-cropped and normalised, as in evaluation. The
+        model is in `eval()` while it runs.
+
+        Args:
+            images: one image or several; see `MaskedAutoencoder.embed`.
+            batch_size: images that are classified at once.
+
+        Raises:
+            UserError: for an image that cannot be read (named), or an item that is not an image.
+        """
+        c = self.config
+        transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
+        logits = apply_to_images(self.forward, self, transform, images, batch_size)
+        return Prediction([c.classes[i] for i in logits.argmax(dim=1).tolist()], logits.softmax(dim=1))
 
     @property
     def layers(self) -> list[nn.Module]:

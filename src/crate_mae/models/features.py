@@ -6,7 +6,7 @@
 
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -178,19 +178,45 @@ def embed_images(
     Raises:
         UserError: for no images, an image that cannot be read (named), or an item that is not an image.
     """
+
+    def encoded(batch: Float[Tensor, "b c hh ww"]) -> Tensor:
+        return encode(encoder, batch, layer, pooling)
+
+    return apply_to_images(encoded, encoder, transform, images, batch_size)
+
+
+def apply_to_images(
+    function: Callable[[Float[Tensor, "b c hh ww"]], Float[Tensor, "b ..."]],
+    module: nn.Module,
+    transform: Preparation,
+    images: OneImage | Sequence[OneImage],
+    batch_size: int,
+) -> Float[Tensor, "b ..."]:
+    """What a function of batches gives for images in memory or in files, in float32 on the CPU.
+
+    Args:
+        function: computes with `module`, which is in `eval()` meanwhile.
+        module: has the device and the precision that batches are moved to.
+        transform: prepares one image for it.
+        images: see `MaskedAutoencoder.embed`.
+        batch_size: images that go through at once.
+
+    Raises:
+        UserError: as `embed_images`.
+    """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be at least 1.")
     items = _items(images)
     source = DatasetSource(_Opened(items), "images")
-    parameter = next(encoder.parameters())
-    features: list[Tensor] = []
-    with evaluating(encoder):
+    parameter = next(module.parameters())
+    found: list[Tensor] = []
+    with evaluating(module):
         for start in range(0, len(items), batch_size):
             numbers = range(start, min(start + batch_size, len(items)))
             batch = torch.stack([_prepared(source, transform, items, i) for i in numbers])
-            features.append(encode(encoder, batch.to(parameter.device, parameter.dtype), layer, pooling).float().cpu())
+            found.append(function(batch.to(parameter.device, parameter.dtype)).float().cpu())
     # Joined outside of inference mode, so that the result may be trained on.
-    return torch.cat(features)
+    return torch.cat(found)
 
 
 class _Opened:
@@ -229,7 +255,7 @@ def _prepared(source: DatasetSource, transform: Preparation, items: list[OneImag
         return transform(source.read(i))
     except UnreadableImage as error:
         where = items[i] if isinstance(items[i], (str, Path)) else error.location
-        raise UserError(f"{where} cannot be embedded: {error.reason}.") from error
+        raise UserError(f"{where} cannot be read: {error.reason}.") from error
 
 
 def _intermediates(encoder: nn.Module, images: Tensor, layers: list[int], *, with_last: bool) -> dict[int, Tensor]:
