@@ -20,6 +20,6 @@ def test_dimensions_of_one_name_are_equal():
         project(torch.zeros(2, 5, 4), torch.zeros(2, 3, 2))
 
 
-def test_integers_are_no_tokens():
+def test_integer_tokens_are_refused():
     with pytest.raises(jaxtyping.TypeCheckError, match="coding_rate"):
         coding_rate(torch.zeros(5, 4, dtype=torch.int64), 0.5)

@@ -3,7 +3,7 @@
     python results/cifar10_ablations/measure.py cifar10/train.parquet RUNS [NAME ...]
 
 Each trial is a run of `crate_mae.pretrain` in RUNS on the first 45,000 training images; one that has been probed is not
-made again. Labels of the first 10,000 are for the probes, and the last 5,000 training images are what they are asked.
+made again. Labels of the first 10,000 are for the probes, and they are evaluated on the last 5,000 training images.
 No test image has a part in it. Results: trials.csv (of every trial the default features, by layer) and poolings.csv
 (every layer and pooling). Two are not trained here: the recipe's network with random weights, and the model of the full
 recipe, which comes with the library; that one has seen all training images, without their labels.

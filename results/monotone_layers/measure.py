@@ -5,8 +5,8 @@
 Each trial is a run of `crate_mae.pretrain` in RUNS on the first 45,000 training images; one that has been probed is not
 made again. Every variant searches its learning rate alike, with seed 0: at the rates of `RATES`, and the one with the
 lowest held-out loss is run with the other seeds. "NAME, 6500 steps" is a variant at that rate for 6,500 steps, the full
-length of the recipe. Labels of the first 10,000 images are for the probes, and the last
-5,000 training images are what they are asked. No test image has a part in it. Results: trials.csv, one line a run.
+length of the recipe. Labels of the first 10,000 images are for the probes, and they are evaluated on the
+last 5,000 training images. No test image has a part in it. Results: trials.csv, one line a run.
 
 The rule, written before the runs: a variant is better or worse than another if the means over seeds of its linear probe
 at the last layer differ by more than twice the standard error of that difference, with the pooled deviation of seeds.

@@ -305,7 +305,17 @@ def test_mistakes_are_named_and_leave_no_file(tokens, words, tmp_path, monkeypat
     assert (tmp_path / "there.json").read_text() == "mine"
 
 
-def test_reconstruction_is_measured_at_every_ratio(tmp_path, crate_mae_command):
+def test_reconstruction_is_measured_at_every_ratio(tmp_path, crate_mae_command, monkeypatch):
+    from crate_mae.evaluation import reconstruction
+
+    shown = []
+
+    def complete_and_note(model, images, mask):
+        shown.append(mask)
+        return complete(model, images, mask)
+
+    complete = reconstruction.complete_in_batches
+    monkeypatch.setattr(reconstruction, "complete_in_batches", complete_and_note)
     out, picture = tmp_path / "r.json", tmp_path / "r.png"
     tokens = ["--count", "50", "--mask-ratios", "0.5", "0.75", "--out", out, "--picture", picture]
     code, text, error = crate_mae_command("eval", "reconstruction", MODEL, "digits:test", *tokens)
@@ -319,6 +329,8 @@ def test_reconstruction_is_measured_at_every_ratio(tmp_path, crate_mae_command):
     with Image.open(picture) as image:
         assert image.height > 5 * 100  # the original, and two rows for each ratio
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.png"]
+    measured = reconstruction.nested_masks(50, 16, 0.5, 0)
+    assert torch.equal(shown[0], measured[[0, 6, 12, 18, 25, 31, 37, 43]])  # those of the images that are shown
 
 
 @pytest.mark.parametrize("norm_pix_loss", [False, True])

@@ -31,6 +31,13 @@ def test_the_picture_and_its_quality_are_made(photos, tmp_path, crate_mae_comman
     assert [p.name for p in out.parent.iterdir()] == ["completed.png"]
 
 
+def test_images_are_evenly_spaced_among_all(tmp_path):
+    images = [Image.new("RGB", (8, 8), (40 * i, 0, 0)) for i in range(6)]
+    found = crate_mae.reconstruct(MODEL, images, out=tmp_path / "a.png", count=2)
+    assert found.images == ["list[0]", "list[3]"]
+    assert crate_mae.viz_pca(MODEL, images, out=tmp_path / "b.png", count=2).images == found.images
+
+
 def test_the_same_seed_makes_the_same_picture(photos, tmp_path):
     model = tmp_path / "model"
     crate_mae.save(crate_mae.create_model(MODEL), model)

@@ -171,5 +171,5 @@ def test_the_command_is_defined_without_loading_torch():
 
 
 def test_the_first_of_spread_numbers_are_evenly_spaced_and_none_is_missing():
-    assert spread(10, 3) == [0, 3, 6, 1, 2, 4, 5, 7, 8, 9]
-    assert spread(3, 3) == spread(3, 8) == [0, 1, 2]
+    assert [*spread(10, 3)] == [0, 3, 6, 1, 2, 4, 5, 7, 8, 9]
+    assert [*spread(3, 3)] == [*spread(3, 8)] == [0, 1, 2]

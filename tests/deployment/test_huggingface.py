@@ -1,6 +1,7 @@
 """Models in transformers: round trips from local folders, without a network."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -120,6 +121,19 @@ def test_a_head_that_is_missing_starts_as_a_fresh_one(autoencoder):
     assert theirs.head.weight.shape == (5, 48) and 0 < theirs.head.weight.std() < 1e-4
     assert not theirs.head.bias.any() and (theirs.norm.weight == 1).all()
     assert torch.equal(theirs(IMAGES, output_hidden_states=True).hidden_states[0][:, :1].detach(), _first(model))
+
+
+def test_weights_of_earlier_monotone_layers_are_refused(autoencoder, tmp_path):
+    _, folder = autoencoder
+    shutil.copytree(folder, tmp_path / "earlier")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name.replace("excess_logit", "rate_logit"): value for name, value in tensors.items()}
+    save_file(tensors, tmp_path / "earlier" / "model.safetensors", metadata={"format": "pt"})
+    if any("rate_logit" in name for name in tensors):
+        with pytest.raises(crate_mae.UserError, match="earlier holds monotone layers of an earlier version"):
+            transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "earlier")
+    else:
+        transformers.AutoModelForPreTraining.from_pretrained(tmp_path / "earlier")
 
 
 def _first(model):

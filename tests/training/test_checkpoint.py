@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from crate_mae.errors import UserError
 from crate_mae.models import build, create_model
@@ -131,6 +132,10 @@ def test_another_models_checkpoint_is_refused(saved):
     wider = create_model(name, in_chans=1, embed_dim=32, num_heads=2, depth=2, decoder_depth=2)
     with pytest.raises(UserError, match="of another model"):
         checkpoint.read(folder, model_state_of(wider))
+    tensors = load_file(folder / "model.safetensors")
+    save_file({**tensors, "encoder.blocks.0.attn.rate_logit": torch.zeros(2)}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="monotone layers of an earlier version, which allowed kappa below 1/2"):
+        checkpoint.read(folder, untrained(model_state))
     content = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**content, "schema": 99}))
     with pytest.raises(UserError, match="another version"):

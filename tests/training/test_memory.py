@@ -47,6 +47,9 @@ def test_a_step_of_a_run_of_minutes_is_halved_too(tiny_run, limited, capsys):
     found = tiny_run(steps=None, minutes=1000, dry_run=True, quiet=False).config
     assert "does not fit in memory: going on with --accumulation 2" in capsys.readouterr().out
     assert found.accumulation == 2
+    limited(16, OUT_OF_MEMORY)
+    found = tiny_run("open", steps=None, batch_size=None, accumulation=1, minutes=1000, dry_run=True).config
+    assert (found.batch_size, found.accumulation) == (32, 2)
 
 
 def test_the_first_step_itself_is_halved_too(tiny_run, monkeypatch):

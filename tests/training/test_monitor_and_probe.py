@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from crate_mae.errors import UserError
 from crate_mae.models import create_model
+from crate_mae.models.completion import complete
 from crate_mae.models.tracing import trace
 from crate_mae.training import preflight
 from crate_mae.training.images import open_images
@@ -60,6 +61,21 @@ def test_a_model_without_sparse_codes_has_no_layer_signals():
 def test_a_picture_is_written(tiny_model, tmp_path):
     Monitor(IMAGES, tiny_model.num_patches, 0.75).picture(tiny_model, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
+
+
+def test_a_picture_shows_images_from_all_over_the_data(tiny_model, tmp_path, monkeypatch):
+    shown = []
+
+    def complete_and_note(model, images, masks):
+        shown.append((images, masks))
+        return complete(model, images, masks)
+
+    monkeypatch.setattr("crate_mae.training.pretraining.complete", complete_and_note)
+    monitor = Monitor(IMAGES, tiny_model.num_patches, 0.75)
+    monitor.picture(tiny_model, tmp_path / "a.png")
+    ((images, masks),) = shown
+    expected = [0, 4, 9, 13, 18, 23, 27, 32]  # of 37
+    assert torch.equal(images, IMAGES[expected]) and torch.equal(masks, monitor.masks[expected])
 
 
 @pytest.fixture

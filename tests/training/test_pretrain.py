@@ -301,12 +301,24 @@ def test_a_run_of_minutes_has_the_steps_that_fit(tiny_run, speed, capsys):
         tiny_run(**options | {"minutes": 0.0001})
 
 
-def test_a_short_run_takes_smaller_steps_rather_than_few(tiny_run, speed, monkeypatch):
+@pytest.mark.parametrize("share", [0.1, 0.0])
+def test_a_short_run_takes_smaller_steps_rather_than_few(tiny_run, speed, monkeypatch, share):
     monkeypatch.setattr("crate_mae.training.start._SMALLEST_BATCH", 8)
-    speed(600.0)
+    monkeypatch.setattr("crate_mae.training.start._SHARE_OF_TIME_FOR_MEASURING", share)
+    sizes = []
+
+    def probe(_task, images, _accelerator):
+        sizes.append(images)
+        return ProbeResult("float32", "", 60.0 + 10 * images, 0.0, None)
+
+    monkeypatch.setattr("crate_mae.training.start.probe", probe)
     found = tiny_run(steps=None, batch_size=None, minutes=1000, dry_run=True).config
     assert found.batch_size == 8
-    assert found.steps in (94, 95), "each size of batch is measured"
+    if share:
+        assert (sizes, round(found.steps, -1)) == ([32, 8, 8], 410)  # 95% of 60,000 s, by 140 s
+    else:
+        assert (sizes, round(found.steps, -1)) == ([32, 8], 600)  # by a quarter of 380 s, which may be too little
+    speed(600.0)
     given = tiny_run(steps=None, batch_size=32, minutes=1000, dry_run=True).config
     assert (given.batch_size, given.steps in (93, 94)) == (32, True)
 

@@ -264,7 +264,7 @@ def _table(probed: "Probed", shown: tuple[str, ...]) -> Any:
 
 
 def _verdict(probed: "Probed") -> str:
-    """Whether training has brought something: the chosen layers compared, by their intervals."""
+    """Whether training has helped: the chosen layers compared, by their intervals."""
     (layer, result), score = probed.chosen(), _score(probed)
     where = f"Layer {layer} of {probed.backbone.name} ({100 * score.value:.1f}%)"
     if isinstance(getattr(result, "chosen_on", None), float) and len(probed.rows) > 1:

@@ -59,7 +59,7 @@ def eval_reconstruction(
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
         data: Images, in any form of data that `crate-mae pretrain` takes.
         out: New .json file for the scores.
-        picture: New .png file for a picture of the first images at each ratio.
+        picture: New .png file for a picture of eight of the images at each ratio.
         mask_ratios: Shares of patches to hide; by default 0.5, 0.6, 0.7, 0.75, 0.8, 0.9 and 0.95, as far as they leave
             a patch visible.
         count: Largest number of images to measure; of more images, a fixed pseudo-random sample is used.
@@ -74,7 +74,7 @@ def eval_reconstruction(
         UserError: for a mistake in the options, model or data; no file is written then.
     """
     from crate_mae.data import open_source
-    from crate_mae.data.base import fixed_sample, spread
+    from crate_mae.data.base import fixed_sample
     from crate_mae.data.dataset import default_generator_seeded
     from crate_mae.errors import UserError
     from crate_mae.evaluation.backbones import open_backbone
@@ -117,8 +117,7 @@ def eval_reconstruction(
         "versions": versions(),
     }
     if picture is not None:
-        shown = spread(len(read.images), _PICTURED)[:_PICTURED]
-        _save_picture(net, read.images[shown], scores, seed, picture)
+        _save_picture(net, read.images, scores, seed, picture)
         console.print(f"Saved {picture}", soft_wrap=True, markup=False)
     write_report(console, report, out)
     return Evaluation(report, out)
@@ -161,14 +160,15 @@ def _show(console: CleanConsole, net: "MaskedAutoencoder", scores: "list[Complet
 def _save_picture(
     net: "MaskedAutoencoder", images: "Float[Tensor, 'b c hh ww']", scores: Any, seed: int, path: Path
 ) -> None:
-    """Save some images at each mask ratio: what the model sees, and its completion."""
+    """Save some of the images at each mask ratio: what the model sees, and its completion."""
     from crate_mae.data import save_picture_grid
+    from crate_mae.data.base import evenly_spaced
     from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks
 
-    rows = []
+    shown, rows = evenly_spaced(len(images), _PICTURED), []
     for score in scores:
         mask = nested_masks(len(images), net.num_patches, score.mask_ratio, seed)
-        completion = complete_in_batches(net, images, mask)
+        completion = complete_in_batches(net, images[shown], mask[shown])
         if not rows:
             rows.append(("original", completion.original))
         rows += [(f"{100 * score.mask_ratio:g}% hidden", completion.masked), ("completed", completion.completed)]

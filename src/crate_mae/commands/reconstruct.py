@@ -26,7 +26,7 @@ class Reconstruction:
 
     Attributes:
         path: of the picture.
-        images: locations of its images, in order.
+        images: locations of its images, from left to right.
         psnr: of each image's hidden patches, in decibels.
         ssim: of each completed picture, at most 1.
     """

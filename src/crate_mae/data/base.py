@@ -265,13 +265,16 @@ def fixed_sample(length: int, sample: int | None, seed: int = 0) -> list[int]:
     return sorted(np.random.default_rng(seed).choice(length, sample, replace=False).tolist())
 
 
-def spread(length: int, count: int) -> list[int]:
-    """All numbers below `length`, in an order whose first `count` are evenly spaced.
+def evenly_spaced(length: int, count: int) -> list[int]:
+    """`count` evenly spaced numbers below `length`, or all: data are often sorted, with the first images all alike."""
+    return [i * length // count for i in range(count)] if count < length else list(range(length))
 
-    Data are often sorted by class, so that the first images are all alike.
-    """
-    first = [i * length // count for i in range(count)] if count < length else []
-    return first + sorted(set(range(length)).difference(first))
+
+def spread(length: int, count: int) -> Iterator[int]:
+    """All numbers below `length`, the evenly spaced ones first; the others may replace what cannot be read."""
+    first = evenly_spaced(length, count)
+    yield from first
+    yield from (i for i in range(length) if i not in first)
 
 
 def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:

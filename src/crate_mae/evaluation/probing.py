@@ -64,7 +64,7 @@ class Probed:
     def chosen(self) -> tuple[int, Any]:
         """The layer, with its result, that is best on the tenth of the training images that is kept for such choices.
 
-        Where that is not measured, it is the last row: the last layer, or the most shots.
+        Where that is not measured, it is the last row.
         """
         return max(self.rows[::-1], key=lambda row: getattr(row[1], "chosen_on", None) or 0.0)
 

@@ -136,9 +136,8 @@ class Compression(SubspaceAttention):
 
     B_k is `theory.compression.balanced_membership` of W_k with inverse temperature s_k.
 
-    The theorem allows every kappa from 0 to 1. Here it is at least `LEAST_RATE`: without this limit, training lets the
-    attention of the first layer go (kappa near 0.02), and the loss of hidden patches is higher
-    (results/monotone_layers).
+    The theorem allows every kappa from 0 to 1. Here it is at least `LEAST_RATE`: without this limit, training switches
+    the attention of the first layer off (kappa near 0.02, results/monotone_layers).
 
     Attributes:
         subspaces: U.
@@ -146,7 +145,7 @@ class Compression(SubspaceAttention):
         log_scale: s_k = exp(log_scale[k]), one per head; p^-1/2 at first, as in the published layer.
     """
 
-    MOST_LOG_SCALE: Final[float] = math.log(1e4)  # of what is computed with; trained s are near p^-1/2
+    MOST_LOG_SCALE: Final[float] = math.log(1e4)  # of what is computed with; trained s are below 3
     LEAST_RATE: Final[float] = 0.5
     RATE: ClassVar[str] = "excess_logit"  # the parameter that kappa is computed from
     FIRST_RATE: ClassVar[float] = 0.0  # of that parameter

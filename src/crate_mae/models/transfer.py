@@ -82,7 +82,7 @@ def start_from(model: nn.Module, tensors: Mapping[str, Tensor]) -> Transfer:
         if value.shape == wanted.shape:
             fitting[name] = value
     if not any(name.startswith("encoder.blocks.") and value.ndim > 1 for name, value in fitting.items()):
-        raise UserError("no matrix of its encoder's layers fits into this model: their width or kind is another.")
+        raise UserError("no matrix of its encoder layers fits this model: the width or the kind of layer differs.")
     model.load_state_dict(fitting, strict=False)
     return Transfer(tuple(fitting), tuple(name for name in own if name not in fitting))
 

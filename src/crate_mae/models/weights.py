@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +69,7 @@ def save(model: Model | nn.Module, folder: str | Path) -> None:
     # A compiled layer keeps its own name and gets this one below it.
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    _refuse_misfits(tensors, _described(model.config), "This model", "its config describes")
+    refuse_misfitting(tensors, _described(model.config), "This model", "its config describes")
     refuse_broken(tensors, "This model")
     save_tensors(tensors, model.config, folder)
 
@@ -140,7 +140,7 @@ def load(model: str | Path, **settings: Any) -> Model:
             `model.safetensors` and `config.json`; the name of a preset (random initialisation) or of a trained model
             that comes with the library; or `hf:user/name`, a repository on the Hugging Face Hub with the same two
             files. Any of them but a preset, followed by `:untrained`, is the same network with random initialisation,
-            from torch's global generator: the control for what training has brought.
+            from torch's global generator: the control for whether training has helped.
         settings: model settings to change, such as `norm_pix_loss`; those that change a tensor's shape are refused.
 
     Raises:
@@ -307,7 +307,7 @@ def refuse_misfits(path: Path, config: Config) -> None:
     wanted = _described(config)
     if not any(name.startswith("decoder.") for name in found) and isinstance(config, ModelConfig):  # an encoder's file
         wanted = {name: value for name, value in wanted.items() if name.startswith("encoder.")}
-    _refuse_misfits(found, wanted, str(path), whose)
+    refuse_misfitting(found, wanted, str(path), whose)
 
 
 def _other_sizes(found: Mapping[str, Tensor], config: Config) -> Iterator[str]:
@@ -342,8 +342,17 @@ def _described(config: Config) -> dict[str, Tensor]:
         return Classifier(encoder, config).state_dict()
 
 
-def _refuse_misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, whose: str) -> None:
+def refuse_misfitting(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, whose: str) -> None:
+    """Raise a `UserError` if tensors are not those of the wanted names and shapes.
+
+    Args:
+        found: the tensors.
+        wanted: those of the model.
+        where: the tensors were found.
+        whose: the wanted ones are, such as "its config describes".
+    """
     refuse_other_types(found, where)
+    refuse_earlier_layers(found, where)
     if hint := _other_layers(found, wanted):
         raise UserError(f"{where} {hint}")
     if problems := misfits(found, wanted):
@@ -362,13 +371,17 @@ def _refuse_damaged(folder: Path) -> None:
     raise UserError(f"The model in {folder} is damaged: {damage}.\n{remedy}")
 
 
-def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The message for weights of other layers than are wanted, published or monotone; else empty."""
-    if any(name.endswith("attn.rate_logit") for name in found):
-        return (
-            "holds monotone layers of an earlier version, whose steps could be shorter (kappa below 1/2).\n"
+def refuse_earlier_layers(names: Iterable[str], where: str) -> None:
+    """Raise a `UserError` for tensors of the monotone layers of an earlier version."""
+    if any(name.endswith("attn.rate_logit") for name in names):
+        raise UserError(
+            f"{where} holds monotone layers of an earlier version, which allowed kappa below 1/2.\n"
             "Train the model again, or use the version of crate-mae that made it."
         )
+
+
+def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """The error message if the weights are of the other kind of layer, published or monotone; else empty."""
     kinds = [
         "monotone" if any(name.endswith("attn.log_scale") for name in tensors) else "published"
         for tensors in (found, wanted)

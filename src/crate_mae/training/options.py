@@ -264,8 +264,7 @@ class PretrainOptions(RunOptions):
     init_from: str | Path | None = option(
         None,
         "A trained model to start from: a run, a bundled model, hf:user/name ... Its weights are taken where they fit. "
-        "Without --model, or with the same, the new model has its settings, with patches of the size that the images "
-        "need.",
+        "Without --model, or with its own name there, the new model has its settings, and patches for these images.",
         later=True,
     )
     val: Data = option(None, "Other data to measure on. By default 5% of the images, at most 512, are held out.")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from crate_mae.data import evaluation_transform, pretrain_transform, save_picture_grid
-from crate_mae.data.base import spread
+from crate_mae.data.base import evenly_spaced
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
@@ -209,7 +209,7 @@ class Monitor:
     def picture(self, model: MaskedAutoencoder, path: Path) -> None:
         """Write held-out images: original, masked, prediction of hidden patches, completed."""
         device = model.mask_token.device
-        chosen = spread(len(self.images), _PICTURED)[:_PICTURED]
+        chosen = evenly_spaced(len(self.images), _PICTURED)
         images, masks = self.images[chosen].to(device), self.masks[chosen]
         with evaluating(model):
             completion = complete(model, images, masks)

@@ -192,7 +192,7 @@ def _checked(options: OptionsT) -> tuple[OptionsT, Mistakes]:
 
 
 def default_batch_size(images: int, share: int) -> int:
-    """The largest power of two up to 256 that leaves 64 steps to an epoch; at least 32 if that leaves 8.
+    """The largest power of two up to 256 with at least 64 steps per epoch, but not below 32 while that leaves 8.
 
     A hundred epochs of a few thousand images would be too few steps to learn from if each took 256.
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -46,6 +47,7 @@ from crate_mae.training.task import Resolved, Task
 # For whole models: buffers are positions, the same in all processes and constant; gradients are kept once.
 WHOLE_MODELS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 _SHARE_OF_TIME_FOR_STEPS = 0.95  # the rest is for measurements, pictures and checkpoints
+_SHARE_OF_TIME_FOR_MEASURING = 0.1  # of steps with another batch
 _ENOUGH_STEPS = 1000
 _SMALLEST_BATCH = 32
 _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
@@ -95,10 +97,10 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
             started=started,
         )
 
-        def attempt(resolved: Resolved) -> Run:
+        def attempt(tried: Resolved) -> Run:
             if options.minutes is None:
-                return run(resolved)
-            in_time = _fitted_to_time(options, resolved, accelerator, started)
+                return run(tried)
+            in_time = _fitted_to_time(options, tried, accelerator, started)
             return run(resolve(in_time, processes.num_processes, newest))
 
         with suppress(StepTooLargeError):
@@ -168,30 +170,69 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
     return task, found
 
 
+class _Measured(NamedTuple):
+    """What a few measured steps say of a run of minutes.
+
+    Attributes:
+        config: of the run, with the batch that was measured.
+        seconds_per_step: of the whole batch.
+        seconds: that measuring took.
+        steps: that fit into the minutes.
+    """
+
+    config: RunOptions
+    seconds_per_step: float
+    seconds: float
+    steps: int
+
+
 def _fitted_to_time(options: OptionsT, resolved: Resolved, accelerator: Accelerator, started: float) -> OptionsT:
     """The options with as many steps as fit into their minutes, at the speed of a few measured ones.
 
-    Where the batch is open and few steps would fit, there are more steps of fewer images instead.
+    Where the batch is open and few steps would fit, there are more steps of fewer images instead. These are measured
+    too, if that takes little of the time; else they take as long per image.
     """
-    processes = accelerator.num_processes
-    while True:
-        before = time.monotonic()
-        task, found = _build_task(resolved, accelerator)
-        # The run itself will build its task and measure steps once more.
-        preparation = first_decides(accelerator, lambda before=before: 2 * time.monotonic() - before - started)
-        config, batch = task.config, task.config.batch_size
-        per_step = found.seconds_per_step(config, processes)
-        steps = int((60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step)
-        if steps < 1:
-            raise UserError(
-                f"--minutes {options.minutes:g} is too short: preparing the run takes {duration(preparation)}, and a "
-                f"step {per_step:.3g} s."
-            )
-        fits_in_half = batch % (2 * processes * config.accumulation * config.inseparable) == 0
-        if options.batch_size is not None or steps >= _ENOUGH_STEPS or batch <= _SMALLEST_BATCH or not fits_in_half:
-            fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
-            return dataclasses.replace(options, minutes=None, **fitted)
-        resolved = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, batch_size=batch // 2))
+    entered = time.monotonic()
+    measured = _measured(options, resolved, accelerator, started, entered)
+    config, batch, steps = measured.config, measured.config.batch_size, measured.steps
+    share = 2 * accelerator.num_processes * config.accumulation * config.inseparable
+    while options.batch_size is None and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
+        batch, steps = batch // 2, 2 * steps
+    if batch < config.batch_size and measured.seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
+        smaller = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, batch_size=batch))
+        steps = _measured(options, smaller, accelerator, started, entered).steps
+    fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
+    return dataclasses.replace(options, minutes=None, **fitted)
+
+
+def _measured(
+    options: RunOptions, resolved: Resolved, accelerator: Accelerator, started: float, entered: float
+) -> _Measured:
+    """Measure a few steps; the run itself will resolve its options, build its task and measure once more.
+
+    Args:
+        options: of the run.
+        resolved: what to build.
+        accelerator: of the run.
+        started: when this process began the run.
+        entered: when its options were resolved.
+
+    Raises:
+        UserError: if no step fits into the minutes.
+    """
+    before = time.monotonic()
+    task, found = _build_task(resolved, accelerator)
+    now = time.monotonic()
+    took, preparation = first_decides(accelerator, lambda: (now - before, (now - started) + (entered - started)))
+    preparation += took
+    per_step = found.seconds_per_step(task.config, accelerator.num_processes)
+    steps = int((60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step)
+    if steps < 1:
+        raise UserError(
+            f"--minutes {options.minutes:g} is too short: preparing the run takes {duration(preparation)}, and a step "
+            f"{per_step:.3g} s."
+        )
+    return _Measured(task.config, per_step, took, steps)
 
 
 def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:

@@ -32,7 +32,7 @@ from crate_mae.models.description import settings_of
 from crate_mae.models.features import pool
 from crate_mae.models.masking import check_mask_ratio, random_mask, visible_indices, visible_patches
 from crate_mae.models.timm_models import any_size_encoder
-from crate_mae.models.weights import Model
+from crate_mae.models.weights import Model, refuse_earlier_layers
 
 
 @dataclass
@@ -92,6 +92,17 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
             if hasattr(self, part):
                 getattr(self, part).set_grad_checkpointing(enable)
         self.gradient_checkpointing = enable
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **options: Any) -> Any:  # pyright: ignore
+        """Load a model as transformers does; the arguments are those of transformers.
+
+        Raises:
+            UserError: for monotone layers of an earlier version, whose numbers would be left at their first values.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **options)
+        refuse_earlier_layers(info["unexpected_keys"], str(args[0] if args else "The folder"))
+        return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # pyright: ignore
         """Write weights, configuration, image processor and card; the options are those of transformers."""

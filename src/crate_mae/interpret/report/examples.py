@@ -270,7 +270,7 @@ def completion_grid(completed: Completed) -> Grid:
         "completions",
         "Completions",
         f"From left to right: an image, what the model saw of it ({100 * completed.mask_ratio:g}% of the patches "
-        "hidden), what it predicts in hidden patches, and both together. Compare the "
+        "hidden), its prediction of the hidden patches, and the completed image. Compare the "
         f"last with the first; the number is the PSNR of hidden patches, where more is better.{own}",
         titled(["original", "masked", "prediction", "completed"] * min(_SIDE_BY_SIDE, len(halves)), rows),
     )
