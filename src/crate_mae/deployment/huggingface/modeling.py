@@ -100,7 +100,8 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         Raises:
             UserError: for monotone layers of an earlier version, whose numbers would be left at their first values.
         """
-        model, info = super().from_pretrained(*args, output_loading_info=True, **options)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **options)
+        model, info = loaded
         refuse_earlier_layers(info["unexpected_keys"], str(args[0] if args else "The folder"))
         return (model, info) if output_loading_info else model
 
