@@ -60,7 +60,7 @@ for name in {NAMES}:
     model.compile(backend="aot_eager", fullgraph=True)
     model(images, mask=mask, visible=visible_indices(mask)).loss.backward()
     for p, grad in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-6)
+        torch.testing.assert_close(p.grad, grad, rtol=1e-5, atol=1e-6)
     print("agrees", name)
 """
 

@@ -77,7 +77,7 @@ def test_what_does_not_fit_keeps_its_initialisation_and_is_named():
 
 
 def test_a_model_of_another_width_is_refused():
-    with pytest.raises(UserError, match="no weights of its encoder's layers fit"):
+    with pytest.raises(UserError, match="no matrix of its encoder layers fits this model"):
         start_from(crate_mae.create_model(NANO), crate_mae.create_model(NANO, embed_dim=64).state_dict())
 
 

@@ -14,6 +14,7 @@ from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.models import create_model
 from crate_mae.models.weights import save
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
+from crate_mae.training.processes import STOPPING
 from crate_mae.training.report import RunReport
 from tests.training.real_processes import CPU, Forked, launched
 
@@ -161,8 +162,8 @@ def tiny_finetuning(tmp_path, encoder_folder):
 
 @pytest.fixture
 def usual_signals():
-    """The handlers of a program in the foreground, also when the tests run in the background; both raise."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """The handlers of a program in the foreground, also when the tests run in the background; all raise."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
     for number in before:
         signal.signal(number, signal.default_int_handler)
     yield

@@ -63,7 +63,7 @@ def test_a_run_that_started_from_another_model_is_another_run(start, tmp_path):
     ("model", "words"),
     [
         ("nowhere", "nowhere does not exist and is no model's name"),
-        ("crate_mae_micro_cifar10", "--init-from crate_mae_micro_cifar10: no matrix of its encoder's layers fits"),
+        ("crate_mae_micro_cifar10", "--init-from crate_mae_micro_cifar10: no matrix of its encoder layers fits"),
         (NANO, f"--init-from {NANO} names a random initialisation"),
         ("crate_mae_micro_cifar10:untrained", "--init-from crate_mae_micro_cifar10:untrained names a random"),
     ],
