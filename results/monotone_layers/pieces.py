@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from crate_mae.models import autoencoder
 from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer
-from crate_mae.models.monotone import BoundedISTA, Compression, Decompression, OrthogonalSubspaces
+from crate_mae.models.monotone import BoundedISTA, Decompression, OrthogonalSubspaces, rate_from_half
 from crate_mae.theory.attention import attention_membership
 from crate_mae.theory.compression import balanced_membership, symmetric_membership
 from crate_mae.theory.sparse_coding import sparse_codes
@@ -59,10 +59,6 @@ class Pieces(NamedTuple):
     encoder_rate: Literal["at least 1/2", "above 0"] = "at least 1/2"
     decoder_rate: Literal["positive", "below 1"] = "positive"
     sides: Literal["both", "encoder", "decoder"] = "both"
-
-
-def _at_least_half(parameter: Tensor) -> Tensor:
-    return Compression.LEAST_RATE + (1 - Compression.LEAST_RATE) * torch.sigmoid(parameter)
 
 
 class FreeSubspaces(OrthogonalSubspaces):
@@ -146,7 +142,7 @@ class PiecesEncoderLayer(EncoderLayer):
         nn.Module.__init__(self)
         self.pieces, self.ista_skip = pieces, False
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
-        rate = _at_least_half if pieces.encoder_rate == "at least 1/2" else torch.sigmoid
+        rate = rate_from_half if pieces.encoder_rate == "at least 1/2" else torch.sigmoid
         self.attn = Step(embed_dim, num_heads, pieces, side, rate)
         self.drop_path = DropPath(drop_path)
         self.ista = ISTA(embed_dim) if pieces.dictionary == "published" else Sparsify(embed_dim, pieces)

@@ -10,7 +10,7 @@ from crate_mae.comparison.entries import NEIGHBOURS, Entry, Images, extraction
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trained
 from crate_mae.data import evaluation_transform
-from crate_mae.data.facts import fixed_sample
+from crate_mae.data.base import fixed_sample
 from crate_mae.evaluation.extract import Extraction, Features
 from crate_mae.evaluation.probes import knn_probe, linear_probe
 from crate_mae.evaluation.probing import probe

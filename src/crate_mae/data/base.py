@@ -274,7 +274,8 @@ def spread(length: int, count: int) -> Iterator[int]:
     """All numbers below `length`, the evenly spaced ones first; the others may replace what cannot be read."""
     first = evenly_spaced(length, count)
     yield from first
-    yield from (i for i in range(length) if i not in first)
+    taken = set(first)
+    yield from (i for i in range(length) if i not in taken)
 
 
 def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:

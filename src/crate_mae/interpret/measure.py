@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from crate_mae.data import BadImage, open_source
+from crate_mae.data.base import fixed_sample
 from crate_mae.data.dataset import default_generator_seeded
-from crate_mae.data.facts import fixed_sample
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone, is_pixels, open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
@@ -31,11 +31,9 @@ from crate_mae.interpret.statistics import Row, place_of
 from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.weights import inverse_measures, layer_pairs, measure_inverse_weights, measure_weights
 from crate_mae.models.autoencoder import MaskedAutoencoder
-from crate_mae.models.classifier import ClassifierConfig
-from crate_mae.models.config import config_from_dict
 from crate_mae.models.features import evaluating
 from crate_mae.models.tracing import layers_of
-from crate_mae.models.weights import UNTRAINED, initialised, is_untrained, load
+from crate_mae.models.weights import UNTRAINED, config_of, initialised, is_untrained, load
 
 Progress = Callable[[str], object]
 
@@ -184,10 +182,8 @@ def untrained_twin(model: Opened, seed: int) -> Opened | None:
         return None
     if described.startswith("timm:"):
         return open_measurable(f"{described}{UNTRAINED}", seed)
-    values = json.loads(described)
     with default_generator_seeded(seed):
-        is_classifier = values["architecture"] == ClassifierConfig.architecture
-        twin = initialised(ClassifierConfig.from_dict(values) if is_classifier else config_from_dict(values))
+        twin = initialised(config_of(json.loads(described)))
     opened = open_measurable(twin, seed)
     return Opened(model.name, opened.net, replace(opened.backbone, is_random=True))
 

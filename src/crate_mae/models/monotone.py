@@ -131,12 +131,17 @@ class OrthogonalSubspaces(nn.Module):
             self._retracted = self.weight.detach().clone()
 
 
+def rate_from_half(excess_logit: Tensor) -> Tensor:
+    """Kappa of an encoder's step, between 1/2 and 1; see `Compression`."""
+    return 0.5 + 0.5 * torch.sigmoid(excess_logit)
+
+
 class Compression(SubspaceAttention):
     """The compressing step sum_k kappa_k (B_k W_k - W_k) U_k^T, W_k = X U_k: what an encoder layer adds to X.
 
     B_k is `theory.compression.balanced_membership` of W_k with inverse temperature s_k.
 
-    The theorem allows every kappa from 0 to 1. Here it is at least `LEAST_RATE`: without this limit, training switches
+    The theorem allows every kappa from 0 to 1. Here it is at least 1/2: without this limit, training switches
     the attention of the first layer off (kappa near 0.02, results/monotone_layers).
 
     Attributes:
@@ -146,7 +151,6 @@ class Compression(SubspaceAttention):
     """
 
     MOST_LOG_SCALE: Final[float] = math.log(1e4)  # of what is computed with; trained s are below 3
-    LEAST_RATE: Final[float] = 0.5
     RATE: ClassVar[str] = "excess_logit"  # the parameter that kappa is computed from
     FIRST_RATE: ClassVar[float] = 0.0  # of that parameter
     excess_logit: Tensor
@@ -212,8 +216,8 @@ class Compression(SubspaceAttention):
 
     def rate(self) -> Float[Tensor, "h 1 1"]:
         # type: () -> Tensor
-        """kappa, from `LEAST_RATE` to 1."""
-        return (self.LEAST_RATE + (1 - self.LEAST_RATE) * torch.sigmoid(self.excess_logit))[:, None, None]
+        """kappa, from 1/2 to 1."""
+        return rate_from_half(self.excess_logit)[:, None, None]
 
     def scale(self) -> Float[Tensor, "h 1 1"]:
         # type: () -> Tensor

@@ -69,7 +69,7 @@ def save(model: Model | nn.Module, folder: str | Path) -> None:
     # A compiled layer keeps its own name and gets this one below it.
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    refuse_misfitting(tensors, _described(model.config), "This model", "its config describes")
+    refuse_other_tensors(tensors, _described(model.config), "This model", "its config describes")
     refuse_broken(tensors, "This model")
     save_tensors(tensors, model.config, folder)
 
@@ -259,7 +259,15 @@ def _config_from(values: Any) -> Config:
         return config_from_transformers(values)
     if not isinstance(values, dict) or values.get("library") != LIBRARY:
         raise UserError(f"it does not describe a {LIBRARY} model.")
-    values = {key: value for key, value in without_version(values).items() if key != "library"}
+    return config_of({key: value for key, value in without_version(values).items() if key != "library"})
+
+
+def config_of(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict` of a configuration, of an autoencoder or a classifier.
+
+    Raises:
+        UserError: for settings that are unknown, missing or do not fit.
+    """
     is_classifier = values.get("architecture") == ClassifierConfig.architecture
     return ClassifierConfig.from_dict(values) if is_classifier else config_from_dict(values)
 
@@ -307,7 +315,7 @@ def refuse_misfits(path: Path, config: Config) -> None:
     wanted = _described(config)
     if not any(name.startswith("decoder.") for name in found) and isinstance(config, ModelConfig):  # an encoder's file
         wanted = {name: value for name, value in wanted.items() if name.startswith("encoder.")}
-    refuse_misfitting(found, wanted, str(path), whose)
+    refuse_other_tensors(found, wanted, str(path), whose)
 
 
 def _other_sizes(found: Mapping[str, Tensor], config: Config) -> Iterator[str]:
@@ -342,7 +350,7 @@ def _described(config: Config) -> dict[str, Tensor]:
         return Classifier(encoder, config).state_dict()
 
 
-def refuse_misfitting(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, whose: str) -> None:
+def refuse_other_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, whose: str) -> None:
     """Raise a `UserError` if tensors are not those of the wanted names and shapes.
 
     Args:

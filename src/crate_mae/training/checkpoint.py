@@ -53,7 +53,7 @@ from crate_mae.models.checkpoints import (
     named_checkpoint,
 )
 from crate_mae.models.tensors import has_tensors, index_of, read_tensors, stream_tensors
-from crate_mae.models.weights import CONFIG_FILE, Config, refuse_misfitting, save_config, save_tensors
+from crate_mae.models.weights import CONFIG_FILE, Config, refuse_other_tensors, save_config, save_tensors
 from crate_mae.training.model_state import WHOLE, ModelState, own_part, shard_like, whole_tensor, whole_weights
 from crate_mae.training.processes import all_succeed, first_decides
 from crate_mae.training.run_directory import TABLES, RunDirectory
@@ -293,7 +293,7 @@ def _read_weights(path: Path, model: nn.Module, model_state: ModelState) -> None
     wanted: dict[str, Any] = get_model_state_dict(model, options=_options(model_state))
     weights: dict[str, Any] = {name: shard_like(value, wanted.get(name)) for name, value in stream_tensors(path)}
     if wanted:
-        refuse_misfitting(weights, wanted, str(path), "the run trains")
+        refuse_other_tensors(weights, wanted, str(path), "the run trains")
     set_model_state_dict(model, weights, options=_options(model_state))
 
 

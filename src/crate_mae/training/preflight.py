@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from crate_mae.data import ImageSource, UnreadableImage
+from crate_mae.data.base import fixed_sample
 from crate_mae.data.dataset import default_generator_seeded
-from crate_mae.data.facts import fixed_sample
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, first_line
 from crate_mae.training.model_state import shard, sharding_of

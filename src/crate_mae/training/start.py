@@ -175,13 +175,11 @@ class _Measured(NamedTuple):
 
     Attributes:
         config: of the run, with the batch that was measured.
-        seconds_per_step: of the whole batch.
         seconds: that measuring took.
         steps: that fit into the minutes.
     """
 
     config: RunOptions
-    seconds_per_step: float
     seconds: float
     steps: int
 
@@ -192,30 +190,29 @@ def _fitted_to_time(options: OptionsT, resolved: Resolved, accelerator: Accelera
     Where the batch is open and few steps would fit, there are more steps of fewer images instead. These are measured
     too, if that takes little of the time; else they take as long per image.
     """
-    entered = time.monotonic()
-    measured = _measured(options, resolved, accelerator, started, entered)
-    config, batch, steps = measured.config, measured.config.batch_size, measured.steps
-    share = 2 * accelerator.num_processes * config.accumulation * config.inseparable
+    measured = partial(_measured, options, accelerator=accelerator, started=started, resolved_at=time.monotonic())
+    config, seconds, steps = measured(resolved)
+    batch, share = config.batch_size, 2 * accelerator.num_processes * config.accumulation * config.inseparable
     while options.batch_size is None and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
         batch, steps = batch // 2, 2 * steps
-    if batch < config.batch_size and measured.seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
-        smaller = dataclasses.replace(resolved, config=dataclasses.replace(resolved.config, batch_size=batch))
-        steps = _measured(options, smaller, accelerator, started, entered).steps
+    if batch < config.batch_size and seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
+        smaller = dataclasses.replace(resolved.config, batch_size=batch)
+        steps = measured(dataclasses.replace(resolved, config=smaller)).steps
     fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
     return dataclasses.replace(options, minutes=None, **fitted)
 
 
 def _measured(
-    options: RunOptions, resolved: Resolved, accelerator: Accelerator, started: float, entered: float
+    options: RunOptions, resolved: Resolved, *, accelerator: Accelerator, started: float, resolved_at: float
 ) -> _Measured:
-    """Measure a few steps; the run itself will resolve its options, build its task and measure once more.
+    """Build the task, and measure a few steps.
 
     Args:
         options: of the run.
         resolved: what to build.
         accelerator: of the run.
         started: when this process began the run.
-        entered: when its options were resolved.
+        resolved_at: when it had resolved the options.
 
     Raises:
         UserError: if no step fits into the minutes.
@@ -223,8 +220,9 @@ def _measured(
     before = time.monotonic()
     task, found = _build_task(resolved, accelerator)
     now = time.monotonic()
-    took, preparation = first_decides(accelerator, lambda: (now - before, (now - started) + (entered - started)))
-    preparation += took
+    # The run itself will resolve its options, build its task and measure steps once more.
+    again = (resolved_at - started) + (now - before)
+    seconds, preparation = first_decides(accelerator, lambda: (now - before, now - started + again))
     per_step = found.seconds_per_step(task.config, accelerator.num_processes)
     steps = int((60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step)
     if steps < 1:
@@ -232,7 +230,7 @@ def _measured(
             f"--minutes {options.minutes:g} is too short: preparing the run takes {duration(preparation)}, and a step "
             f"{per_step:.3g} s."
         )
-    return _Measured(task.config, per_step, took, steps)
+    return _Measured(task.config, seconds, steps)
 
 
 def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:

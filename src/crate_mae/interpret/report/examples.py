@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from crate_mae.data.facts import fixed_sample
+from crate_mae.data.base import fixed_sample
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from crate_mae.data.facts import fixed_sample
+from crate_mae.data.base import fixed_sample
 from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
