@@ -6,7 +6,8 @@ Each trial is a run of `crate_mae.pretrain` in RUNS on the first 45,000 training
 made again. Every variant searches its learning rate alike, with seed 0: at the rates of `RATES`, and the one with the
 lowest held-out loss is run with the other seeds. "NAME, 6500 steps" is a variant at that rate for 6,500 steps, the full
 length of the recipe. Labels of the first 10,000 images are for the probes, and they are evaluated on the
-last 5,000 training images. No test image has a part in it. Results: trials.csv, one line a run.
+last 5,000 training images, the audit on the first 64 of these. No test image has a part in it. Results: trials.csv, one
+line a run, and claims.csv, one line for each claim about each layer of the runs at the chosen rate.
 
 The rule, written before the runs: a variant is better or worse than another if the means over seeds of its linear probe
 at the last layer differ by more than twice the standard error of that difference, with the pooled deviation of seeds.
@@ -32,16 +33,20 @@ from crate_mae.data.files import write_whole
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import knn_probe, linear_probe
+from crate_mae.evaluation.reconstruction import read_images
+from crate_mae.interpret.audit import NO_CHANGE, Place, audit
+from crate_mae.interpret.layer_measures import default_pass
+from crate_mae.interpret.steps import measure_claims
 from crate_mae.training.recipes import recipe_text
 
 STEPS, SEEDS, RATES = 1000, (0, 1, 2), (3.6e-3, 1.08e-2)
 LONG = ", 6500 steps"
-SEEN, LABELLED, ASKED = 45_000, 10_000, 5_000
+SEEN, LABELLED, ASKED, AUDITED = 45_000, 10_000, 5_000, 64
 C = 0.01  # as in results/cifar10_ablations: of 0.001, 0.003, 0.01, 0.03 and 0.1 the best for the recipe
 HERE = Path(__file__).parent
 ALWAYS: dict[str, Any] = {
     "batch_size": 64,
-    "precision": "float32",
+    "precision": "bfloat16",
     "threads": 1,
     "workers": 0,
     "trackers": (),
@@ -116,7 +121,7 @@ def trial(source: ImageSource, runs: Path, name: str, seed: int, lr: float) -> d
             found = {"variant": name, "seed": seed, "lr": lr, **trained(source, folder, settings, options)}
             found["probes"] = probes(found.pop("model"), source)
         write_whole(scores, json.dumps(found, indent=1).encode())
-    return json.loads(scores.read_text())
+    return json.loads(scores.read_text()) | {"folder": folder}
 
 
 def trained(source: ImageSource, folder: Path, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
@@ -145,6 +150,38 @@ def probes(model: nn.Module, source: ImageSource) -> list[dict[str, float]]:
         linear, knn = linear_probe(*known, grid=(C,)).top1.value, knn_probe(*known).top1.value
         found.append({"linear": linear, "knn": knn})
     return found
+
+
+def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]:
+    """The audit of a run's model, without untrained draws: made or read.
+
+    "share" is that of images in which a claim beats all its controls, "change" that in which the value changes as is
+    claimed.
+    """
+    file = folder / "claims.json"
+    if not file.exists():
+        with installed(VARIANTS[name.removesuffix(LONG)][1]):
+            model = crate_mae.load(folder).eval()
+        asked = range(len(source) - ASKED, len(source))
+        images = read_images(source, open_backbone(model).transform(), asked, AUDITED).images
+        measured = measure_claims(model, {"all": [images]}, lambda net, batch: default_pass(net)(batch))
+        found = []
+        for row in audit(measured):
+            margins = measured[Place("all", row.part, row.layer)].measured[row.claim].margins
+            changed = margins[NO_CHANGE] > 0 if NO_CHANGE in margins and row.share_of_images is not None else None
+            found.append(
+                {
+                    "layer": row.place,
+                    "claim": row.claim,
+                    "change": None if changed is None else float(changed.double().mean()),
+                    "share": row.share_of_images,
+                    "margin": row.margin_share,
+                    "closest_control": row.closest_control,
+                    "holds": row.holds,
+                }
+            )
+        write_whole(file, json.dumps(found, indent=1).encode())
+    return json.loads(file.read_text())
 
 
 def write_table(runs: Path) -> None:

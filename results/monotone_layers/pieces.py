@@ -18,7 +18,7 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from crate_mae.models import autoencoder
-from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer
+from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer, SubspaceAttention
 from crate_mae.models.monotone import BoundedISTA, Decompression, OrthogonalSubspaces, rate_from_half
 from crate_mae.theory.attention import attention_membership
 from crate_mae.theory.compression import balanced_membership, symmetric_membership
@@ -72,7 +72,7 @@ class FreeSubspaces(OrthogonalSubspaces):
         """Nothing to keep."""
 
 
-class Step(nn.Module):
+class Step(SubspaceAttention):
     """The attention step of some pieces; `rate_of` makes kappa of its parameter, which starts at `first_rate`."""
 
     def __init__(
@@ -84,8 +84,8 @@ class Step(nn.Module):
         rate_of: Callable[[Tensor], Tensor] = torch.sigmoid,
         first_rate: float = 0.0,
     ) -> None:
-        super().__init__()
-        self.pieces, self.num_heads, self.rate_of = pieces, num_heads, rate_of
+        super().__init__(embed_dim, num_heads)
+        self.pieces, self.rate_of = pieces, rate_of
         if not (pieces.shared and side):
             kind = OrthogonalSubspaces if pieces.subspaces == "orthogonal" else FreeSubspaces
             self.own = kind(embed_dim)
@@ -101,13 +101,26 @@ class Step(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the encoder adds and the decoder takes away."""
-        (subspaces,) = self.used
-        w = subspaces(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        w = self.project(x)
+        return self.step(w, self.membership(w) @ w)
+
+    def bases(self) -> Tensor:
+        """U_k."""
+        return self.used[0].matrix().unflatten(0, (self.num_heads, -1)).mT
+
+    def project(self, x: Tensor) -> Tensor:
+        """W_k."""
+        return self.split(self.used[0](x))
+
+    def membership(self, w: Tensor) -> Tensor:
+        """P_k."""
         # The softmax takes a number for its scale; a scale inside W serves all.
-        root = torch.exp(self.log_scale / 2)
-        mixed = MEMBERSHIPS[self.pieces.membership](root * w, 1.0) @ w
+        return MEMBERSHIPS[self.pieces.membership](torch.exp(self.log_scale / 2) * w, 1.0)
+
+    def step(self, w: Tensor, mixed: Tensor) -> Tensor:
+        """The step from the tokens' projections W_k, unmixed and mixed."""
         change = mixed if self.pieces.step == "published" else self.rate_of(self.rate_parameter) * (mixed - w)
-        return F.linear(change.transpose(1, 2).flatten(2), subspaces.matrix().mT)
+        return F.linear(change.transpose(1, 2).flatten(2), self.used[0].matrix().mT)
 
 
 class Sparsify(BoundedISTA):
