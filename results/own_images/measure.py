@@ -2,15 +2,15 @@
 
     python results/own_images/measure.py NAME DATA RUNS --minutes 20
 
-DATA has a folder for each class. Every fifth image of a class, by name, is for measuring; the others are what `pretrain`
-sees, with its defaults, for so many minutes of one core: from random initialisation, and from the bundled monotone model.
-The features of these models are probed, next to those of the same network untrained, of raw pixels, and of the bundled
-model as it is; the layer is chosen on a tenth of the training images. Then a tenth of the labels fine-tunes each of these
-networks for a fifth of the time. Results: NAME.csv.
+DATA has a folder for each class. Every fifth image of a class, by name, is for measuring; the others are what
+`pretrain` sees, with its defaults, for so many minutes of one core: from random initialisation, and from the bundled
+model. The features of these models are probed, next to those of the same network untrained, of raw pixels, and of the
+bundled model as it is; the layer is chosen on a tenth of the training images. Then a tenth of the labels fine-tunes
+each of these networks for a fifth of the time. Results: NAME.csv.
 
-The rule, written before the runs: `--init-from` the bundled model becomes the default if its linear probe is better than
-that from random initialisation by more than twice the standard error of the difference, on each of flowers, X-rays and
-textures.
+The rule, written before the runs: `--init-from` the bundled model becomes the default if its linear probe is better
+than that from random initialisation by more than twice the standard error of the difference, on each of flowers, X-rays
+and textures.
 """
 
 import argparse
@@ -108,13 +108,19 @@ def probed(model: str | Path, parts: tuple[Path, Path]) -> list[Row]:
         best = max(found["results"], key=lambda result: result["chosen_on"])
         top1 = best["top1"]
         rows.append(
-            {"measure": measure, "layer": best["layer"], **dict(zip(("accuracy", "low", "high"), top1.values()))}
+            {
+                "measure": measure,
+                "layer": best["layer"],
+                "accuracy": top1["value"],
+                "low": top1["low"],
+                "high": top1["high"],
+            }
         )
     return rows
 
 
 def tuned(model: Path, parts: tuple[Path, Path], out: Path, minutes: float, seed: int) -> list[Row]:
-    """Accuracy after fine-tuning with a tenth of the labels: of the last step, since the best is chosen on what it asks."""
+    """Accuracy after the last step of fine-tuning with a tenth of the labels: the best is chosen on what is asked."""
     run = crate_mae.finetune(
         model, train=parts[0], val=parts[1], out=out, minutes=minutes, seed=seed, labels=0.1, **ONE_CORE
     )

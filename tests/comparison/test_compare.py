@@ -14,10 +14,12 @@ from safetensors.torch import load_file
 from crate_mae.comparison.budget import BudgetPlan, Costs
 from crate_mae.comparison.entries import open_images, resolve_entries
 from crate_mae.comparison.options import CompareOptions
+from crate_mae.comparison.report import RULE
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Trainer
-from crate_mae.errors import UserError
+from crate_mae.errors import DivergedError, UserError
 from crate_mae.models.weights import load
 from crate_mae.training.config import differences, load_config
+from crate_mae.training.start import start
 
 CRATE, VIT = "crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8"
 
@@ -78,9 +80,17 @@ def test_the_table_has_a_row_for_each_entry_and_control(compared):
 
 def test_scores_of_seeds_are_summarised_with_their_spread(compared):
     row = read_csv(compared.path / "table.csv")[0]
-    a, b = (scores["linear"] for scores in compared.results[0].scores)
+    a, b = (scores["linear"] for scores in compared.results[0].scores.values())
     assert float(row["linear_mean"]) == pytest.approx((a + b) / 2)
     assert float(row["linear_std"]) == pytest.approx(abs(a - b) / math.sqrt(2))
+
+
+def test_every_seed_is_in_a_table_of_its_own(compared):
+    rows = read_csv(compared.path / "seeds.csv")
+    assert [(row["model"], row["weights"], row["seed"]) for row in rows] == [
+        (model, weights, seed) for model in (CRATE, VIT) for weights in ("trained", "random") for seed in "01"
+    ]
+    assert float(rows[1]["linear"]) == compared.results[0].scores[1]["linear"]
 
 
 def test_the_notes_explain_where_the_first_is_behind_and_how_to_read_it(compared):
@@ -96,12 +106,12 @@ def test_the_notes_explain_where_the_first_is_behind_and_how_to_read_it(compared
         "random weights",
         "raw pixels",
         "never by the validation images",
-        "within 95% of what other images or other seeds would give",
+        "paired",
     ):
         assert words in text
     behind, ahead = compared.notes[:2]
     first, other = (result.scores for result in compared.results)
-    first_psnr, other_psnr = (sum(score["psnr"] for score in scores) for scores in (first, other))
+    first_psnr, other_psnr = (sum(score["psnr"] for score in scores.values()) for scores in (first, other))
     assert ("PSNR" in ahead) == (first_psnr > other_psnr)
     assert ("PSNR" in behind) == (first_psnr < other_psnr)
 
@@ -133,6 +143,7 @@ def test_the_plan_has_everything_needed_to_repeat_it(compared, digits):
     assert plan["contestants"][CRATE]["threads"] == 1
     assert plan["contestants"][VIT]["plan"]["final_steps"] == 6
     assert plan["environment"]["packages"]["torch"] == version("torch")
+    assert plan["rule"] == RULE and RULE in "\n".join(compared.notes)
 
 
 def test_a_stopped_comparison_continues(compared, compare, tmp_path, monkeypatch):
@@ -151,6 +162,27 @@ def test_a_stopped_comparison_continues(compared, compare, tmp_path, monkeypatch
     assert all(torch.equal(redone[key], first[key]) for key in first)
     assert [result.scores for result in again.results] == [result.scores for result in compared.results]
     assert len(read_csv(out / "table.csv")) == 5
+
+
+def test_a_seed_that_does_not_stay_finite_is_left_out_and_named(compared, compare, tmp_path, monkeypatch):
+    out = tmp_path / "copy"
+    shutil.copytree(compared.path, out)
+    (out / "runs" / CRATE / "seed-0" / "environment.json").unlink()  # so that this run is finished once more, with
+    monkeypatch.setattr("crate_mae.training.run_directory._version", lambda _package: "2.6.0")
+
+    def diverging(options, **progress):
+        if (options.model, options.seed, options.steps) == (VIT, 1, 6):
+            raise DivergedError("the loss is nan")
+        return start(options, **progress)
+
+    monkeypatch.setattr("crate_mae.comparison.runs.start", diverging)
+    crate, vit = compare(out).results
+    assert list(crate.scores) == [0, 1] and list(vit.scores) == [0]
+    text = (out / "table.md").read_text(encoding="utf-8")
+    assert f"{VIT} did not stay finite with seed 1, which its scores leave out." in text
+    assert "not all made in the same surroundings (PyTorch 2.6.0, " in text
+    seeds = [(row["model"], row["weights"], row["seed"]) for row in read_csv(out / "seeds.csv")]
+    assert (CRATE, "trained", "1") in seeds and (VIT, "trained", "1") not in seeds
 
 
 def test_a_folder_with_other_options_is_refused(compared, compare):
@@ -174,7 +206,10 @@ def test_a_dry_run_reports_the_plan_and_writes_nothing(compare, tmp_path, capsys
 def test_without_labels_completions_alone_are_measured(compare, tmp_path, capsys):
     images = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(90)]
     options = {"budget": "steps=2", "lr_search": 1, "seeds": 1, "batch_size": 20, "norm_pix_loss": True}
-    comparison = compare(tmp_path / "out", train=images[:60], val=images[60:], **options, quiet=False)
+    shallow = f"{CRATE}?depth=1&layer=monotone"
+    comparison = compare(tmp_path / "out", CRATE, shallow, train=images[:60], val=images[60:], **options, quiet=False)
+    assert load(tmp_path / "out" / "runs" / f"{CRATE},depth=1,layer=monotone" / "seed-0").config.depth == 1
+    assert comparison.table[0] == ["", CRATE, shallow]
     assert "No probes: " in capsys.readouterr().out.partition("final run, seed 0")[0]  # not only when all is trained
     rows = read_csv(tmp_path / "out" / "table.csv")
     assert [row["weights"] for row in rows] == ["trained", "trained"]

@@ -3,16 +3,14 @@
 import pytest
 
 from crate_mae.comparison.report import may_be_chance
-from crate_mae.comparison.results import spread
+from crate_mae.comparison.results import difference
 
 IMAGES = 10_000
 
 
 def of_seeds(name, *values):
     """A score, measured once for each seed."""
-    found = spread([{name: value} for value in values], name)
-    assert found is not None
-    return found
+    return {seed: {name: value} for seed, value in enumerate(values)}
 
 
 def around(mean, deviation):
@@ -28,15 +26,25 @@ def test_of_one_seed_a_probe_has_the_error_of_its_images(other, is_chance):
 
 @pytest.mark.parametrize(("deviation", "is_chance"), [(0.01, False), (0.015, True)])
 def test_few_seeds_need_a_larger_difference(deviation, is_chance):
-    # Images give 0.0069. With seeds of deviation 0.01 the standard error is sqrt(0.0069^2 + 2 * 0.01^2 / 3) = 0.0107,
-    # with 0.015 it is 0.0141; times 2.776, Student's t of 4 degrees of freedom: 0.0297 and 0.0391. The second is more
-    # than the difference of 0.035, though two standard errors, 0.0281, are less.
-    first, other = (of_seeds("linear", *around(mean, deviation)) for mean in (0.614, 0.579))
+    # The differences of seeds have the mean 0.035 and this deviation: 4.303 (Student's t of 2 degrees of freedom) times
+    # deviation / sqrt(3) is 0.0248 and 0.0373. Images give 0.0135, so the bounds are 0.0282 and 0.0396.
+    first, other = of_seeds("linear", *around(0.614, deviation)), of_seeds("linear", 0.579, 0.579, 0.579)
     assert may_be_chance("linear", first, other, IMAGES) == is_chance
 
 
-@pytest.mark.parametrize(("difference", "is_chance"), [(0.26, False), (0.19, True)])
-def test_completions_have_the_spread_of_seeds_alone(difference, is_chance):
-    # sqrt(2 * 0.1^2 / 3) = 0.0816, times 2.776: 0.227.
-    first, other = (of_seeds("psnr", *around(mean, 0.1)) for mean in (21.0, 21.0 + difference))
-    assert may_be_chance("psnr", first, other, IMAGES) == is_chance
+@pytest.mark.parametrize(("differences", "is_chance"), [((0.1, 0.2, 0.3), True), ((0.19, 0.2, 0.21), False)])
+def test_completions_have_the_spread_of_paired_seeds_alone(differences, is_chance):
+    # Seeds differ by far more than the two entries do. 4.303 * 0.1 / sqrt(3) is 0.248, and 0.0248 for a tenth of that.
+    other = (20.0, 21.0, 22.0)
+    first = [psnr + more for psnr, more in zip(other, differences, strict=True)]
+    assert may_be_chance("psnr", of_seeds("psnr", *first), of_seeds("psnr", *other), IMAGES) == is_chance
+
+
+def test_seeds_that_one_entry_lacks_are_left_out_of_the_difference():
+    mine, theirs = of_seeds("knn", 0.5, 0.6, 0.7), of_seeds("knn", 0.4, 0.4, 0.4)
+    del theirs[1]
+    found = difference(mine, theirs, "knn")
+    assert found is not None and found.mean == pytest.approx(0.2)
+    assert found.high is not None and found.high - 0.2 == pytest.approx(12.706 * 0.1, rel=1e-4)
+    assert difference(mine, {2: {"knn": 0.4}}, "knn").high is None
+    assert difference(mine, {}, "knn") is None

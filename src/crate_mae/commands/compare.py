@@ -24,8 +24,8 @@ def compare(options: CompareOptions) -> Comparison:
     a linear probe, and both for random weights and raw pixels as controls. With --budget minutes=N the time of a step
     includes loading its images if that takes longer than computing, or if there are no loader processes.
 
-    `out` then contains table.md, table.csv, figure.png, curves.png, comparison.yaml, and all runs. The same command,
-    given again, continues the comparison.
+    `out` then contains table.md, table.csv, seeds.csv, figure.png, curves.png, comparison.yaml, and all runs. The same
+    command, given again, continues the comparison.
 
     Returns:
         The comparison: `.path`, `.table`, `.notes`, `.results`.
@@ -65,5 +65,5 @@ def _print_comparison(console: Any, comparison: "Comparison") -> None:
     console.print(table)
     for note in comparison.notes:
         console.print(f"- {note}", markup=False, soft_wrap=True)
-    for name in ("table.md", "table.csv", "figure.png", "curves.png"):
+    for name in ("table.md", "table.csv", "seeds.csv", "figure.png", "curves.png"):
         console.print(f"Saved {comparison.path / name}", markup=False, soft_wrap=True)

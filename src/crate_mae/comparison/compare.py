@@ -11,7 +11,7 @@ from crate_mae.comparison.budget import BudgetPlan, Costs, measure_costs, plan_b
 from crate_mae.comparison.entries import Entry, Images, open_images, resolve_entries
 from crate_mae.comparison.figure import draw_curves, draw_scores
 from crate_mae.comparison.options import CompareOptions, parse_budget
-from crate_mae.comparison.report import csv_text, markdown, table_rows, write_notes
+from crate_mae.comparison.report import RULE, csv_text, markdown, seeds_text, table_rows, write_notes
 from crate_mae.comparison.results import EntryResult, measure_all
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trainer
 from crate_mae.data.files import output_path, write_whole
@@ -80,6 +80,7 @@ def publish(
     notes = write_notes(results, options, images)
     title = f"{', '.join(options.models)}: {options.budget} each, on {images.train.name}"
     write_whole(out / "table.csv", csv_text(results, pixels))
+    write_whole(out / "seeds.csv", seeds_text(results))
     write_whole(out / "table.md", markdown(rows, notes, title))
     draw_scores(results, pixels, out / "figure.png")
     draw_curves(results, out / "curves.png")
@@ -117,7 +118,7 @@ def _plan_content(options: dict[str, Any], planned: Sequence[Planned]) -> dict[s
             "threads": c.threads,
             "model": {key: list(v) if isinstance(v, tuple) else v for key, v in entry.model.to_dict().items()},
         }
-    return {"options": options, "contestants": contestants, "environment": environment()}
+    return {"options": options, "contestants": contestants, "rule": RULE, "environment": environment()}
 
 
 def _read_plan(content: dict[str, Any], entries: Sequence[Entry], out: Path) -> list[Planned]:
@@ -146,6 +147,8 @@ def _plan_lines(options: CompareOptions, planned: Sequence[Planned]) -> Iterator
             f"{entry.config.batch_size} in {costs.precision}; {search}final run {plan.final_steps:,} steps{seeds}; "
             f"lr {plan.first_rate:.3g}{' at first' if plan.tries else ''}"
         )
+    if options.seeds > 1:
+        yield RULE
     yield f"Training takes about {duration(total)} in all, one run after another; measuring comes on top."
 
 

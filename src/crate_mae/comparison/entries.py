@@ -29,7 +29,7 @@ class Entry:
     """A model as it will be trained.
 
     Attributes:
-        name: of the preset.
+        name: of the preset, with its settings.
         config: of its runs, in which steps, learning rate, seed and precision are still open.
         model: the configuration of the network.
         augmentation: prepares training images.

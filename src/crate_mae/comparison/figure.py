@@ -1,7 +1,7 @@
 """The figures of a comparison: scores against costs, and the held-out loss during training."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +55,7 @@ def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: 
     all_axes[0].margins(y=0.12)
     all_axes[1].xaxis.set_major_formatter(EngFormatter())
     figure.draw_without_rendering()  # settles the limits, on which the places of labels depend
-    ends = [score.scale * _mean(result.scores, score.name) for result in results]
+    ends = [score.scale * _mean(result.scores.values(), score.name) for result in results]
     for axes, (_, where, _) in zip(all_axes, quantities, strict=True):
         _label(axes, short_names(results), [(where(result), end) for result, end in zip(results, ends, strict=True)])
     if pixels:
@@ -93,16 +93,20 @@ def draw_curves(results: Sequence[EntryResult], path: Path) -> None:
 
 
 def short_names(results: Sequence[EntryResult]) -> list[str]:
-    """Names of the models, without patch and image size if these are the same for all."""
-    parts = [result.name.partition("_patch") for result in results]
+    """Names of the entries, without patch and image size if these are the same for all."""
+    names = [result.name.partition("?") for result in results]
+    parts = [name.partition("_patch") for name, _, _ in names]
     is_common = len({end for _, _, end in parts}) == 1
-    return [start if is_common else result.name for (start, _, _), result in zip(parts, results, strict=True)]
+    return [
+        "".join([start if is_common else name, *settings])
+        for (start, _, _), (name, *settings) in zip(parts, names, strict=True)
+    ]
 
 
 def _draw_entry(axes: Any, result: EntryResult, number: int, score: _Score, *, at: float, random_at: float) -> None:
     """Draw the point of an entry with an error bar, and the hollow one of its random initialisation."""
     style: dict[str, Any] = {"marker": marker(number), "color": colour(number), "markersize": 8}
-    trained, random = spread(result.scores, score.name), spread(result.random, score.name)
+    trained, random = (spread(of.values(), score.name) for of in (result.scores, result.random))
     assert trained is not None, "every final run was measured"
     if random is not None:
         if random_at == at:
@@ -136,7 +140,7 @@ def _write(axes: Any, text: str, at: tuple[float, float], offset: tuple[float, f
     axes.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=9, path_effects=halo, **style)
 
 
-def _mean(scores: Sequence[dict[str, float]], name: str) -> float:
+def _mean(scores: Iterable[dict[str, float]], name: str) -> float:
     found = spread(scores, name)
     assert found is not None, "every final run was measured"
     return found.mean

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal, no_type_check
 
 from cyclopts import Parameter
 
+from crate_mae.data.documents import parse_yaml
 from crate_mae.errors import UserError
+from crate_mae.models.config import check_settings
 from crate_mae.models.presets import preset
 from crate_mae.training.options import (
     AT_LEAST_1,
@@ -64,6 +66,27 @@ def parse_budget(text: str) -> Budget:
     return Budget(kind, amount)
 
 
+def name_and_settings(model: str) -> tuple[str, dict[str, Any]]:
+    """The parts of "NAME?depth=3&embed_dim=96".
+
+    Raises:
+        UserError: for a setting without a value, or one that is given twice.
+    """
+    name, _, query = model.partition("?")
+    settings: dict[str, Any] = {}
+    for pair in query.split("&") if query else ():
+        key, equals, value = pair.partition("=")
+        key = key.replace("-", "_")
+        if not equals or not value:
+            raise UserError(
+                f'{model}: "{pair}" is not a setting. Settings are written as in NAME?depth=3&embed_dim=96.'
+            )
+        if key in settings:
+            raise UserError(f"{model} has the setting {key} twice.")
+        settings[key] = parse_yaml(value, model)
+    return name, settings
+
+
 @no_type_check  # values come from users: `__post_init__` reports all wrong ones together
 @dataclass(frozen=True)
 class CompareOptions:
@@ -73,7 +96,10 @@ class CompareOptions:
         UserError: with all mistakes that can be found without the images.
     """
 
-    models: Models = option(MISSING, "Two or more names from `crate-mae models`.")
+    models: Models = option(
+        MISSING,
+        'Two or more names from `crate-mae models`; with settings of their own as in "NAME?depth=3&embed_dim=96".',
+    )
     _: KW_ONLY
     train: Data = option(
         MISSING, "Images for pretraining and for fitting the probes, in any form that `crate-mae pretrain` takes."
@@ -126,15 +152,16 @@ class CompareOptions:
         if len(self.models) < 2:
             named = f"only {self.models[0]}" if self.models else "none"
             mistakes.append(Mistake(f"A comparison needs at least two models, but {named} was named."))
-        names = dict.fromkeys(self.models)
-        mistakes += [
-            Mistake(f"{name} is named twice: it would be compared with itself.")
-            for name in names
-            if self.models.count(name) > 1
-        ]
-        for name in names:
+        seen: list[tuple[str, dict[str, Any]]] = []
+        for model in self.models:
             with mistakes.collected():
-                preset(name)
+                name, settings = name_and_settings(model)
+                config = preset(name)
+                check_settings(type(config), settings)
+                config.replace(**settings)
+                if (name, settings) in seen:
+                    raise UserError(f"{model} is named twice: it would be compared with itself.")
+                seen.append((name, settings))
         with mistakes.collected():
             parse_budget(self.budget)
         mistakes += check_ranges(self)
@@ -152,10 +179,11 @@ class CompareOptions:
         No tracker is used, because a comparison writes its own tables.
 
         Args:
-            model: its name.
+            model: its name, with its settings.
             settings: options that replace those of the comparison.
         """
+        name, own = name_and_settings(model)
         shared = ("batch_size", "mask_ratio", "norm_pix_loss", "precision", "workers", "threads", "image_size")
         given = {key: getattr(self, key) for key in (*shared, "min_crop", "flip")}
         fixed = {"out": "", "trackers": (), "quiet": True}
-        return PretrainOptions(self.train, **{**fixed, **given, "model": model, **settings})
+        return PretrainOptions(self.train, **{**fixed, **given, "model": name, "model_settings": own, **settings})

@@ -3,15 +3,28 @@
 import csv
 import io
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
-
-from scipy.stats import t as student_t
 
 from crate_mae.comparison.entries import Images
 from crate_mae.comparison.options import Budget, CompareOptions, parse_budget
-from crate_mae.comparison.results import MASK_RATIO, PROBES, SCORES, EntryResult, Spread, spread
+from crate_mae.comparison.results import (
+    MASK_RATIO,
+    PROBES,
+    SCORES,
+    Difference,
+    EntryResult,
+    Scores,
+    Spread,
+    difference,
+    spread,
+)
+from crate_mae.data.documents import read_json
 
+RULE = (
+    "Two entries differ in a score if 0 is outside the 95% interval of their difference over seeds, paired, widened by "
+    "the error of the validation images; every other difference may be chance."
+)
 _NORMAL_QUANTILE = 1.96  # two-sided, 95%
 _MUCH_LONGER = 1.15  # than the budget in minutes
 _LEAST_DIFFERENCE = 0.02  # of a cost, relative, to be mentioned
@@ -21,6 +34,13 @@ _TITLES = {
     "psnr": "completion: PSNR of hidden patches",
     "ssim": "completion: SSIM",
     "mse": "completion: squared error, normalised pixels",
+}
+_UNITS = {  # factor, digits, unit
+    "linear": (100, 2, "%"),
+    "knn": (100, 2, "%"),
+    "psnr": (1, 2, " dB"),
+    "ssim": (1, 3, ""),
+    "mse": (1, 4, ""),
 }
 _NAMES = {
     "linear": "the linear probe",
@@ -56,12 +76,12 @@ def table_rows(results: Sequence[EntryResult], pixels: dict[str, float]) -> list
     ]
     for name, title in _TITLES.items():
         title = title if name in PROBES else title + mark
-        if any(spread(result.scores, name) for result in results):
+        if any(spread(result.scores.values(), name) for result in results):
             of_pixels = score_text(name, spread([pixels], name)) if pixels else ""
-            rows.append(line(title, lambda r, name=name: score_text(name, spread(r.scores, name)), of_pixels))
-        if name in PROBES and any(spread(result.random, name) for result in results):
+            rows.append(line(title, lambda r, name=name: score_text(name, spread(r.scores.values(), name)), of_pixels))
+        if name in PROBES and any(spread(result.random.values(), name) for result in results):
             title = f"{title}, random weights"
-            rows.append(line(title, lambda r, name=name: score_text(name, spread(r.random, name))))
+            rows.append(line(title, lambda r, name=name: score_text(name, spread(r.random.values(), name))))
     return rows
 
 
@@ -82,13 +102,32 @@ def csv_text(results: Sequence[EntryResult], pixels: dict[str, float]) -> str:
     """CSV with a line per entry, per random initialisation, and for raw pixels; scores are shares."""
     rows = []
     for result in results:
-        rows.append({"model": result.name, "weights": "trained", **result.numbers(), **_score_cells(result.scores)})
-        if cells := _score_cells(result.random):
+        rows.append(
+            {"model": result.name, "weights": "trained", **result.numbers(), **_score_cells(result.scores.values())}
+        )
+        if cells := _score_cells(result.random.values()):
             keys = ("parameters_encoder", "parameters", "encoder_flops_per_image")
             numbers = {key: value for key, value in result.numbers().items() if key in keys}
             rows.append({"model": result.name, "weights": "random", **numbers, **cells})
     if pixels:
         rows.append({"model": "pixels", "weights": "none", **_score_cells([pixels])})
+    return _csv(rows)
+
+
+def seeds_text(results: Sequence[EntryResult]) -> str:
+    """CSV with a line per entry, weights and seed; scores are shares."""
+    return _csv(
+        [
+            {"model": result.name, "weights": weights, "seed": seed, **{name: of_seed.get(name) for name in SCORES}}
+            for result in results
+            for weights, scores in (("trained", result.scores), ("random", result.random))
+            for seed, of_seed in scores.items()
+            if of_seed
+        ]
+    )
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
     file = io.StringIO()
     writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -100,11 +139,7 @@ def score_text(name: str, score: Spread | None, *, with_range: bool = True) -> s
     """A score as text: the mean, and over several seeds the sample standard deviation and the range."""
     if score is None:
         return "-"
-    scale, digits, unit = {
-        "psnr": (1, 2, " dB"),
-        "ssim": (1, 3, ""),
-        "mse": (1, 4, ""),
-    }.get(name, (100, 2, "%"))
+    scale, digits, unit = _UNITS[name]
     mean, low, high = (f"{scale * value:.{digits}f}" for value in (score.mean, score.low, score.high))
     if score.std is None:
         return mean + unit
@@ -112,7 +147,7 @@ def score_text(name: str, score: Spread | None, *, with_range: bool = True) -> s
     return f"{text} ({low} to {high})" if with_range else text
 
 
-def _score_cells(scores: Sequence[dict[str, float]]) -> dict[str, Any]:
+def _score_cells(scores: Iterable[dict[str, float]]) -> dict[str, Any]:
     cells: dict[str, Any] = {}
     for name in SCORES:
         if found := spread(scores, name):
@@ -165,13 +200,14 @@ def _standing(results: Sequence[EntryResult], images: Images) -> Iterator[str]:
     for other in others:
         behind, ahead = [], []
         for name, title in _NAMES.items():
-            mine, theirs = spread(first.scores, name), spread(other.scores, name)
-            if mine is None or theirs is None or mine.mean == theirs.mean:
+            mine, theirs = spread(first.scores.values(), name), spread(other.scores.values(), name)
+            found = difference(first.scores, other.scores, name)
+            if mine is None or theirs is None or found is None or found.mean == 0:
                 continue
-            is_better = (mine.mean > theirs.mean) == SCORES[name]
+            is_better = (found.mean > 0) == SCORES[name]
             text = " against ".join(score_text(name, score, with_range=False) for score in (mine, theirs))
-            chance = ", may be chance" if may_be_chance(name, mine, theirs, len(images.val)) else ""
-            text = f"{title} ({text}{chance})"
+            chance = ", may be chance" if may_be_chance(name, first.scores, other.scores, len(images.val)) else ""
+            text = f"{title} ({text}{_interval(name, found)}{chance})"
             (ahead if is_better else behind).append(text)
         costs = {
             "parameters": (first.costs.parameters, other.costs.parameters, False),
@@ -187,26 +223,34 @@ def _standing(results: Sequence[EntryResult], images: Images) -> Iterator[str]:
         yield f"{first.name} is ahead of {other.name} in: {', '.join(ahead) or 'nothing that was measured'}."
 
 
-def may_be_chance(name: str, mine: Spread, theirs: Spread, val_images: int) -> bool:
+def may_be_chance(name: str, mine: Scores, theirs: Scores, val_images: int) -> bool:
     """Whether another choice of images or seeds could give the same difference by chance.
 
-    The bound is the two-sided 95% quantile of Student's t, with the degrees of freedom of the seeds, times the standard
-    error of the difference: 4.3 standard errors for two seeds each, 2.8 for three; for one seed each, 1.96.
+    The bound is the half width of the paired interval over seeds (`results.difference`: 4.3 standard errors for three
+    seeds, 2.8 for five) and 1.96 standard errors of the images, added in squares; with one seed, the latter alone.
 
     The result of each image is not kept, so the errors of the probes are treated as independent, although they are for
     the same images. Two models mostly fail on the same images, so the true standard error is smaller: the bound is
     cautious, and a marked difference might still pass a paired test such as McNemar's. One seed says nothing about the
     spread over seeds, which a note of `_certainty` states.
     """
-    variance, freedom = 0.0, 0
-    for score in (mine, theirs):
-        if name in PROBES:
-            variance += score.mean * (1 - score.mean) / val_images
-        if score.std is not None:
-            variance += score.std**2 / score.count
-            freedom += score.count - 1
-    bound = float(student_t.ppf(0.975, freedom)) if freedom else _NORMAL_QUANTILE
-    return abs(mine.mean - theirs.mean) < bound * math.sqrt(variance)
+    found = difference(mine, theirs, name)
+    assert found is not None, "both have the score"
+    squared = 0.0 if found.high is None else (found.high - found.mean) ** 2
+    if name in PROBES:
+        shares = [spread(scores.values(), name) for scores in (mine, theirs)]
+        squared += sum(_NORMAL_QUANTILE**2 * s.mean * (1 - s.mean) / val_images for s in shares if s is not None)
+    return abs(found.mean) < math.sqrt(squared)
+
+
+def _interval(name: str, found: Difference) -> str:
+    """A difference over several seeds, in the unit of the score."""
+    if found.low is None or found.high is None:
+        return ""
+    scale, digits, unit = _UNITS[name]
+    unit = " points" if unit == "%" else unit
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (found.mean, found.low, found.high))
+    return f": {mean}{unit}, {low} to {high}"
 
 
 def _certainty(options: CompareOptions, images: Images) -> Iterator[str]:
@@ -214,7 +258,8 @@ def _certainty(options: CompareOptions, images: Images) -> Iterator[str]:
     if options.seeds > 1:
         yield (
             f"Scores are means over {options.seeds} seeds ± the sample standard deviation, and the range. Each seed "
-            "had a final run of the same length; the search was done once, with the first."
+            "had a final run of the same length; the search was done once, with the first. Two runs of a seed see the "
+            f"images in the same order. {RULE}"
         )
     else:
         yield (
@@ -278,7 +323,14 @@ def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) ->
             "Trained with --norm-pix-loss: brightness and contrast of each completed patch come from the original, so "
             "completions look better here than without it."
         )
+    if len(differing := _environments(results)) > 1:
+        yield (
+            f"The final runs were not all made in the same surroundings ({'; '.join(differing)}): their minutes "
+            "cannot be compared, and scores may differ for that reason."
+        )
     for result in results:
+        if failed := [str(seed) for seed in result.random if seed not in result.scores]:
+            yield f"{result.name} did not stay finite with seed {', '.join(failed)}, which its scores leave out."
         losses = result.trained.search_losses
         if result.trained.is_rate_at_edge:
             tried = ", ".join(f"{rate:.3g}" for rate in losses)
@@ -294,3 +346,14 @@ def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) ->
                 "of steps was set before the start, from the time of a step then, and the machine was slower or faster "
                 "later."
             )
+
+
+def _environments(results: Sequence[EntryResult]) -> list[str]:
+    """Descriptions of the machines and versions of the final runs, without repetition."""
+    found: dict[str, None] = {}
+    for result in results:
+        for run in result.trained.runs.values():
+            made = read_json(run / "environment.json")
+            hardware = ", ".join([made["processor"], f"{made['threads']} threads", *made["gpus"]])
+            found[f"PyTorch {made['packages']['torch']}, Python {made['python']}, {hardware}"] = None
+    return list(found)

@@ -1,9 +1,12 @@
 """The results of a comparison: the scores of each entry and of the controls, and the numbers for its table."""
 
+import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from scipy.stats import t as student_t
 
 from crate_mae.comparison.budget import BudgetPlan, Costs
 from crate_mae.comparison.entries import NEIGHBOURS, Entry, Images, extraction
@@ -45,13 +48,45 @@ class Spread:
     count: int
 
 
-def spread(scores: Sequence[dict[str, float]], name: str) -> Spread | None:
+Scores = Mapping[int, dict[str, float]]  # by seed
+
+
+def spread(scores: Iterable[dict[str, float]], name: str) -> Spread | None:
     """One score over seeds; None if it was not measured."""
     values = [of_seed[name] for of_seed in scores if name in of_seed]
     if not values:
         return None
     std = statistics.stdev(values) if len(values) > 1 else None
     return Spread(statistics.fmean(values), std, min(values), max(values), len(values))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """By how much one entry scores more than another, seed by seed.
+
+    Attributes:
+        mean: over the seeds that both have.
+        low: of its 95% interval, Student's t over these seeds, paired; None for one seed.
+        high: of the same.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def difference(mine: Scores, theirs: Scores, name: str) -> Difference | None:
+    """The paired difference of a score; None if there is no seed with which both have it.
+
+    Runs of a seed have the images in the same order and the same masks, and their difference is without that noise.
+    """
+    seeds = [seed for seed in mine if name in mine[seed] and name in theirs.get(seed, {})]
+    values = [mine[seed][name] - theirs[seed][name] for seed in seeds]
+    if len(values) < 2:
+        return Difference(values[0], None, None) if values else None
+    mean, n = statistics.fmean(values), len(values)
+    half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    return Difference(mean, mean - half, mean + half)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +106,12 @@ class EntryResult:
     costs: Costs
     plan: BudgetPlan
     trained: Trained
-    scores: Sequence[dict[str, float]]
-    random: Sequence[dict[str, float]]
+    scores: Scores
+    random: Scores
 
     @property
     def name(self) -> str:
-        """Name of the preset."""
+        """Name of the preset, with the entry's settings."""
         return self.entry.name
 
     @property
@@ -152,11 +187,11 @@ def measure_all(
 
     names = [each.entry.name for each in planned]
     scores = [
-        [score(f"{name}/seed-{seed}", completed_and_probed, run) for seed, run in enumerate(of_entry.runs)]
+        {seed: score(f"{name}/seed-{seed}", completed_and_probed, run) for seed, run in of_entry.runs.items()}
         for name, of_entry in zip(names, trained, strict=True)
     ]
     random = [
-        [score(f"{name}/random-{seed}", probed, each.entry.build(seed)) for seed in range(options.seeds)]
+        {seed: score(f"{name}/random-{seed}", probed, each.entry.build(seed)) for seed in range(options.seeds)}
         for name, each in zip(names, planned, strict=True)
     ]
     pixels = score("pixels", probed, f"pixels:{min(_PIXELS_SIDE, *planned[0].entry.model.image_size)}")

@@ -2,12 +2,12 @@
 
 DIR/
     comparison.yaml     all options, the measured costs, the plans, machine and versions
-    runs/MODEL/
+    runs/MODEL/         or MODEL,depth=3 of an entry with settings
         search-0.001/   a run of the search, named after its learning rate; all runs are those of `crate-mae pretrain`
         seed-0/         the final runs
     scores.json         scores of the final runs and of the controls
     SHA256SUMS          digests of comparison.yaml and scores.json
-    table.csv  table.md  figure.png  curves.png
+    table.csv  seeds.csv  table.md  figure.png  curves.png
 """
 
 import logging
@@ -58,13 +58,16 @@ class ComparisonDirectory:
         """The file of the scores that have been measured."""
         return self.path / "scores.json"
 
-    def search_run(self, model: str, rate: float) -> Path:
+    def search_run(self, entry: str, rate: float) -> Path:
         """The run that tries a learning rate."""
-        return self.path / "runs" / model / f"search-{rate:.3g}"
+        return self._runs_of(entry) / f"search-{rate:.3g}"
 
-    def final_run(self, model: str, seed: int) -> Path:
+    def final_run(self, entry: str, seed: int) -> Path:
         """The final run of a seed."""
-        return self.path / "runs" / model / f"seed-{seed}"
+        return self._runs_of(entry) / f"seed-{seed}"
+
+    def _runs_of(self, entry: str) -> Path:
+        return self.path / "runs" / entry.replace("?", ",").replace("&", ",")  # Windows has no ? in names
 
     def existing(self, options: dict[str, Any]) -> dict[str, Any] | None:
         """The content of `comparison.yaml`; None if the folder is free to use.
@@ -149,14 +152,14 @@ class Trained:
         rate: the chosen learning rate, per 256 images.
         search_losses: held-out loss by learning rate, infinite where a run did not stay finite; empty without a search.
         search_minutes: of training in the search.
-        runs: folders of the final runs, one per seed.
+        runs: folders of the final runs by seed, without those that did not stay finite.
         curves: their measurements.
     """
 
     rate: float
     search_losses: dict[float, float]
     search_minutes: float
-    runs: list[Path]
+    runs: dict[int, Path]
     curves: list[list[Moment]]
 
     @property
@@ -187,25 +190,33 @@ class Trainer:
     def train_all(self, planned: Sequence[Planned]) -> list[Trained]:
         """Search for every entry, then train all of them with the first seed, then with the next.
 
+        A final run that does not stay finite is left out.
+
         Raises:
-            UserError: if no learning rate, or a final run, stays finite; or for a reason to stop a run.
+            UserError: if no learning rate, or no final run, of an entry stays finite; or for a reason to stop a run.
             RunStopped: after SIGINT, SIGTERM or SIGHUP, when everything has been saved.
         """
         searches = [self.search(each) for each in planned]
         rates = [_best(each.entry, losses) for each, (losses, _) in zip(planned, searches, strict=True)]
-        runs: list[list[Run]] = [[] for _ in planned]
+        runs: list[dict[int, Run]] = [{} for _ in planned]
         for seed in range(self.options.seeds):
             for each, rate, of_entry in zip(planned, rates, runs, strict=True):
                 out = self.directory.final_run(each.entry.name, seed)
                 self._announce(f"{each.entry.name}: final run, seed {seed}", out, each.plan.final_steps, rate)
-                of_entry.append(self._run(each, out, lr=rate, steps=each.plan.final_steps, seed=seed))
+                try:
+                    of_entry[seed] = self._run(each, out, lr=rate, steps=each.plan.final_steps, seed=seed)
+                except DivergedError:
+                    self.report(f"{each.entry.name}: seed {seed} did not stay finite")
+        for each, of_entry in zip(planned, runs, strict=True):
+            if not of_entry:
+                raise UserError(f"No final run of {each.entry.name} stayed finite: it cannot be compared.")
         return [
             Trained(
                 rate=rate,
                 search_losses=losses if len(losses) > 1 else {},
                 search_minutes=minutes,
-                runs=[run.path for run in of_entry],
-                curves=[curve(run) for run in of_entry],
+                runs={seed: run.path for seed, run in of_entry.items()},
+                curves=[curve(run) for run in of_entry.values()],
             )
             for rate, (losses, minutes), of_entry in zip(rates, searches, runs, strict=True)
         ]
