@@ -1,12 +1,12 @@
 """What pretraining on a few thousand images of one's own gives, against what costs nothing: three seeds.
 
-    python results/own_images/measure.py NAME DATA RUNS --minutes 20
+    python results/own_images/measure.py NAME DATA RUNS --epochs 40
 
 DATA has a folder for each class. Every fifth image of a class, by name, is for measuring; the others are what
-`pretrain` sees, with its defaults, for so many minutes of one core: from random initialisation, and from the bundled
-model. The features of these models are probed, next to those of the same network untrained, of raw pixels, and of the
-bundled model as it is; the layer is chosen on a tenth of the training images. Then a tenth of the labels fine-tunes
-each of these networks for a fifth of the time. Results: NAME.csv.
+`pretrain` sees, with its defaults, for so many epochs: from random initialisation, and from the bundled model. The
+features of these models are probed, next to those of the same network untrained, of raw pixels, and of the bundled
+model as it is; the layer is chosen on a tenth of the training images. Then a tenth of the labels fine-tunes each of
+these networks, for as many steps. Results: NAME.csv.
 
 The rule, written before the runs: `--init-from` the bundled model becomes the default if its linear probe is better
 than that from random initialisation by more than twice the standard error of the difference, on each of flowers, X-rays
@@ -41,10 +41,10 @@ def main() -> None:
     parser.add_argument("name")
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    runs, minutes = options.runs, options.minutes
+    runs, epochs = options.runs, options.epochs
     parts = split(options.data, runs / "data")
     table: list[Row] = []
 
@@ -61,14 +61,14 @@ def main() -> None:
 
     for seed in SEEDS:
         models = {
-            SCRATCH: pretrained(parts[0], runs / f"scratch_{seed}", minutes, seed),
-            FROM_BUNDLED: pretrained(parts[0], runs / f"bundled_{seed}", minutes, seed, init_from=BUNDLED),
+            SCRATCH: pretrained(parts[0], runs / f"scratch_{seed}", epochs, seed),
+            FROM_BUNDLED: pretrained(parts[0], runs / f"bundled_{seed}", epochs, seed, init_from=BUNDLED),
             UNTRAINED: untrained(runs / f"untrained_{seed}", runs / f"scratch_{seed}", seed),
         }
         for entry, model in models.items():
             note(entry, seed, partial(probed, model, parts))
             out = runs / f"{model.name}_tuned"
-            note(entry, seed, partial(tuned, model, parts, out, minutes / 5, seed), "tuned")
+            note(entry, seed, partial(tuned, model, parts, out, epochs, seed), "tuned")
     note("the bundled model as it is", "", partial(probed, BUNDLED, parts))
     note("pixels", "", partial(probed, "pixels", parts))
 
@@ -85,10 +85,10 @@ def split(data: Path, out: Path) -> tuple[Path, Path]:
     return parts
 
 
-def pretrained(train: Path, out: Path, minutes: float, seed: int, **start: str) -> Path:
+def pretrained(train: Path, out: Path, epochs: int, seed: int, **start: str) -> Path:
     """A run, made or read."""
     if not (out / "model.safetensors").exists():
-        crate_mae.pretrain(train, out=out, minutes=minutes, seed=seed, **start, **ONE_CORE)
+        crate_mae.pretrain(train, out=out, epochs=epochs, seed=seed, **start, **ONE_CORE)
     return out
 
 
@@ -119,10 +119,10 @@ def probed(model: str | Path, parts: tuple[Path, Path]) -> list[Row]:
     return rows
 
 
-def tuned(model: Path, parts: tuple[Path, Path], out: Path, minutes: float, seed: int) -> list[Row]:
+def tuned(model: Path, parts: tuple[Path, Path], out: Path, epochs: int, seed: int) -> list[Row]:
     """Accuracy after the last step of fine-tuning with a tenth of the labels: the best is chosen on what is asked."""
     run = crate_mae.finetune(
-        model, train=parts[0], val=parts[1], out=out, minutes=minutes, seed=seed, labels=0.1, **ONE_CORE
+        model, train=parts[0], val=parts[1], out=out, epochs=epochs, seed=seed, labels=0.1, **ONE_CORE
     )
     accuracies = [row["val_accuracy"] for row in run.metrics() if row.get("val_accuracy") is not None]
     return [{"measure": "fine-tuned, a tenth of the labels", "accuracy": accuracies[-1]}]
