@@ -53,6 +53,8 @@ def check(data: str | Path, *, sample: int | None = None, out: Path | str | None
 
 
 def _table(report: DataReport) -> Table:
+    from crate_mae.data.decode import describe_unread
+
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(style="bold", no_wrap=True)
     table.add_column()
@@ -66,7 +68,7 @@ def _table(report: DataReport) -> Table:
         ("formats", _counts(report.formats)),
         *((f"values of {mode}", f"{low:g} to {high:g} become 0 to 1") for mode, (low, high) in report.ranges.items()),
         ("unreadable", _listed(len(report.bad), [f"{bad.location}: {bad.reason}" for bad in report.bad])),
-        *_left_out(report.left_out),
+        *([("not read", not_read)] if (not_read := describe_unread(report.left_out, _SHOWN)) else []),
         ("duplicates", _listed(len(report.duplicates), [" = ".join(group) for group in report.duplicates])),
         ("mean", _numbers(report.mean)),
         ("std", _numbers(report.std)),
@@ -76,11 +78,6 @@ def _table(report: DataReport) -> Table:
     for name, value in rows:
         table.add_row(name, Text(value, overflow="fold"))
     return table
-
-
-def _left_out(counts: dict[str, int]) -> list[tuple[str, str]]:
-    named = {suffix or "without a suffix": count for suffix, count in counts.items()}
-    return [("not read", _counts(named))] if named else []
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -169,6 +169,7 @@ class Part(ImageSource):
         classes: Sequence[str] | None = None,
     ) -> None:
         super().__init__(whole.name, labels, classes if labels is not None else whole.classes)
+        self.left_out = whole.left_out
         self._whole = whole
         self._indices = indices
 

@@ -4,22 +4,33 @@ All images are opened here, with a fixed list of formats: Pillow knows others, o
 """
 
 import contextlib
+import functools
 import io
 import threading
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 import torch
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 from torchvision.transforms.v2 import functional as tvf
 
-from crate_mae.errors import UserError, first_line
+from crate_mae.errors import UserError, and_more, first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow reads the MPO files of phones as JPEG
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Formats that are read on some machines: their suffixes, and what else reads them.
+OPTIONAL = {
+    "AVIF": ((".avif",), "pip install --upgrade pillow"),
+    "HEIF": ((".heic", ".heif", ".hif"), "pip install 'crate-mae[heic]'"),
+}
+# Images that neither reads. Pillow itself has a list of those that it does.
+_OTHER_IMAGES = frozenset(
+    {".jxl", ".svg", ".raw", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".jfif"}
+)
 MOST_BYTES = 2**29  # of an encoded image
 MOST_PIXELS = 2**26  # of a decoded one: 8,192 x 8,192, up to a gigabyte while it is converted
 
@@ -30,6 +41,8 @@ COLOUR_MODES = frozenset({"P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCb
 
 # Where Pillow's formats keep what can hold an orientation; reading it costs a third of decoding a 32-pixel JPEG.
 _ORIENTATION_KEYS = ("exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif")
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+_JPEG_XL = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 _LONGEST_REASON = 160
 _LARGEST_VALUE = 1e37  # so that the difference of two is finite in float32
 
@@ -51,6 +64,55 @@ class UnreadableImage(Exception):  # noqa: N818 - named after the image; not an 
         return f"{self.location}: {self.reason}"
 
 
+@functools.cache
+def optional_formats() -> tuple[str, ...]:
+    """The `OPTIONAL` formats that are read here: AVIF by most builds of Pillow, HEIF with the extra `heic`.
+
+    The first call makes Pillow's plug-in for HEIF known to Pillow.
+    """
+    found = ["AVIF"] if "avif" in features.modules and features.check("avif") else []
+    with contextlib.suppress(ImportError):
+        import pillow_heif  # pyright: ignore[reportMissingImports]  # an extra
+
+        pillow_heif.register_heif_opener()
+        found.append("HEIF")
+    return tuple(found)
+
+
+def image_suffixes() -> tuple[str, ...]:
+    """The suffixes of files that are read here, in lower case."""
+    return SUFFIXES + tuple(suffix for form in optional_formats() for suffix in OPTIONAL[form][0])
+
+
+def may_be_image(suffix: str) -> bool:
+    """Whether files with this suffix are mostly images, whether they are read here or not."""
+    optional = (known for suffixes, _ in OPTIONAL.values() for known in suffixes)
+    return suffix in Image.registered_extensions() or suffix in _OTHER_IMAGES or suffix in optional
+
+
+def describe_unread(counts: Mapping[str, int], most: int = 8) -> str:
+    """Describe files that are not read, images first; empty for none.
+
+    Such as "12 files are not read: 9 .heic (pip install 'crate-mae[heic]'), 3 .cr2".
+
+    Args:
+        counts: files by suffix, and folders of the system by name with "/".
+        most: number of kinds to name.
+    """
+    remedies = {suffix: remedy for suffixes, remedy in OPTIONAL.values() for suffix in suffixes}
+    files = sorted((kind for kind in counts if not kind.endswith("/")), key=lambda kind: not may_be_image(kind))
+    kinds = [f"{counts[kind]:,} {kind or 'without a suffix'}" for kind in files]
+    kinds = [f"{text} ({remedies[kind]})" if kind in remedies else text for kind, text in zip(files, kinds, strict=True)]
+    folders = [f"{counts[kind]:,} {kind}" for kind in counts if kind.endswith("/")]
+    total = sum(counts[kind] for kind in files)
+    found = []
+    if kinds:
+        found.append(f"{total:,} file{'s are' if total > 1 else ' is'} not read: {and_more(kinds, most)}")
+    if folders:
+        found.append(f"folders of the system are not read: {and_more(folders, most)}")
+    return "; ".join(found)
+
+
 def decode(content: bytes, location: str) -> Image.Image:
     """Decode a whole image file of one of the `FORMATS` and turn it upright (EXIF orientation).
 
@@ -69,9 +131,9 @@ def decode(content: bytes, location: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(content), formats=FORMATS)
+            image = Image.open(io.BytesIO(content), formats=FORMATS + optional_formats())
     except UnidentifiedImageError as error:
-        raise UnreadableImage(location, "not an image of a known format, or its header is damaged") from error
+        raise UnreadableImage(location, _why_unknown(content)) from error
     except Image.DecompressionBombError as error:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UnreadableImage(location, f"more than {limit:,} pixels: refused as a decompression bomb") from error
@@ -91,8 +153,9 @@ def upright(image: Image.Image, location: str) -> Image.Image:
     form = image.format
     if not all(image.size):
         raise UnreadableImage(location, f"it has no pixels ({image.width} x {image.height})")
-    if isinstance(image, ImageFile.ImageFile) and form not in (*FORMATS, "MPO"):
-        raise UnreadableImage(location, f"the format {form} is not one of {', '.join(FORMATS)}: convert it")
+    known = FORMATS + optional_formats()
+    if isinstance(image, ImageFile.ImageFile) and form not in (*known, "MPO"):
+        raise UnreadableImage(location, f"the format {form} is not one of {', '.join(known)}: convert it")
     try:
         with warnings.catch_warnings(), _truncated_images_refused():
             warnings.simplefilter("ignore")
@@ -109,6 +172,17 @@ def upright(image: Image.Image, location: str) -> Image.Image:
     if image.mode not in GREY_MODES and image.mode not in COLOUR_MODES:
         raise UnreadableImage(location, f"pixels of mode {image.mode} are not supported")
     return image
+
+
+def _why_unknown(content: bytes) -> str:
+    """Why no format was found, whatever the name of the file: phones save HEIC that is then renamed to .jpg."""
+    brand = content[8:12] if content[4:8] == b"ftyp" else b""
+    form = "AVIF" if brand in (b"avif", b"avis") else "HEIF" if brand in _HEIF_BRANDS else ""
+    if form and form not in optional_formats():
+        return f"a file of the format {form}, which is not read here: {OPTIONAL[form][1]}"
+    if content.startswith(_JPEG_XL):
+        return "a file of the format JPEG XL, which is not read: convert it"
+    return "not an image of a known format, or its header is damaged"
 
 
 def _limit_pixels(image: ImageFile.ImageFile, location: str) -> None:

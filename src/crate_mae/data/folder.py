@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Int
 
 from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable, read_file, text_of
+from crate_mae.data.decode import image_suffixes
 from crate_mae.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
 # Made by file managers, operating systems and network drives; some hold small copies of the images.
 SYSTEM_FOLDERS = frozenset(
@@ -80,11 +80,12 @@ def list_folder(root: Path) -> Listing:
     """
     listing = Listing([], [], {})
     others: Counter[str] = Counter()
+    read = image_suffixes()
     for name in _walk(root.absolute()):
         suffix = PurePosixPath(name).suffix.lower()
         if name.endswith("/"):
             others[f"{PurePosixPath(name).name}/"] += 1
-        elif suffix in IMAGE_SUFFIXES:
+        elif suffix in read:
             listing.images.append(name)
         else:
             others[suffix] += 1

@@ -15,9 +15,8 @@ import numpy as np
 from jaxtyping import Int
 
 from crate_mae.data.base import NO_LABEL, EncodedSource, files_fingerprint, number_labels, printable
-from crate_mae.data.decode import MOST_BYTES, UnreadableImage
+from crate_mae.data.decode import MOST_BYTES, UnreadableImage, describe_unread, image_suffixes
 from crate_mae.data.documents import parse_json
-from crate_mae.data.folder import IMAGE_SUFFIXES
 from crate_mae.errors import UserError, and_more, first_line
 
 logger = logging.getLogger(__name__)
@@ -83,7 +82,10 @@ class ShardSource(EncodedSource):
             found += [index.labels.get(_key(member.name)) for member in index.images.values() if not _is_lost(member)]
             others += index.others
         if not self._members:
-            raise UserError(f"Found 0 images in {len(self._paths)} shard(s) of {name}: looked for {_suffixes()}.")
+            raise UserError(
+                f"Found 0 images in {len(self._paths)} shard(s) of {name}: looked for {' '.join(image_suffixes())}; "
+                f"{describe_unread(others) or 'saw no files at all'}."
+            )
         labels, classes = number_labels(found)
         super().__init__(name, self._with_lost(labels), classes)
         self.left_out = dict(others.most_common())
@@ -194,7 +196,7 @@ def _add_member(index: _Index, number: int, info: tarfile.TarInfo, file: io.Buff
     suffix = path.suffix.lower()
     if info.isdir() or path.name.startswith("."):
         return
-    if suffix in IMAGE_SUFFIXES:
+    if suffix in image_suffixes():
         if info.name in index.images:
             index.replaced.append(info.name)
             del index.images[info.name]  # the last one keeps its own place
@@ -286,7 +288,3 @@ def _parse_label(content: bytes, suffix: str) -> int | str | None:
     except (ValueError, TypeError):
         return None
     return int(text) if _NUMBER.fullmatch(text) else text or None
-
-
-def _suffixes() -> str:
-    return " ".join(IMAGE_SUFFIXES)

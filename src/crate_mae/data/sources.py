@@ -7,14 +7,14 @@ import re
 from itertools import product
 from pathlib import Path
 
-from PIL import Image
 from torch.utils.data import Dataset, IterableDataset
 
 from crate_mae.data.base import ImageSource, printable
+from crate_mae.data.decode import OPTIONAL, describe_unread, image_suffixes, may_be_image
 from crate_mae.data.digits import DigitsSource
 from crate_mae.data.facts import content_digests
 from crate_mae.data.files import path_of
-from crate_mae.data.folder import IMAGE_SUFFIXES, SPLIT_NAMES, FolderSource, Listing, list_folder
+from crate_mae.data.folder import SPLIT_NAMES, FolderSource, Listing, list_folder
 from crate_mae.data.hub import HubSource
 from crate_mae.data.parquet import ParquetSource
 from crate_mae.data.shards import ShardSource
@@ -27,8 +27,6 @@ FORMS = (
     "Data is a folder of images, an image, a .parquet file or a folder of them, .tar shards (path, glob, or\n"
     "{000..009}), hf:name[:split], torchvision:CIFAR10[:split], digits, or from Python a torch.utils.data.Dataset."
 )
-# Images that Pillow does not read by itself; those that it does are in its own list.
-OTHER_IMAGE_SUFFIXES = frozenset({".heic", ".heif", ".avif", ".jxl", ".svg", ".raw", ".dng", ".nef", ".cr2", ".arw"})
 _MOST_FILES = 1_000_000  # that a pattern may stand for
 _PREFIXES = ("hf", "torchvision", "digits")
 _PATTERN = re.compile(r"[*?\[{]")
@@ -60,10 +58,9 @@ def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSo
         return data
     if isinstance(data, str | Path):
         path_of("DATA", data)
-    if isinstance(data, Path):
-        return _open_path(data, str(data))
-    if isinstance(data, str):
-        return _open_text(data)
+        source = _open_path(data, str(data)) if isinstance(data, Path) else _open_text(data)
+        _warn_of_images(source)
+        return source
     if isinstance(data, IterableDataset) or not isinstance(data, Indexable):
         raise UserError(
             f"A {type(data).__name__} cannot be read in any order, which exact resuming needs.\n"
@@ -159,7 +156,6 @@ def _open_folder(path: Path, name: str) -> ImageSource:
     if listing.images:
         source = FolderSource(path, listing.images, name)
         source.left_out = listing.others
-        _warn_of_images(source)
         return source
     for suffix, kind in ((".parquet", ParquetSource), (".tar", ShardSource)):
         found = [path / file for file in listing.containers if file.lower().endswith(suffix)]
@@ -168,14 +164,11 @@ def _open_folder(path: Path, name: str) -> ImageSource:
     raise _no_images(path, listing)
 
 
-def _warn_of_images(source: FolderSource) -> None:
-    """Name what is left out of a folder although it may well be images."""
-    known = Image.registered_extensions().keys() | OTHER_IMAGE_SUFFIXES
-    found = [f"{count} {suffix}" for suffix, count in source.left_out.items() if suffix in known]
+def _warn_of_images(source: ImageSource) -> None:
+    """Name what is left out although it may well be images."""
+    found = {suffix: count for suffix, count in source.left_out.items() if may_be_image(suffix)}
     if found:
-        logger.warning(
-            "%s: not read are %s. Formats that are read: %s.", source.name, ", ".join(found), " ".join(IMAGE_SUFFIXES)
-        )
+        logger.warning("%s: %s.", source.name, describe_unread(found))
 
 
 def _open_files(paths: list[Path], name: str) -> ImageSource:
@@ -184,8 +177,11 @@ def _open_files(paths: list[Path], name: str) -> ImageSource:
         return ParquetSource(paths, name)
     if suffixes == {".tar"}:
         return ShardSource(paths, name)
-    if len(paths) == 1 and suffixes <= set(IMAGE_SUFFIXES):
+    if len(paths) == 1 and suffixes <= set(image_suffixes()):
         return FolderSource(paths[0].parent, [paths[0].name], name)
+    for form, (optional, remedy) in OPTIONAL.items():
+        if len(paths) == 1 and suffixes <= set(optional):
+            raise UserError(f"{printable(paths[0])} is a file of the format {form}, which is not read here: {remedy}")
     if len(paths) == 1:
         raise UserError(f"{printable(paths[0])} is not an image, a .parquet file or a .tar shard.\n{FORMS}")
     raise UserError(f"{name} stands for {len(paths)} files that are neither all .parquet nor all .tar.\n{FORMS}")
@@ -234,9 +230,8 @@ def _choices(inside: str) -> list[str]:
 
 
 def _no_images(path: Path, listing: Listing) -> UserError:
-    shown = list(listing.others.items())[:5]
-    saw = ", ".join(f"{count} {suffix or 'without a suffix'}" for suffix, count in shown) or "no files at all"
-    message = f"Found 0 images under {printable(path)}: looked for {' '.join(IMAGE_SUFFIXES)}; saw {saw}."
+    saw = describe_unread(listing.others) or "saw no files at all"
+    message = f"Found 0 images under {printable(path)}: looked for {' '.join(image_suffixes())}; {saw}."
     if ".arrow" in listing.others:
         message += f"\nFolders saved by the datasets library are opened as hf:{printable(path)}"
     return UserError(message)

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from crate_mae.data.decode import describe_unread
 from crate_mae.training.model_state import sharding_of
 from crate_mae.training.optimizer import scaled_lr
 from crate_mae.training.preflight import ProbeResult
@@ -34,8 +35,10 @@ def describe_plan(
     micro = config.batch_size // (processes * config.accumulation)
     warmup = round(config.warmup_epochs * task.steps_per_epoch)
     lr, final = scaled_lr(config.lr, config.batch_size), scaled_lr(config.min_lr, config.batch_size)
+    not_read = describe_unread(task.images.train.left_out)
     rows = {
         **task.describe(),
+        **({"not read": not_read} if not_read else {}),
         "batch": f"{config.batch_size} = {micro} x {config.accumulation} accumulated x {count(processes, 'process')}",
         "learning rate": f"{config.lr:.3g} x {config.batch_size}/256 = {lr:.3g} after {count(warmup, 'warm-up step')}"
         f", then by a cosine to {final:g}",
