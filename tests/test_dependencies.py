@@ -11,7 +11,12 @@ tomllib = pytest.importorskip("tomllib", reason="only Python 3.11 and later can 
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-PACKAGES = {"PIL": "pillow", "pillow_heif": "pillow-heif", "sklearn": "scikit-learn", "yaml": "pyyaml"}  # whose names differ from their modules'
+PACKAGES = {
+    "PIL": "pillow",
+    "pillow_heif": "pillow-heif",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}  # whose names differ from their modules'
 NOT_IMPORTED = {"onnx", "onnxscript", "tensorboard", "wandb"}  # torch.onnx and accelerate import these
 
 

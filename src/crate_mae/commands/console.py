@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from rich.console import Console
 from rich.progress import Progress
@@ -72,6 +73,14 @@ def extract_with_progress(
         task = progress.add_task(f"Encoding {source.name}", total=len(source))
         with_progress = dataclasses.replace(extraction, on_images=lambda count: progress.advance(task, count))
         return extract(backbone, source, with_progress)
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, in ASCII: other characters would be escaped for the terminal, not for JSON."""
+    from crate_mae.data.documents import to_json
+
+    sys.stdout.write(to_json(value, ascii_only=True) + "\n")
+    sys.stdout.flush()
 
 
 def print_bad(console: Console, bad: Iterable[tuple[str, str]]) -> None:

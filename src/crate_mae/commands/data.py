@@ -2,26 +2,32 @@
 
 import csv
 import io
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from crate_mae.commands.console import print_json
 from crate_mae.data.results import DataReport
 from crate_mae.errors import UserError
 from crate_mae.terminal import open_console
 
 _SHOWN = 10
+_8_BIT_MODES = ("L", "RGB", "1 x uint8", "3 x uint8")
 
 
-def check(data: str | Path, *, sample: int | None = None, out: Path | str | None = None) -> DataReport:
+def check(
+    data: str | Path, *, sample: int | None = None, out: Path | str | None = None, json: bool = False
+) -> DataReport:
     """Check images before training: counts, sizes, unreadable and duplicate files, mean and std, and a suitable model.
 
     Args:
         data: A folder of images, a .parquet file, .tar shards, hf:name, torchvision:CIFAR10, digits, ...
         sample: Number of images to read, a fixed pseudo-random sample; by default all.
-        out: New CSV file for the unreadable images and the reasons.
+        out: New CSV file for the unreadable images with the reasons, and for exact duplicates of earlier images.
+        json: Print one JSON object instead of a table; its keys are the attributes of `DataReport`.
 
     Returns:
         Everything that is printed, and all unreadable and duplicate images.
@@ -38,17 +44,24 @@ def check(data: str | Path, *, sample: int | None = None, out: Path | str | None
     console = open_console()
     source = open_source(data)
     total = len(source) if sample is None else min(sample, len(source))
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True, disable=json) as progress:
         task = progress.add_task("Reading images", total=total)
         report = check(source, sample, on_image=lambda: progress.advance(task))
-    console.print(_table(report))
     if out is not None:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("location", "reason"))
         writer.writerows(report.bad)
+        copies = [(copy, f"duplicate of {first}") for first, *others in report.duplicates for copy in others]
+        writer.writerows(copies)
         write_whole(out, text.getvalue())
-        console.print(f"{len(report.bad)} unreadable images are listed in {out}", markup=False)
+    if json:
+        print_json(report.to_dict())
+        return report
+    console.print(_table(report))
+    if out is not None:
+        listed = f"{len(report.bad):,} unreadable and {len(copies):,} duplicate images are listed in {out}"
+        console.print(listed, markup=False, soft_wrap=True)
     return report
 
 
@@ -66,7 +79,7 @@ def _table(report: DataReport) -> Table:
         ("width", _spread(report.widths)),
         ("modes", _counts(report.modes)),
         ("formats", _counts(report.formats)),
-        *((f"values of {mode}", f"{low:g} to {high:g} become 0 to 1") for mode, (low, high) in report.ranges.items()),
+        *_values(report),
         ("unreadable", _listed(len(report.bad), [f"{bad.location}: {bad.reason}" for bad in report.bad])),
         *([("not read", not_read)] if (not_read := describe_unread(report.left_out, _SHOWN)) else []),
         ("duplicates", _listed(len(report.duplicates), [" = ".join(group) for group in report.duplicates])),
@@ -78,6 +91,21 @@ def _table(report: DataReport) -> Table:
     for name, value in rows:
         table.add_row(name, Text(value, overflow="fold"))
     return table
+
+
+def _values(report: DataReport) -> Iterator[tuple[str, str]]:
+    """A line for each unusual range of values, and for grey images that are stored as colour."""
+    for mode, (low, high) in report.ranges.items():
+        yield f"values of {mode}", f"{low:g} to {high:g} become 0 to 1"
+    for mode, (low, high) in report.values.items():
+        bits = 16 if mode.startswith("I;16") else 8 if mode in _8_BIT_MODES else 0
+        used = int(high).bit_length() if bits else 0
+        if used < bits:
+            yield f"values of {mode}", f"{low:,.0f} to {high:,.0f} of {2**bits - 1:,}: {used} of {bits} bits are used"
+    if report.grey_colour:
+        readable = report.checked - len(report.bad)
+        advice = ": --channels 1 is enough" if report.grey_colour == readable else ""
+        yield "grey as colour", f"{report.grey_colour:,} of {readable:,} images{advice}"
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -102,7 +102,9 @@ def describe_unread(counts: Mapping[str, int], most: int = 8) -> str:
     remedies = {suffix: remedy for suffixes, remedy in OPTIONAL.values() for suffix in suffixes}
     files = sorted((kind for kind in counts if not kind.endswith("/")), key=lambda kind: not may_be_image(kind))
     kinds = [f"{counts[kind]:,} {kind or 'without a suffix'}" for kind in files]
-    kinds = [f"{text} ({remedies[kind]})" if kind in remedies else text for kind, text in zip(files, kinds, strict=True)]
+    kinds = [
+        f"{text} ({remedies[kind]})" if kind in remedies else text for kind, text in zip(files, kinds, strict=True)
+    ]
     folders = [f"{counts[kind]:,} {kind}" for kind in counts if kind.endswith("/")]
     total = sum(counts[kind] for kind in files)
     found = []

@@ -71,9 +71,15 @@ def parse_yaml(text: str | bytes, name: str) -> Any:
     return value
 
 
-def to_json(value: Any, indent: int | None = 2) -> str:
-    """A value as JSON that every parser accepts: infinity and NaN, which JSON does not have, become null."""
-    text = json.dumps(_finite(value), indent=indent, ensure_ascii=False, allow_nan=False)
+def to_json(value: Any, indent: int | None = 2, *, ascii_only: bool = False) -> str:
+    """A value as JSON that every parser accepts: infinity and NaN, which JSON does not have, become null.
+
+    Args:
+        value: of plain values.
+        indent: spaces a level.
+        ascii_only: whether other characters are written as escapes of JSON, for a terminal of any encoding.
+    """
+    text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
     # Bytes of a file name that are not UTF-8 are halves of surrogate pairs in Python; JSON writes them as this does.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

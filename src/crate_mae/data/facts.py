@@ -1,5 +1,6 @@
 """Facts about the images of a source: sizes, channels, mean and std from a fixed sample; and a check of all images."""
 
+import contextlib
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -11,7 +12,15 @@ from torch import Tensor
 
 from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample
 from crate_mae.data.dataset import default_generator_seeded, global_generators_seeded
-from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, decode, size_of, to_channels
+from crate_mae.data.decode import (
+    DEEP_MODES,
+    UNBOUNDED_MODES,
+    UnreadableImage,
+    channels_of,
+    decode,
+    size_of,
+    to_channels,
+)
 from crate_mae.data.results import BadImage, DataReport, ImageFacts
 from crate_mae.errors import UserError
 
@@ -19,6 +28,8 @@ from crate_mae.errors import UserError
 _MOST_PIXELS = 10**9
 _PROBE = 16
 _SMALLEST_STD = 1 / 255
+_MOST_COMPARED = 2 * 2**30  # bytes of images that `find_copies` reads: some seconds; CIFAR-10's 55 MB take one
+_GREY_STEP = 16  # pixels between those that are looked at first
 
 
 def describe_images(source: ImageSource, sample: int = 64) -> ImageFacts:
@@ -93,6 +104,8 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
     modes: Counter[str] = Counter()
     formats: Counter[str] = Counter()
     channels: Counter[int] = Counter()
+    values: dict[str, tuple[float, float]] = {}
+    grey_colour = 0
     same: defaultdict[bytes, list[int]] = defaultdict(list)
     bad: list[BadImage] = []
     for i in indices:
@@ -105,6 +118,10 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
             modes[_mode(image)] += 1
             formats[getattr(image, "format", None) or "no file"] += 1
             channels[channels_of(image)] += 1
+            low, high = _extrema(image)
+            before = values.get(_mode(image), (low, high))
+            values[_mode(image)] = min(low, before[0]), max(high, before[1])
+            grey_colour += _is_grey_colour(image)
             same[digest].append(i)
         if on_image is not None:
             on_image()
@@ -119,6 +136,8 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
         formats=dict(formats.most_common()),
         bad=tuple(bad),
         left_out=dict(source.left_out),
+        values=values,
+        grey_colour=grey_colour,
         ranges={mode: source.value_range(mode) for mode in sorted(UNBOUNDED_MODES & set(modes))},
         duplicates=tuple(tuple(map(source.location, group)) for group in same.values() if len(group) > 1),
         **_suggestions(source, sizes, channels, len(indices)),
@@ -137,6 +156,48 @@ def _content_digest(source: ImageSource, i: int) -> str:
             return _read_with_digest(source, i)[1].hex()
     except UnreadableImage:
         return "unreadable"
+
+
+def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Find the images of one source that are also in another: equal bytes of files, or equal pixels of others.
+
+    Nothing is decoded, so a copy that was saved again is not found, nor one among Python objects of a file. If both
+    together have more than about 2 GiB, a fixed pseudo-random sample of each is compared.
+
+    Returns:
+        pairs (number in `first`, number in `second`), one for each image of `second` that is found; and how many images
+        of each were compared.
+    """
+    if isinstance(first, EncodedSource) != isinstance(second, EncodedSource):
+        return [], (0, 0)
+    sizes = [_mean_bytes(source) for source in (first, second)]
+    needed = [size * len(source) for size, source in zip(sizes, (first, second), strict=True)]
+    of_second = min(needed[1], max(_MOST_COMPARED / 2, _MOST_COMPARED - needed[0]))  # finds most copies
+    limits = (_MOST_COMPARED - of_second, of_second)
+    samples = [
+        fixed_sample(len(source), max(1, int(limit / size)) if size else None)
+        for source, limit, size in zip((first, second), limits, sizes, strict=True)
+    ]
+    known = {digest: i for i in reversed(samples[0]) if (digest := _own_digest(first, i))}
+    pairs = [(known[digest], i) for i in samples[1] if (digest := _own_digest(second, i)) in known]
+    return pairs, (len(samples[0]), len(samples[1]))
+
+
+def _mean_bytes(source: ImageSource) -> float:
+    """Bytes to read for one image, of the file or of its pixels: the mean of a few."""
+    sizes = []
+    for i in fixed_sample(len(source), _PROBE):
+        with contextlib.suppress(UnreadableImage):
+            sizes.append(len(_own_bytes(source, i)))
+    return sum(sizes) / len(sizes) if sizes else 0.0
+
+
+def _own_digest(source: ImageSource, i: int) -> bytes | None:
+    """A digest of image i; None if it cannot be read."""
+    try:
+        return hashlib.sha256(_own_bytes(source, i)).digest()
+    except UnreadableImage:
+        return None
 
 
 # (shorter side up to which, the preset, its image size)
@@ -208,8 +269,44 @@ def _read_with_digest(source: ImageSource, i: int) -> tuple[Image.Image | Tensor
         content = source.content(i)
         return decode(content, source.location(i)), hashlib.sha256(content).digest()
     image = source.picture(i)
+    return image, hashlib.sha256(_pixel_bytes(image)).digest()
+
+
+def _own_bytes(source: ImageSource, i: int) -> bytes:
+    """What the digest of image i is made of, without decoding a file."""
+    if isinstance(source, EncodedSource):
+        return source.content(i)
+    # A data set of Python may change its images at random: with the same seeds, it does so in the same way.
+    with default_generator_seeded(0), global_generators_seeded(0):
+        return _pixel_bytes(source.picture(i))
+
+
+def _pixel_bytes(image: Image.Image | Tensor) -> bytes:
     pixels = np.asarray(image) if isinstance(image, Image.Image) else image.detach().cpu().numpy()
-    return image, hashlib.sha256(f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()).digest()
+    return f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()
+
+
+def _extrema(image: Image.Image | Tensor) -> tuple[float, float]:
+    """The smallest and the largest value of an image as it is stored, over all channels."""
+    if isinstance(image, Tensor):
+        return image.min().item(), image.max().item()
+    if image.mode in DEEP_MODES:
+        values = np.asarray(image)
+        values = values[np.isfinite(values)]
+        return (values.min().item(), values.max().item()) if values.size else (0, 0)
+    return np.min(image.getextrema()).item(), np.max(image.getextrema()).item()
+
+
+def _is_grey_colour(image: Image.Image | Tensor) -> bool:
+    """Whether red, green and blue are the same in every pixel of a colour image."""
+    if isinstance(image, Tensor):
+        pixels = image.detach().cpu().numpy() if image.shape[0] == 3 else None
+    else:
+        pixels = np.moveaxis(np.asarray(image), 2, 0)[:3] if image.mode in ("RGB", "RGBA", "RGBX") else None
+    if pixels is None:
+        return False
+    some = pixels[:, ::_GREY_STEP, ::_GREY_STEP]  # mostly enough to see colour, in a hundredth of the time
+    return all(bool((part[0] == part[1]).all() and (part[0] == part[2]).all()) for part in (some, pixels))
 
 
 def _mode(image: Image.Image | Tensor) -> str:

@@ -1,7 +1,7 @@
 """Results of reading images. Does not import PyTorch, so that the command line can use these types."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 
 class BadImage(NamedTuple):
@@ -45,6 +45,8 @@ class DataReport:
         formats: number of images of each file format ("JPEG", ...).
         bad: the unreadable images, with reasons.
         left_out: number of files that are not read as images, by suffix, and of folders of the system.
+        values: the smallest and the largest value of each mode, over all channels, as they are stored.
+        grey_colour: number of colour images in which red, green and blue are the same in every pixel.
         ranges: for images of the modes I (32 bits) and F (float) the values that become 0 and 1; see
             `ImageSource.value_range`.
         duplicates: locations of images with identical bytes, group by group.
@@ -65,9 +67,15 @@ class DataReport:
     formats: dict[str, int]
     bad: tuple[BadImage, ...]
     left_out: dict[str, int]
+    values: dict[str, tuple[float, float]]
+    grey_colour: int
     ranges: dict[str, tuple[float, float]]
     duplicates: tuple[tuple[str, ...], ...]
     mean: tuple[float, ...]
     std: tuple[float, ...]
     suggested_model: str | None
     suggested_image_size: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """All attributes by name, for JSON: each of `bad` with the keys location and reason."""
+        return {**asdict(self), "bad": [image._asdict() for image in self.bad]}

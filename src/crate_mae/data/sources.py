@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from crate_mae.data.base import ImageSource, printable
 from crate_mae.data.decode import OPTIONAL, describe_unread, image_suffixes, may_be_image
 from crate_mae.data.digits import DigitsSource
-from crate_mae.data.facts import content_digests
+from crate_mae.data.facts import content_digests, find_copies
 from crate_mae.data.files import path_of
 from crate_mae.data.folder import SPLIT_NAMES, FolderSource, Listing, list_folder
 from crate_mae.data.hub import HubSource
@@ -96,8 +96,8 @@ def same_images(first: ImageSource, second: ImageSource) -> bool:
 def refuse_shared_images(train: ImageSource, val: ImageSource, option: str, consequence: str) -> None:
     """Raise a `UserError` if images to measure on are among those that are learned from.
 
-    They are recognised where both are the same files, rows, shard members or items, whichever way they were opened; not
-    where one is a copy of the other, for which all contents would have to be read.
+    They are recognised where both are the same files, rows, shard members or items, whichever way they were opened.
+    Copies under other names are a warning: see `find_copies`.
 
     Args:
         train: learned from.
@@ -115,6 +115,26 @@ def refuse_shared_images(train: ImageSource, val: ImageSource, option: str, cons
             f"{len(shared):,} of {len(val):,} images of --val ({val.name}) are also in {option} ({train.name}), "
             f"such as {val.location(shared[0])}, so {consequence}.\n{remedy}"
         )
+    _warn_of_copies(train, val, option)
+
+
+def _warn_of_copies(train: ImageSource, val: ImageSource, option: str) -> None:
+    """Name the images of --val that are also in `train` under another name."""
+    pairs, compared = find_copies(train, val)
+    found = ""
+    if pairs:
+        first, second = pairs[0]
+        found = (
+            f"{len(pairs):,} of {compared[1]:,} images of --val ({val.name}) are also in {option} ({train.name}), e.g. "
+            f"{val.location(second)} = {train.location(first)}."
+        )
+    if 0 < sum(compared) < len(train) + len(val):
+        found += (
+            f" Copies were looked for among {compared[0]:,} of the {len(train):,} images of {option} and "
+            f"{compared[1]:,} of the {len(val):,} of --val, since reading all would take long."
+        )
+    if found:
+        logger.warning("%s", found.strip())
 
 
 def _open_text(data: str) -> ImageSource:
