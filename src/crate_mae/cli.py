@@ -90,8 +90,9 @@ def build_app() -> App:
     )
     for name, (function, text) in _COMMANDS.items():
         app.command(f"crate_mae.commands.{function}", name=name, help=text)
-    data = App(name="data", help="Check images before training on them.")
+    data = App(name="data", help="Check images before training on them, or make them smaller.")
     data.command("crate_mae.commands.data:check", name="check", help="Decode, count and measure all images.")
+    data.command("crate_mae.commands.data:resize", name="resize", help="Write a copy with smaller images.")
     app.command(data)
     evaluate = App(name="eval", help="Evaluate the features and the completions of a trained model.")
     for name, (function, text) in _EVAL_COMMANDS.items():

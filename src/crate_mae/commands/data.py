@@ -1,4 +1,4 @@
-"""`crate-mae data check`: check images before training on them."""
+"""`crate-mae data`: check images before training on them, and make a copy of them that is faster to read."""
 
 import csv
 import io
@@ -9,12 +9,15 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from crate_mae.commands.console import print_json
+from crate_mae.commands.console import print_bad, print_json
+from crate_mae.data.files import output_path, write_whole
+from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.data.results import DataReport
 from crate_mae.errors import UserError
 from crate_mae.terminal import open_console
 
 _SHOWN = 10
+_LARGEST_SIDE = 65_536
 _8_BIT_MODES = ("L", "RGB", "1 x uint8", "3 x uint8")
 
 
@@ -36,7 +39,6 @@ def check(
         UserError: if the data does not exist, or `out` exists already.
     """
     from crate_mae.data import check, open_source
-    from crate_mae.data.files import output_path, write_whole
 
     out = None if out is None else output_path("--out", out)
     if out is not None and out.exists():
@@ -63,6 +65,49 @@ def check(
         listed = f"{len(report.bad):,} unreadable and {len(copies):,} duplicate images are listed in {out}"
         console.print(listed, markup=False, soft_wrap=True)
     return report
+
+
+def resize(data: str | Path, out: Path | str, *, size: int, workers: int | None = None, max_bad: float = 0.01) -> Path:
+    """Write a copy of a data set with smaller images, so that large files are decoded once and not in every epoch.
+
+    The copy of a folder is a folder with the same sub-folders and names; everything else becomes one parquet file with
+    the same labels. Images are reduced as in training, and never enlarged. Those that are small enough are copied as
+    they are; of the others, JPEG, WebP, AVIF and HEIC files become JPEG of quality 95, all others PNG.
+
+    Args:
+        data: A folder of images, a .parquet file, .tar shards, hf:name, torchvision:CIFAR10, digits, ...
+        out: New folder, outside of the images'.
+        size: Longest shorter side, in pixels. Random crops should not have to be enlarged: `crate-mae pretrain` prints
+            the size for its crops where reading takes much of the time.
+        workers: Processes that read images; by default one less than the number of cores, at most 8.
+        max_bad: Largest share of unreadable images, which are listed and left out.
+
+    Returns:
+        The path of the copy.
+
+    Raises:
+        UserError: if the data does not exist, `out` exists already, or too many images cannot be read; nothing is
+            written then.
+    """
+    check_whole("--size", size, 1, _LARGEST_SIDE)
+    if workers is not None:
+        check_whole("--workers", workers, 0, MOST_THREADS)
+    if not 0.0 <= max_bad <= 1.0:
+        raise UserError(f"--max-bad is {max_bad}, but must be between 0 and 1.")
+    from crate_mae.data import open_source
+    from crate_mae.data.resize import resize_images
+
+    out = output_path("OUT", out)
+    source = open_source(data)
+    console = open_console()
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Resizing images", total=len(source))
+        bad = resize_images(
+            source, out, size, workers=workers, max_bad=max_bad, on_image=lambda: progress.advance(task)
+        )
+    print_bad(console, bad)
+    console.print(f"Saved {len(source) - len(bad):,} images in {out}", soft_wrap=True, markup=False)
+    return out
 
 
 def _table(report: DataReport) -> Table:

@@ -3,6 +3,7 @@
 import os
 import random
 import re
+import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -243,6 +244,11 @@ def default_generator_seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Ignore Ctrl-C, which reaches every process, in loader processes: the main process ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def default_workers(processes: int = 1) -> int:

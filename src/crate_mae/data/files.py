@@ -130,21 +130,33 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a temporary folder to fill, which takes the name `path` when the block ends without an exception.
 
-    A folder already at `path` is replaced. If the block fails, nothing is left of it.
+    If the block fails, nothing is left of it.
+
+    Args:
+        path: of the folder.
+        replace: whether a folder already at `path` is replaced; otherwise it is left alone.
+
+    Raises:
+        FileExistsError: if something is at `path` in the end, and is not to be replaced.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    # Two programs may fill the same new folder; a folder to replace belongs to one run.
+    temporary = path.with_name(f".{path.name}.{'tmp' if replace else secrets.token_hex(4)}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for file in temporary.iterdir():
-            flush_to_disk(file)
-        flush_names(temporary)
-        if path.exists():
+        for entry in [temporary, *temporary.rglob("*")]:
+            if entry.is_dir():
+                flush_names(entry)
+            else:
+                flush_to_disk(entry)
+        if replace and path.exists():
             shutil.rmtree(path)
+        elif os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, "something else has taken that name meanwhile", str(path))
         temporary.rename(path)
         flush_names(path.parent)
     except BaseException:

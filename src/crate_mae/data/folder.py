@@ -43,33 +43,37 @@ class FolderSource(EncodedSource):
 
     Labels are the names of the top-level sub-folders, if every image is in one and there are at least two. Folders
     named like splits ("train", "val") are not classes.
+
+    Attributes:
+        root: the folder.
+        images: paths of the files in it.
     """
 
     def __init__(self, root: Path, images: list[str], name: str) -> None:
         labels, classes = _folder_labels(images)
         super().__init__(name, labels, classes)
-        self._root = root
-        self._images = images
+        self.root = root
+        self.images = images
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self.images)
 
     def content(self, i: int) -> bytes:
         """The bytes of file i."""
-        return read_file(self._root / self._images[i], self.location(i))
+        return read_file(self.root / self.images[i], self.location(i))
 
     def location(self, i: int) -> str:
         """The path of file i."""
-        return printable(self._root / self._images[i])
+        return printable(self.root / self.images[i])
 
     def origins(self) -> Iterator[str]:
         """The files, without links to their folder."""
-        root = os.path.realpath(self._root)
-        return (f"{root}/{image}" for image in self._images)
+        root = os.path.realpath(self.root)
+        return (f"{root}/{image}" for image in self.images)
 
     def fingerprint(self) -> str | None:
         """Of all image files."""
-        return files_fingerprint((image, self._root / image) for image in self._images)
+        return files_fingerprint((image, self.root / image) for image in self.images)
 
 
 def list_folder(root: Path) -> Listing:

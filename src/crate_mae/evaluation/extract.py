@@ -5,7 +5,6 @@ import hashlib
 import json
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -21,7 +20,7 @@ from safetensors.numpy import save_file
 
 from crate_mae.data import BadImage, ImageSource, readable_batches
 from crate_mae.data.base import refuse_unreadable
-from crate_mae.data.dataset import default_workers
+from crate_mae.data.dataset import default_workers, ignore_interrupts
 from crate_mae.data.files import cache_folder, whole_file
 from crate_mae.data.numbers import MOST_THREADS, describe_not_whole, is_number
 from crate_mae.errors import UserError
@@ -197,7 +196,7 @@ def feature_batches(
     unreadable: list[BadImage] = []
     transform = backbone.transform()
     for batch in readable_batches(
-        source, transform, extraction.batch_size, workers=workers, worker_init=_ignore_interrupts
+        source, transform, extraction.batch_size, workers=workers, worker_init=ignore_interrupts
     ):
         unreadable += batch.bad
         refuse_unreadable(source, unreadable, extraction.max_bad)
@@ -241,11 +240,6 @@ def _check_finite(values: list[np.ndarray], indices: np.ndarray, source: ImageSo
                 f"{backbone.name} gives features that are not finite numbers, first for {first}.\n"
                 "Its weights contain NaN, or values overflow: use an earlier checkpoint of the run."
             )
-
-
-def _ignore_interrupts(_worker: int) -> None:
-    """Ignore Ctrl-C, which reaches every process, in loader processes: the main process ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _workers(wanted: int | None, images: int) -> int:

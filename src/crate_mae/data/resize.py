@@ -1,0 +1,249 @@
+"""A copy of a data set with smaller images, so that large files are decoded once and not in every epoch.
+
+It is a data set of its own, which is written once and then named in a command, and not a cache behind a run: crops of
+reduced images are not bit for bit those of the originals. A cache that is used where loading is slow would make the
+results of a run depend on the speed of the machine, and on whether the cache was still there when the run was resumed.
+"""
+
+import io
+import json
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tvf
+
+from crate_mae.data.base import EncodedSource, ImageSource, refuse_unreadable
+from crate_mae.data.dataset import default_workers, ignore_interrupts, workers_errors_plain
+from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_channels
+from crate_mae.data.files import whole_folder
+from crate_mae.data.folder import FolderSource
+from crate_mae.data.results import BadImage
+from crate_mae.errors import UserError
+
+PARQUET_FILE = "images.parquet"
+_LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
+_JPEG = {"quality": 95, "subsampling": 0}  # 0: colour is stored at full resolution
+_ROWS = 100  # in a row group
+_AT_ONCE = 16  # images that a process sends together
+
+
+class Resized(NamedTuple):
+    """One image of the copy.
+
+    Attributes:
+        index: of the image in its source.
+        content: of the file.
+        suffix: of the file's new name; None for a file that is copied as it is.
+    """
+
+    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - an image is never searched
+    content: bytes
+    suffix: str | None
+
+
+def resize_images(
+    source: ImageSource,
+    out: Path,
+    size: int,
+    *,
+    workers: int | None = None,
+    max_bad: float = 0.01,
+    on_image: Callable[[], None] | None = None,
+) -> list[BadImage]:
+    """Write a copy of a source in which no shorter side is longer than `size`, whole or not at all; see `resized`.
+
+    The copy of a folder is a folder with the same sub-folders and file names, up to suffixes. Every other source is
+    copied into one parquet file in the layout of Hugging Face, with its labels and the names of its classes.
+
+    Args:
+        source: the images.
+        out: new folder.
+        size: pixels.
+        workers: processes that read images; by default one less than there are cores, at most 8.
+        max_bad: largest share of images that cannot be read.
+        on_image: called after each image, for a progress bar.
+
+    Returns:
+        the images that cannot be read, which are left out.
+
+    Raises:
+        UserError: if `out` exists, lies in the folder of the images, or cannot be written; or if too many images cannot
+            be read.
+    """
+    _refuse(source, out)
+    bad: list[BadImage] = []
+
+    def readable() -> Iterator[Resized]:
+        for found in _in_parallel(source, size, default_workers() if workers is None else workers):
+            if isinstance(found, BadImage):
+                bad.append(found)
+                refuse_unreadable(source, bad, max_bad)
+            else:
+                yield found
+            if on_image is not None:
+                on_image()
+        if len(bad) == len(source):
+            raise UserError(
+                f"None of {len(source)} images can be read. The first is\n{bad[0].location}: {bad[0].reason}"
+            )
+
+    try:
+        with whole_folder(out, replace=False) as folder:
+            if isinstance(source, FolderSource):
+                _write_folder(source, readable(), folder)
+            else:
+                _write_parquet(source, readable(), folder / PARQUET_FILE)
+    except OSError as error:
+        raise UserError(f"Cannot write {out}: {(error.strerror or str(error)).lower()}.") from error
+    return bad
+
+
+def resized(source: ImageSource, i: int, size: int) -> Resized:
+    """Reduce image i with the resampling of training, bicubic with antialiasing, until its shorter side is `size`.
+
+    A file whose shorter side is `size` or less is copied byte for byte. Of the others, those that were compressed with
+    loss become JPEG of quality 95 without subsampling, all others PNG. Grey images of more than 8 bits keep 16, after
+    the values of `ImageSource.value_range` have become 0 and 65535 where they have 32 bits or are floats. Transparent
+    parts become white, as in training. Orientation is applied, and other metadata is lost.
+
+    Raises:
+        UnreadableImage: if it cannot be read.
+        UserError: for a number of channels that no image file has.
+    """
+    picture = source.picture(i)
+    is_small = min(size_of(picture)) <= size
+    unbounded = isinstance(picture, Image.Image) and picture.mode in UNBOUNDED_MODES
+    if is_small and isinstance(source, EncodedSource) and not unbounded:
+        return Resized(i, source.content(i), None)
+    image = to_channels(source.read(i) if unbounded else picture, channels_of(picture))
+    if not is_small:
+        image = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(image)
+    file = io.BytesIO()
+    is_lossy = isinstance(picture, Image.Image) and picture.format in _LOSSY
+    try:
+        _to_pillow(image).save(file, "JPEG" if is_lossy else "PNG", **(_JPEG if is_lossy else {}))
+    except OSError as error:  # more pixels a side than the format can have
+        raise UnreadableImage(source.location(i), f"its reduced copy cannot be saved ({error})") from error
+    return Resized(i, file.getvalue(), ".jpg" if is_lossy else ".png")
+
+
+def lossless_size(image_size: tuple[int, int], min_crop: float) -> int:
+    r"""The shorter side from which no crop of training is enlarged: $\lceil\sqrt{4 h w / (3 s)}\rceil$ pixels.
+
+    The smallest crop takes the share s of an image of at least this side squared, and its aspect is at most 4/3 times
+    narrower or wider than that of the target (`pretrain_transform`); so it is h pixels high and w wide.
+
+    Args:
+        image_size: (h, w) of the target.
+        min_crop: s, the smallest share of an image's area that a crop takes.
+    """
+    return math.ceil(math.sqrt(4 * image_size[0] * image_size[1] / (3 * min_crop)))
+
+
+def _refuse(source: ImageSource, out: Path) -> None:
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists already, and is not overwritten: give a new folder.")
+    if isinstance(source, FolderSource) and out.resolve().is_relative_to(source.root.resolve()):
+        raise UserError(
+            f"{out} lies in the folder of the images ({source.root}), where the copies would be read as images too.\n"
+            "Give a folder outside of it."
+        )
+
+
+class _Reduced(Dataset[Resized | BadImage]):
+    """Each image of a source, reduced, or the reason why it cannot be read."""
+
+    def __init__(self, source: ImageSource, size: int) -> None:
+        self.source = source
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> Resized | BadImage:
+        try:
+            return resized(self.source, index, self.size)
+        except UnreadableImage as error:
+            return BadImage(error.location, error.reason)
+
+
+def _in_parallel(source: ImageSource, size: int, workers: int) -> Iterator[Resized | BadImage]:
+    """All images of a source in order, reduced by several processes."""
+    loader = DataLoader(
+        _Reduced(source, size),
+        batch_size=_AT_ONCE,
+        collate_fn=list,
+        num_workers=workers,
+        worker_init_fn=ignore_interrupts,
+        generator=torch.Generator(),  # otherwise the loader would draw from the global one
+    )
+    with workers_errors_plain():
+        for several in loader:
+            yield from several
+
+
+def _to_pillow(image: Image.Image | Tensor) -> Image.Image:
+    if not isinstance(image, Tensor):
+        return image
+    if image.shape[0] not in (1, 3):
+        raise UserError(f"Images of {image.shape[0]} channels cannot be written as files: those have 1 or 3.")
+    if image.dtype == torch.uint8:
+        return tvf.to_pil_image(image)
+    unit = image.clamp(0, 1)
+    if image.shape[0] == 1:
+        return Image.fromarray((unit[0] * 65535).round().numpy().astype(np.uint16))
+    return tvf.to_pil_image((unit * 255).round().to(torch.uint8))
+
+
+def _write_folder(source: FolderSource, images: Iterator[Resized], folder: Path) -> None:
+    taken: set[str] = set()
+    for image in images:
+        path = PurePosixPath(source.images[image.index])
+        name = str(path if image.suffix is None else path.with_suffix(image.suffix))
+        while name.lower() in taken:  # a.heic and a.jpg, side by side
+            name += image.suffix or path.suffix
+        taken.add(name.lower())
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(image.content)
+
+
+def _write_parquet(source: ImageSource, images: Iterator[Resized], file: Path) -> None:
+    labels, classes = source.labels, source.classes
+    features: dict[str, object] = {"image": {"_type": "Image"}}
+    columns = {"image": pa.struct([("bytes", pa.binary()), ("path", pa.string())])}
+    if labels is not None:
+        columns["label"] = pa.int64()
+        features["label"] = (
+            {"_type": "ClassLabel", "names": classes} if classes else {"_type": "Value", "dtype": "int64"}
+        )
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema([*columns.items()], metadata=metadata)
+
+    def write(rows: Sequence[Resized]) -> None:
+        values = {"image": [{"bytes": row.content, "path": source.location(row.index)} for row in rows]}
+        if labels is not None:
+            values["label"] = [int(labels[row.index]) for row in rows]
+        writer.write_table(pa.table(values, schema=schema))
+
+    # Compressed images do not become smaller by compressing them once more.
+    with pq.ParquetWriter(file, schema, compression="none") as writer:
+        waiting: list[Resized] = []
+        for image in images:
+            waiting.append(image)
+            if len(waiting) == _ROWS:
+                write(waiting)
+                waiting = []
+        if waiting:
+            write(waiting)
