@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -24,6 +24,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from crate_mae.data import ImageSource, UnreadableImage
 from crate_mae.data.base import fixed_sample
 from crate_mae.data.dataset import default_generator_seeded
+from crate_mae.data.decode import decode
+from crate_mae.data.resize import lossless_size, resized
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, first_line
 from crate_mae.training.model_state import shard, sharding_of
@@ -39,7 +41,9 @@ _FEW_TIMED_IMAGES = 8
 _LONG_STEP = 5.0  # seconds; a longer step is estimated from one with few images
 # And twice as many: what an image adds, not what weights keep. Even, for images that are mixed in pairs.
 _FEW_COUNTED_IMAGES = 2
+MUCH_WAITING = 0.2  # share of the time
 _LOADED_IMAGES = 64
+_REDUCED_IMAGES = 8
 _MOST_LOADING_SECONDS = 5.0
 _STATE_BYTES = 16  # per parameter: weight, gradient and AdamW's two moments
 _WORDS = ("not enough memory", "can't allocate memory", "out of memory")  # PyTorch's, on Windows, on Linux, elsewhere
@@ -206,6 +210,8 @@ class ProbeResult(NamedTuple):
         seconds: one forward and backward pass over a micro-batch with an optimizer step, without loading images.
         loading: seconds to read and prepare one image, in one process.
         memory: bytes at the peak, on the GPU if there is one; None if it was not measured at full size.
+        reduced: the shorter side of a copy from which no crop is enlarged, and seconds to read and prepare one image of
+            it; None where reading takes little of the time.
     """
 
     precision: Precision
@@ -213,12 +219,17 @@ class ProbeResult(NamedTuple):
     seconds: float
     loading: float
     memory: int | None
+    reduced: tuple[int, float] | None = None
 
     def seconds_per_step(self, config: RunOptions, processes: int) -> float:
         """Seconds of a step with its images: the slower of both with loader processes, otherwise the sum."""
         computing = self.seconds * config.accumulation
         loading = self.loading * config.batch_size / processes / max(1, config.workers)
         return max(computing, loading) if config.workers else computing + loading
+
+    def waiting(self, config: RunOptions, processes: int) -> float:
+        """The share of a step that is spent waiting for its images."""
+        return 1 - self.seconds * config.accumulation / self.seconds_per_step(config, processes)
 
 
 def probe(task: Task, micro_batch: int, accelerator: Accelerator) -> ProbeResult:
@@ -299,6 +310,25 @@ def loading_seconds(source: ImageSource, transform: Preparation) -> float:
     return statistics.median(times) if times else 0.0
 
 
+def _reduced_loading(task: Task) -> tuple[int, float] | None:
+    """The size of a copy without loss for the crops of a task, and seconds to read and prepare one image of it.
+
+    The copies of a few images are made in memory. None if none of them can be read.
+    """
+    source, transform = task.images.train, task.transform()
+    size = lossless_size(task.model.config.image_size, task.config.min_crop)
+    times: list[float] = []
+    for i in fixed_sample(len(source), _REDUCED_IMAGES):
+        with suppress(UnreadableImage):
+            content = resized(source, i, size).content
+            started = time.perf_counter()
+            image = decode(content, source.location(i))
+            with default_generator_seeded(0):
+                transform(image)
+            times.append(time.perf_counter() - started)
+    return (size, statistics.median(times)) if times else None
+
+
 def _measured(task: Task, micro_batch: int, stepper: _Stepper, precision: str, reason: str) -> ProbeResult:
     device = stepper.accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -311,7 +341,11 @@ def _measured(task: Task, micro_batch: int, stepper: _Stepper, precision: str, r
             reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
             seconds = min(slow, fast) if precision == "bfloat16" else slow
     loading = loading_seconds(task.images.train, task.transform())
-    return ProbeResult(cast(Precision, precision), reason, seconds, loading, peak_on(device) if full_size else None)
+    memory = peak_on(device) if full_size else None
+    found = ProbeResult(cast(Precision, precision), reason, seconds, loading, memory)
+    if task.images.train.check_command and found.waiting(task.config, stepper.accelerator.num_processes) > MUCH_WAITING:
+        found = found._replace(reduced=_reduced_loading(task))
+    return found
 
 
 def _seconds_per_step(task: Task, micro_batch: int, precision: str, stepper: _Stepper) -> tuple[float, bool]:
