@@ -102,8 +102,12 @@ def resize_images(
         with whole_folder(out, replace=False) as folder:
             if isinstance(source, FolderSource):
                 _write_folder(source, readable(), folder)
+                files = len(source) - len(bad)
             else:
                 _write_parquet(source, readable(), folder / PARQUET_FILE)
+                files = 1
+            if sum(entry.is_file() for entry in folder.rglob("*")) != files:
+                raise UserError(f"Files were removed from {folder} while it was written, so {out} was not made.")
     except OSError as error:
         raise UserError(f"Cannot write {out}: {(error.strerror or str(error)).lower()}.") from error
     return bad
