@@ -1,6 +1,7 @@
 import io
 import os
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 from crate_mae.data import UnreadableImage, open_source, to_channels, to_tensor
+from crate_mae.data import decode as decode_module
 from crate_mae.data.decode import channels_of, decode
 from crate_mae.errors import UserError
 
@@ -55,6 +57,40 @@ def test_truncated_images_are_unreadable(noisy, form, options, share):
     with pytest.raises(UnreadableImage) as error:
         decode(content[: int(len(content) * share)], "x")
     assert 0 < len(error.value.reason) <= 160
+
+
+def has(form):
+    return pytest.mark.skipif(form not in decode_module.optional_formats(), reason=f"{form} is not read here")
+
+
+@pytest.mark.parametrize("form", [pytest.param("AVIF", marks=has("AVIF")), pytest.param("HEIF", marks=has("HEIF"))])
+def test_optional_formats_are_read_where_they_can_be(noisy, form):
+    content = noisy(1, form=form)
+    image = decode(content, "x")
+    assert (image.size, image.mode, image.format) == ((61, 53), "RGB", form)
+    for share in (0.1, 0.5, 0.9):
+        with pytest.raises(UnreadableImage):
+            decode(content[: int(len(content) * share)], "x")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"\0\0\0\x18ftypheic" + bytes(99), r"format HEIF, which is not read here: pip install 'crate-mae\[heic\]'"),
+        (b"\0\0\0\x18ftypavif" + bytes(99), "format AVIF, which is not read here: pip install --upgrade pillow"),
+        (b"\xff\x0a" + bytes(99), "format JPEG XL, which is not read: convert it"),
+        (b"\0\0\0\x18ftypqt  " + bytes(99), "not an image of a known format"),
+    ],
+)
+def test_formats_that_are_not_read_are_named_whatever_the_name_of_the_file(content, reason, monkeypatch):
+    monkeypatch.setattr(decode_module, "optional_formats", lambda: ())
+    with pytest.raises(UnreadableImage, match=reason):
+        decode(content, "IMG_0001.jpg")
+
+
+def test_without_its_plug_in_heif_is_no_format(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # so that importing it fails
+    assert "HEIF" not in decode_module.optional_formats.__wrapped__()
 
 
 def test_a_flipped_byte_in_a_png_is_noticed(noisy):

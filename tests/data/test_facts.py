@@ -1,4 +1,6 @@
 import csv
+import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -9,8 +11,17 @@ import torch
 from cyclopts import App
 from PIL import Image
 
+from crate_mae.cli import main
 from crate_mae.commands.data import check as check_command
-from crate_mae.data import ImageFacts, channel_statistics, check, describe_images, open_source, suggest_model
+from crate_mae.data import (
+    DataReport,
+    ImageFacts,
+    channel_statistics,
+    check,
+    describe_images,
+    open_source,
+    suggest_model,
+)
 from crate_mae.data import facts as facts_module
 from crate_mae.data.base import spread
 from crate_mae.errors import UserError
@@ -127,10 +138,16 @@ def test_a_check_of_nothing_readable_still_reports(make_folder):
 def test_the_command_prints_a_table_and_lists_bad_files(flawed, tmp_path, capsys):
     report = check_command(str(flawed), out=tmp_path / "bad.csv")
     printed = capsys.readouterr().out
-    for words in ("cat 2, dog 4", "5 to 12, median 5", "crate_mae_nano_patch2_8", "2 unreadable images"):
+    for words in (
+        "cat 2, dog 4",
+        "5 to 12, median 5",
+        "crate_mae_nano_patch2_8",
+        "2 unreadable and 1 duplicate images",
+    ):
         assert words in printed
     rows = list(csv.reader((tmp_path / "bad.csv").read_text(encoding="utf-8").splitlines()))
-    assert rows == [["location", "reason"], *(list(bad) for bad in report.bad)]
+    copy = [str(flawed / "dog/1.png"), f"duplicate of {flawed / 'cat/1.png'}"]
+    assert rows == [["location", "reason"], *(list(bad) for bad in report.bad), copy]
 
 
 def test_the_command_prints_what_is_not_read_and_the_range_of_deep_images(tmp_path, capsys):
@@ -140,7 +157,40 @@ def test_the_command_prints_what_is_not_read_and_the_range_of_deep_images(tmp_pa
     check_command(str(tmp_path))
     printed = " ".join(capsys.readouterr().out.split())
     assert "values of F 0 to 300 become 0 to 1" in printed
-    assert "not read without a suffix 1, .jfif 1" in printed
+    assert "not read 2 files are not read: 1 .jfif, 1 without a suffix" in printed
+
+
+def test_unusual_ranges_of_values_and_grey_colour_images_have_a_line_each(tmp_path, capsys):
+    deep = np.array([[3, 4095]], dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "a.png")
+    Image.new("RGB", (40, 30), (7, 7, 7)).save(tmp_path / "b.png")
+    coloured = Image.new("RGB", (40, 30), (7, 7, 7))
+    coloured.putpixel((39, 29), (7, 8, 7))
+    coloured.save(tmp_path / "c.png")
+    report = check_command(str(tmp_path))
+    assert (report.values, report.grey_colour) == ({"I;16": (3, 4095), "RGB": (7, 8)}, 1)
+    printed = " ".join(capsys.readouterr().out.split())
+    for words in ("values of I;16 3 to 4,095 of 65,535: 12 of 16 bits are used", "values of RGB 7 to 8 of 255: 4 of 8",
+                  "grey as colour 1 of 3 images"):  # fmt: skip
+        assert words in printed
+
+
+def test_usual_values_have_no_line(tmp_path, capsys):
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    assert check_command(str(tmp_path)).grey_colour == 0
+    assert not {"values", "grey"} & set(capsys.readouterr().out.split())
+
+
+def test_the_command_prints_json_and_nothing_else(flawed, tmp_path, capsys):
+    main(["data", "check", str(flawed), "--json", "--out", str(tmp_path / "bad.csv")])
+    out = capsys.readouterr().out
+    found = json.loads(out)
+    assert (out.isascii(), set(found)) == (True, {field.name for field in dataclasses.fields(DataReport)})
+    assert (found["images"], found["classes"], found["values"]["RGB"]) == (6, {"cat": 2, "dog": 4}, [1, 2])
+    assert [bad["location"] for bad in found["bad"]] == [str(flawed / "dog/2.png"), str(flawed / "dog/3.png")]
+    assert found["duplicates"] == [[str(flawed / "cat/1.png"), str(flawed / "dog/1.png")]]
+    assert (tmp_path / "bad.csv").is_file()
 
 
 def test_the_command_prints_names_that_look_like_markup(make_folder, capsys):

@@ -67,7 +67,7 @@ def test_a_folder_without_images_lists_its_other_files(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with pytest.raises(
-        UserError, match=r"Found 0 images under .*looked for \.jpg \.jpeg .*saw 3 \.txt, 1 without a suffix, 1 \.pdf\."
+        UserError, match=r"Found 0 images under .*looked for \.jpg \.jpeg .*: 1 \.pdf, 3 \.txt, 1 without a suffix\."
     ):
         open_source(tmp_path)
 

@@ -6,7 +6,8 @@ import subprocess
 import pytest
 from PIL import Image
 
-from crate_mae.data import full_name, open_source
+from crate_mae.commands.pretrain import pretrain
+from crate_mae.data import decode, full_name, open_source
 from crate_mae.data.facts import check
 from crate_mae.errors import UserError
 
@@ -67,11 +68,52 @@ def test_folders_of_systems_are_no_classes(tmp_path, name):
     assert check(source).left_out == {f"{name}/": 2}
 
 
-def test_files_that_are_not_read_are_counted_and_likely_images_are_named(tmp_path, caplog):
-    fill(tmp_path, ["a.png", "b.jfif", "c.avif", "d.AVIF", "e.heic", "notes.txt", "README"])
+@pytest.fixture
+def readable(monkeypatch):
+    """`readable("AVIF")`: only these of the optional formats are read."""
+    return lambda *forms: monkeypatch.setattr(decode, "optional_formats", lambda: forms)
+
+
+def test_files_that_are_not_read_are_counted_and_likely_images_are_named(tmp_path, caplog, readable):
+    readable()
+    fill(tmp_path, ["a.png", "b.jfif", "c.avif", "d.AVIF", "e.heic", "f.cr2", "notes.txt", "README"])
     report = check(open_source(tmp_path))
-    assert report.left_out == {".avif": 2, "": 1, ".heic": 1, ".jfif": 1, ".txt": 1}
-    assert "not read are 2 .avif, 1 .heic, 1 .jfif" in caplog.text
+    assert report.left_out == {".avif": 2, "": 1, ".cr2": 1, ".heic": 1, ".jfif": 1, ".txt": 1}
+    images = "2 .avif (pip install --upgrade pillow), 1 .cr2, 1 .heic (pip install 'crate-mae[heic]'), 1 .jfif"
+    assert f"5 files are not read: {images}." in caplog.text
+    assert decode.describe_unread(report.left_out) == f"7 files are not read: {images}, 1 without a suffix, 1 .txt"
+    assert decode.describe_unread({".txt": 1, "@eaDir/": 3}).endswith("folders of the system are not read: 3 @eaDir/")
+
+
+def test_formats_that_are_read_here_are_not_named(tmp_path, caplog, readable):
+    readable("AVIF", "HEIF")
+    source = open_source(fill(tmp_path, ["a.png", "b.avif", "c.HEIC", "d.hif"]))
+    assert (len(source), source.left_out, caplog.text) == (4, {}, "")
+
+
+def test_a_folder_of_files_that_are_not_read_is_an_error_that_names_them(tmp_path, readable):
+    readable()
+    fill(tmp_path, ["a.cr2", "b.CR2", "c.heic"])
+    with pytest.raises(UserError, match=r"Found 0 images.* 2 \.cr2, 1 \.heic \(pip install 'crate-mae\[heic\]'\)\."):
+        open_source(tmp_path)
+    with pytest.raises(UserError, match=r"c\.heic is a file of the format HEIF, .*pip install 'crate-mae\[heic\]'"):
+        open_source(tmp_path / "c.heic")
+
+
+def test_a_plan_names_what_is_not_read(tmp_path, readable, capsys):
+    readable()
+    fill(tmp_path / "data", ["a.png", "b.png", "c.png", "d.heic", "e.nef"])
+    pretrain(
+        tmp_path / "data",
+        out=tmp_path / "run",
+        steps=1,
+        batch_size=1,
+        model="crate_mae_nano_patch2_8",
+        precision="float32",
+        dry_run=True,
+    )
+    out = capsys.readouterr().out
+    assert "not read       2 files are not read: 1 .heic (pip install 'crate-mae[heic]'), 1 .nef" in out
 
 
 @pytest.mark.parametrize(("name", "levels"), [("d", 1050), ("d" * 200, 25)])

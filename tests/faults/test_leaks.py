@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from crate_mae.data import open_source, refuse_shared_images
+from crate_mae.data import facts, open_source, refuse_shared_images
 from crate_mae.errors import UserError
 from crate_mae.training.images import open_images
 from tests.training.conftest import own_cache  # noqa: F401  # fixture
@@ -78,6 +78,45 @@ def test_other_images_are_accepted(data):
     others = [(np.asarray(noise(i, 1)), i % 2) for i in range(12)]
     for train, val in ((ITEMS, others), ("digits:train", "digits:test"), (str(data / "photos"), others)):
         refuse_shared_images(open_source(train), open_source(val), "--train", "it is no test")
+
+
+@pytest.mark.parametrize("train", ["photos", "all.parquet", "all.tar"])
+def test_copies_under_other_names_are_named(data, train, caplog):
+    (data / "val").mkdir()
+    for i in range(9, 14):
+        (data / "val" / f"new {i}.png").write_bytes(png(i))
+    sources = open_source(data / train), open_source(data / "val")
+    refuse_shared_images(*sources, "--train", "it is no test")
+    assert f"3 of 5 images of --val ({data / 'val'}) are also in --train ({data / train}), e.g. " in caplog.text
+    assert f"{data / 'val' / 'new 10.png'} = " in caplog.text
+
+
+def test_copies_among_python_objects_are_named(caplog):
+    others = [(np.asarray(noise(i)), 0) for i in (30, 7, 31)]
+    refuse_shared_images(open_source(ITEMS), open_source(others), "--train", "it is no test")
+    assert "1 of 3 images of --val (list) are also in --train (list), e.g. list[1] = list[7]." in caplog.text
+
+
+def test_of_much_data_a_sample_is_searched_and_named(data, caplog, monkeypatch):
+    monkeypatch.setattr(facts, "_MOST_COMPARED", 10 * len(png(0)))
+    sources = open_source(data / "photos"), open_source(data / "copy")
+    pairs, compared = facts.find_copies(*sources)
+    assert 8 <= sum(compared) <= 11
+    assert all(sources[0].content(i) == sources[1].content(j) for i, j in pairs)
+    monkeypatch.setattr(facts, "_MOST_COMPARED", 1)
+    others = [(np.asarray(noise(i, 1)), 0) for i in range(12)]
+    refuse_shared_images(open_source(ITEMS), open_source(others), "--train", "it is no test")
+    assert "Copies were looked for among 1 of the 12 images of --train and 1 of the 12 of --val" in caplog.text
+
+
+def test_unreadable_images_are_no_copies(data, caplog):
+    for folder in ("photos", "copy"):
+        (data / folder / "lost.png").symlink_to("nowhere")
+    (data / "copy" / "00.png").write_bytes(png(50))
+    for i in range(1, 12):
+        (data / "copy" / f"{i:02}.png").unlink()
+    refuse_shared_images(open_source(data / "photos"), open_source(data / "copy"), "--train", "it is no test")
+    assert "also in" not in caplog.text
 
 
 @pytest.mark.parametrize("val", ["photos", "link", "photos/more"])

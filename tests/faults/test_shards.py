@@ -195,5 +195,10 @@ def test_labels_that_cannot_be_read_are_named(tmp_path, caplog):
 
 
 def test_members_that_are_no_images_are_counted(tmp_path):
-    path = write(tmp_path / "x.tar", [*images(2), ("2.jfif", b""), ("3.avif", b""), ("4.jfif", b"")])
-    assert check(open_source(path)).left_out == {".jfif": 2, ".avif": 1}
+    path = write(tmp_path / "x.tar", [*images(2), ("2.jfif", b""), ("3.cr2", b""), ("4.jfif", b"")])
+    assert check(open_source(path)).left_out == {".jfif": 2, ".cr2": 1}
+
+
+def test_a_shard_of_files_that_are_not_read_names_them(tmp_path):
+    with pytest.raises(UserError, match=r"Found 0 images in 1 shard.*: 1 \.cr2, 1 \.nef\."):
+        open_source(write(tmp_path / "x.tar", [("1.cr2", b"x"), ("2.nef", b"x")]))

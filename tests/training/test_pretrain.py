@@ -348,3 +348,18 @@ def test_the_estimate_includes_reading(tiny_run, speed, capsys):
     speed(3.0, 0.125)
     tiny_run(dry_run=True, quiet=False)
     assert "estimate       2 min (50% of it for reading images)" in " ".join(capsys.readouterr().out.split("\n"))
+
+
+def test_a_plan_names_a_copy_that_makes_it_much_faster(tiny_run, monkeypatch, capsys):
+    def plan(image, reduced):
+        found = ProbeResult("float32", "", 3.0, image, None, reduced)
+        monkeypatch.setattr("crate_mae.training.start.probe", lambda *_: found)
+        tiny_run(dry_run=True, quiet=False)
+        return capsys.readouterr().out
+
+    faster = plan(1.0, (19, 0.125))  # 20 steps of 24 images, in the process itself
+    command = "`crate-mae data resize digits:test COPY --size 19`"
+    assert f"read faster    on a copy made by {command} the run takes 2 min: reading an image takes 125.0 ms" in faster
+    assert "9 min (89% of it for reading images)" in faster
+    for image, reduced in ((1.0, None), (1.0, (19, 0.9))):
+        assert "read faster" not in plan(image, reduced)

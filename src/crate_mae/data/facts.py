@@ -289,12 +289,13 @@ def _pixel_bytes(image: Image.Image | Tensor) -> bytes:
 def _extrema(image: Image.Image | Tensor) -> tuple[float, float]:
     """The smallest and the largest value of an image as it is stored, over all channels."""
     if isinstance(image, Tensor):
-        return image.min().item(), image.max().item()
-    if image.mode in DEEP_MODES:
-        values = np.asarray(image)
-        values = values[np.isfinite(values)]
-        return (values.min().item(), values.max().item()) if values.size else (0, 0)
-    return np.min(image.getextrema()).item(), np.max(image.getextrema()).item()
+        return float(image.min()), float(image.max())
+    if image.mode not in DEEP_MODES:
+        extrema = image.getextrema()
+        return float(np.min(extrema)), float(np.max(extrema))
+    values = np.asarray(image)
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if values.size else (0.0, 0.0)
 
 
 def _is_grey_colour(image: Image.Image | Tensor) -> bool:

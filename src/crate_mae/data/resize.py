@@ -143,16 +143,17 @@ def resized(source: ImageSource, i: int, size: int) -> Resized:
 
 
 def lossless_size(image_size: tuple[int, int], min_crop: float) -> int:
-    r"""The shorter side from which no crop of training is enlarged: $\lceil\sqrt{4 h w / (3 s)}\rceil$ pixels.
+    r"""The shorter side from which no crop of training is enlarged: $\max(h, w, \lceil\sqrt{4 h w / (3 s)}\rceil)$.
 
     The smallest crop takes the share s of an image of at least this side squared, and its aspect is at most 4/3 times
-    narrower or wider than that of the target (`pretrain_transform`); so it is h pixels high and w wide.
+    narrower or wider than that of the target (`pretrain_transform`); so it is h pixels high and w wide. A crop of such
+    an aspect that does not fit into the image has its whole height or width.
 
     Args:
         image_size: (h, w) of the target.
         min_crop: s, the smallest share of an image's area that a crop takes.
     """
-    return math.ceil(math.sqrt(4 * image_size[0] * image_size[1] / (3 * min_crop)))
+    return max(*image_size, math.ceil(math.sqrt(4 * image_size[0] * image_size[1] / (3 * min_crop))))
 
 
 def _refuse(source: ImageSource, out: Path) -> None:
