@@ -5,6 +5,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from crate_mae.data.resize import lossless_size
 from crate_mae.errors import UserError
 from crate_mae.models import create_model
 from crate_mae.models.completion import complete
@@ -135,3 +136,16 @@ def test_a_gpu_without_bfloat16_refuses_it_and_takes_float32_by_itself(task, mon
         preflight, "_measured", lambda _t, _b, _s, precision, reason: ProbeResult(precision, reason, 1.0, 0.0, None)
     )
     assert probe(task("auto"), 2, gpu).precision == "float32"
+
+
+def test_where_reading_takes_long_a_copy_is_tried(task, monkeypatch):
+    chosen = task("float32")
+    random_state = torch.get_rng_state()
+    for seconds, is_tried in ((1e-9, True), (1e9, False)):
+        monkeypatch.setattr(preflight, "_seconds_per_step", lambda *_, seconds=seconds: (seconds, True))
+        found = probe(chosen, 2, Accelerator(cpu=True))
+        assert (found.reduced is not None) == is_tried
+        if found.reduced is not None:
+            assert found.reduced[0] == lossless_size((8, 8), chosen.config.min_crop)
+            assert 0 < found.reduced[1] < 1
+    assert torch.equal(random_state, torch.get_rng_state())

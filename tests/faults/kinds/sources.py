@@ -9,6 +9,7 @@ import os
 import random
 import struct
 import tarfile
+import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,13 @@ from PIL import Image
 
 from crate_mae.commands.data import check as check_command
 from crate_mae.data import UnreadableImage, check, evaluation_transform, open_source
+from crate_mae.data.decode import optional_formats
+from crate_mae.data.resize import resize_images
 from crate_mae.evaluation.backbones import RawPixels
 from crate_mae.models.features import embed_images
 from tests.faults.fuzz import Kind
 
-FORMS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+FORMS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *optional_formats())
 _SUFFIXES = {
     "JPEG": ".jpg",
     "PNG": ".png",
@@ -34,6 +37,8 @@ _SUFFIXES = {
     "GIF": ".gif",
     "TIFF": ".tif",
     "PPM": ".ppm",
+    "AVIF": ".avif",
+    "HEIF": ".heic",
 }
 # What a header may say; some are not formats of the library.
 _ODD_FORMS = ("EPS", "ICO", "PCX", "TGA", "SGI", "JPEG2000", "PDF", "DDS", "ICNS", "MPO", "SPIDER")
@@ -371,6 +376,12 @@ def report_all(data: Any) -> None:
     check(open_source(data))
 
 
+def copy_all(data: Any) -> None:
+    """The copy behind the command `data resize`."""
+    with tempfile.TemporaryDirectory() as folder:
+        resize_images(open_source(data), Path(folder) / "copy", 5, workers=0, max_bad=1.0)
+
+
 def embed_items(items: Any) -> None:
     """The items, or the images at a path, as `embed` of a model takes them."""
     encoder = RawPixels()
@@ -380,9 +391,9 @@ def embed_items(items: Any) -> None:
 
 KINDS = [
     Kind("damaged image", make_damaged_image, (embed_items, read_all)),
-    Kind("odd image", make_odd_image, (embed_items, check_all)),
-    Kind("Python items", make_items, (read_all, report_all)),
-    Kind("tar shard", make_shard, (read_all, check_all)),
-    Kind("parquet files", make_parquet, (read_all, check_all)),
-    Kind("folder", make_folder, (read_all, check_all)),
+    Kind("odd image", make_odd_image, (embed_items, check_all, copy_all)),
+    Kind("Python items", make_items, (read_all, report_all, copy_all)),
+    Kind("tar shard", make_shard, (read_all, check_all, copy_all)),
+    Kind("parquet files", make_parquet, (read_all, check_all, copy_all)),
+    Kind("folder", make_folder, (read_all, check_all, copy_all)),
 ]
