@@ -49,13 +49,12 @@ def check(
     with Progress(console=console, transient=True, disable=json) as progress:
         task = progress.add_task("Reading images", total=total)
         report = check(source, sample, on_image=lambda: progress.advance(task))
+    copies = [(copy, f"duplicate of {first}") for first, *others in report.duplicates for copy in others]
     if out is not None:
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(("location", "reason"))
-        writer.writerows(report.bad)
-        copies = [(copy, f"duplicate of {first}") for first, *others in report.duplicates for copy in others]
-        writer.writerows(copies)
+        writer.writerows([*report.bad, *copies])
         write_whole(out, text.getvalue())
     if json:
         print_json(report.to_dict())

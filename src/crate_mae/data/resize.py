@@ -237,10 +237,9 @@ def _write_parquet(source: ImageSource, images: Iterator[Resized], file: Path) -
     schema = pa.schema([*columns.items()], metadata=metadata)
 
     def write(rows: Sequence[Resized]) -> None:
-        values = {"image": [{"bytes": row.content, "path": source.location(row.index)} for row in rows]}
-        if labels is not None:
-            values["label"] = [int(labels[row.index]) for row in rows]
-        writer.write_table(pa.table(values, schema=schema))
+        encoded = [{"bytes": row.content, "path": source.location(row.index)} for row in rows]
+        numbers = {} if labels is None else {"label": [int(labels[row.index]) for row in rows]}
+        writer.write_table(pa.table({"image": encoded, **numbers}, schema=schema))
 
     # Compressed images do not become smaller by compressing them once more.
     with pq.ParquetWriter(file, schema, compression="none") as writer:
