@@ -28,7 +28,9 @@ from crate_mae.errors import UserError
 _MOST_PIXELS = 10**9
 _PROBE = 16
 _SMALLEST_STD = 1 / 255
-_MOST_COMPARED = 2 * 2**30  # bytes of images that `find_copies` reads: some seconds; CIFAR-10's 55 MB take one
+# Bytes that `find_copies` reads, in some seconds, and bytes that opening a file takes the time of: 131,072 small images.
+_MOST_COMPARED = 2 * 2**30
+_LEAST_COMPARED = 16 * 2**10
 _GREY_STEP = 16  # pixels between those that are looked at first
 
 
@@ -162,7 +164,8 @@ def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int
     """Find the images of one source that are also in another: equal bytes of files, or equal pixels of others.
 
     Nothing is decoded, so a copy that was saved again is not found, nor one among Python objects of a file. If both
-    together have more than about 2 GiB, a fixed pseudo-random sample of each is compared.
+    together have more than 2 GiB, or 131,072 images, a fixed pseudo-random sample of each is compared. The 60,000 images
+    of CIFAR-10 take a second.
 
     Returns:
         pairs (number in `first`, number in `second`), one for each image of `second` that is found; and how many images
@@ -175,7 +178,7 @@ def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int
     of_second = min(needed[1], max(_MOST_COMPARED / 2, _MOST_COMPARED - needed[0]))  # finds most copies
     limits = (_MOST_COMPARED - of_second, of_second)
     samples = [
-        fixed_sample(len(source), max(1, int(limit / size)) if size else None)
+        fixed_sample(len(source), max(1, int(limit / size)))
         for source, limit, size in zip((first, second), limits, sizes, strict=True)
     ]
     known = {digest: i for i in reversed(samples[0]) if (digest := _own_digest(first, i))}
@@ -184,12 +187,12 @@ def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int
 
 
 def _mean_bytes(source: ImageSource) -> float:
-    """Bytes to read for one image, of the file or of its pixels: the mean of a few."""
+    """Bytes to read for one image, of the file or of its pixels: the mean of a few, and at least `_LEAST_COMPARED`."""
     sizes = []
     for i in fixed_sample(len(source), _PROBE):
         with contextlib.suppress(UnreadableImage):
             sizes.append(len(_own_bytes(source, i)))
-    return sum(sizes) / len(sizes) if sizes else 0.0
+    return max(_LEAST_COMPARED, sum(sizes) / max(1, len(sizes)))
 
 
 def _own_digest(source: ImageSource, i: int) -> bytes | None:
