@@ -28,7 +28,7 @@ from crate_mae.errors import UserError
 _MOST_PIXELS = 10**9
 _PROBE = 16
 _SMALLEST_STD = 1 / 255
-# Bytes that `find_copies` reads, in some seconds, and bytes that opening a file takes the time of: 131,072 small images.
+# Bytes that `find_copies` reads, in some seconds. Opening a small file takes as long as so many: 131,072 small images.
 _MOST_COMPARED = 2 * 2**30
 _LEAST_COMPARED = 16 * 2**10
 _GREY_STEP = 16  # pixels between those that are looked at first
@@ -164,8 +164,8 @@ def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int
     """Find the images of one source that are also in another: equal bytes of files, or equal pixels of others.
 
     Nothing is decoded, so a copy that was saved again is not found, nor one among Python objects of a file. If both
-    together have more than 2 GiB, or 131,072 images, a fixed pseudo-random sample of each is compared. The 60,000 images
-    of CIFAR-10 take a second.
+    together have more than 2 GiB, or 131,072 images, a fixed pseudo-random sample of each is compared. The images of
+    CIFAR-10 take a second.
 
     Returns:
         pairs (number in `first`, number in `second`), one for each image of `second` that is found; and how many images
