@@ -73,7 +73,7 @@ class RequestLimits:
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close"})  # the app opens none
-        elif foreign := self._foreign_host(scope):
+        elif (foreign := self._foreign_host(scope)) is not None:
             await _refuse(send, 421, f"{foreign!r} is not a name of this server: open the app at its IP address.")
         elif not _ALLOWED.fullmatch(scope["path"]):
             await _refuse(send, 404, "There is nothing here: the app is at /.")
