@@ -67,7 +67,7 @@ def test_commands_and_their_options_are_there(page, app):
     for text in described(page):
         words, command = text.replace("\\\n", " ").split(), app
         while words and words[0] not in ("COMMAND", "...") and below(command):
-            assert words[0] in [*below(command), "--help"], f"crate-mae {text}"
+            assert words[0] in [*below(command), "--help", "--version"], f"crate-mae {text}"
             command = command[words.pop(0)]
         if not below(command):
             asked = set(OPTION.findall(" ".join(words))) - {"--help", "--config"}
