@@ -95,8 +95,8 @@ def verdict_sentence(inspection: Inspection) -> str:
     held = sum(row.is_met for row in rows)
     return (
         "Compared with the best of its controls (the step reversed, without mixing or in random subspaces; relu(x) or "
-        f"an all-zero code; untrained networks), {held} of {plural(len(rows), 'claim')} about what this model’s layers do "
-        f"hold{by_proof}."
+        f"an all-zero code; untrained networks), {held} of {plural(len(rows), 'claim')} about what this model’s layers "
+        f"do hold{by_proof}."
     )
 
 
