@@ -163,7 +163,7 @@ def steps_finding(inspection: Inspection) -> Finding:
         title=title,
         answer=f"Of {plural(len(rows), 'claim')} about single steps of single layers, "
         f"{sum(row.is_met for row in rows)} hold: there the step beats the best of its controls in nearly every image, "
-        "by a margin that counts.",
+        "by more than a negligible margin.",
         warning="Contradiction: an image contradicts a theorem, so a layer has a bug. " + "; ".join(broken) + "."
         if broken
         else "",
@@ -354,9 +354,9 @@ def _collapse(model: SubjectMeasures) -> list[str]:
     if found is None:
         return []
     lesson = (
-        "Tokens become more alike, which lowers every rate without sorting anything."
+        "Tokens become more similar, which lowers every rate without sorting anything."
         if found.verdict == "falls"
-        else "Tokens do not become more alike, so no rate falls for that reason."
+        else "Tokens do not become more similar, so no rate falls for that reason."
     )
     return [f"The share of the tokens’ energy in which tokens of one image differ: {found}. {lesson}"]
 
