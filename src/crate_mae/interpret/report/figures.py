@@ -185,8 +185,8 @@ def _sparsity(inspection: Inspection) -> LayerFigure:
     return LayerFigure(
         "sparsity",
         "Sparsity",
-        "Each line shows how sparse the layers’ outputs are. Only the first of the three measures counts exact zeros; a "
-        "small l1/l2 and a large Gini index mean sparse. If depth makes representations sparser, the left and "
+        "Each line shows how sparse the layers’ outputs are. Only the first of the three measures counts exact zeros; "
+        "a small l1/l2 and a large Gini index mean sparse. If depth makes representations sparser, the left and "
         "right panels rise through the encoder and the middle one falls.",
         panels,
     )
@@ -197,9 +197,9 @@ def _ranks(inspection: Inspection) -> LayerFigure:
         "ranks",
         "Directions in use",
         "Effective rank and participation ratio count the directions that an image’s tokens use (weak ones count less "
-        "in the latter). The other panels show the share of the tokens’ energy in their best subspaces, and the share in "
-        "the differences between tokens of one image. Ranks near 1 and differences near 0 mean that tokens have become alike, which makes "
-        "every rate small without any structure.",
+        "in the latter). The other panels show the shares of the tokens’ energy in their best subspaces and in the "
+        "differences between tokens of one image. Ranks near 1 and differences near 0 mean that tokens have become "
+        "similar, which makes every rate small without any structure.",
         _by_subject(
             inspection.measured,
             ("effective_rank", "participation_ratio", "best_subspace_energy", "token_diversity"),
@@ -223,8 +223,8 @@ def _weights(inspection: Inspection) -> LayerFigure:
         "weights",
         "Subspaces, output projections, dictionaries",
         "Each line is a measure of the weights alone, averaged over heads or pairs of heads; the derivation assumes "
-        "bases that are orthonormal (error 0), heads that are incoherent (cosine 0), output projections equal to the bases "
-        "(cosine 1) and dictionaries near an isometry (error 0). The line of random initialisation shows what chance "
+        "bases that are orthonormal (error 0), heads that are incoherent (cosine 0), output projections equal to the "
+        "bases (cosine 1) and dictionaries near an isometry (error 0). The line of random initialisation shows what chance "
         "gives in these dimensions: only the difference from it was learned.",
         _by_subject(
             _networks(inspection),
