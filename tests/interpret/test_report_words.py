@@ -165,7 +165,7 @@ def test_tokens_that_become_alike_are_blamed(inspection):
     alike = with_curve(inspection, "model", "token_diversity", "z_next", [0.9, 0.1], spread=0.01)
     assert any("more similar, which lowers every rate" in text for text in rates_finding(alike).more)
     unlike = with_curve(inspection, "model", "token_diversity", "z_next", [0.1, 0.9], spread=0.01)
-    assert any("do not become more alike" in text for text in rates_finding(unlike).more)
+    assert any("do not become more similar" in text for text in rates_finding(unlike).more)
 
 
 @pytest.mark.parametrize(

@@ -224,8 +224,8 @@ def _weights(inspection: Inspection) -> LayerFigure:
         "Subspaces, output projections, dictionaries",
         "Each line is a measure of the weights alone, averaged over heads or pairs of heads; the derivation assumes "
         "bases that are orthonormal (error 0), heads that are incoherent (cosine 0), output projections equal to the "
-        "bases (cosine 1) and dictionaries near an isometry (error 0). The line of random initialisation shows what chance "
-        "gives in these dimensions: only the difference from it was learned.",
+        "bases (cosine 1) and dictionaries near an isometry (error 0). The line of random initialisation shows what "
+        "chance gives in these dimensions: only the difference from it was learned.",
         _by_subject(
             _networks(inspection),
             (
