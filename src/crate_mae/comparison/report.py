@@ -91,7 +91,8 @@ def verdict(results: Sequence[EntryResult], pixels: dict[str, float]) -> str:
     controls = [("raw pixels", spread([pixels], name))] if pixels else []
     controls += [(f"untrained {result.name}", spread(result.random.values(), name)) for result in results]
     known = [f"{label} {score_text(name, score, with_range=False)}" for label, score in controls if score]
-    found = [f"{result.name} {score_text(name, spread(result.scores.values(), name), with_range=False)}" for result in results]
+    own = [(result.name, spread(result.scores.values(), name)) for result in results]
+    found = [f"{label} {score_text(name, score, with_range=False)}" for label, score in own]
     return f"{_capitalised(_NAMES[name])}: {', '.join([*known, *found])}."
 
 
