@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import inspect
 import os
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -63,6 +64,21 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared folder with real data and golden vectors is not beside the project")
     return folder
+
+
+@pytest.fixture(scope="module")  # while it is open, an event loop runs, with which no other test could start its own
+def chromium():
+    """A browser, driven by playwright."""
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next((found for name in names if (found := shutil.which(name))), None)
+    if program is None:
+        pytest.skip("there is no Chromium on this machine: apt-get install chromium")
+    reason = "the browser is driven by playwright: pip install playwright"
+    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program)
+        yield browser
+        browser.close()
 
 
 @pytest.hookimpl(wrapper=True)

@@ -7,6 +7,7 @@ A link to a file that is not there fails the build, as any warning of Zensical d
 """
 
 import argparse
+import base64
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build"
 _LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^)\s#]*)(#[^)\s]*)?\)")
 _CODE = re.compile(r"(^```.*?^```$|`[^`\n]+`)", flags=re.MULTILINE | re.DOTALL)
+_FONT = re.compile(r"url\((fonts/[\w.]+\.woff)\)")
 _MARK = re.compile(r"^<!-- generated: (\w+) -->$", flags=re.MULTILINE)
 
 
@@ -59,11 +61,14 @@ def assemble(root: Path = ROOT, build: Path = BUILD) -> None:
             text, broken = page(source, root, files)
             (build / "docs" / target).write_text(text, encoding="utf-8")
             missing += [f"{source}: {link}" for link in broken]
+        elif source.suffix == ".css":
+            (build / "docs" / target).write_text(_with_fonts(root / source), encoding="utf-8")
         else:
             shutil.copyfile(root / source, build / "docs" / target)
     for name, text in reference.items():
         (build / "docs" / name).parent.mkdir(parents=True, exist_ok=True)
         (build / "docs" / name).write_text(text, encoding="utf-8")
+    _write_notebooks(root, build / "docs" / "notebooks")
     (build / "zensical.toml").write_text(_configuration(root, build / "docs"), encoding="utf-8")
     if missing:
         sys.exit("Links to files that are not there:\n  " + "\n  ".join(missing))
@@ -72,11 +77,36 @@ def assemble(root: Path = ROOT, build: Path = BUILD) -> None:
 def page(source: Path, root: Path, files: dict[Path, Path]) -> tuple[str, list[str]]:
     """A page as the site has it, and its links to files that are not there."""
     text = _MARK.sub(lambda mark: generated.PARTS[mark[1]](root), (root / source).read_text(encoding="utf-8"))
+    if source.parent == Path("docs/tutorials"):
+        link = f'<a href="../notebooks/{source.stem}.ipynb" download>Jupyter notebook</a>'
+        text += f"\nThis tutorial is also a {link}.\n"
     pieces = _CODE.split(text)
     broken: list[str] = []
     # Every other piece is code, in which brackets are brackets.
     pieces[::2] = [_LINK.sub(lambda link: _moved(link, source, root, files, broken), piece) for piece in pieces[::2]]
     return "".join(pieces), broken
+
+
+def _with_fonts(style: Path) -> str:
+    """A style sheet that contains its fonts: not every browser loads fonts of pages that are read from disk."""
+
+    def contained(font: re.Match[str]) -> str:
+        return f"url(data:font/woff;base64,{base64.b64encode((style.parent / font[1]).read_bytes()).decode()})"
+
+    return _FONT.sub(contained, style.read_text(encoding="utf-8"))
+
+
+def _write_notebooks(root: Path, folder: Path) -> None:
+    """The tutorials as notebooks that have not been run, to download."""
+    pages = sorted((root / "docs" / "tutorials").glob("*.md"))
+    if pages:
+        import nbformat  # comes with the docs extra; pages without tutorials need it not
+
+        from docs.tools.notebooks import notebook
+
+        folder.mkdir()
+        for tutorial in pages:
+            nbformat.write(notebook(tutorial.read_text(encoding="utf-8")), folder / f"{tutorial.stem}.ipynb")
 
 
 def _moved(link: re.Match[str], source: Path, root: Path, files: dict[Path, Path], broken: list[str]) -> str:

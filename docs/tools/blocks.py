@@ -2,12 +2,13 @@
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 from typing import NamedTuple
 
 DOCS = Path(__file__).resolve().parents[1]
 TUTORIALS = ("your_own_folder", "read_the_report", "fine_tune", "small_data", "many_gpus")
-_FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+_FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)  # indented in tabs
 
 
 class Block(NamedTuple):
@@ -26,7 +27,7 @@ def split(page: str) -> list[Block]:
     """A page as its pieces, in order; pieces of nothing but space are left out."""
     pieces, end = [], 0
     for fence in _FENCE.finditer(page):
-        pieces += [Block("markdown", page[end : fence.start()]), Block(fence[1] or "text", fence[2])]
+        pieces += [Block("markdown", page[end : fence.start()]), Block(fence[2] or "text", textwrap.dedent(fence[3]))]
         end = fence.end()
     pieces.append(Block("markdown", page[end:]))
     return [piece for piece in pieces if piece.text.strip()]

@@ -1,10 +1,22 @@
 """What pages say of the tree, read from the tree: results with their commands, and the reference, module by module."""
 
+import csv
 import dataclasses
 import importlib
 import json
 import re
 from pathlib import Path
+
+import torch
+
+from crate_mae.models.presets import create_model, list_models
+from crate_mae.models.weights import load_autoencoder
+
+# The results of the run that each trained model of the package is from.
+BUNDLED_RESULTS = {
+    "crate_mae_micro_cifar10": "cifar10_small_color",
+    "crate_mae_micro_monotone_cifar10": "cifar10_monotone",
+}
 
 # A page of the reference: its title, and the folders of `src/crate_mae/` that it is made of.
 REFERENCE = {
@@ -115,4 +127,63 @@ def minutes(root: Path) -> str:
     return "\n".join(rows)
 
 
-PARTS = {"results": results, "minutes": minutes}
+def bundled(root: Path) -> str:
+    """The trained models of the package, and what their runs and probes wrote."""
+    rows = ["| model | parameters | held-out loss | linear probe, 50,000 labels | results |", "|---|---|---|---|---|"]
+    for name, folder in BUNDLED_RESULTS.items():
+        with (root / "results" / folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
+            loss = [float(row["held_out_loss"]) for row in csv.DictReader(file) if row["held_out_loss"]][-1]
+        probe = json.loads((root / "results" / folder / "linear.json").read_text(encoding="utf-8"))
+        top1 = probe["results"][-1]["top1"]
+        rows.append(
+            f"| `{name}` | {_millions(load_autoencoder(name))} | {loss:.3f} | {_percent(top1['value'])} "
+            f"({100 * top1['low']:.1f} to {100 * top1['high']:.1f}) | [{folder}](../results/{folder}/README.md) |"
+        )
+    return "\n".join(rows)
+
+
+def budgets(root: Path) -> str:
+    """The accuracy of models in comparisons under one budget, from the files that the comparisons wrote."""
+    rows = [
+        "| comparison | model | parameters | linear probe | the same, untrained | PSNR of hidden patches |",
+        "|---|---|---|---|---|---|",
+    ]
+    for folder in ("cifar10_steps", "cifar10_minutes", "cifar10_normalised"):
+        scores = json.loads((root / "results" / folder / "scores.json").read_text(encoding="utf-8"))
+        for key in (key for key in scores if key.endswith("/seed-0")):
+            name = key.removesuffix("/seed-0")
+            untrained = scores.get(f"{name}/random-0")
+            control = _percent(untrained["linear"]) if untrained else "not measured"
+            rows.append(
+                f"| [{folder}](../results/{folder}/README.md) | `{name}` | {_millions(create_model(name))} | "
+                f"{_percent(scores[key]['linear'])} | {control} | {scores[key]['psnr']:.1f} dB |"
+            )
+    return "\n".join(rows)
+
+
+def presets(_: Path) -> str:
+    """Every model that can be trained, with its size."""
+    rows = [
+        "| model | parameters | encoder | pixels / patch | width | heads | layers |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in list_models():
+        with torch.device("meta"):
+            model = create_model(name)
+        c = model.config
+        rows.append(
+            f"| `{name}` | {_millions(model)} | {_millions(model.encoder)} | {c.image_size[0]} / {c.patch_size} | "
+            f"{c.embed_dim} | {c.num_heads} | {c.depth} + {c.decoder_depth} |"
+        )
+    return "\n".join(rows)
+
+
+def _millions(model: torch.nn.Module) -> str:
+    return f"{sum(each.numel() for each in model.parameters()) / 1e6:.2f} M"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share + 1e-9:.1f}%"  # halves are rounded up, as on the pages of the results
+
+
+PARTS = {"results": results, "minutes": minutes, "bundled": bundled, "budgets": budgets, "presets": presets}

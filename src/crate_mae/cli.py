@@ -102,6 +102,7 @@ def build_app() -> App:
     for name, (function, text) in _VIZ_COMMANDS.items():
         viz.command(f"crate_mae.commands.{function}", name=name, help=text)
     app.command(viz)
+    app.register_install_completion_command(help="Install completion of commands and options for this shell.")
 
     @app.meta.default
     def launch(

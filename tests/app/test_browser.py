@@ -3,29 +3,12 @@
 import base64
 import io
 import re
-import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="there is no Chromium on this machine: apt-get install chromium"
-)
 WAIT = 60_000  # milliseconds, on a machine with much else to do
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    reason = "the browser is driven by playwright: pip install playwright"
-    playwright = pytest.importorskip("playwright.sync_api", reason=reason)
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM)
-        yield browser
-        browser.close()
 
 
 class Visit:
@@ -36,14 +19,19 @@ class Visit:
         self.asked = []
         self.questions = 0
         self.complaints = []
+        self.is_cut_off = False
         tab.set_default_timeout(WAIT)
         tab.on("request", self.note)
-        tab.on("console", lambda line: self.complaints.append(line.text) if line.type == "error" else None)
+        tab.on("console", self.complain)
         tab.on("pageerror", lambda error: self.complaints.append(str(error)))
 
     def note(self, request):
         self.asked.append(request.url)
         self.questions += "queue/join" in request.url
+
+    def complain(self, line):
+        if line.type == "error" and not self.is_cut_off:
+            self.complaints.append(line.text)
 
     def picture(self, place):
         """The picture at a place, as pixels."""
@@ -137,10 +125,10 @@ def test_a_visitor_hides_completes_and_looks_inside(visit, as_file, served):
     assert page.tab.locator("#picker [aria-pressed=true]").get_attribute("aria-label") == "patch in row 2, column 2"
 
     slider, panel = page.tab.get_by_label("Layer of the encoder").last, page.tab.locator("#inside svg").first
-    assert panel.locator("text[font-weight='600']").all_text_contents()[1:] == ["0"]
-    page.changes("#inside", lambda: slider.fill("2"))
-    assert "layer 2 of 0 to 2" in page.tab.locator("#inside").inner_text()
     assert panel.locator("text[font-weight='600']").all_text_contents()[1:] == ["2"]
+    page.changes("#inside", lambda: slider.fill("0"))
+    assert "layer 0 of 0 to 2" in page.tab.locator("#inside").inner_text()
+    assert panel.locator("text[font-weight='600']").all_text_contents()[1:] == ["0"]
     assert served.noted() == []
 
 
@@ -213,3 +201,69 @@ def test_it_fits_the_window_and_works_by_keyboard_and_finger(width, touch, visit
     cell = page.tab.locator("#painter .cells button").nth(0)
     page.changes("#completed", cell.tap if touch else lambda: cell.press(" "))
     assert (page.mask() != before).ravel().tolist() == [True] + 63 * [False]
+
+
+def test_a_quick_stroke_has_no_gaps_and_one_that_scrolls_paints_nothing(visit):
+    page = visit(390, 844, has_touch=True, is_mobile=True)
+    page.changes("#completed", lambda: page.tab.get_by_role("button", name="Show all").click())
+    page.tab.locator("#painter").evaluate("place => place.scrollIntoView()")
+    fingers = page.tab.context.new_cdp_session(page.tab)
+
+    def swipe(start, end, parts=1):
+        (left, top), (right, bottom) = page.centre("#painter", start), page.centre("#painter", end)
+        touch = lambda kind, *points: fingers.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})  # noqa: E731
+        touch("touchStart", {"x": left, "y": top})
+        for part in range(1, parts + 1):
+            share = part / parts
+            touch("touchMove", {"x": left + share * (right - left), "y": top + share * (bottom - top)})
+        touch("touchEnd")
+
+    page.changes("#completed", lambda: swipe(16, 23))
+    assert np.flatnonzero(page.mask().ravel()).tolist() == list(range(16, 24))
+    completed = page.tab.locator("#completed figure:nth-of-type(3) img").bounding_box()
+    assert completed["y"] + completed["height"] <= 844  # in sight below the picture to paint on
+
+    scrolled = page.tab.evaluate("window.scrollY")
+    swipe(60, 4, parts=12)
+    page.tab.wait_for_function("before => window.scrollY > before + 100", arg=scrolled)
+    assert page.mask().sum() == 8
+
+
+def test_sliders_are_reset_and_numbers_out_of_range_explained(visit):
+    page = visit()
+    share, layer = (page.tab.get_by_label(f"number input for {name}") for name in ("Share", "Layer"))
+    resets = page.tab.get_by_label("Reset to default value")
+    page.changes("#completed", lambda: share.fill("0.5"))
+    assert page.mask().sum() == 32
+    page.changes("#completed", resets.first.click)
+    assert page.mask().sum() == 48
+    page.changes("#inside", lambda: layer.fill("0"))
+    page.changes("#inside", resets.last.click)
+    assert "layer 2 of 0 to 2" in page.tab.locator("#inside").inner_text()
+    for box, number, place, words in (
+        (share, "7", "#completed", "must be from 0.05 to 0.95"),
+        (layer, "9", "#inside", "must be a whole number from 0 to 2"),
+        (page.tab.get_by_label("Seed"), "-4", "#completed", "The seed must be a whole number"),
+    ):
+        box.fill(number)
+        page.tab.wait_for_selector(f"{place} .notice:has-text('{words}')")
+
+
+def test_the_page_comes_back_with_the_server(visit):
+    page = visit()
+    page.is_cut_off = True
+    page.tab.evaluate("window.isOld = true")
+    page.tab.route("**/gradio_api/**", lambda route: route.abort())
+    page.tab.get_by_role("button", name="Another mask").click()
+    page.tab.wait_for_selector("text=Connection")
+    page.tab.unroute("**/gradio_api/**")
+    page.tab.wait_for_function("!window.isOld")
+    page.tab.wait_for_selector("#painter .cells button")
+    page.is_cut_off = False
+    page.changes("#completed", lambda: page.tab.get_by_role("button", name="Another mask").click())
+
+
+def test_links_say_what_they_save(visit):
+    names = visit().tab.locator(".save").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
+    assert len(set(names)) == len(names) == 8
+    assert all(name.startswith("save ") and name.endswith((".png", ".svg")) for name in names)

@@ -1,11 +1,12 @@
 """Limits of the server, without a server."""
 
 import asyncio
+import socket
 
 import pytest
 
 from crate_mae.app import limits
-from crate_mae.app.limits import RequestLimits
+from crate_mae.app.limits import RequestLimits, without_pictures
 
 
 async def echo(scope, receive, send):
@@ -34,7 +35,8 @@ def ask(path, *parts, app=echo):
 
 
 @pytest.mark.parametrize(
-    "path", ["/", "/config", "/assets/index-1.js", "/gradio_api/reset", "/gradio_api/heartbeat/a1"]
+    "path",
+    ["/", "/config", "/assets/index-1.js", "/gradio_api/reset", "/gradio_api/heartbeat/a1", "/gradio_api/app_id"],
 )
 def test_requests_of_the_app_are_accepted_and_get_headers(path):
     status, headers, body, _ = ask(path, b"one ", b"two")
@@ -117,6 +119,7 @@ def test_few_large_requests_are_held_at_once(monkeypatch):
     """Large requests stay counted until the handler of uploads has answered them; refused ones are not counted."""
     monkeypatch.setattr(limits, "SMALL_BODY", 10)
     monkeypatch.setattr(limits, "MAX_BODY", 1000)
+    monkeypatch.setattr(limits, "SECONDS_TO_WAIT", 0.0)
     large = limits.LargeRequests()
     server = RequestLimits(echo, lambda call: None if call == {"a": 1} else "no", large)
 
@@ -141,3 +144,67 @@ def test_few_large_requests_are_held_at_once(monkeypatch):
     assert [join(call), join(call)] == [200, 429]
     monkeypatch.setattr(limits, "SECONDS_TO_ANSWER", -1.0)
     assert join(call) == 200
+
+
+def test_a_large_request_waits_for_a_place(monkeypatch):
+    monkeypatch.setattr(limits, "SMALL_BODY", 10)
+    large = limits.LargeRequests()
+    for _ in range(limits.MOST_LARGE):
+        assert large.add()
+    answers = []
+
+    async def receive():
+        return {"type": "http.request", "body": b"x" * 500}
+
+    async def send(message):
+        answers.append(message)
+
+    async def free_a_place_while_it_waits():
+        request = RequestLimits(echo, large=large)({"type": "http", "path": "/gradio_api/reset"}, receive, send)
+        waiting = asyncio.create_task(request)
+        await asyncio.sleep(0)
+        assert answers == []
+        large.answered()
+        await waiting
+
+    asyncio.run(free_a_place_while_it_waits())
+    assert answers[0]["status"] == 200
+
+
+@pytest.mark.parametrize(
+    ("header", "value", "status"),
+    [
+        ("host", "127.0.0.1:7860", 200),
+        ("host", "localhost:1", 200),
+        ("host", "[::1]:7860", 200),
+        ("host", "192.168.1.7:7860", 200),
+        ("host", "studio.example:7860", 200),  # what --host says
+        ("host", socket.gethostname(), 200),
+        ("host", "attacker.example:7860", 421),
+        ("host", "127.0.0.1.attacker.example", 421),
+        ("host", "[::1", 421),
+        ("host", "", 421),
+        ("origin", "http://127.0.0.1:7860", 200),
+        ("origin", "http://attacker.example", 421),
+        ("origin", "null", 421),
+    ],
+)
+def test_a_foreign_host_is_refused(header, value, status):
+    """Else a site could point its own name at this address, and read what the app answers (DNS rebinding)."""
+    answers = []
+
+    async def receive():
+        return {"type": "http.request", "body": b""}
+
+    async def send(message):
+        answers.append(message)
+
+    scope = {"type": "http", "path": "/config", "headers": [(header.encode(), value.encode())]}
+    asyncio.run(RequestLimits(echo, host="Studio.example")(scope, receive, send))
+    assert answers[0]["status"] == status
+
+
+def test_the_log_holds_no_picture():
+    picture = "data:image/png;base64," + 50 * "iVBORw0KGgo"
+    logged = without_pictures(ValueError(f"invalid literal for int() with base 10: '{picture}'"))
+    assert logged == "ValueError: invalid literal for int() with base 10: [...]"

@@ -42,6 +42,7 @@ def test_a_completion_shows_four_pictures_with_titles(untrained, photograph):
     assert (completed[2:] == original[2:]).all()
     assert (prediction[2:] == prediction[2, 0]).all()
     assert re.search(r"\d+\.\d dB", piece)
+    assert re.search(r"1 of 16 patches were hidden. The squared error of the completion is .* that of flat", piece)
     assert piece.count("download=") == 5
     assert "Random initialisation" in piece
     assert "8 x 8 pixels in patches of 2 x 2" in piece

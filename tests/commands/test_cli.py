@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import json
+import shutil
 import subprocess
 import sys
 
@@ -142,3 +143,19 @@ def test_public_names_are_importable_and_listed():
         assert name in dir(crate_mae)
     with pytest.raises(AttributeError, match="no attribute 'pretrian'"):
         crate_mae.pretrian  # noqa: B018
+
+
+def test_a_shell_completes_commands_and_options(tmp_path):
+    script = tmp_path / "completion"
+    script.write_text(cli.build_app().generate_completion(shell="bash"), encoding="utf-8")
+
+    def completed(*words):
+        line = " ".join(f"'{word}'" for word in ("crate-mae", *words))
+        asked = f"source {script}; COMP_WORDS=({line}); COMP_CWORD={len(words)}; _crate_mae; echo ${{COMPREPLY[@]}}"
+        return subprocess.run(["bash", "-c", asked], capture_output=True, text=True, check=True).stdout.split()
+
+    if shutil.which("bash") is None:
+        pytest.skip("there is no bash on this machine")
+    assert completed("pretr") == ["pretrain"]
+    assert completed("eval", "lin") == ["linear"]
+    assert completed("pretrain", "--mask-ra") == ["--mask-ratio"]

@@ -19,6 +19,7 @@ _REST = r"((?:[^\n`#\\]|\\\n)*)"
 IN_CODE = re.compile(rf"(?:^crate-mae|-m crate_mae) {_REST}", flags=re.MULTILINE)
 IN_PROSE = re.compile(rf"(?:^ {{4,}}crate-mae|`crate-mae|-m crate_mae) {_REST}", flags=re.MULTILINE)
 BUNDLED = ("crate_mae_micro_cifar10", "crate_mae_micro_monotone_cifar10")
+OF_ALL = ("--help", "--version", "--install-completion")  # options of `crate-mae` itself
 OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 LAUNCHERS = {"--nproc-per-node", "--standalone", "--config_file", "--multi_gpu", "--num_machines", "--num_processes"}
 LAUNCHERS |= {"--main_process_ip", "--main_process_port", "--machine_rank", "--nnodes", "--execute", "--serve"}
@@ -46,7 +47,7 @@ def app():
 
 @pytest.fixture(scope="module")
 def options(app) -> set[str]:
-    return every_option(app) | {"--help", "--version", "--config"}
+    return every_option(app) | {*OF_ALL, "--config"}
 
 
 def described(page: Path) -> list[str]:
@@ -66,8 +67,8 @@ def test_options_are_found(options):
 def test_commands_and_their_options_are_there(page, app):
     for text in described(page):
         words, command = text.replace("\\\n", " ").split(), app
-        while words and words[0] not in ("COMMAND", "...") and below(command):
-            assert words[0] in [*below(command), "--help"], f"crate-mae {text}"
+        while words and words[0] not in ("COMMAND", "...", *OF_ALL) and below(command):
+            assert words[0] in below(command), f"crate-mae {text}"
             command = command[words.pop(0)]
         if not below(command):
             asked = set(OPTION.findall(" ".join(words))) - {"--help", "--config"}

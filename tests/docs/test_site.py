@@ -1,5 +1,7 @@
 """The site builds without a warning, needs no network, and says of the tree what the tree says."""
 
+import html
+import json
 import re
 import shutil
 import subprocess
@@ -9,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from crate_mae import theory
+from crate_mae.models.presets import list_bundled, list_models
 from docs.tools import assemble, generated
+from docs.tools.blocks import TUTORIALS
 
 ROOT = Path(__file__).resolve().parents[2]
 NAVIGATION = re.findall(r'= "([\w/]+\.md)" }', (ROOT / "docs/zensical.toml").read_text(encoding="utf-8"))
@@ -89,21 +93,53 @@ def test_formulas_become_mathml():
     assert "&amp;" not in convert(r"$R(Z) \ge 0$")
 
 
-def test_site_builds_strictly_and_fetches_nothing(tmp_path):
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
     if shutil.which("zensical", path=Path(sys.executable).parent) is None:
         pytest.skip("Zensical, which comes with the docs extra, is not installed")
-    assemble.assemble(ROOT, tmp_path)
-    assemble.build(tmp_path)
-    pages = sorted((tmp_path / "site").rglob("*.html"))
+    build = tmp_path_factory.mktemp("build")
+    assemble.assemble(ROOT, build)
+    assemble.build(build)
+    return build / "site"
+
+
+def test_site_builds_strictly_and_fetches_nothing(site):
+    pages = sorted(site.rglob("*.html"))
     assert len(pages) > len(NAVIGATION) / 2
     for page in pages:
         text = page.read_text(encoding="utf-8")
         fetched = re.findall(r"<(?:script|img|iframe|source)\b[^>]*\bsrc=[\"']?(?:https?:)?//[^>]*>", text)
         fetched += re.findall(r"<link\b(?![^>]*canonical)[^>]*\bhref=[\"']?(?:https?:)?//[^>]*>", text)
         assert not fetched, f"{page}: {fetched}"
-    for style in (tmp_path / "site").rglob("*.css"):
+    for style in site.rglob("*.css"):
         assert not re.search(r"url\([\"']?https?:|@import [\"']?https?:", style.read_text(encoding="utf-8")), style
-    assert "<math" in (tmp_path / "site/derivation.html").read_text(encoding="utf-8")
+    for name in TUTORIALS:
+        page = (site / f"tutorials/{name}.html").read_text(encoding="utf-8")
+        assert f"../notebooks/{name}.ipynb" in page
+        json.loads((site / f"notebooks/{name}.ipynb").read_text(encoding="utf-8"))
+
+
+def test_the_font_has_every_character_of_a_formula(site):
+    ttlib = pytest.importorskip("fontTools.ttLib", reason="comes with Matplotlib")
+    known = ttlib.TTFont(ROOT / "docs/fonts/math.woff")
+    assert "MATH" in known
+    pages = [page.read_text(encoding="utf-8") for page in site.rglob("*.html")]
+    formulas = [re.sub("<[^>]*>", "", found) for page in pages for found in re.findall(r"<math.*?</math>", page, re.S)]
+    assert len(formulas) > 100
+    assert set(map(ord, html.unescape("".join(formulas)))) <= {*known.getBestCmap(), ord("\n")}
+
+
+def test_a_reader_without_a_server_finds_pages_and_sees_formulas(site, chromium):
+    tab = chromium.new_page()
+    asked: list[str] = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto((site / "derivation.html").as_uri())
+    assert tab.evaluate("document.fonts.ready.then(() => document.fonts.check('16px Mathematics', 'Σ'))")
+    tab.keyboard.press("Control+k")
+    tab.keyboard.type("Holm correction", delay=20)
+    tab.wait_for_selector("a[href*='read_the_report.html']:visible mark, a[href*='read_the_report.html']:visible em")
+    tab.close()
+    assert {url.partition(":")[0] for url in asked} <= {"file", "data", "blob"}
 
 
 def test_a_warning_fails_the_build(tree):
@@ -114,3 +150,17 @@ def test_a_warning_fails_the_build(tree):
     assemble.assemble(tree, tree / "build")
     with pytest.raises(subprocess.CalledProcessError):
         assemble.build(tree / "build")
+
+
+def test_tables_of_models_agree_with_the_results():
+    bundled = generated.bundled(ROOT)
+    assert set(generated.BUNDLED_RESULTS) == set(list_bundled())
+    assert "| `crate_mae_micro_cifar10` | 2.73 M | 0.489 | 64.4% (63.4 to 65.3) |" in bundled
+    assert "| `crate_mae_micro_monotone_cifar10` | 1.86 M | 0.530 | 63.5%" in bundled
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    budgets = generated.budgets(ROOT)
+    probes = re.findall(r"\| (\d\d\.\d)% \|", budgets)
+    for share in ("38.5", "50.2", "54.6", "51.9", "37.4", "48.9", "55.6", "61.4", "57.9"):
+        assert share in probes
+        assert share in readme
+    assert generated.presets(ROOT).count("\n") == len(list_models()) + 1

@@ -32,7 +32,7 @@ def test_tutorial(name, folder, monkeypatch):
     run_page(tutorial(name))
 
 
-@pytest.mark.parametrize("name", ["install", "derivation"])
+@pytest.mark.parametrize("name", ["install", "quickstart", "derivation"])
 def test_page(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run_page(DOCS / f"{name}.md")

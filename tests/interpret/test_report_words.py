@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import crate_mae
-from crate_mae.drawing.text import html, listed, mathtext, number, percent, plural, raised
+from crate_mae.drawing.text import html, listed, mathtext, number, percent, plural, raised, signed
 from crate_mae.interpret.attention_use import AttentionUse
 from crate_mae.interpret.report.findings import (
     STAND_IN_LIMITS,
@@ -17,6 +17,7 @@ from crate_mae.interpret.report.findings import (
     rates_finding,
     sparsity_finding,
     steps_finding,
+    verdict_sentence,
     write_findings,
 )
 from crate_mae.interpret.report.inspection import SubjectMeasures, inspect_model
@@ -69,6 +70,27 @@ def test_numbers_are_written_shortly():
     assert html(html("a < b")) == "a &lt; b"
     assert raised("R - R^c of 10^−7") == "R − Rᶜ of 10⁻⁷"
     assert mathtext("R - R^c vs. U_k, λ‖Z‖_0") == "R − R$^c$ vs. U$_k$, λ‖Z‖$_0$"
+
+
+def test_a_change_is_written_with_its_sign():
+    assert [signed(x) for x in (0.0505, -2.0, 0.0)] == ["+0.0505", "−2.00", "0"]
+
+
+def test_the_verdict_counts_what_holds_against_the_controls(inspection):
+    rows = inspection.model.measures.audit
+    sentence = verdict_sentence(inspection)
+    assert (
+        f"{sum(row.is_met for row in rows)} of {len(rows)} claims about what this model’s layers do hold." in sentence
+    )
+    assert sentence.index("controls") < sentence.index("claims")
+    proven = [dataclasses.replace(rows[0], status="theorem"), *rows[1:]]
+    measures = dataclasses.replace(inspection.model.measures, audit=proven)
+    model = dataclasses.replace(inspection.model, measures=measures)
+    others = [found for found in inspection.measured if found is not inspection.model]
+    assert "1 of them as theorems" in verdict_sentence(dataclasses.replace(inspection, measured=[model, *others]))
+    measures = dataclasses.replace(inspection.model.measures, audit=[])
+    model = dataclasses.replace(inspection.model, measures=measures)
+    assert "does not apply" in verdict_sentence(dataclasses.replace(inspection, measured=[model, *others]))
 
 
 def test_a_verdict_needs_a_paired_change_whose_interval_is_not_around_0():
@@ -141,9 +163,9 @@ def test_forms_that_disagree_are_told_apart(inspection):
 
 def test_tokens_that_become_alike_are_blamed(inspection):
     alike = with_curve(inspection, "model", "token_diversity", "z_next", [0.9, 0.1], spread=0.01)
-    assert any("more alike, which lowers every rate" in text for text in rates_finding(alike).more)
+    assert any("more similar, which lowers every rate" in text for text in rates_finding(alike).more)
     unlike = with_curve(inspection, "model", "token_diversity", "z_next", [0.1, 0.9], spread=0.01)
-    assert any("do not become more alike" in text for text in rates_finding(unlike).more)
+    assert any("do not become more similar" in text for text in rates_finding(unlike).more)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +210,8 @@ def test_shrinking_and_mixing_are_told(inspection):
     use += [AttentionUse("encoder", None, 0.75, 0.25, 0.2, 0.3, 9, 0.3, 0.2, 0.4)]
     answer = attention_finding(dataclasses.replace(inspection, attention_use=use)).answer
     assert (
-        "changes by 0.250, from 0.500, and the accuracy of a linear probe of the last layer from 40% to 30%" in answer
+        "changes by +0.250, from 0.500 to 0.750, and the accuracy of a linear probe of the last layer from 40% to 30%"
+        in answer
     )
 
 

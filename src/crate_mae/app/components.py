@@ -53,15 +53,17 @@ def completion_component(name: str, found: Completed) -> str:
     """
     stem, pictures = file_stem(name), found.pictures._asdict()
     tiles = [
-        _tile(_to_uri(_pixels(pictures[key][0])), title, note, save_as=f"{stem}_{title.replace(' ', '_')}.png")
+        _tile(_to_uri(_pixels(pictures[key][0])), title, note, save_as=f"{stem}_{title}.png")
         for key, (title, note) in _TITLES.items()
     ]
     rows = [(title, pictures[key]) for key, (title, _) in _TITLES.items()]
     grid = picture_grid(rows, captions=[f"{found.psnr:.1f} dB"])
     return (
-        f'<div class="completion"><p class="result"><strong>{escape(name)}</strong> '
-        f'<span class="score">{found.psnr:.1f} dB</span> <span>flat patches: {found.flat_psnr:.1f} dB</span> '
-        f'{_save(to_uri(grid), f"{stem}.png", "save all four")}</p><div class="tiles four">{"".join(tiles)}</div></div>'
+        f'<div class="completion"><p class="verdict">{_verdict(found)}</p>'
+        f'<p class="result"><strong>{escape(name)}</strong> <span class="score">{found.psnr:.1f} dB</span> '
+        f"<span>flat patches: {found.flat_psnr:.1f} dB</span> "
+        f"{_save(to_uri(grid), f'{stem}.png', 'save all four pictures')}</p>"
+        f'<div class="tiles four">{"".join(tiles)}</div></div>'
     )
 
 
@@ -145,8 +147,22 @@ def share(value: float) -> str:
     return f"{percent:.1f}%" if percent < 9.95 else f"{percent:.0f}%"
 
 
+def _verdict(found: Completed) -> str:
+    """Compare the completion with flat patches in one sentence."""
+    hidden, patches = found.hidden
+    error = 10 ** ((found.flat_psnr - found.psnr) / 10)
+    if abs(1 - error) < 0.005:
+        compared = "as large as"
+    else:
+        compared = f"{share(abs(1 - error))} {'smaller' if error < 1 else 'larger'} than"
+    return (
+        f"{hidden} of {patches} patches were hidden. The squared error of the completion is {compared} that of flat "
+        "patches."
+    )
+
+
 def _tile(uri: str, title: str, note: str = "", *, save_as: str = "", mark: str = "") -> str:
-    save = f" {_save(uri, save_as, 'save')}" if save_as else ""
+    save = f" {_save(uri, save_as, 'save', f'save the {title} picture')}" if save_as else ""
     small = f"<small>{escape(note)}</small>" if note else ""
     return (
         f'<figure><div class="framed"><img src="{uri}" alt="{escape(title)}">{mark}</div>'
@@ -154,13 +170,18 @@ def _tile(uri: str, title: str, note: str = "", *, save_as: str = "", mark: str 
     )
 
 
-def _save(uri: str, file: str, words: str) -> str:
-    return f'<a class="save" href="{uri}" download="{escape(file)}">{words}</a>'
+def _save(uri: str, file: str, words: str, label: str = "") -> str:
+    """Link to a file to save; `label` says what it is where the words do so only for those who see the picture."""
+    title = f"{label or words}, as {file}"
+    return (
+        f'<a class="save" href="{uri}" download="{escape(file)}" title="{escape(title)}" '
+        f'aria-label="{escape(title)}">{words}</a>'
+    )
 
 
 def _figure(svg: str, file: str) -> str:
     uri = f"data:image/svg+xml,{quote(svg)}"
-    return f"<figure>{svg}<figcaption>{_save(uri, file, 'save')}</figcaption></figure>"
+    return f"<figure>{svg}<figcaption>{_save(uri, file, 'save this chart')}</figcaption></figure>"
 
 
 def _mark(row: int, column: int, grid: tuple[int, int]) -> str:
@@ -219,7 +240,7 @@ def _status(row: AuditRow) -> str:
     if row.status in ("theorem", "contradiction"):
         return f"{SYMBOLS[row.status]} {row.status}"
     if row.margin_share >= LEAST_MARGIN_SHARE:
-        return f"{SYMBOLS['holds']} by {share(row.margin_share)}, before {escape(row.closest_control)}"
+        return f"{SYMBOLS['holds']} by {share(row.margin_share)} better than {escape(row.closest_control)}"
     return f"{SYMBOLS['does not hold']} no better than {escape(row.closest_control)}"
 
 

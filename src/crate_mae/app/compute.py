@@ -41,11 +41,13 @@ class Completed(NamedTuple):
 
     Attributes:
         pictures: the original, masked, completed and predicted image.
+        hidden: number of hidden patches, and of all.
         psnr: of the hidden patches, in decibels.
         flat_psnr: the baseline: PSNR of patches without a pattern in their place; see `flat_patches`.
     """
 
     pictures: Completion
+    hidden: tuple[int, int]
     psnr: float
     flat_psnr: float
 
@@ -137,7 +139,7 @@ def complete_picture(model: MaskedAutoencoder, picture: Image.Image, mask: Bool[
     psnr, flat_psnr = (
         float(completion_quality(each, flat, model.config.patch_size).psnr[0]) for each in (found, plain)
     )
-    return Completed(found, psnr, flat_psnr)
+    return Completed(found, (int(mask.sum()), mask.numel()), psnr, flat_psnr)
 
 
 def flat_patches(

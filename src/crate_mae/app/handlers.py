@@ -6,6 +6,7 @@ with the response, so that any number of visitors can use the app at once.
 
 import functools
 import logging
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,11 +17,12 @@ from torch import Tensor
 
 from crate_mae.app.components import displayed_picture, notice
 from crate_mae.app.compute import layers, mask_from_text, mask_text, seeded_mask
+from crate_mae.app.limits import without_pictures
 from crate_mae.app.models import AppModel
 from crate_mae.app.pictures import examples, from_uri, read_upload, to_png, to_uri
 from crate_mae.app.responses import completion_response, inside_response
 from crate_mae.data.numbers import is_number
-from crate_mae.errors import UserError, first_line
+from crate_mae.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +33,7 @@ LEAST_RATIO, MOST_RATIO = 0.05, 0.95
 FORGED = "This is not a request that the app makes."
 _LONGEST_SESSION = 64
 _MOST_EVENTS = 1000
+_MOST_SEED = 2**53 - 1  # the largest whole number that every browser writes exactly
 _NO_LIMIT = 2**30  # of a side: a browser sends back pictures that were scaled down before
 
 
@@ -42,7 +45,7 @@ class Controls(NamedTuple):
         model: its name.
         beside: the name of another model, `UNTRAINED` or `ALONE`.
         mask: as `compute.mask_text` writes it.
-        mask_ratio: of random masks.
+        mask_ratio: of random masks; like the next two a number, which may be out of range, or None if its box is empty.
         seed: of random masks.
         layer: of the encoder, from 0.
         patch: number of the patch whose attention is shown.
@@ -52,9 +55,9 @@ class Controls(NamedTuple):
     model: str
     beside: str
     mask: Any
-    mask_ratio: float
-    seed: float | None
-    layer: float
+    mask_ratio: Any
+    seed: Any
+    layer: Any
     patch: Any
 
 
@@ -82,14 +85,16 @@ class Handlers:
         mask = mask_text(seeded_mask(first.net, MASK_RATIO, seed=0))
         rows, columns = first.grid
         centre = rows // 2 * columns + columns // 2
-        return Controls(self._example(0), model, beside, mask, MASK_RATIO, 0, 0, centre)
+        # Attention of the bundled model's last layer lowers R^c the most, by 38%, and is mostly on other patches in
+        # seven of eight heads.
+        return Controls(self._example(0), model, beside, mask, MASK_RATIO, 0, layers(first.net) - 1, centre)
 
     def upload(self, event: gr.EventData, *values: Any) -> list[Any]:
         """Use a visitor's file as the picture, or explain what is wrong with it."""
         try:
             image = read_upload(from_uri(_detail(event, "content")), self._side)
         except UserError as error:
-            return [gr.HTML(message=[_detail(event, "attempt"), str(error)]), *[gr.skip()] * 4]
+            return [gr.HTML(message=[_detail(event, "attempt"), str(error)]), *[gr.skip()] * 3]
         finally:
             self._answered()
         return self._show(event, to_uri(to_png(image)), Controls(*values))
@@ -105,11 +110,15 @@ class Handlers:
         try:
             mask = mask_from_text(c.mask, first.grid)
         except UserError:  # the mask of another grid
+            if self._wrong_number(c):
+                c = c._replace(mask_ratio=MASK_RATIO, seed=0)
             mask = self._random_mask(c)
         last = layers(first.net) - 1
-        c = c._replace(layer=min(c.layer, last), patch=_patch_on(c.patch, first.grid), mask=mask_text(mask))
+        c = c._replace(
+            layer=int(min(max(c.layer or 0, 0), last)), patch=_patch_on(c.patch, first.grid), mask=mask_text(mask)
+        )
         slider = gr.Slider(maximum=last, value=c.layer, interactive=last > 0)
-        return [*self._grids(c), slider, self.completed(*c), self.inside(*c)]
+        return [*self._grids(c), c.mask_ratio, c.seed, slider, self.completed(*c), self.inside(*c)]
 
     def random(self, *values: Any) -> list[Any]:
         """Draw the mask of the chosen ratio and seed."""
@@ -123,7 +132,8 @@ class Handlers:
     def another(self, *values: Any) -> list[Any]:
         """Draw the mask of the next seed."""
         c = Controls(*values)
-        c = c._replace(seed=int(c.seed or 0) + 1)
+        seed = c.seed if is_number(c.seed, 0, _MOST_SEED - 1) else -1
+        c = c._replace(seed=int(seed) + 1)
         return [c.seed, *self.random(*c)]
 
     def clear(self, *values: Any) -> list[Any]:
@@ -146,7 +156,10 @@ class Handlers:
         """Show one layer, and the curves over all layers (step 4), or explain why not."""
         c = Controls(*values)
         models = self._chosen(c)
+        last = max(layers(model.net) for model in models) - 1
         try:
+            if not is_number(c.layer, 0, last) or c.layer != int(c.layer):
+                raise UserError(f"The layer must be a whole number from 0 to {last}.")
             return inside_response(_picture(c), models, int(c.layer), _patch_on(c.patch, models[0].grid))
         except UserError as error:
             return notice(str(error))
@@ -172,7 +185,6 @@ class Handlers:
         return None if is_known and self._are_possible(Controls(*values)) else FORGED
 
     def _are_possible(self, c: Controls) -> bool:
-        last = max(layers(model.net) for model in self.models.values()) - 1
         return (
             (c.picture is None or isinstance(c.picture, str))
             and isinstance(c.model, str)
@@ -180,15 +192,13 @@ class Handlers:
             and isinstance(c.beside, str)
             and c.beside in (ALONE, UNTRAINED, *self.models)
             and (c.mask is None or isinstance(c.mask, str))
-            and is_number(c.mask_ratio, LEAST_RATIO - 1e-9, MOST_RATIO + 1e-9)
-            and (c.seed is None or is_number(c.seed, -(2**63), 2**63))
-            and is_number(c.layer, 0, last)
+            and all(each is None or is_number(each, -math.inf, math.inf) for each in (c.mask_ratio, c.seed, c.layer))
             and (c.patch is None or isinstance(c.patch, str | int))
         )
 
     def _show(self, event: gr.EventData, picture: str, c: Controls) -> list[Any]:
         c, message = c._replace(picture=picture), [_detail(event, "attempt"), ""]
-        return [gr.HTML(picture, message=message), *self._grids(c), self.completed(*c), self.inside(*c)]
+        return [gr.HTML(picture, message=message), *self._grids(c), self.completed(*c)]
 
     def _grids(self, c: Controls) -> list[Any]:
         """Update the grid to paint on, and the one to pick from."""
@@ -202,9 +212,18 @@ class Handlers:
         return [first] if beside is None or beside is first else [first, beside]
 
     def _random_mask(self, c: Controls) -> Bool[Tensor, "gh gw"]:
-        if c.seed is None or not 0 <= c.seed < 2**63:
-            raise UserError("The seed must be a whole number, 0 or more.")
+        if mistake := self._wrong_number(c):
+            raise UserError(mistake)
         return seeded_mask(self._chosen(c)[0].net, float(c.mask_ratio), int(c.seed))
+
+    @staticmethod
+    def _wrong_number(c: Controls) -> str | None:
+        """Say what is wrong with the numbers of a random mask; None if nothing is."""
+        if not is_number(c.mask_ratio, LEAST_RATIO - 1e-9, MOST_RATIO + 1e-9):
+            return f"The share to hide must be from {LEAST_RATIO} to {MOST_RATIO}."
+        if not is_number(c.seed, 0, _MOST_SEED) or c.seed != int(c.seed):
+            return f"The seed must be a whole number from 0 to {_MOST_SEED:,}."
+        return None
 
     def _example(self, number: object) -> str:
         chosen = (
@@ -221,7 +240,7 @@ def refusing(handler: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return handler(*arguments)
         except Exception as error:  # values that only a forged request can have
-            logger.warning("A request failed: %s: %s", type(error).__name__, first_line(error))
+            logger.warning("A request failed: %s", without_pictures(error))
             raise gr.Error(FORGED, print_exception=False) from None
 
     return handle

@@ -1,12 +1,15 @@
 """Limits of what the server accepts and holds, and of what browsers may load: an ASGI application around another."""
 
 import asyncio
+import ipaddress
 import logging
 import re
+import socket
 import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from crate_mae.app.pictures import MAX_BYTES
 from crate_mae.data.documents import parse_json
@@ -16,17 +19,20 @@ logger = logging.getLogger(__name__)
 
 SMALL_BODY = 2**20  # holds a picture that was scaled down already
 MAX_BODY = 4 * MAX_BYTES // 3 + SMALL_BODY  # base64 text takes 4/3 of the size of a picture
-MOST_LARGE = 4  # larger requests at once, from their first bytes until they are answered
+MOST_LARGE = 4  # larger requests at once, from their first megabyte until they are answered; others wait
+SECONDS_TO_WAIT = 30.0  # for one of those places
 SECONDS_TO_SEND = 60.0  # for the body of a request
 SECONDS_TO_ANSWER = 60.0  # after which a large request is no longer counted
 MOST_CONNECTIONS = 256
 _MOST_DISCARDED = 8 * MAX_BODY  # of a request that is too large: a client reads its answer when it has sent all
 _JOIN = "/gradio_api/queue/join"
-# The app, its scripts and styles; its requests and their responses; the heartbeat of open tabs.
+# The app, its scripts and styles; its requests and their responses; the heartbeat of open tabs, and what they ask after
+# the server has been away.
 _ALLOWED = re.compile(
     r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/(assets|static|svelte)/.*"
-    r"|/gradio_api/(queue/(join|data)|heartbeat/[A-Za-z0-9]+|startup-events|info|theme\.css|reset|cancel)"
+    r"|/gradio_api/(queue/(join|data)|heartbeat/[A-Za-z0-9]+|app_id|startup-events|info|theme\.css|reset|cancel)"
 )
+_LONG_WORD = re.compile(r"\S{65,}")  # longer than any word or path of a message
 _HEADERS = {
     # Keeps browsers from loading anything from other hosts, and from sending anything there.
     b"content-security-policy": b"default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; "
@@ -46,14 +52,20 @@ class RequestLimits:
         app: an ASGI application.
         mistake: says what is wrong with the values of a call, or None.
         large: counts large requests; the handler that answers one takes it off.
+        host: the name or address that the server listens on, which a request may name; see `is_own_host`.
     """
 
     def __init__(
-        self, app: Any, mistake: Callable[[Any], str | None] = lambda _: None, large: "LargeRequests | None" = None
+        self,
+        app: Any,
+        mistake: Callable[[Any], str | None] = lambda _: None,
+        large: "LargeRequests | None" = None,
+        host: str = "127.0.0.1",
     ) -> None:
         self._app = app
         self._mistake = mistake
         self._large = large or LargeRequests()
+        self._host = host
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Handle one request."""
@@ -61,10 +73,22 @@ class RequestLimits:
             await self._app(scope, receive, send)
         elif scope["type"] != "http":
             await send({"type": "websocket.close"})  # the app opens none
+        elif (foreign := self._foreign_host(scope)) is not None:
+            await _refuse(send, 421, f"{foreign!r} is not a name of this server: open the app at its IP address.")
         elif not _ALLOWED.fullmatch(scope["path"]):
             await _refuse(send, 404, "There is nothing here: the app is at /.")
         else:
             await self._handle(scope, receive, send)
+
+    def _foreign_host(self, scope: Any) -> str | None:
+        """Return the host that the request is addressed to, or that its page is from, unless it is this one."""
+        for name, value in scope.get("headers", ()):
+            text = value.decode("latin-1")
+            if name == b"host" and not is_own_host(f"//{text}", self._host):
+                return text
+            if name == b"origin" and not is_own_host(text, self._host):
+                return text
+        return None
 
     async def _handle(self, scope: Any, receive: Any, send: Any) -> None:
         """Read a request, check it, and let the application answer; large ones are counted meanwhile."""
@@ -97,7 +121,7 @@ class RequestLimits:
                     size += len(part)
                     if refused is None:
                         body += part
-                        refused, is_counted = self._limited(size, is_counted=is_counted)
+                        refused, is_counted = await self._limited(size, is_counted=is_counted)
                     else:
                         body.clear()
             if refused is not None:
@@ -110,7 +134,7 @@ class RequestLimits:
             raise _RefusedError(408, f"This took longer than {SECONDS_TO_SEND:.0f} seconds to arrive.") from error
         return bytes(body)
 
-    def _limited(self, size: int, *, is_counted: bool) -> tuple["_RefusedError | None", bool]:
+    async def _limited(self, size: int, *, is_counted: bool) -> tuple["_RefusedError | None", bool]:
         """Whether a request that has grown to this size is refused, and whether it is counted as a large one."""
         if size > MAX_BODY:
             return _RefusedError(
@@ -118,7 +142,7 @@ class RequestLimits:
             ), is_counted
         if size <= SMALL_BODY or is_counted:
             return None, is_counted
-        if not self._large.add():
+        if not await self._large.wait():
             return _RefusedError(429, "The app is busy with other pictures: try again in a few seconds."), False
         return None, True
 
@@ -145,11 +169,39 @@ class RequestLimits:
         try:
             await self._app(scope, receive, _with_headers(watched))
         except Exception as error:  # of any library on the way
-            logger.warning("A request to %r failed: %s: %s", scope["path"], type(error).__name__, first_line(error))
+            logger.warning("A request to %r failed: %s", scope["path"], without_pictures(error))
             status = status or 500  # else the answer has begun
         if status >= 500:
             raise _RefusedError(400, "The app cannot make sense of this request.")
         return status
+
+
+def is_own_host(url: str, listening: str) -> bool:
+    """Whether a URL names this server by an IP address, or by a name that only this machine's owner can give it.
+
+    Any other name may be one that a foreign site has pointed at this address, so that its pages are allowed to read the
+    answers (DNS rebinding).
+
+    Args:
+        url: with a host, such as "http://127.0.0.1:7860" or "//localhost".
+        listening: the name or address that the server listens on.
+    """
+    try:
+        name = (urlsplit(url).hostname or "").rstrip(".")
+    except ValueError:
+        return False
+    if name and name in {each.lower() for each in ("localhost", listening, socket.gethostname())}:
+        return True
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def without_pictures(error: BaseException) -> str:
+    """Describe an error for the log; values in its message, which may be a visitor's picture, are left out."""
+    return f"{type(error).__name__}: {_LONG_WORD.sub('[...]', first_line(error))}"
 
 
 class LargeRequests:
@@ -166,6 +218,13 @@ class LargeRequests:
             return False
         self._begun.append(time.monotonic())
         return True
+
+    async def wait(self) -> bool:
+        """Count one more when there is a place; return False if there is none for too long."""
+        deadline = time.monotonic() + SECONDS_TO_WAIT
+        while not (added := self.add()) and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)  # places are freed by threads
+        return added
 
     def answered(self) -> None:
         """Count one less."""

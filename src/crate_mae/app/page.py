@@ -19,10 +19,14 @@ _PICTURE = (
     "1. A picture",
     "It stays in this browser tab: the server holds it in memory while it responds, and never on a disk.",
 )
-_HIDE = ("2. Hide patches", "Draw on it: a stroke hides patches; one that starts on a hidden patch uncovers them.")
+_HIDE = (
+    "2. Hide patches",
+    "Draw over patches to hide them; start on a hidden patch to uncover it and others. "
+    '<span class="touch">Start a stroke sideways: up and down scrolls the page.</span>',
+)
 _COMPLETED = (
     "3. See it completed",
-    "The number is the PSNR of the hidden patches in decibels: higher is closer to the original.",
+    "PSNR of the hidden patches, in decibels: higher is closer to the original.",
 )
 _INSIDE = (
     "4. Look inside, layer by layer",
@@ -51,20 +55,23 @@ def build_page(handlers: Handlers) -> gr.Blocks:
     grid, last = models[start.model].grid, layers(models[start.model].net) - 1
     with gr.Blocks(title=_TITLE, analytics_enabled=False) as page:
         gr.HTML(_INTRO, js_on_load=None)
-        with gr.Row(elem_classes="steps"):
+        with gr.Row(elem_classes="steps painting"):
             with gr.Column(scale=2, min_width=300):
                 _heading(*_PICTURE)
                 picture = chooser(start.picture, handlers.examples)
                 _heading(*_HIDE)
                 mask = patch_grid("paint", handlers.displayed(start), grid, start.mask, elem_id="painter")
-                with gr.Row(elem_classes="buttons"):
+                with gr.Row(elem_classes="buttons later"):
                     another = gr.Button("Another mask", size="md", min_width=130)
                     clear = gr.Button("Show all", size="md", min_width=90)
-                ratio = gr.Slider(LEAST_RATIO, MOST_RATIO, start.mask_ratio, step=0.05, label="Share to hide at random")
-                seed = gr.Number(start.seed, label="Seed of the random mask", precision=0)
+                with gr.Group(elem_classes="later"):
+                    ratio = gr.Slider(
+                        LEAST_RATIO, MOST_RATIO, start.mask_ratio, step=0.05, label="Share to hide at random"
+                    )
+                    seed = gr.Number(start.seed, label="Seed of the random mask", precision=0)
             with gr.Column(scale=3, min_width=300):
                 _heading(*_COMPLETED)
-                with gr.Row():
+                with gr.Row(elem_classes="later"):
                     model = gr.Dropdown(names, value=start.model, label="Model", min_width=200)
                     beside = gr.Dropdown(
                         [ALONE, UNTRAINED, *names], value=start.beside, label="Compare with", min_width=200
@@ -79,19 +86,19 @@ def build_page(handlers: Handlers) -> gr.Blocks:
                 inside = gr.HTML(handlers.inside(*start), js_on_load=None, elem_id="inside")
         controls = Controls._make((picture, model, beside, mask, ratio, seed, layer, patch))
 
-        whole = [mask, patch, completed, inside]
-        _connect(picture.upload, handlers.upload, controls, [picture, *whole])
-        _connect(picture.select, handlers.select, controls, [picture, *whole])
+        for chosen, handler in ((picture.upload, handlers.upload), (picture.select, handlers.select)):
+            shown = _connect(chosen, handler, controls, [picture, mask, patch, completed])
+            _connect(shown.success, handlers.inside, controls, [inside])
         for choice in (model, beside):
             # One choice triggers `input` twice.
-            _connect(choice.select, handlers.switch, controls, [mask, patch, layer, completed, inside])
-        for number in (ratio, seed):
-            _connect(number.input, handlers.random, controls, [mask, completed])
+            _connect(choice.select, handlers.switch, controls, [mask, patch, ratio, seed, layer, completed, inside])
+        _connect(ratio.change, handlers.random, controls, [mask, completed])  # also by its reset button
+        _connect(seed.input, handlers.random, controls, [mask, completed])
         _connect(another.click, handlers.another, controls, [seed, mask, completed])
         _connect(clear.click, handlers.clear, controls, [mask, completed])
         _connect(mask.input, handlers.completed, controls, [completed])
-        for where in (layer, patch):
-            _connect(where.input, handlers.inside, controls, [inside])
+        for moved in (layer.change, patch.input):
+            _connect(moved, handlers.inside, controls, [inside])
     return page.queue(max_size=_MAX_WAITING, api_open=False)
 
 
@@ -99,12 +106,13 @@ def _heading(title: str, text: str) -> None:
     gr.HTML(f'<div class="step"><h2>{title}</h2><p>{text}</p></div>', js_on_load=None)
 
 
-def _connect(event: Any, handler: Any, controls: Controls, outputs: Sequence[Any]) -> None:
+def _connect(event: Any, handler: Any, controls: Controls, outputs: Sequence[Any]) -> Any:
     """Call a handler with all controls; while it runs, only the last of several further events is kept."""
-    event(
+    return event(
         refusing(handler),
         [*controls],
         [*outputs],
+        preprocess=False,  # Gradio's own checks of ranges end in an error without a place
         trigger_mode="always_last",
         show_progress="minimal",
         show_progress_on=[each for each in outputs if each.elem_id in ("completed", "inside")],

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from PIL import Image, ImageDraw, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tvf
 
-from crate_mae.data.decode import UnreadableImage, decode, to_channels, to_tensor
+from crate_mae.data.decode import UnreadableImage, decode, to_channels, to_tensor, upright
 from crate_mae.data.digits import DigitsSource
 from crate_mae.errors import UserError
 
@@ -25,12 +25,13 @@ TOO_LARGE = f"This file is larger than {MAX_BYTES // 2**20} MB: choose a smaller
 
 # (title, photograph of scikit-learn, left, top, side in pixels)
 _CROPS = (
-    ("Temple", "china.jpg", 190, 55, 330),
     ("Flower", "flower.jpg", 170, 20, 390),
+    ("Temple", "china.jpg", 190, 55, 330),
     ("Roof", "china.jpg", 10, 130, 230),
 )
 _DIGIT = 7  # number of the example digit in the test images of `digits`
 _SIZE = 64  # of drawn examples, in pixels
+_OVERSAMPLING = 4  # least size of a decoded JPEG, relative to what is kept of it
 
 
 def read_upload(content: bytes, side: int) -> Image.Image:
@@ -60,7 +61,7 @@ def read_upload(content: bytes, side: int) -> Image.Image:
     if min(width, height) < MIN_SIDE:
         raise UserError(f"This picture has {width:,} x {height:,} pixels: each side needs at least {MIN_SIDE}.")
     try:
-        image = to_channels(decode(content, "file"), 3)
+        image = to_channels(_decode(content, _OVERSAMPLING * side), 3)
     except UnreadableImage as error:
         raise UserError(f"This picture is damaged and cannot be read completely ({error.reason}).") from error
     small = shrink(_to_pillow(image), side)
@@ -126,6 +127,17 @@ def _size_in_header(content: bytes) -> tuple[int, int]:
         ) from error
     except Exception as error:  # Pillow's plug-ins raise nearly any type on a damaged file.
         raise UserError("This picture is damaged: not even its size can be read.") from error
+
+
+def _decode(content: bytes, side: int) -> Image.Image:
+    """Decode a file; a JPEG at 1/2, 1/4 or 1/8 of its size if that leaves its shorter side at least `side` pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    if image.format not in ("JPEG", "MPO"):
+        return decode(content, "file")
+    image.draft(None, (side, side))
+    return upright(image, "file")
 
 
 def _to_pillow(image: Image.Image | object) -> Image.Image:

@@ -16,11 +16,12 @@ from crate_mae.errors import UserError
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # fonts of the visitor's machine
 
 
-def build_server(models: dict[str, AppModel]) -> uvicorn.Server:
+def build_server(models: dict[str, AppModel], host: str = "127.0.0.1") -> uvicorn.Server:
     """Build the server of the app; call `run(sockets=[...])` of it.
 
     Args:
         models: the models to choose from, by name.
+        host: the name or address that it will listen on.
     """
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=("monospace",))
     large = LargeRequests()
@@ -47,7 +48,7 @@ def build_server(models: dict[str, AppModel]) -> uvicorn.Server:
         mcp_server=False,
         enable_monitoring=False,
     )
-    application: Any = RequestLimits(page, mistake, large)
+    application: Any = RequestLimits(page, mistake, large, host)
     # Every open browser tab keeps a connection open; shutting down does not wait for them.
     return uvicorn.Server(
         uvicorn.Config(

@@ -24,8 +24,8 @@ def app(
     Args:
         models: Models to choose from, each in any form that `crate-mae reconstruct` takes; the second, if given, is
             shown beside the first.
-        host: Address to listen on. By default only this machine can open the app; 0.0.0.0 admits every machine that
-            can reach this one.
+        host: Name or address to listen on. By default only this machine can open the app; with 0.0.0.0, every machine
+            that can reach this one can, at its IP address. To have it opened under a name, give that name.
         port: Port to listen on; 0 for any free one.
 
     Raises:
@@ -44,7 +44,7 @@ def app(
     console = open_console()
     with listen(host, port) as listening:
         with console.status("Starting the app"):
-            server = build_server(open_models(models))
+            server = build_server(open_models(models), host)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
         console.print(f"The app is at {url}  (Ctrl-C stops it)", soft_wrap=True, markup=False)
         if host not in _LOOPBACK:

@@ -11,7 +11,7 @@ from crate_mae.comparison.budget import BudgetPlan, Costs, measure_costs, plan_b
 from crate_mae.comparison.entries import Entry, Images, open_images, resolve_entries
 from crate_mae.comparison.figure import draw_curves, draw_scores
 from crate_mae.comparison.options import CompareOptions, parse_budget
-from crate_mae.comparison.report import RULE, csv_text, markdown, seeds_text, table_rows, write_notes
+from crate_mae.comparison.report import RULE, csv_text, markdown, seeds_text, table_rows, verdict, write_notes
 from crate_mae.comparison.results import EntryResult, measure_all
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trainer
 from crate_mae.data.files import output_path, write_whole
@@ -81,7 +81,7 @@ def publish(
     title = f"{', '.join(options.models)}: {options.budget} each, on {images.train.name}"
     write_whole(out / "table.csv", csv_text(results, pixels))
     write_whole(out / "seeds.csv", seeds_text(results))
-    write_whole(out / "table.md", markdown(rows, notes, title))
+    write_whole(out / "table.md", markdown(rows, notes, title, verdict(results, pixels)))
     draw_scores(results, pixels, out / "figure.png")
     draw_curves(results, out / "curves.png")
     return Comparison(out, rows, notes, results)

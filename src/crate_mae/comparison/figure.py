@@ -61,7 +61,7 @@ def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: 
     if pixels:
         at = (0.5, score.scale * pixels[score.name])
         _write(all_axes[0], "raw pixels", at, (0.0, 3.0), color=GREY, xycoords=("axes fraction", "data"), ha="center")
-        figure.suptitle("filled: trained; hollow: the same network with random weights", fontsize=10, color=GREY)
+        figure.suptitle("filled: trained; hollow: the same network with random initialisation", fontsize=10, color=GREY)
     _save(figure, path)
 
 

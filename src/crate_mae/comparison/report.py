@@ -80,13 +80,24 @@ def table_rows(results: Sequence[EntryResult], pixels: dict[str, float]) -> list
             of_pixels = score_text(name, spread([pixels], name)) if pixels else ""
             rows.append(line(title, lambda r, name=name: score_text(name, spread(r.scores.values(), name)), of_pixels))
         if name in PROBES and any(spread(result.random.values(), name) for result in results):
-            title = f"{title}, random weights"
+            title = f"{title}, random initialisation"
             rows.append(line(title, lambda r, name=name: score_text(name, spread(r.random.values(), name))))
     return rows
 
 
-def markdown(rows: Sequence[Sequence[str]], notes: Sequence[str], title: str) -> str:
-    """The table and the notes below it, as Markdown."""
+def verdict(results: Sequence[EntryResult], pixels: dict[str, float]) -> str:
+    """The linear probes, or without labels the completions, in one sentence that begins with the controls."""
+    name = "linear" if all(spread(result.scores.values(), "linear") for result in results) else "psnr"
+    controls = [("raw pixels", spread([pixels], name))] if pixels else []
+    controls += [(f"untrained {result.name}", spread(result.random.values(), name)) for result in results]
+    known = [f"{label} {score_text(name, score, with_range=False)}" for label, score in controls if score]
+    own = [(result.name, spread(result.scores.values(), name)) for result in results]
+    found = [f"{label} {score_text(name, score, with_range=False)}" for label, score in own]
+    return f"{_capitalised(_NAMES[name])}: {', '.join([*known, *found])}."
+
+
+def markdown(rows: Sequence[Sequence[str]], notes: Sequence[str], title: str, first: str) -> str:
+    """The verdict, the table and the notes below it, as Markdown."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
 
     def line(cells: Sequence[str]) -> str:
@@ -94,7 +105,18 @@ def markdown(rows: Sequence[Sequence[str]], notes: Sequence[str], title: str) ->
         return f"| {' | '.join(aligned)} |"
 
     rule = f"|{'-' * (widths[0] + 2)}|" + "".join(f"{'-' * (width + 1)}:|" for width in widths[1:])
-    lines = [f"# {title}", "", line(rows[0]), rule, *map(line, rows[1:]), "", "## How to read it", ""]
+    lines = [
+        f"# {title}",
+        "",
+        f"**{first}**",
+        "",
+        line(rows[0]),
+        rule,
+        *map(line, rows[1:]),
+        "",
+        "## How to read it",
+        "",
+    ]
     return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
 
 
@@ -164,6 +186,10 @@ def _steps(result: EntryResult) -> str:
 def _minutes(result: EntryResult) -> str:
     search = f"{result.trained.search_minutes:.2f} + " if result.trained.search_losses else ""
     return f"{search}{result.final_minutes:.2f}"
+
+
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _millions(number: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from crate_mae.drawing.text import html, number, percent, plural
+from crate_mae.drawing.text import html, number, percent, plural, signed
 
 
 def render(template: str, **values: Any) -> str:
@@ -51,5 +51,6 @@ def _environment() -> Environment:
         "number": number,
         "percent": percent,
         "plural": plural,
+        "signed": signed,
     }
     return found

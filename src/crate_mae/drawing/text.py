@@ -26,6 +26,11 @@ def number(value: float) -> str:
     return text.replace("-", "−")
 
 
+def signed(value: float) -> str:
+    """A change: `number` with its sign."""
+    return f"+{number(value)}" if value > 0 else number(value)
+
+
 def percent(share: float, decimals: int = 0) -> str:
     """A share in percent, with a true minus sign."""
     return f"{100 * share:.{decimals}f}%".replace("-", "−")

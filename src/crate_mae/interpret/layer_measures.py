@@ -329,7 +329,7 @@ def value_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:
     """A stand-in for R^c where heads have no subspaces: `subspace_rate_unit` with W_v of head k for U_k.
 
     MSSA has one matrix where a Transformer has three. Taken is that of the values, since what attention mixes and
-    passes on are values, as MSSA mixes and passes on U_k^T z: a head that compresses anything compresses those. Queries
+    passes on are values, as MSSA mixes and passes on Z U_k: a head that compresses anything compresses those. Queries
     and keys only determine how much of which token is mixed. The unit length of projections makes the scale of W_v
     irrelevant, and a bias, which is not part of a subspace, is left out.
 

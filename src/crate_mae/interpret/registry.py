@@ -88,7 +88,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "pooled_rate_reduction": Measure(
         "R - R^c of all images",
-        "Nats that telling the subspaces apart saves in coding the tokens of all images together.",
+        "Nats saved by coding each subspace separately, for the tokens of all images together.",
         unit="nats",
         better="higher",
         point="z_next",
@@ -128,7 +128,7 @@ MEASURES: dict[str, Measure] = {
         control="self_attention_uniform",
     ),
     "self_attention_uniform": Measure(
-        "uniform attention", "Share that every token gets of attention that reads all tokens alike.", unit="share"
+        "uniform attention", "Share that each token gets in uniform attention.", unit="share"
     ),
     "best_subspace_energy": Measure(
         "energy in the best subspace",

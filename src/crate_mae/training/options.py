@@ -161,14 +161,14 @@ class RunOptions:
         None, "Epochs of linear warm-up. By default 5% of a run of pretraining, 10% of fine-tuning.", AT_LEAST_0
     )
     weight_decay: float = option(
-        0.05, "Decoupled weight decay of AdamW; norms, biases and tokens are spared.", AT_LEAST_0
+        0.05, "Decoupled weight decay of AdamW, except for norms, biases and tokens.", AT_LEAST_0
     )
     clip_grad: float = option(1.0, "Largest norm of the gradient; 0 does not clip.", AT_LEAST_0)
     drop_path: float = option(0.0, "Stochastic depth of the encoder's last layer.", BELOW_1)
     image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the model's.")
     min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.", SHARE)
-    flip: bool = option(True, "Mirror half of the images; wrong for writing.")
-    seed: int = option(0, "Of the weights, the order, the crops and the masks.", AT_LEAST_0)
+    flip: bool = option(True, "Mirror half of the images; unsuitable for text.")
+    seed: int = option(0, "Seed of the weights, the order, the crops and the masks.", AT_LEAST_0)
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "By default whichever is faster here, as measured."
     )
@@ -252,7 +252,7 @@ class PretrainOptions(RunOptions):
     )
     recipe: str | None = option(
         None,
-        "Options that were tried together, from `crate-mae recipes`; those given beside it win.",
+        "A tested set of options, see `crate-mae recipes`; options on the command line override it.",
         saved=False,
     )
     model: str = option(None, "A name from `crate-mae models`. By default the one made for images of this size.")
@@ -278,7 +278,7 @@ class PretrainOptions(RunOptions):
     std: Numbers = option(None, "Per channel, likewise.")
     mask_ratio: float = option(0.75, "Share of hidden patches.", BETWEEN_0_AND_1)
     mask_tokens: Literal["encoder", "decoder"] = option(
-        None, "Where mask tokens come in. By default as in the model of that name."
+        None, "Where mask tokens enter the model. By default as in the model of that name."
     )
     norm_pix_loss: bool = option(False, "Predict patches normalised by their own mean and standard deviation.")
 

@@ -187,7 +187,7 @@ def explain_denoising(results: Denoising) -> Section:
         claim="The best way to denoise a token is to project it onto the subspace that it came from. A gradient step "
         "that lowers the coding rate R<sup>c</sup> is claimed to do the same.",
         formula="E[x | z] = z + σ² ∇ log q<sub>σ</sub>(z) = Σ<sub>k</sub> P(k | z) "
-        "U<sub>k</sub>U<sub>k</sub><sup>⊤</sup> z / (1 + σ²) &nbsp;≈?&nbsp; z − κ ∇R<sup>c</sup>(z | U)",
+        "z U<sub>k</sub>U<sub>k</sub><sup>⊤</sup> / (1 + σ²) &nbsp;≈?&nbsp; z − κ ∇R<sup>c</sup>(z | U)",
         how=f"{middle.tokens} tokens from {middle.h} mutually orthogonal subspaces of dimension {middle.p}, plus "
         f"noise; {results.draws} draws each. The left side is exact for such data. The right side was computed over "
         "each token alone, over the tokens of one cluster (as if the clusters were known), and over all tokens at "

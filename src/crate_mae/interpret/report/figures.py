@@ -151,7 +151,7 @@ def _mixing(inspection: Inspection) -> LayerFigure:
         "mixing",
         "How much attention mixes",
         "On the left, the share of its attention that a token gives to itself, mean over tokens and heads: at 1 no "
-        "token reads any other, and the dashed line is attention that reads all tokens alike. On the right, what the "
+        "token reads any other, and the dashed line is uniform attention. On the right, what the "
         "attention step does to the length of tokens: below 1 they shrink, which lowers R^c as it is without sorting "
         "anything.",
         panels,
@@ -163,9 +163,9 @@ def _rates(inspection: Inspection) -> LayerFigure:
         "rates",
         "Coding rate, rate reduction, number of non-zeros",
         "Each line is a measure of the layers’ outputs: R counts the nats to code all tokens of an image, as they are "
-        "and with all tokens of equal length, R - R^c of the tokens of all images is what telling the subspaces apart "
-        "saves, and λ‖Z‖_0 is the third part of the objective, a price for each non-zero. An encoder that optimises "
-        "its objective has a line of R - R^c that rises and one of λ‖Z‖_0 that falls from left to right.",
+        "and with all tokens of equal length, R - R^c of the tokens of all images is how many nats are "
+        "saved by coding each subspace separately, and λ‖Z‖_0 is the third term of the objective. In an encoder that "
+        "optimises its objective, R - R^c rises and λ‖Z‖_0 falls from left to right.",
         _by_subject(
             inspection.measured,
             ("coding_rate", "coding_rate_normalised", "pooled_rate_reduction", "sparsity_penalty"),
@@ -185,8 +185,8 @@ def _sparsity(inspection: Inspection) -> LayerFigure:
     return LayerFigure(
         "sparsity",
         "Sparsity",
-        "Each line is how sparse the layers’ outputs are, by three measures of which only the first asks for exact "
-        "zeros; small l1/l2 and a large Gini index mean sparse. If depth makes representations sparser, the left and "
+        "Each line shows how sparse the layers’ outputs are. Only the first of the three measures counts exact zeros; "
+        "a small l1/l2 and a large Gini index mean sparse. If depth makes representations sparser, the left and "
         "right panels rise through the encoder and the middle one falls.",
         panels,
     )
@@ -197,9 +197,9 @@ def _ranks(inspection: Inspection) -> LayerFigure:
         "ranks",
         "Directions in use",
         "Effective rank and participation ratio count the directions that an image’s tokens use (weak ones count less "
-        "in the latter), and of the tokens’ energy one share lies in their best subspaces, another in what tokens of "
-        "one image differ by. Ranks near 1 and differences near 0 mean that tokens have become alike, which makes "
-        "every rate small without any structure.",
+        "in the latter). The other panels show the shares of the tokens’ energy in their best subspaces and in the "
+        "differences between tokens of one image. Ranks near 1 and differences near 0 mean that tokens have become "
+        "similar, which makes every rate small without any structure.",
         _by_subject(
             inspection.measured,
             ("effective_rank", "participation_ratio", "best_subspace_energy", "token_diversity"),
@@ -211,9 +211,9 @@ def _information(inspection: Inspection) -> LayerFigure:
     return LayerFigure(
         "information",
         "Information kept, and idle coordinates",
-        "How much of the pixels of its patch a linear map recovers from each token (1 is everything), how many "
-        "directions images differ in, which share of coordinates is zero for every token of every image, and how well "
-        "a linear classifier does on each layer. High is good in all but the share of dead coordinates.",
+        "How well a linear map recovers the pixels of a patch from its token (1 is perfect), in how many directions "
+        "images differ, the share of coordinates that are zero for every token of every image, and the accuracy of a "
+        "linear classifier on each layer. Higher is better, except for the share of dead coordinates.",
         _by_subject(inspection.measured, ("pixel_r2", "feature_rank", "dead_coordinates", "probe_accuracy")),
     )
 
@@ -222,10 +222,10 @@ def _weights(inspection: Inspection) -> LayerFigure:
     return LayerFigure(
         "weights",
         "Subspaces, output projections, dictionaries",
-        "Each line is a measure of the weights alone, as mean over heads or pairs of heads; the derivation assumes "
-        "bases that are orthonormal (error 0), heads that are incoherent (cosine 0), outputs that are the bases again "
-        "(cosine 1) and dictionaries near an isometry (error 0). The line of random initialisation shows what chance "
-        "gives in these dimensions: only the difference to it was learned.",
+        "Each line is a measure of the weights alone, averaged over heads or pairs of heads; the derivation assumes "
+        "bases that are orthonormal (error 0), heads that are incoherent (cosine 0), output projections equal to the "
+        "bases (cosine 1) and dictionaries near an isometry (error 0). The line of random initialisation shows what "
+        "chance gives in these dimensions: only the difference from it was learned.",
         _by_subject(
             _networks(inspection),
             (
@@ -253,9 +253,9 @@ def _inverses(inspection: Inspection) -> LayerFigure:
         panels.append(Panel(MEASURES[measure].label, [curve for curve in curves if curve.rows]))
     return LayerFigure(
         "inverses",
-        "Does a decoder layer undo its encoder layer?",
-        "By encoder layer: how near the decoder layer that is meant to undo it comes to its input, on tokens (cosine "
-        "and error of the input) and by weights (the others). Dashed lines are each network’s own control, which is "
+        "Does a decoder layer invert its encoder layer?",
+        "For each encoder layer: how closely its decoder layer recovers its input, on tokens (cosine and error of the "
+        "input) and by weights (the others). Dashed lines are each network’s own control, which is "
         "doing nothing on tokens and all other decoder layers for weights: only what is better than the dashed line "
         "of its colour is an inverse.",
         [panel for panel in panels if panel.curves],
@@ -275,8 +275,8 @@ def _foregrounds(inspection: Inspection) -> LayerFigure:
     return LayerFigure(
         "foreground_scores",
         "How well foregrounds are found",
-        "Each line is how well the foregrounds that a layer finds agree with those that were drawn by hand: the "
-        "overlap of masks, and the share of images in which the box of the largest part overlaps a true one by more "
+        "Each line shows how well the foregrounds found by a layer agree with those drawn by hand: the overlap "
+        " of masks, and the share of images in which the box of the largest part overlaps a true one by more "
         "than a half. Only what lies above random initialisation and above the dashed line, which takes all of the "
         "image for foreground, was learned.",
         panels,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
-from crate_mae.drawing.text import listed, number, percent, plural
+from crate_mae.drawing.text import listed, number, percent, plural, signed
 from crate_mae.interpret.attention_use import AttentionUse
 from crate_mae.interpret.audit import COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT, SORT, SPARSITY, AuditRow, by_claim
 from crate_mae.interpret.registry import INVERSES, MEASURES
@@ -25,7 +25,7 @@ VERDICT_RULE = (
 )
 STAND_IN_LIMITS = (
     "A stand-in takes the value projection W_v of each head for U_k: values are what attention mixes and passes on, as "
-    "MSSA does with U_k^⊤z. It shows whether the values of one image become more alike. It does not show that a "
+    "MSSA does with Z U_k. It shows whether the values of one image become more alike. It does not show that a "
     "network compresses: nothing in a black box is derived to lower it, tokens are compared there by other projections "
     "(queries and keys), and its height cannot be compared with that of a network of another width."
 )
@@ -83,6 +83,21 @@ def write_findings(inspection: Inspection) -> list[Finding]:
         inverses_finding(inspection),
         information_finding(inspection),
     ]
+
+
+def verdict_sentence(inspection: Inspection) -> str:
+    """The audit of the model in one sentence."""
+    rows = inspection.model.measures.audit
+    if not rows:
+        return "The audit does not apply: this model has no attention in subspaces and no sparse coding."
+    theorems = sum(row.status == "theorem" for row in rows)
+    by_proof = f", {theorems} of them as theorems of the layer" if theorems else ""
+    held = sum(row.is_met for row in rows)
+    return (
+        "Compared with the best of its controls (the step reversed, without mixing or in random subspaces; relu(x) or "
+        f"an all-zero code; untrained networks), {held} of {plural(len(rows), 'claim')} about what this model’s layers "
+        f"do hold{by_proof}."
+    )
 
 
 def rates_finding(inspection: Inspection) -> Finding:
@@ -148,7 +163,7 @@ def steps_finding(inspection: Inspection) -> Finding:
         title=title,
         answer=f"Of {plural(len(rows), 'claim')} about single steps of single layers, "
         f"{sum(row.is_met for row in rows)} hold: there the step beats the best of its controls in nearly every image, "
-        "by a margin that counts.",
+        "by more than a negligible margin.",
         warning="Contradiction: an image contradicts a theorem, so a layer has a bug. " + "; ".join(broken) + "."
         if broken
         else "",
@@ -167,9 +182,9 @@ def lengths_finding(inspection: Inspection) -> Finding:
     lines = []
     for row in ratios:
         rates = (audit.get((key, row.layer)) for key in (COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT))
-        changes = ["–" if found is None else number(found.after - found.before) for found in rates]
+        changes = ["–" if found is None else signed(found.after - found.before) for found in rates]
         sorting = audit.get((SORT, row.layer))
-        margin = "–" if sorting is None else f"{number(sorting.margin)} over {sorting.closest_control}"
+        margin = "–" if sorting is None else f"{signed(sorting.margin)} over {sorting.closest_control}"
         lines.append([f"E{row.layer}", percent(row.mean), *changes, margin])
     sorts = sum(row.is_met for (key, _), row in audit.items() if key == SORT)
     return Finding(
@@ -207,8 +222,8 @@ def attention_finding(inspection: Inspection) -> Finding:
     return Finding(
         anchor=anchor,
         title=title,
-        answer=f"Without mixing in the encoder (P = I in all layers) the loss on hidden patches changes by "
-        f"{number(whole.change)}, from {number(intact.loss)}{probe}.",
+        answer=f"Without mixing in the encoder (P = I in all layers) the mean loss on hidden patches changes by "
+        f"{signed(whole.change)}, from {number(intact.loss)} to {number(whole.loss)}{probe}.",
         more=(
             f"A token gives {shares} of its attention to itself, layer by layer; uniform attention gives "
             f"{percent(uniform[0].mean)}. A layer whose loss and probe stay the same works on single tokens.",
@@ -339,9 +354,9 @@ def _collapse(model: SubjectMeasures) -> list[str]:
     if found is None:
         return []
     lesson = (
-        "Tokens become more alike, which lowers every rate without sorting anything."
+        "Tokens become more similar, which lowers every rate without sorting anything."
         if found.verdict == "falls"
-        else "Tokens do not become more alike, so no rate falls for that reason."
+        else "Tokens do not become more similar, so no rate falls for that reason."
     )
     return [f"The share of the tokens’ energy in which tokens of one image differ: {found}. {lesson}"]
 
@@ -443,11 +458,11 @@ def _use_table(use: Sequence[AttentionUse]) -> Table:
         if found.part and found.layer is None:
             where = f"all of the {found.part}"
         low, high = found.change_low, found.change_high
-        change = "–" if not found.part or low is None or high is None else f"{number(low)} to {number(high)}"
+        change = "–" if not found.part or low is None or high is None else f"{signed(low)} to {signed(high)}"
         score = "–"
         if found.accuracy is not None and found.accuracy_low is not None and found.accuracy_high is not None:
             score = f"{percent(found.accuracy)} ({percent(found.accuracy_low)} to {percent(found.accuracy_high)})"
-        lines.append([where, number(found.loss), number(found.change), change, score])
+        lines.append([where, number(found.loss), signed(found.change), change, score])
     return Table(
         ["no mixing in", "masked loss", "change", "95% interval", "linear probe"],
         lines,

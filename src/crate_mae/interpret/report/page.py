@@ -11,7 +11,7 @@ from crate_mae.interpret.audit import CLAIMS, CONTROLS, LEAST_MARGIN_SHARE, LEAS
 from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT
 from crate_mae.interpret.registry import MEASURES
 from crate_mae.interpret.report.figures import Plan, draw_figures, plan_figures
-from crate_mae.interpret.report.findings import VERDICT_RULE, write_findings
+from crate_mae.interpret.report.findings import VERDICT_RULE, verdict_sentence, write_findings
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
 from crate_mae.interpret.report.subjects import name_of
 
@@ -66,6 +66,7 @@ def write_page(inspection: Inspection, plan: Plan, pictures: Mapping[str, bytes]
         model=name_of(inspection.settings.model),
         inspection=inspection,
         findings=write_findings(inspection),
+        verdict=verdict_sentence(inspection),
         verdict_rule=VERDICT_RULE,
         plan=plan,
         pictures=pictures,
