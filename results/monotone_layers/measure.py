@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from pieces import Pieces, installed
+from pieces import Pieces, Step, installed
 from torch import nn
 
 import crate_mae
@@ -103,13 +103,18 @@ def main(data: str, runs: str, *names: str) -> None:
         searched = [trial(source, Path(runs), name.removesuffix(LONG), SEEDS[0], lr) for lr in RATES]
         best = min(searched, key=lambda found: found["loss"])["lr"]
         for seed in SEEDS:
-            trial(source, Path(runs), name, seed, best)
-        write_table(Path(runs))
+            claims(trial(source, Path(runs), name, seed, best)["folder"], name, source)
+        write_tables(Path(runs))
+
+
+def folder_of(runs: Path, variant: str, seed: int, lr: float, **_scores: object) -> Path:
+    """The folder of a run."""
+    return runs / f"{variant.replace(' ', '_')}_seed{seed}_lr{lr:g}"
 
 
 def trial(source: ImageSource, runs: Path, name: str, seed: int, lr: float) -> dict[str, Any]:
     """One run and its probes, made or read."""
-    folder = runs / f"{name.replace(' ', '_')}_seed{seed}_lr{lr:g}"
+    folder = folder_of(runs, name, seed, lr)
     scores = folder / "scores.json"
     if not scores.exists():
         settings, pieces = VARIANTS[name.removesuffix(LONG)]
@@ -162,6 +167,9 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
     if not file.exists():
         with installed(VARIANTS[name.removesuffix(LONG)][1]):
             model = crate_mae.load(folder).eval()
+        for module in model.modules():
+            if isinstance(module, Step):
+                module.subspaces = module.used[0]  # where `trace` looks for it; only now, or a shared U is saved twice
         asked = range(len(source) - ASKED, len(source))
         images = read_images(source, open_backbone(model).transform(), asked, AUDITED).images
         measured = measure_claims(model, {"all": [images]}, lambda net, batch: default_pass(net)(batch))
@@ -184,8 +192,8 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
     return json.loads(file.read_text())
 
 
-def write_table(runs: Path) -> None:
-    """trials.csv beside this file, in the order of `VARIANTS`."""
+def write_tables(runs: Path) -> None:
+    """trials.csv and claims.csv beside this file, in the order of `VARIANTS`."""
     found = [json.loads(path.read_text()) for path in runs.glob("*/scores.json")]
     order = [name + length for name in VARIANTS for length in ("", LONG)]
     found.sort(key=lambda each: (order.index(each["variant"]), each["lr"], each["seed"]))
@@ -198,7 +206,21 @@ def write_table(runs: Path) -> None:
         }
         for each in found
     ]
-    with (HERE / "trials.csv").open("w", newline="", encoding="utf-8") as file:
+    write_csv("trials.csv", rows)
+    audited = [(each, file) for each in found if (file := folder_of(runs, **each) / "claims.json").exists()]
+    write_csv(
+        "claims.csv",
+        [
+            {"variant": each["variant"], "seed": each["seed"], **row}
+            for each, file in audited
+            for row in json.loads(file.read_text())
+        ],
+    )
+
+
+def write_csv(name: str, rows: list[dict[str, Any]]) -> None:
+    """A table beside this file."""
+    with (HERE / name).open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
