@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import crate_mae
 from crate_mae.deployment.card import LICENSE
 from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
-from crate_mae.deployment.huggingface.modeling import pretrained
+from crate_mae.deployment.huggingface.modeling import CrateMAEBackbone, pretrained
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
 from crate_mae.models.masking import random_mask
@@ -59,13 +59,57 @@ def test_the_encoder_gives_our_features_at_any_size(autoencoder):
     output = theirs(IMAGES, output_hidden_states=True)
     assert torch.equal(output.last_hidden_state, model.encoder.forward_features(IMAGES))
     assert torch.equal(output.pooler_output, torch.cat([output[0][:, 0], output[0][:, 1:].mean(1)], dim=1))
-    assert len(output.hidden_states) == 4
+    assert len(output.hidden_states) == 4 and output.attentions is None
     torch.testing.assert_close(theirs.encoder.norm(output.hidden_states[-1]), output.last_hidden_state)
     assert theirs(IMAGES, return_dict=False)[0].shape == (2, 16, 24)
     larger = torch.randn(1, 3, 8, 14)
     encoder = crate_mae.load(folder).encoder
     encoder.set_input_size((8, 14))
     torch.testing.assert_close(theirs(larger).last_hidden_state, encoder.forward_features(larger))
+
+
+def test_hidden_states_and_attention_are_those_that_we_trace(autoencoder, classifier):
+    for model, folder, kind in (
+        (autoencoder[0], autoencoder[1], transformers.AutoModel),
+        (autoencoder[0], autoencoder[1], transformers.AutoModelForPreTraining),
+        (classifier[0], classifier[1], transformers.AutoModelForImageClassification),
+    ):
+        theirs = kind.from_pretrained(folder)
+        is_masked = kind is transformers.AutoModelForPreTraining
+        options = {"mask_ratio": 0.5} if is_masked else {}
+        with crate_mae.trace(model.encoder, ["blocks.*.z_next", "blocks.*.attention"]) as record:
+            model(IMAGES, **options) if kind is not transformers.AutoModel else model.encoder(IMAGES)
+        output = theirs(IMAGES, **options, output_attentions=True, output_hidden_states=True)
+        for found, what in ((output.attentions, "attention"), (output.hidden_states[1:], "z_next")):
+            expected = [record[f"blocks.{i}.{what}"][0] for i in range(3)]
+            torch.testing.assert_close([*found], expected, rtol=1e-5, atol=1e-6)
+            sum(x.pow(3).sum() for x in found).backward(retain_graph=True)
+        assert theirs.encoder.patch_embed.proj.weight.grad.abs().max() > 0
+        theirs.config.output_hidden_states = True
+        assert len(theirs(IMAGES, **options).hidden_states) == 4 and theirs(IMAGES, **options).attentions is None
+
+
+@torch.no_grad()
+def test_the_backbone_gives_maps_of_the_layers_that_are_asked_for(autoencoder, tmp_path):
+    model, folder = autoencoder
+    backbone = CrateMAEBackbone.from_pretrained(folder, out_features=["stem", "stage2"])
+    assert backbone.channels == [24, 24] and backbone.out_indices == [0, 2]
+    found = backbone(IMAGES).feature_maps
+    (expected,) = model.encoder.forward_intermediates(IMAGES, indices=[1], norm=True, intermediates_only=True)
+    torch.testing.assert_close(found[1], expected)
+    assert [x.shape for x in found] == [(2, 24, 3, 5)] * 2
+    output = CrateMAEBackbone.from_pretrained(folder)(torch.randn(1, 3, 8, 14), output_attentions=True)
+    assert output.feature_maps[0].shape == (1, 24, 4, 7) and output.hidden_states is None
+    assert [a.shape for a in output.attentions] == [(1, 3, 29, 29)] * 3
+    backbone.save_pretrained(tmp_path)
+    again = CrateMAEBackbone.from_pretrained(tmp_path)
+    assert again.out_features == ["stem", "stage2"]
+    torch.testing.assert_close([*again(IMAGES).feature_maps], [*found])
+    automatic = transformers.AutoBackbone.from_config(backbone.config)
+    automatic.load_state_dict(backbone.state_dict())
+    torch.testing.assert_close([*automatic.eval()(IMAGES).feature_maps], [*found])
+    with pytest.raises(ValueError, match="out_features must be a subset of stage_names"):
+        CrateMAEBackbone.from_pretrained(folder, out_features=["stage9"])
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -13,7 +14,7 @@ from crate_mae.models.presets import preset
 _DEFAULT = "crate_mae_base_patch16_224"
 
 
-class CrateMAEConfig(PreTrainedConfig):
+class CrateMAEConfig(BackboneConfigMixin, PreTrainedConfig):
     """What transformers needs to build a CRATE-MAE, or its twin ViT-MAE, again.
 
     Args:
@@ -21,6 +22,8 @@ class CrateMAEConfig(PreTrainedConfig):
         pooling: of a classifier: how tokens become one vector.
         mask_ratio: share of patches that training hides.
         run: where the weights come from, by heading, for the card.
+        out_features: of the backbone: the layers whose feature maps it gives, of `stage_names`; by default the last.
+        out_indices: the same as numbers, 0 being "stem", what goes into the first layer.
         options: of every configuration of transformers, such as `id2label` and `num_labels`.
 
     Raises:
@@ -35,6 +38,8 @@ class CrateMAEConfig(PreTrainedConfig):
         pooling: HeadPooling = DEFAULT_HEAD_POOLING,
         mask_ratio: float = 0.75,
         run: dict[str, str] | None = None,
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
         **options: Any,
     ) -> None:
         config = preset(_DEFAULT) if settings is None else config_from_settings(settings)
@@ -42,6 +47,9 @@ class CrateMAEConfig(PreTrainedConfig):
         self.pooling: HeadPooling = pooling
         self.mask_ratio = mask_ratio
         self.run = run or {}
+        self.stage_names = ["stem", *(f"stage{number}" for number in range(1, config.depth + 1))]
+        options.pop("stage_names", None)  # which a file has too
+        self.set_output_features_output_indices(out_features, out_indices)
         super().__init__(**options)
 
     @property

@@ -1,21 +1,29 @@
-"""CRATE-MAE as models of transformers: the encoder, the masked autoencoder, the classifier.
+"""CRATE-MAE as models of transformers: the encoder, also as a backbone, the masked autoencoder, the classifier.
 
-Their tensors have the names that they have in our own files, so the three open one another's folders: what a model has
+Their tensors have the names that they have in our own files, so the four open one another's folders: what a model has
 no place for is ignored, and what is missing, such as the head of a classifier, is initialised as in a new model.
 `pretrained` makes one of ours one of these, `write_pretrained` its folder, and `runner` runs that.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, ModelOutput
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    ModelOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
+    AutoBackbone,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
@@ -32,6 +40,7 @@ from crate_mae.models.description import settings_of
 from crate_mae.models.features import pool
 from crate_mae.models.masking import check_mask_ratio, random_mask, visible_indices, visible_patches
 from crate_mae.models.timm_models import any_size_encoder
+from crate_mae.models.tracing import trace
 from crate_mae.models.weights import Model, refuse_earlier_layers
 
 
@@ -44,16 +53,20 @@ class CrateMAEForPreTrainingOutput(ModelOutput):
         logits: predicted pixels of every patch, b n q.
         mask: true = hidden, b n.
         last_hidden_state: the encoder's normalised output, class token first.
+        hidden_states: of the encoder; see `CrateMAEModel`.
+        attentions: of the encoder; see `CrateMAEModel`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     mask: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class CrateMAEPreTrainedModel(PreTrainedModel):
-    """The base of the three models. `encoder` takes images of any size in whole patches."""
+    """The base of the models. `encoder` takes images of any size in whole patches."""
 
     config_class = CrateMAEConfig
     base_model_prefix = "crate_mae"
@@ -66,6 +79,28 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__(config)
         self.encoder: Any = any_size_encoder(config.autoencoder)
+
+    def _observed(
+        self, states: bool | None, attentions: bool | None, compute: Callable[..., Any], *inputs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """`compute(*inputs)`, and what it made the encoder's layers do: hidden states and attention, if wanted.
+
+        Whether they are is the configuration's choice where it is None.
+        """
+        wants = {
+            "hidden_states": self.config.output_hidden_states if states is None else states,
+            "attentions": self.config.output_attentions if attentions is None else attentions,
+        }
+        patterns = {"hidden_states": ("blocks.0.z", "blocks.*.z_next"), "attentions": ("blocks.*.attention",)}
+        wanted = [pattern for kind in wants if wants[kind] for pattern in patterns[kind]]
+        with trace(self.encoder, wanted, detach=False) as record:
+            result = compute(*inputs)
+        found: dict[str, Any] = dict.fromkeys(wants)
+        for kind in (kind for kind in wants if wants[kind]):
+            found[kind] = tuple(
+                values[0] for name, values in record.items() if name.endswith(".attention") == (kind == "attentions")
+            )
+        return result, found
 
     def _finish(self) -> None:
         """The end of every constructor."""
@@ -139,6 +174,7 @@ class CrateMAEModel(CrateMAEPreTrainedModel):
         self,
         pixel_values: Float[Tensor, "b c hh ww"],
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
@@ -147,14 +183,53 @@ class CrateMAEModel(CrateMAEPreTrainedModel):
         Returns:
             `last_hidden_state`, normalised features, class token first; `pooler_output`, the class token and the mean
             of the patches, concatenated, as in `crate-mae embed`; on request `hidden_states`, the input of the first
-            layer and the output of every layer.
+            layer and the output of every layer, and `attentions`, the weights of every layer, b h n n (of monotone
+            layers, balanced: their rows need not sum to 1).
         """
-        tokens, states = _encode(self.encoder, pixel_values, bool(output_hidden_states))
+        tokens, observed = self._observed(
+            output_hidden_states, output_attentions, self.encoder.forward_features, pixel_values
+        )
         output = BaseModelOutputWithPooling(
             last_hidden_state=cast(Any, tokens),
             pooler_output=cast(Any, pool(tokens, self.encoder.num_prefix_tokens)),
-            hidden_states=cast(Any, states),
+            **observed,
         )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+
+class CrateMAEBackbone(BackboneMixin, CrateMAEPreTrainedModel):
+    """The encoder as a backbone, for detectors and the like: images to feature maps of chosen layers.
+
+    Every map is normalised by the encoder's last norm, as the last layer's tokens are, and is b d gh gw.
+    """
+
+    _keys_to_ignore_on_load_unexpected = CrateMAEModel._keys_to_ignore_on_load_unexpected
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+        self._finish()
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "b c hh ww"],
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **_options: Any,
+    ) -> Any:
+        """Feature maps of the configuration's `out_features`, from images of any size in whole patches."""
+        _, observed = self._observed(True, output_attentions, self.encoder.forward_features, pixel_values)
+        rows = pixel_values.shape[2] // self.config.patch_size
+        maps = tuple(
+            self.encoder.norm(tokens)[:, self.encoder.num_prefix_tokens :].mT.unflatten(-1, (rows, -1))
+            for name, tokens in zip(self.config.stage_names, observed["hidden_states"], strict=True)
+            if name in self.config.out_features
+        )
+        keeps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if not keeps:
+            observed["hidden_states"] = None
+        output = BackboneOutput(feature_maps=cast(Any, maps), **observed)
         return output if return_dict in (None, True) else output.to_tuple()
 
 
@@ -175,6 +250,8 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
         bool_masked_pos: Bool[Tensor, "b ..."] | None = None,
         mask_ratio: float | None = None,
         noise: Float[Tensor, "b n"] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
@@ -186,6 +263,8 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             mask_ratio: share of patches to hide; by default the configuration's in training, and none otherwise. In
                 `eval()` the same patches are hidden at every call.
             noise: which patches to hide: those with the largest numbers, a share of `mask_ratio`.
+            output_hidden_states: whether to return those of the encoder, too.
+            output_attentions: whether to return that of the encoder, too.
             return_dict: whether to return names or a tuple.
 
         Raises:
@@ -200,9 +279,13 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             )
         mask = self._mask(len(pixel_values), bool_masked_pos, mask_ratio, noise).to(pixel_values.device)
         hidden = {"mask": mask} if c.mask_tokens == "encoder" else {"visible": visible_indices(mask)}
-        latent, prediction = predict(self, pixel_values, **hidden)
+        (latent, prediction), observed = self._observed(
+            output_hidden_states, output_attentions, partial(predict, self, **hidden), pixel_values
+        )
         loss = masked_loss(c, pixel_values, prediction, mask)
-        output = CrateMAEForPreTrainingOutput(loss=loss, logits=prediction, mask=mask, last_hidden_state=latent)
+        output = CrateMAEForPreTrainingOutput(
+            loss=loss, logits=prediction, mask=mask, last_hidden_state=latent, **observed
+        )
         return output if return_dict in (None, True) else output.to_tuple()
 
     def _mask(self, batch: int, given: Tensor | None, ratio: float | None, noise: Tensor | None) -> Bool[Tensor, "b n"]:
@@ -240,28 +323,19 @@ class CrateMAEForImageClassification(CrateMAEPreTrainedModel):
         pixel_values: Float[Tensor, "b c hh ww"],
         labels: Int[Tensor, "b"] | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
         """Logits of the classes and, with labels, the loss."""
-        tokens, states = _encode(self.encoder, pixel_values, bool(output_hidden_states))
+        tokens, observed = self._observed(
+            output_hidden_states, output_attentions, self.encoder.forward_features, pixel_values
+        )
         pooled = pool(tokens, self.encoder.num_prefix_tokens, self.config.pooling)
         logits = self.head(self.norm(pooled))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=cast(Any, states))
+        output = ImageClassifierOutput(loss=loss, logits=logits, **observed)
         return output if return_dict in (None, True) else output.to_tuple()
-
-
-def _encode(
-    encoder: Any, images: Float[Tensor, "b c hh ww"], with_states: bool
-) -> tuple[Float[Tensor, "b m d"], tuple[Tensor, ...] | None]:
-    """Normalised tokens and, if wanted, what goes into the first layer and comes out of each."""
-    if not with_states:
-        return encoder.forward_features(images), None
-    states = [encoder.norm_pre(encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(images))))]
-    for block in encoder.blocks:
-        states.append(block(states[-1]))
-    return encoder.norm(states[-1]), tuple(states)
 
 
 def pretrained(model: Model, part: str, facts: Mapping[str, str] | None = None) -> Any:
@@ -330,5 +404,6 @@ def _opened(kind: Any, folder: Path) -> Any:
 
 
 AutoModel.register(CrateMAEConfig, CrateMAEModel, exist_ok=True)
+AutoBackbone.register(CrateMAEConfig, CrateMAEBackbone, exist_ok=True)
 AutoModelForPreTraining.register(CrateMAEConfig, CrateMAEForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(CrateMAEConfig, CrateMAEForImageClassification, exist_ok=True)
