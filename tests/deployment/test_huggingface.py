@@ -1,6 +1,7 @@
 """Models in transformers: round trips from local folders, without a network."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import crate_mae
 from crate_mae.deployment.card import LICENSE
-from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
+from crate_mae.deployment.huggingface.configuration import CrateMAEConfig, autoencoder_config
 from crate_mae.deployment.huggingface.modeling import CrateMAEBackbone, pretrained
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
@@ -240,6 +241,57 @@ def test_a_folder_for_timm_opens_in_transformers_too(autoencoder, tmp_path, monk
     assert pixels["pixel_values"].shape == (1, 3, 6, 10)
 
 
+# In a process in which this library and jaxtyping cannot be imported.
+ELSEWHERE = """
+import sys, torch
+
+class Blocked:
+    def find_spec(name, *_):
+        if name.partition(".")[0] in ("crate_mae", "jaxtyping"):
+            raise ModuleNotFoundError(f"No module named {name}")
+
+sys.meta_path.insert(0, Blocked)
+import transformers
+from PIL import Image
+
+full, classifier, expected, saved = sys.argv[1:]
+images, tokens, prediction, logits = torch.load(expected)
+own = {"trust_remote_code": True}
+encoder = transformers.AutoModel.from_pretrained(full, **own)
+assert torch.equal(encoder(images, output_attentions=True).last_hidden_state, tokens)
+autoencoder = transformers.AutoModelForPreTraining.from_pretrained(full, **own)
+assert torch.equal(autoencoder(images, mask_ratio=0.75).logits, prediction)
+autoencoder.save_pretrained(saved)
+again = transformers.AutoModelForPreTraining.from_pretrained(saved, **own)
+assert torch.equal(again(images, mask_ratio=0.75).logits, prediction)
+theirs = transformers.AutoModelForImageClassification.from_pretrained(classifier, **own)
+assert torch.equal(theirs(images).logits, logits)
+processor = transformers.AutoImageProcessor.from_pretrained(classifier, **own)
+assert processor(Image.new("RGB", (20, 20)))["pixel_values"].shape == (1, 3, 6, 10)
+print("opened")
+"""
+
+
+@torch.no_grad()
+def test_folders_open_where_this_library_is_not_installed(classifier, tmp_path):
+    model, folder = crate_mae.create_model(NANO, **SMALL, **SETTINGS["monotone"]).eval(), tmp_path / "full"
+    crate_mae.export(model, out=folder, format="hf")
+    expected = (
+        IMAGES,
+        model.encoder.forward_features(IMAGES),
+        model(IMAGES, mask_ratio=0.75).prediction,
+        classifier[0](IMAGES),
+    )
+    torch.save(expected, tmp_path / "expected.pt")
+    given = [str(x) for x in (folder, classifier[1], tmp_path / "expected.pt", tmp_path / "saved")]
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, *given]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | cache)
+    assert done.stdout.endswith("opened\n"), done.stderr[-2000:]
+    copied, again = ({file.name for file in place.glob("*.py")} for place in (folder, tmp_path / "saved"))
+    assert copied == again
+
+
 def test_an_encoder_alone_is_evaluated_and_has_no_decoder(autoencoder, tmp_path):
     model, _ = autoencoder
     crate_mae.export(model, out=tmp_path / "x", format="hf", part="encoder", verify=True)
@@ -284,7 +336,7 @@ def test_descriptions_that_do_not_fit_are_told(classifier, tmp_path, change, wor
 
 def test_a_configuration_without_arguments_is_the_base_model():
     assert CrateMAEConfig().hidden_size == 768
-    assert CrateMAEConfig().autoencoder == preset("crate_mae_base_patch16_224")
+    assert autoencoder_config(CrateMAEConfig()) == preset("crate_mae_base_patch16_224")
 
 
 @pytest.mark.parametrize(

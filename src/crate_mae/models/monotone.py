@@ -21,6 +21,7 @@ norm in the forward pass, where need be. kappa and s: sigmoids or exponentials o
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, Final
 
 import torch
@@ -406,3 +407,12 @@ def check_monotone(model: nn.Module) -> None:
             nearest_orthogonal(module.subspaces.weight.detach())
         except UserError as error:
             raise UserError(f"{name}.subspaces: {error}") from error
+
+
+def refuse_earlier_layers(names: Iterable[str], where: str) -> None:
+    """Raise a `UserError` for tensors of the monotone layers of an earlier version."""
+    if any(name.endswith("attn.rate_logit") for name in names):
+        raise UserError(
+            f"{where} holds monotone layers of an earlier version, which allowed kappa below 1/2.\n"
+            "Train the model again, or use the version of crate-mae that made it."
+        )

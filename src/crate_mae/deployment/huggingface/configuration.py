@@ -53,46 +53,50 @@ class CrateMAEConfig(BackboneConfigMixin, PreTrainedConfig):
         super().__init__(**options)
 
     @property
-    def autoencoder(self) -> ModelConfig:
-        """Our own configuration of encoder and decoder."""
-        return config_from_settings(self.settings)
-
-    @property
-    def classifier(self) -> ClassifierConfig:
-        """Our own configuration of a classifier with these labels."""
-        names: Any = self.id2label
-        classes = tuple(str(names[i]) for i in sorted(names))
-        return ClassifierConfig(encoder=self.autoencoder, classes=classes, pooling=self.pooling)
-
-    @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return self.autoencoder.image_size
+        return autoencoder_config(self).image_size
 
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
-        return self.autoencoder.patch_size
+        return autoencoder_config(self).patch_size
 
     @property
     def num_channels(self) -> int:
         """Channels of the images."""
-        return self.autoencoder.in_chans
+        return autoencoder_config(self).in_chans
 
     @property
     def hidden_size(self) -> int:
         """Width of the encoder."""
-        return self.autoencoder.embed_dim
+        return autoencoder_config(self).embed_dim
 
     @property
     def num_hidden_layers(self) -> int:
         """Layers of the encoder."""
-        return self.autoencoder.depth
+        return autoencoder_config(self).depth
 
     @property
     def num_attention_heads(self) -> int:
         """Heads of the encoder."""
-        return self.autoencoder.num_heads
+        return autoencoder_config(self).num_heads
+
+
+def autoencoder_config(config: CrateMAEConfig) -> ModelConfig:
+    """Our own configuration of encoder and decoder.
+
+    A function and no property, since transformers may hold two copies of this file, see `remote_code`, and the models
+    of one copy get the configuration of the other.
+    """
+    return config_from_settings(config.settings)
+
+
+def classifier_config(config: CrateMAEConfig) -> ClassifierConfig:
+    """Our own configuration of a classifier with a configuration's labels."""
+    names: Any = config.id2label
+    classes = tuple(str(names[i]) for i in sorted(names))
+    return ClassifierConfig(encoder=autoencoder_config(config), classes=classes, pooling=config.pooling)
 
 
 AutoConfig.register(MODEL_TYPE, CrateMAEConfig, exist_ok=True)

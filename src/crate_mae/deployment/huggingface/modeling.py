@@ -5,6 +5,7 @@ no place for is ignored, and what is missing, such as the head of a classifier, 
 `pretrained` makes one of ours one of these, `write_pretrained` its folder, and `runner` runs that.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -30,18 +31,18 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging
 
-from crate_mae.deployment.card import card
-from crate_mae.deployment.hub import upload
-from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
+from crate_mae.deployment.huggingface.configuration import CrateMAEConfig, autoencoder_config, classifier_config
 from crate_mae.errors import UserError
-from crate_mae.models.autoencoder import build, masked_loss, predict
+from crate_mae.models.autoencoder import MaskedAutoencoder, build, build_encoder, masked_loss, predict
 from crate_mae.models.classifier import Classifier
 from crate_mae.models.description import settings_of
 from crate_mae.models.features import pool
 from crate_mae.models.masking import check_mask_ratio, random_mask, visible_indices, visible_patches
-from crate_mae.models.timm_models import any_size_encoder
+from crate_mae.models.monotone import refuse_earlier_layers
 from crate_mae.models.tracing import trace
-from crate_mae.models.weights import Model, refuse_earlier_layers
+
+Model = MaskedAutoencoder | Classifier
+_IS_COPY = not __name__.startswith("crate_mae.")  # beside weights, where this library may not be installed
 
 
 @dataclass
@@ -78,7 +79,7 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__(config)
-        self.encoder: Any = any_size_encoder(config.autoencoder)
+        self.encoder: Any = build_encoder(autoencoder_config(config), dynamic_img_size=True)
 
     def _observed(
         self, states: bool | None, attentions: bool | None, compute: Callable[..., Any], *inputs: Any
@@ -141,20 +142,39 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # pyright: ignore
-        """Write weights, configuration, image processor and card; the options are those of transformers."""
+        """Write weights, configuration, image processor, code and card; the options are those of transformers.
+
+        Where this library is not installed, the code is the copy that transformers has loaded, and there is no card.
+        """
         from crate_mae.deployment.huggingface.processing import CrateMAEImageProcessor
 
+        processor = CrateMAEImageProcessor.for_model(autoencoder_config(self.config))
+        if _IS_COPY:
+            super().save_pretrained(save_directory, **options)
+            processor.save_pretrained(save_directory)
+            for file in Path(__file__).parent.glob("[!_]*.py"):
+                shutil.copy(file, save_directory)
+            return
+        from crate_mae.deployment.hub import upload
+        from crate_mae.deployment.huggingface.remote_code import auto_map, write_code
+
+        self.config.auto_map = auto_map()
         repository = options.pop("repo_id", None) or Path(save_directory).name
         uploads = options.pop("push_to_hub", False)  # transformers would do it at once, with a card of its own
         super().save_pretrained(save_directory, **options)
-        CrateMAEImageProcessor.for_model(self.config.autoencoder).save_pretrained(save_directory)
+        processor.save_pretrained(save_directory)
+        write_code(Path(save_directory))
         write_card(self, Path(save_directory))
         if uploads:
             upload(Path(save_directory), repository, token=options.get("token"))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore
         """Upload what `save_pretrained` writes, the card too; see `hub.upload` for the options."""
+        if _IS_COPY:
+            return super().push_to_hub(repo_id, **options)
         import tempfile
+
+        from crate_mae.deployment.hub import upload
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -240,7 +260,7 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__(config)
-        net = build(config.autoencoder)
+        net = build(autoencoder_config(config))
         self.decoder, self.mask_token = net.decoder, net.mask_token
         self._finish()
 
@@ -271,7 +291,7 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             UserError: for images or a mask of another size, or a ratio that hides all, or is above
                 0 and hides nothing.
         """
-        c = self.config.autoencoder
+        c = autoencoder_config(self.config)
         if tuple(pixel_values.shape[1:]) != (c.in_chans, *c.image_size):
             raise UserError(
                 f"Images are {tuple(pixel_values.shape[1:])}, but this autoencoder takes {(c.in_chans, *c.image_size)}."
@@ -289,7 +309,7 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
         return output if return_dict in (None, True) else output.to_tuple()
 
     def _mask(self, batch: int, given: Tensor | None, ratio: float | None, noise: Tensor | None) -> Bool[Tensor, "b n"]:
-        rows, columns = self.config.autoencoder.grid_size
+        rows, columns = autoencoder_config(self.config).grid_size
         count = rows * columns
         if given is not None:
             if given.numel() != batch * count:
@@ -314,7 +334,7 @@ class CrateMAEForImageClassification(CrateMAEPreTrainedModel):
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__(config)
-        net = Classifier(self.encoder, config.classifier)
+        net = Classifier(self.encoder, classifier_config(config))
         self.norm, self.head = net.norm, net.head
         self._finish()
 
@@ -361,8 +381,14 @@ def write_pretrained(model: Model, folder: Path, part: str, *, facts: Mapping[st
 
 def write_card(net: Any, folder: Path) -> None:
     """Write the card of a model of transformers."""
+    from crate_mae.deployment.card import card
+
     part = "encoder" if isinstance(net, CrateMAEModel) else "full"
-    config = net.config.classifier if isinstance(net, CrateMAEForImageClassification) else net.config.autoencoder
+    config = (
+        classifier_config(net.config)
+        if isinstance(net, CrateMAEForImageClassification)
+        else autoencoder_config(net.config)
+    )
     text = card(config, "hf", part, inputs=(), outputs=(), facts=net.config.run)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
