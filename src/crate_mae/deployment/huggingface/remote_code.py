@@ -15,7 +15,7 @@ _PACKAGE = "crate_mae"
 _ROOT = Path(__file__).parents[3]
 _HERE = f"{_PACKAGE}.deployment.huggingface"
 _SHAPED = re.compile(r'\b(?:Bool|Float|Int|Num|Shaped|UInt8)\[([\w.]+), *"[^"]*"\]')
-_HEADER = "# Copied from the library crate-mae, version {}, by `crate-mae export`: not to be edited here.\n"
+_HEADER = "# Copied from the library crate-mae: not to be edited here.\n"
 
 Import = ast.ImportFrom
 
@@ -35,13 +35,10 @@ def auto_map() -> dict[str, str]:
 
 def write_code(folder: Path) -> None:
     """Write the modules that the models and their image processor need into a folder."""
-    from importlib.metadata import version
-
-    header = _HEADER.format(version("crate-mae"))
     needed = _needed(f"{_HERE}.modeling") | _needed(f"{_HERE}.processing")
     for module in needed:
         text = _standalone(_path(module).read_text(encoding="utf-8"), needed)
-        (folder / f"{_flat_name(module)}.py").write_text(header + text, encoding="utf-8")
+        (folder / f"{_flat_name(module)}.py").write_text(_HEADER + text, encoding="utf-8")
 
 
 def _flat_name(module: str) -> str:
