@@ -176,8 +176,8 @@ class _AllDerivatives(torch.autograd.Function):
         makes_graph = torch.is_grad_enabled()
         if not makes_graph and not is_transformed():  # as many gradients at once are (`is_grads_batched`)
             return grad, None, *[None] * len(ctx.saved_tensors)
-        _, gradient = torch.func.vjp(lambda *x: ctx.plain(*x).to(grad.dtype), *ctx.saved_tensors)
-        return None, None, *gradient(grad)
+        products: Any = torch.func.vjp(lambda *x: ctx.plain(*x).to(grad.dtype), *ctx.saved_tensors)[1]
+        return None, None, *products(grad)
 
 
 def attend_by_pieces(

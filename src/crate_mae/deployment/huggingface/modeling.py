@@ -69,6 +69,7 @@ class CrateMAEForPreTrainingOutput(ModelOutput):
 class CrateMAEPreTrainedModel(PreTrainedModel):
     """The base of the models. `encoder` takes images of any size in whole patches."""
 
+    config: Any  # a `CrateMAEConfig`, perhaps of another copy of this file: see `autoencoder_config`
     config_class = CrateMAEConfig
     base_model_prefix = "crate_mae"
     main_input_name = "pixel_values"
@@ -171,7 +172,8 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore
         """Upload what `save_pretrained` writes, the card too; see `hub.upload` for the options."""
         if _IS_COPY:
-            return super().push_to_hub(repo_id, **options)
+            push: Any = super().push_to_hub
+            return push(repo_id, **options)
         import tempfile
 
         from crate_mae.deployment.hub import upload
