@@ -69,8 +69,8 @@ def test_leaves_of_nested_arguments_are_listed(private_torch):
     assert private_torch.tree_leaves(([1, (2,)], {"a": 3})) == [1, 2, 3], "PyTorch's tree_leaves has changed"
 
 
-def test_timm_has_the_private_method_that_hidden_states_need():
+def test_timm_has_the_private_method_that_masked_images_need():
     from timm.models.vision_transformer import VisionTransformer
 
-    message = "timm has changed VisionTransformer._pos_embed, which deployment/huggingface/modeling.py calls"
+    message = "timm has changed VisionTransformer._pos_embed, which models/encoder.py calls"
     assert callable(getattr(VisionTransformer, "_pos_embed", None)), message

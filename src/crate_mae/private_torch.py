@@ -14,6 +14,7 @@ __all__ = [
     "TorchDispatchMode",
     "attention_of_processors",
     "attention_of_processors_backward",
+    "is_transformed",
     "softmax_backward",
     "storage_identity",
     "tree_leaves",
@@ -24,6 +25,11 @@ __all__ = [
 def softmax_backward(gradient: Tensor, probabilities: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the gradient of scores, of the given dtype, from that of their softmax over the last axis."""
     return torch.ops.aten._softmax_backward_data(gradient, probabilities, -1, dtype)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func`, such as `vmap` or `grad`, is running."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def storage_identity(storage: torch.UntypedStorage) -> int:

@@ -1,6 +1,7 @@
 """Models in transformers: round trips from local folders, without a network."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -13,8 +14,8 @@ from safetensors.torch import load_file, save_file
 
 import crate_mae
 from crate_mae.deployment.card import LICENSE
-from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
-from crate_mae.deployment.huggingface.modeling import pretrained
+from crate_mae.deployment.huggingface.configuration import CrateMAEConfig, autoencoder_config
+from crate_mae.deployment.huggingface.modeling import CrateMAEBackbone, pretrained
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
 from crate_mae.models.masking import random_mask
@@ -59,13 +60,57 @@ def test_the_encoder_gives_our_features_at_any_size(autoencoder):
     output = theirs(IMAGES, output_hidden_states=True)
     assert torch.equal(output.last_hidden_state, model.encoder.forward_features(IMAGES))
     assert torch.equal(output.pooler_output, torch.cat([output[0][:, 0], output[0][:, 1:].mean(1)], dim=1))
-    assert len(output.hidden_states) == 4
+    assert len(output.hidden_states) == 4 and output.attentions is None
     torch.testing.assert_close(theirs.encoder.norm(output.hidden_states[-1]), output.last_hidden_state)
     assert theirs(IMAGES, return_dict=False)[0].shape == (2, 16, 24)
     larger = torch.randn(1, 3, 8, 14)
     encoder = crate_mae.load(folder).encoder
     encoder.set_input_size((8, 14))
     torch.testing.assert_close(theirs(larger).last_hidden_state, encoder.forward_features(larger))
+
+
+def test_hidden_states_and_attention_are_those_that_we_trace(autoencoder, classifier):
+    for model, folder, kind in (
+        (autoencoder[0], autoencoder[1], transformers.AutoModel),
+        (autoencoder[0], autoencoder[1], transformers.AutoModelForPreTraining),
+        (classifier[0], classifier[1], transformers.AutoModelForImageClassification),
+    ):
+        theirs = kind.from_pretrained(folder)
+        is_masked = kind is transformers.AutoModelForPreTraining
+        options = {"mask_ratio": 0.5} if is_masked else {}
+        with crate_mae.trace(model.encoder, ["blocks.*.z_next", "blocks.*.attention"]) as record:
+            model(IMAGES, **options) if kind is not transformers.AutoModel else model.encoder(IMAGES)
+        output = theirs(IMAGES, **options, output_attentions=True, output_hidden_states=True)
+        for found, what in ((output.attentions, "attention"), (output.hidden_states[1:], "z_next")):
+            expected = [record[f"blocks.{i}.{what}"][0] for i in range(3)]
+            torch.testing.assert_close([*found], expected, rtol=1e-5, atol=1e-6)
+            sum(x.pow(3).sum() for x in found).backward(retain_graph=True)
+        assert theirs.encoder.patch_embed.proj.weight.grad.abs().max() > 0
+        theirs.config.output_hidden_states = True
+        assert len(theirs(IMAGES, **options).hidden_states) == 4 and theirs(IMAGES, **options).attentions is None
+
+
+@torch.no_grad()
+def test_the_backbone_gives_maps_of_the_layers_that_are_asked_for(autoencoder, tmp_path):
+    model, folder = autoencoder
+    backbone = CrateMAEBackbone.from_pretrained(folder, out_features=["stem", "stage2"])
+    assert backbone.channels == [24, 24] and backbone.out_indices == [0, 2]
+    found = backbone(IMAGES).feature_maps
+    (expected,) = model.encoder.forward_intermediates(IMAGES, indices=[1], norm=True, intermediates_only=True)
+    torch.testing.assert_close(found[1], expected)
+    assert [x.shape for x in found] == [(2, 24, 3, 5)] * 2
+    output = CrateMAEBackbone.from_pretrained(folder)(torch.randn(1, 3, 8, 14), output_attentions=True)
+    assert output.feature_maps[0].shape == (1, 24, 4, 7) and output.hidden_states is None
+    assert [a.shape for a in output.attentions] == [(1, 3, 29, 29)] * 3
+    backbone.save_pretrained(tmp_path)
+    again = CrateMAEBackbone.from_pretrained(tmp_path)
+    assert again.out_features == ["stem", "stage2"]
+    torch.testing.assert_close([*again(IMAGES).feature_maps], [*found])
+    automatic = transformers.AutoBackbone.from_config(backbone.config)
+    automatic.load_state_dict(backbone.state_dict())
+    torch.testing.assert_close([*automatic.eval()(IMAGES).feature_maps], [*found])
+    with pytest.raises(ValueError, match="out_features must be a subset of stage_names"):
+        CrateMAEBackbone.from_pretrained(folder, out_features=["stage9"])
 
 
 @torch.no_grad()
@@ -196,6 +241,57 @@ def test_a_folder_for_timm_opens_in_transformers_too(autoencoder, tmp_path, monk
     assert pixels["pixel_values"].shape == (1, 3, 6, 10)
 
 
+# In a process in which this library and jaxtyping cannot be imported.
+ELSEWHERE = """
+import sys, torch
+
+class Blocked:
+    def find_spec(name, *_):
+        if name.partition(".")[0] in ("crate_mae", "jaxtyping"):
+            raise ModuleNotFoundError(f"No module named {name}")
+
+sys.meta_path.insert(0, Blocked)
+import transformers
+from PIL import Image
+
+full, classifier, expected, saved = sys.argv[1:]
+images, tokens, prediction, logits = torch.load(expected)
+own = {"trust_remote_code": True}
+encoder = transformers.AutoModel.from_pretrained(full, **own)
+assert torch.equal(encoder(images, output_attentions=True).last_hidden_state, tokens)
+autoencoder = transformers.AutoModelForPreTraining.from_pretrained(full, **own)
+assert torch.equal(autoencoder(images, mask_ratio=0.75).logits, prediction)
+autoencoder.save_pretrained(saved)
+again = transformers.AutoModelForPreTraining.from_pretrained(saved, **own)
+assert torch.equal(again(images, mask_ratio=0.75).logits, prediction)
+theirs = transformers.AutoModelForImageClassification.from_pretrained(classifier, **own)
+assert torch.equal(theirs(images).logits, logits)
+processor = transformers.AutoImageProcessor.from_pretrained(classifier, **own)
+assert processor(Image.new("RGB", (20, 20)))["pixel_values"].shape == (1, 3, 6, 10)
+print("opened")
+"""
+
+
+@torch.no_grad()
+def test_folders_open_where_this_library_is_not_installed(classifier, tmp_path):
+    model, folder = crate_mae.create_model(NANO, **SMALL, **SETTINGS["monotone"]).eval(), tmp_path / "full"
+    crate_mae.export(model, out=folder, format="hf")
+    expected = (
+        IMAGES,
+        model.encoder.forward_features(IMAGES),
+        model(IMAGES, mask_ratio=0.75).prediction,
+        classifier[0](IMAGES),
+    )
+    torch.save(expected, tmp_path / "expected.pt")
+    given = [str(x) for x in (folder, classifier[1], tmp_path / "expected.pt", tmp_path / "saved")]
+    cache = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, *given]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | cache)
+    assert done.stdout.endswith("opened\n"), done.stderr[-2000:]
+    copied, again = ({file.name for file in place.glob("*.py")} for place in (folder, tmp_path / "saved"))
+    assert copied == again
+
+
 def test_an_encoder_alone_is_evaluated_and_has_no_decoder(autoencoder, tmp_path):
     model, _ = autoencoder
     crate_mae.export(model, out=tmp_path / "x", format="hf", part="encoder", verify=True)
@@ -240,7 +336,7 @@ def test_descriptions_that_do_not_fit_are_told(classifier, tmp_path, change, wor
 
 def test_a_configuration_without_arguments_is_the_base_model():
     assert CrateMAEConfig().hidden_size == 768
-    assert CrateMAEConfig().autoencoder == preset("crate_mae_base_patch16_224")
+    assert autoencoder_config(CrateMAEConfig()) == preset("crate_mae_base_patch16_224")
 
 
 @pytest.mark.parametrize(

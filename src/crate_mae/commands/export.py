@@ -49,8 +49,9 @@ def export(
 
     - safetensors: the files of this library; the encoder alone has the layout of timm.
     - timm: the encoder, for `timm.create_model("local-dir:...")` and transformers' AutoModel, after `import crate_mae`.
-    - hf: for transformers' AutoModel, AutoModelForPreTraining and AutoModelForImageClassification, after `import
-      crate_mae`.
+    - hf: for transformers' AutoModel, AutoModelForPreTraining, AutoModelForImageClassification and AutoBackbone, after
+      `import crate_mae` or, where this library is not installed, with `trust_remote_code=True`: the code is beside the
+      weights.
     - onnx: a graph for onnxruntime and other programs, which needs no Python.
     - pt2: a graph for `torch.export.load`, which needs PyTorch only.
 

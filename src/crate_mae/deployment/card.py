@@ -39,7 +39,7 @@ tokens = encoder.forward_features(images)
 
 import transformers
 model = transformers.AutoModel.from_pretrained(".")  # the same encoder, in transformers""",
-    "hf": """import crate_mae  # registers the models with transformers
+    "hf": """import crate_mae  # or, without this library, trust_remote_code=True wherever from_pretrained is called
 from transformers import AutoImageProcessor, {classes}
 processor = AutoImageProcessor.from_pretrained(".")
 model = {class_}.from_pretrained(".")

@@ -222,12 +222,11 @@ def check_images(images: Tensor, config: Any) -> None:
         raise UserError(f"Images are {_times(images.shape[1:])}, but this model takes {_times(expected)}.")
 
 
-def build(config: ModelConfig) -> MaskedAutoencoder:
-    """Build the autoencoder that a configuration describes, with random weights."""
+def build_encoder(config: ModelConfig, **options: Any) -> MaskedEncoder:
+    """Build the encoder alone, with random weights; `options` are more of timm's `VisionTransformer`."""
     c = config
-    init: Initialization = "official"
     if isinstance(c, CrateConfig):
-        init = c.init
+        options["init"] = c.init
         block = crate_block(
             layer=c.layer,
             step_size=c.step_size,
@@ -236,16 +235,11 @@ def build(config: ModelConfig) -> MaskedAutoencoder:
             ista_skip=c.ista_skip,
             overcomplete=c.overcomplete,
         )
-        decoder_block = crate_decoder_block(
-            c.decoder_embed_dim, c.decoder_num_heads, layer=c.layer, output_projection=c.output_projection
-        )
-        block_options: dict[str, Any] = {}
     else:
         assert isinstance(c, ViTConfig)
         block = vit_block()
-        decoder_block = vit_decoder_block(c.decoder_embed_dim, c.decoder_num_heads, mlp_ratio=c.mlp_ratio)
-        block_options = {"mlp_ratio": c.mlp_ratio}
-    encoder = MaskedEncoder(
+        options["mlp_ratio"] = c.mlp_ratio
+    return MaskedEncoder(
         block=block,
         img_size=c.image_size,
         patch_size=c.patch_size,
@@ -254,9 +248,23 @@ def build(config: ModelConfig) -> MaskedAutoencoder:
         depth=c.depth,
         num_heads=c.num_heads,
         drop_path_rate=c.drop_path,
-        init=init,
-        **block_options,
+        **options,
     )
+
+
+def build(config: ModelConfig) -> MaskedAutoencoder:
+    """Build the autoencoder that a configuration describes, with random weights."""
+    c = config
+    init: Initialization = "official"
+    if isinstance(c, CrateConfig):
+        init = c.init
+        decoder_block = crate_decoder_block(
+            c.decoder_embed_dim, c.decoder_num_heads, layer=c.layer, output_projection=c.output_projection
+        )
+    else:
+        assert isinstance(c, ViTConfig)
+        decoder_block = vit_decoder_block(c.decoder_embed_dim, c.decoder_num_heads, mlp_ratio=c.mlp_ratio)
+    encoder = build_encoder(c)
     decoder = Decoder(
         block=decoder_block,
         depth=c.decoder_depth,

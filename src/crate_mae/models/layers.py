@@ -6,8 +6,9 @@
 The encoder compresses, then sparsifies; the decoder leaves the sparse code, then runs the compression backward.
 Both use the same `MSSA`: only the sign of the step differs.
 
-The same classes serve training, TorchScript (comments `# type:` are for it), `torch.fx`, timm's `AttentionExtract`
-and export. `folded()` of a module is its form for inference, in which all that depends on weights alone is computed.
+The same classes serve training, TorchScript (comments `# type:` are for it), `torch.fx`, `torch.func`, timm's
+`AttentionExtract` and export. `folded()` of a module is its form for inference, in which all that depends on weights
+alone is computed.
 """
 
 import math
@@ -19,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from timm.layers import DropPath, use_fused_attn
-from timm.models import register_notrace_function, register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from crate_mae.errors import UserError
-from crate_mae.private_torch import FakeTensor
+from crate_mae.private_torch import FakeTensor, is_transformed
 from crate_mae.theory.attention import attention_membership, ssa
 from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, sparse_codes
 
@@ -107,7 +107,7 @@ class MSSA(SubspaceAttention):
         """sum_k (P_k W_k) W_k^T from the mixed tokens P_k W_k; the published step has no use for W_k unmixed."""
         del w
         heads = mixed.transpose(1, 2).flatten(2)
-        return F.linear(heads, self.subspaces.weight.mT) if self.proj is None else self.proj(heads)
+        return F.linear(heads, self.subspaces.weight.t()) if self.proj is None else self.proj(heads)
 
 
 class ISTA(nn.Module):
@@ -149,6 +149,8 @@ class ISTA(nn.Module):
         if torch.jit.is_scripting():
             return apply_ista_operator(x, self.operator(), self.step_size * self.threshold)
         else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+            if isinstance(x, fx.Proxy):
+                return as_one_step(self, x)
             return apply_ista_operator(x, self._operator_for(x), self.step_size * self.threshold)
 
     def operator(self) -> Float[Tensor, "d d"]:
@@ -230,6 +232,8 @@ class OvercompleteISTA(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """Tokens rebuilt from their non-negative sparse codes."""
+        if isinstance(x, fx.Proxy):
+            return as_one_step(self, x)
         return self.readout(sparse_codes(x, self.dictionary, self.step_size, self.threshold, self.STEPS))
 
 
@@ -311,7 +315,7 @@ class EncoderLayer(nn.Module):
         return z
 
 
-@register_notrace_function
+@fx.wrap
 def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
     """Raise a `ValueError` for what timm's blocks take and subspace attention does not define."""
     if attn_mask is not None or is_causal:
@@ -378,8 +382,15 @@ def is_same(kept: Tensor | None, tensor: Tensor) -> bool:
 
 
 def is_traced(tensor: Tensor) -> bool:
-    """Whether the forward pass is being traced, so that values are not available: by a compiler, or of shapes alone."""
-    return torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor)
+    """Whether values are not available, or not to be kept: under a compiler, a transform, or with shapes alone."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return True
+    return torch.jit.is_tracing() or is_transformed()
+
+
+def as_one_step(module: nn.Module, x: Any) -> Any:
+    """For `torch.fx`, whose tracers cannot follow what depends on values: a graph's one step that calls the module."""
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x,), {})
 
 
 def _init_dictionary(dictionary: Tensor) -> None:
@@ -387,7 +398,4 @@ def _init_dictionary(dictionary: Tensor) -> None:
     nn.init.uniform_(dictionary, -bound, bound)
 
 
-# For `torch.fx` these are one step each.
-register_notrace_function(ssa)
-for _module in (ISTA, OvercompleteISTA):
-    register_notrace_module(_module)
+fx.wrap("ssa")

@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from crate_mae.errors import UserError
+from crate_mae.private_torch import is_transformed
 
 
 def random_mask(
@@ -67,10 +68,19 @@ def visible_indices(mask: Bool[Tensor, "b n"]) -> Int[Tensor, "b keep"]:
     """Positions of the visible patches of each image, in ascending order.
 
     Raises:
-        UserError: if the images do not all hide the same number of patches, since the visible ones then fill no tensor.
+        UserError: if the images do not all hide the same number of patches, since the visible ones then fill no tensor,
+            or cannot be counted.
     """
     hidden = mask.sum(dim=1)
-    first = int(hidden[0])
+    try:
+        first = int(hidden[0])
+    except RuntimeError as error:
+        if not is_transformed():
+            raise
+        raise UserError(
+            "torch.func.vmap does not let a model count visible patches: draw the mask before, and give the model "
+            "visible=crate_mae.models.masking.visible_indices(mask) beside it."
+        ) from error
     if not torch.jit.is_tracing() and bool((hidden != first).any()):
         raise UserError(
             f"The mask hides between {int(hidden.min())} and {int(hidden.max())} patches per image.\n"

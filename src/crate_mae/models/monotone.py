@@ -21,13 +21,13 @@ norm in the forward pass, where need be. kappa and s: sigmoids or exponentials o
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, Final
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from timm.models import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from crate_mae.errors import UserError
@@ -37,9 +37,11 @@ from crate_mae.models.layers import (
     EncoderLayer,
     KeptValue,
     SubspaceAttention,
+    as_one_step,
     is_same,
     is_traced,
 )
+from crate_mae.private_torch import is_transformed
 from crate_mae.theory.attention import without_autocast
 from crate_mae.theory.compression import balanced_membership, balanced_ssa, plain_balanced_ssa
 from crate_mae.theory.sparse_coding import SingularPair, bounded_dictionary, top_singular_pair
@@ -102,8 +104,7 @@ class OrthogonalSubspaces(nn.Module):
     def polar_factor(self) -> Float[Tensor, "d d"]:
         """The orthogonal matrix nearest to `weight`."""
         if is_traced(self.weight):
-            with torch.no_grad(), without_autocast(self.weight.device):
-                return newton_schulz(self.weight, steps=self.STEPS_TO_CONVERGE)
+            return _re_orthogonalised(self.weight, self.STEPS_TO_CONVERGE)
         return self._polar_factor.of(self.weight, nearest_orthogonal)
 
     @torch.no_grad()
@@ -181,6 +182,8 @@ class Compression(SubspaceAttention):
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         # type: (Tensor) -> Tensor
         """The step from the tokens X."""
+        if not torch.jit.is_scripting() and isinstance(x, fx.Proxy):
+            return as_one_step(self, x)
         u = self.subspaces.matrix()
         w = self.split(self.subspaces(x, u))
         return self.step(w, self.mix(w), u)
@@ -212,7 +215,7 @@ class Compression(SubspaceAttention):
         `u` is `subspaces.matrix()` where it is known already.
         """
         change = self.rate() * (mixed - w)
-        return F.linear(change.transpose(1, 2).flatten(2), (self.subspaces.matrix() if u is None else u).mT)
+        return F.linear(change.transpose(1, 2).flatten(2), (self.subspaces.matrix() if u is None else u).t())
 
     def rate(self) -> Float[Tensor, "h 1 1"]:
         # type: () -> Tensor
@@ -308,10 +311,13 @@ class BoundedISTA(ISTA):
             return bounded_dictionary(self.dictionary, self.step_size, u @ (self.dictionary @ v))
 
     def _top_singular_pair(self) -> SingularPair:
+        dictionary = self.dictionary.detach()
         if self.training:
-            return top_singular_pair(self.dictionary, self.POWER_ITERATIONS)
-        if is_traced(self.dictionary):
-            return top_singular_pair(self.dictionary, 10 * self.POWER_ITERATIONS)
+            return top_singular_pair(dictionary, self.POWER_ITERATIONS)
+        if is_transformed():
+            return top_singular_pair(dictionary)
+        if is_traced(dictionary):
+            return top_singular_pair(dictionary, 10 * self.POWER_ITERATIONS)
         return self._pair.of(self.dictionary, top_singular_pair)
 
 
@@ -346,10 +352,10 @@ class MonotoneDecoderLayer(DecoderLayer):
         return x
 
 
-def _re_orthogonalised(weight: Tensor) -> Tensor:
-    """The weight after one Newton-Schulz step, in its own precision also under autocast."""
+def _re_orthogonalised(weight: Tensor, steps: int = 1) -> Tensor:
+    """The weight after Newton-Schulz steps, in its own precision also under autocast, without any derivative."""
     with torch.no_grad(), without_autocast(weight.device):
-        return newton_schulz(weight)
+        return newton_schulz(weight.detach(), steps)
 
 
 @torch.no_grad()
@@ -403,5 +409,10 @@ def check_monotone(model: nn.Module) -> None:
             raise UserError(f"{name}.subspaces: {error}") from error
 
 
-for _module in (Compression, Decompression, BoundedISTA):
-    register_notrace_module(_module)
+def refuse_earlier_layers(names: Iterable[str], where: str) -> None:
+    """Raise a `UserError` for tensors of the monotone layers of an earlier version."""
+    if any(name.endswith("attn.rate_logit") for name in names):
+        raise UserError(
+            f"{where} holds monotone layers of an earlier version, which allowed kappa below 1/2.\n"
+            "Train the model again, or use the version of crate-mae that made it."
+        )

@@ -31,7 +31,7 @@ class Tap(NamedTuple):
 
 
 @contextmanager
-def trace(model: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+def trace(model: nn.Module, patterns: Sequence[str], *, detach: bool = True) -> Iterator[dict[str, list[Tensor]]]:
     """Collect intermediates while the `with` block runs: outputs of sub-modules, and what a layer is derived from.
 
     A pattern names sub-modules with shell wildcards: "encoder.blocks.*.ista" is the output of every layer's ISTA. Or it
@@ -56,15 +56,17 @@ def trace(model: nn.Module, patterns: Sequence[str]) -> Iterator[dict[str, list[
     Args:
         model: any module.
         patterns: see above.
+        detach: whether what is recorded is cut off from the graph of the pass. If not, it has gradients as the pass
+            has.
 
     Yields:
-        A dictionary from name, in the model's order, to the recorded tensors (detached), one per call. Hooks are
+        A dictionary from name, in the model's order, to the recorded tensors, one per call. Hooks are
         removed when the block ends, however it ends, and outside of it nothing is added to the model.
 
     Raises:
         UserError: if a pattern matches nothing.
     """
-    with _recording(_taps(model, patterns)) as record:
+    with _recording(_taps(model, patterns), detach=detach) as record:
         yield record
 
 
@@ -76,14 +78,15 @@ def trace_layer(layer: nn.Module, z: Tensor, kinds: Sequence[str]) -> dict[str, 
 
 
 @contextmanager
-def _recording(taps: Mapping[str, Tap]) -> Iterator[dict[str, list[Tensor]]]:
+def _recording(taps: Mapping[str, Tap], *, detach: bool = True) -> Iterator[dict[str, list[Tensor]]]:
     """Record the intermediates at the taps while the block runs."""
     record: dict[str, list[Tensor]] = {name: [] for name in taps}
 
     def keep(name: str, read: Callable[[Any, Tensor], Tensor]) -> Any:
-        @torch.no_grad()
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            record[name].append(read(inputs[0] if inputs else None, output).detach())
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+                value = read(inputs[0] if inputs else None, output)
+            record[name].append(value.detach() if detach else value)
 
         return hook
 

@@ -5,7 +5,7 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from crate_mae.models.description import (
     is_of_transformers,
     without_version,
 )
-from crate_mae.models.monotone import check_monotone
+from crate_mae.models.monotone import check_monotone, refuse_earlier_layers
 from crate_mae.models.presets import bundled_folder, create_model, list_bundled, list_models
 from crate_mae.models.tensors import (
     described_tensors,
@@ -377,15 +377,6 @@ def _refuse_damaged(folder: Path) -> None:
     else:
         remedy = f"Take another checkpoint, or if you have changed the file yourself, delete {folder / DIGESTS_FILE}."
     raise UserError(f"The model in {folder} is damaged: {damage}.\n{remedy}")
-
-
-def refuse_earlier_layers(names: Iterable[str], where: str) -> None:
-    """Raise a `UserError` for tensors of the monotone layers of an earlier version."""
-    if any(name.endswith("attn.rate_logit") for name in names):
-        raise UserError(
-            f"{where} holds monotone layers of an earlier version, which allowed kappa below 1/2.\n"
-            "Train the model again, or use the version of crate-mae that made it."
-        )
 
 
 def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:

@@ -6,20 +6,23 @@ are inside subspace k: (Z U_k)(Z U_k)^T Z U_k. That is `linear_ssa`. A softmax t
 asks not only how alike two tokens are but whether they belong to the same subspace. That is `ssa`; over all subspaces,
 one per head, it is `mssa`.
 
-In this package, comments `# type:` are for TorchScript, which cannot read jaxtyping's annotations.
+In this package, comments `# type:` are for TorchScript, which cannot read jaxtyping's annotations, and matrices are
+transposed by `transpose(-2, -1)` where PyTorch's TorchScript exporter to ONNX goes, which does not know `mT`.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
-from crate_mae.private_torch import softmax_backward
+from crate_mae.private_torch import is_transformed, softmax_backward
 from crate_mae.theory.subspaces import project, unproject
 
 
@@ -42,17 +45,17 @@ def attention_membership(w: Float[Tensor, "*batch n p"], scale: float | None = N
         scale: s, the inverse temperature; p^-1/2 if None.
     """
     # The scale goes to W: that is n x p numbers instead of n x n, and keeps half-precision products in range.
-    return torch.softmax((_scale(w, scale) * w) @ w.mT, dim=-1)
+    return torch.softmax((_scale(w, scale) * w) @ w.transpose(-2, -1), dim=-1)
 
 
 def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
     # type: (Tensor, float | None) -> Tensor
     r"""SSA(W) = softmax(s W W^T) W, subspace self-attention.
 
-    The function is `attention_membership(w, scale) @ w`; what is computed is one of two forms that hold less for the
-    backward pass and take less time: `fused_ssa`, and, in half precision on a CPU, where that is slow,
-    `SymmetricAttention`. It runs in the precision in which `w` arrives, also under autocast. Leading dimensions
-    (images, heads) are independent of each other.
+    The function is `plain_ssa`; what is computed is one of two forms that hold less for the backward pass and take less
+    time: `fused_ssa`, and, in half precision on a CPU, where that is slow, `SymmetricAttention`. Higher derivatives and
+    the transforms of `torch.func` take the plain form, see `with_all_derivatives`. It runs in the precision in which
+    `w` arrives, also under autocast. Leading dimensions (images, heads) are independent of each other.
 
     Source: arXiv 2306.01129, section 2.3. There s = 1; the official code, and we by default, take s = p^-1/2.
 
@@ -63,10 +66,14 @@ def ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Ten
     if torch.jit.is_scripting():
         return F.scaled_dot_product_attention(w, w, w, scale=_scale(w, scale))
     else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
-        if w.device.type == "cuda" or w.dtype.itemsize >= torch.float32.itemsize:
-            return fused_ssa(w, scale)
-        n, p = w.shape[-2:]
-        return SymmetricAttention.apply(w.reshape(-1, n, p), _scale(w, scale)).view(w.shape)
+        fast = fused_ssa if w.device.type == "cuda" or w.dtype.itemsize >= torch.float32.itemsize else _symmetric_ssa
+        return with_all_derivatives(partial(fast, scale=scale), partial(plain_ssa, scale=scale), w)
+
+
+def plain_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
+    r"""SSA(W) = softmax(s W W^T) W as it is written."""
+    with without_autocast(w.device):
+        return attention_membership(w, scale) @ w
 
 
 def fused_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
@@ -78,6 +85,11 @@ def fused_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Flo
     """
     with without_autocast(w.device):
         return F.scaled_dot_product_attention(w, w, w, scale=_scale(w, scale))
+
+
+def _symmetric_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
+    n, p = w.shape[-2:]
+    return SymmetricAttention.apply(w.reshape(-1, n, p), _scale(w, scale)).view(w.shape)
 
 
 def mssa(z: Float[Tensor, "*batch n d"], subspaces: Float[Tensor, "h d p"]) -> Float[Tensor, "*batch n d"]:
@@ -127,6 +139,45 @@ class SymmetricAttention(torch.autograd.Function):
             grad_w_i.baddbmm_(grad_s, w_i, alpha=ctx.scale).baddbmm_(grad_s.mT, w_i, alpha=ctx.scale)
 
         return gradient_by_pieces(ctx, grad_outputs[0], gradient), None
+
+
+def with_all_derivatives(fast: Callable[..., Tensor], plain: Callable[..., Tensor], *x: Tensor) -> Tensor:
+    """`fast(*x)`, differentiable as often, and in every way, as `plain(*x)`.
+
+    The kernels and autograd functions that make a training step fast know one derivative, in reverse mode. So the
+    gradient of a backward pass that will be differentiated again (`create_graph=True`) is that of the plain form, and
+    `torch.func`, forward-mode derivatives and `torch.jit.trace` get the plain form itself.
+
+    Args:
+        fast: has a first derivative in reverse mode.
+        plain: the same function in PyTorch's differentiable operations.
+        x: what both take.
+    """
+    if torch.compiler.is_compiling():
+        return fast(*x)
+    if torch.jit.is_tracing() or is_transformed() or any(forward_ad.unpack_dual(x_i).tangent is not None for x_i in x):
+        return plain(*x)
+    value = fast(*x)
+    return _AllDerivatives.apply(value, plain, *x) if value.requires_grad else value
+
+
+class _AllDerivatives(torch.autograd.Function):
+    """Passes the value of a fast form on, and gradients back to it or, if they are to be differentiated, around it."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, plain: Callable[..., Tensor], *x: Tensor) -> Tensor:
+        ctx.save_for_backward(*x)
+        ctx.plain = plain
+        return value
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grad_outputs
+        makes_graph = torch.is_grad_enabled()
+        if not makes_graph and not is_transformed():  # as many gradients at once are (`is_grads_batched`)
+            return grad, None, *[None] * len(ctx.saved_tensors)
+        products: Any = torch.func.vjp(lambda *x: ctx.plain(*x).to(grad.dtype), *ctx.saved_tensors)[1]
+        return None, None, *products(grad)
 
 
 def attend_by_pieces(

@@ -33,7 +33,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crate_mae.private_torch import softmax_backward
-from crate_mae.theory.attention import attend_by_pieces, gradient_by_pieces, pieces, without_autocast
+from crate_mae.theory.attention import (
+    attend_by_pieces,
+    gradient_by_pieces,
+    pieces,
+    with_all_derivatives,
+    without_autocast,
+)
 
 Scale = float | Float[Tensor, "*#batch 1 1"]
 
@@ -106,7 +112,8 @@ def balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, 
     r"""B W with B = `balanced_membership(w, scale)`, in a form that holds less for the backward pass.
 
     On a CPU that is `BalancedAttention`, in float32 at least: affinities rounded to 8 bits would no longer contract.
-    Elsewhere it is `fused_balanced_ssa`. Leading dimensions (images, heads) are independent of each other.
+    Elsewhere it is `fused_balanced_ssa`. Higher derivatives are those of `plain_balanced_ssa`. Leading dimensions
+    (images, heads) are independent of each other.
 
     Args:
         w: projections W = Z U_k of the tokens onto one subspace.
@@ -114,11 +121,14 @@ def balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, 
     """
     with without_autocast(w.device):
         if w.device.type != "cpu":
-            return fused_balanced_ssa(w, scale)
+            scale = torch.as_tensor(scale, device=w.device)
+            plain = lambda w, scale: plain_balanced_ssa(_widened(w), scale).to(w.dtype)  # noqa: E731
+            return with_all_derivatives(fused_balanced_ssa, plain, w, scale)
         root = scale**0.5
         n, p = w.shape[-2:]
-        t = (root * w.to(torch.promote_types(w.dtype, torch.float32))).reshape(-1, n, p)
-        return (BalancedAttention.apply(t).view(w.shape) / root).to(w.dtype)
+        t = (root * _widened(w)).reshape(-1, n, p)
+        out = with_all_derivatives(BalancedAttention.apply, lambda t: _balanced_product(t, t), t)
+        return (out.view(w.shape) / root).to(w.dtype)
 
 
 def fused_balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n p"]:
@@ -133,7 +143,7 @@ def fused_balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Te
     with without_autocast(w.device):
         n, p = w.shape[-2:]
         t = (scale**0.5 * w).to(w.dtype)
-        rounded = t.to(torch.promote_types(w.dtype, torch.float32)).reshape(-1, n, p)
+        rounded = _widened(t).reshape(-1, n, p)
         weights = _ColumnSums.apply(rounded).view(*w.shape[:-1], 1).rsqrt()
         return F.scaled_dot_product_attention(t, t, (w * weights).to(w.dtype), scale=1.0)
 
@@ -141,9 +151,14 @@ def fused_balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Te
 def plain_balanced_ssa(w: Float[Tensor, "b h n p"], scale: Float[Tensor, "h 1 1"]) -> Float[Tensor, "b h n p"]:
     # type: (Tensor, Tensor) -> Tensor
     r"""`balanced_ssa` in PyTorch's own functions, P (D^-1/2 W), for TorchScript and exported graphs."""
-    t = scale.sqrt().to(w.dtype) * w
-    p = torch.softmax(t @ t.mT, dim=-1)
-    return p @ (w * column_sums(p).rsqrt())
+    return _balanced_product(scale.sqrt().to(w.dtype) * w, w)
+
+
+def _balanced_product(t: Float[Tensor, "*batch n p"], v: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch n p"]:
+    # type: (Tensor, Tensor) -> Tensor
+    """P (D^-1/2 V) with P = softmax(T T^T) and D its column sums."""
+    p = torch.softmax(t @ t.transpose(-2, -1), dim=-1)
+    return p @ (v * column_sums(p).rsqrt())
 
 
 class BalancedAttention(torch.autograd.Function):
@@ -223,6 +238,11 @@ def column_sums(p: Float[Tensor, "*batch n n"], least: float = LEAST_COLUMN_SUM)
 def _are_free(p: Float[Tensor, "b n n"]) -> Bool[Tensor, "b n 1"]:
     """Which column sums are as they are, not clamped."""
     return p.sum(-2).unsqueeze(-1) > LEAST_COLUMN_SUM
+
+
+def _widened(w: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch n p"]:
+    """W in float32 at least."""
+    return w.to(torch.promote_types(w.dtype, torch.float32))
 
 
 def _log_affinity(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n n"]:

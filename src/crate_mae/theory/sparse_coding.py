@@ -13,6 +13,7 @@ The first form is how the papers (arXiv 2306.01129, section 2.4) and the officia
 tokens and dictionary; the second, which we use, takes one. D^T D costs d^3, little beside the n d^2 of many tokens.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from crate_mae.theory.attention import with_all_derivatives
 
 
 def lasso_objective(
@@ -48,14 +51,19 @@ def ista_operator(dictionary: Float[Tensor, "d d"], step_size: float) -> Float[T
     if torch.jit.is_scripting():
         return _ista_operator(dictionary, step_size)
     else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
-        return _IstaOperator.apply(dictionary, step_size)
+        return with_all_derivatives(
+            partial(_fast_operator, step_size=step_size), partial(_ista_operator, step_size=step_size), dictionary
+        )
 
 
 def _ista_operator(dictionary: Float[Tensor, "d d"], step_size: float) -> Float[Tensor, "d d"]:
     # type: (Tensor, float) -> Tensor
-    operator = torch.addmm(dictionary, dictionary.mT, dictionary, beta=step_size, alpha=-step_size)
-    operator.diagonal().add_(1)
-    return operator
+    operator = torch.addmm(dictionary, dictionary.t(), dictionary, beta=step_size, alpha=-step_size)
+    return operator + torch.eye(dictionary.shape[0], dtype=operator.dtype, device=operator.device)
+
+
+def _fast_operator(dictionary: Float[Tensor, "d d"], step_size: float) -> Float[Tensor, "d d"]:
+    return _IstaOperator.apply(dictionary, step_size)
 
 
 class _IstaOperator(torch.autograd.Function):
@@ -103,7 +111,7 @@ def ista_preactivation(
 ) -> Float[Tensor, "*batch d"]:
     # type: (Tensor, Tensor, float) -> Tensor
     r"""X W - eta lambda, of which `apply_ista_operator` takes the positive part."""
-    return F.linear(x, operator.mT, operator.new_full(operator.shape[:1], -shift))
+    return F.linear(x, operator.t(), operator.new_full(operator.shape[:1], -shift))
 
 
 def ista_step(
@@ -178,7 +186,7 @@ def top_singular_pair(dictionary: Float[Tensor, "d m"], iterations: int | None =
     atoms = torch.arange(dictionary.shape[1], device=dictionary.device, dtype=torch.float32)
     v = F.normalize(torch.sin(atoms.square()).to(dictionary.dtype), dim=0)
     for _ in range(iterations):
-        v = F.normalize(dictionary.mT @ (dictionary @ v), dim=0)
+        v = F.normalize(dictionary.t() @ (dictionary @ v), dim=0)
     return SingularPair(F.normalize(dictionary @ v, dim=0), v)
 
 

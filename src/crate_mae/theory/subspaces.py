@@ -51,7 +51,7 @@ def _orthonormal_columns(gaussian: Float[Tensor, "*batch d m"]) -> Float[Tensor,
     return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
 
-def newton_schulz(u: Float[Tensor, "*batch d d"], steps: int = 1) -> Float[Tensor, "*batch d d"]:
+def newton_schulz(u: Float[Tensor, "d d"], steps: int = 1) -> Float[Tensor, "d d"]:
     # type: (Tensor, int) -> Tensor
     r"""`steps` times U <- 3/2 U - 1/2 U U^T U, which moves a square matrix towards the nearest orthogonal one.
 
@@ -60,7 +60,7 @@ def newton_schulz(u: Float[Tensor, "*batch d d"], steps: int = 1) -> Float[Tenso
     most 3/4 delta^2 + 1/4 delta^3. A step costs two products of d x d matrices.
     """
     for _ in range(steps):
-        u = torch.addmm(u, u, u.mT @ u, beta=1.5, alpha=-0.5)
+        u = torch.addmm(u, u, u.t() @ u, beta=1.5, alpha=-0.5)
     return u
 
 

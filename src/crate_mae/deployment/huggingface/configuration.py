@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
@@ -13,7 +14,7 @@ from crate_mae.models.presets import preset
 _DEFAULT = "crate_mae_base_patch16_224"
 
 
-class CrateMAEConfig(PreTrainedConfig):
+class CrateMAEConfig(BackboneConfigMixin, PreTrainedConfig):
     """What transformers needs to build a CRATE-MAE, or its twin ViT-MAE, again.
 
     Args:
@@ -21,6 +22,8 @@ class CrateMAEConfig(PreTrainedConfig):
         pooling: of a classifier: how tokens become one vector.
         mask_ratio: share of patches that training hides.
         run: where the weights come from, by heading, for the card.
+        out_features: of the backbone: the layers whose feature maps it gives, of `stage_names`; by default the last.
+        out_indices: the same as numbers, 0 being "stem", what goes into the first layer.
         options: of every configuration of transformers, such as `id2label` and `num_labels`.
 
     Raises:
@@ -35,6 +38,8 @@ class CrateMAEConfig(PreTrainedConfig):
         pooling: HeadPooling = DEFAULT_HEAD_POOLING,
         mask_ratio: float = 0.75,
         run: dict[str, str] | None = None,
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
         **options: Any,
     ) -> None:
         config = preset(_DEFAULT) if settings is None else config_from_settings(settings)
@@ -42,49 +47,56 @@ class CrateMAEConfig(PreTrainedConfig):
         self.pooling: HeadPooling = pooling
         self.mask_ratio = mask_ratio
         self.run = run or {}
+        self.stage_names = ["stem", *(f"stage{number}" for number in range(1, config.depth + 1))]
+        options.pop("stage_names", None)  # which a file has too
+        self.set_output_features_output_indices(out_features, out_indices)
         super().__init__(**options)
-
-    @property
-    def autoencoder(self) -> ModelConfig:
-        """Our own configuration of encoder and decoder."""
-        return config_from_settings(self.settings)
-
-    @property
-    def classifier(self) -> ClassifierConfig:
-        """Our own configuration of a classifier with these labels."""
-        names: Any = self.id2label
-        classes = tuple(str(names[i]) for i in sorted(names))
-        return ClassifierConfig(encoder=self.autoencoder, classes=classes, pooling=self.pooling)
 
     @property
     def image_size(self) -> tuple[int, int]:
         """Height and width in pixels."""
-        return self.autoencoder.image_size
+        return autoencoder_config(self).image_size
 
     @property
     def patch_size(self) -> int:
         """Side of a patch in pixels."""
-        return self.autoencoder.patch_size
+        return autoencoder_config(self).patch_size
 
     @property
     def num_channels(self) -> int:
         """Channels of the images."""
-        return self.autoencoder.in_chans
+        return autoencoder_config(self).in_chans
 
     @property
     def hidden_size(self) -> int:
         """Width of the encoder."""
-        return self.autoencoder.embed_dim
+        return autoencoder_config(self).embed_dim
 
     @property
     def num_hidden_layers(self) -> int:
         """Layers of the encoder."""
-        return self.autoencoder.depth
+        return autoencoder_config(self).depth
 
     @property
     def num_attention_heads(self) -> int:
         """Heads of the encoder."""
-        return self.autoencoder.num_heads
+        return autoencoder_config(self).num_heads
+
+
+def autoencoder_config(config: CrateMAEConfig) -> ModelConfig:
+    """Our own configuration of encoder and decoder.
+
+    A function and no property, since transformers may hold two copies of this file, see `remote_code`, and the models
+    of one copy get the configuration of the other.
+    """
+    return config_from_settings(config.settings)
+
+
+def classifier_config(config: CrateMAEConfig) -> ClassifierConfig:
+    """Our own configuration of a classifier with a configuration's labels."""
+    names: Any = config.id2label
+    classes = tuple(str(names[i]) for i in sorted(names))
+    return ClassifierConfig(encoder=autoencoder_config(config), classes=classes, pooling=config.pooling)
 
 
 AutoConfig.register(MODEL_TYPE, CrateMAEConfig, exist_ok=True)

@@ -1,38 +1,48 @@
-"""CRATE-MAE as models of transformers: the encoder, the masked autoencoder, the classifier.
+"""CRATE-MAE as models of transformers: the encoder, also as a backbone, the masked autoencoder, the classifier.
 
-Their tensors have the names that they have in our own files, so the three open one another's folders: what a model has
+Their tensors have the names that they have in our own files, so the four open one another's folders: what a model has
 no place for is ignored, and what is missing, such as the head of a classifier, is initialised as in a new model.
 `pretrained` makes one of ours one of these, `write_pretrained` its folder, and `runner` runs that.
 """
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling, ImageClassifierOutput, ModelOutput
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    ModelOutput,
+)
 from transformers.modeling_utils import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
+    AutoBackbone,
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForPreTraining,
 )
 from transformers.utils import logging
 
-from crate_mae.deployment.card import card
-from crate_mae.deployment.hub import upload
-from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
+from crate_mae.deployment.huggingface.configuration import CrateMAEConfig, autoencoder_config, classifier_config
 from crate_mae.errors import UserError
-from crate_mae.models.autoencoder import build, masked_loss, predict
+from crate_mae.models.autoencoder import MaskedAutoencoder, build, build_encoder, masked_loss, predict
 from crate_mae.models.classifier import Classifier
 from crate_mae.models.description import settings_of
 from crate_mae.models.features import pool
 from crate_mae.models.masking import check_mask_ratio, random_mask, visible_indices, visible_patches
-from crate_mae.models.timm_models import any_size_encoder
-from crate_mae.models.weights import Model, refuse_earlier_layers
+from crate_mae.models.monotone import refuse_earlier_layers
+from crate_mae.models.tracing import trace
+
+Model = MaskedAutoencoder | Classifier
+_IS_COPY = not __name__.startswith("crate_mae.")  # beside weights, where this library may not be installed
 
 
 @dataclass
@@ -44,17 +54,22 @@ class CrateMAEForPreTrainingOutput(ModelOutput):
         logits: predicted pixels of every patch, b n q.
         mask: true = hidden, b n.
         last_hidden_state: the encoder's normalised output, class token first.
+        hidden_states: of the encoder; see `CrateMAEModel`.
+        attentions: of the encoder; see `CrateMAEModel`.
     """
 
     loss: Tensor | None = None
     logits: Tensor | None = None
     mask: Tensor | None = None
     last_hidden_state: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
 
 
 class CrateMAEPreTrainedModel(PreTrainedModel):
-    """The base of the three models. `encoder` takes images of any size in whole patches."""
+    """The base of the models. `encoder` takes images of any size in whole patches."""
 
+    config: Any  # a `CrateMAEConfig`, perhaps of another copy of this file: see `autoencoder_config`
     config_class = CrateMAEConfig
     base_model_prefix = "crate_mae"
     main_input_name = "pixel_values"
@@ -65,7 +80,29 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__(config)
-        self.encoder: Any = any_size_encoder(config.autoencoder)
+        self.encoder: Any = build_encoder(autoencoder_config(config), dynamic_img_size=True)
+
+    def _observed(
+        self, states: bool | None, attentions: bool | None, compute: Callable[..., Any], *inputs: Any
+    ) -> tuple[Any, dict[str, Any]]:
+        """`compute(*inputs)`, and what it made the encoder's layers do: hidden states and attention, if wanted.
+
+        Whether they are is the configuration's choice where it is None.
+        """
+        wants = {
+            "hidden_states": self.config.output_hidden_states if states is None else states,
+            "attentions": self.config.output_attentions if attentions is None else attentions,
+        }
+        patterns = {"hidden_states": ("blocks.0.z", "blocks.*.z_next"), "attentions": ("blocks.*.attention",)}
+        wanted = [pattern for kind in wants if wants[kind] for pattern in patterns[kind]]
+        with trace(self.encoder, wanted, detach=False) as record:
+            result = compute(*inputs)
+        found: dict[str, Any] = dict.fromkeys(wants)
+        for kind in (kind for kind in wants if wants[kind]):
+            found[kind] = tuple(
+                values[0] for name, values in record.items() if name.endswith(".attention") == (kind == "attentions")
+            )
+        return result, found
 
     def _finish(self) -> None:
         """The end of every constructor."""
@@ -106,20 +143,40 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> None:  # pyright: ignore
-        """Write weights, configuration, image processor and card; the options are those of transformers."""
+        """Write weights, configuration, image processor, code and card; the options are those of transformers.
+
+        Where this library is not installed, the code is the copy that transformers has loaded, and there is no card.
+        """
         from crate_mae.deployment.huggingface.processing import CrateMAEImageProcessor
 
+        processor = CrateMAEImageProcessor.for_model(autoencoder_config(self.config))
+        if _IS_COPY:
+            super().save_pretrained(save_directory, **options)
+            processor.save_pretrained(save_directory)
+            for file in Path(__file__).parent.glob("[!_]*.py"):
+                shutil.copy(file, save_directory)
+            return
+        from crate_mae.deployment.hub import upload
+        from crate_mae.deployment.huggingface.remote_code import auto_map, write_code
+
+        self.config.auto_map = auto_map()
         repository = options.pop("repo_id", None) or Path(save_directory).name
         uploads = options.pop("push_to_hub", False)  # transformers would do it at once, with a card of its own
         super().save_pretrained(save_directory, **options)
-        CrateMAEImageProcessor.for_model(self.config.autoencoder).save_pretrained(save_directory)
+        processor.save_pretrained(save_directory)
+        write_code(Path(save_directory))
         write_card(self, Path(save_directory))
         if uploads:
             upload(Path(save_directory), repository, token=options.get("token"))
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore
         """Upload what `save_pretrained` writes, the card too; see `hub.upload` for the options."""
+        if _IS_COPY:
+            push: Any = super().push_to_hub
+            return push(repo_id, **options)
         import tempfile
+
+        from crate_mae.deployment.hub import upload
 
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
@@ -139,6 +196,7 @@ class CrateMAEModel(CrateMAEPreTrainedModel):
         self,
         pixel_values: Float[Tensor, "b c hh ww"],
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
@@ -147,14 +205,53 @@ class CrateMAEModel(CrateMAEPreTrainedModel):
         Returns:
             `last_hidden_state`, normalised features, class token first; `pooler_output`, the class token and the mean
             of the patches, concatenated, as in `crate-mae embed`; on request `hidden_states`, the input of the first
-            layer and the output of every layer.
+            layer and the output of every layer, and `attentions`, the weights of every layer, b h n n (of monotone
+            layers, balanced: their rows need not sum to 1).
         """
-        tokens, states = _encode(self.encoder, pixel_values, bool(output_hidden_states))
+        tokens, observed = self._observed(
+            output_hidden_states, output_attentions, self.encoder.forward_features, pixel_values
+        )
         output = BaseModelOutputWithPooling(
             last_hidden_state=cast(Any, tokens),
             pooler_output=cast(Any, pool(tokens, self.encoder.num_prefix_tokens)),
-            hidden_states=cast(Any, states),
+            **observed,
         )
+        return output if return_dict in (None, True) else output.to_tuple()
+
+
+class CrateMAEBackbone(BackboneMixin, CrateMAEPreTrainedModel):
+    """The encoder as a backbone, for detectors and the like: images to feature maps of chosen layers.
+
+    Every map is normalised by the encoder's last norm, as the last layer's tokens are, and is b d gh gw.
+    """
+
+    _keys_to_ignore_on_load_unexpected = CrateMAEModel._keys_to_ignore_on_load_unexpected
+
+    def __init__(self, config: CrateMAEConfig) -> None:
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * len(config.stage_names)
+        self._finish()
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "b c hh ww"],
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **_options: Any,
+    ) -> Any:
+        """Feature maps of the configuration's `out_features`, from images of any size in whole patches."""
+        _, observed = self._observed(True, output_attentions, self.encoder.forward_features, pixel_values)
+        rows = pixel_values.shape[2] // self.config.patch_size
+        maps = tuple(
+            self.encoder.norm(tokens)[:, self.encoder.num_prefix_tokens :].mT.unflatten(-1, (rows, -1))
+            for name, tokens in zip(self.config.stage_names, observed["hidden_states"], strict=True)
+            if name in self.config.out_features
+        )
+        keeps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if not keeps:
+            observed["hidden_states"] = None
+        output = BackboneOutput(feature_maps=cast(Any, maps), **observed)
         return output if return_dict in (None, True) else output.to_tuple()
 
 
@@ -165,7 +262,7 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__(config)
-        net = build(config.autoencoder)
+        net = build(autoencoder_config(config))
         self.decoder, self.mask_token = net.decoder, net.mask_token
         self._finish()
 
@@ -175,6 +272,8 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
         bool_masked_pos: Bool[Tensor, "b ..."] | None = None,
         mask_ratio: float | None = None,
         noise: Float[Tensor, "b n"] | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
@@ -186,13 +285,15 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             mask_ratio: share of patches to hide; by default the configuration's in training, and none otherwise. In
                 `eval()` the same patches are hidden at every call.
             noise: which patches to hide: those with the largest numbers, a share of `mask_ratio`.
+            output_hidden_states: whether to return those of the encoder, too.
+            output_attentions: whether to return that of the encoder, too.
             return_dict: whether to return names or a tuple.
 
         Raises:
             UserError: for images or a mask of another size, or a ratio that hides all, or is above
                 0 and hides nothing.
         """
-        c = self.config.autoencoder
+        c = autoencoder_config(self.config)
         if tuple(pixel_values.shape[1:]) != (c.in_chans, *c.image_size):
             raise UserError(
                 f"Images are {tuple(pixel_values.shape[1:])}, but this autoencoder takes {(c.in_chans, *c.image_size)}."
@@ -200,13 +301,17 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             )
         mask = self._mask(len(pixel_values), bool_masked_pos, mask_ratio, noise).to(pixel_values.device)
         hidden = {"mask": mask} if c.mask_tokens == "encoder" else {"visible": visible_indices(mask)}
-        latent, prediction = predict(self, pixel_values, **hidden)
+        (latent, prediction), observed = self._observed(
+            output_hidden_states, output_attentions, partial(predict, self, **hidden), pixel_values
+        )
         loss = masked_loss(c, pixel_values, prediction, mask)
-        output = CrateMAEForPreTrainingOutput(loss=loss, logits=prediction, mask=mask, last_hidden_state=latent)
+        output = CrateMAEForPreTrainingOutput(
+            loss=loss, logits=prediction, mask=mask, last_hidden_state=latent, **observed
+        )
         return output if return_dict in (None, True) else output.to_tuple()
 
     def _mask(self, batch: int, given: Tensor | None, ratio: float | None, noise: Tensor | None) -> Bool[Tensor, "b n"]:
-        rows, columns = self.config.autoencoder.grid_size
+        rows, columns = autoencoder_config(self.config).grid_size
         count = rows * columns
         if given is not None:
             if given.numel() != batch * count:
@@ -231,7 +336,7 @@ class CrateMAEForImageClassification(CrateMAEPreTrainedModel):
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__(config)
-        net = Classifier(self.encoder, config.classifier)
+        net = Classifier(self.encoder, classifier_config(config))
         self.norm, self.head = net.norm, net.head
         self._finish()
 
@@ -240,28 +345,19 @@ class CrateMAEForImageClassification(CrateMAEPreTrainedModel):
         pixel_values: Float[Tensor, "b c hh ww"],
         labels: Int[Tensor, "b"] | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
         """Logits of the classes and, with labels, the loss."""
-        tokens, states = _encode(self.encoder, pixel_values, bool(output_hidden_states))
+        tokens, observed = self._observed(
+            output_hidden_states, output_attentions, self.encoder.forward_features, pixel_values
+        )
         pooled = pool(tokens, self.encoder.num_prefix_tokens, self.config.pooling)
         logits = self.head(self.norm(pooled))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, hidden_states=cast(Any, states))
+        output = ImageClassifierOutput(loss=loss, logits=logits, **observed)
         return output if return_dict in (None, True) else output.to_tuple()
-
-
-def _encode(
-    encoder: Any, images: Float[Tensor, "b c hh ww"], with_states: bool
-) -> tuple[Float[Tensor, "b m d"], tuple[Tensor, ...] | None]:
-    """Normalised tokens and, if wanted, what goes into the first layer and comes out of each."""
-    if not with_states:
-        return encoder.forward_features(images), None
-    states = [encoder.norm_pre(encoder.patch_drop(encoder._pos_embed(encoder.patch_embed(images))))]
-    for block in encoder.blocks:
-        states.append(block(states[-1]))
-    return encoder.norm(states[-1]), tuple(states)
 
 
 def pretrained(model: Model, part: str, facts: Mapping[str, str] | None = None) -> Any:
@@ -287,8 +383,14 @@ def write_pretrained(model: Model, folder: Path, part: str, *, facts: Mapping[st
 
 def write_card(net: Any, folder: Path) -> None:
     """Write the card of a model of transformers."""
+    from crate_mae.deployment.card import card
+
     part = "encoder" if isinstance(net, CrateMAEModel) else "full"
-    config = net.config.classifier if isinstance(net, CrateMAEForImageClassification) else net.config.autoencoder
+    config = (
+        classifier_config(net.config)
+        if isinstance(net, CrateMAEForImageClassification)
+        else autoencoder_config(net.config)
+    )
     text = card(config, "hf", part, inputs=(), outputs=(), facts=net.config.run)
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -330,5 +432,6 @@ def _opened(kind: Any, folder: Path) -> Any:
 
 
 AutoModel.register(CrateMAEConfig, CrateMAEModel, exist_ok=True)
+AutoBackbone.register(CrateMAEConfig, CrateMAEBackbone, exist_ok=True)
 AutoModelForPreTraining.register(CrateMAEConfig, CrateMAEForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(CrateMAEConfig, CrateMAEForImageClassification, exist_ok=True)

@@ -7,7 +7,7 @@ from transformers.image_processing_base import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-from crate_mae.data import evaluation_transform
+from crate_mae.data.transforms import evaluation_transform
 from crate_mae.data.wrapped import DatasetSource
 from crate_mae.deployment.huggingface.configuration import CrateMAEConfig
 from crate_mae.models.config import IMAGENET_MEAN, IMAGENET_STD, ModelConfig
