@@ -1,7 +1,9 @@
 import errno
+import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from PIL import Image
 from crate_mae.commands.pretrain import pretrain, resume
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.training import checkpoint, run_directory
 from crate_mae.training.preflight import ProbeResult
 from crate_mae.training.pretraining import Monitor
 from crate_mae.training.progress import Display
+from crate_mae.training.run_directory import RunDirectory
 
 
 def weights(run):
@@ -66,6 +70,7 @@ def test_a_run_learns_and_leaves_everything_that_its_folder_promises(tiny_run, w
     assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "command.txt", "environment.json", "log.txt", "metrics.csv", "layers.csv"),
         *("checkpoints", "pictures", "report.html", "model.safetensors", "config.json", "SHA256SUMS", ".lock"),
+        "held_out.json",
     }
     assert sorted(path.name for path in (run.path / "pictures").iterdir()) == [
         "step-0.png",
@@ -160,8 +165,76 @@ def test_data_that_has_changed_is_refused(tiny_run, photos, monkeypatch):
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         tiny_run(data=folder, batch_size=4)
     shutil.copy(folder / "000.png", folder / "new.png")
-    with pytest.raises(UserError, match="trains on 38 images, but its data now has 39"):
+    with pytest.raises(UserError, match=r"trains on 38 images, but its data now has 39(.|\n)*resume .*--data-changed"):
         tiny_run(data=folder, batch_size=4)
+
+
+def stopped_at(monkeypatch, step, run):
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run()
+
+
+def held_out_files(run, folder):
+    """Contents of the images that a run holds out, from its folder of images as it is now."""
+    record = json.loads((run / "held_out.json").read_text())
+    files = sorted(folder.iterdir())
+    assert record["images"] == len(files)
+    return {files[i].read_bytes() for i in record["held_out"]}
+
+
+@pytest.mark.usefixtures("usual_signals", "written_report")
+def test_a_run_goes_on_without_the_files_that_it_could_not_read(tiny_run, photos, tmp_path, capsys):
+    """What the message advises: remove them, and resume; some are added too."""
+    folder, out = photos(60, bad=3), tmp_path / "run"
+    options = {"data": folder, "batch_size": 8, "warmup_epochs": 1.0, "steps": 40}
+    with pytest.raises(UserError, match=r"Fix or remove them, then: crate-mae resume .* --data-changed") as refused:
+        tiny_run(**options, max_bad=0.02)
+    assert "a larger --max-bad" in str(refused.value)
+    before, begun = held_out_files(out, folder), newest_checkpoint(out).name
+    bad = [row["location"] for row in RunDirectory(out).bad_files.read()]
+    assert bad
+    for location in bad:
+        Path(location).unlink()
+    for path in photos(9, name="more").iterdir():
+        pixels = 255 - np.asarray(Image.open(path))
+        Image.fromarray(pixels).save(folder / f"a{path.name}")  # numbers of all others change
+    with pytest.raises(UserError, match=r"trains on 57 images, but its data now has"):
+        resume(out, quiet=True)
+    run = resume(out, data_changed=True)
+    assert held_out_files(out, folder) <= before, "those of before, less what is gone; nothing that was trained on"
+    (change,) = RunDirectory(out).data_changes.read()
+    assert begun == f"step-{change['step']}" and int(change["images_before"]) == 57
+    sentence = f"From step {change['step']} the run has other data"
+    assert sentence in capsys.readouterr().out.split("Finished step 40")[-1]
+    assert sentence in (out / "log.txt").read_text().split("End:")[-1]
+    assert sentence in (out / "report.html").read_text()
+    rows = {row["step"]: row for row in run.metrics()}
+    assert max(rows) == 40 and rows[40]["bad_images"] == len(RunDirectory(out).bad_files.read()) <= 3 - len(bad)
+    assert tiny_run(**{**options, "max_bad": 0.5}, quiet=False).config == run.config, "the same command agrees"
+
+
+def test_what_goes_on_with_other_images_is_the_same_whenever_it_is_interrupted(tiny_run, photos, tmp_path, monkeypatch):
+    def changed_run(name, *, again):
+        folder = photos(60, name=f"photos-{name}")
+        options = {"data": folder, "batch_size": 8, "checkpoint_epochs": 1, "steps": 30, "warmup_epochs": 1.0}
+        stopped_at(monkeypatch, 4, lambda: tiny_run(name, **options))
+        for number in (1, 2, 3, 30, 31, 32, 40, 41):
+            (folder / f"{number:03}.png").unlink(missing_ok=True)
+        if again:
+            stopped_at(monkeypatch, 9, lambda: resume(tmp_path / name, data_changed=True, quiet=True))
+            return resume(tmp_path / name, quiet=True)
+        return resume(tmp_path / name, data_changed=True, quiet=True)
+
+    whole, parts = changed_run("whole", again=False), changed_run("parts", again=True)
+    assert weights(whole.path) == weights(parts.path)
+    assert kept_columns(whole) == kept_columns(parts)
+    rates = {row["step"]: row["lr"] for row in whole.metrics()}
+    plain = {
+        row["step"]: row["lr"]
+        for row in tiny_run("plain", data=photos(60), batch_size=8, steps=30, warmup_epochs=1.0).metrics()
+    }
+    assert rates == plain, "the schedule is that of the plan, in steps"
 
 
 def test_a_python_data_set_is_resumed_from_python(tiny_run, tmp_path, monkeypatch):

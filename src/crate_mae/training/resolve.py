@@ -35,6 +35,7 @@ from crate_mae.training.options import (
 )
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import processes_here
+from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Resolved
 
 DEFAULT_EPOCHS = 100
@@ -46,13 +47,14 @@ _MODEL_OPTIONS = ("image_size", "in_chans", "mean", "std", "mask_tokens", "norm_
 _CONVERTIBLE = (1, 3)  # numbers of channels
 
 
-def resolve(options: RunOptions, processes: int, newest: Path | None) -> Resolved:
+def resolve(options: RunOptions, processes: int, newest: Path | None, *, data_changed: bool = False) -> Resolved:
     """Resolve the options of either command.
 
     Args:
         options: of the run.
         processes: number of training processes.
         newest: the newest checkpoint of the run. A run that has one no longer needs the model that it began with.
+        data_changed: see `images.open_images`.
 
     Raises:
         UserError: with all mistakes.
@@ -60,11 +62,11 @@ def resolve(options: RunOptions, processes: int, newest: Path | None) -> Resolve
     if isinstance(options, FinetuneOptions):
         return resolve_finetuning(options, processes, newest)
     assert isinstance(options, PretrainOptions), "there is no other kind"
-    return resolve_pretraining(options, processes, newest)
+    return resolve_pretraining(options, processes, newest, data_changed=data_changed)
 
 
 def resolve_pretraining(
-    options: PretrainOptions, processes: int, newest: Path | None = None
+    options: PretrainOptions, processes: int, newest: Path | None = None, *, data_changed: bool = False
 ) -> Resolved[PretrainOptions]:
     """Fill in every option that is open, from the data and the machine.
 
@@ -72,6 +74,7 @@ def resolve_pretraining(
         options: of the run.
         processes: number of training processes.
         newest: see `resolve`.
+        data_changed: see `images.open_images`.
 
     Raises:
         UserError: with all mistakes.
@@ -83,9 +86,16 @@ def resolve_pretraining(
         mistakes.append(Mistake("--mean and --std belong together: give both or neither."))
     images = model = start = None
     with mistakes.collected():
-        images = open_images(options.data, options.val)
+        record = RunDirectory(Path(options.out)).held_out()
+        images = open_images(options.data, options.val, record, data_changed=data_changed)
         options = with_length(
-            options, len(images.train), processes, mistakes, epochs=DEFAULT_EPOCHS, warmup=WARMUP_SHARE
+            options,
+            len(images.train),
+            processes,
+            mistakes,
+            epochs=DEFAULT_EPOCHS,
+            warmup=WARMUP_SHARE,
+            has_begun=newest is not None,
         )
     with mistakes.collected():
         start = _start(options, newest)
@@ -133,7 +143,13 @@ def resolve_finetuning(options: FinetuneOptions, processes: int, newest: Path | 
         share = 1.0 if mistakes else options.labels
         images = open_labelled(options.train, options.val, share, options.seed)
         options = with_length(
-            options, len(images.train), processes, mistakes, epochs=FINETUNE_EPOCHS, warmup=FINETUNE_WARMUP_SHARE
+            options,
+            len(images.train),
+            processes,
+            mistakes,
+            epochs=FINETUNE_EPOCHS,
+            warmup=FINETUNE_WARMUP_SHARE,
+            has_begun=newest is not None,
         )
     with mistakes.collected():
         start = _initialisation(options, images.train if images else None, newest)
@@ -206,7 +222,14 @@ def default_batch_size(images: int, share: int) -> int:
 
 
 def with_length(
-    options: OptionsT, images: int, processes: int, mistakes: Mistakes, *, epochs: int, warmup: float
+    options: OptionsT,
+    images: int,
+    processes: int,
+    mistakes: Mistakes,
+    *,
+    epochs: int,
+    warmup: float,
+    has_begun: bool = False,
 ) -> OptionsT:
     """Fill in batch size, number of steps and warm-up.
 
@@ -217,6 +240,7 @@ def with_length(
         mistakes: to add to; with any, the options stay as they are.
         epochs: length by default.
         warmup: share of the run that warms up by default.
+        has_begun: whether the length of the warm-up has been checked, perhaps with epochs of another length.
     """
     if mistakes.concern("batch_size", "accumulation"):
         return options
@@ -234,7 +258,7 @@ def with_length(
     warmup_epochs = options.warmup_epochs
     if warmup_epochs is None:
         warmup_epochs = round(warmup * steps / steps_per_epoch, 4)
-    if round(warmup_epochs * steps_per_epoch) >= steps:
+    if not has_begun and round(warmup_epochs * steps_per_epoch) >= steps:
         mistakes.append(
             Mistake(
                 f"--warmup-epochs {warmup_epochs:g} is as long as the whole run of {steps / steps_per_epoch:g} epochs: "

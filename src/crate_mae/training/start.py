@@ -22,6 +22,7 @@ from crate_mae.data.files import output_path
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.terminal import open_console
+from crate_mae.training.changes import continued
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
 from crate_mae.training.model_state import asked_sharding
@@ -32,13 +33,12 @@ from crate_mae.training.preflight import (
     check_compiler,
     first_step,
     halved,
-    peak_on,
     probe,
     refuse_too_large,
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, first_decides, training_device
-from crate_mae.training.progress import Display, LastingStream, describe_end, describe_plan, duration, plan_lines
+from crate_mae.training.progress import Display, LastingStream, describe_plan, duration, plan_lines
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
 from crate_mae.training.run_directory import Run, RunDirectory
@@ -53,12 +53,15 @@ _SMALLEST_BATCH = 32
 _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
 
 
-def start(options: RunOptions, on_progress: Callable[[str], object] | None = None) -> Run:
+def start(
+    options: RunOptions, on_progress: Callable[[str], object] | None = None, *, data_changed: bool = False
+) -> Run:
     """Start a run, or continue the one in `options.out`; see `crate_mae.pretrain` and `crate_mae.finetune`.
 
     Args:
         options: of either command.
         on_progress: see `Display`.
+        data_changed: see `crate_mae.resume`.
     """
     started = time.monotonic()
     out = output_path("--out", options.out)
@@ -73,7 +76,7 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
             raise UserError(f"{out} already holds a run of {existing.steps:,} steps: leave --minutes out.")
         options = options.filled_from(existing)
     reason, newest = first_decides(processes, lambda: _found_in(directory))
-    resolved = resolve(options, processes.num_processes, newest)
+    resolved = resolve(options, processes.num_processes, newest, data_changed=data_changed)
     if existing is not None:
         _refuse_differences(existing, resolved.config, out)
     if existing is not None and directory.is_finished:
@@ -95,6 +98,7 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
             directory=directory,
             display=display,
             started=started,
+            data_changed=data_changed,
         )
 
         def attempt(tried: Resolved) -> Run:
@@ -129,17 +133,27 @@ def _run(
     directory: RunDirectory,
     display: Display,
     started: float,
+    data_changed: bool,
 ) -> Run:
     """Build the task, and run it to the end."""
     task, found = _build_task(resolved, accelerator)
+    if newest is not None and start_step:
+        task.config = continued(task, newest, data_changed=data_changed)
     plan = describe_plan(task, accelerator, found, directory, start_step)
     run = Run(directory.path, task.config)
     if task.config.dry_run:
         display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])
         return run
-    train(task, accelerator, directory=directory, display=display, plan=plan, newest=newest)
-    if accelerator.is_main_process:
-        display.lines(describe_end(task, run, time.monotonic() - started, peak_on(accelerator.device)))
+    train(
+        task,
+        accelerator,
+        directory=directory,
+        display=display,
+        plan=plan,
+        newest=newest,
+        started=started,
+        data_changed=data_changed,
+    )
     return run
 
 
