@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 import crate_mae
 from crate_mae.deployment import formats
 from crate_mae.deployment.graphs import folded
+from crate_mae.errors import install_command
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
 from crate_mae.models.layers import ISTA
@@ -195,10 +197,27 @@ def test_a_folder_that_is_there_is_left_alone(model, tmp_path, crate_mae_command
 
 def test_a_missing_package_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        crate_mae.UserError, match=r"onnx and onnxscript and onnxruntime: pip install 'crate-mae\[onnx\]'"
-    ):
+    with pytest.raises(crate_mae.UserError, match="onnx and onnxscript and onnxruntime: ") as refused:
         crate_mae.export(model, out=tmp_path / "x", format="onnx")
+    assert str(refused.value).endswith(install_command("onnx"))
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses", "command", "public"),
+    [
+        ("file:///home/me/my%20crate", [], "pip install '/home/me/my crate[onnx]'", "pip install ."),
+        ("", [], "pip install 'crate-mae[onnx]'", "pip install crate-mae"),
+        ("file:///x", ["Repository, https://a.b/c"], *(["pip install 'crate-mae{} @ git+https://a.b/c'"] * 2)),
+    ],
+)
+def test_the_library_is_installed_from_where_it_is(monkeypatch, url, addresses, command, public):
+    """Not from a package index where it is not, and no folder of ours in what others read."""
+    text = json.dumps({"url": url}) if url else None
+    headers = SimpleNamespace(get_all=lambda name: addresses if name == "Project-URL" else None)
+    found = SimpleNamespace(metadata=headers, read_text=lambda _name: text)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda _name: found)
+    assert install_command("onnx") == command.format("[onnx]")
+    assert install_command(public=True) == public.format("")
 
 
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])

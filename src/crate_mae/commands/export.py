@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.console import computes
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, install_command
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
 WITHOUT_HEAD = "It has no head: its outputs are features, not classes."
@@ -118,4 +118,4 @@ def check_options(format: Format, part: str | None, *, int8: bool = False) -> No
     if int8 and (format != "onnx" or part == "full"):
         raise UserError("--int8 is for encoders in ONNX: --format onnx --part encoder.")
     if missing := [name for name in _PACKAGES.get(format, ()) if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--format {format} needs {' and '.join(missing)}: pip install 'crate-mae[{format}]'")
+        raise UserError(f"--format {format} needs {' and '.join(missing)}: {install_command(format)}")

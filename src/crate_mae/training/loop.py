@@ -37,6 +37,7 @@ from crate_mae.training.images import BadImages, data_digests, micro_slices, tra
 from crate_mae.training.logbook import Logbook, StepLog, open_trackers
 from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
 from crate_mae.training.optimizer import scaled_lr, warmup_cosine
+from crate_mae.training.options import origin
 from crate_mae.training.precision import autocast
 from crate_mae.training.preflight import first_step, peak_on
 from crate_mae.training.processes import Agreement, agree, explain_lost_processes, first_decides, stop_requests
@@ -160,7 +161,8 @@ def _learn(
                 state.seconds = report.seconds()
                 saver.save(state)
             if too_many_bad:
-                raise bad_images.error(task.images_seen(state.step), directory.resume_with_other_data)
+                seen, limit = task.images_seen(state.step), origin(config, "max_bad")
+                raise bad_images.error(seen, directory.resume_with_other_data, limit)
             if state.skipped_in_a_row >= min(MOST_SKIPPED_IN_A_ROW, config.steps):
                 raise checkpoint.diverged(directory.path, _skipped(state))
             if step.agreed.stop and state.step < config.steps:

@@ -32,6 +32,7 @@ from crate_mae.training.options import (
     RunOptions,
     check,
     option_name,
+    origin,
 )
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import processes_here
@@ -203,7 +204,7 @@ def _checked(options: OptionsT) -> tuple[OptionsT, Mistakes]:
     """The options with their trackers, and the mistakes so far."""
     mistakes = check(options)
     with mistakes.collected():
-        options = replace(options, trackers=choose_trackers(options.trackers))
+        options = replace(options, trackers=choose_trackers(options.trackers, origin(options, "trackers")))
     return options, mistakes
 
 
@@ -247,7 +248,7 @@ def with_length(
     inseparable = 2 if mistakes.concern("mixup", "cutmix") else options.inseparable
     share = options.accumulation * processes * inseparable
     batch = options.batch_size or default_batch_size(images, share)
-    if wrong := _batch_mistake(batch, images, processes, options.accumulation, inseparable):
+    if wrong := _batch_mistake(options, batch, images, processes, inseparable):
         mistakes.append(Mistake(wrong))
     if mistakes:
         return options
@@ -261,8 +262,8 @@ def with_length(
     if not has_begun and round(warmup_epochs * steps_per_epoch) >= steps:
         mistakes.append(
             Mistake(
-                f"--warmup-epochs {warmup_epochs:g} is as long as the whole run of {steps / steps_per_epoch:g} epochs: "
-                "make it shorter."
+                f"--warmup-epochs {warmup_epochs:g}{origin(options, 'warmup_epochs')} is as long as the whole run of "
+                f"{steps / steps_per_epoch:g} epochs: make it shorter."
             )
         )
     if steps * options.accumulation > LARGEST:
@@ -273,23 +274,27 @@ def with_length(
     )
 
 
-def _batch_mistake(batch: int, images: int, processes: int, accumulation: int, inseparable: int) -> str | None:
+def _batch_mistake(options: RunOptions, batch: int, images: int, processes: int, inseparable: int) -> str | None:
     """Why a batch cannot be taken from the images, or divided."""
-    share = accumulation * processes * inseparable
+    accumulation, share = options.accumulation, options.accumulation * processes * inseparable
+    what, of = f"A batch of {batch}{origin(options, 'batch_size')}", origin(options, "accumulation")
     if share > images:
         return (
-            f"Each of {processes} process(es) needs an image for each of {accumulation} accumulated micro-batches, "
+            f"Each of {processes} process(es) needs an image for each of {accumulation} accumulated micro-batches{of}, "
             f"{share} in all, but there are {images} to train on: take fewer processes or a smaller --accumulation."
         )
     if batch > images:
         most = images // share * share
-        return f"A batch of {batch} is larger than the {images} training images: the most is --batch-size {most}."
+        return f"{what} is larger than the {images} training images: the most is --batch-size {most}."
     if batch % share:
         nearest = max(share, round(batch / share) * share)
-        pairs = " in pairs, which --mixup and --cutmix (or 0 for both) need" if inseparable > 1 else ""
+        pairs = ""
+        if inseparable > 1:
+            mixed = f"Mixup{origin(options, 'mixup')} and CutMix{origin(options, 'cutmix')}"
+            pairs = f" in pairs, which {mixed} need: not with --mixup 0 --cutmix 0"
         return (
-            f"A batch of {batch} cannot be divided among {processes} process(es) x {accumulation} accumulated "
-            f"micro-batches{pairs}: take --batch-size {nearest}."
+            f"{what} cannot be divided among {processes} process(es) x {accumulation} accumulated "
+            f"micro-batches{of}{pairs}: take --batch-size {nearest}."
         )
     return None
 
@@ -319,6 +324,12 @@ def _start(options: PretrainOptions, newest: Path | None) -> _Start | None:
         assert isinstance(config, ModelConfig), "runs of pretraining have no classes"
         return _Start(config, None)
     if is_untrained(str(options.init_from)):
+        if (config := RunDirectory(Path(options.out)).config_file).exists():
+            raise UserError(
+                f"The run in {options.out} was interrupted before its first checkpoint, and {config} has it start from "
+                f"{options.init_from}, which names a random initialisation.\n"
+                "Every run starts from one: write `init_from: null` there and resume, or start a new run without it."
+            )
         raise UserError(
             f"--init-from {options.init_from} names a random initialisation, which every run starts from: leave it "
             "out, or name a trained model."

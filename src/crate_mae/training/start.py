@@ -26,7 +26,7 @@ from crate_mae.training.changes import continued
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
 from crate_mae.training.model_state import asked_sharding
-from crate_mae.training.options import OptionsT, RunOptions
+from crate_mae.training.options import OptionsT, RunOptions, origin
 from crate_mae.training.preflight import (
     ProbeResult,
     StepTooLargeError,
@@ -73,12 +73,15 @@ def start(
     if existing is not None:
         _refuse_other_kind(existing, options)
         if options.minutes is not None:
-            raise UserError(f"{out} already holds a run of {existing.steps:,} steps: leave --minutes out.")
+            raise UserError(
+                f"{out} already holds a run of {existing.steps:,} steps, whose length --minutes "
+                f"{options.minutes:g}{origin(options, 'minutes')} cannot set.\n{_how_to_go_on(directory)}"
+            )
         options = options.filled_from(existing)
     reason, newest = first_decides(processes, lambda: _found_in(directory))
     resolved = resolve(options, processes.num_processes, newest, data_changed=data_changed)
     if existing is not None:
-        _refuse_differences(existing, resolved.config, out)
+        _refuse_differences(existing, resolved.config, directory)
     if existing is not None and directory.is_finished:
         if reason is None:
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
@@ -175,7 +178,7 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
         torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
         task = resolved.build(config)
     if config.compile:
-        all_succeed(accelerator, lambda: check_compiler(accelerator.device))
+        all_succeed(accelerator, lambda: check_compiler(accelerator.device, origin(config, "compile")))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
     with first_step():
         refuse_too_large(task, accelerator)
@@ -241,8 +244,8 @@ def _measured(
     steps = int((60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step)
     if steps < 1:
         raise UserError(
-            f"--minutes {options.minutes:g} is too short: preparing the run takes {duration(preparation)}, and a step "
-            f"{per_step:.3g} s."
+            f"--minutes {options.minutes:g}{origin(options, 'minutes')} is too short: "
+            f"preparing the run takes {duration(preparation)}, and a step {per_step:.3g} s."
         )
     return _Measured(task.config, seconds, steps)
 
@@ -255,12 +258,17 @@ def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:
         )
 
 
-def _refuse_differences(existing: RunOptions, config: RunOptions, out: Path) -> None:
+def _refuse_differences(existing: RunOptions, config: RunOptions, directory: RunDirectory) -> None:
     if changed := differences(existing, config):
         raise UserError(
-            f"{out} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
-            "To resume it, leave these options out; for a new run, give another --out."
+            f"{directory.path} already holds a run of {existing.steps:,} steps with other options:\n  "
+            + "\n  ".join(changed)
+            + f"\n{_how_to_go_on(directory)}"
         )
+
+
+def _how_to_go_on(directory: RunDirectory) -> str:
+    return f"To go on with that run as it is: {directory.resume_command}. For a new run, give another --out."
 
 
 def _join_processes() -> PartialState:
