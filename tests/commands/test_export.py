@@ -3,6 +3,9 @@
 import json
 import os
 import stat
+import sys
+import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,6 +24,7 @@ from crate_mae.models.presets import preset
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1, "image_size": (6, 10)}
 NANO = "crate_mae_nano_patch2_8"
+ROOT = Path(crate_mae.__file__).parents[2]
 TRAINED = "crate_mae_micro_cifar10"
 # What the exporters of PyTorch and of onnxruntime say about themselves.
 EXPORTERS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -143,6 +147,34 @@ def test_a_classifier_without_its_head_is_said_to_be_none(classifier, tmp_path, 
     assert crate_mae.export(classifier, out=tmp_path / "x", format="timm").part == "encoder"
     assert "It has no head: its outputs are features, not classes." in capsys.readouterr().out
     assert "image-feature-extraction" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+
+
+def contents(folder):
+    """The bytes of all files, and of those inside archives."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            yield file.read_bytes()
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                yield from map(archive.read, archive.namelist())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "timm", "hf", "onnx", "pt2"])
+@EXPORTERS
+def test_nothing_that_is_exported_names_a_folder_of_this_machine(tmp_path, kind):
+    needed = {"hf": "transformers", "onnx": "onnxscript"}
+    if kind in needed:
+        pytest.importorskip(needed[kind])
+    run = saved(tmp_path / "Unmistakable" / "run")
+    data = f"data: {run.parent}/photos\nval: {run.parent}/photos-val\ninit_from: {run.parent}/start\n"
+    (run / "config.yaml").write_text(f"command: pretrain\nmodel: {run.parent}/odd\n{data}")
+    (run / "linear.json").write_text(json.dumps({"probe": "linear", "val": f"{run.parent}/val", "results": []}))
+    for part in ("encoder", None if kind == "timm" else "full"):
+        crate_mae.export(run, out=tmp_path / f"{kind}-{part}", format=kind, part=part)
+        found = b"\0".join(contents(tmp_path / f"{kind}-{part}"))
+        assert b"photos; measured on photos-val" in found and b"starting from `start`" in found
+        for private in (b"Unmistakable", *(str(path).encode() for path in (ROOT, sys.prefix, Path.home()))):
+            assert private not in found
 
 
 def test_exported_files_have_the_usual_mode(model, tmp_path):

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.console import (
+    JSON_HELP,
     check_seed,
     computes,
     extract_with_progress,
     new_file,
     print_bad,
+    print_json,
     print_random_initialisation,
 )
 from crate_mae.data.numbers import check_whole
@@ -71,6 +73,7 @@ class ProbeOptions:
     max_bad: float = option(0.01, "Largest share of unreadable images.")
     cache: bool = option(True, "Keep features in the user's cache folder, and reuse them if nothing has changed.")
     overwrite: bool = option(False, "Replace an existing file.")
+    json: bool = option(False, JSON_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,8 @@ def eval_knn(options: KnnOptions) -> Evaluation:
 
     def run(train: Any, val: Any, _classes: list[str]) -> list[Any]:
         result = knn_probe(train.values, train.labels, val.values, val.labels, k=options.k)
+        if train.is_only_layer:  # there is none to choose
+            return [result]
         chosen_on = knn_accuracy_on_tenth(train.values, train.labels, k=options.k, seed=options.seed)
         return [replace(result, chosen_on=chosen_on)]
 
@@ -194,7 +199,7 @@ def _evaluate(
         max_bad=options.max_bad,
         cache=options.cache,
     )
-    console = open_console()
+    console = open_console(stderr=options.json)
     probed = probe(
         options.model,
         options.train,
@@ -216,18 +221,20 @@ def _evaluate(
         console.print(note, soft_wrap=True, markup=False)
     if probed.backbone.is_random:
         print_random_initialisation(console, probed.backbone.name)
-    write_report(console, report, out)
+    write_report(console, report, out, json=options.json)
     return Evaluation(report, out)
 
 
-def write_report(console: Any, report: dict[str, Any], out: Path | None) -> None:
-    """Write a report as JSON if a file is given."""
+def write_report(console: Any, report: dict[str, Any], out: Path | None, *, json: bool) -> None:
+    """Write a report as JSON to a file if one is given, and to the standard output if that is asked for."""
     from crate_mae.data.documents import to_json
     from crate_mae.data.files import write_whole
 
     if out is not None:
         write_whole(out, to_json(report) + "\n")
         console.print(f"Saved {out}", soft_wrap=True, markup=False)
+    if json:
+        print_json(report)
 
 
 def _title(report: dict[str, Any]) -> str:

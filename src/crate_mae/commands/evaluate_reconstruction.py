@@ -46,6 +46,7 @@ def eval_reconstruction(
     seed: int = 0,
     batch_size: int = 64,
     overwrite: bool = False,
+    json: bool = False,
 ) -> Evaluation:
     """Complete masked images at several mask ratios, and measure the quality of the completions.
 

@@ -10,7 +10,6 @@ from crate_mae.commands.console import computes
 from crate_mae.errors import UserError, install_command
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
-WITHOUT_HEAD = "It has no head: its outputs are features, not classes."
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
 
 
@@ -102,11 +101,18 @@ def export(
                 formats.check_difference(difference, tolerance)
     console = open_console()
     console.print(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.", soft_wrap=True)
-    if is_classifier and part == "encoder":
-        console.print(WITHOUT_HEAD)
+    print_without_head(console, net, part)
     if difference is not None:
         console.print(f"Largest difference from the model: {difference:.2g}.", soft_wrap=True)
     return Exported(out, format, part, size, difference)
+
+
+def print_without_head(console: Any, model: Any, part: str) -> None:
+    """Print that an encoder that was taken from a classifier does not classify."""
+    from crate_mae.models.classifier import Classifier
+
+    if isinstance(model, Classifier) and part == "encoder":
+        console.print("It has no head: its outputs are features, not classes.")
 
 
 def check_options(format: Format, part: str | None, *, int8: bool = False) -> None:  # noqa: A002
