@@ -217,6 +217,8 @@ def _evaluate(
     if verdict is not None:
         console.print(verdict, soft_wrap=True, markup=False)
     print_bad(console, probed.bad)
+    if probed.hint:
+        console.print(f"{probed.hint} Probes standardise them.", soft_wrap=True, markup=False)
     for note in _notes(probed.rows):
         console.print(note, soft_wrap=True, markup=False)
     if probed.backbone.is_random:

@@ -48,6 +48,11 @@ def _source(config: RunOptions, key: str) -> str:
     return origin(config, source) or f" ({option_name(source)})"
 
 
+def plain_options(config: RunOptions) -> dict[str, Any]:
+    """All options of a run, as plain values."""
+    return {name: _plain(getattr(config, name)) for name in saved_options(type(config))}
+
+
 def result_options(config: RunOptions) -> dict[str, Any]:
     """The options that decide the result, as plain values; where data is does not count, but what it is."""
     places = [item.name for item in dataclasses.fields(config) if item.type is Data]

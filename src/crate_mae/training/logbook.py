@@ -61,6 +61,8 @@ class Logbook:
         self.table = directory.metrics(task.measures)
         self.task = task
         self.accelerator = accelerator
+        if accelerator.is_main_process:
+            self.table.widen()
         self.images_per_second = self.data_wait = 0.0
         self._restart_clock()
 

@@ -212,6 +212,12 @@ class RunOptions:
     )
     dry_run: bool = option(False, "Only check, and print the plan.", saved=False)
     quiet: bool = option(False, "Print nothing.", saved=False)
+    json: bool = option(
+        False,
+        "With --dry-run, print the plan as one JSON object on the standard output, and everything else on the standard "
+        "error.",
+        saved=False,
+    )
     origins: dict[str, str] | None = option(None, "", saved=False)
 
     @property

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from crate_mae.data.decode import describe_unread
 from crate_mae.training.changes import describe_data_change
 from crate_mae.training.checkpoint import TrainState
+from crate_mae.training.config import plain_options
 from crate_mae.training.model_state import sharding_of
 from crate_mae.training.optimizer import scaled_lr
 from crate_mae.training.preflight import MUCH_WAITING, ProbeResult
@@ -63,6 +64,43 @@ def describe_plan(
     if start_step:
         rows["resuming"] = f"at step {start_step:,}"
     return rows
+
+
+def plan_values(
+    task: Task, accelerator: Accelerator, probe: ProbeResult, directory: RunDirectory, plan: Mapping[str, str]
+) -> dict[str, Any]:
+    """A plan for programs.
+
+    Args:
+        task: of the run.
+        accelerator: of the run.
+        probe: what was measured.
+        directory: of the run.
+        plan: the same for readers.
+
+    Returns:
+        `command`; `out`; `options`, all of them by the names in config.yaml; `parameters`; `train_images` and
+        `held_out_images`; `steps_per_epoch`; `processes`; `device`; `seconds_per_step` and `seconds`, estimated for all
+        of the run; `memory_bytes` at the peak, null where a step is too long to be measured; and `plan`, the lines that
+        are printed, by their names.
+    """
+    config, processes = task.config, accelerator.num_processes
+    per_step = probe.seconds_per_step(config, processes)
+    return {
+        "command": config.command,
+        "out": str(directory.path),
+        "options": plain_options(config),
+        "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+        "train_images": len(task.images.train),
+        "held_out_images": len(task.images.held_out),
+        "steps_per_epoch": task.steps_per_epoch,
+        "processes": processes,
+        "device": accelerator.device.type,
+        "seconds_per_step": per_step,
+        "seconds": per_step * config.steps,
+        "memory_bytes": probe.memory,
+        "plan": dict(plan),
+    }
 
 
 def plan_lines(plan: Mapping[str, str]) -> list[str]:

@@ -341,16 +341,26 @@ class CsvLog:
             raise UserError(f"{self.path} is not a table of this run any more: {first_line(error)}.") from error
         return rows
 
+    def widen(self) -> None:
+        """Give a table of an earlier version the columns that it lacks; they stay empty in its rows."""
+        rows = self.read()
+        if rows and rows[0].keys() != set(self.columns):
+            self.columns = (*self.columns, *(name for name in rows[0] if name not in self.columns))
+            self._replace(rows, self.columns)
+
+    def _replace(self, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+        temporary = CsvLog(self.path.with_name(f".{self.path.name}.tmp"), columns)
+        temporary.path.unlink(missing_ok=True)
+        temporary.append(rows)
+        temporary.path.replace(self.path)
+
     def cut_back(self, step: int | None) -> None:
         """Keep the rows up to and including `step`, with the columns that they have; None keeps nothing."""
         if not self.path.exists():
             return
         kept = [row for row in self.read() if step is not None and int(row["step"]) <= step]
-        temporary = CsvLog(self.path.with_name(f".{self.path.name}.tmp"), list(kept[0]) if kept else self.columns)
-        temporary.path.unlink(missing_ok=True)
-        temporary.append(kept)
         if kept:
-            temporary.path.replace(self.path)
+            self._replace(kept, list(kept[0]))
         else:
             self.path.unlink()
 

@@ -18,6 +18,7 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, patch_environment
 
+from crate_mae.data.documents import to_json
 from crate_mae.data.files import output_path
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
@@ -38,7 +39,7 @@ from crate_mae.training.preflight import (
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, first_decides, training_device
-from crate_mae.training.progress import Display, LastingStream, describe_plan, duration, plan_lines
+from crate_mae.training.progress import Display, LastingStream, describe_plan, duration, plan_lines, plan_values
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
 from crate_mae.training.run_directory import Run, RunDirectory
@@ -64,10 +65,16 @@ def start(
         data_changed: see `crate_mae.resume`.
     """
     started = time.monotonic()
+    if options.json and not options.dry_run:
+        raise UserError("--json prints the plan of a run, and so belongs to --dry-run: give both or neither.")
     out = output_path("--out", options.out)
     directory = RunDirectory(out)
     processes = _join_processes()
-    console = open_console(file=LastingStream(sys.stdout)) if processes.is_main_process and not options.quiet else None
+    console = (
+        open_console(file=LastingStream(sys.stderr if options.json else sys.stdout))
+        if processes.is_main_process and not options.quiet
+        else None
+    )
     display = Display(console, on_progress if processes.is_main_process else None)
     existing = directory.existing_config()
     if existing is not None:
@@ -145,6 +152,8 @@ def _run(
     plan = describe_plan(task, accelerator, found, directory, start_step)
     run = Run(directory.path, task.config)
     if task.config.dry_run:
+        if task.config.json and accelerator.is_main_process:
+            sys.stdout.write(to_json(plan_values(task, accelerator, found, directory, plan)) + "\n")
         display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])
         return run
     train(
