@@ -92,6 +92,39 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tiny_run, tmp_path, capsys)
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_plan_as_json_is_all_that_stands_on_the_standard_output(tiny_run, tmp_path, capsys):
+    run = tiny_run(dry_run=True, json=True, quiet=False)
+    shown = capsys.readouterr()
+    plan = json.loads(shown.out)
+    assert plan.keys() == {
+        *("command", "out", "options", "parameters", "train_images", "held_out_images", "steps_per_epoch", "processes"),
+        *("device", "seconds_per_step", "seconds", "memory_bytes", "plan"),
+    }
+    assert (plan["train_images"], plan["held_out_images"], plan["steps_per_epoch"]) == (283, 14, 11)
+    assert plan["options"]["lr"] == run.config.lr and "283 of digits:test" in plan["plan"]["images"]
+    assert "nothing has been written" in shown.err
+    with pytest.raises(UserError, match="belongs to --dry-run"):
+        tiny_run(json=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_columns_that_it_did_not_have(tiny_run, tmp_path, monkeypatch):
+    whole = tiny_run("whole")
+    stopped_at(monkeypatch, 6, tiny_run)
+    checkpoint_folder = tmp_path / "run" / "checkpoints" / "step-7"
+    for table in (tmp_path / "run" / "metrics.csv", checkpoint_folder / "metrics.csv"):
+        rows = [row.split(",") for row in table.read_text().splitlines()]
+        dropped = [rows[0].index(name) for name in ("feature_cosine", "knn_accuracy")]
+        rows = [[cell for place, cell in enumerate(row) if place not in dropped] for row in rows]
+        table.write_text("".join(",".join(row) + "\n" for row in rows))
+    (checkpoint_folder / "SHA256SUMS").unlink()
+    (tmp_path / "run" / "held_out.json").unlink()
+    run = resume(tmp_path / "run", quiet=True)
+    assert weights(run.path) == weights(whole.path)
+    assert [row["feature_cosine"] is None for row in run.metrics() if row["held_out_loss"]] == [True, False, False]
+    assert (run.path / "held_out.json").read_text() == (whole.path / "held_out.json").read_text()
+
+
 def test_tensorboard_gets_the_same(tiny_run):
     pytest.importorskip("tensorboard")
     run = tiny_run(steps=3, trackers=("tensorboard",))

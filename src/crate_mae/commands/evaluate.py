@@ -35,7 +35,12 @@ class Evaluation:
     """Result of a probe.
 
     Attributes:
-        report: the content of `--out`: scores with intervals, and the images that they were measured on.
+        report: the content of `--out` and of `--json`. Of a probe: `probe`, `model`, `fresh_weights` (whether it has a
+            random initialisation), `train`, `val`, `train_images`, `val_images`, `left_out` (unreadable images and
+            reasons), `classes`, `image_size`, `pooling`, `seed` and other settings, `results` (one per layer or number
+            of shots; scores have `value`, `low` and `high`), `chance`, `controls`, `versions` and `verdict`. Of
+            completions: `probe`, `model`, `fresh_weights`, `data`, `images`, `left_out`, `image_size`, `norm_pix_loss`,
+            `seed`, `results` (one per mask ratio) and `versions`.
         path: of the file, or None.
     """
 
@@ -254,7 +259,7 @@ def _table(probed: "Probed", shown: tuple[str, ...]) -> Any:
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "top1": (SCORE, lambda result: _percent(result.top1)),
         "top5": ("top-5 (95%)", lambda result: _percent(result.top5)),
-        "chosen_on": ("chosen on", lambda result: f"{100 * result.chosen_on:.2f}%"),
+        "chosen_on": ("chosen on", lambda result: "" if result.chosen_on is None else f"{100 * result.chosen_on:.2f}%"),
         "c": ("C", lambda result: f"{result.c:.2g}"),
         "shots": ("images per class", lambda result: str(result.shots)),
         "accuracy": (SCORE, lambda result: _percent(result.accuracy)),
