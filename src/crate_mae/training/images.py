@@ -421,19 +421,21 @@ class BadImages:
         """Whether there are more than a run may meet among `seen` distinct images."""
         return len(self) > most_bad(self.max_bad, seen)
 
-    def error(self, seen: int, resume_without: str, origin: str = "") -> UserError:
+    def error(self, seen: int, resume_without: str, *, check: str | None = None, origin: str = "") -> UserError:
         """The error to raise when there are too many.
 
         Args:
             seen: images so far.
             resume_without: the command to go on without them.
+            check: the command that lists those that the run has not met yet, too.
             origin: of the limit; see `options.origin`.
         """
         first = "; ".join(f"{location} ({reason})" for location, reason in list(self.reasons.items())[:_MOST_LISTED])
+        others = f"; {check} finds the others" if check else ""
         return UserError(
             f"{len(self)} of the first {seen} images cannot be read, more than --max-bad {self.max_bad:g}{origin} "
             "allows.\n"
             f"They begin with {first}.\n"
-            f"All are listed in {self.table.path}. Fix or remove them, then: {resume_without}\n"
+            f"All so far are listed in {self.table.path}{others}. Fix or remove them, then: {resume_without}\n"
             "Or give the command that started the run once more, with a larger --max-bad."
         )

@@ -162,7 +162,8 @@ def _learn(
                 saver.save(state)
             if too_many_bad:
                 seen, limit = task.images_seen(state.step), origin(config, "max_bad")
-                raise bad_images.error(seen, directory.resume_with_other_data, limit)
+                check = task.images.train.check_command
+                raise bad_images.error(seen, directory.resume_with_other_data, check=check, origin=limit)
             if state.skipped_in_a_row >= min(MOST_SKIPPED_IN_A_ROW, config.steps):
                 raise checkpoint.diverged(directory.path, _skipped(state))
             if step.agreed.stop and state.step < config.steps:

@@ -201,7 +201,7 @@ _PANELS = {
         _Line("held_out_loss", "held-out images"),
         _Line("val_loss", "validation images"),
     ),
-    "accuracy of nearest neighbours": (_Line("knn_accuracy", ""),),
+    "k-NN accuracy": (_Line("knn_accuracy", ""),),
     "effective rank of features": (_Line("feature_rank", ""),),
     "mean cosine between images": (_Line("feature_cosine", ""),),
     "accuracy on validation images": (_Line("val_accuracy", "top 1"), _Line("val_accuracy_top5", "top 5")),
