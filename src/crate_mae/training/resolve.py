@@ -288,13 +288,13 @@ def _batch_mistake(options: RunOptions, batch: int, images: int, processes: int,
         return f"{what} is larger than the {images} training images: the most is --batch-size {most}."
     if batch % share:
         nearest = max(share, round(batch / share) * share)
-        pairs = ""
+        pairs = without = ""
         if inseparable > 1:
             mixed = f"Mixup{origin(options, 'mixup')} and CutMix{origin(options, 'cutmix')}"
-            pairs = f" in pairs, which {mixed} need: not with --mixup 0 --cutmix 0"
+            pairs, without = f" in pairs, as {mixed} need", ", or --mixup 0 --cutmix 0"
         return (
             f"{what} cannot be divided among {processes} process(es) x {accumulation} accumulated "
-            f"micro-batches{of}{pairs}: take --batch-size {nearest}."
+            f"micro-batches{of}{pairs}: take --batch-size {nearest}{without}."
         )
     return None
 
