@@ -255,7 +255,10 @@ MISTAKES = {
     "no share": ({"labels": 0.0}, "--labels is 0.0, but must be more than 0 and at most 1"),
     "odd batch": ({"batch_size": 101}, "take --batch-size 100"),
     "batch too large": ({"batch_size": 2000}, "A batch of 2000 is larger than the 1500 training images"),
-    "odd micro-batch": ({"batch_size": 50, "accumulation": 2}, "as Mixup (by default) and CutMix (by default) need: take --batch-size 48, or --mixup 0"),
+    "odd micro-batch": (
+        {"batch_size": 50, "accumulation": 2},
+        "Mixup (by default) and CutMix (by default) need: take --batch-size 48",
+    ),
     "no model": ({"model": "nowhere"}, "does not exist and is no model's name"),
     "a model of timm": ({"model": "timm:vit_tiny_patch16_224"}, "cannot be fine-tuned here"),
     "no policy": ({"rand_augment": "strong"}, '--rand-augment "strong" is not understood'),

@@ -443,7 +443,7 @@ def test_a_length_in_minutes_is_one_of_three(tiny_run, tmp_path):
     with pytest.raises(UserError, match="--steps and --minutes both set the length of the run"):
         tiny_run(minutes=3)
     run = tiny_run()
-    with pytest.raises(UserError, match="already holds a run of 20 steps: leave --minutes out"):
+    with pytest.raises(UserError, match="already holds a run of 20 steps, whose length --minutes 3 cannot set"):
         pretrain("digits:test", out=run.path, minutes=3)
 
 
