@@ -1,7 +1,11 @@
 """Exceptions of the library, and the phrases that error messages share."""
 
 import difflib
+import json
+import shlex
 from collections.abc import Iterable, Sequence
+
+_LIBRARY = "crate-mae"
 
 
 class UserError(ValueError):
@@ -25,6 +29,33 @@ class RunStopped(Exception):  # noqa: N818  # not an error: the run did what it 
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")
         self.signal = signal
+
+
+def install_command(extra: str = "", *, public: bool = False) -> str:
+    """The command that installs this library from where it is: its repository, or the folder it was installed from.
+
+    Only a library that came from a package index is installed from there.
+
+    Args:
+        extra: name of an extra to install with it.
+        public: whether the command is for others, who have no such folder.
+    """
+    from importlib import metadata
+    from urllib.parse import urlparse
+    from urllib.request import url2pathname
+
+    own = metadata.distribution(_LIBRARY)
+    addresses = dict(each.split(", ", 1) for each in own.metadata.get_all("Project-URL") or [])
+    origin = json.loads(own.read_text("direct_url.json") or "{}").get("url", "")
+    with_extra = f"[{extra}]" if extra else ""
+    if "Repository" in addresses:
+        return f"pip install '{_LIBRARY}{with_extra} @ git+{addresses['Repository']}'"
+    if not origin:
+        return f"pip install {shlex.quote(_LIBRARY + with_extra)}"
+    if public:
+        return "pip install ."
+    folder = url2pathname(urlparse(origin).path) if origin.startswith("file:") else origin
+    return f"pip install {shlex.quote(folder + with_extra)}"
 
 
 def first_line(error: BaseException) -> str:

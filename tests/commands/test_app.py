@@ -5,6 +5,8 @@ import socket
 
 import pytest
 
+from crate_mae.errors import install_command
+
 command = importlib.import_module("crate_mae.commands.app")
 
 
@@ -12,7 +14,7 @@ def test_without_gradio_the_install_line_is_named(crate_mae_command, monkeypatch
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     code, _, error = crate_mae_command("app")
     assert code == 2
-    assert "pip install 'crate-mae[app]'" in error
+    assert install_command("app") in error
 
 
 @pytest.mark.parametrize(

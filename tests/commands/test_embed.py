@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
+from sklearn.covariance import ledoit_wolf
 
 import crate_mae
 from crate_mae.commands import embed as embed_module
@@ -82,6 +83,37 @@ def test_npz_npy_and_safetensors(model, expected, tmp_path):
         assert json.loads(tensors.metadata()["classes"]) == [str(i) for i in range(10)]
     modes = {path.stat().st_mode for path in tmp_path.iterdir()}
     assert len(modes) == 1, "the user's own permissions, whatever the format"
+
+
+def test_whitened_features_differ_and_queries_are_treated_alike(model, expected, tmp_path, crate_mae_command):
+    code, text, _ = crate_mae_command("embed", model, DATA, "--out", tmp_path / "a.npy")
+    assert code == 0 and "features point almost the same way" in text and "--whiten" in text
+    transform = tmp_path / "w.safetensors"
+    code, text, _ = crate_mae_command("embed", model, DATA, "--out", tmp_path / "b.npy", "--whiten", transform)
+    assert code == 0 and "fitted on these images" in text and "point almost" not in text
+    values = np.load(tmp_path / "b.npy").astype(np.float64)
+    np.testing.assert_allclose(values.mean(axis=0), 0, atol=1e-3)
+    plain = expected[0].astype(np.float64)
+    covariance = np.linalg.inv(ledoit_wolf(plain)[0])
+    centred = plain - plain.mean(axis=0)
+    np.testing.assert_allclose(values @ values.T, centred @ covariance @ centred.T, rtol=1e-2, atol=0.5)
+    assert (values @ values.T / np.outer(*[np.linalg.norm(values, axis=1)] * 2)).mean() < 0.1
+    few = [torch.from_numpy(np.array(crate_mae.data.open_source(DATA).read(i)))[None] for i in range(3)]
+    query = crate_mae.embed(model, few, out=tmp_path / "c.npy", whiten=transform)
+    np.testing.assert_allclose(np.load(query.path), values[:3], atol=1e-2)
+    for options, words in (
+        (["--layer", 0], "another layer"),
+        (["--pooling", "mean"], "another pooling"),
+        (["--pooling", "tokens"], "one vector per image"),
+        (["--whiten", tmp_path / "a.npy"], "must name a .safetensors file"),
+        (["--whiten", model / "model.safetensors"], "is not a file that"),
+    ):
+        tokens = ["--out", tmp_path / "d.npy", "--whiten", transform, *options]
+        code, _, error = crate_mae_command(
+            "embed", model, DATA, *(tokens if "--whiten" not in options else [*tokens[:2], *options])
+        )
+        assert code == 2 and words in error
+        assert not (tmp_path / "d.npy").exists()
 
 
 def test_tokens_keep_their_shape(model, tmp_path, crate_mae_command):

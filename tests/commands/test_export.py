@@ -3,6 +3,10 @@
 import json
 import os
 import stat
+import sys
+import zipfile
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -12,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import crate_mae
 from crate_mae.deployment import formats
 from crate_mae.deployment.graphs import folded
+from crate_mae.errors import install_command
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import ClassifierConfig, build_classifier
 from crate_mae.models.layers import ISTA
@@ -19,6 +24,7 @@ from crate_mae.models.presets import preset
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1, "image_size": (6, 10)}
 NANO = "crate_mae_nano_patch2_8"
+ROOT = Path(crate_mae.__file__).parents[2]
 TRAINED = "crate_mae_micro_cifar10"
 # What the exporters of PyTorch and of onnxruntime say about themselves.
 EXPORTERS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -143,6 +149,34 @@ def test_a_classifier_without_its_head_is_said_to_be_none(classifier, tmp_path, 
     assert "image-feature-extraction" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
 
 
+def contents(folder):
+    """The bytes of all files, and of those inside archives."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            yield file.read_bytes()
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                yield from map(archive.read, archive.namelist())
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "timm", "hf", "onnx", "pt2"])
+@EXPORTERS
+def test_nothing_that_is_exported_names_a_folder_of_this_machine(tmp_path, kind):
+    needed = {"hf": "transformers", "onnx": "onnxscript"}
+    if kind in needed:
+        pytest.importorskip(needed[kind])
+    run = saved(tmp_path / "Unmistakable" / "run")
+    data = f"data: {run.parent}/photos\nval: {run.parent}/photos-val\ninit_from: {run.parent}/start\n"
+    (run / "config.yaml").write_text(f"command: pretrain\nmodel: {run.parent}/odd\n{data}")
+    (run / "linear.json").write_text(json.dumps({"probe": "linear", "val": f"{run.parent}/val", "results": []}))
+    for part in ("encoder", None if kind == "timm" else "full"):
+        crate_mae.export(run, out=tmp_path / f"{kind}-{part}", format=kind, part=part)
+        found = b"\0".join(contents(tmp_path / f"{kind}-{part}"))
+        assert b"photos; measured on photos-val" in found and b"starting from `start`" in found
+        for private in (b"Unmistakable", *(str(path).encode() for path in (ROOT, sys.prefix, Path.home()))):
+            assert private not in found
+
+
 def test_exported_files_have_the_usual_mode(model, tmp_path):
     before = os.umask(0o027)
     try:
@@ -195,10 +229,27 @@ def test_a_folder_that_is_there_is_left_alone(model, tmp_path, crate_mae_command
 
 def test_a_missing_package_is_named(model, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        crate_mae.UserError, match=r"onnx and onnxscript and onnxruntime: pip install 'crate-mae\[onnx\]'"
-    ):
+    with pytest.raises(crate_mae.UserError, match="onnx and onnxscript and onnxruntime: ") as refused:
         crate_mae.export(model, out=tmp_path / "x", format="onnx")
+    assert str(refused.value).endswith(install_command("onnx"))
+
+
+@pytest.mark.parametrize(
+    ("url", "addresses", "command", "public"),
+    [
+        ("file:///home/me/my%20crate", [], "pip install '/home/me/my crate[onnx]'", "pip install ."),
+        ("", [], "pip install 'crate-mae[onnx]'", "pip install crate-mae"),
+        ("file:///x", ["Repository, https://a.b/c"], *(["pip install 'crate-mae{} @ git+https://a.b/c'"] * 2)),
+    ],
+)
+def test_the_library_is_installed_from_where_it_is(monkeypatch, url, addresses, command, public):
+    """Not from a package index where it is not, and no folder of ours in what others read."""
+    text = json.dumps({"url": url}) if url else None
+    headers = SimpleNamespace(get_all=lambda name: addresses if name == "Project-URL" else None)
+    found = SimpleNamespace(metadata=headers, read_text=lambda _name: text)
+    monkeypatch.setattr("importlib.metadata.distribution", lambda _name: found)
+    assert install_command("onnx") == command.format("[onnx]")
+    assert install_command(public=True) == public.format("")
 
 
 @pytest.mark.parametrize("kind", ["pt2", "onnx"])

@@ -34,13 +34,31 @@ def run(tmp_path):
 
 def test_what_a_run_tells(run):
     facts = provenance(run)
-    assert facts["Data"] == "photos/train"  # and not whose
+    assert facts["Data"] == "train"  # and not whose
     assert "steps 40, batch_size 8, lr 0.001" in facts["Recipe"] and "seed 3" in facts["Recipe"]
     assert "Loss on held-out images: 2.5 at step 0, 0.75 at step 40." in facts["Results"]
-    assert "linear probe, layer 0: 62.5% of 1,000 images of photos/test." in facts["Results"]
+    assert "linear probe, layer 0: 62.5% of 1,000 images of test." in facts["Results"]
     assert facts["Environment"] == "torch 2.9.9, AVX2"
     assert provenance("crate_mae_micro_cifar10")["Training"].startswith("A CRATE-MAE with 2.73 M parameters")
     assert provenance(NANO) == {}
+
+
+def test_the_score_in_a_card_is_that_of_the_weights(run):
+    """The best model of fine-tuning, of an unfinished run that of its newest checkpoint."""
+    (run / "config.yaml").write_text("command: finetune\nmodel: /a/b/mine\ntrain: python:list\nval: hf:a/b\n")
+    (run / "metrics.csv").write_text("step,val_accuracy\n0,0.1\n20,0.75\n40,0.5\n", encoding="utf-8")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "best").write_text("step-20\n")
+    facts = provenance(run)
+    assert "Accuracy on validation images: 10.0% at step 0, 75.0% at step 20." in facts["Results"]
+    assert facts["Data"] == "images that were given as a Python object, which has no name; measured on hf:a/b"
+    assert facts["Recipe"].startswith("`crate-mae finetune` of `mine`")
+    checkpoint = run / "checkpoints" / "step-40"
+    checkpoint.mkdir()
+    (run / "config.json").rename(checkpoint / "config.json")
+    (run / "model.safetensors").rename(checkpoint / "model.safetensors")
+    (checkpoint / "state.json").write_text("{}")
+    assert "50.0% at step 40" in provenance(run)["Results"]
 
 
 def test_a_card_is_no_reason_to_fail(run):
@@ -88,7 +106,7 @@ def test_push_uploads_the_model_and_the_card_of_its_run(run, hub, crate_mae_comm
     assert "https://hub.example/somebody/mine" in out
     card = hub.uploaded["files"]["README.md"].decode()
     assert card.startswith("---\n") and "license: cc0-1.0" in card
-    assert "photos/train" in card and "somebody/secret" not in card and "62.5%" in card
+    assert "train" in card and "secret" not in card and "62.5%" in card
     for name, content in hub.uploaded["files"].items():
         (tmp_path / name).write_bytes(content)
     assert crate_mae.load(tmp_path).config == crate_mae.load(run).config
@@ -101,7 +119,7 @@ def test_a_model_of_transformers_pushes_its_card_too(run, hub, tmp_path):
     for upload, name in ((_by_push, "somebody/encoder"), (_by_save, "somebody/other")):
         upload(theirs, name, tmp_path / "y")
         assert hub.uploaded["repo_id"] == name
-        assert "photos/train" in hub.uploaded["files"]["README.md"].decode()
+        assert "train" in hub.uploaded["files"]["README.md"].decode()
 
 
 def _by_push(model, name, _folder):

@@ -94,7 +94,7 @@ def test_five_classes_have_no_top5():
 @pytest.mark.parametrize("k", [0, 51])
 def test_an_impossible_k_is_named(k):
     train, labels = clouds(50)
-    with pytest.raises(UserError, match=f"--k is {k}, but must be between 1 and the 50 training images"):
+    with pytest.raises(UserError, match=f"{k} neighbours cannot vote among 50 training images"):
         knn_probe(train, labels, train, labels, k=k)
 
 

@@ -44,10 +44,10 @@ def test_with_a_limit_of_zero_the_first_is_too_many(table):
 def test_the_message_names_how_many_which_and_where(table):
     bad = BadImages(table, 0.01)
     bad.add(1, images("a", "b", "c", "d"))
-    message = str(bad.error(seen=300))
+    message = str(bad.error(300, "RESUME", check="CHECK"))
     assert "4 of the first 300" in message
     assert "a (is truncated); b (is truncated); c" in message and "; d" not in message
-    assert str(table.path) in message
+    assert f"All so far are listed in {table.path}; CHECK finds the others. Fix or remove them, then: RESUME" in message
 
 
 def test_a_process_that_does_not_write_only_counts(table):

@@ -32,7 +32,10 @@ def test_the_file_puts_what_decides_the_result_first(config):
 
 def test_only_what_decides_the_result_counts_as_a_difference(config):
     other = dataclasses.replace(config, workers=7, log_steps=5, compile=True, seed=3, image_size=(16, 16))
-    assert differences(config, other) == ["image_size: 8 10 -> 16 16", f"seed: {2**40} -> 3"]
+    assert differences(config, other) == [
+        "image_size: 8 10 in that run, 16 16 now",
+        f"seed: {2**40} in that run, 3 now",
+    ]
     assert differences(config, config) == []
 
 

@@ -188,7 +188,9 @@ def test_the_folder_of_one_kind_is_refused_for_the_other(tiny_run, tiny_finetuni
 
 def test_another_configuration_is_refused_with_the_differing_options(tiny_finetuning):
     tiny_finetuning(steps=1)
-    with pytest.raises(UserError, match=r"mixup: 0.8 -> 0.5\n  ema: 0.9999 -> 0.9\n"):
+    with pytest.raises(
+        UserError, match=r"mixup: 0.8 in that run, 0.5 now \(--mixup\)\n  ema: 0.9999 in that run, 0.9 now \(--ema\)\n"
+    ):
         tiny_finetuning(steps=1, mixup=0.5, ema=0.9, log_steps=7)
 
 
@@ -253,7 +255,10 @@ MISTAKES = {
     "no share": ({"labels": 0.0}, "--labels is 0.0, but must be more than 0 and at most 1"),
     "odd batch": ({"batch_size": 101}, "take --batch-size 100"),
     "batch too large": ({"batch_size": 2000}, "A batch of 2000 is larger than the 1500 training images"),
-    "odd micro-batch": ({"batch_size": 50, "accumulation": 2}, "in pairs, which --mixup and --cutmix"),
+    "odd micro-batch": (
+        {"batch_size": 50, "accumulation": 2},
+        "Mixup (by default) and CutMix (by default) need: take --batch-size 48",
+    ),
     "no model": ({"model": "nowhere"}, "does not exist and is no model's name"),
     "a model of timm": ({"model": "timm:vit_tiny_patch16_224"}, "cannot be fine-tuned here"),
     "no policy": ({"rand_augment": "strong"}, '--rand-augment "strong" is not understood'),

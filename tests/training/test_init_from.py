@@ -59,6 +59,19 @@ def test_a_run_that_started_from_another_model_is_another_run(start, tmp_path):
         pretrain(DATA, init_from="crate_mae_micro_cifar10", out=tmp_path / "run", **OWN)
 
 
+def test_an_interrupted_run_from_random_weights_is_explained(tmp_path, monkeypatch):
+    """Earlier versions took such a name, and then a run may have been killed before its first checkpoint."""
+    run = pretrain(DATA, out=tmp_path / "run", **OWN | {"steps": 1}).path
+    for name in ("checkpoints", "model.safetensors", "config.json", "SHA256SUMS"):
+        shutil.rmtree(run / name) if (run / name).is_dir() else (run / name).unlink()
+    config = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(config.replace("init_from: null", f"init_from: {NANO}"))
+    with pytest.raises(UserError, match=rf"was interrupted(.|\n)*starts? from {NANO}(.|\n)*`init_from: null`"):
+        resume(run, quiet=True)
+    (run / "config.yaml").write_text(config)
+    assert resume(run, quiet=True).metrics()[-1]["step"] == 1
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

@@ -5,11 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_mae.commands.pretrain import resume
+from crate_mae.commands.pretrain import pretrain, resume
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
 from crate_mae.training.options import Mistakes, PretrainOptions
 from crate_mae.training.resolve import default_base_lr, default_batch_size, with_length
+from tests.training.conftest import TINY_RUN
 
 
 @pytest.fixture
@@ -49,12 +50,24 @@ def images(number, size=(8, 8)):
         ({"seed": -1}, "--seed is -1, but must be at least 0"),
         ({"warmup_epochs": 99.0}, "as long as the whole run"),
         ({"trackers": ("wanddb",)}, "Unknown tracker wanddb"),
-        ({"trackers": ("wandb",)}, "not installed: pip install 'crate-mae[wandb]'"),
+        ({"trackers": ("wandb",)}, "wandb is not installed: pip install"),
         ({"val": "missing"}, "does not exist"),
     ],
 )
 def test_a_mistake_is_named_and_leaves_no_file(refused, options, expected):
     assert expected in refused(**options)
+
+
+def test_an_option_that_the_user_did_not_give_is_named_with_its_origin(refused, tmp_path):
+    """Of the whole kind: by default, from a recipe, from a stored run."""
+    message = refused(data=images(21), recipe="digits", batch_size=None, steps=None)
+    assert message.startswith("A batch of 50 (from the recipe digits) is larger than the 20 training images")
+    run = tmp_path / "stored"
+    pretrain("digits:test", out=run, **{**TINY_RUN, "steps": 1})
+    text = (run / "config.yaml").read_text()
+    (run / "config.yaml").write_text(text.replace("clip_grad: 1.0", "clip_grad: -1.0"))
+    with pytest.raises(UserError, match=rf"--clip-grad \(from {run}/config.yaml\) is -1.0, but must be at least 0"):
+        resume(run)
 
 
 def test_an_empty_folder_is_refused(refused, tmp_path):

@@ -5,8 +5,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from crate_mae.data import open_source
 from crate_mae.data.resize import lossless_size
 from crate_mae.errors import UserError
+from crate_mae.evaluation.probes import knn_probe
 from crate_mae.models import create_model
 from crate_mae.models.completion import complete
 from crate_mae.models.tracing import trace
@@ -14,6 +16,7 @@ from crate_mae.training import preflight
 from crate_mae.training.images import open_images
 from crate_mae.training.preflight import ProbeResult, probe
 from crate_mae.training.pretraining import Monitor, Pretraining
+from crate_mae.training.run_directory import RunDirectory
 
 IMAGES = torch.randn(37, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -30,9 +33,7 @@ def test_signals_are_those_of_the_definitions(tiny_model):
         with trace(tiny_model, ["encoder.blocks.*.ista", "encoder.blocks.*.attn.subspaces"]) as record:
             features = tiny_model.encoder.forward_features(IMAGES)[:, 1:].mean(dim=1)
     assert signals.held_out_loss == pytest.approx(float(expected), rel=1e-5)
-    singular = torch.linalg.svdvals(features - features.mean(dim=0))
-    share = singular / singular.sum()
-    assert signals.feature_rank == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-3)
+    torch.testing.assert_close(signals.features, features)
     found = {(s.part, s.layer, s.measure): s.value for s in signals.layers}
     wanted = {}
     for layer in range(2):
@@ -48,10 +49,61 @@ def test_signals_are_those_of_the_definitions(tiny_model):
 def test_measuring_changes_nothing(tiny_model):
     before, random_state = state_of(tiny_model), torch.get_rng_state()
     monitor = Monitor(IMAGES, tiny_model.num_patches, 0.75)
-    assert monitor.measure(tiny_model.train()) == monitor.measure(tiny_model)
+    first, second = monitor.measure(tiny_model.train()), monitor.measure(tiny_model)
+    assert first.held_out_loss == second.held_out_loss and first.layers == second.layers
+    assert torch.equal(first.features, second.features)
     assert tiny_model.training
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
+
+
+@pytest.fixture
+def labelled(config, tiny_model, tmp_path):
+    """`labelled(data, **options)`: the task of pretraining on digits."""
+
+    def task(data="digits", val=None, **options):
+        options = {"image_size": (8, 8), "batch_size": 64, "monitor_steps": 100, **options}
+        return Pretraining(dataclasses.replace(config, **options), open_images(data, val), tiny_model.config)
+
+    return task
+
+
+def test_labels_are_measured_by_the_vote_of_eval_knn(labelled, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    task = labelled()
+    assert str(task.probe) == "k-NN accuracy of 89 held-out among 200 training images of 10 classes"
+    values = task.measure(task.model, 0, RunDirectory(tmp_path)).values
+    chosen, held_out = task.probe._train, task.images.held_out
+    images = torch.stack([task.probe._transform(chosen.read(i)) for i in range(200)])
+    encoder = task.model.eval().encoder
+    with torch.no_grad():
+        train, val = (encoder.forward_features(x)[:, 1:].mean(dim=1) for x in (images, task.monitor.images))
+    labels = open_source("digits").labels
+    number = [int(held_out.location(i).split()[-1]) for i in range(89)]
+    expected = knn_probe(train.numpy(), task.probe._labels.numpy(), val.numpy(), labels[number], k=10).top1.value
+    assert values["knn_accuracy"] == pytest.approx(expected, abs=0.02)
+    assert 0.1 < values["knn_accuracy"] < 1
+    units = val / val.norm(dim=1, keepdim=True)
+    gram = units @ units.T
+    assert values["feature_cosine"] == pytest.approx(float((gram.sum() - 89) / (89 * 88)), abs=1e-4)
+    singular = torch.linalg.svdvals(val - val.mean(dim=0))
+    share = singular / singular.sum()
+    assert values["feature_rank"] == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-3)
+
+
+def test_the_loss_has_no_labels_and_the_probe_needs_enough(labelled, tmp_path):
+    task = labelled()
+    losses = [
+        task.step_loss(0)(task.model.eval(), IMAGES[:32], labels, slice(0, 32)).detach()
+        for labels in (torch.zeros(32, dtype=torch.int64), torch.arange(32))
+    ]
+    assert losses[0] == losses[1]
+    assert labelled(monitor_steps=24).probe is None, "48 images are too few"
+    unlabelled = list(torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert labelled(unlabelled).probe is None
+    assert labelled("digits:train", "digits:test").probe is not None
+    few = labelled("digits:train", [(torch.rand(1, 8, 8), 3), (torch.rand(1, 8, 8), 77)])
+    assert "of 1 held-out" in str(few.probe), "of the other class there is none to find"
 
 
 def test_a_model_without_sparse_codes_has_no_layer_signals():

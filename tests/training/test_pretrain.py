@@ -1,7 +1,9 @@
 import errno
+import json
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +13,12 @@ from PIL import Image
 from crate_mae.commands.pretrain import pretrain, resume
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.training import checkpoint, run_directory
 from crate_mae.training.preflight import ProbeResult
 from crate_mae.training.pretraining import Monitor
 from crate_mae.training.progress import Display
+from crate_mae.training.run_directory import RunDirectory
 
 
 def weights(run):
@@ -66,6 +70,7 @@ def test_a_run_learns_and_leaves_everything_that_its_folder_promises(tiny_run, w
     assert {path.name for path in run.path.iterdir()} == {
         *("config.yaml", "command.txt", "environment.json", "log.txt", "metrics.csv", "layers.csv"),
         *("checkpoints", "pictures", "report.html", "model.safetensors", "config.json", "SHA256SUMS", ".lock"),
+        "held_out.json",
     }
     assert sorted(path.name for path in (run.path / "pictures").iterdir()) == [
         "step-0.png",
@@ -85,6 +90,39 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(tiny_run, tmp_path, capsys)
     text = capsys.readouterr().out
     assert "283 of digits:test" in text and "nothing has been written" in text
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_as_json_is_all_that_stands_on_the_standard_output(tiny_run, tmp_path, capsys):
+    run = tiny_run(dry_run=True, json=True, quiet=False)
+    shown = capsys.readouterr()
+    plan = json.loads(shown.out)
+    assert plan.keys() == {
+        *("command", "out", "options", "parameters", "train_images", "held_out_images", "steps_per_epoch", "processes"),
+        *("device", "seconds_per_step", "seconds", "memory_bytes", "plan"),
+    }
+    assert (plan["train_images"], plan["held_out_images"], plan["steps_per_epoch"]) == (283, 14, 11)
+    assert plan["options"]["lr"] == run.config.lr and "283 of digits:test" in plan["plan"]["images"]
+    assert "nothing has been written" in shown.err
+    with pytest.raises(UserError, match="belongs to --dry-run"):
+        tiny_run(json=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_columns_that_it_did_not_have(tiny_run, tmp_path, monkeypatch):
+    whole = tiny_run("whole")
+    stopped_at(monkeypatch, 6, tiny_run)
+    checkpoint_folder = tmp_path / "run" / "checkpoints" / "step-7"
+    for table in (tmp_path / "run" / "metrics.csv", checkpoint_folder / "metrics.csv"):
+        rows = [row.split(",") for row in table.read_text().splitlines()]
+        dropped = [rows[0].index(name) for name in ("feature_cosine", "knn_accuracy")]
+        rows = [[cell for place, cell in enumerate(row) if place not in dropped] for row in rows]
+        table.write_text("".join(",".join(row) + "\n" for row in rows))
+    (checkpoint_folder / "SHA256SUMS").unlink()
+    (tmp_path / "run" / "held_out.json").unlink()
+    run = resume(tmp_path / "run", quiet=True)
+    assert weights(run.path) == weights(whole.path)
+    assert [row["feature_cosine"] is None for row in run.metrics() if row["held_out_loss"]] == [True, False, False]
+    assert (run.path / "held_out.json").read_text() == (whole.path / "held_out.json").read_text()
 
 
 def test_tensorboard_gets_the_same(tiny_run):
@@ -149,9 +187,19 @@ def test_the_same_command_resumes_and_a_finished_run_is_left_alone(tiny_run, mon
 
 def test_another_configuration_is_refused_with_the_differing_options(tiny_run, tmp_path):
     run = tiny_run(steps=2)
-    with pytest.raises(UserError, match=r"mask_ratio: 0.75 -> 0.5\n  steps: 2 -> 11\n  seed: 0 -> 3\n") as refused:
-        pretrain("digits:test", out=run.path, epochs=1, seed=3, mask_ratio=0.5, quiet=True)
-    assert "batch_size" not in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        pretrain("digits:test", out=run.path, epochs=1, seed=3, recipe="digits", min_crop=0.2, quiet=True)
+    assert str(refused.value).splitlines() == [
+        f"{run.path} already holds a run of 2 steps with other options:",
+        "  model: crate_mae_nano_patch2_8 in that run, crate_mae_nano_isometric_patch2_8 now (from the recipe digits)",
+        "  mask_ratio: 0.75 in that run, 0.5 now (from the recipe digits)",
+        "  steps: 2 in that run, 5 now (--epochs)",
+        "  batch_size: 24 in that run, 50 now (from the recipe digits)",
+        "  lr: 0.005 in that run, 0.002715 now (from the recipe digits)",
+        "  flip: True in that run, False now (from the recipe digits)",
+        "  seed: 0 in that run, 3 now (--seed)",
+        f"To go on with that run as it is: crate-mae resume {run.path}. For a new run, give another --out.",
+    ]
 
 
 def test_data_that_has_changed_is_refused(tiny_run, photos, monkeypatch):
@@ -160,8 +208,76 @@ def test_data_that_has_changed_is_refused(tiny_run, photos, monkeypatch):
         at_step(patch, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
         tiny_run(data=folder, batch_size=4)
     shutil.copy(folder / "000.png", folder / "new.png")
-    with pytest.raises(UserError, match="trains on 38 images, but its data now has 39"):
+    with pytest.raises(UserError, match=r"trains on 38 images, but its data now has 39(.|\n)*resume .*--data-changed"):
         tiny_run(data=folder, batch_size=4)
+
+
+def stopped_at(monkeypatch, step, run):
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        at_step(patch, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        run()
+
+
+def held_out_files(run, folder):
+    """Contents of the images that a run holds out, from its folder of images as it is now."""
+    record = json.loads((run / "held_out.json").read_text())
+    files = sorted(folder.iterdir())
+    assert record["images"] == len(files)
+    return {files[i].read_bytes() for i in record["held_out"]}
+
+
+@pytest.mark.usefixtures("usual_signals", "written_report")
+def test_a_run_goes_on_without_the_files_that_it_could_not_read(tiny_run, photos, tmp_path, capsys):
+    """What the message advises: remove them, and resume; some are added too."""
+    folder, out = photos(60, bad=3), tmp_path / "run"
+    options = {"data": folder, "batch_size": 8, "warmup_epochs": 1.0, "steps": 40}
+    with pytest.raises(UserError, match=r"Fix or remove them, then: crate-mae resume .* --data-changed") as refused:
+        tiny_run(**options, max_bad=0.02)
+    assert "a larger --max-bad" in str(refused.value)
+    before, begun = held_out_files(out, folder), newest_checkpoint(out).name
+    bad = [row["location"] for row in RunDirectory(out).bad_files.read()]
+    assert bad
+    for location in bad:
+        Path(location).unlink()
+    for path in photos(9, name="more").iterdir():
+        pixels = 255 - np.asarray(Image.open(path))
+        Image.fromarray(pixels).save(folder / f"a{path.name}")  # numbers of all others change
+    with pytest.raises(UserError, match=r"trains on 57 images, but its data now has"):
+        resume(out, quiet=True)
+    run = resume(out, data_changed=True)
+    assert held_out_files(out, folder) <= before, "those of before, less what is gone; nothing that was trained on"
+    (change,) = RunDirectory(out).data_changes.read()
+    assert begun == f"step-{change['step']}" and int(change["images_before"]) == 57
+    sentence = f"From step {change['step']} the run has other data"
+    assert sentence in capsys.readouterr().out.split("Finished step 40")[-1]
+    assert sentence in (out / "log.txt").read_text().split("End:")[-1]
+    assert sentence in (out / "report.html").read_text()
+    rows = {row["step"]: row for row in run.metrics()}
+    assert max(rows) == 40 and rows[40]["bad_images"] == len(RunDirectory(out).bad_files.read()) <= 3 - len(bad)
+    assert tiny_run(**{**options, "max_bad": 0.5}, quiet=False).config == run.config, "the same command agrees"
+
+
+def test_what_goes_on_with_other_images_is_the_same_whenever_it_is_interrupted(tiny_run, photos, tmp_path, monkeypatch):
+    def changed_run(name, *, again):
+        folder = photos(60, name=f"photos-{name}")
+        options = {"data": folder, "batch_size": 8, "checkpoint_epochs": 1, "steps": 30, "warmup_epochs": 1.0}
+        stopped_at(monkeypatch, 4, lambda: tiny_run(name, **options))
+        for number in (1, 2, 3, 30, 31, 32, 40, 41):
+            (folder / f"{number:03}.png").unlink(missing_ok=True)
+        if again:
+            stopped_at(monkeypatch, 9, lambda: resume(tmp_path / name, data_changed=True, quiet=True))
+            return resume(tmp_path / name, quiet=True)
+        return resume(tmp_path / name, data_changed=True, quiet=True)
+
+    whole, parts = changed_run("whole", again=False), changed_run("parts", again=True)
+    assert weights(whole.path) == weights(parts.path)
+    assert kept_columns(whole) == kept_columns(parts)
+    rates = {row["step"]: row["lr"] for row in whole.metrics()}
+    plain = {
+        row["step"]: row["lr"]
+        for row in tiny_run("plain", data=photos(60), batch_size=8, steps=30, warmup_epochs=1.0).metrics()
+    }
+    assert rates == plain, "the schedule is that of the plan, in steps"
 
 
 def test_a_python_data_set_is_resumed_from_python(tiny_run, tmp_path, monkeypatch):
@@ -327,7 +443,7 @@ def test_a_length_in_minutes_is_one_of_three(tiny_run, tmp_path):
     with pytest.raises(UserError, match="--steps and --minutes both set the length of the run"):
         tiny_run(minutes=3)
     run = tiny_run()
-    with pytest.raises(UserError, match="already holds a run of 20 steps: leave --minutes out"):
+    with pytest.raises(UserError, match="already holds a run of 20 steps, whose length --minutes 3 cannot set"):
         pretrain("digits:test", out=run.path, minutes=3)
 
 

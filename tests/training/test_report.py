@@ -11,6 +11,7 @@ import pytest
 from crate_mae.commands.pretrain import resume
 from crate_mae.errors import RunStopped
 from crate_mae.training import report as report_module
+from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.images import open_images
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import StopRequest
@@ -43,7 +44,7 @@ def test_a_finished_run_has_a_page_with_everything_inside(tiny_run):
     page = page_of(run)
     text = text_of(page)
     assert "crate-mae pretrain: a &amp; b" in text
-    assert "Finished: 20 steps. Loss on held-out images:" in text
+    assert re.search(r"Finished step 20 after \d+ s, with at most .* of memory. Loss on held-out images:", text)
     for fact in ("283 of digits:test", "crate_mae_nano_patch2_8, 0.01 M parameters", "24 = 24 x 1", "mask_ratio: 0.75"):
         assert fact in text
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 3  # learning, layers, completed images
@@ -55,7 +56,7 @@ def test_a_finished_run_has_a_page_with_everything_inside(tiny_run):
 
 def test_a_run_of_fine_tuning_has_one_too(tiny_finetuning):
     page = page_of(tiny_finetuning(steps=4, monitor_steps=2))
-    assert "Finished: 4 steps. Accuracy on validation images:" in text_of(page)
+    assert "Finished step 4" in text_of(page) and "Accuracy on validation images:" in text_of(page)
     assert page.count("<img") == 1
 
 
@@ -69,10 +70,28 @@ def test_a_stopped_run_reports_its_progress_and_a_resumed_one_that_it_is_finishe
         patch.setattr(StopRequest, "signal", signal.SIGTERM)
         tiny_run(monitor_steps=1)
     stopped = text_of((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
-    assert "Step 1 of 20. At " in stopped and "Reload the page" in stopped
+    assert "Step 1 of 20. The run is not going on: stopped by SIGTERM and saved after step 1. Loss" in stopped
+    assert "Reload the page" not in stopped and f"crate-mae resume {tmp_path / 'run'}" in stopped
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.splitlines()[-1].endswith("End: stopped by SIGTERM and saved after step 1.")
+    state = tmp_path / "run" / "checkpoints" / "step-1" / "state.json"
+    state.write_text(state.read_text().replace('"seconds": ', '"seconds": 36'))  # it has taken minutes so far
+    (tmp_path / "run" / "checkpoints" / "step-1" / "SHA256SUMS").unlink()
     finished = text_of(page_of(resume(tmp_path / "run", quiet=True)))
-    assert "Finished: 20 steps." in finished and "Reload the page" not in finished
+    assert re.search(r"Finished step 20 after \d+ s \(\d+ min over all its starts\)", finished)
+    assert "Reload the page" not in finished
+    assert "End: finished." in (tmp_path / "run" / "log.txt").read_text()
     assert "resuming : at step 1" in finished
+
+
+def test_a_failed_run_says_with_what(tiny_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(TrainState, "count", lambda *_: (_ for _ in ()).throw(RuntimeError("odd\nend")))
+        tiny_run(monitor_steps=1)
+    run = tmp_path / "run"
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "The run is not going on: failed: odd (RuntimeError) after step 0." in text_of(page)
+    assert "End: failed: odd (RuntimeError) after step 0." in (run / "log.txt").read_text()
 
 
 def test_what_cannot_be_drawn_is_a_warning_and_not_the_end_of_a_run(tiny_run, monkeypatch, caplog):

@@ -54,6 +54,8 @@ def test_a_killed_run_of_fine_tuning_ends_with_the_same_bits(tmp_path, driver, e
         command = "resume"
     finish(driver("resume", killed))
     finish(uninterrupted)
+    ends = [line.split("End: ")[1] for line in (killed / "log.txt").read_text().splitlines() if "End: " in line]
+    assert ends == ["unknown: the process before this one was killed, or its machine stopped.", "finished."]
     assert (killed / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     last = [(run / "checkpoints" / "step-20" / "trained.safetensors").read_bytes() for run in (killed, whole)]
     assert last[0] == last[1]

@@ -96,6 +96,16 @@ def test_a_table_is_cut_back_to_a_step_and_loses_half_written_rows(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_table_of_an_earlier_version_gets_the_columns_that_it_lacks(tmp_path):
+    (tmp_path / "t.csv").write_text("step,a,gone\n1,2,3\n")
+    table = CsvLog(tmp_path / "t.csv", ("step", "a", "new"))
+    table.widen()
+    table.append([{"step": 2, "new": 5}])
+    assert table.path.read_text() == "step,a,new,gone\n1,2,,3\n2,,5,\n"
+    table.widen()
+    assert len(table.read()) == 2 and [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
 def test_cutting_a_run_back_removes_later_pictures(tmp_path):
     (tmp_path / "pictures").mkdir()
     for name in ("step-0", "step-9", "step-10", "step-10 (copy)"):

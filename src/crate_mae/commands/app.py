@@ -5,7 +5,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, install_command
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -36,7 +36,7 @@ def app(
     if not 0 <= port < 2**16:
         raise UserError(f"--port is {port}, but must be from 0 to 65535.")
     if find_spec("gradio") is None:
-        raise UserError("The app needs Gradio, which is not installed: pip install 'crate-mae[app]'")
+        raise UserError(f"The app needs Gradio, which is not installed: {install_command('app')}")
     from crate_mae.app.models import open_models
     from crate_mae.app.server import build_server, listen
     from crate_mae.terminal import open_console

@@ -15,6 +15,7 @@ from crate_mae.commands.console import (
     refuse_existing,
 )
 from crate_mae.data.files import output_path
+from crate_mae.errors import UserError
 from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def embed(
     pooling: Literal["cls", "mean", "cls+mean", "tokens"] | None = None,
     layer: int | None = None,
     normalize: bool = False,
+    whiten: Path | str | None = None,
     batch_size: int = 256,
     workers: int | None = None,
     max_bad: float = 0.01,
@@ -76,6 +78,8 @@ def embed(
         layer: Layer of the encoder from 0, or negative from the end; by default -1. The final norm is applied to
             every layer.
         normalize: Scale each vector to length 1.
+        whiten: Whiten features, for search by cosine: a .safetensors file with the transform. If it exists, it is
+            applied, as to queries; if not, it is fitted on these images, applied and written.
         batch_size: Images per batch.
         workers: Processes that load images; by default one less than the number of cores, at most 8.
         max_bad: Largest share of unreadable images.
@@ -95,6 +99,7 @@ def embed(
     from crate_mae.evaluation.backbones import open_backbone
     from crate_mae.evaluation.extract import Extraction
     from crate_mae.evaluation.feature_files import check_feature_file, unit_length, write_features
+    from crate_mae.evaluation.whitening import Whitening, describe_alike
     from crate_mae.models.features import DEFAULT_LAYER
     from crate_mae.terminal import open_console
 
@@ -110,10 +115,20 @@ def embed(
         max_bad=max_bad,
         cache=cache,
     )
+    transform = None if whiten is None else _whitening_file(whiten, pooling)
     source = open_source(data)
     backbone = open_backbone(model, seed=seed)
     console = open_console()
     features = extract_with_progress(console, backbone, source, extraction)[0]
+    hint = describe_alike(features)
+    if transform is not None:
+        is_new = not transform.exists()
+        whitening = Whitening.fitted(features, backbone) if is_new else Whitening.read(transform)
+        features, hint = whitening.of(features, backbone), None
+        if is_new:
+            whitening.save(transform)
+        how = f"fitted on these images and saved: {transform}. Give it for queries too" if is_new else f"as {transform}"
+        console.print(f"Whitened, {how}.", soft_wrap=True, markup=False)
     if normalize:
         features = dataclasses.replace(features, values=unit_length(features.values))
     write_features(features, out)
@@ -121,8 +136,20 @@ def embed(
     if backbone.is_random:
         print_random_initialisation(console, backbone.name)
     console.print(_summary(features, out), soft_wrap=True, markup=False)
+    if hint:
+        console.print(hint, soft_wrap=True, markup=False)
     bad = [(image.location, image.reason) for image in features.bad]
     return Embedding(out, len(features.values), features.values.shape[-1], bad)
+
+
+def _whitening_file(path: Path | str, pooling: str | None) -> Path:
+    """Check the path of a transform, before anything is computed."""
+    path = output_path("--whiten", path)
+    if path.suffix.lower() != ".safetensors":
+        raise UserError(f"--whiten {path} must name a .safetensors file.")
+    if pooling == "tokens":
+        raise UserError("--whiten is for one vector per image, not for --pooling tokens.")
+    return path
 
 
 def _summary(features: "Features", out: Path) -> str:

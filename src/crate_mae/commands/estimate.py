@@ -3,7 +3,7 @@
 import math
 from typing import TYPE_CHECKING, Any, Literal
 
-from crate_mae.commands.console import computes
+from crate_mae.commands.console import computes, print_json
 from crate_mae.errors import UserError
 from crate_mae.training.options import ImageSize
 
@@ -51,7 +51,7 @@ def estimate(
         link_bytes_per_s: Bytes per second that one device sends to the others, such as 100e9.
         images: Number of images in an epoch; by default that of ImageNet-1K.
         epochs: Number of epochs; by default that of the CRATE-MAE paper.
-        json: Print one JSON object instead of a table.
+        json: Print one JSON object on the standard output, and everything else on the standard error.
 
     Returns:
         The numbers, by name: `.parameters`, `.training_flops`, `.copies.memory_cuda`, `.sharded`, `.assumptions`, ...
@@ -60,7 +60,6 @@ def estimate(
         UserError: that lists all mistakes in the options.
     """
     from crate_mae.costs.estimate import Circumstances, estimate_run
-    from crate_mae.data.documents import to_json
     from crate_mae.models.masking import check_mask_ratio
     from crate_mae.models.presets import preset
     from crate_mae.terminal import open_console
@@ -88,9 +87,11 @@ def estimate(
         raise UserError("\n".join(mistakes))
 
     found = estimate_run(config, circumstances)
-    lines = [to_json(found.to_dict())] if json else _lines(found)
+    if json:
+        print_json(found.to_dict())
+        return found
     console = open_console()
-    for line in lines:
+    for line in _lines(found):
         console.print(line, soft_wrap=True, markup=False)
     return found
 

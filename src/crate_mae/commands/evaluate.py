@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.console import (
+    JSON_HELP,
     check_seed,
     computes,
     extract_with_progress,
     new_file,
     print_bad,
+    print_json,
     print_random_initialisation,
 )
 from crate_mae.data.numbers import check_whole
@@ -33,7 +35,12 @@ class Evaluation:
     """Result of a probe.
 
     Attributes:
-        report: the content of `--out`: scores with intervals, and the images that they were measured on.
+        report: the content of `--out` and of `--json`. Of a probe: `probe`, `model`, `fresh_weights` (whether it has a
+            random initialisation), `train`, `val`, `train_images`, `val_images`, `left_out` (unreadable images and
+            reasons), `classes`, `image_size`, `pooling`, `seed` and other settings, `results` (one per layer or number
+            of shots; scores have `value`, `low` and `high`), `chance`, `controls`, `versions` and `verdict`. Of
+            completions: `probe`, `model`, `fresh_weights`, `data`, `images`, `left_out`, `image_size`, `norm_pix_loss`,
+            `seed`, `results` (one per mask ratio) and `versions`.
         path: of the file, or None.
     """
 
@@ -71,6 +78,7 @@ class ProbeOptions:
     max_bad: float = option(0.01, "Largest share of unreadable images.")
     cache: bool = option(True, "Keep features in the user's cache folder, and reuse them if nothing has changed.")
     overwrite: bool = option(False, "Replace an existing file.")
+    json: bool = option(False, JSON_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +119,8 @@ def eval_knn(options: KnnOptions) -> Evaluation:
 
     def run(train: Any, val: Any, _classes: list[str]) -> list[Any]:
         result = knn_probe(train.values, train.labels, val.values, val.labels, k=options.k)
+        if train.is_only_layer:  # there is none to choose
+            return [result]
         chosen_on = knn_accuracy_on_tenth(train.values, train.labels, k=options.k, seed=options.seed)
         return [replace(result, chosen_on=chosen_on)]
 
@@ -194,7 +204,7 @@ def _evaluate(
         max_bad=options.max_bad,
         cache=options.cache,
     )
-    console = open_console()
+    console = open_console(stderr=options.json)
     probed = probe(
         options.model,
         options.train,
@@ -212,22 +222,26 @@ def _evaluate(
     if verdict is not None:
         console.print(verdict, soft_wrap=True, markup=False)
     print_bad(console, probed.bad)
+    if probed.hint:
+        console.print(f"{probed.hint} Probes standardise them.", soft_wrap=True, markup=False)
     for note in _notes(probed.rows):
         console.print(note, soft_wrap=True, markup=False)
     if probed.backbone.is_random:
         print_random_initialisation(console, probed.backbone.name)
-    write_report(console, report, out)
+    write_report(console, report, out, json=options.json)
     return Evaluation(report, out)
 
 
-def write_report(console: Any, report: dict[str, Any], out: Path | None) -> None:
-    """Write a report as JSON if a file is given."""
+def write_report(console: Any, report: dict[str, Any], out: Path | None, *, json: bool) -> None:
+    """Write a report as JSON to a file if one is given, and to the standard output if that is asked for."""
     from crate_mae.data.documents import to_json
     from crate_mae.data.files import write_whole
 
     if out is not None:
         write_whole(out, to_json(report) + "\n")
         console.print(f"Saved {out}", soft_wrap=True, markup=False)
+    if json:
+        print_json(report)
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -245,7 +259,7 @@ def _table(probed: "Probed", shown: tuple[str, ...]) -> Any:
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
         "top1": (SCORE, lambda result: _percent(result.top1)),
         "top5": ("top-5 (95%)", lambda result: _percent(result.top5)),
-        "chosen_on": ("chosen on", lambda result: f"{100 * result.chosen_on:.2f}%"),
+        "chosen_on": ("chosen on", lambda result: "" if result.chosen_on is None else f"{100 * result.chosen_on:.2f}%"),
         "c": ("C", lambda result: f"{result.c:.2g}"),
         "shots": ("images per class", lambda result: str(result.shots)),
         "accuracy": (SCORE, lambda result: _percent(result.accuracy)),

@@ -46,6 +46,7 @@ def eval_reconstruction(
     seed: int = 0,
     batch_size: int = 64,
     overwrite: bool = False,
+    json: bool = False,
 ) -> Evaluation:
     """Complete masked images at several mask ratios, and measure the quality of the completions.
 
@@ -66,6 +67,7 @@ def eval_reconstruction(
         seed: Seed of the masks, of that sample, and of random initialisation.
         batch_size: Images per batch.
         overwrite: Replace existing files.
+        json: Print one JSON object on the standard output, and everything else on the standard error.
 
     Returns:
         The scores, one row per ratio.
@@ -95,7 +97,7 @@ def eval_reconstruction(
         net = load_autoencoder(model)
     ratios = mask_ratios or tuple(r for r in _RATIOS if visible_patches(net.num_patches, r) > 0)
     read = read_images(source, open_backbone(net).transform(), fixed_sample(len(source), count, seed), count)
-    console = open_console()
+    console = open_console(stderr=json)
     scores = _scores_shown(console, net, read.images, ratios, seed=seed, batch_size=batch_size)
     _show(console, net, scores)
     name = model_name(model)
@@ -119,7 +121,7 @@ def eval_reconstruction(
     if picture is not None:
         _save_picture(net, read.images, scores, seed, picture)
         console.print(f"Saved {picture}", soft_wrap=True, markup=False)
-    write_report(console, report, out)
+    write_report(console, report, out, json=json)
     return Evaluation(report, out)
 
 

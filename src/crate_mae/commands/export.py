@@ -7,10 +7,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.console import computes
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, install_command
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
-WITHOUT_HEAD = "It has no head: its outputs are features, not classes."
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
 
 
@@ -103,11 +102,18 @@ def export(
                 formats.check_difference(difference, tolerance)
     console = open_console()
     console.print(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.", soft_wrap=True)
-    if is_classifier and part == "encoder":
-        console.print(WITHOUT_HEAD)
+    print_without_head(console, net, part)
     if difference is not None:
         console.print(f"Largest difference from the model: {difference:.2g}.", soft_wrap=True)
     return Exported(out, format, part, size, difference)
+
+
+def print_without_head(console: Any, model: Any, part: str) -> None:
+    """Print that an encoder that was taken from a classifier does not classify."""
+    from crate_mae.models.classifier import Classifier
+
+    if isinstance(model, Classifier) and part == "encoder":
+        console.print("It has no head: its outputs are features, not classes.")
 
 
 def check_options(format: Format, part: str | None, *, int8: bool = False) -> None:  # noqa: A002
@@ -119,4 +125,4 @@ def check_options(format: Format, part: str | None, *, int8: bool = False) -> No
     if int8 and (format != "onnx" or part == "full"):
         raise UserError("--int8 is for encoders in ONNX: --format onnx --part encoder.")
     if missing := [name for name in _PACKAGES.get(format, ()) if importlib.util.find_spec(name) is None]:
-        raise UserError(f"--format {format} needs {' and '.join(missing)}: pip install 'crate-mae[{format}]'")
+        raise UserError(f"--format {format} needs {' and '.join(missing)}: {install_command(format)}")

@@ -37,13 +37,17 @@ def pretrain(options: PretrainOptions) -> Run:
 
 
 @computes
-def resume(run: Path | str, *, quiet: bool = False) -> Run:
+def resume(run: Path | str, *, data_changed: bool = False, quiet: bool = False) -> Run:
     """Continue a run of pretraining or fine-tuning that was stopped, from its newest checkpoint.
 
-    On the same machine the weights will be those of a run that was never stopped; on a CPU, bit for bit.
+    On the same machine the weights will be those of a run that was never stopped; on a CPU, bit for bit. A run whose
+    images have changed is refused, unless that is meant: with --data-changed it goes on with the images as they are
+    now, fewer or more, for as many steps as planned. Held-out images are found again by their content, and new images
+    are trained on. From which step this was is noted in data_changes.csv, in the log and in the report.
 
     Args:
         run: The folder of the run.
+        data_changed: Go on although images were removed, added or repaired.
         quiet: Print nothing.
 
     Returns:
@@ -61,4 +65,4 @@ def resume(run: Path | str, *, quiet: bool = False) -> Run:
         raise UserError(
             f"{run} is not a run: it has no config.yaml. Start one with: crate-mae pretrain DATA --out {run}"
         )
-    return start(replace(config, quiet=quiet))
+    return start(replace(config, quiet=quiet), data_changed=data_changed)

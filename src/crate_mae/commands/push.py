@@ -42,7 +42,7 @@ def push(
     import tempfile
     from pathlib import Path
 
-    from crate_mae.commands.export import WITHOUT_HEAD, check_options
+    from crate_mae.commands.export import check_options, print_without_head
     from crate_mae.terminal import open_console
 
     part = part or ("encoder" if format == "timm" else "full")
@@ -53,7 +53,6 @@ def push(
     from crate_mae.deployment.card import LICENSE, provenance
     from crate_mae.deployment.formats import write
     from crate_mae.deployment.hub import upload
-    from crate_mae.models.classifier import Classifier
     from crate_mae.models.weights import load
 
     net = model if hasattr(model, "encoder") else load(model)
@@ -63,6 +62,5 @@ def push(
         address = upload(Path(scratch), repository, private=private, revision=revision)
     console = open_console()
     console.print(f"Uploaded {net.config.name}: {address}", soft_wrap=True, markup=False)
-    if isinstance(net, Classifier) and part == "encoder":
-        console.print(WITHOUT_HEAD)
+    print_without_head(console, net, part)
     return address

@@ -10,7 +10,7 @@ from jaxtyping import Int
 from crate_mae.data.base import EncodedSource, number_labels, read_file
 from crate_mae.data.decode import UnreadableImage
 from crate_mae.data.parquet import IMAGE_NAMES, LABEL_NAMES
-from crate_mae.errors import UserError, first_line
+from crate_mae.errors import UserError, first_line, install_command
 
 
 class HubSource(EncodedSource):
@@ -56,7 +56,7 @@ def _import_datasets() -> Any:
         import datasets
     except ImportError as error:
         raise UserError(
-            "Data of the form hf:name needs the datasets library:\n    pip install 'crate-mae[hub]'"
+            f"Data of the form hf:name needs the datasets library:\n    {install_command('hub')}"
         ) from error
     return datasets
 

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from crate_mae.data.documents import read_json, read_yaml
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, install_command
+from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.models.classifier import ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.description import Config
 from crate_mae.models.presets import bundled_folder, list_bundled
+from crate_mae.models.weights import CONFIG_FILE
 
 LICENSE = "License"  # the heading that the Hub's own field is filled from
 
@@ -25,6 +27,8 @@ _MEASURES = {
 }
 _OPTIONS = ("epochs", "steps", "batch_size", "lr", "weight_decay", "mask_ratio", "precision", "seed")
 _PACKAGES = ("crate-mae", "torch", "timm")
+_PYTHON_OBJECT = "python:"  # in a configuration; see `training.images`
+_PUBLIC = ("hf:", "torchvision:", "timm:")  # names that open the same everywhere
 
 _RUN = {
     "onnx": """import onnxruntime
@@ -88,7 +92,7 @@ def card(
         f"# {config.name}, {'its encoder' if part == 'encoder' else 'whole'}",
         "",
         "CRATE-MAE, the white-box masked autoencoder (arXiv:2404.02446), by the library crate-mae"
-        f" (`pip install crate-mae`). Written by `crate-mae export --format {kind} --part {part}`.",
+        f" ({_installed()}). Written by `crate-mae export --format {kind} --part {part}`.",
         "",
         "```python",
         _code(config, kind, part, inputs, outputs),
@@ -102,6 +106,12 @@ def card(
     for heading, text in facts.items():
         lines += [f"## {heading}", "", text, ""]
     return "\n".join(lines)
+
+
+def _installed() -> str:
+    """How a reader of the card installs the library."""
+    command = install_command(public=True)
+    return f"`{command}`" + (" in the folder of its source" if command.endswith(" .") else "")
 
 
 def what(config: Config, part: str) -> str:
@@ -202,30 +212,53 @@ def provenance(model: Any) -> dict[str, str]:
     if folder is None or not (options := _mapping(folder / "config.yaml")):
         return {}
     facts = {
-        "Data": _short(options.get("data")),
+        "Data": _data(options),
         "Recipe": _recipe(options),
-        "Results": "\n".join(f"- {line}" for line in (*_measured(folder), *_probed(folder))),
+        "Results": "\n".join(f"- {line}" for line in (*_measured(folder, options), *_probed(folder))),
         "Environment": _environment(folder),
     }
     return {heading: text for heading, text in facts.items() if text}
 
 
+def _data(options: Mapping[str, Any]) -> str:
+    parts = {"train": "", "data": "", "val": "measured on "}
+    return "; ".join(words + _public(options[key]) for key, words in parts.items() if options.get(key) is not None)
+
+
 def _recipe(options: Mapping[str, Any]) -> str:
-    start = f"`crate-mae {options.get('command', 'pretrain')}` of `{options.get('model', 'a model of its own')}`"
+    start = (
+        f"`crate-mae {options.get('command', 'pretrain')}` of `{_public(options.get('model', 'a model of its own'))}`"
+    )
+    if options.get("init_from"):
+        start += f", starting from `{_public(options['init_from'])}`"
     return ", ".join([start, *(f"{key} {options[key]}" for key in _OPTIONS if options.get(key) is not None)]) + "."
 
 
-def _measured(folder: Path) -> Iterator[str]:
+def _measured(folder: Path, options: Mapping[str, Any]) -> Iterator[str]:
+    """Results on held-out images, first and of the step whose weights are exported."""
     try:
         with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, csv.Error):
         return
+    step = _exported_step(folder, options)
     for column, (name, form) in _MEASURES.items():
         values = [(row["step"], float(row[column])) for row in rows if row.get(column)]
-        if values:
-            (first, before), (last, after) = values[0], values[-1]
+        kept = [(at, value) for at, value in values if step is None or int(at) <= step]
+        if kept:
+            (first, before), (last, after) = values[0], kept[-1]
             yield f"{name}: {form.format(before)} at step {first}, {form.format(after)} at step {last}."
+
+
+def _exported_step(folder: Path, options: Mapping[str, Any]) -> int | None:
+    """The step of the weights that a run has to give: the best or last one; of an unfinished run, the newest saved."""
+    if not (folder / CONFIG_FILE).exists():
+        newest = newest_checkpoint(folder)
+        return None if newest is None else step_of(newest)
+    best = folder / "checkpoints" / "best"
+    if options.get("command") == "finetune" and best.is_file():
+        return int(best.read_text(encoding="utf-8").strip().rpartition("-")[2])
+    return None
 
 
 def _probed(folder: Path) -> Iterator[str]:
@@ -234,7 +267,7 @@ def _probed(folder: Path) -> Iterator[str]:
         found = _mapping(file)
         for result in found.get("results", []) if "probe" in found else []:
             if isinstance(top1 := result.get("top1"), dict):
-                images = f"{found.get('val_images', 0):,} images of {_short(found.get('val'))}"
+                images = f"{found.get('val_images', 0):,} images of {_public(found.get('val', ''))}"
                 yield f"{found['probe']} probe, layer {result.get('layer')}: {top1['value']:.1%} of {images}."
 
 
@@ -254,6 +287,9 @@ def _mapping(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _short(data: Any) -> str:
-    """The end of a path: a card is public, and the rest of the path is private."""
-    return "" if data is None else "/".join(str(data).replace("\\", "/").split("/")[-2:])
+def _public(data: Any) -> str:
+    """The name of data or of a model without its folders: a card is public, and they are private."""
+    name = str(data)
+    if name.startswith(_PYTHON_OBJECT):
+        return "images that were given as a Python object, which has no name"
+    return name if name.startswith(_PUBLIC) else name.replace("\\", "/").rstrip("/").rpartition("/")[2]

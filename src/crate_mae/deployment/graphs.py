@@ -166,7 +166,10 @@ def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
         if kind == "onnx":
             _write_onnx(graph, inputs, shapes, path)
         else:
-            torch.export.save(torch.export.export(graph, (), dict(inputs), dynamic_shapes=shapes), path)
+            program = torch.export.export(graph, (), dict(inputs), dynamic_shapes=shapes)
+            for node in (node for module in program.graph_module.modules() for node in _nodes(module)):
+                node.meta.pop("stack_trace", None)  # paths of this machine
+            torch.export.save(program, path)
     except UserError:
         raise
     except Exception as error:  # the exporters have exceptions of many kinds, with pages of text
@@ -178,21 +181,26 @@ def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
     return path
 
 
+def _nodes(module: nn.Module) -> list[Any]:
+    return list(module.graph.nodes) if isinstance(module, torch.fx.GraphModule) else []
+
+
 def _write_onnx(graph: Any, inputs: Mapping[str, Tensor], shapes: dict[str, Any], path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's, about itself
-        torch.onnx.export(
+        program: Any = torch.onnx.export(
             graph,
             (),
-            path,
             kwargs=dict(inputs),
             input_names=list(graph.inputs),
             output_names=list(graph.outputs),
             dynamo=True,
             dynamic_shapes=shapes,
-            external_data=False,
             verbose=False,
         )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine
+    program.save(path, external_data=False)
 
 
 def _free_dimensions(graph: Any, model: Model) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class Features:
         name: of the source.
         layer: index of the layer, from 0.
         pooling: how tokens were pooled to features.
+        is_only_layer: whether no other layer was extracted with it.
     """
 
     values: Float[np.ndarray, "n f"] | Float[np.ndarray, "n t d"]
@@ -70,6 +71,7 @@ class Features:
     name: str
     layer: int
     pooling: Pooling
+    is_only_layer: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,7 @@ def extract(backbone: Backbone, source: ImageSource, extraction: Extraction) -> 
             name=source.name,
             layer=layer,
             pooling=pooling,
+            is_only_layer=len(layers) == 1,
         )
         for layer in layers
     ]

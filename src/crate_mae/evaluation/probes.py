@@ -116,7 +116,7 @@ def knn_probe(
         UserError: if there are fewer training images than k.
     """
     if not 1 <= k <= len(train):
-        raise UserError(f"--k is {k}, but must be between 1 and the {len(train)} training images.")
+        raise UserError(f"{k} neighbours cannot vote among {len(train)} training images: give a --k from 1 to that.")
 
     train, val = (np.asarray(normalize(each)) for each in _standardised(train, val))
     classifier = _neighbours(train, train_labels, k)

@@ -17,6 +17,7 @@ from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.evaluation.backbones import PIXELS, Backbone, RawPixels, open_backbone
 from crate_mae.evaluation.extract import AFFORDABLE, Extraction, Features, extract
 from crate_mae.evaluation.probes import Score, wilson_interval
+from crate_mae.evaluation.whitening import describe_alike
 from crate_mae.models.classifier import ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER, depth
@@ -47,6 +48,7 @@ class Probed:
         rows: (layer, result) pairs.
         bad: images that could not be read.
         chance: the share of validation images that are of the most frequent class of the training images.
+        hint: about features that point almost the same way; empty if they do not.
         controls: the same probe of the same architecture with random initialisation, and of raw pixels.
     """
 
@@ -59,6 +61,7 @@ class Probed:
     rows: list[tuple[int, Any]]
     bad: tuple[BadImage, ...]
     chance: Score
+    hint: str = ""
     controls: tuple[Probed, ...] = ()
 
     def chosen(self) -> tuple[int, Any]:
@@ -197,6 +200,7 @@ def _probe(
         rows=rows,
         bad=train_layers[0].bad + val_layers[0].bad,
         chance=_chance(train_labels, val_labels),
+        hint=describe_alike(val_layers[-1]) or "",
     )
 
 

@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, install_command
 from crate_mae.models.classifier import DEFAULT_HEAD_POOLING, ClassifierConfig
 from crate_mae.models.config import ModelConfig, config_from_dict
 
@@ -53,7 +53,7 @@ def without_version(values: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise UserError(
             f"It has format version {version}, and this {LIBRARY} knows versions up to {FORMAT_VERSION}.\n"
-            f"Upgrade it: pip install --upgrade {LIBRARY}"
+            f"Get a newer version, and install it: {install_command()}"
         )
     return {key: value for key, value in values.items() if key != "format_version"}
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
@@ -298,3 +299,15 @@ def _as_tokens(encoder: nn.Module, output: Tensor) -> Tensor:
 
 def _no_class_token(pooling: str) -> UserError:
     return UserError(f'pooling is "{pooling}", but this network has no class token: use "mean" or "tokens".')
+
+
+def mean_cosine(features: Float[Tensor, "n f"]) -> float:
+    r"""Mean cosine of all pairs of different rows: $(\|\sum_i u_i\|^2 - n) / (n (n - 1))$ of unit vectors $u_i$.
+
+    Near 1, features point almost the same way, and their common part hides what tells images apart; 0 for one row.
+    """
+    if len(features) < 2:
+        return 0.0
+    units = F.normalize(features.cpu().double(), dim=1)
+    count = len(units)
+    return float((units.sum(dim=0).square().sum() - count) / (count * (count - 1)))

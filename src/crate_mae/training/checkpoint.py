@@ -85,6 +85,7 @@ class TrainState:
         world_size: processes.
         best_step: the step of the best model so far, where models are compared,
         best_score: and its score.
+        seconds: that the run has taken up to its last checkpoint, over all its starts.
     """
 
     step: int = 0
@@ -99,6 +100,7 @@ class TrainState:
     world_size: int = 1
     best_step: int = 0
     best_score: float | None = None
+    seconds: float = 0.0
 
     def note_score(self, score: float | None) -> bool:
         """Note the score of this step; return whether it is the best so far. Of equal ones the first is the best."""
@@ -264,7 +266,7 @@ def read(folder: Path, model_state: ModelState) -> TrainState:
     Raises:
         UserError: if a file is missing or damaged, or belongs to another model.
     """
-    state, groups = _read_state(folder / STATE_FILE)
+    state, groups = read_state(folder / STATE_FILE)
     trained = WEIGHTS_FILE if model_state.average is None else TRAINED_FILE
     _read_weights(folder / trained, model_state.model, model_state)
     if model_state.average is not None:
@@ -297,7 +299,12 @@ def _read_weights(path: Path, model: nn.Module, model_state: ModelState) -> None
     set_model_state_dict(model, weights, options=_options(model_state))
 
 
-def _read_state(path: Path) -> tuple[TrainState, list[Any]]:
+def read_state(path: Path) -> tuple[TrainState, list[Any]]:
+    """The state in a file, and the groups of the optimizer's parameters.
+
+    Raises:
+        UserError: if it is damaged.
+    """
     try:
         content = read_json(path)
         schema, groups = content.pop("schema"), content.pop("parameter_groups")

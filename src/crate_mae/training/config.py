@@ -12,20 +12,45 @@ import yaml
 from crate_mae.data.documents import read_yaml
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
-from crate_mae.training.options import Data, FinetuneOptions, PretrainOptions, RunOptions, is_of_type, saved_options
+from crate_mae.training.options import (
+    LENGTHS,
+    Data,
+    FinetuneOptions,
+    PretrainOptions,
+    RunOptions,
+    is_of_type,
+    option_name,
+    origin,
+    saved_options,
+)
 
 _RESULT_SECTION = "\n# What decides the result. A run is resumed only with the same values.\n"
 _SPEED_SECTION = "\n# Speed, safety and logging only. A resumed run may change these.\n"
 _COMMAND = "command"
 
 
-def differences(config: RunOptions, other: RunOptions) -> list[str]:
-    """Lines "key: value here -> value there" for the options that decide the result."""
+def differences(existing: RunOptions, config: RunOptions) -> list[str]:
+    """Lines "key: value there, value now (from where)" for the options that decide the result."""
+    pairs = {key: (getattr(existing, key), getattr(config, key)) for key in saved_options(type(existing), speed=False)}
     return [
-        f"{key}: {_as_text(getattr(config, key))} -> {_as_text(getattr(other, key))}"
-        for key in saved_options(type(config), speed=False)
-        if getattr(config, key) != getattr(other, key)
+        f"{key}: {_as_text(there)} in that run, {_as_text(now)} now{_source(config, key)}"
+        for key, (there, now) in pairs.items()
+        if there != now
     ]
+
+
+def _source(config: RunOptions, key: str) -> str:
+    """Where a value that differs comes from, in brackets."""
+    origins = config.origins or {}
+    source = next((name for name in (key, *(LENGTHS if key == "steps" else ())) if name in origins), None)
+    if source is None:
+        return ""
+    return origin(config, source) or f" ({option_name(source)})"
+
+
+def plain_options(config: RunOptions) -> dict[str, Any]:
+    """All options of a run, as plain values."""
+    return {name: _plain(getattr(config, name)) for name in saved_options(type(config))}
 
 
 def result_options(config: RunOptions) -> dict[str, Any]:
@@ -90,7 +115,8 @@ def load_config(path: Path) -> PretrainOptions | FinetuneOptions:
     if wrong := [f"{key} is {_as_text(options[key])!r}" for key in known if not is_of_type(options[key], hints[key])]:
         raise UserError(f"{path} has options of a wrong type: {', '.join(wrong)}.")
     options |= {key: float(options[key]) for key in known if hints[key] is float}
-    return kind(out=path.parent, **options)
+    origins = dict.fromkeys(options, f"{path}")
+    return kind(out=path.parent, **options, origins=origins)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,15 @@ from crate_mae.data import (
     open_source,
     refuse_shared_images,
 )
-from crate_mae.data.base import align_classes, aligned_labels, label_names, most_bad, refuse_unreadable, text_of
+from crate_mae.data.base import (
+    EncodedSource,
+    align_classes,
+    aligned_labels,
+    label_names,
+    most_bad,
+    refuse_unreadable,
+    text_of,
+)
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.data.facts import content_digests
 from crate_mae.data.transforms import Preparation
@@ -53,12 +62,18 @@ class RunImages:
         held_out: measured on.
         train_name: name in the configuration of the data that the first comes from,
         held_out_name: and the second; None if the held-out images were split off the training images.
+        split: which images these are, to find them again if the data changes; see `split_record`.
     """
 
     train: ImageSource
     held_out: ImageSource
     train_name: str
     held_out_name: str | None
+    split: Callable[[], dict[str, Any]] | None = None
+
+    def locations(self) -> set[str]:
+        """Where all of them are."""
+        return {part.location(i) for part in (self.train, self.held_out) for i in range(len(part))}
 
 
 def open_named(data: Any) -> tuple[ImageSource, str]:
@@ -84,11 +99,20 @@ def open_named(data: Any) -> tuple[ImageSource, str]:
     return open_source(name), name
 
 
-def open_images(data: Any, val: Any = None) -> RunImages:
+def open_images(
+    data: Any, val: Any = None, record: Mapping[str, Any] | None = None, *, data_changed: bool = False
+) -> RunImages:
     """Open training and held-out images.
 
     Without `val`, max(1, min(512, n // 20)) of the n images are held out: always the same ones, whatever the seed, so
     that runs can be compared. Of a larger `val`, 512 images are taken in the same way.
+
+    Args:
+        data: to train on.
+        val: to measure on.
+        record: the `split_record` of a run that exists.
+        data_changed: whether to find the images of the record by their content, in data with others: the run goes on
+            being measured on images that it has not been trained on.
 
     Raises:
         UserError: if there is nothing to train on, or the data of a run from Python is opened by its name.
@@ -97,19 +121,61 @@ def open_images(data: Any, val: Any = None) -> RunImages:
     if val is not None:
         other, other_name = open_named(val)
         refuse_shared_images(whole, other, "DATA", "the loss on them would not be one on held-out images")
-        return RunImages(whole, _fixed_part(other, MOST_HELD_OUT)[0], name, other_name)
+        return RunImages(whole, _part(other, _fixed_sample(other, MOST_HELD_OUT)), name, other_name)
     if len(whole) < 2:
         raise UserError(
             f"{whole.name} has {len(whole)} image, but pretraining needs at least 2: one to train on, one held out."
         )
-    held_out, train = _fixed_part(whole, max(1, min(MOST_HELD_OUT, len(whole) // 20)))
-    return RunImages(train, held_out, name, None)
+    held_out = _fixed_sample(whole, max(1, min(MOST_HELD_OUT, len(whole) // 20)))
+    if record is not None and data_changed:
+        held_out = _found_again(whole, record)
+    elif record is not None and record["images"] == len(whole):
+        held_out = np.array(record["held_out"], dtype=np.int64)
+    train = np.setdiff1d(np.arange(len(whole)), held_out)
+    split = partial(split_record, whole, held_out)
+    return RunImages(_part(whole, train), _part(whole, held_out), name, None, split)
 
 
-def _fixed_part(source: ImageSource, size: int) -> tuple[Part, Part]:
-    """Split off `size` pseudo-random images, always the same ones."""
-    order = np.random.default_rng(0).permutation(len(source))
-    return Part(source, np.sort(order[:size])), Part(source, np.sort(order[size:]))
+def _part(source: ImageSource, indices: np.ndarray) -> Part:
+    """Some images, with their labels, which are measured but not trained on."""
+    labels = None if source.labels is None else source.labels[indices]
+    return Part(source, indices, labels=labels, classes=source.classes)
+
+
+def _fixed_sample(source: ImageSource, size: int) -> np.ndarray:
+    """Numbers of `size` pseudo-random images, always the same ones."""
+    return np.sort(np.random.default_rng(0).permutation(len(source))[:size])
+
+
+def split_record(whole: ImageSource, held_out: np.ndarray) -> dict[str, Any]:
+    """What finds held-out images again: their numbers among so many images, and digests of their contents."""
+    return {
+        "images": len(whole),
+        "held_out": held_out.tolist(),
+        "sha256": [_image_digest(whole, int(i)) for i in held_out],
+    }
+
+
+def _found_again(whole: ImageSource, record: Mapping[str, Any]) -> np.ndarray:
+    known = set(record["sha256"]) - {""}
+    found = [i for i in range(len(whole)) if _image_digest(whole, i) in known]
+    if not 0 < len(found) < len(whole):
+        which = "None" if not found else "All"
+        raise UserError(
+            f"{which} of the images of {whole.name} are among those that this run holds out and measures on.\n"
+            "To go on, it needs some of them, and others to train on. Or start a new run with another --out."
+        )
+    return np.array(found, dtype=np.int64)
+
+
+def _image_digest(source: ImageSource, i: int) -> str:
+    """A digest of the bytes of a file, without decoding it, or of the pixels of another image; "" if unreadable."""
+    try:
+        if isinstance(source, EncodedSource):
+            return hashlib.sha256(source.content(i)).hexdigest()
+        return content_digests(Part(source, np.array([i])))[0]
+    except UnreadableImage:
+        return ""
 
 
 def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
@@ -137,6 +203,11 @@ def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
         train_name,
         val_name,
     )
+
+
+def is_python_object(config: RunOptions) -> bool:
+    """Whether a run trains on a Python object, which only a call from Python can give to it again."""
+    return str(getattr(config, "data", None) or getattr(config, "train", "")).startswith(PYTHON_OBJECT)
 
 
 def data_digests(train: ImageSource, held_out: ImageSource, *, with_labels: bool) -> dict[str, str]:
@@ -350,11 +421,21 @@ class BadImages:
         """Whether there are more than a run may meet among `seen` distinct images."""
         return len(self) > most_bad(self.max_bad, seen)
 
-    def error(self, seen: int) -> UserError:
-        """The error to raise when there are too many."""
+    def error(self, seen: int, resume_without: str, *, check: str | None = None, origin: str = "") -> UserError:
+        """The error to raise when there are too many.
+
+        Args:
+            seen: images so far.
+            resume_without: the command to go on without them.
+            check: the command that lists those that the run has not met yet, too.
+            origin: of the limit; see `options.origin`.
+        """
         first = "; ".join(f"{location} ({reason})" for location, reason in list(self.reasons.items())[:_MOST_LISTED])
+        others = f"; {check} finds the others" if check else ""
         return UserError(
-            f"{len(self)} of the first {seen} images cannot be read, more than --max-bad {self.max_bad:g} allows.\n"
+            f"{len(self)} of the first {seen} images cannot be read, more than --max-bad {self.max_bad:g}{origin} "
+            "allows.\n"
             f"They begin with {first}.\n"
-            f"All are listed in {self.table.path}. Fix or remove them, or raise --max-bad."
+            f"All so far are listed in {self.table.path}{others}. Fix or remove them, then: {resume_without}\n"
+            "Or give the command that started the run once more, with a larger --max-bad."
         )

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, install_command
 from crate_mae.training.checkpoint import TrainState, check_state
 from crate_mae.training.model_state import ModelState
 from crate_mae.training.options import RunOptions
@@ -61,6 +61,8 @@ class Logbook:
         self.table = directory.metrics(task.measures)
         self.task = task
         self.accelerator = accelerator
+        if accelerator.is_main_process:
+            self.table.widen()
         self.images_per_second = self.data_wait = 0.0
         self._restart_clock()
 
@@ -131,8 +133,12 @@ class Logbook:
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
 
-def choose_trackers(asked: str | Sequence[str] | None) -> tuple[str, ...]:
+def choose_trackers(asked: str | Sequence[str] | None, origin: str = "") -> tuple[str, ...]:
     """The trackers to use: those asked for; by default TensorBoard if it is installed.
+
+    Args:
+        asked: their names.
+        origin: of the option; see `options.origin`.
 
     Raises:
         UserError: for a tracker that Accelerate does not know or that is not installed.
@@ -143,10 +149,10 @@ def choose_trackers(asked: str | Sequence[str] | None) -> tuple[str, ...]:
     known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
     for name in asked:
         if name not in known:
-            raise UserError(f"Unknown tracker {name}: --trackers takes {', '.join(known)}.")
+            raise UserError(f"Unknown tracker {name}{origin}: --trackers takes {', '.join(known)}.")
         if importlib.util.find_spec(name) is None:
-            extra = f"'crate-mae[{name}]'" if name in ("tensorboard", "wandb") else name
-            raise UserError(f"The tracker {name} is not installed: pip install {extra}")
+            how = install_command(name) if name in ("tensorboard", "wandb") else f"pip install {name}"
+            raise UserError(f"The tracker {name}{origin} is not installed: {how}, or give --no-trackers.")
     return asked
 
 

@@ -5,13 +5,14 @@ It serves every task. What pretraining and fine-tuning do differently is in `pre
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -23,22 +24,24 @@ from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
 from crate_mae.data.files import write_whole
-from crate_mae.errors import RunStopped, UserError
+from crate_mae.errors import RunStopped
 from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.models.devices import send
 from crate_mae.models.monotone import retract_
 from crate_mae.training import checkpoint
+from crate_mae.training.changes import changed_data_error, data_change, describe_data_change, refuse_other_options
 from crate_mae.training.checkpoint import Saver, TrainState
-from crate_mae.training.config import changes_since, result_options
+from crate_mae.training.config import result_options
 from crate_mae.training.failures import explain_failed_writing, explain_lost_loader
 from crate_mae.training.images import BadImages, data_digests, micro_slices, training_batches
 from crate_mae.training.logbook import Logbook, StepLog, open_trackers
 from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
 from crate_mae.training.optimizer import scaled_lr, warmup_cosine
+from crate_mae.training.options import origin
 from crate_mae.training.precision import autocast
-from crate_mae.training.preflight import first_step
+from crate_mae.training.preflight import first_step, peak_on
 from crate_mae.training.processes import Agreement, agree, explain_lost_processes, first_decides, stop_requests
-from crate_mae.training.progress import Display, plan_lines
+from crate_mae.training.progress import Display, describe_end, plan_lines
 from crate_mae.training.randomness import seed_step
 from crate_mae.training.report import RunReport
 from crate_mae.training.run_directory import RunDirectory
@@ -55,8 +58,10 @@ def train(
     *,
     directory: RunDirectory,
     display: Display,
-    plan: Mapping[str, str],
+    plan: dict[str, str],
     newest: Path | None,
+    started: float,
+    data_changed: bool = False,
 ) -> None:
     """Train from the newest checkpoint, or from the beginning, to the end of the run.
 
@@ -67,6 +72,8 @@ def train(
         display: prints the plan and the progress.
         plan: to print before the first step, and to keep in the log and the report.
         newest: the newest checkpoint of the run, which has been checked.
+        started: when this process began the run.
+        data_changed: whether to go on with other images than before.
 
     Raises:
         UserError: for a reason to stop that the user can fix. What was saved stays whole.
@@ -75,7 +82,10 @@ def train(
     try:
         with ExitStack() as stack:
             first_decides(accelerator, lambda: stack.enter_context(directory.opened(task.config)))
+            report = RunReport(directory, task, plan, writes=accelerator.is_main_process)
+            stack.enter_context(report.to_the_end())
             stack.enter_context(explain_failed_writing(directory))
+            first_decides(accelerator, directory.log_start)
             stack.enter_context(explain_lost_processes(accelerator, directory.resume_command))
             stack.enter_context(explain_lost_loader(directory))
             display.lines(plan_lines(plan))
@@ -84,16 +94,26 @@ def train(
             model_state = build_model_state(task, accelerator)
 
             # Resume.
-            state = _resume(task, accelerator, directory, model_state, newest=newest, report=display.warn)
+            state = _resume(
+                task,
+                accelerator,
+                directory,
+                model_state,
+                newest=newest,
+                report=display.warn,
+                data_changed=data_changed,
+            )
+            report.begin(state, started)
             stack.enter_context(open_trackers(accelerator, task.config, directory.path, state.step))
 
             # Closed with the run, so that no loader process outlives it, whatever ends it.
             batches = stack.enter_context(closing(_batches(task, accelerator, state.step)))
-            report = RunReport(directory, task, plan, writes=accelerator.is_main_process)
-            stack.enter_context(closing(report))
             _learn(task, accelerator, model_state, state, batches, directory=directory, display=display, report=report)
+            lines = describe_end(task, directory, state, peak_on(accelerator.device), time.monotonic() - started)
+            report.end = lines[0]
             report.close()
             first_decides(accelerator, directory.finish)  # last of all: until then, the run is to be finished again
+            display.lines(lines)
     except RunStopped:
         accelerator.wait_for_everyone()  # a launcher ends all processes at once when the first has ended
         raise
@@ -138,9 +158,12 @@ def _learn(
 
             # Save.
             if step.agreed.save or step.agreed.stop or too_many_bad or is_best or saver.is_due_by_epoch(state):
+                state.seconds = report.seconds()
                 saver.save(state)
             if too_many_bad:
-                raise bad_images.error(task.images_seen(state.step))
+                seen, limit = task.images_seen(state.step), origin(config, "max_bad")
+                check = task.images.train.check_command
+                raise bad_images.error(seen, directory.resume_with_other_data, check=check, origin=limit)
             if state.skipped_in_a_row >= min(MOST_SKIPPED_IN_A_ROW, config.steps):
                 raise checkpoint.diverged(directory.path, _skipped(state))
             if step.agreed.stop and state.step < config.steps:
@@ -257,10 +280,12 @@ def _resume(
     *,
     newest: Path | None,
     report: Callable[[str], object],
+    data_changed: bool,
 ) -> TrainState:
     """Read the state to go on from; logs are cut back to it.
 
-    Another run may have held the lock until now, so the newest checkpoint is looked for again.
+    Another run may have held the lock until now, so the newest checkpoint is looked for again. The data may be others
+    than before if the user has said so.
 
     Raises:
         UserError: if no checkpoint is whole, or the options or the data are not those that the run began with.
@@ -268,43 +293,29 @@ def _resume(
     train, held_out = task.images.train, task.images.held_out
     data = first_decides(accelerator, lambda: data_digests(train, held_out, with_labels=task.learns_labels))
     notes: list[str] = []
+    change: dict[str, Any] | None = None
     folder = first_decides(accelerator, lambda: newest_checkpoint(directory.path, notes.append, known=newest))
     if folder is None:
         state = TrainState()
     else:
         state = checkpoint.read(folder, model_state)
-        _refuse_changes(state, task, data)
+        refuse_other_options(state, task.config, data_changed=data_changed)
+        change = data_change(state, task, data)
+        if change and not data_changed:
+            raise changed_data_error(change, task.config, directory)
         logger.info("Resuming from %s, which %d process(es) wrote.", folder, state.world_size)
     state.images, state.data, state.options = len(train), data, result_options(task.config)
     state.world_size = accelerator.num_processes
     for note in notes:
         report(note)
         state.kept_step = state.step
+    if change and "held-out" in change["changed"]:
+        state.best_step, state.best_score = 0, None  # scores on other images do not compare
     if accelerator.is_main_process:
         _go_back(directory, folder, state, report)
+        _note_data(task, directory, change, report)
     accelerator.wait_for_everyone()
     return state
-
-
-def _refuse_changes(state: TrainState, task: Task, data: Mapping[str, str]) -> None:
-    """Raise a `UserError` if options or data are not those of a checkpoint."""
-    remedy = "or start a new run with another --out."
-    if changed := changes_since(state.options, task.config):
-        raise UserError(
-            "config.yaml has other options than the run began with:\n  " + "\n  ".join(changed) + "\n"
-            f"Write the first values into it again, {remedy}"
-        )
-    images = len(task.images.train)
-    if state.images != images:
-        raise UserError(
-            f"This run trains on {state.images} images, but its data now has {images}.\n"
-            f"Put the data back as it was, {remedy}"
-        )
-    if changed := [name for name, digest in data.items() if state.data.get(name, digest) != digest]:
-        raise UserError(
-            f"The {' and the '.join(changed)} are not those that this run began with, though their number is the same: "
-            f"other names, contents or classes.\nPut the data back as it was, {remedy}"
-        )
 
 
 def _go_back(directory: RunDirectory, folder: Path | None, state: TrainState, report: Callable[[str], object]) -> None:
@@ -315,6 +326,27 @@ def _go_back(directory: RunDirectory, folder: Path | None, state: TrainState, re
     checkpoint.restore_tables(folder, directory, state.step)
     write_whole(directory.checkpoints / "last", f"{folder.name}\n")
     checkpoint.forget_damaged_best(directory.path, state, report, known=folder)
+
+
+def _note_data(
+    task: Task, directory: RunDirectory, change: Mapping[str, Any] | None, report: Callable[[str], object]
+) -> None:
+    """Write down which images are held out, and from which step the run goes on with other images than before.
+
+    Of unreadable images, those that are no longer in the data do not count any more.
+    """
+    record, is_known = task.images.split, directory.held_out_file.exists()
+    if change is not None:
+        directory.data_changes.append([change])
+        report(describe_data_change(change))
+        if record is not None and not is_known:
+            report("This run does not say which images it held out: some that are now were trained on before.")
+        present = task.images.locations()
+        kept = [row for row in directory.bad_files.read() if row["location"] in present]
+        directory.bad_files.cut_back(None)
+        directory.bad_files.append(kept)
+    if record is not None and (change is not None or not is_known):
+        write_whole(directory.held_out_file, json.dumps(record()) + "\n")
 
 
 def _batches(task: Task, accelerator: Accelerator, start_step: int) -> Generator[Batch]:

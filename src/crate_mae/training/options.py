@@ -64,6 +64,7 @@ Names = Annotated[tuple[str, ...] | str, Parameter(consume_multiple=True, negati
 Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 
 
+GIVEN = ""  # of an option: by the user
 LENGTHS = ("epochs", "steps", "minutes")  # each sets the length of a run
 LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
 
@@ -129,7 +130,8 @@ class RunOptions:
 
     Attributes:
         command: the command, and the function of `crate_mae`, that takes these options.
-        typed: no option, but the names of those that were given, perhaps with their default value.
+        origins: no option, but where those come from that are not at their defaults, or were given with these; see
+            `origin`. None where it is not known.
     """
 
     command: ClassVar[str]
@@ -210,7 +212,13 @@ class RunOptions:
     )
     dry_run: bool = option(False, "Only check, and print the plan.", saved=False)
     quiet: bool = option(False, "Print nothing.", saved=False)
-    typed: frozenset[str] = option(frozenset(), "", saved=False)
+    json: bool = option(
+        False,
+        "With --dry-run, print the plan as one JSON object on the standard output, and everything else on the standard "
+        "error.",
+        saved=False,
+    )
+    origins: dict[str, str] | None = option(None, "", saved=False)
 
     @property
     def inseparable(self) -> int:
@@ -218,12 +226,12 @@ class RunOptions:
         return 1
 
     def given(self) -> dict[str, Any]:
-        """The options that were typed, or are not at their defaults. Data, any Python object, is not compared."""
+        """The options that were given, or are not at their defaults. Data, any Python object, is not compared."""
         values = {item.name: (getattr(self, item.name), item.default) for item in own_first(type(self))}
         return {
             name: value
             for name, (value, default) in values.items()
-            if name in self.typed
+            if name in (self.origins or {})
             or (value is not default if default in (None, dataclasses.MISSING) else value != default)
         }
 
@@ -233,7 +241,9 @@ class RunOptions:
         kept = {name: getattr(existing, name) for name in saved_options(type(self)) if name not in given}
         if {"epochs", "minutes"} & given.keys() and "steps" not in given:
             kept["steps"] = None
-        return dataclasses.replace(self, **kept)
+        stored = [name for name, value in kept.items() if value is not None]
+        origins = dict.fromkeys(stored, f"the run in {existing.out}") | (self.origins or {})
+        return dataclasses.replace(self, **kept, origins=origins)
 
 
 OptionsT = TypeVar("OptionsT", bound=RunOptions)
@@ -351,10 +361,21 @@ class FinetuneOptions(RunOptions):
         return 2 if self.mixup > 0 or self.cutmix > 0 else 1
 
 
+def origin(options: Any, name: str) -> str:
+    """Where an option comes from, to stand behind its name or value in a message; empty if the user gave it.
+
+    An option that is named without that reads as if the user had given it.
+    """
+    origins = getattr(options, "origins", None)
+    if origins is None or origins.get(name) == GIVEN:
+        return ""
+    return f" (from {origins[name]})" if name in origins else " (by default)"
+
+
 def own_first(kind: Any) -> list[dataclasses.Field]:
     """The options of a command: first those that only it has, then the shared ones."""
     shared = [item.name for item in dataclasses.fields(RunOptions)]
-    options = [item for item in dataclasses.fields(kind) if item.name != "typed"]
+    options = [item for item in dataclasses.fields(kind) if item.name != "origins"]
     return sorted(options, key=lambda item: item.name in shared)
 
 
@@ -417,7 +438,7 @@ def check_ranges(options: Any) -> Mistakes:
     for item in dataclasses.fields(options):
         name, value = item.name, getattr(options, item.name)
         if value is not None and (wrong := _mistake(value, item.type, item.metadata["numbers"])):
-            mistakes.append(Mistake(f"{option_name(name)} is {wrong}.", name))
+            mistakes.append(Mistake(f"{option_name(name)}{origin(options, name)} is {wrong}.", name))
     return mistakes
 
 
@@ -481,7 +502,7 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
     def decorate(function: Callable[[T], R]) -> Callable[P, R]:
         def command(*args: P.args, **kwargs: P.kwargs) -> R:
             given = signature.bind(*args, **kwargs)  # which names this function, and not the dataclass, in its error
-            return function(_with_typed(kind(*args, **kwargs), given.arguments))
+            return function(_with_origins(kind(*args, **kwargs), given.arguments))
 
         annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         result = function.__annotations__["return"]
@@ -495,11 +516,12 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
     return decorate
 
 
-def _with_typed(options: Any, names: Iterable[str]) -> Any:
+def _with_origins(options: Any, names: Iterable[str]) -> Any:
     """Options that know which of them were given; None stands for an option that was not."""
     if not isinstance(options, RunOptions):
         return options
-    return dataclasses.replace(options, typed=frozenset(name for name in names if getattr(options, name) is not None))
+    given = {name: GIVEN for name in names if getattr(options, name) is not None}
+    return dataclasses.replace(options, origins=given)
 
 
 def _signature(kind: Any) -> inspect.Signature:

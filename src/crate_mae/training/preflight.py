@@ -50,8 +50,12 @@ _WORDS = ("not enough memory", "can't allocate memory", "out of memory")  # PyTo
 _STATUS = Path("/proc/self/status")
 
 
-def check_compiler(device: torch.device) -> None:
+def check_compiler(device: torch.device, origin: str = "") -> None:
     """Compile something small, on the device of the run.
+
+    Args:
+        device: of the run.
+        origin: of the option; see `options.origin`.
 
     Raises:
         UserError: if that fails, for example without a C++ compiler (CPU) or without Triton (GPU).
@@ -61,8 +65,8 @@ def check_compiler(device: torch.device) -> None:
     except Exception as error:  # of whatever class the failing part of torch.compile has
         needs = "a C++ compiler such as g++" if device.type == "cpu" else "Triton and a C compiler"
         raise UserError(
-            f"--compile does not work on this machine: {first_line(error)}\n"
-            f"It needs {needs}: install that, or leave --compile out."
+            f"--compile{origin} does not work on this machine: {first_line(error)}\n"
+            f"It needs {needs}: install that, or give --no-compile."
         ) from error
 
 

@@ -14,10 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crate_mae.data.decode import describe_unread
+from crate_mae.training.changes import describe_data_change
+from crate_mae.training.checkpoint import TrainState
+from crate_mae.training.config import plain_options
 from crate_mae.training.model_state import sharding_of
 from crate_mae.training.optimizer import scaled_lr
 from crate_mae.training.preflight import MUCH_WAITING, ProbeResult
-from crate_mae.training.run_directory import Run, RunDirectory
+from crate_mae.training.run_directory import RunDirectory, numbers
 from crate_mae.training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -63,18 +66,70 @@ def describe_plan(
     return rows
 
 
+def plan_values(
+    task: Task, accelerator: Accelerator, probe: ProbeResult, directory: RunDirectory, plan: Mapping[str, str]
+) -> dict[str, Any]:
+    """A plan for programs.
+
+    Args:
+        task: of the run.
+        accelerator: of the run.
+        probe: what was measured.
+        directory: of the run.
+        plan: the same for readers.
+
+    Returns:
+        `command`; `out`; `options`, all of them by the names in config.yaml; `parameters`; `train_images` and
+        `held_out_images`; `steps_per_epoch`; `processes`; `device`; `seconds_per_step` and `seconds`, estimated for all
+        of the run; `memory_bytes` at the peak, null where a step is too long to be measured; and `plan`, the lines that
+        are printed, by their names.
+    """
+    config, processes = task.config, accelerator.num_processes
+    per_step = probe.seconds_per_step(config, processes)
+    return {
+        "command": config.command,
+        "out": str(directory.path),
+        "options": plain_options(config),
+        "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+        "train_images": len(task.images.train),
+        "held_out_images": len(task.images.held_out),
+        "steps_per_epoch": task.steps_per_epoch,
+        "processes": processes,
+        "device": accelerator.device.type,
+        "seconds_per_step": per_step,
+        "seconds": per_step * config.steps,
+        "memory_bytes": probe.memory,
+        "plan": dict(plan),
+    }
+
+
 def plan_lines(plan: Mapping[str, str]) -> list[str]:
     """A plan as a table of two columns."""
     return [f"{key:<14} {value}" for key, value in plan.items()]
 
 
-def describe_end(task: Task, run: Run, seconds: float, memory: int | None) -> list[str]:
-    """Describe the result of a run, and what to type next."""
-    rows = run.metrics()
+def describe_end(
+    task: Task, directory: RunDirectory, state: TrainState, memory: int | None, seconds: float
+) -> list[str]:
+    """Describe the result of a run, and what to type next.
+
+    Args:
+        task: of the run.
+        directory: of the run.
+        state: at its last step.
+        memory: bytes at the peak.
+        seconds: since this start of the run.
+    """
+    rows = numbers(directory.metrics())
     waits = [row["data_wait"] for row in rows if row["data_wait"] is not None]
+    in_all = f" ({duration(state.seconds)} over all its starts)" if state.seconds > seconds + 1 else ""
     peak = f", with at most {memory / 2**30:.1f} GiB of memory" if memory else ""
-    finished = f"Finished step {run.config.steps:,} after {duration(seconds)}{peak}. {task.describe_result(rows)}"
-    lines = [finished, *task.describe_use(run.path)]
+    finished = f"Finished step {task.config.steps:,} after {duration(seconds)}{in_all}{peak}."
+    if bad := len(directory.bad_files.read()):
+        finished += f" {count(bad, 'image')} could not be read: bad_files.csv."
+    for change in directory.data_changes.read():
+        finished += f" {describe_data_change(change)}"
+    lines = [f"{finished} {task.describe_result(rows)}", *task.describe_use(directory.path)]
     if waits and (share := sum(waits) / len(waits)) > MUCH_WAITING:
         lines.append(f"{share:.0%} of the time was spent waiting for images: more --workers may help.")
     return lines

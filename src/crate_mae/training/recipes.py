@@ -54,5 +54,5 @@ def with_recipe(options: PretrainOptions) -> PretrainOptions:
         recipe = {key: value for key, value in recipe.items() if key not in LENGTHS}
     if "model_settings" in given and "model_settings" in recipe:
         given["model_settings"] = {**recipe["model_settings"], **given["model_settings"]}
-    typed = options.typed | recipe.keys()
-    return dataclasses.replace(options, **{**recipe, **given, "typed": typed})
+    origins = dict.fromkeys(recipe, f"the recipe {options.recipe}") | (options.origins or {})
+    return dataclasses.replace(options, **{**recipe, **given, "origins": origins})

@@ -5,15 +5,21 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from math import ceil, isfinite
+from signal import Signals
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
+from crate_mae.errors import RunStopped, first_line
+from crate_mae.training.changes import describe_data_change
+from crate_mae.training.checkpoint import TrainState
+from crate_mae.training.preflight import StepTooLargeError
 from crate_mae.training.progress import duration
-from crate_mae.training.run_directory import RunDirectory, numbers
+from crate_mae.training.run_directory import END, RunDirectory, numbers
 from crate_mae.training.task import Task
 
 if TYPE_CHECKING:
@@ -44,13 +50,46 @@ class RunReport:
         writes: whether this process writes the report, as only the first of them does.
     """
 
-    def __init__(self, directory: RunDirectory, task: Task, plan: Mapping[str, str], *, writes: bool) -> None:
+    def __init__(self, directory: RunDirectory, task: Task, plan: dict[str, str], *, writes: bool) -> None:
         self.directory = directory
         self.task = task
         self.plan = plan
         self.writes = writes
+        self.end = ""
+        self._state: TrainState | None = None
         self._due = time.monotonic() + _SECONDS_BETWEEN
-        self._is_closed = False
+
+    def begin(self, state: TrainState, started: float) -> None:
+        """Take the state that the run goes on from, and the time at which this process started.
+
+        What other data it has gone on with is told beside the plan.
+        """
+        self._state, self._seconds_before, self._started = state, state.seconds, started
+        changes = self.directory.data_changes.read()
+        self.plan |= {f"data {n}": describe_data_change(change) for n, change in enumerate(changes, start=1)}
+
+    def seconds(self) -> float:
+        """The time that the run has taken so far, over all its starts."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    @contextmanager
+    def to_the_end(self) -> Iterator[None]:
+        """Write into the log and the report how the block ended, if by an exception.
+
+        A process that is killed writes nothing; the log of the next start says so.
+        """
+        try:
+            yield
+        except StepTooLargeError:  # another attempt follows
+            raise
+        except BaseException as error:
+            where = f" after step {self._state.step:,}" if self._state else ""
+            self.end = f"{_how_ended(error)}{where}."
+            with suppress(OSError):  # which may be what ended it
+                logger.info("%s%s", END, self.end)
+            if self._state is not None:
+                self._write()
+            raise
 
     def update(self, step: int) -> None:
         """Write the report if this step has measured the model and the last report is old enough."""
@@ -58,30 +97,38 @@ class RunReport:
             self._write()
 
     def close(self) -> None:
-        """Write the report for the last time; a second call does nothing."""
-        if not self._is_closed:
-            self._is_closed = True
-            self._write()
+        """Write the report of a run that has finished, and a line in the log."""
+        logger.info("%sfinished.", END)
+        self._write()
 
     def _write(self) -> None:
         if not self.writes or not self.directory.path.is_dir():  # the folder is gone: make no other
             return
         started = time.monotonic()
         try:
-            write_whole(self.directory.report, render_report(self.directory, self.task, self.plan))
+            write_whole(self.directory.report, render_report(self.directory, self.task, self.plan, self.end))
         except Exception:  # whatever it is, it is not worth a run
             logger.warning("%s could not be written; the run goes on without it.", self.directory.report, exc_info=True)
         ended = time.monotonic()
         self._due = ended + max(_SECONDS_BETWEEN, (ended - started) / _SHARE_OF_TIME)
 
 
-def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str]) -> str:
+def _how_ended(error: BaseException) -> str:
+    if isinstance(error, RunStopped):
+        return f"stopped by {Signals(error.signal).name} and saved"
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return "stopped at once; the steps since the last checkpoint are lost"
+    return f"failed: {first_line(error).rstrip('.')} ({type(error).__name__})"
+
+
+def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str], end: str = "") -> str:
     """The report as HTML, from what the run has written down so far.
 
     Args:
         directory: of the run.
         task: describes the result.
         plan: see `RunReport`.
+        end: how the run has ended; empty while it goes on.
     """
     from crate_mae.drawing.page import render
     from crate_mae.drawing.style import encode
@@ -91,9 +138,11 @@ def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str]) 
     return render(
         "training/report.html.j2",
         title=f"crate-mae {task.config.command}: {directory.path.resolve().name}",
-        progress=_progress(task, directory, rows),
+        progress=_progress(task, directory, rows, end),
         written=datetime.now().isoformat(sep=" ", timespec="seconds"),
+        end=end,
         is_finished=directory.is_finished,
+        resume_command=directory.resume_command,
         learning=encode(draw_learning(rows), "png") if rows else None,
         layers=encode(draw_layer_signals(layers), "png") if layers else None,
         completed=picture.read_bytes() if picture else None,
@@ -104,14 +153,18 @@ def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str]) 
     )
 
 
-def _progress(task: Task, directory: RunDirectory, rows: Sequence[Row]) -> str:
+def _progress(task: Task, directory: RunDirectory, rows: Sequence[Row], end: str) -> str:
     """How far the run has come, and the newest result."""
+    if directory.is_finished and end:
+        return end
     if not rows:
         return "Nothing has been measured yet."
     config = task.config
     step, speeds = int(rows[-1]["step"] or 0), curve(rows, "images_per_second").values[-_RECENT_ROWS:]
     text = f"Finished: {step:,} steps." if directory.is_finished else f"Step {step:,} of {config.steps:,}."
-    if speeds and not directory.is_finished and (speed := statistics.median(speeds)) > 0:
+    if end:
+        text += f" The run is not going on: {end}"
+    elif speeds and not directory.is_finished and (speed := statistics.median(speeds)) > 0:
         seconds = (config.steps - step) * config.batch_size / speed
         text += f" At {speed:,.0f} images per second, {duration(seconds)} are left."
     if curve(rows, task.measures[0]).steps:
@@ -148,7 +201,9 @@ _PANELS = {
         _Line("held_out_loss", "held-out images"),
         _Line("val_loss", "validation images"),
     ),
+    "k-NN accuracy": (_Line("knn_accuracy", ""),),
     "effective rank of features": (_Line("feature_rank", ""),),
+    "mean cosine between images": (_Line("feature_cosine", ""),),
     "accuracy on validation images": (_Line("val_accuracy", "top 1"), _Line("val_accuracy_top5", "top 5")),
     "learning rate": (_Line("lr", "", is_held_out=False),),
     "images per second": (_Line("images_per_second", "", is_held_out=False),),

@@ -32,9 +32,11 @@ from crate_mae.training.options import (
     RunOptions,
     check,
     option_name,
+    origin,
 )
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import processes_here
+from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Resolved
 
 DEFAULT_EPOCHS = 100
@@ -46,13 +48,14 @@ _MODEL_OPTIONS = ("image_size", "in_chans", "mean", "std", "mask_tokens", "norm_
 _CONVERTIBLE = (1, 3)  # numbers of channels
 
 
-def resolve(options: RunOptions, processes: int, newest: Path | None) -> Resolved:
+def resolve(options: RunOptions, processes: int, newest: Path | None, *, data_changed: bool = False) -> Resolved:
     """Resolve the options of either command.
 
     Args:
         options: of the run.
         processes: number of training processes.
         newest: the newest checkpoint of the run. A run that has one no longer needs the model that it began with.
+        data_changed: see `images.open_images`.
 
     Raises:
         UserError: with all mistakes.
@@ -60,11 +63,11 @@ def resolve(options: RunOptions, processes: int, newest: Path | None) -> Resolve
     if isinstance(options, FinetuneOptions):
         return resolve_finetuning(options, processes, newest)
     assert isinstance(options, PretrainOptions), "there is no other kind"
-    return resolve_pretraining(options, processes, newest)
+    return resolve_pretraining(options, processes, newest, data_changed=data_changed)
 
 
 def resolve_pretraining(
-    options: PretrainOptions, processes: int, newest: Path | None = None
+    options: PretrainOptions, processes: int, newest: Path | None = None, *, data_changed: bool = False
 ) -> Resolved[PretrainOptions]:
     """Fill in every option that is open, from the data and the machine.
 
@@ -72,6 +75,7 @@ def resolve_pretraining(
         options: of the run.
         processes: number of training processes.
         newest: see `resolve`.
+        data_changed: see `images.open_images`.
 
     Raises:
         UserError: with all mistakes.
@@ -83,9 +87,16 @@ def resolve_pretraining(
         mistakes.append(Mistake("--mean and --std belong together: give both or neither."))
     images = model = start = None
     with mistakes.collected():
-        images = open_images(options.data, options.val)
+        record = RunDirectory(Path(options.out)).held_out()
+        images = open_images(options.data, options.val, record, data_changed=data_changed)
         options = with_length(
-            options, len(images.train), processes, mistakes, epochs=DEFAULT_EPOCHS, warmup=WARMUP_SHARE
+            options,
+            len(images.train),
+            processes,
+            mistakes,
+            epochs=DEFAULT_EPOCHS,
+            warmup=WARMUP_SHARE,
+            has_begun=newest is not None,
         )
     with mistakes.collected():
         start = _start(options, newest)
@@ -133,7 +144,13 @@ def resolve_finetuning(options: FinetuneOptions, processes: int, newest: Path | 
         share = 1.0 if mistakes else options.labels
         images = open_labelled(options.train, options.val, share, options.seed)
         options = with_length(
-            options, len(images.train), processes, mistakes, epochs=FINETUNE_EPOCHS, warmup=FINETUNE_WARMUP_SHARE
+            options,
+            len(images.train),
+            processes,
+            mistakes,
+            epochs=FINETUNE_EPOCHS,
+            warmup=FINETUNE_WARMUP_SHARE,
+            has_begun=newest is not None,
         )
     with mistakes.collected():
         start = _initialisation(options, images.train if images else None, newest)
@@ -187,7 +204,7 @@ def _checked(options: OptionsT) -> tuple[OptionsT, Mistakes]:
     """The options with their trackers, and the mistakes so far."""
     mistakes = check(options)
     with mistakes.collected():
-        options = replace(options, trackers=choose_trackers(options.trackers))
+        options = replace(options, trackers=choose_trackers(options.trackers, origin(options, "trackers")))
     return options, mistakes
 
 
@@ -206,7 +223,14 @@ def default_batch_size(images: int, share: int) -> int:
 
 
 def with_length(
-    options: OptionsT, images: int, processes: int, mistakes: Mistakes, *, epochs: int, warmup: float
+    options: OptionsT,
+    images: int,
+    processes: int,
+    mistakes: Mistakes,
+    *,
+    epochs: int,
+    warmup: float,
+    has_begun: bool = False,
 ) -> OptionsT:
     """Fill in batch size, number of steps and warm-up.
 
@@ -217,13 +241,14 @@ def with_length(
         mistakes: to add to; with any, the options stay as they are.
         epochs: length by default.
         warmup: share of the run that warms up by default.
+        has_begun: whether the length of the warm-up has been checked, perhaps with epochs of another length.
     """
     if mistakes.concern("batch_size", "accumulation"):
         return options
     inseparable = 2 if mistakes.concern("mixup", "cutmix") else options.inseparable
     share = options.accumulation * processes * inseparable
     batch = options.batch_size or default_batch_size(images, share)
-    if wrong := _batch_mistake(batch, images, processes, options.accumulation, inseparable):
+    if wrong := _batch_mistake(options, batch, images, processes, inseparable):
         mistakes.append(Mistake(wrong))
     if mistakes:
         return options
@@ -234,11 +259,11 @@ def with_length(
     warmup_epochs = options.warmup_epochs
     if warmup_epochs is None:
         warmup_epochs = round(warmup * steps / steps_per_epoch, 4)
-    if round(warmup_epochs * steps_per_epoch) >= steps:
+    if not has_begun and round(warmup_epochs * steps_per_epoch) >= steps:
         mistakes.append(
             Mistake(
-                f"--warmup-epochs {warmup_epochs:g} is as long as the whole run of {steps / steps_per_epoch:g} epochs: "
-                "make it shorter."
+                f"--warmup-epochs {warmup_epochs:g}{origin(options, 'warmup_epochs')} is as long as the whole run of "
+                f"{steps / steps_per_epoch:g} epochs: make it shorter."
             )
         )
     if steps * options.accumulation > LARGEST:
@@ -249,23 +274,27 @@ def with_length(
     )
 
 
-def _batch_mistake(batch: int, images: int, processes: int, accumulation: int, inseparable: int) -> str | None:
+def _batch_mistake(options: RunOptions, batch: int, images: int, processes: int, inseparable: int) -> str | None:
     """Why a batch cannot be taken from the images, or divided."""
-    share = accumulation * processes * inseparable
+    accumulation, share = options.accumulation, options.accumulation * processes * inseparable
+    what, of = f"A batch of {batch}{origin(options, 'batch_size')}", origin(options, "accumulation")
     if share > images:
         return (
-            f"Each of {processes} process(es) needs an image for each of {accumulation} accumulated micro-batches, "
+            f"Each of {processes} process(es) needs an image for each of {accumulation} accumulated micro-batches{of}, "
             f"{share} in all, but there are {images} to train on: take fewer processes or a smaller --accumulation."
         )
     if batch > images:
         most = images // share * share
-        return f"A batch of {batch} is larger than the {images} training images: the most is --batch-size {most}."
+        return f"{what} is larger than the {images} training images: the most is --batch-size {most}."
     if batch % share:
         nearest = max(share, round(batch / share) * share)
-        pairs = " in pairs, which --mixup and --cutmix (or 0 for both) need" if inseparable > 1 else ""
+        pairs = without = ""
+        if inseparable > 1:
+            mixed = f"Mixup{origin(options, 'mixup')} and CutMix{origin(options, 'cutmix')}"
+            pairs, without = f" in pairs, as {mixed} need", ", or --mixup 0 --cutmix 0"
         return (
-            f"A batch of {batch} cannot be divided among {processes} process(es) x {accumulation} accumulated "
-            f"micro-batches{pairs}: take --batch-size {nearest}."
+            f"{what} cannot be divided among {processes} process(es) x {accumulation} accumulated "
+            f"micro-batches{of}{pairs}: take --batch-size {nearest}{without}."
         )
     return None
 
@@ -295,6 +324,12 @@ def _start(options: PretrainOptions, newest: Path | None) -> _Start | None:
         assert isinstance(config, ModelConfig), "runs of pretraining have no classes"
         return _Start(config, None)
     if is_untrained(str(options.init_from)):
+        if (config := RunDirectory(Path(options.out)).config_file).exists():
+            raise UserError(
+                f"The run in {options.out} was interrupted before its first checkpoint, and {config} has it start from "
+                f"{options.init_from}, which names a random initialisation.\n"
+                "Every run starts from one: write `init_from: null` there and resume, or start a new run without it."
+            )
         raise UserError(
             f"--init-from {options.init_from} names a random initialisation, which every run starts from: leave it "
             "out, or name a trained model."

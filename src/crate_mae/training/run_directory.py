@@ -8,11 +8,13 @@ RUN/
     metrics.csv         loss, learning rate, speed and results on held-out images, by step
     layers.csv          of pretraining: sparsity and subspace rate of every layer: step, part, layer, measure, value
     bad_files.csv       unreadable images: step, location, reason
+    data_changes.csv    steps from which the run went on with other images (`resume --data-changed`)
+    held_out.json       which images pretraining holds out: numbers, and digests by which they are found again
     checkpoints/
         step-1200/      model.safetensors + config.json (a MODEL like any other)
                         optimizer.safetensors + state.json
                         trained.safetensors: if the model is an average, the weights that are averaged
-                        metrics.csv, layers.csv, bad_files.csv: as they were at that step
+                        metrics.csv, layers.csv, bad_files.csv, data_changes.csv: as they were at that step
                         SHA256SUMS: digests of all these files, as of the program sha256sum
         last            one line: the name of the newest complete checkpoint
         best            of fine-tuning: the name of the checkpoint with the best score on the validation images
@@ -47,6 +49,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
+from crate_mae.data.documents import read_json
 from crate_mae.data.files import DIGESTS_FILE, damage_of, path_of, refuse_used_folder, write_digests, write_whole
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.checkpoints import list_checkpoints
@@ -64,13 +67,15 @@ LEARNING = ("step", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "bad_im
 SPEED = ("images_per_second", "data_wait")
 LAYERS = ("step", "part", "layer", "measure", "value")
 BAD_FILES = ("step", "location", "reason")
+DATA_CHANGES = ("step", "images_before", "images", "changed")
 _PACKAGES = ("crate-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
-TABLES = ("metrics.csv", "layers.csv", "bad_files.csv")
+TABLES = ("metrics.csv", "layers.csv", "bad_files.csv", "data_changes.csv")
 _FINAL = ("config.yaml", "environment.json", "model.safetensors", "config.json", "report.html", *TABLES)
 _LEFT_BY_KILLED = re.compile(  # "lock": of earlier versions
-    r"\.writing-\w{8}|\.(config\.yaml|environment\.json|report\.html|SHA256SUMS|[a-z_]+\.csv)\.[0-9a-f]{8}|lock"
+    r"\.writing-\w{8}|\.(config\.yaml|[a-z_]+\.json|report\.html|SHA256SUMS|[a-z_]+\.csv)\.[0-9a-f]{8}|lock"
 )
 _PICTURE = re.compile(r"step-(\d+)\.png")
+START, END = "Start: ", "End: "  # of lines in the log
 LOCK_SECONDS = 10.0  # PyTorch's loader processes look every 5 s whether the process that started them is gone
 
 
@@ -103,6 +108,29 @@ class RunDirectory:
     def bad_files(self) -> CsvLog:
         """One row per unreadable image."""
         return CsvLog(self.path / "bad_files.csv", BAD_FILES)
+
+    @property
+    def data_changes(self) -> CsvLog:
+        """One row per step from which the run went on with other images."""
+        return CsvLog(self.path / "data_changes.csv", DATA_CHANGES)
+
+    @property
+    def held_out_file(self) -> Path:
+        """Which images are held out; see `images.split_record`."""
+        return self.path / "held_out.json"
+
+    def held_out(self) -> dict[str, Any] | None:
+        """The content of that file, if there is one.
+
+        Raises:
+            UserError: if it is damaged.
+        """
+        if not self.held_out_file.exists():
+            return None
+        found = read_json(self.held_out_file)
+        if not isinstance(found, dict) or not {"images", "held_out", "sha256"} <= found.keys():
+            raise UserError(f"{self.held_out_file} is damaged: it does not say which images are held out.")
+        return found
 
     def picture(self, step: int) -> Path:
         """The picture of a step."""
@@ -155,6 +183,11 @@ class RunDirectory:
         """The command that continues the run."""
         return f"crate-mae resume {shlex.quote(str(self.path))}"
 
+    @property
+    def resume_with_other_data(self) -> str:
+        """The command that continues the run on data that has changed."""
+        return f"{self.resume_command} --data-changed"
+
     def existing_config(self) -> PretrainOptions | FinetuneOptions | None:
         """The configuration of the run that is already here; None if the folder is free to use.
 
@@ -202,9 +235,16 @@ class RunDirectory:
             with _logged_to(self.path / "log.txt"):
                 yield
 
+    def log_start(self) -> None:
+        """Begin the log of a process, and end that of one before it which was killed and could not."""
+        text = (self.path / "log.txt").read_text(encoding="utf-8", errors="replace")
+        if text.rfind(f"INFO {START}") > text.rfind(f"INFO {END}"):
+            logger.info("%sunknown: the process before this one was killed, or its machine stopped.", END)
+        logger.info("%s%s", START, shlex.join(sys.argv))
+
     def cut_back(self, step: int | None, *, tables: bool = True) -> None:
         """Forget what was logged after `step`, in tables only where asked; None forgets everything."""
-        for table in (self.metrics(), self.layers, self.bad_files) if tables else ():
+        for table in (self.metrics(), self.layers, self.bad_files, self.data_changes) if tables else ():
             table.cut_back(step)
         for pictured in self._pictured_steps():
             if step is None or pictured > step:
@@ -301,16 +341,26 @@ class CsvLog:
             raise UserError(f"{self.path} is not a table of this run any more: {first_line(error)}.") from error
         return rows
 
+    def widen(self) -> None:
+        """Give a table of an earlier version the columns that it lacks; they stay empty in its rows."""
+        rows = self.read()
+        if rows and rows[0].keys() != set(self.columns):
+            self.columns = (*self.columns, *(name for name in rows[0] if name not in self.columns))
+            self._replace(rows, self.columns)
+
+    def _replace(self, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
+        temporary = CsvLog(self.path.with_name(f".{self.path.name}.tmp"), columns)
+        temporary.path.unlink(missing_ok=True)
+        temporary.append(rows)
+        temporary.path.replace(self.path)
+
     def cut_back(self, step: int | None) -> None:
         """Keep the rows up to and including `step`, with the columns that they have; None keeps nothing."""
         if not self.path.exists():
             return
         kept = [row for row in self.read() if step is not None and int(row["step"]) <= step]
-        temporary = CsvLog(self.path.with_name(f".{self.path.name}.tmp"), list(kept[0]) if kept else self.columns)
-        temporary.path.unlink(missing_ok=True)
-        temporary.append(kept)
         if kept:
-            temporary.path.replace(self.path)
+            self._replace(kept, list(kept[0]))
         else:
             self.path.unlink()
 

@@ -18,27 +18,28 @@ import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration, patch_environment
 
+from crate_mae.data.documents import to_json
 from crate_mae.data.files import output_path
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.terminal import open_console
+from crate_mae.training.changes import continued
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
 from crate_mae.training.model_state import asked_sharding
-from crate_mae.training.options import OptionsT, RunOptions
+from crate_mae.training.options import OptionsT, RunOptions, origin
 from crate_mae.training.preflight import (
     ProbeResult,
     StepTooLargeError,
     check_compiler,
     first_step,
     halved,
-    peak_on,
     probe,
     refuse_too_large,
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, first_decides, training_device
-from crate_mae.training.progress import Display, LastingStream, describe_end, describe_plan, duration, plan_lines
+from crate_mae.training.progress import Display, LastingStream, describe_plan, duration, plan_lines, plan_values
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
 from crate_mae.training.run_directory import Run, RunDirectory
@@ -53,29 +54,41 @@ _SMALLEST_BATCH = 32
 _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
 
 
-def start(options: RunOptions, on_progress: Callable[[str], object] | None = None) -> Run:
+def start(
+    options: RunOptions, on_progress: Callable[[str], object] | None = None, *, data_changed: bool = False
+) -> Run:
     """Start a run, or continue the one in `options.out`; see `crate_mae.pretrain` and `crate_mae.finetune`.
 
     Args:
         options: of either command.
         on_progress: see `Display`.
+        data_changed: see `crate_mae.resume`.
     """
     started = time.monotonic()
+    if options.json and not options.dry_run:
+        raise UserError("--json prints the plan of a run, and so belongs to --dry-run: give both or neither.")
     out = output_path("--out", options.out)
     directory = RunDirectory(out)
     processes = _join_processes()
-    console = open_console(file=LastingStream(sys.stdout)) if processes.is_main_process and not options.quiet else None
+    console = (
+        open_console(file=LastingStream(sys.stderr if options.json else sys.stdout))
+        if processes.is_main_process and not options.quiet
+        else None
+    )
     display = Display(console, on_progress if processes.is_main_process else None)
     existing = directory.existing_config()
     if existing is not None:
         _refuse_other_kind(existing, options)
         if options.minutes is not None:
-            raise UserError(f"{out} already holds a run of {existing.steps:,} steps: leave --minutes out.")
+            raise UserError(
+                f"{out} already holds a run of {existing.steps:,} steps, whose length --minutes "
+                f"{options.minutes:g}{origin(options, 'minutes')} cannot set.\n{_how_to_go_on(directory)}"
+            )
         options = options.filled_from(existing)
     reason, newest = first_decides(processes, lambda: _found_in(directory))
-    resolved = resolve(options, processes.num_processes, newest)
+    resolved = resolve(options, processes.num_processes, newest, data_changed=data_changed)
     if existing is not None:
-        _refuse_differences(existing, resolved.config, out)
+        _refuse_differences(existing, resolved.config, directory)
     if existing is not None and directory.is_finished:
         if reason is None:
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
@@ -95,6 +108,7 @@ def start(options: RunOptions, on_progress: Callable[[str], object] | None = Non
             directory=directory,
             display=display,
             started=started,
+            data_changed=data_changed,
         )
 
         def attempt(tried: Resolved) -> Run:
@@ -129,17 +143,29 @@ def _run(
     directory: RunDirectory,
     display: Display,
     started: float,
+    data_changed: bool,
 ) -> Run:
     """Build the task, and run it to the end."""
     task, found = _build_task(resolved, accelerator)
+    if newest is not None and start_step:
+        task.config = continued(task, newest, data_changed=data_changed)
     plan = describe_plan(task, accelerator, found, directory, start_step)
     run = Run(directory.path, task.config)
     if task.config.dry_run:
+        if task.config.json and accelerator.is_main_process:
+            sys.stdout.write(to_json(plan_values(task, accelerator, found, directory, plan)) + "\n")
         display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])
         return run
-    train(task, accelerator, directory=directory, display=display, plan=plan, newest=newest)
-    if accelerator.is_main_process:
-        display.lines(describe_end(task, run, time.monotonic() - started, peak_on(accelerator.device)))
+    train(
+        task,
+        accelerator,
+        directory=directory,
+        display=display,
+        plan=plan,
+        newest=newest,
+        started=started,
+        data_changed=data_changed,
+    )
     return run
 
 
@@ -161,7 +187,7 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
         torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
         task = resolved.build(config)
     if config.compile:
-        all_succeed(accelerator, lambda: check_compiler(accelerator.device))
+        all_succeed(accelerator, lambda: check_compiler(accelerator.device, origin(config, "compile")))
     micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
     with first_step():
         refuse_too_large(task, accelerator)
@@ -227,8 +253,8 @@ def _measured(
     steps = int((60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step)
     if steps < 1:
         raise UserError(
-            f"--minutes {options.minutes:g} is too short: preparing the run takes {duration(preparation)}, and a step "
-            f"{per_step:.3g} s."
+            f"--minutes {options.minutes:g}{origin(options, 'minutes')} is too short: "
+            f"preparing the run takes {duration(preparation)}, and a step {per_step:.3g} s."
         )
     return _Measured(task.config, seconds, steps)
 
@@ -241,12 +267,17 @@ def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:
         )
 
 
-def _refuse_differences(existing: RunOptions, config: RunOptions, out: Path) -> None:
+def _refuse_differences(existing: RunOptions, config: RunOptions, directory: RunDirectory) -> None:
     if changed := differences(existing, config):
         raise UserError(
-            f"{out} holds a run with another configuration:\n  " + "\n  ".join(changed) + "\n"
-            "To resume it, leave these options out; for a new run, give another --out."
+            f"{directory.path} already holds a run of {existing.steps:,} steps with other options:\n  "
+            + "\n  ".join(changed)
+            + f"\n{_how_to_go_on(directory)}"
         )
+
+
+def _how_to_go_on(directory: RunDirectory) -> str:
+    return f"To go on with that run as it is: {directory.resume_command}. For a new run, give another --out."
 
 
 def _join_processes() -> PartialState:
