@@ -29,13 +29,6 @@ OWN_STATISTICS = "Brightness and contrast of each patch come from the original: 
 JSON_HELP = "Print one JSON object on the standard output, and everything else on the standard error."
 
 
-def print_json(values: object) -> None:
-    """Print one JSON object, as it is: no console wraps or colours it."""
-    from crate_mae.data.documents import to_json
-
-    sys.stdout.write(to_json(values) + "\n")
-
-
 def computes(command: Callable[P, R]) -> Callable[P, R]:
     """Run a command under this library's own settings of PyTorch; see `models.devices.own_settings`."""
 
