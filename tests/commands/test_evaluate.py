@@ -292,7 +292,7 @@ def test_unreadable_images_are_left_out_listed_and_written_down(photos, crate_ma
         (["linear", MODEL, *DIGITS, "--seed", "-1"], "--seed is -1, but must be between 0 and 4,294,967,295"),
         (["fewshot", MODEL, *DIGITS, "--seed", "9999999999999"], "--seed is 9999999999999"),
         (["reconstruction", MODEL, "digits", "--seed", "-1"], "--seed is -1"),
-        (["knn", MODEL, *DIGITS, "--k", "1501"], "between 1 and the 1500 training images"),
+        (["knn", MODEL, *DIGITS, "--k", "1501"], "cannot vote among 1500 training images"),
         (["linear", MODEL, *DIGITS, "--layer", "7"], "There is no layer 7"),
         (["linear", MODEL, *DIGITS, "--layer", "some"], "--layer"),
         (["fewshot", MODEL, *DIGITS, "--draws", "0"], "--draws is 0"),

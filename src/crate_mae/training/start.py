@@ -153,7 +153,7 @@ def _run(
     run = Run(directory.path, task.config)
     if task.config.dry_run:
         if task.config.json and accelerator.is_main_process:
-            sys.stdout.write(to_json(plan_values(task, accelerator, found, directory, plan)) + "\n")
+            sys.stdout.write(to_json(plan_values(task, accelerator, found, directory, plan), ascii_only=True) + "\n")
         display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])
         return run
     train(
