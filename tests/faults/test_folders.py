@@ -79,7 +79,7 @@ def test_files_that_are_not_read_are_counted_and_likely_images_are_named(tmp_pat
     fill(tmp_path, ["a.png", "b.jfif", "c.avif", "d.AVIF", "e.heic", "f.cr2", "notes.txt", "README"])
     report = check(open_source(tmp_path))
     assert report.left_out == {".avif": 2, "": 1, ".cr2": 1, ".heic": 1, ".jfif": 1, ".txt": 1}
-    images = "2 .avif (pip install --upgrade pillow), 1 .cr2, 1 .heic (pip install 'crate-mae[heic]'), 1 .jfif"
+    images = "2 .avif (pip install --upgrade pillow), 1 .cr2, 1 .heic (pip install pillow-heif), 1 .jfif"
     assert f"5 files are not read: {images}." in caplog.text
     assert decode.describe_unread(report.left_out) == f"7 files are not read: {images}, 1 without a suffix, 1 .txt"
     assert decode.describe_unread({".txt": 1, "@eaDir/": 3}).endswith("folders of the system are not read: 3 @eaDir/")
@@ -113,7 +113,7 @@ def test_a_plan_names_what_is_not_read(tmp_path, readable, capsys):
         dry_run=True,
     )
     out = capsys.readouterr().out
-    assert "not read       2 files are not read: 1 .heic (pip install 'crate-mae[heic]'), 1 .nef" in out
+    assert "not read       2 files are not read: 1 .heic (pip install pillow-heif), 1 .nef" in out
 
 
 @pytest.mark.parametrize(("name", "levels"), [("d", 1050), ("d" * 200, 25)])

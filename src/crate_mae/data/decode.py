@@ -25,7 +25,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 # Formats that are read on some machines: their suffixes, and what else reads them.
 OPTIONAL = {
     "AVIF": ((".avif",), "pip install --upgrade pillow"),
-    "HEIF": ((".heic", ".heif", ".hif"), "pip install 'crate-mae[heic]'"),
+    "HEIF": ((".heic", ".heif", ".hif"), "pip install pillow-heif"),
 }
 # Images that neither reads. Pillow itself has a list of those that it does.
 _OTHER_IMAGES = frozenset(
@@ -93,7 +93,7 @@ def may_be_image(suffix: str) -> bool:
 def describe_unread(counts: Mapping[str, int], most: int = 8) -> str:
     """Describe files that are not read, images first; empty for none.
 
-    Such as "12 files are not read: 9 .heic (pip install 'crate-mae[heic]'), 3 .cr2".
+    Such as "12 files are not read: 9 .heic (pip install pillow-heif), 3 .cr2".
 
     Args:
         counts: files by suffix, and folders of the system by name with "/".
