@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import crate_mae
-from crate_mae.drawing.text import html, number, percent
+from crate_mae.drawing.text import html, number, percent, signed
 from crate_mae.interpret.audit import SYMBOLS
 from crate_mae.interpret.report import inspection as inspection_module
 from crate_mae.interpret.report.figures import plan_figures
@@ -174,7 +174,7 @@ def test_every_claim_about_every_layer_has_a_symbol_its_control_and_its_numbers(
         "pooled" if row.share_of_images is None else percent(row.share_of_images) for row in expected
     ]
     assert [cell[3] for cell in cells] == [row.closest_control for row in expected]
-    assert all(html(f"{number(row.margin_low)} to {number(row.margin_high)}") in section for row in rows)
+    assert all(html(f"{signed(row.margin_low)} to {signed(row.margin_high)}") in section for row in rows)
 
 
 def test_untrained_networks_are_controls_of_the_trained_ones_alone(inspection):

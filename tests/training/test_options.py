@@ -76,7 +76,7 @@ def test_the_configuration_file_of_another_command_is_refused(config, tmp_path):
 def test_every_option_of_a_configuration_is_one_of_its_command(command, kind, forgotten):
     options = set(inspect.signature(command).parameters)
     kept = set(saved_options(kind))
-    assert options - kept == {"out", "epochs", "minutes", "dry_run", "quiet"} | forgotten
+    assert options - kept == {"out", "epochs", "minutes", "dry_run", "json", "quiet"} | forgotten
     assert kept <= options
 
 

@@ -185,7 +185,7 @@ def _sparsity(inspection: Inspection) -> LayerFigure:
     return LayerFigure(
         "sparsity",
         "Sparsity",
-        "Each line shows how sparse the layers’ outputs are. Only the first of the three measures counts exact zeros; "
+        "Each line shows how sparse the layers’ outputs are by a measure, of which only the first counts exact zeros; "
         "a small l1/l2 and a large Gini index mean sparse. If depth makes representations sparser, the left and "
         "right panels rise through the encoder and the middle one falls.",
         panels,
@@ -197,7 +197,7 @@ def _ranks(inspection: Inspection) -> LayerFigure:
         "ranks",
         "Directions in use",
         "Effective rank and participation ratio count the directions that an image’s tokens use (weak ones count less "
-        "in the latter). The other panels show the shares of the tokens’ energy in their best subspaces and in the "
+        "in the latter); the other panels show the shares of the tokens’ energy in their best subspaces and in the "
         "differences between tokens of one image. Ranks near 1 and differences near 0 mean that tokens have become "
         "similar, which makes every rate small without any structure.",
         _by_subject(
@@ -276,7 +276,7 @@ def _foregrounds(inspection: Inspection) -> LayerFigure:
         "foreground_scores",
         "How well foregrounds are found",
         "Each line shows how well the foregrounds found by a layer agree with those drawn by hand: the overlap "
-        " of masks, and the share of images in which the box of the largest part overlaps a true one by more "
+        "of masks, and the share of images in which the box of the largest part overlaps a true one by more "
         "than a half. Only what lies above random initialisation and above the dashed line, which takes all of the "
         "image for foreground, was learned.",
         panels,
