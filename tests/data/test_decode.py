@@ -76,7 +76,7 @@ def test_optional_formats_are_read_where_they_can_be(noisy, form):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"\0\0\0\x18ftypheic" + bytes(99), r"format HEIF, which is not read here: pip install 'crate-mae\[heic\]'"),
+        (b"\0\0\0\x18ftypheic" + bytes(99), r"format HEIF, which is not read here: pip install pillow-heif"),
         (b"\0\0\0\x18ftypavif" + bytes(99), "format AVIF, which is not read here: pip install --upgrade pillow"),
         (b"\xff\x0a" + bytes(99), "format JPEG XL, which is not read: convert it"),
         (b"\0\0\0\x18ftypqt  " + bytes(99), "not an image of a known format"),

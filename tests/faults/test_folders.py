@@ -94,9 +94,9 @@ def test_formats_that_are_read_here_are_not_named(tmp_path, caplog, readable):
 def test_a_folder_of_files_that_are_not_read_is_an_error_that_names_them(tmp_path, readable):
     readable()
     fill(tmp_path, ["a.cr2", "b.CR2", "c.heic"])
-    with pytest.raises(UserError, match=r"Found 0 images.* 2 \.cr2, 1 \.heic \(pip install 'crate-mae\[heic\]'\)\."):
+    with pytest.raises(UserError, match=r"Found 0 images.* 2 \.cr2, 1 \.heic \(pip install pillow-heif\)\."):
         open_source(tmp_path)
-    with pytest.raises(UserError, match=r"c\.heic is a file of the format HEIF, .*pip install 'crate-mae\[heic\]'"):
+    with pytest.raises(UserError, match=r"c\.heic is a file of the format HEIF, .*pip install pillow-heif"):
         open_source(tmp_path / "c.heic")
 
 
