@@ -107,10 +107,10 @@ def _plan(options: CompareOptions, entries: Sequence[Entry], costs: Sequence[Cos
 
 def _plan_content(options: dict[str, Any], planned: Sequence[Planned]) -> dict[str, Any]:
     """The content of `comparison.yaml`, in which entries are called contestants."""
-    contestants = {}
+    plans = {}
     for entry, costs, plan in planned:
         c = entry.config
-        contestants[entry.name] = {
+        plans[entry.name] = {
             "costs": dataclasses.asdict(costs),
             "plan": dataclasses.asdict(plan),
             "batch_size": c.batch_size,
@@ -118,7 +118,7 @@ def _plan_content(options: dict[str, Any], planned: Sequence[Planned]) -> dict[s
             "threads": c.threads,
             "model": {key: list(v) if isinstance(v, tuple) else v for key, v in entry.model.to_dict().items()},
         }
-    return {"options": options, "contestants": contestants, "rule": RULE, "environment": environment()}
+    return {"options": options, "contestants": plans, "rule": RULE, "environment": environment()}
 
 
 def _read_plan(content: dict[str, Any], entries: Sequence[Entry], out: Path) -> list[Planned]:

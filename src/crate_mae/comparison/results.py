@@ -1,12 +1,9 @@
 """The results of a comparison: the scores of each entry and of the controls, and the numbers for its table."""
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-from scipy.stats import t as student_t
 
 from crate_mae.comparison.budget import BudgetPlan, Costs
 from crate_mae.comparison.entries import NEIGHBOURS, Entry, Images, extraction
@@ -15,7 +12,7 @@ from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trai
 from crate_mae.data import evaluation_transform
 from crate_mae.data.base import fixed_sample
 from crate_mae.evaluation.extract import Extraction, Features
-from crate_mae.evaluation.probes import knn_probe, linear_probe
+from crate_mae.evaluation.probes import half_width, knn_probe, linear_probe
 from crate_mae.evaluation.probing import probe
 from crate_mae.evaluation.reconstruction import completion_scores, read_images
 from crate_mae.models.autoencoder import MaskedAutoencoder
@@ -84,8 +81,7 @@ def difference(mine: Scores, theirs: Scores, name: str) -> Difference | None:
     values = [mine[seed][name] - theirs[seed][name] for seed in seeds]
     if len(values) < 2:
         return Difference(values[0], None, None) if values else None
-    mean, n = statistics.fmean(values), len(values)
-    half = float(student_t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
+    mean, half = statistics.fmean(values), half_width(values)
     return Difference(mean, mean - half, mean + half)
 
 

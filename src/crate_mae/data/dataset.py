@@ -6,7 +6,7 @@ import re
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -155,10 +155,21 @@ def readable_batches(
         workers: number of processes that load images.
         worker_init: called first in each process.
     """
+    yield from batches_in_order(_Attempts(source, transform), batch_size, _collate_readable, workers, worker_init)
+
+
+def batches_in_order(
+    dataset: Dataset[Any],
+    batch_size: int,
+    collate: Callable[[list[Any]], Any],
+    workers: int,
+    worker_init: Callable[[int], None] | None = None,
+) -> Generator[Any]:
+    """Yield the batches of a data set once, in order; nothing is drawn at random. See `readable_batches`."""
     loader = DataLoader(
-        _Attempts(source, transform),
+        dataset,
         batch_size=batch_size,
-        collate_fn=_collate_readable,
+        collate_fn=collate,
         num_workers=workers,
         worker_init_fn=worker_init,
         generator=torch.Generator(),  # otherwise the loader would draw from the global one

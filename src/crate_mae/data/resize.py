@@ -19,12 +19,12 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from crate_mae.data.base import EncodedSource, ImageSource, refuse_unreadable
-from crate_mae.data.dataset import default_workers, ignore_interrupts, workers_errors_plain
+from crate_mae.data.dataset import batches_in_order, default_workers, ignore_interrupts
 from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_channels
 from crate_mae.data.files import whole_folder
 from crate_mae.data.folder import FolderSource
@@ -185,17 +185,8 @@ class _Reduced(Dataset[Resized | BadImage]):
 
 def _in_parallel(source: ImageSource, size: int, workers: int) -> Iterator[Resized | BadImage]:
     """All images of a source in order, reduced by several processes."""
-    loader = DataLoader(
-        _Reduced(source, size),
-        batch_size=_AT_ONCE,
-        collate_fn=list,
-        num_workers=workers,
-        worker_init_fn=ignore_interrupts,
-        generator=torch.Generator(),  # otherwise the loader would draw from the global one
-    )
-    with workers_errors_plain():
-        for several in loader:
-            yield from several
+    for several in batches_in_order(_Reduced(source, size), _AT_ONCE, list, workers, ignore_interrupts):
+        yield from several
 
 
 def _to_pillow(image: Image.Image | Tensor) -> Image.Image:

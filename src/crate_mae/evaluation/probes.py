@@ -247,8 +247,13 @@ def mean_interval(values: Sequence[float]) -> Score:
     mean = float(np.mean(values))
     if len(values) < 2:
         return Score(mean, 0.0, 1.0)
-    half = float(student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    half = half_width(values)
     return Score(mean, max(0.0, mean - half), min(1.0, mean + half))
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Half of Student's 95% interval of the mean of at least two values."""
+    return float(student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def _split(labels: Int[np.ndarray, "n"], seed: int) -> tuple[np.ndarray, np.ndarray]:
