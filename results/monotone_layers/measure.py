@@ -54,19 +54,21 @@ ALWAYS: dict[str, Any] = {
 }
 
 PUBLISHED = Pieces("free", "published", "softmax", "fixed", dictionary="published")
+# A learned temperature was found to buy nothing, so what follows it in the table is compared with a fixed one.
+FIXED = Pieces(temperature="fixed")
 # name: settings of the model, and the pieces of its layers where these are none of the library's.
 VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
     "published": ({}, None),
     "tied": ({"output_projection": "tied"}, None),
     "orthogonal U": ({}, PUBLISHED._replace(subspaces="orthogonal")),
     "+ descent from X": ({}, PUBLISHED._replace(subspaces="orthogonal", step="descent")),
-    "+ balanced": ({}, Pieces(temperature="fixed", dictionary="published")),
-    "+ bounded D": ({}, Pieces(temperature="fixed", dictionary="bounded")),
-    "+ from zero": ({}, Pieces(temperature="fixed")),
+    "+ balanced": ({}, FIXED._replace(dictionary="published")),
+    "+ bounded D": ({}, FIXED._replace(dictionary="bounded")),
+    "+ from zero": ({}, FIXED),
     "monotone": ({"layer": "monotone"}, None),
-    "monotone, softmax": ({}, Pieces(membership="softmax")),
-    "monotone, symmetric": ({}, Pieces(membership="symmetric")),
-    "monotone, no mixing": ({}, Pieces(membership="none")),
+    "monotone, softmax": ({}, FIXED._replace(membership="softmax")),
+    "monotone, symmetric": ({}, FIXED._replace(membership="symmetric")),
+    "monotone, no mixing": ({}, FIXED._replace(membership="none")),
     "published, no mixing": ({}, PUBLISHED._replace(membership="none")),
     "encoder: kappa > 0": ({"layer": "monotone"}, Pieces(encoder_rate="above 0", sides="encoder")),
     "decoder: kappa < 1": ({"layer": "monotone"}, Pieces(decoder_rate="below 1", sides="decoder")),
@@ -80,19 +82,19 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
         PUBLISHED._replace(subspaces="orthogonal", sides="decoder"),
     ),
     "decoder: tied": ({"layer": "monotone"}, PUBLISHED._replace(sides="decoder")),
-    "one U for all layers": ({}, Pieces(shared=True)),
-    "relu alone": ({}, Pieces(dictionary="none")),
-    "ISTA as published": ({}, Pieces(dictionary="published")),
-    "bounded D from X": ({}, Pieces(dictionary="bounded")),
-    "bounded D from relu(X)": ({}, Pieces(dictionary="relu")),
-    "two steps from zero": ({}, Pieces(dictionary="zero two")),
-    "learned threshold": ({}, Pieces(threshold="learned")),
+    "one U for all layers": ({}, FIXED._replace(shared=True)),
+    "relu alone": ({}, FIXED._replace(dictionary="none")),
+    "bounded D from relu(X)": ({}, FIXED._replace(dictionary="relu")),
+    "two steps from zero": ({}, FIXED._replace(dictionary="zero two")),
+    "learned threshold": ({}, FIXED._replace(threshold="learned")),
     "monotone, threshold 1": ({"layer": "monotone", "threshold": 1.0}, None),
     "monotone, threshold 2": ({"layer": "monotone", "threshold": 2.0}, None),
+    "monotone, 3 x 608": ({"layer": "monotone", "embed_dim": 608}, None),
     "monotone, 4 x 512": ({"layer": "monotone", "depth": 4}, None),
     "monotone, 6 x 384": ({"layer": "monotone", "depth": 6, "embed_dim": 384, "num_heads": 6}, None),
     "monotone, 12 x 256": ({"layer": "monotone", "depth": 12, "embed_dim": 256, "num_heads": 4}, None),
 }
+# "+ balanced" is also ISTA as published, and "+ bounded D" the step from X, where dictionaries are compared.
 
 
 def main(data: str, runs: str, *names: str) -> None:
