@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from pieces import Pieces, Step, installed
+from pieces import Pieces, installed
 from torch import nn
 
 import crate_mae
@@ -169,9 +169,6 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
     if not file.exists():
         with installed(VARIANTS[name.removesuffix(LONG)][1]):
             model = crate_mae.load(folder).eval()
-        for module in model.modules():
-            if isinstance(module, Step):
-                module.subspaces = module.used[0]  # where `trace` looks for it; only now, or a shared U is saved twice
         asked = range(len(source) - ASKED, len(source))
         images = read_images(source, open_backbone(model).transform(), asked, AUDITED).images
         measured = measure_claims(model, {"all": [images]}, lambda net, batch: default_pass(net)(batch))

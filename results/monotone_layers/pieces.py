@@ -72,6 +72,10 @@ class FreeSubspaces(OrthogonalSubspaces):
         """Nothing to keep."""
 
 
+def _own_copy(_module: nn.Module, state: dict[str, Tensor], prefix: str, _metadata: object) -> None:
+    state[f"{prefix}weight"] = state[f"{prefix}weight"].clone()
+
+
 class Step(SubspaceAttention):
     """The attention step of some pieces; `rate_of` makes kappa of its parameter, which starts at `first_rate`."""
 
@@ -86,11 +90,11 @@ class Step(SubspaceAttention):
     ) -> None:
         super().__init__(embed_dim, num_heads)
         self.pieces, self.rate_of = pieces, rate_of
-        if not (pieces.shared and side):
-            kind = OrthogonalSubspaces if pieces.subspaces == "orthogonal" else FreeSubspaces
-            self.own = kind(embed_dim)
-            side.append(self.own)
-        self.used = (side[-1],)  # in a tuple, so that a U that is shared is a parameter once
+        self.subspaces = (OrthogonalSubspaces if pieces.subspaces == "orthogonal" else FreeSubspaces)(embed_dim)
+        if pieces.shared and side:
+            self.subspaces.weight = side[0].weight
+            self.subspaces.register_state_dict_post_hook(_own_copy)  # safetensors does not save a tensor twice
+        side.append(self.subspaces)
         start = torch.full((num_heads, 1, 1), -0.5 * math.log(embed_dim / num_heads))
         if pieces.temperature == "learned":
             self.log_scale = nn.Parameter(start)
@@ -106,11 +110,11 @@ class Step(SubspaceAttention):
 
     def bases(self) -> Tensor:
         """U_k."""
-        return self.used[0].matrix().unflatten(0, (self.num_heads, -1)).mT
+        return self.subspaces.matrix().unflatten(0, (self.num_heads, -1)).mT
 
     def project(self, x: Tensor) -> Tensor:
         """W_k."""
-        return self.split(self.used[0](x))
+        return self.split(self.subspaces(x))
 
     def membership(self, w: Tensor) -> Tensor:
         """P_k."""
@@ -120,7 +124,7 @@ class Step(SubspaceAttention):
     def step(self, w: Tensor, mixed: Tensor) -> Tensor:
         """The step from the tokens' projections W_k, unmixed and mixed."""
         change = mixed if self.pieces.step == "published" else self.rate_of(self.rate_parameter) * (mixed - w)
-        return F.linear(change.transpose(1, 2).flatten(2), self.used[0].matrix().mT)
+        return F.linear(change.transpose(1, 2).flatten(2), self.subspaces.matrix().mT)
 
 
 class Sparsify(BoundedISTA):
