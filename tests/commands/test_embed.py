@@ -218,7 +218,7 @@ def test_unreadable_images_are_listed_and_left_out(model, tmp_path, crate_mae_co
     assert len((tmp_path / "f.csv").read_text(encoding="utf-8").splitlines()) == 5
     code, _, error = crate_mae_command("embed", model, folder, "--out", tmp_path / "g.csv", "--max-bad", "0")
     assert code == 2
-    assert "more than --max-bad 0 allows" in error
+    assert "more than the limit (a share of 0)" in error
     assert not (tmp_path / "g.csv").exists()
 
 

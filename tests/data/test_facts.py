@@ -152,12 +152,12 @@ def test_the_command_prints_a_table_and_lists_bad_files(flawed, tmp_path, capsys
 
 def test_the_command_prints_what_is_not_read_and_the_range_of_deep_images(tmp_path, capsys):
     Image.fromarray(np.array([[0, 300]], dtype=np.float32)).save(tmp_path / "a.tif")
-    (tmp_path / "b.jfif").touch()
+    (tmp_path / "b.jxl").touch()
     (tmp_path / "c").touch()
     check_command(str(tmp_path))
     printed = " ".join(capsys.readouterr().out.split())
     assert "values of F 0 to 300 become 0 to 1" in printed
-    assert "not read 2 files are not read: 1 .jfif, 1 without a suffix" in printed
+    assert "not read 2 files are not read: 1 .jxl, 1 without a suffix" in printed
 
 
 def test_unusual_ranges_of_values_and_grey_colour_images_have_a_line_each(tmp_path, capsys):

@@ -1,9 +1,10 @@
 import os
 
 import pytest
+from PIL import Image
 
+from crate_mae.data import decode, open_source
 from crate_mae.data import folder as folder_module
-from crate_mae.data import open_source
 from crate_mae.errors import UserError
 
 
@@ -55,6 +56,19 @@ def test_links_are_followed_but_loops_are_not(make_folder):
     (root / "self").symlink_to("self")
     (root / "linked").symlink_to(outside, target_is_directory=True)
     assert len(open_source(root)) == 2
+
+
+def test_files_are_read_by_every_suffix_of_their_format(tmp_path, level_of):
+    """Windows saves JPEG as .jfif, stereo cameras as .mpo, and netpbm's tools name their files in five ways."""
+    Image.init()
+    known = {suffix for suffix, form in Image.registered_extensions().items() if form in {*decode.FORMATS, "MPO"}}
+    assert known <= set(decode.SUFFIXES)
+    for name, form in (("0.jfif", "JPEG"), ("1.JFIF", "JPEG"), ("2.jpe", "JPEG"), ("3.apng", "PNG"), ("4.pnm", "PPM")):
+        Image.new("L", (8, 8), 40).save(tmp_path / name, form)
+    source = open_source(tmp_path)
+    assert [level_of(source, i) for i in range(len(source))] == [40] * 5
+    assert not source.left_out
+    assert level_of(open_source(tmp_path / "0.jfif"), 0) == 40
 
 
 def test_a_single_image_file_is_a_source_of_one(make_folder, level_of):

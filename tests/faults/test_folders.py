@@ -76,10 +76,10 @@ def readable(monkeypatch):
 
 def test_files_that_are_not_read_are_counted_and_likely_images_are_named(tmp_path, caplog, readable):
     readable()
-    fill(tmp_path, ["a.png", "b.jfif", "c.avif", "d.AVIF", "e.heic", "f.cr2", "notes.txt", "README"])
+    fill(tmp_path, ["a.png", "b.jxl", "c.avif", "d.AVIF", "e.heic", "f.cr2", "notes.txt", "README"])
     report = check(open_source(tmp_path))
-    assert report.left_out == {".avif": 2, "": 1, ".cr2": 1, ".heic": 1, ".jfif": 1, ".txt": 1}
-    images = "2 .avif (pip install --upgrade pillow), 1 .cr2, 1 .heic (pip install pillow-heif), 1 .jfif"
+    assert report.left_out == {".avif": 2, "": 1, ".cr2": 1, ".heic": 1, ".jxl": 1, ".txt": 1}
+    images = "2 .avif (pip install --upgrade pillow), 1 .cr2, 1 .heic (pip install pillow-heif), 1 .jxl"
     assert f"5 files are not read: {images}." in caplog.text
     assert decode.describe_unread(report.left_out) == f"7 files are not read: {images}, 1 without a suffix, 1 .txt"
     assert decode.describe_unread({".txt": 1, "@eaDir/": 3}).endswith("folders of the system are not read: 3 @eaDir/")

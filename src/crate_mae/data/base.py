@@ -404,8 +404,8 @@ def refuse_unreadable(source: ImageSource, bad: Sequence[BadImage], max_bad: flo
     if len(bad) <= most_bad(max_bad, len(source)) and not (held_out and len(bad) == len(source)):
         return
     images = "held-out images" if held_out else f"images of {source.name}"
-    limit = "" if held_out else f", more than --max-bad {max_bad:g} allows"
-    remedy = "give other images with --val" if held_out else "raise --max-bad"
+    limit = "" if held_out else f", more than the limit (a share of {max_bad:g})"
+    remedy = "give other images with --val" if held_out else "raise the limit with --max-bad"
     listed = f" ({source.check_command} lists them)" if source.check_command else ""
     raise UserError(
         f"{len(bad)} of {len(source)} {images} cannot be read{limit}, such as\n{bad[0].location}: {bad[0].reason}\n"

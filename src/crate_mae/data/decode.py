@@ -21,7 +21,8 @@ from torchvision.transforms.v2 import functional as tvf
 from crate_mae.errors import UserError, and_more, first_line
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # Pillow reads the MPO files of phones as JPEG
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+_JPEG, _PNM = (".jpg", ".jpeg", ".jfif", ".jpe", ".mpo"), (".ppm", ".pgm", ".pbm", ".pnm", ".pfm")
+SUFFIXES = (*_JPEG, ".png", ".apng", ".webp", ".bmp", ".gif", ".tif", ".tiff", *_PNM)
 # Formats that are read on some machines: their suffixes, and what else reads them.
 OPTIONAL = {
     "AVIF": ((".avif",), "pip install --upgrade pillow"),
@@ -29,7 +30,7 @@ OPTIONAL = {
 }
 # Images that neither reads. Pillow itself has a list of those that it does.
 _OTHER_IMAGES = frozenset(
-    {".jxl", ".svg", ".raw", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw", ".jfif"}
+    {".jxl", ".svg", ".raw", ".dng", ".nef", ".cr2", ".cr3", ".arw", ".raf", ".orf", ".rw2", ".pef", ".srw"}
 )
 MOST_BYTES = 2**29  # of an encoded image
 MOST_PIXELS = 2**26  # of a decoded one: 8,192 x 8,192, up to a gigabyte while it is converted
