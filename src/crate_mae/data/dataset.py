@@ -6,6 +6,7 @@ import re
 import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +22,7 @@ from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
 
 MOST_REPLACEMENTS = 20
+_AT_ONCE = 16  # images that a process sends together
 _LOST = re.compile(
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+(?: \w+)?)|exited unexpectedly)"
 )
@@ -119,23 +121,6 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
-class _Attempts(Dataset[Sample | BadImage]):
-    """Each image of a source, transformed, or the reason why it cannot be read."""
-
-    def __init__(self, source: ImageSource, transform: Callable[[Image.Image | Tensor], Tensor]) -> None:
-        self.source = source
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Sample | BadImage:
-        try:
-            return Sample(self.transform(self.source.read(index)), self.source.label(index), index, ())
-        except UnreadableImage as error:
-            return BadImage(error.location, error.reason)
-
-
 def readable_batches(
     source: ImageSource,
     transform: Callable[[Image.Image | Tensor], Tensor],
@@ -155,17 +140,44 @@ def readable_batches(
         workers: number of processes that load images.
         worker_init: called first in each process.
     """
-    yield from batches_in_order(_Attempts(source, transform), batch_size, _collate_readable, workers, worker_init)
+    prepared = _Attempts(len(source), partial(_prepared, source, transform))
+    yield from _batches_in_order(prepared, batch_size, _collate_readable, workers, worker_init)
 
 
-def batches_in_order(
+def in_parallel(function: Callable[[int], Any], images: int, workers: int) -> Generator[Any]:
+    """Yield `function(i)` for i = 0, 1, ..., computed by several processes; a `BadImage` for an `UnreadableImage`."""
+    for several in _batches_in_order(_Attempts(images, function), _AT_ONCE, list, workers, ignore_interrupts):
+        yield from several
+
+
+class _Attempts(Dataset[Any]):
+    """A function of the number of an image, or the reason why the image cannot be read."""
+
+    def __init__(self, images: int, function: Callable[[int], Any]) -> None:
+        self.images = images
+        self.function = function
+
+    def __len__(self) -> int:
+        return self.images
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self.function(index)
+        except UnreadableImage as error:
+            return BadImage(error.location, error.reason)
+
+
+def _prepared(source: ImageSource, transform: Callable[[Image.Image | Tensor], Tensor], index: int) -> Sample:
+    return Sample(transform(source.read(index)), source.label(index), index, ())
+
+
+def _batches_in_order(
     dataset: Dataset[Any],
     batch_size: int,
     collate: Callable[[list[Any]], Any],
     workers: int,
-    worker_init: Callable[[int], None] | None = None,
+    worker_init: Callable[[int], None] | None,
 ) -> Generator[Any]:
-    """Yield the batches of a data set once, in order; nothing is drawn at random. See `readable_batches`."""
     loader = DataLoader(
         dataset,
         batch_size=batch_size,

@@ -9,9 +9,10 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -19,12 +20,11 @@ import pyarrow.parquet as pq
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tvf
 
 from crate_mae.data.base import EncodedSource, ImageSource, refuse_unreadable
-from crate_mae.data.dataset import batches_in_order, default_workers, ignore_interrupts
+from crate_mae.data.dataset import default_workers, in_parallel
 from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_channels
 from crate_mae.data.files import whole_folder
 from crate_mae.data.folder import FolderSource
@@ -35,21 +35,8 @@ PARQUET_FILE = "images.parquet"
 _LOSSY = ("JPEG", "MPO", "WEBP", "AVIF", "HEIF")
 _JPEG = {"quality": 95, "subsampling": 0}  # 0: colour is stored at full resolution
 _ROWS = 100  # in a row group
-_AT_ONCE = 16  # images that a process sends together
 
-
-class Resized(NamedTuple):
-    """One image of the copy.
-
-    Attributes:
-        index: of the image in its source.
-        content: of the file.
-        suffix: of the file's new name; None for a file that is copied as it is.
-    """
-
-    index: int  # pyright: ignore[reportIncompatibleMethodOverride] - an image is never searched
-    content: bytes
-    suffix: str | None
+_Files = Iterator[tuple[int, bytes, str | None]]  # number of an image, and what `resized` returns
 
 
 def resize_images(
@@ -84,13 +71,14 @@ def resize_images(
     _refuse(source, out)
     bad: list[BadImage] = []
 
-    def readable() -> Iterator[Resized]:
-        for found in _in_parallel(source, size, default_workers() if workers is None else workers):
+    def readable() -> _Files:
+        processes = default_workers() if workers is None else workers
+        for i, found in enumerate(in_parallel(partial(resized, source, size=size), len(source), processes)):
             if isinstance(found, BadImage):
                 bad.append(found)
                 refuse_unreadable(source, bad, max_bad)
             else:
-                yield found
+                yield i, *found
             if on_image is not None:
                 on_image()
         if len(bad) == len(source):
@@ -113,13 +101,16 @@ def resize_images(
     return bad
 
 
-def resized(source: ImageSource, i: int, size: int) -> Resized:
+def resized(source: ImageSource, i: int, size: int) -> tuple[bytes, str | None]:
     """Reduce image i with the resampling of training, bicubic with antialiasing, until its shorter side is `size`.
 
     A file whose shorter side is `size` or less is copied byte for byte. Of the others, those that were compressed with
     loss become JPEG of quality 95 without subsampling, all others PNG. Grey images of more than 8 bits keep 16, after
     the values of `ImageSource.value_range` have become 0 and 65535 where they have 32 bits or are floats. Transparent
     parts become white, as in training. Orientation is applied, and other metadata is lost.
+
+    Returns:
+        the content of the file, and the suffix of its new name; None for a file that is copied as it is.
 
     Raises:
         UnreadableImage: if it cannot be read.
@@ -129,7 +120,7 @@ def resized(source: ImageSource, i: int, size: int) -> Resized:
     is_small = min(size_of(picture)) <= size
     unbounded = isinstance(picture, Image.Image) and picture.mode in UNBOUNDED_MODES
     if is_small and isinstance(source, EncodedSource) and not unbounded:
-        return Resized(i, source.content(i), None)
+        return source.content(i), None
     image = to_channels(source.read(i) if unbounded else picture, channels_of(picture))
     if not is_small:
         image = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(image)
@@ -139,7 +130,7 @@ def resized(source: ImageSource, i: int, size: int) -> Resized:
         _to_pillow(image).save(file, "JPEG" if is_lossy else "PNG", **(_JPEG if is_lossy else {}))
     except OSError as error:  # more pixels a side than the format can have
         raise UnreadableImage(source.location(i), f"its reduced copy cannot be saved ({error})") from error
-    return Resized(i, file.getvalue(), ".jpg" if is_lossy else ".png")
+    return file.getvalue(), ".jpg" if is_lossy else ".png"
 
 
 def lossless_size(image_size: tuple[int, int], min_crop: float) -> int:
@@ -166,29 +157,6 @@ def _refuse(source: ImageSource, out: Path) -> None:
         )
 
 
-class _Reduced(Dataset[Resized | BadImage]):
-    """Each image of a source, reduced, or the reason why it cannot be read."""
-
-    def __init__(self, source: ImageSource, size: int) -> None:
-        self.source = source
-        self.size = size
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Resized | BadImage:
-        try:
-            return resized(self.source, index, self.size)
-        except UnreadableImage as error:
-            return BadImage(error.location, error.reason)
-
-
-def _in_parallel(source: ImageSource, size: int, workers: int) -> Iterator[Resized | BadImage]:
-    """All images of a source in order, reduced by several processes."""
-    for several in batches_in_order(_Reduced(source, size), _AT_ONCE, list, workers, ignore_interrupts):
-        yield from several
-
-
 def _to_pillow(image: Image.Image | Tensor) -> Image.Image:
     if not isinstance(image, Tensor):
         return image
@@ -202,20 +170,20 @@ def _to_pillow(image: Image.Image | Tensor) -> Image.Image:
     return tvf.to_pil_image((unit * 255).round().to(torch.uint8))
 
 
-def _write_folder(source: FolderSource, images: Iterator[Resized], folder: Path) -> None:
+def _write_folder(source: FolderSource, images: _Files, folder: Path) -> None:
     taken: set[str] = set()
-    for image in images:
-        path = PurePosixPath(source.images[image.index])
-        name = str(path if image.suffix is None else path.with_suffix(image.suffix))
+    for i, content, suffix in images:
+        path = PurePosixPath(source.images[i])
+        name = str(path if suffix is None else path.with_suffix(suffix))
         while name.lower() in taken:  # a.heic and a.jpg, side by side
-            name += image.suffix or path.suffix
+            name += suffix or path.suffix
         taken.add(name.lower())
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(image.content)
+        file.write_bytes(content)
 
 
-def _write_parquet(source: ImageSource, images: Iterator[Resized], file: Path) -> None:
+def _write_parquet(source: ImageSource, images: _Files, file: Path) -> None:
     labels, classes = source.labels, source.classes
     features: dict[str, object] = {"image": {"_type": "Image"}}
     columns = {"image": pa.struct([("bytes", pa.binary()), ("path", pa.string())])}
@@ -227,18 +195,9 @@ def _write_parquet(source: ImageSource, images: Iterator[Resized], file: Path) -
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
     schema = pa.schema([*columns.items()], metadata=metadata)
 
-    def write(rows: Sequence[Resized]) -> None:
-        encoded = [{"bytes": row.content, "path": source.location(row.index)} for row in rows]
-        numbers = {} if labels is None else {"label": [int(labels[row.index]) for row in rows]}
-        writer.write_table(pa.table({"image": encoded, **numbers}, schema=schema))
-
     # Compressed images do not become smaller by compressing them once more.
     with pq.ParquetWriter(file, schema, compression="none") as writer:
-        waiting: list[Resized] = []
-        for image in images:
-            waiting.append(image)
-            if len(waiting) == _ROWS:
-                write(waiting)
-                waiting = []
-        if waiting:
-            write(waiting)
+        while rows := list(islice(images, _ROWS)):
+            encoded = [{"bytes": content, "path": source.location(i)} for i, content, _ in rows]
+            numbers = {} if labels is None else {"label": [int(labels[i]) for i, _, _ in rows]}
+            writer.write_table(pa.table({"image": encoded, **numbers}, schema=schema))
