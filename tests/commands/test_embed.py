@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.numpy import save_file
 from sklearn.covariance import ledoit_wolf
 
 import crate_mae
@@ -116,6 +117,14 @@ def test_whitened_features_differ_and_queries_are_treated_alike(model, expected,
         assert not (tmp_path / "d.npy").exists()
 
 
+@pytest.mark.parametrize(("source", "side"), [("[]", 3), ("[" * 100_000, 3), ('{"layer": "0"}', 2)])
+def test_a_transform_of_other_contents_is_refused(model, tmp_path, crate_mae_command, source, side):
+    transform, arrays = tmp_path / "w.safetensors", {"mean": np.zeros(3), "matrix": np.zeros((side, side))}
+    save_file(arrays, transform, metadata={"source": source})
+    code, _, error = crate_mae_command("embed", model, DATA, "--out", tmp_path / "a.npy", "--whiten", transform)
+    assert code == 2 and "is not a file that" in error
+
+
 def test_tokens_keep_their_shape(model, tmp_path, crate_mae_command):
     crate_mae.embed(model, DATA, out=tmp_path / "t.npy", pooling="tokens")
     tokens = np.load(tmp_path / "t.npy")
@@ -160,13 +169,13 @@ def test_a_file_that_is_there_stays(model, tmp_path, crate_mae_command):
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError], ids=["Ctrl-C", "memory"])
 @pytest.mark.parametrize("suffix", ["parquet", "npz", "npy", "csv", "safetensors"])
 def test_an_interrupted_embed_leaves_nothing(model, tmp_path, monkeypatch, suffix, failure):
-    from crate_mae.evaluation import feature_files
+    from crate_mae.evaluation import embeddings
 
     def stop_half_way(features, path):
         path.write_bytes(b"half of it")
         raise failure
 
-    monkeypatch.setitem(feature_files._WRITERS, f".{suffix}", stop_half_way)
+    monkeypatch.setitem(embeddings._WRITERS, f".{suffix}", stop_half_way)
     with pytest.raises(failure):
         crate_mae.embed(model, DATA, out=tmp_path / f"f.{suffix}")
     assert list(tmp_path.iterdir()) == []
@@ -190,13 +199,13 @@ def test_ctrl_c_while_encoding_ends_quietly(model, tmp_path, monkeypatch, crate_
 
 
 def test_sigterm_while_writing_leaves_nothing(model, tmp_path, monkeypatch, crate_mae_command):
-    from crate_mae.evaluation import feature_files
+    from crate_mae.evaluation import embeddings
 
     def stop_half_way(features, path):
         path.write_bytes(b"half of it")
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setitem(feature_files._WRITERS, ".npy", stop_half_way)
+    monkeypatch.setitem(embeddings._WRITERS, ".npy", stop_half_way)
     usual = signal.getsignal(signal.SIGTERM)
     code, _, error = crate_mae_command("embed", model, DATA, "--out", tmp_path / "f.npy")
     assert (code, error) == (143, "")

@@ -97,9 +97,14 @@ def embed(
 
     from crate_mae.data import open_source
     from crate_mae.evaluation.backbones import open_backbone
+    from crate_mae.evaluation.embeddings import (
+        Whitening,
+        check_feature_file,
+        describe_alike,
+        unit_length,
+        write_features,
+    )
     from crate_mae.evaluation.extract import Extraction
-    from crate_mae.evaluation.feature_files import check_feature_file, unit_length, write_features
-    from crate_mae.evaluation.whitening import Whitening, describe_alike
     from crate_mae.models.features import DEFAULT_LAYER
     from crate_mae.terminal import open_console
 

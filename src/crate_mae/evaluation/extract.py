@@ -5,12 +5,11 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from numbers import Integral
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -131,20 +130,6 @@ class Extraction:
         return pooling
 
 
-class Batch(NamedTuple):
-    """Features of the readable images of one batch.
-
-    Attributes:
-        indices: of the images in the source.
-        values: the features for each layer; empty if no image of the batch can be read.
-        bad: the unreadable images.
-    """
-
-    indices: Int[np.ndarray, "b"]
-    values: list[np.ndarray]
-    bad: tuple[BadImage, ...]
-
-
 def extract(backbone: Backbone, source: ImageSource, extraction: Extraction) -> list[Features]:
     """Extract the features of every readable image of a source, from each requested layer, in one pass.
 
@@ -160,8 +145,7 @@ def extract(backbone: Backbone, source: ImageSource, extraction: Extraction) -> 
     missing = [layer for layer in layers if layer not in found]
     indices, bad = np.arange(len(source)), []
     if missing:
-        batches = feature_batches(backbone, source, missing, pooling, extraction)
-        indices, values, bad = _collect(batches, len(source))
+        indices, values, bad = _extract(backbone, source, missing, pooling, extraction)
         found.update(zip(missing, values, strict=True))
         if cache and not bad:
             for layer in missing:
@@ -183,52 +167,38 @@ def extract(backbone: Backbone, source: ImageSource, extraction: Extraction) -> 
     ]
 
 
-def feature_batches(
+def _extract(
     backbone: Backbone, source: ImageSource, layers: Sequence[int], pooling: Pooling, extraction: Extraction
-) -> Iterator[Batch]:
-    """Extract features in float32, batch by batch in the order of the source.
-
-    Raises:
-        UserError: as soon as too many images cannot be read, or features are not finite.
-    """
-    encoder = backbone.encoder
+) -> tuple[Int[np.ndarray, "n"], list[np.ndarray], list[BadImage]]:
+    """The numbers of the readable images, their features from each layer in float32, and the unreadable images."""
+    encoder, total = backbone.encoder, len(source)
     if not backbone.is_borrowed:
         encoder.to(fastest_device())
     place = next((each for each in encoder.parameters() if each.is_floating_point()), torch.empty(0))
-    workers = _workers(extraction.workers, len(source))
-    unreadable: list[BadImage] = []
-    transform = backbone.transform()
+    workers = extraction.workers
+    if workers is None:
+        workers = 0 if total < _FEW_IMAGES else default_workers()
+    indices = np.empty(total, dtype=np.int64)
+    arrays: list[np.ndarray] = []  # of all images, allocated once
+    bad: list[BadImage] = []
+    stop = 0
     for batch in readable_batches(
-        source, transform, extraction.batch_size, workers=workers, worker_init=ignore_interrupts
+        source, backbone.transform(), extraction.batch_size, workers=workers, worker_init=ignore_interrupts
     ):
-        unreadable += batch.bad
-        refuse_unreadable(source, unreadable, extraction.max_bad)
-        indices = batch.indices.numpy()
-        values: list[np.ndarray] = []
-        if len(indices):
+        bad += batch.bad
+        refuse_unreadable(source, bad, extraction.max_bad)
+        if len(batch.indices):
+            start, stop = stop, stop + len(batch.indices)
+            indices[start:stop] = batch.indices
             with evaluating(encoder):
                 features = encode_layers(encoder, batch.images.to(place.device, place.dtype), layers, pooling)
             values = [layer.float().cpu().numpy() for layer in features]
-            _check_finite(values, indices, source, backbone)
-        yield Batch(indices, values, batch.bad)
+            _check_finite(values, indices[start:stop], source, backbone)
+            arrays = arrays or [np.empty((total, *each.shape[1:]), dtype=np.float32) for each in values]
+            for array, each in zip(arrays, values, strict=True):
+                array[start:stop] = each
         if extraction.on_images is not None:
-            extraction.on_images(len(indices) + len(batch.bad))
-
-
-def _collect(batches: Iterator[Batch], total: int) -> tuple[Int[np.ndarray, "n"], list[np.ndarray], list[BadImage]]:
-    """All batches together, in arrays that are allocated once."""
-    indices = np.empty(total, dtype=np.int64)
-    arrays: list[np.ndarray] = []
-    bad: list[BadImage] = []
-    stop = 0
-    for batch in batches:
-        start, stop = stop, stop + len(batch.indices)
-        indices[start:stop] = batch.indices
-        bad += batch.bad
-        if not arrays:
-            arrays = [np.empty((total, *values.shape[1:]), dtype=np.float32) for values in batch.values]
-        for array, values in zip(arrays, batch.values, strict=False):  # a batch without readable images has no values
-            array[start:stop] = values
+            extraction.on_images(len(batch.indices) + len(batch.bad))
     if not stop:
         raise UserError(f"None of {total} images can be read. The first is\n{bad[0].location}: {bad[0].reason}")
     return indices[:stop], [array[:stop] for array in arrays], bad
@@ -243,12 +213,6 @@ def _check_finite(values: list[np.ndarray], indices: np.ndarray, source: ImageSo
                 f"{backbone.name} gives features that are not finite numbers, first for {first}.\n"
                 "Its weights contain NaN, or values overflow: use an earlier checkpoint of the run."
             )
-
-
-def _workers(wanted: int | None, images: int) -> int:
-    if wanted is not None:
-        return wanted
-    return 0 if images < _FEW_IMAGES else default_workers()
 
 
 class FeatureCache:

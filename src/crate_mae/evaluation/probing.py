@@ -15,9 +15,9 @@ from crate_mae.data import BadImage, ImageSource, full_name, open_source, refuse
 from crate_mae.data.base import align_classes, aligned_labels
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.evaluation.backbones import PIXELS, Backbone, RawPixels, open_backbone
+from crate_mae.evaluation.embeddings import describe_alike
 from crate_mae.evaluation.extract import AFFORDABLE, Extraction, Features, extract
 from crate_mae.evaluation.probes import Score, wilson_interval
-from crate_mae.evaluation.whitening import describe_alike
 from crate_mae.models.classifier import ClassifierConfig
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER, depth
@@ -190,6 +190,7 @@ def _probe(
         learned = replace(train, labels=train_labels, classes=classes)
         measured = replace(val, labels=val_labels, classes=classes)
         rows += [(train.layer, result) for result in run(learned, measured, classes)]
+    most_frequent = np.bincount(train_labels).argmax()
     return Probed(
         backbone=backbone,
         train=names[0],
@@ -199,14 +200,9 @@ def _probe(
         pooling=train_layers[0].pooling,
         rows=rows,
         bad=train_layers[0].bad + val_layers[0].bad,
-        chance=_chance(train_labels, val_labels),
+        chance=wilson_interval(int((val_labels == most_frequent).sum()), len(val_labels)),
         hint=describe_alike(val_layers[-1]) or "",
     )
-
-
-def _chance(train: np.ndarray, val: np.ndarray) -> Score:
-    """What the answer "the most frequent class of the training images" scores."""
-    return wilson_interval(int((val == np.bincount(train).argmax()).sum()), len(val))
 
 
 def data_name(data: Any, source: ImageSource) -> str:
