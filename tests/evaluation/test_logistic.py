@@ -5,7 +5,7 @@ import pytest
 import sklearn.linear_model
 from scipy.special import log_softmax
 
-from crate_mae.evaluation.logistic import LogisticRegression
+from crate_mae.evaluation.probes import LogisticRegression
 
 
 def correlated(images, features, classes, seed=0):

@@ -8,7 +8,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from crate_mae.errors import UserError
-from crate_mae.evaluation import logistic, probes
+from crate_mae.evaluation import probes
 from crate_mae.evaluation.probes import (
     fewshot_probe,
     knn_accuracy_on_tenth,
@@ -158,7 +158,7 @@ def test_of_equal_accuracies_the_more_certain_wins():
 
 
 def test_a_solver_that_did_not_converge_is_reported_without_a_warning(monkeypatch):
-    monkeypatch.setattr(logistic, "MOST_ITERATIONS", 2)
+    monkeypatch.setattr(probes, "MOST_ITERATIONS", 2)
     train, labels = clouds(140)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -33,11 +33,11 @@ _ALIKE = 0.9  # mean cosine from which features are said to point the same way
 _ROWS = 1000
 
 
-def describe_alike(features: Features) -> str | None:
-    """A hint, if the features of different images point almost the same way."""
+def describe_alike(features: Features) -> str:
+    """A hint, if the features of different images point almost the same way; otherwise empty."""
     cosine = mean_cosine(torch.from_numpy(features.values)) if features.values.ndim == 2 else 0.0
     if cosine <= _ALIKE:
-        return None
+        return ""
     return (
         f"The mean cosine between images is {cosine:.2f}: features point almost the same way. For a search by cosine, "
         "whiten them: `crate-mae embed ... --whiten FILE`."

@@ -201,7 +201,7 @@ def _probe(
         rows=rows,
         bad=train_layers[0].bad + val_layers[0].bad,
         chance=wilson_interval(int((val_labels == most_frequent).sum()), len(val_labels)),
-        hint=describe_alike(val_layers[-1]) or "",
+        hint=describe_alike(val_layers[-1]),
     )
 
 
