@@ -16,14 +16,14 @@ from crate_mae.data.facts import channel_statistics as channel_statistics
 from crate_mae.data.facts import check as check
 from crate_mae.data.facts import describe_images as describe_images
 from crate_mae.data.facts import suggest_model as suggest_model
+from crate_mae.data.overlap import refuse_shared_images as refuse_shared_images
+from crate_mae.data.overlap import same_images as same_images
 from crate_mae.data.pictures import save_picture_grid as save_picture_grid
 from crate_mae.data.results import BadImage as BadImage
 from crate_mae.data.results import DataReport as DataReport
 from crate_mae.data.results import ImageFacts as ImageFacts
 from crate_mae.data.sources import full_name as full_name
 from crate_mae.data.sources import open_source as open_source
-from crate_mae.data.sources import refuse_shared_images as refuse_shared_images
-from crate_mae.data.sources import same_images as same_images
 from crate_mae.data.transforms import evaluation_transform as evaluation_transform
 from crate_mae.data.transforms import finetune_transform as finetune_transform
 from crate_mae.data.transforms import pretrain_transform as pretrain_transform

@@ -1,10 +1,7 @@
 """The interface of image sources, parts of a source, labels, and the rule for unreadable images."""
 
 import contextlib
-import hashlib
-import os
 import shlex
-import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
@@ -16,19 +13,21 @@ from PIL import Image
 from torch import Tensor
 
 from crate_mae.data.decode import MOST_BYTES, UNBOUNDED_MODES, UnreadableImage, decode, deep_to_unit, range_of
-from crate_mae.data.files import read_regular
+from crate_mae.data.files import read_regular, reason_of
 from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError, and_more
 
 NO_LABEL = -1
 _LEAST_SEEN = 100
 _RANGE_SAMPLE = 100  # images
-_LARGEST_LABEL = 2**63 - 1
-_BLOCK = 4096  # bytes of a file that a fingerprint reads at one place
+LARGEST_LABEL = 2**63 - 1
 
 
 class ImageSource(ABC):
     """A fixed, numbered collection of images, with labels if there are any.
+
+    Of files, `EncodedSource.content` gives the bytes of an image, `picture` decodes them, and `read` also scales the
+    few images whose values have no bounds; `ImageDataset` gives what `read` returns to its transform.
 
     Sources can be pickled and used after a fork, so any number of `DataLoader` workers may share one.
 
@@ -96,9 +95,9 @@ class ImageSource(ABC):
         """Read image i in its own mode, before one of mode I or F is scaled by the range of its source."""
         return self.read(i)
 
-    def _in_range(self, picture: Image.Image) -> Image.Image | Tensor:
+    def _in_range(self, picture: Image.Image | Tensor) -> Image.Image | Tensor:
         """An image as `read` returns it: one of a mode without bounds is scaled by the range of its source."""
-        if picture.mode not in UNBOUNDED_MODES:
+        if isinstance(picture, Tensor) or picture.mode not in UNBOUNDED_MODES:
             return picture
         low, high = self.value_range(picture.mode)
         if high <= low:  # no image of the sample has this mode
@@ -212,39 +211,7 @@ def read_file(path: Path, location: str) -> bytes:
     try:
         return read_regular(path, MOST_BYTES)
     except (OSError, ValueError) as error:  # a name with a zero byte is a ValueError
-        raise UnreadableImage(location, (getattr(error, "strerror", None) or str(error)).lower()) from error
-
-
-def files_fingerprint(files: Iterable[tuple[str, Path]], blocks: int = 2) -> str | None:
-    """Digest names, sizes, modification times and some bytes of files; return None if a file is not accessible.
-
-    Times alone would not do: some file systems have none, and copies may keep those of other files.
-
-    Args:
-        files: their names in the digest, and their paths.
-        blocks: how many blocks of 4 KiB are read, spread evenly from the first to the last bytes of a file.
-    """
-    digest = hashlib.sha256()
-    try:
-        for name, path in files:
-            status = path.stat()
-            digest.update(os.fsencode(name) + f"\0{status.st_size} {status.st_mtime_ns}\0".encode())
-            if stat.S_ISREG(status.st_mode):
-                digest.update(_some_bytes(path, status.st_size, blocks))
-    except OSError:
-        return None
-    return digest.hexdigest()
-
-
-def _some_bytes(path: Path, size: int, blocks: int) -> bytes:
-    with path.open("rb", buffering=0) as file:
-        if size <= blocks * _BLOCK:
-            return file.read(size)
-        found = []
-        for block in range(blocks):
-            file.seek(block * (size - _BLOCK) // (blocks - 1))
-            found.append(file.read(_BLOCK))
-        return b"".join(found)
+        raise UnreadableImage(location, reason_of(error)) from error
 
 
 def printable(path: PurePath) -> str:
@@ -290,7 +257,7 @@ def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, li
     numbers = [label for label in found if not isinstance(label, str)]
     if any(number < 0 for number in numbers):
         return None, None
-    if len(numbers) == len(found) and max(numbers) <= _LARGEST_LABEL:
+    if len(numbers) == len(found) and max(numbers) <= LARGEST_LABEL:
         return np.array(found, dtype=np.int64), None
     names = [text_of(str(label)) for label in found]
     classes = sorted(set(names))
@@ -372,11 +339,8 @@ def align_classes(train: Labelled, val: Labelled, *, same: bool = False) -> list
 
 def aligned_labels(source: Labelled, classes: list[str]) -> Int[np.ndarray, "n"]:
     """Return the labels of a source as positions in `classes`; -1 for images without a label of these classes."""
-    number = {name: i for i, name in enumerate(classes)}
-    labels = [] if source.labels is None else source.labels.tolist()
-    return np.array(
-        [number.get(_name(source, label), NO_LABEL) if label >= 0 else NO_LABEL for label in labels], dtype=np.int64
-    )
+    number: dict[str | None, int] = {name: i for i, name in enumerate(classes)}
+    return np.array([number.get(name, NO_LABEL) for name in label_names(source) or []], dtype=np.int64)
 
 
 def _name(source: Labelled, label: int) -> str:

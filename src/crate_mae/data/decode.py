@@ -100,12 +100,9 @@ def describe_unread(counts: Mapping[str, int], most: int = 8) -> str:
         counts: files by suffix, and folders of the system by name with "/".
         most: number of kinds to name.
     """
-    remedies = {suffix: remedy for suffixes, remedy in OPTIONAL.values() for suffix in suffixes}
+    remedies = {suffix: f" ({remedy})" for suffixes, remedy in OPTIONAL.values() for suffix in suffixes}
     files = sorted((kind for kind in counts if not kind.endswith("/")), key=lambda kind: not may_be_image(kind))
-    kinds = [f"{counts[kind]:,} {kind or 'without a suffix'}" for kind in files]
-    kinds = [
-        f"{text} ({remedies[kind]})" if kind in remedies else text for kind, text in zip(files, kinds, strict=True)
-    ]
+    kinds = [f"{counts[kind]:,} {kind or 'without a suffix'}{remedies.get(kind, '')}" for kind in files]
     folders = [f"{counts[kind]:,} {kind}" for kind in counts if kind.endswith("/")]
     total = sum(counts[kind] for kind in files)
     found = []
@@ -282,6 +279,11 @@ def to_tensor(image: Image.Image | Tensor) -> UInt8[Tensor, "c hh ww"] | Float[T
         return image
     array = torch.from_numpy(np.array(image))
     return array[None] if array.ndim == 2 else array.permute(2, 0, 1).contiguous()
+
+
+def to_8_bits(image: UInt8[Tensor, "c hh ww"] | Float[Tensor, "c hh ww"]) -> Image.Image:
+    """Convert a grey or colour tensor, uint8 or in [0, 1], to a Pillow image of mode L or RGB."""
+    return tvf.to_pil_image(image if image.dtype == torch.uint8 else (image.clamp(0, 1) * 255).round().to(torch.uint8))
 
 
 def deep_to_unit(image: Image.Image, values: tuple[float, float] | None = None) -> Float[Tensor, "1 hh ww"]:

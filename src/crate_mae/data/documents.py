@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 import yaml
 
-from crate_mae.data.files import read_regular
+from crate_mae.data.files import read_regular, reason_of
 from crate_mae.errors import UserError
 
 MOST_JSON_BYTES = 16 * 2**20
@@ -97,7 +97,7 @@ def _read(path: Path, most: int) -> bytes:
     try:
         return read_regular(path, most)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {(error.strerror or str(error)).lower()}.") from error
+        raise UserError(f"{path} cannot be read: {reason_of(error)}.") from error
 
 
 def _decoded(text: str | bytes) -> str:

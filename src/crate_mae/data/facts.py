@@ -1,6 +1,5 @@
 """Facts about the images of a source: sizes, channels, mean and std from a fixed sample; and a check of all images."""
 
-import contextlib
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 
 from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample
-from crate_mae.data.dataset import default_generator_seeded, global_generators_seeded
 from crate_mae.data.decode import (
     DEEP_MODES,
     UNBOUNDED_MODES,
@@ -28,9 +26,6 @@ from crate_mae.errors import UserError
 _MOST_PIXELS = 10**9
 _PROBE = 16
 _SMALLEST_STD = 1 / 255
-# Bytes that `find_copies` reads, in some seconds. Opening a small file takes as long as so many: 131,072 small images.
-_MOST_COMPARED = 2 * 2**30
-_LEAST_COMPARED = 16 * 2**10
 _GREY_STEP = 16  # pixels between those that are looked at first
 
 
@@ -54,8 +49,15 @@ def describe_images(source: ImageSource, sample: int = 64) -> ImageFacts:
         channels[channels_of(image)] += 1
     if not sizes:
         raise UserError(f"None of {len(indices)} images of {source.name} can be read. The first is\n{first_error}")
+    return _facts(sizes, channels, len(indices))
+
+
+def _facts(sizes: list[tuple[int, int]], channels: Counter[int], sampled: int) -> ImageFacts:
     height, width = np.median(np.array(sizes), axis=0)
-    return ImageFacts(prevalent_channels(channels), int(height), int(width), len(sizes), len(indices))
+    # Grey becomes colour without loss.
+    others = {number: count for number, count in channels.items() if number != 1}
+    prevalent = max(others, key=others.__getitem__) if others else 1
+    return ImageFacts(prevalent, int(height), int(width), len(sizes), sampled)
 
 
 def channel_statistics(
@@ -112,7 +114,7 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
     bad: list[BadImage] = []
     for i in indices:
         try:
-            image, digest = _read_with_digest(source, i)
+            image, digest = read_with_digest(source, i)
         except UnreadableImage as error:
             bad.append(BadImage(error.location, error.reason))
         else:
@@ -146,63 +148,6 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
     )
 
 
-def content_digests(source: ImageSource, sample: int = 16) -> list[str]:
-    """Digests of the contents of a fixed pseudo-random sample: of the bytes of files, of the pixels of others."""
-    return [_content_digest(source, i) for i in fixed_sample(len(source), sample)]
-
-
-def _content_digest(source: ImageSource, i: int) -> str:
-    try:
-        # A data set of Python may change its images at random: with the same seeds, it does so in the same way.
-        with default_generator_seeded(0), global_generators_seeded(0):
-            return _read_with_digest(source, i)[1].hex()
-    except UnreadableImage:
-        return "unreadable"
-
-
-def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """Find the images of one source that are also in another: equal bytes of files, or equal pixels of others.
-
-    Nothing is decoded, so a copy that was saved again is not found, nor one among Python objects of a file. If both
-    together have more than 2 GiB, or 131,072 images, a fixed pseudo-random sample of each is compared. The images of
-    CIFAR-10 take a second.
-
-    Returns:
-        pairs (number in `first`, number in `second`), one for each image of `second` that is found; and how many images
-        of each were compared.
-    """
-    if isinstance(first, EncodedSource) != isinstance(second, EncodedSource):
-        return [], (0, 0)
-    sizes = [_mean_bytes(source) for source in (first, second)]
-    needed = [size * len(source) for size, source in zip(sizes, (first, second), strict=True)]
-    of_second = min(needed[1], max(_MOST_COMPARED / 2, _MOST_COMPARED - needed[0]))  # finds most copies
-    limits = (_MOST_COMPARED - of_second, of_second)
-    samples = [
-        fixed_sample(len(source), max(1, int(limit / size)))
-        for source, limit, size in zip((first, second), limits, sizes, strict=True)
-    ]
-    known = {digest: i for i in reversed(samples[0]) if (digest := _own_digest(first, i))}
-    pairs = [(known[digest], i) for i in samples[1] if (digest := _own_digest(second, i)) in known]
-    return pairs, (len(samples[0]), len(samples[1]))
-
-
-def _mean_bytes(source: ImageSource) -> float:
-    """Bytes to read for one image, of the file or of its pixels: the mean of a few, and at least `_LEAST_COMPARED`."""
-    sizes = []
-    for i in fixed_sample(len(source), _PROBE):
-        with contextlib.suppress(UnreadableImage):
-            sizes.append(len(_own_bytes(source, i)))
-    return max(_LEAST_COMPARED, sum(sizes) / max(1, len(sizes)))
-
-
-def _own_digest(source: ImageSource, i: int) -> bytes | None:
-    """A digest of image i; None if it cannot be read."""
-    try:
-        return hashlib.sha256(_own_bytes(source, i)).digest()
-    except UnreadableImage:
-        return None
-
-
 # (shorter side up to which, the preset, its image size)
 _SUGGESTIONS = (
     (12, "crate_mae_nano_patch2_8", 8),
@@ -218,12 +163,6 @@ def suggest_model(facts: ImageFacts) -> tuple[str, int]:
     """Return the preset for images of this size, and its image size: the one nearest to the median shorter side."""
     side = min(facts.height, facts.width)
     return next(((name, size) for most, name, size in _SUGGESTIONS if side <= most), _LARGEST_SUGGESTION)
-
-
-def prevalent_channels(counts: Counter[int]) -> int:
-    """Return 1 if all images are grey; else the most frequent other count, since grey becomes colour without loss."""
-    others = {channels: count for channels, count in counts.items() if channels != 1}
-    return max(others, key=others.__getitem__) if others else 1
 
 
 def _affordable(source: ImageSource, sample: int) -> int:
@@ -252,13 +191,13 @@ def _suggestions(
     """Return the fields of a `DataReport` that help to choose a model and to normalise images."""
     if not sizes:
         return {"channels": None, "mean": (), "std": (), "suggested_model": None, "suggested_image_size": None}
-    count = prevalent_channels(channels)
-    height, width = np.median(np.array(sizes), axis=0)
-    model, image_size = suggest_model(ImageFacts(count, int(height), int(width), len(sizes), sampled))
+    facts = _facts(sizes, channels, sampled)
+    model, image_size = suggest_model(facts)
     # Images of several counts other than 1 have no common mean, and cannot be trained on.
-    mean, std = channel_statistics(source, count) if set(channels) <= {1, count} else ((), ())
+    is_one_kind = set(channels) <= {1, facts.channels}
+    mean, std = channel_statistics(source, facts.channels) if is_one_kind else ((), ())
     return {
-        "channels": count,
+        "channels": facts.channels,
         "mean": mean,
         "std": std,
         "suggested_model": model,
@@ -266,25 +205,17 @@ def _suggestions(
     }
 
 
-def _read_with_digest(source: ImageSource, i: int) -> tuple[Image.Image | Tensor, bytes]:
+def read_with_digest(source: ImageSource, i: int) -> tuple[Image.Image | Tensor, bytes]:
     """Read image i and a digest: two are equal only if the bytes (of files) or pixels (of others) are the same."""
     if isinstance(source, EncodedSource):
         content = source.content(i)
         return decode(content, source.location(i)), hashlib.sha256(content).digest()
     image = source.picture(i)
-    return image, hashlib.sha256(_pixel_bytes(image)).digest()
+    return image, hashlib.sha256(pixel_bytes(image)).digest()
 
 
-def _own_bytes(source: ImageSource, i: int) -> bytes:
-    """What the digest of image i is made of, without decoding a file."""
-    if isinstance(source, EncodedSource):
-        return source.content(i)
-    # A data set of Python may change its images at random: with the same seeds, it does so in the same way.
-    with default_generator_seeded(0), global_generators_seeded(0):
-        return _pixel_bytes(source.picture(i))
-
-
-def _pixel_bytes(image: Image.Image | Tensor) -> bytes:
+def pixel_bytes(image: Image.Image | Tensor) -> bytes:
+    """The pixels of an image, with their type and shape: equal only if the images are."""
     pixels = np.asarray(image) if isinstance(image, Image.Image) else image.detach().cpu().numpy()
     return f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()
 

@@ -1,4 +1,4 @@
-"""Writing files completely or not at all, digests that notice damage, the cache folder, and checks of output folders.
+"""Paths that users give; files written completely or not at all; digests that notice damage, or that data changed.
 
 What has a new name is on disk before it gets that name, and the name is on disk before anything relies on it: a power
 cut leaves the old file or the new one. SHA256SUMS in a folder holds the digests of its files in the format of the
@@ -25,6 +25,7 @@ from crate_mae.errors import UserError
 DIGESTS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 _MOST_BYTES = 2**20  # of SHA256SUMS: ten thousand files
+_BLOCK = 4096  # bytes of a file that a fingerprint reads at one place
 
 
 def cache_folder() -> Path:
@@ -55,8 +56,7 @@ def path_of(what: str, value: str | Path) -> Path:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except (OSError, ValueError) as error:
-        reason = str(getattr(error, "strerror", None) or error).lower()
-        raise UserError(f"{what} {reprlib.repr(str(value))}: {reason}.") from error
+        raise UserError(f"{what} {reprlib.repr(str(value))}: {reason_of(error)}.") from error
     return Path(value)
 
 
@@ -73,6 +73,11 @@ def output_path(option: str, value: str | Path) -> Path:
         encoding = sys.getfilesystemencoding()
         raise UserError(f"{option} {str(path)!r} is not valid text in {encoding}: give another name.") from None
     return path
+
+
+def reason_of(error: Exception) -> str:
+    """The reason of an error of the operating system in its words, or the message of another error; in lower case."""
+    return str(getattr(error, "strerror", None) or error).lower()
 
 
 def read_regular(path: Path, most: int) -> bytes:
@@ -111,7 +116,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         temporary.replace(path)
         flush_names(path.parent)
     except OSError as error:
-        raise UserError(f"Cannot write {path}: {(error.strerror or str(error)).lower()}.") from error
+        raise UserError(f"Cannot write {path}: {reason_of(error)}.") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -217,7 +222,7 @@ def damage_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
     except UnicodeDecodeError:
         return f"{DIGESTS_FILE} is damaged"
     except OSError as error:
-        return f"it cannot be read ({(error.strerror or str(error)).lower()})"
+        return f"it cannot be read ({reason_of(error)})"
     return None
 
 
@@ -225,6 +230,38 @@ def file_digest(path: Path) -> str:
     """The SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_fingerprint(files: Iterable[tuple[str, Path]], blocks: int = 2) -> str | None:
+    """Digest names, sizes, modification times and some bytes of files; return None if a file is not accessible.
+
+    Times alone would not do: some file systems have none, and copies may keep those of other files.
+
+    Args:
+        files: their names in the digest, and their paths.
+        blocks: how many blocks of 4 KiB are read, spread evenly from the first to the last bytes of a file.
+    """
+    digest = hashlib.sha256()
+    try:
+        for name, path in files:
+            status = path.stat()
+            digest.update(os.fsencode(name) + f"\0{status.st_size} {status.st_mtime_ns}\0".encode())
+            if stat.S_ISREG(status.st_mode):
+                digest.update(_some_bytes(path, status.st_size, blocks))
+    except OSError:
+        return None
+    return digest.hexdigest()
+
+
+def _some_bytes(path: Path, size: int, blocks: int) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        if size <= blocks * _BLOCK:
+            return file.read(size)
+        found = []
+        for block in range(blocks):
+            file.seek(block * (size - _BLOCK) // (blocks - 1))
+            found.append(file.read(_BLOCK))
+        return b"".join(found)
 
 
 def refuse_used_folder(

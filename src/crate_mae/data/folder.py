@@ -3,14 +3,14 @@
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from jaxtyping import Int
 
-from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable, read_file, text_of
+from crate_mae.data.base import EncodedSource, number_labels, printable, read_file, text_of
 from crate_mae.data.decode import image_suffixes
+from crate_mae.data.files import files_fingerprint, reason_of
 from crate_mae.errors import UserError
 
 SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
@@ -18,24 +18,7 @@ SPLIT_NAMES = frozenset({"train", "training", "test", "testing", "val", "valid",
 SYSTEM_FOLDERS = frozenset(
     {"@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
 )
-
-
 _MOST_FOLDERS = 1_000_000  # links among folders can make far more of a few
-
-
-@dataclass
-class Listing:
-    """The files below a folder, by relative POSIX paths.
-
-    Attributes:
-        images: sorted paths of the image files.
-        containers: sorted paths of the `.parquet` and `.tar` files.
-        others: number of other files by suffix, and of folders of the system by name with "/".
-    """
-
-    images: list[str]
-    containers: list[str]
-    others: dict[str, int]
 
 
 class FolderSource(EncodedSource):
@@ -76,13 +59,18 @@ class FolderSource(EncodedSource):
         return files_fingerprint((image, self.root / image) for image in self.images)
 
 
-def list_folder(root: Path) -> Listing:
-    """List a folder.
+def list_folder(root: Path) -> tuple[list[str], list[str], dict[str, int]]:
+    """List the files below a folder, by relative POSIX paths.
+
+    Returns:
+        the sorted paths of image files, and of `.parquet` and `.tar` files; and the number of files that are no images
+        by suffix, and of folders of the system by name with "/".
 
     Raises:
         UserError: if a folder may not be read.
     """
-    listing = Listing([], [], {})
+    images: list[str] = []
+    containers: list[str] = []
     others: Counter[str] = Counter()
     read = image_suffixes()
     for name in _walk(root.absolute()):
@@ -90,15 +78,13 @@ def list_folder(root: Path) -> Listing:
         if name.endswith("/"):
             others[f"{PurePosixPath(name).name}/"] += 1
         elif suffix in read:
-            listing.images.append(name)
+            images.append(name)
         else:
             others[suffix] += 1
             if suffix in (".parquet", ".tar"):
-                listing.containers.append(name)
-    listing.images.sort()
-    listing.containers.sort()
-    listing.others = dict(sorted(others.items(), key=lambda item: (-item[1], item[0])))
-    return listing
+                containers.append(name)
+    counts = dict(sorted(others.items(), key=lambda item: (-item[1], item[0])))
+    return sorted(images), sorted(containers), counts
 
 
 def _walk(root: Path) -> Iterator[str]:
@@ -126,7 +112,7 @@ def _walk(root: Path) -> Iterator[str]:
                 found = [(below + entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
         except OSError as error:
             raise UserError(
-                f"Cannot read the folder {_shortened(folder)}: {(error.strerror or str(error)).lower()}.\n"
+                f"Cannot read the folder {_shortened(folder)}: {reason_of(error)}.\n"
                 "Allow it (chmod u+rx), or move it out of the data."
             ) from error
         for name, is_folder in found:

@@ -14,15 +14,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from crate_mae.data.base import EncodedSource, files_fingerprint, number_labels, printable
+from crate_mae.data.base import EncodedSource, number_labels, printable
 from crate_mae.data.decode import UnreadableImage
 from crate_mae.data.documents import parse_json
+from crate_mae.data.files import files_fingerprint
 from crate_mae.errors import UserError, first_line
 
 logger = logging.getLogger(__name__)
 
-IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "bytes")
-LABEL_NAMES = ("label", "labels", "class", "target", "cls", "fine_label")
+_IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "bytes")
+_LABEL_NAMES = ("label", "labels", "class", "target", "cls", "fine_label")
 
 # Row groups of image files are mostly 1 to 50 MB: room for a few of them, or all of CIFAR-10.
 _CACHE_BYTES = 256 * 2**20
@@ -176,6 +177,17 @@ class _File:
         self.classes = None if column is None else _class_names(features.get(column, {}), column, self.name)
 
 
+def image_column(candidates: Sequence[str]) -> str:
+    """The column of images among those that could be: one with a usual name, otherwise the first."""
+    return next((name for name in _IMAGE_NAMES if name in candidates), candidates[0])
+
+
+def label_column(candidates: Sequence[str], declared: Sequence[str]) -> str | None:
+    """The column of labels among those that could be: one that is declared as such or has a usual name, best both."""
+    named = [name for name in _LABEL_NAMES if name in candidates]
+    return next(iter([*(name for name in named if name in declared), *declared, *named]), None)
+
+
 def _labels_of(files: Sequence[_File]) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:
     """Labels of all rows, and class names. Files that number the same classes differently are brought together."""
     first = files[0]
@@ -248,7 +260,7 @@ def _image_column(schema: pa.Schema, features: dict[str, dict[str, Any]], path: 
             f"{printable(path)} has no column of encoded images: neither bytes nor a struct with bytes.\n"
             f"Its columns: {columns}."
         )
-    return next((name for name in IMAGE_NAMES if name in candidates), candidates[0])
+    return image_column(candidates)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:
@@ -264,8 +276,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 def _label_column(schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str | None:
     able = [field.name for field in schema if _holds_labels(field.type)]
     declared = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
-    named = [name for name in LABEL_NAMES if name in able]
-    return next(iter([*(name for name in named if name in declared), *declared, *named]), None)
+    return label_column(able, declared)
 
 
 def _holds_labels(kind: pa.DataType) -> bool:

@@ -4,11 +4,11 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from crate_mae.data.decode import to_8_bits
 from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 
@@ -95,6 +95,5 @@ def _draw(rows: Sequence[tuple[str, list[Image.Image]]], tile: tuple[int, int], 
 def _tile(image: Float[Tensor, "c hh ww"], scale: int) -> Image.Image:
     if image.shape[0] not in (1, 3):
         image = image.mean(0, keepdim=True)
-    levels = (image.detach().float().cpu().clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    tile = Image.fromarray(np.ascontiguousarray(levels[..., 0] if levels.shape[2] == 1 else levels))
+    tile = to_8_bits(image.detach().float().cpu())
     return tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.NEAREST)

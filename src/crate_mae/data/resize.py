@@ -17,16 +17,14 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tvf
 
 from crate_mae.data.base import EncodedSource, ImageSource, refuse_unreadable
 from crate_mae.data.dataset import default_workers, in_parallel
-from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_channels
-from crate_mae.data.files import whole_folder
+from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_8_bits, to_channels
+from crate_mae.data.files import reason_of, whole_folder
 from crate_mae.data.folder import FolderSource
 from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
@@ -97,7 +95,7 @@ def resize_images(
             if sum(entry.is_file() for entry in folder.rglob("*")) != files:
                 raise UserError(f"Files were removed from {folder} while it was written, so {out} was not made.")
     except OSError as error:
-        raise UserError(f"Cannot write {out}: {(error.strerror or str(error)).lower()}.") from error
+        raise UserError(f"Cannot write {out}: {reason_of(error)}.") from error
     return bad
 
 
@@ -162,12 +160,9 @@ def _to_pillow(image: Image.Image | Tensor) -> Image.Image:
         return image
     if image.shape[0] not in (1, 3):
         raise UserError(f"Images of {image.shape[0]} channels cannot be written as files: those have 1 or 3.")
-    if image.dtype == torch.uint8:
-        return tvf.to_pil_image(image)
-    unit = image.clamp(0, 1)
-    if image.shape[0] == 1:
-        return Image.fromarray((unit[0] * 65535).round().numpy().astype(np.uint16))
-    return tvf.to_pil_image((unit * 255).round().to(torch.uint8))
+    if image.is_floating_point() and image.shape[0] == 1:
+        return Image.fromarray((image[0].clamp(0, 1) * 65535).round().numpy().astype(np.uint16))
+    return to_8_bits(image)
 
 
 def _write_folder(source: FolderSource, images: _Files, folder: Path) -> None:

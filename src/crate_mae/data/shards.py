@@ -7,16 +7,16 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
 
-from crate_mae.data.base import NO_LABEL, EncodedSource, files_fingerprint, number_labels, printable
+from crate_mae.data.base import NO_LABEL, EncodedSource, number_labels, printable
 from crate_mae.data.decode import MOST_BYTES, UnreadableImage, describe_unread, image_suffixes
 from crate_mae.data.documents import parse_json
+from crate_mae.data.files import files_fingerprint, reason_of
 from crate_mae.errors import UserError, and_more, first_line
 
 logger = logging.getLogger(__name__)
@@ -50,17 +50,6 @@ class Member(NamedTuple):
     problem: str = ""
 
 
-@dataclass
-class _Index:
-    """What one shard holds. A name that comes again stands for its last member, as when the archive is unpacked."""
-
-    images: dict[str, Member] = field(default_factory=dict)
-    labels: dict[str, int | str] = field(default_factory=dict)
-    others: Counter[str] = field(default_factory=Counter)
-    replaced: list[str] = field(default_factory=list)
-    bad_labels: list[str] = field(default_factory=list)
-
-
 class ShardSource(EncodedSource):
     """The images of uncompressed tar files, in the order of the shards and of their members.
 
@@ -77,10 +66,10 @@ class ShardSource(EncodedSource):
         found: list[int | str | None] = []
         others: Counter[str] = Counter()
         for number, path in enumerate(self._paths):
-            index = _index(number, path)
-            self._members += index.images.values()
-            found += [index.labels.get(_key(member.name)) for member in index.images.values() if not _is_lost(member)]
-            others += index.others
+            shard = _Shard(number, path)
+            self._members += shard.images.values()
+            found += [shard.labels.get(_key(member.name)) for member in shard.images.values() if not _is_lost(member)]
+            others += shard.others
         if not self._members:
             raise UserError(
                 f"Found 0 images in {len(self._paths)} shard(s) of {name}: looked for {' '.join(image_suffixes())}; "
@@ -104,7 +93,7 @@ class ShardSource(EncodedSource):
                 file.seek(member.offset)
                 content = file.read(member.size)
         except OSError as error:
-            raise UnreadableImage(self.location(i), (error.strerror or str(error)).lower()) from error
+            raise UnreadableImage(self.location(i), reason_of(error)) from error
         if len(content) < member.size:
             raise UnreadableImage(self.location(i), "the shard is cut short")
         return content
@@ -132,42 +121,86 @@ class ShardSource(EncodedSource):
         return whole
 
 
-def _index(number: int, path: Path) -> _Index:
-    """List the image members of one shard, and their labels as found."""
-    index = _Index()
-    try:
-        if not path.is_file():
-            raise tarfile.ReadError("not a regular file")
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            end, damage = _add_members(index, number, file, size)
-    except Exception as error:  # tarfile raises nearly any type on a damaged file
-        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-        raise UserError(
-            f"Cannot read the shard {printable(path)}: {reason.lower()}.\n"
-            "Shards are uncompressed tar files; unpack compressed ones (gunzip), and fetch broken ones again."
-        ) from error
-    if damage:
-        _add_lost(index, number, end, size, damage)
-    _warn(index, path)
-    return index
+class _Shard:
+    """What one shard holds. A name that comes again stands for its last member, as when the archive is unpacked."""
 
+    def __init__(self, number: int, path: Path) -> None:
+        self.images: dict[str, Member] = {}
+        self.labels: dict[str, int | str] = {}
+        self.others: Counter[str] = Counter()
+        self._number = number
+        self._replaced: list[str] = []
+        self._bad_labels: list[str] = []
+        try:
+            if not path.is_file():
+                raise tarfile.ReadError("not a regular file")
+            with path.open("rb") as file:
+                size = os.fstat(file.fileno()).st_size
+                end, damage = self._add_members(file, size)
+        except Exception as error:  # tarfile raises nearly any type on a damaged file
+            reason = reason_of(error) if isinstance(error, OSError) else first_line(error).lower()
+            raise UserError(
+                f"Cannot read the shard {printable(path)}: {reason}.\n"
+                "Shards are uncompressed tar files; unpack compressed ones (gunzip), and fetch broken ones again."
+            ) from error
+        if damage:
+            self._add_lost(end, size, damage)
+        self._warn(printable(path))
 
-def _add_members(index: _Index, number: int, file: io.BufferedReader, size: int) -> tuple[int, str]:
-    """Add the members of an archive; return where reading ended, and what is damaged there, if anything."""
-    end = 0
-    try:
-        with tarfile.open(fileobj=_Headers(file), mode="r:") as shard:
-            for info in shard:
-                if info.size < 0 or shard.offset <= end:
-                    raise tarfile.ReadError("the header of a member is damaged")
-                end = shard.offset
-                _add_member(index, number, info, file, size)
-    except Exception as error:
-        if not end:
-            raise
-        return end, first_line(error)
-    return _end_of_archive(file, end)
+    def _add_members(self, file: io.BufferedReader, size: int) -> tuple[int, str]:
+        """Add the members of an archive; return where reading ended, and what is damaged there, if anything."""
+        end = 0
+        try:
+            with tarfile.open(fileobj=_Headers(file), mode="r:") as shard:
+                for info in shard:
+                    if info.size < 0 or shard.offset <= end:
+                        raise tarfile.ReadError("the header of a member is damaged")
+                    end = shard.offset
+                    self._add_member(info, file, size)
+        except Exception as error:
+            if not end:
+                raise
+            return end, first_line(error)
+        return end, _damage_at(file, end)
+
+    def _add_member(self, info: tarfile.TarInfo, file: io.BufferedReader, size: int) -> None:
+        path = PurePosixPath(info.name)
+        suffix = path.suffix.lower()
+        if info.isdir() or path.name.startswith("."):
+            return
+        if suffix in image_suffixes():
+            if info.name in self.images:
+                self._replaced.append(info.name)
+                del self.images[info.name]  # the last one keeps its own place
+            self.images[info.name] = Member(self._number, info.name, info.offset_data, info.size, _problem(info, size))
+        elif suffix in (".cls", ".json"):
+            label = None
+            if not _problem(info, size, _MOST_LABEL_BYTES):
+                file.seek(info.offset_data)
+                label = _parse_label(file.read(info.size), suffix)
+            if label is not None:
+                self.labels[_key(info.name)] = label
+            elif suffix == ".cls":
+                self._bad_labels.append(info.name)
+        else:
+            self.others[suffix] += 1
+
+    def _add_lost(self, end: int, size: int, damage: str) -> None:
+        """Add as many unreadable images as the rest of a damaged shard likely holds, judged by the images before it."""
+        read = len(self.images)
+        lost = round(read * max(size - end, 0) / max(end, 1))
+        problem = f"{_LOST}the shard is damaged after byte {end:,} ({damage})"
+        for count in range(1, max(1, min(lost, _MOST_LOST * read)) + 1):
+            name = f"(lost image {count})"
+            self.images[name] = Member(self._number, name, end, 0, problem)
+
+    def _warn(self, shard: str) -> None:
+        for names, what in (
+            (self._replaced, "image(s) have the name of a later one, which takes their place"),
+            (self._bad_labels, "label(s) cannot be read, and images of which any has no label have none"),
+        ):
+            if names:
+                logger.warning("%s: %d %s: %s", shard, len(names), what, and_more(list(map(repr, names)), 3))
 
 
 class _Headers(io.BufferedIOBase):
@@ -191,26 +224,6 @@ class _Headers(io.BufferedIOBase):
         return self._file.tell()
 
 
-def _add_member(index: _Index, number: int, info: tarfile.TarInfo, file: io.BufferedReader, size: int) -> None:
-    path = PurePosixPath(info.name)
-    suffix = path.suffix.lower()
-    if info.isdir() or path.name.startswith("."):
-        return
-    if suffix in image_suffixes():
-        if info.name in index.images:
-            index.replaced.append(info.name)
-            del index.images[info.name]  # the last one keeps its own place
-        index.images[info.name] = Member(number, info.name, info.offset_data, info.size, _problem(info, size))
-    elif suffix in (".cls", ".json"):
-        label = None if _problem(info, size, _MOST_LABEL_BYTES) else _read_label(file, info, suffix)
-        if label is not None:
-            index.labels[_key(info.name)] = label
-        elif suffix == ".cls":
-            index.bad_labels.append(info.name)
-    else:
-        index.others[suffix] += 1
-
-
 def _problem(info: tarfile.TarInfo, size: int, most: int = MOST_BYTES) -> str:
     """Why the content of a member cannot be read; empty if it can."""
     if info.issparse():
@@ -223,54 +236,22 @@ def _problem(info: tarfile.TarInfo, size: int, most: int = MOST_BYTES) -> str:
     return "the shard is cut short" if info.offset_data + info.size > size else ""
 
 
-def _read_label(file: io.BufferedReader, info: tarfile.TarInfo, suffix: str) -> int | str | None:
-    file.seek(info.offset_data)
-    return _parse_label(file.read(info.size), suffix)
-
-
-def _end_of_archive(file: io.BufferedReader, end: int) -> tuple[int, str]:
-    """Where an archive ends, and what is wrong there: `tarfile` takes a damaged header for the end."""
+def _damage_at(file: io.BufferedReader, end: int) -> str:
+    """What is wrong where an archive seems to end: `tarfile` takes a damaged header for the end; "" for nothing."""
     file.seek(end)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
-        return end, "it has no end: it was cut short"
+        return "it has no end: it was cut short"
     if block.strip(b"\0"):
-        return end, "a header is damaged"
+        return "a header is damaged"
     rest = file.read(_AFTER_END)
     if rest.strip(b"\0"):
-        return end, "another archive follows the end of the first"
-    return end, ""
-
-
-def _add_lost(index: _Index, number: int, end: int, size: int, damage: str) -> None:
-    """Add as many unreadable images as the rest of a damaged shard likely holds, judged by the images before it."""
-    read = len(index.images)
-    lost = round(read * max(size - end, 0) / max(end, 1))
-    problem = f"{_LOST}the shard is damaged after byte {end:,} ({damage})"
-    for count in range(1, max(1, min(lost, _MOST_LOST * read)) + 1):
-        name = f"(lost image {count})"
-        index.images[name] = Member(number, name, end, 0, problem)
+        return "another archive follows the end of the first"
+    return ""
 
 
 def _is_lost(member: Member) -> bool:
     return member.problem.startswith(_LOST)
-
-
-def _warn(index: _Index, path: Path) -> None:
-    if index.replaced:
-        logger.warning(
-            "%s: %d image(s) have the name of a later one, which takes their place: %s",
-            printable(path),
-            len(index.replaced),
-            and_more(list(map(repr, index.replaced)), 3),
-        )
-    if index.bad_labels:
-        logger.warning(
-            "%s: %d label(s) cannot be read, and images of which any has no label have none: %s",
-            printable(path),
-            len(index.bad_labels),
-            and_more(list(map(repr, index.bad_labels)), 3),
-        )
 
 
 def _key(name: str) -> str:

@@ -11,14 +11,12 @@ from torch.utils.data import Dataset, IterableDataset
 
 from crate_mae.data.base import ImageSource, printable
 from crate_mae.data.decode import OPTIONAL, describe_unread, image_suffixes, may_be_image
-from crate_mae.data.digits import DigitsSource
-from crate_mae.data.facts import content_digests, find_copies
-from crate_mae.data.files import path_of
-from crate_mae.data.folder import SPLIT_NAMES, FolderSource, Listing, list_folder
-from crate_mae.data.hub import HubSource
+from crate_mae.data.files import path_of, reason_of
+from crate_mae.data.folder import SPLIT_NAMES, FolderSource, list_folder
+from crate_mae.data.named import DigitsSource, HubSource, open_torchvision
 from crate_mae.data.parquet import ParquetSource
 from crate_mae.data.shards import ShardSource
-from crate_mae.data.wrapped import DatasetSource, Indexable, open_torchvision
+from crate_mae.data.wrapped import DatasetSource, Indexable
 from crate_mae.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -82,61 +80,6 @@ def full_name(data: str | Path) -> str:
     return str(path.resolve()) if os.path.exists(path) or _PATTERN.search(text) else text  # noqa: PTH110
 
 
-def same_images(first: ImageSource, second: ImageSource) -> bool:
-    """Return whether two sources have the same images: the same files, or as many with the same contents in a sample.
-
-    Copies in another order are not recognised.
-    """
-    fingerprint = first.fingerprint()
-    if first is second or (fingerprint is not None and fingerprint == second.fingerprint()):
-        return True
-    return len(first) == len(second) and content_digests(first) == content_digests(second)
-
-
-def refuse_shared_images(train: ImageSource, val: ImageSource, option: str, consequence: str) -> None:
-    """Raise a `UserError` if images to measure on are among those that are learned from.
-
-    They are recognised where both are the same files, rows, shard members or items, whichever way they were opened.
-    Copies under other names are a warning: see `find_copies`.
-
-    Args:
-        train: learned from.
-        val: measured on.
-        option: how `train` is given.
-        consequence: of measuring on them, which completes the sentence "... are the same images, so ...".
-    """
-    remedy = "Give other images with --val."
-    if same_images(train, val):
-        raise UserError(f"{option} and --val are the same images ({train.name}), so {consequence}.\n{remedy}")
-    numbers = {origin: i for i, origin in enumerate(val.origins())}
-    shared = [numbers[origin] for origin in train.origins() if origin in numbers]
-    if shared:
-        raise UserError(
-            f"{len(shared):,} of {len(val):,} images of --val ({val.name}) are also in {option} ({train.name}), "
-            f"such as {val.location(shared[0])}, so {consequence}.\n{remedy}"
-        )
-    _warn_of_copies(train, val, option)
-
-
-def _warn_of_copies(train: ImageSource, val: ImageSource, option: str) -> None:
-    """Name the images of --val that are also in `train` under another name."""
-    pairs, compared = find_copies(train, val)
-    found = ""
-    if pairs:
-        first, second = pairs[0]
-        found = (
-            f"{len(pairs):,} of {compared[1]:,} images of --val ({val.name}) are also in {option} ({train.name}), e.g. "
-            f"{val.location(second)} = {train.location(first)}."
-        )
-    if 0 < sum(compared) < len(train) + len(val):
-        found += (
-            f" Copies were looked for among {compared[0]:,} of the {len(train):,} images of {option} and "
-            f"{compared[1]:,} of the {len(val):,} of --val, since reading all would take long."
-        )
-    if found:
-        logger.warning("%s", found.strip())
-
-
 def _open_text(data: str) -> ImageSource:
     if not data.strip():
         raise UserError(f"The data has an empty name.\n{FORMS}")
@@ -163,7 +106,7 @@ def _open_path(path: Path, name: str) -> ImageSource:
         if path.is_file():
             return _open_files([path], name)
     except OSError as error:  # a name too long, a folder above that may not be entered
-        raise UserError(f"Cannot access {printable(path)}: {(error.strerror or str(error)).lower()}.") from error
+        raise UserError(f"Cannot access {printable(path)}: {reason_of(error)}.") from error
     if path.exists():
         raise UserError(f"{printable(path)} is a pipe, a socket or a device, not a regular file or a folder.\n{FORMS}")
     if _PATTERN.search(name):
@@ -172,16 +115,22 @@ def _open_path(path: Path, name: str) -> ImageSource:
 
 
 def _open_folder(path: Path, name: str) -> ImageSource:
-    listing = list_folder(path)
-    if listing.images:
-        source = FolderSource(path, listing.images, name)
-        source.left_out = listing.others
+    images, containers, others = list_folder(path)
+    if images:
+        source = FolderSource(path, images, name)
+        source.left_out = others
         return source
     for suffix, kind in ((".parquet", ParquetSource), (".tar", ShardSource)):
-        found = [path / file for file in listing.containers if file.lower().endswith(suffix)]
+        found = [path / file for file in containers if file.lower().endswith(suffix)]
         if found:
             return kind(_training_part(found), name)
-    raise _no_images(path, listing)
+    message = (
+        f"Found 0 images under {printable(path)}: looked for {' '.join(image_suffixes())}; "
+        f"{describe_unread(others) or 'saw no files at all'}."
+    )
+    if ".arrow" in others:
+        message += f"\nFolders saved by the datasets library are opened as hf:{printable(path)}"
+    raise UserError(message)
 
 
 def _warn_of_images(source: ImageSource) -> None:
@@ -247,14 +196,6 @@ def _choices(inside: str) -> list[str]:
     if len(last) > 18 or int(last) - int(first) > _MOST_FILES:
         raise UserError(f"{{{inside}}} stands for more than {_MOST_FILES:,} files.")
     return [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-
-
-def _no_images(path: Path, listing: Listing) -> UserError:
-    saw = describe_unread(listing.others) or "saw no files at all"
-    message = f"Found 0 images under {printable(path)}: looked for {' '.join(image_suffixes())}; {saw}."
-    if ".arrow" in listing.others:
-        message += f"\nFolders saved by the datasets library are opened as hf:{printable(path)}"
-    return UserError(message)
 
 
 def _not_found(path: Path, name: str) -> UserError:

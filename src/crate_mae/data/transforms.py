@@ -10,10 +10,9 @@ from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import functional as tvf
 
 from crate_mae.data.dataset import global_generators_seeded
-from crate_mae.data.decode import size_of, to_channels, to_tensor
+from crate_mae.data.decode import size_of, to_8_bits, to_channels, to_tensor
 from crate_mae.errors import UserError
 
 _MOST_COVERING = 16  # how many times as long as the target a scaled image may be before it is cropped
@@ -132,7 +131,7 @@ class RandAugment:
     def __call__(self, image: Image.Image | Tensor) -> Image.Image:
         """Augment one image; deeper pixels are rounded to 8 bits."""
         if isinstance(image, Tensor):
-            image = _to_8_bits(image)
+            image = to_8_bits(image)
         with global_generators_seeded(int(torch.randint(2**32, ()))):
             try:
                 return self._augment(image)
@@ -141,10 +140,6 @@ class RandAugment:
                 if "bits" not in str(error):
                     raise
                 return image
-
-
-def _to_8_bits(image: Tensor) -> Image.Image:
-    return tvf.to_pil_image(image if image.dtype == torch.uint8 else (image.clamp(0, 1) * 255).round().to(torch.uint8))
 
 
 def pretrain_transform(

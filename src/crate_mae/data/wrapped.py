@@ -1,7 +1,6 @@
-"""Any indexable data set, such as those of PyTorch, and the data sets of torchvision by name."""
+"""Any indexable data set, such as those of PyTorch."""
 
 import contextlib
-import inspect
 from collections.abc import Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,14 +10,12 @@ from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.data.base import NO_LABEL, ImageSource, number_labels
+from crate_mae.data.base import LARGEST_LABEL, NO_LABEL, ImageSource, number_labels
 from crate_mae.data.decode import UnreadableImage, decode, upright
-from crate_mae.data.files import cache_folder
-from crate_mae.errors import UserError, did_you_mean, first_line
+from crate_mae.errors import UserError, first_line
 
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values", "jpg", "png", "x")
 _LABEL_KEYS = ("label", "labels", "class", "target", "cls", "fine_label", "y")
-_LARGEST_LABEL = 2**63 - 1
 
 
 @runtime_checkable
@@ -56,8 +53,7 @@ class DatasetSource(ImageSource):
 
     def read(self, i: int) -> Image.Image | Tensor:
         """The image of item i; a Pillow image of mode I or F is scaled by `value_range`."""
-        picture = self.picture(i)
-        return self._in_range(picture) if isinstance(picture, Image.Image) else picture
+        return self._in_range(self.picture(i))
 
     @property
     def check_command(self) -> str | None:
@@ -136,51 +132,6 @@ class DatasetSource(ImageSource):
         return self._last[1]
 
 
-def open_torchvision(name: str, split: str | None) -> DatasetSource:
-    """Open a data set of torchvision by its class name, downloaded at the first use into the user's cache folder.
-
-    Args:
-        name: class name, such as `CIFAR10`.
-        split: a split of the class; `train` or `test` if it only has the argument `train`. By default that of the
-            class, which nearly always is the training part.
-
-    Raises:
-        UserError: for an unknown name or split, or a failed download.
-    """
-    from torchvision import datasets
-
-    known = [entry for entry in datasets.__all__ if isinstance(getattr(datasets, entry), type)]
-    if name not in known:
-        hint = did_you_mean(name, known, "torchvision:{}") or f" It has: {', '.join(known)}."
-        raise UserError(f'torchvision has no data set "{name}".{hint}')
-    kind = getattr(datasets, name)
-    root = cache_folder() / "torchvision"
-    parameters = inspect.signature(kind).parameters
-    settings = _split_settings(name, split, parameters.keys())
-    if "download" in parameters:
-        settings["download"] = True
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        dataset = kind(root=str(root), **settings)
-    except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
-        raise UserError(
-            f"Cannot open torchvision:{name}{f':{split}' if split else ''}: {first_line(error)}\n"
-            f"It is downloaded into {root}: check the network, or put the files there by hand."
-        ) from error
-    return DatasetSource(dataset, f"torchvision:{name}{f':{split}' if split else ''}")
-
-
-def _split_settings(name: str, split: str | None, parameters: Any) -> dict[str, Any]:
-    if split is None:
-        return {}
-    if "split" in parameters:
-        return {"split": split}
-    if "train" in parameters and split in ("train", "test"):
-        return {"train": split == "train"}
-    choice = f"torchvision:{name}:train or torchvision:{name}:test" if "train" in parameters else f"torchvision:{name}"
-    raise UserError(f'torchvision:{name} has no split "{split}": use {choice}.')
-
-
 def _image_of(item: Any) -> Any:
     if isinstance(item, (tuple, list)):
         return item[0] if item else None
@@ -203,7 +154,7 @@ def _label_of(item: Any) -> int | str | None:
     if isinstance(label, (Tensor, np.ndarray)) and label.ndim == 0:
         label = label.item()
     if isinstance(label, (int, np.integer)) and label >= 0:
-        return int(label) if label <= _LARGEST_LABEL else str(label)
+        return int(label) if label <= LARGEST_LABEL else str(label)
     return str(label) if isinstance(label, str) else None
 
 
@@ -225,7 +176,7 @@ def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
         if isinstance(listed, (list, Tensor, np.ndarray)):
             labels = np.asarray(listed)
             whole = labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer)
-            if whole and labels.min() >= 0 and labels.max() <= _LARGEST_LABEL:
+            if whole and labels.min() >= 0 and labels.max() <= LARGEST_LABEL:
                 return labels.astype(np.int64)
     return None
 
