@@ -1,11 +1,20 @@
 import re
+import signal
 
 import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from crate_mae.data import BadImage, ImageDataset, collate, evaluation_transform, open_source, pretrain_transform
+from crate_mae.data import (
+    BadImage,
+    ImageDataset,
+    collate,
+    evaluation_transform,
+    open_source,
+    pretrain_transform,
+    readable_batches,
+)
 from crate_mae.data.base import Part
 from crate_mae.errors import UserError
 
@@ -45,6 +54,18 @@ def test_epoch_seed_and_index_each_change_the_augmentation(dataset, mixed):
 
 def test_a_plain_index_is_epoch_zero(dataset):
     assert torch.equal(dataset[3].image, dataset[(3, 0)].image)
+
+
+def test_processes_that_read_images_leave_interrupts_to_the_main_process(mixed):
+    def ignores(_image):
+        return torch.tensor([[[float(signal.getsignal(signal.SIGINT) == signal.SIG_IGN)]]])
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        batches = [next(readable_batches(mixed, ignores, 99, workers=workers)) for workers in (0, 1)]
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [batch.images.flatten().tolist() for batch in batches] == [[0.0] * 8, [1.0] * 8]
 
 
 def test_the_random_state_of_the_caller_is_untouched(dataset):

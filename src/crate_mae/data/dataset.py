@@ -138,10 +138,10 @@ def readable_batches(
         transform: without randomness.
         batch_size: images per batch.
         workers: number of processes that load images.
-        worker_init: called first in each process.
+        worker_init: called first in each process; by default `ignore_interrupts`.
     """
     prepared = _Attempts(len(source), partial(_prepared, source, transform))
-    yield from _batches_in_order(prepared, batch_size, _collate_readable, workers, worker_init)
+    yield from _batches_in_order(prepared, batch_size, _collate_readable, workers, worker_init or ignore_interrupts)
 
 
 def in_parallel(function: Callable[[int], Any], images: int, workers: int) -> Generator[Any]:
@@ -176,7 +176,7 @@ def _batches_in_order(
     batch_size: int,
     collate: Callable[[list[Any]], Any],
     workers: int,
-    worker_init: Callable[[int], None] | None,
+    worker_init: Callable[[int], None],
 ) -> Generator[Any]:
     loader = DataLoader(
         dataset,

@@ -13,7 +13,7 @@ from crate_mae.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-_SAMPLED = 16  # images of a source whose sizes stand for all
+_SAMPLED = 16  # images of a source whose contents or sizes stand for those of all
 # Bytes that `find_copies` reads, in some seconds. Opening a small file takes as long as so many: 131,072 small images.
 _MOST_COMPARED = 2 * 2**30
 _LEAST_COMPARED = 16 * 2**10
@@ -74,10 +74,10 @@ def _warn_of_copies(train: ImageSource, val: ImageSource, option: str) -> None:
         logger.warning("%s", found.strip())
 
 
-def content_digests(source: ImageSource, sample: int = 16) -> list[str]:
+def content_digests(source: ImageSource) -> list[str]:
     """Digests of the contents of a fixed pseudo-random sample: of the bytes of files, of the pixels of others."""
     found = []
-    for i in fixed_sample(len(source), sample):
+    for i in fixed_sample(len(source), _SAMPLED):
         try:
             with _same_each_time():
                 found.append(read_with_digest(source, i)[1].hex())

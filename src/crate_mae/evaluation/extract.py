@@ -19,7 +19,7 @@ from safetensors.numpy import save_file
 
 from crate_mae.data import BadImage, ImageSource, readable_batches
 from crate_mae.data.base import refuse_unreadable
-from crate_mae.data.dataset import default_workers, ignore_interrupts
+from crate_mae.data.dataset import default_workers
 from crate_mae.data.files import cache_folder, whole_file
 from crate_mae.data.numbers import MOST_THREADS, describe_not_whole, is_number
 from crate_mae.errors import UserError
@@ -182,9 +182,7 @@ def _extract(
     arrays: list[np.ndarray] = []  # of all images, allocated once
     bad: list[BadImage] = []
     stop = 0
-    for batch in readable_batches(
-        source, backbone.transform(), extraction.batch_size, workers=workers, worker_init=ignore_interrupts
-    ):
+    for batch in readable_batches(source, backbone.transform(), extraction.batch_size, workers=workers):
         bad += batch.bad
         refuse_unreadable(source, bad, extraction.max_bad)
         if len(batch.indices):

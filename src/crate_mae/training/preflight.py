@@ -324,7 +324,7 @@ def _reduced_loading(task: Task) -> tuple[int, float] | None:
     times: list[float] = []
     for i in fixed_sample(len(source), _REDUCED_IMAGES):
         with suppress(UnreadableImage):
-            content = resized(source, i, size).content
+            content, _ = resized(source, i, size)
             started = time.perf_counter()
             image = decode(content, source.location(i))
             with default_generator_seeded(0):
