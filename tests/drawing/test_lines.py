@@ -46,7 +46,6 @@ def test_legends_inside_are_for_panels_of_several_lines():
         ("auto", [1.0, 101.0], "log"),
         ("auto", [1.0, 99.0], "linear"),
         ("auto", [0.0, 101.0], "linear"),
-        ("log", [1.0, 2.0], "log"),
         ("from zero", [1.0, 2.0], "linear"),
     ],
 )

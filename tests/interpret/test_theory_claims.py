@@ -6,14 +6,14 @@ import math
 import pytest
 import torch
 
-from crate_mae.interpret.claims.attention import measure_attention, softmax_steps, tilt_bases
+from crate_mae.interpret.claims import attention, denoising, diffusion, ista, signal_to_noise
+from crate_mae.interpret.claims.attention import softmax_steps, tilt_bases
 from crate_mae.interpret.claims.common import Spread, cosine, relative_error, spreads
-from crate_mae.interpret.claims.denoising import measure_denoising
-from crate_mae.interpret.claims.diffusion import measure_diffusion
-from crate_mae.interpret.claims.ista import STEPS, lasso_solution, measure_ista
+from crate_mae.interpret.claims.ista import STEPS, lasso_solution
 from crate_mae.interpret.claims.page import measure_theory
-from crate_mae.interpret.claims.signal_to_noise import attention_layer, measure_signal_to_noise
-from crate_mae.theory import coherence, orthonormal_bases, orthonormality_error, signal_to_noise
+from crate_mae.interpret.claims.signal_to_noise import attention_layer
+from crate_mae.theory import coherence, orthonormal_bases, orthonormality_error
+from crate_mae.theory import signal_to_noise as signal_to_noise_of
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_spreads_by_hand():
 
 
 def test_the_denoiser_projects_best_and_each_token_alone_comes_nearest():
-    results = measure_denoising(0, 2, noise=(0.1, 0.3), dimensions=(64,), subspaces=(4,))
+    results = denoising.measure(0, 2, noise=(0.1, 0.3), dimensions=(64,), subspaces=(4,))
     assert [point.noise_std for point in results.by_noise] == [0.1, 0.3]
     for point in (*results.by_noise, *results.by_dimension, *results.by_subspaces):
         assert point.error["denoiser"].mean == min(spread.mean for spread in point.error.values())
@@ -43,13 +43,13 @@ def test_the_denoiser_projects_best_and_each_token_alone_comes_nearest():
 
 
 def test_the_gradient_leaves_noise_outside_all_subspaces():
-    (point,) = measure_denoising(0, 1, noise=(0.1,), dimensions=(128,), subspaces=(2,)).by_dimension
+    (point,) = denoising.measure(0, 1, noise=(0.1,), dimensions=(128,), subspaces=(2,)).by_dimension
     assert point.error["token"].mean > 0.9 * point.error["noisy"].mean
     assert point.error["attention"].mean < 0.5 * point.error["noisy"].mean
 
 
 def test_an_order_of_the_series_errs_by_the_next_power():
-    results = measure_attention(0, 2, radii=(0.01, 0.1, 3.0))
+    results = attention.measure(0, 2, radii=(0.01, 0.1, 3.0))
     for points in (results.orthogonal, results.coherent):
         for order in range(3):
             small, large, beyond = (point.error[f"order {order}"].mean for point in points)
@@ -71,7 +71,7 @@ def test_steps_by_hand():
 
 
 def test_the_restored_step_goes_downhill_and_the_published_one_uphill():
-    results = measure_attention(0, 2, radii=(0.01, 0.3, 3.0))
+    results = attention.measure(0, 2, radii=(0.01, 0.3, 3.0))
     for point in (*results.orthogonal, *results.coherent):
         for scale in ("s = 1", "s = p^-1/2"):
             restored, published = f"restored, {scale}", f"published, {scale}"
@@ -99,14 +99,14 @@ def test_tokens_that_attend_to_themselves_gain_the_predicted_factor():
     u = torch.eye(4, dtype=torch.float64).reshape(4, 2, 2).transpose(0, 1)
     z = torch.tensor([[5.0, 0, 0.1, 0], [0, 5.0, 0, 0.1], [-5.0, 0, 0, -0.1]], dtype=torch.float64)
     after = attention_layer(z, u, "threshold", 0.5, 0.6)
-    ratio = signal_to_noise(after, u)[0] / signal_to_noise(z, u)[0]
+    ratio = signal_to_noise_of(after, u)[0] / signal_to_noise_of(z, u)[0]
     assert ratio.item() == pytest.approx(1.3, rel=1e-12)
     torch.testing.assert_close(after[:, :2], 1.3 * z[:, :2])
     torch.testing.assert_close(after[:, 2:], z[:, 2:])
 
 
 def test_the_constant_factor_holds_where_noise_is_small_and_ends_where_it_is_not():
-    results = measure_signal_to_noise(0, 1, noise=(0.1, 1.0), layers=4)
+    results = signal_to_noise.measure(0, 1, noise=(0.1, 1.0), layers=4)
     held = {(curve.operator, curve.noise_std): curve.layers_held for curve in results.curves}
     assert held["normalised", 0.1] == 4
     assert held["normalised", 1.0] == held["threshold", 1.0] == held["network", 0.1] == 0
@@ -116,7 +116,7 @@ def test_the_constant_factor_holds_where_noise_is_small_and_ends_where_it_is_not
 
 
 def test_diffusion_structures_single_tokens_and_returns():
-    alone, together, oblique, space = measure_diffusion(0, 2, tokens=40).runs
+    alone, together, oblique, space = diffusion.measure(0, 2, tokens=40).runs
     for run in (alone, space):
         assert run.forward[-1].mean < 0.7 * run.forward[0].mean
         assert run.distance[-1].mean < 0.5 * run.distance[0].mean
@@ -143,7 +143,7 @@ def test_the_reference_solves_the_lasso(generator):
 
 
 def test_ista_reaches_the_minimum_unless_its_steps_are_too_long():
-    results = measure_ista(0, 1, tokens=11)
+    results = ista.measure(0, 1, tokens=11)
     assert results.steps == STEPS
     for curve in results.curves:
         if curve.step_size <= 1:
@@ -157,7 +157,7 @@ def test_ista_reaches_the_minimum_unless_its_steps_are_too_long():
 
 
 def test_the_numbers_depend_on_the_seed_alone():
-    for measure in (measure_ista, measure_attention):
+    for measure in (ista.measure, attention.measure):
         once, again, other = (measure(seed, 1) for seed in (0, 0, 1))
         assert once == again != other
 

@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from crate_mae.drawing.style import encode
+from crate_mae.interpret.claims import attention, denoising, ista, signal_to_noise
 from crate_mae.interpret.claims.common import Spread, number, power
-from crate_mae.interpret.claims.ista import draw_ista
-from crate_mae.interpret.claims.page import draw_theory, explain_theory, measure_theory, write_page
+from crate_mae.interpret.claims.page import CLAIMS, measure_theory, write_page
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def results():
 
 @pytest.fixture(scope="module")
 def pictures(results):
-    return {name: encode(figure, "png") for name, figure in draw_theory(results).items()}
+    return {name: encode(claim.draw(results.claims[name]), "png") for name, claim in CLAIMS.items()}
 
 
 class Tags(HTMLParser):
@@ -52,7 +52,7 @@ def test_numbers_are_written_with_their_spread():
 
 
 def test_the_page_is_self_contained(results, pictures):
-    page = write_page(results, explain_theory(results), pictures)
+    page = write_page(results, pictures)
     tags = Tags()
     tags.feed(page)
     assert tags.open == []
@@ -64,20 +64,21 @@ def test_the_page_is_self_contained(results, pictures):
 
 
 def test_the_page_reports_what_was_measured(results):
-    point = next(point for point in results.denoising.by_noise if point.noise_std == 0.2)
-    section = explain_theory(results)[0]
+    found = results.claims["denoising"]
+    point = next(point for point in found.by_noise if point.noise_std == 0.2)
+    section = denoising.explain(found)
     assert number(point.cosine["all"]) in section.found[0]
     changed = dataclasses.replace(point, cosine={**point.cosine, "all": Spread(0.1234, 0.02)})
-    by_noise = tuple(changed if p is point else p for p in results.denoising.by_noise)
-    other = dataclasses.replace(results, denoising=dataclasses.replace(results.denoising, by_noise=by_noise))
+    other = dataclasses.replace(found, by_noise=tuple(changed if p is point else p for p in found.by_noise))
     assert "0.12 ± 0.02" not in section.found[0]
-    assert "0.12 ± 0.02" in explain_theory(other)[0].found[0]
+    assert "0.12 ± 0.02" in denoising.explain(other).found[0]
 
 
 def test_the_page_reports_which_step_was_measured(results):
-    section = explain_theory(results)[1]
+    found = results.claims["attention"]
+    section = attention.explain(found)
     assert section.title == "Attention keeps one of the two terms of the gradient step"
-    point = next(point for point in results.attention.orthogonal if point.radius == 0.3)
+    point = next(point for point in found.orthogonal if point.radius == 0.3)
     sentence = next(text for text in section.found if text.startswith("Cosine with"))
     for step in ("restored, s = 1", "restored, s = p^-1/2", "published, s = 1", "published, s = p^-1/2"):
         assert number(point.descent[step]) in sentence
@@ -86,25 +87,21 @@ def test_the_page_reports_which_step_was_measured(results):
 
 
 def test_the_page_reports_whether_a_claim_holds(results):
-    snr = results.signal_to_noise
-    none = tuple(dataclasses.replace(curve, layers_held=0) for curve in snr.curves)
-    whole = tuple(dataclasses.replace(curve, layers_held=snr.layers) for curve in snr.curves)
-    glances = [
-        explain_theory(dataclasses.replace(results, signal_to_noise=dataclasses.replace(snr, curves=curves)))[2].glance
-        for curves in (none, whole)
-    ]
+    found = results.claims["signal_to_noise"]
+    none = tuple(dataclasses.replace(curve, layers_held=0) for curve in found.curves)
+    whole = tuple(dataclasses.replace(curve, layers_held=found.layers) for curve in found.curves)
+    glances = [signal_to_noise.explain(dataclasses.replace(found, curves=curves)).glance for curves in (none, whole)]
     assert glances[0].count("at no noise level") == 3
     assert glances[1].count("at 7 noise levels (largest σ = 1)") == 3
 
 
 def test_figures_are_pictures_and_the_same_each_time(results, pictures):
-    again = draw_theory(results)
-    assert set(pictures) == set(again) == {section.figure for section in explain_theory(results)}
+    assert set(pictures) == set(results.claims)
     for name, picture in pictures.items():
-        assert encode(again[name], "png") == picture
+        assert encode(CLAIMS[name].draw(results.claims[name]), "png") == picture
         with Image.open(BytesIO(picture)) as image:
             assert image.width > 1200
             assert len(image.convert("RGB").getcolors(1 << 24)) > 50
-    first, second = (encode(draw_ista(results.ista), "pdf") for _ in range(2))
+    first, second = (encode(ista.draw(results.claims["ista"]), "pdf") for _ in range(2))
     assert first == second
     assert first.startswith(b"%PDF")

@@ -14,7 +14,7 @@ from crate_mae.drawing.style import GREY, colour, draw_line, marker, new_figure
 from crate_mae.drawing.style import panels as new_axes
 from crate_mae.drawing.text import mathtext
 
-Scale = Literal["linear", "from zero", "log", "auto"]
+Scale = Literal["auto", "from zero"]
 
 _LOGARITHMIC_FROM = 100.0  # largest value over smallest
 _LEAST_SPAN = 0.1  # of an axis, relative to the largest value
@@ -32,7 +32,6 @@ class Line(NamedTuple):
         number: of colour and symbol; None is grey without symbols.
         spread: half widths of the band; empty for none.
         dashed: whether the line is dashed and its symbols are hollow.
-        symbols: whether each point has its symbol.
     """
 
     label: str
@@ -41,7 +40,6 @@ class Line(NamedTuple):
     number: int | None = 0
     spread: Sequence[float] = ()
     dashed: bool = False
-    symbols: bool = True
 
 
 class Panel(NamedTuple):
@@ -62,7 +60,7 @@ class Panel(NamedTuple):
     title: str = ""
     xlabel: str = ""
     ylabel: str = ""
-    scale: Scale = "linear"
+    scale: Scale = "auto"
     ticks: Mapping[float, str] | None = None
     divider: float | None = None
 
@@ -120,19 +118,17 @@ def _style(line: Line) -> dict[str, Any]:
     """The options of matplotlib's lines."""
     style: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "white"} if line.dashed else {}
     if line.number is None:
-        style["color"] = GREY
-    if line.number is None or not line.symbols:
-        style["marker"] = ""
+        style |= {"color": GREY, "marker": ""}
     return style
 
 
 def _scale(axes: Any, scale: Scale, values: Sequence[float]) -> None:
     low, high = min(values), max(values)
-    if scale == "log" or (scale == "auto" and low > 0 and high > _LOGARITHMIC_FROM * low):
-        axes.set_yscale("log")
-    elif scale == "from zero":
+    if scale == "from zero":
         axes.set_ylim(bottom=0)
-    elif scale == "auto":
+    elif low > 0 and high > _LOGARITHMIC_FROM * low:
+        axes.set_yscale("log")
+    else:
         bottom, top = axes.get_ylim()
         missing = _LEAST_SPAN * max(abs(low), abs(high)) - (top - bottom)
         if missing > 0:

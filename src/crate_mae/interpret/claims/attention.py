@@ -82,7 +82,7 @@ class Attention:
     coherent: tuple[AttentionPoint, ...]
 
 
-def measure_attention(seed: int = 0, draws: int = 5, *, radii: Sequence[float] = RADII) -> Attention:
+def measure(seed: int = 0, draws: int = 5, *, radii: Sequence[float] = RADII) -> Attention:
     """Vary the distortion, which decides how fast the series converges; for orthogonal and for tilted subspaces."""
 
     def point(radius: float, tilt: float) -> AttentionPoint:
@@ -167,7 +167,7 @@ def _best_factor(x: Tensor, exact: Tensor) -> Tensor:
     return (x * exact).sum() / x.square().sum()
 
 
-def draw_attention(results: Attention) -> Figure:
+def draw(results: Attention) -> Figure:
     """Draw the errors of the series, the direction of the part that mixes tokens, and the direction of whole steps."""
     figure = new_figure(14.0, 4.8)
     axes = panels(figure, 1, 3)[0]
@@ -200,7 +200,7 @@ def draw_attention(results: Attention) -> Figure:
     return figure
 
 
-def explain_attention(results: Attention) -> Section:
+def explain(results: Attention) -> Section:
     """Explain on the page how attention comes from the gradient step, and what it leaves out."""
 
     def at(points: tuple[AttentionPoint, ...], radius: float) -> AttentionPoint:
@@ -224,7 +224,6 @@ def explain_attention(results: Attention) -> Section:
         return ", ".join(number(point.error[f"order {m}"]) for m in ORDERS)
 
     return Section(
-        figure="attention",
         title="Attention keeps one of the two terms of the gradient step",
         claim="Expand the inverse in the gradient to first order, and attention without softmax appears. The descent "
         "step then has two terms: −W, which shrinks tokens, and a term that mixes them. Replace the auto-correlation W "

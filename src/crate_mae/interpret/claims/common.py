@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from crate_mae.drawing.style import draw_line
+from crate_mae.theory import match_up_to_scale
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def generator(seed: int, draw: int) -> torch.Generator:
 
 def cosine(x: Tensor, y: Tensor) -> float:
     """<X, Y> / (||X|| ||Y||), with matrices as vectors."""
-    return ((x * y).sum() / (torch.linalg.vector_norm(x) * torch.linalg.vector_norm(y))).item()
+    return match_up_to_scale(x, y).cosine.item()
 
 
 def relative_error(x: Tensor, exact: Tensor) -> float:
@@ -61,7 +62,6 @@ class Section:
     """One claim on the page; all texts but the title are HTML.
 
     Attributes:
-        figure: name of the figure, and anchor of the section.
         title: the claim in a few words.
         claim: what is claimed.
         formula: the claim as a formula.
@@ -73,7 +73,6 @@ class Section:
         table: further results as a table; empty if there are none.
     """
 
-    figure: str
     title: str
     claim: str
     formula: str

@@ -66,7 +66,7 @@ class Denoising:
     by_subspaces: tuple[DenoisingPoint, ...]
 
 
-def measure_denoising(
+def measure(
     seed: int = 0,
     draws: int = 5,
     *,
@@ -141,7 +141,7 @@ def _outside(z: Float[Tensor, "n d"], u: Float[Tensor, "h d p"], labels: Tensor)
     return (torch.linalg.vector_norm(outside) / torch.linalg.vector_norm(z)).item()
 
 
-def draw_denoising(results: Denoising) -> Figure:
+def draw(results: Denoising) -> Figure:
     """Draw the cosine with the denoiser's displacement, and the share left outside the own subspace."""
     figure = new_figure(11.0, 7.0)
     axes = panels(figure, 2, 3, sharey="row", sharex="col")
@@ -168,7 +168,7 @@ def draw_denoising(results: Denoising) -> Figure:
     return figure
 
 
-def explain_denoising(results: Denoising) -> Section:
+def explain(results: Denoising) -> Section:
     """Explain on the page whether a gradient step denoises."""
 
     def cosines(key: str) -> list[float]:
@@ -182,7 +182,6 @@ def explain_denoising(results: Denoising) -> Section:
     good = sum(value >= SAME_DIRECTION for value in cosines("all"))
     alone = sum(value >= SAME_DIRECTION for value in cosines("token"))
     return Section(
-        figure="denoising",
         title="Compressing is denoising",
         claim="The best way to denoise a token is to project it onto the subspace that it came from. A gradient step "
         "that lowers the coding rate R<sup>c</sup> is claimed to do the same.",

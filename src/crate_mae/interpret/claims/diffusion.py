@@ -77,7 +77,7 @@ class Diffusion:
     runs: tuple[DiffusionRun, ...]
 
 
-def measure_diffusion(seed: int = 0, draws: int = 5, *, tokens: int = 80) -> Diffusion:
+def measure(seed: int = 0, draws: int = 5, *, tokens: int = 80) -> Diffusion:
     """Lines in the plane, at right angles and at 60 degrees, and three lines in space; each token alone or all at once.
 
     The distortion favours the claim: 1/a is twice the noise's variance for a token alone.
@@ -158,7 +158,7 @@ def _distance(z: Float[Tensor, "n d"], u: Float[Tensor, "h d 1"]) -> float:
     return away.mean().item()
 
 
-def draw_diffusion(results: Diffusion) -> Figure:
+def draw(results: Diffusion) -> Figure:
     """Draw for each example the tokens' paths forward and in reverse, and their angle to the nearest line."""
     rows = len(results.runs)
     figure = new_figure(11.0, 3.3 * rows)
@@ -203,7 +203,7 @@ def _draw_paths(axes: Any, half: np.ndarray, run: DiffusionRun) -> None:
         axes.set_zticks([])
 
 
-def explain_diffusion(results: Diffusion) -> Section:
+def explain(results: Diffusion) -> Section:
     """Explain on the page whether forward steps structure tokens, and whether reverse steps undo them."""
 
     def summary(run: DiffusionRun) -> str:
@@ -221,7 +221,6 @@ def explain_diffusion(results: Diffusion) -> Section:
     gain = first.missed[middle].mean / first.missed[most].mean
     shrunk = [run.norm[-1].mean / run.norm[0].mean for run in results.runs]
     return Section(
-        figure="diffusion",
         title="Structured diffusion, and its reverse",
         claim="Small descent steps on R<sup>c</sup> move tokens onto the subspaces: the model of an encoder. The same "
         "steps with a plus sign move them back: the model of a decoder. The steps are those of the exact gradient, not "

@@ -76,7 +76,7 @@ class Ista:
     curves: tuple[IstaCurve, ...]
 
 
-def measure_ista(seed: int = 0, draws: int = 3, *, tokens: int = 32, steps: Sequence[int] = STEPS) -> Ista:
+def measure(seed: int = 0, draws: int = 3, *, tokens: int = 32, steps: Sequence[int] = STEPS) -> Ista:
     """Run ISTA on tokens that are sparse combinations of the atoms of a random square dictionary, plus noise."""
     problems = [_problem(seed, draw, tokens) for draw in range(draws)]
     initial = {start: [_compare(_start(start, p[0]), p) for p in problems] for start in STARTS}
@@ -158,7 +158,7 @@ def _largest(dictionary: Float[Tensor, "d m"]) -> float:
     return torch.linalg.matrix_norm(dictionary, ord=2).item() ** 2
 
 
-def draw_ista(results: Ista) -> Figure:
+def draw(results: Ista) -> Figure:
     """Draw the gap of the objective and the agreement of the supports, by steps."""
     figure = new_figure(11.0, 4.8)
     gap, support = panels(figure, 1, 2)[0]
@@ -183,7 +183,7 @@ def draw_ista(results: Ista) -> Figure:
     return figure
 
 
-def explain_ista(results: Ista) -> Section:
+def explain(results: Ista) -> Section:
     """Explain on the page how far sparse-coding steps get towards the minimum of a lasso."""
 
     def curve(start: Start, step_size: float) -> IstaCurve:
@@ -206,7 +206,6 @@ def explain_ista(results: Ista) -> Section:
         else "it never rose"
     )
     return Section(
-        figure="ista",
         title="One sparse-coding step, and where more would lead",
         claim="The second half of a layer is one proximal-gradient step towards sparse, non-negative codes of its "
         "tokens in a dictionary.",

@@ -76,9 +76,7 @@ class SignalToNoise:
     curves: tuple[SignalToNoiseCurve, ...]
 
 
-def measure_signal_to_noise(
-    seed: int = 0, draws: int = 5, *, noise: Sequence[float] = NOISE, layers: int = 8
-) -> SignalToNoise:
+def measure(seed: int = 0, draws: int = 5, *, noise: Sequence[float] = NOISE, layers: int = 8) -> SignalToNoise:
     r"""Apply layers Z <- Z + eta sum_k phi(W_k W_k^T) W_k U_k^T to noisy tokens, with every operator phi.
 
     If phi gives every token tau on itself in its own subspace and nothing elsewhere, the part inside the token's own
@@ -166,7 +164,7 @@ def _count_leading(values: Iterable[bool]) -> int:
     return sum(1 for _ in takewhile(bool, values))
 
 
-def draw_signal_to_noise(results: SignalToNoise) -> Figure:
+def draw(results: SignalToNoise) -> Figure:
     """Draw the growth of the ratio through the layers, with a panel for each operator."""
     figure = new_figure(11.0, 7.0)
     axes = panels(figure, 2, 2, sharex=True, sharey=True).ravel()
@@ -190,7 +188,7 @@ def draw_signal_to_noise(results: SignalToNoise) -> Figure:
     return figure
 
 
-def explain_signal_to_noise(results: SignalToNoise) -> Section:
+def explain(results: SignalToNoise) -> Section:
     """Explain on the page whether every layer cleans by the same factor."""
 
     def curves(operator: Operator) -> list[SignalToNoiseCurve]:
@@ -205,7 +203,6 @@ def explain_signal_to_noise(results: SignalToNoise) -> Section:
         return f"at {len(levels)} noise levels (largest σ = {max(levels):g})" if levels else "at no noise level"
 
     return Section(
-        figure="signal_to_noise",
         title="Every layer cleans by the same factor",
         claim="In a transformer with attention layers only, the ratio of signal to noise of a cluster's tokens is "
         "claimed to grow by one constant factor per layer "
