@@ -54,7 +54,7 @@ def rates(network: Opened, test: str) -> list[Row]:
         LayerMeasure(measures.SUBSPACES, measures.POINTS, _official, measures.has_subspaces),
         LayerMeasure(measures.STAND_IN, measures.POINTS, measures.value_rates, measures.has_value_projections),
     ]
-    return stream(network.backbone.encoder, list(images.split(BATCH)), wanted).rows
+    return stream(network.backbone.encoder, list(images.split(BATCH)), wanted)
 
 
 def _official(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:

@@ -35,7 +35,6 @@ from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import knn_probe, linear_probe
 from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret.audit import NO_CHANGE, Place, audit
-from crate_mae.interpret.layer_measures import default_pass
 from crate_mae.interpret.steps import measure_claims
 from crate_mae.training.recipes import recipe_text
 
@@ -171,10 +170,10 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
             model = crate_mae.load(folder).eval()
         asked = range(len(source) - ASKED, len(source))
         images = read_images(source, open_backbone(model).transform(), asked, AUDITED).images
-        measured = measure_claims(model, {"all": [images]}, lambda net, batch: default_pass(net)(batch))
+        measured = measure_claims(model, {"all": [images]})
         found = []
         for row in audit(measured):
-            margins = measured[Place("all", row.part, row.layer)].measured[row.claim].margins
+            margins = measured[Place("all", row.part, row.layer)][row.claim].margins
             changed = margins[NO_CHANGE] > 0 if NO_CHANGE in margins and row.share_of_images is not None else None
             found.append(
                 {

@@ -104,7 +104,8 @@ def _trained(name: str, runs: Path, data: str, start: str, skip: bool) -> Path:
 def _measured(model: Opened, images: ProbeImages) -> list[Row]:
     """The encoder's layers, on test images."""
     encoder: Any = model.backbone.encoder
-    read = read_images(images.test, model.backbone.transform(), range(len(images.test)), IMAGES).images
+    _, test = images
+    read = read_images(test, model.backbone.transform(), range(len(test)), IMAGES).images
     with evaluating(encoder):
         rows = feature_ranks(encoder, [read]) + pixels_from_layers(encoder, read, encoder.patch_embed.patch_size[0])
     probes, converged = probe_rows(model.backbone, images)

@@ -11,11 +11,9 @@ from crate_mae.data import open_source
 from crate_mae.data.facts import fixed_sample
 from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret import audit as claims
-from crate_mae.interpret import pooled
 from crate_mae.interpret.audit import (
     CLAIMS,
     CONTROLS,
-    LayerClaims,
     Measured,
     Place,
     audit,
@@ -27,7 +25,7 @@ from crate_mae.interpret.audit import (
 )
 from crate_mae.interpret.measure import measure_layers, open_measurable
 from crate_mae.interpret.statistics import statistic
-from crate_mae.interpret.steps import measure_claims, measure_layer
+from crate_mae.interpret.steps import mean_sum, measure_claims, measure_layer, pool, token_sum
 from crate_mae.models.features import evaluating
 from crate_mae.theory import coding_rate, lasso_objective, subspace_coding_rate
 
@@ -43,17 +41,14 @@ def measured(key, after, **controls):
 
 
 def judged(found, key=claims.COMPRESS, theorems=frozenset(), draws=()):
-    layers = {E0: LayerClaims({key: found}, theorems)}
-    (row,) = audit(layers, [{E0: LayerClaims({key: draw})} for draw in draws])
+    layers = {E0: {key: found._replace(is_theorem=key in theorems)}}
+    (row,) = audit(layers, [{E0: {key: draw}} for draw in draws])
     return row
 
 
 def walk(net, images, **options):
-    def show(net, batch):
-        return net(batch, mask=torch.zeros(len(batch), net.num_patches, dtype=torch.bool))
-
     with evaluating(net):
-        return measure_claims(net, {"all": list(images.split(4))}, show, **options)
+        return measure_claims(net, {"all": list(images.split(4))}, **options)
 
 
 def test_margins_are_over_the_best_control_image_by_image():
@@ -94,9 +89,9 @@ def test_holms_correction_is_that_computed_by_hand():
 
 def test_claims_and_layers_are_corrected_together_and_kinds_of_tokens_apart():
     one = measured(claims.COMPRESS, [97.0, 90.0, 99.0], a=[100.0, 100.0, 100.0])
-    layer = LayerClaims({claims.COMPRESS: one, claims.COMPRESS_UNIT: one})
+    layer = {claims.COMPRESS: one, claims.COMPRESS_UNIT: one}
     places = [Place(tokens, "encoder", number) for tokens in ("all", "visible") for number in (0, 1, 2)]
-    (alone,) = audit({E0: LayerClaims({claims.COMPRESS: one})})
+    (alone,) = audit({E0: {claims.COMPRESS: one}})
     rows = audit(dict.fromkeys(places, layer))
     assert len(rows) == 12
     assert [row.p_holm for row in rows] == pytest.approx([min(1.0, 6 * alone.p_holm)] * 12)
@@ -297,14 +292,14 @@ def test_pooled_rates_are_those_of_all_tokens_with_and_without_each_group():
     z = torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     q = torch.eye(8, dtype=torch.float64).unflatten(1, (2, 4)).transpose(0, 1)
     groups = z.tensor_split(3)
-    found = pooled.pool([pooled.token_sum(g) for g in groups], torch.full((3,), 10.0, dtype=torch.float64), q)
+    found = pool([token_sum(g) for g in groups], torch.full((3,), 10.0, dtype=torch.float64), q)
     rest = [z, z[2:], torch.cat([z[:2], z[4:]]), z[:4]]
     assert found.rate().tolist() == pytest.approx([float(coding_rate(t.flatten(0, 1))) for t in rest])
     assert found.subspace_rate().tolist() == pytest.approx(
         [float(subspace_coding_rate(t.flatten(0, 1), q)) for t in rest]
     )
     means = z.mean(1, keepdim=True).expand_as(z)
-    torch.testing.assert_close(pooled.mean_sum(z), pooled.token_sum(means))
+    torch.testing.assert_close(mean_sum(z), token_sum(means))
 
 
 def test_encoders_of_visible_patches_are_audited_on_those_too(build):
@@ -327,8 +322,8 @@ def test_the_same_numbers_come_again_and_untrained_draws_are_reported(build):
 def test_quick_measures_are_the_first_of_all(build, images):
     whole, quick = (walk(build(), images, quick=quick) for quick in (False, True))
     for place, layer in whole.items():
-        for key, found in layer.measured.items():
-            part = quick[place].measured[key]
+        for key, found in layer.items():
+            part = quick[place][key]
             assert len(part.after) == 1
             assert part.after[0] == pytest.approx(float(found.after[0]), rel=1e-6)
 

@@ -8,8 +8,13 @@ from torch import nn
 from crate_mae.data import open_source
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
-from crate_mae.evaluation.extract import Extraction
-from crate_mae.interpret.information import dead_coordinates, feature_ranks, pixels_from_layers, probe_layers
+from crate_mae.interpret.information import (
+    dead_coordinates,
+    feature_ranks,
+    pixels_from_layers,
+    probe_images,
+    probe_layers,
+)
 from crate_mae.interpret.statistics import find
 from crate_mae.models.masking import patchify
 from crate_mae.models.tracing import trace
@@ -89,11 +94,10 @@ def test_feature_ranks_fall_to_one_where_images_become_one(build, images):
 
 def test_probes_know_more_than_chance_and_need_labels(build):
     backbone = open_backbone(build())
-    extraction = Extraction(layers="all", cache=False)
     train, test = open_source("digits:train"), open_source("digits:test")
-    probes = probe_layers(backbone, train, test, grid=[0.01], extraction=extraction)
+    probes = probe_layers(backbone, train, test, grid=[0.01])
     assert list(probes) == [0, 1]
     assert all(probe.top1.value > 0.5 for probe in probes.values())
     unlabelled = open_source([np.zeros((8, 8), dtype=np.uint8)] * 3)
     with pytest.raises(UserError, match="no labels"):
-        probe_layers(backbone, train, unlabelled, grid=[0.01], extraction=extraction)
+        probe_images(train, unlabelled, 5, 0)

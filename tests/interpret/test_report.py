@@ -156,7 +156,7 @@ def test_the_files_hold_the_numbers_of_the_page(inspection, files, page):
             assert html(f"{number(rates[0])} → {number(rates[-1])}") in page
     assert content["versions"]["torch"] in page
     assert [f"{value:.1f}" for value in content["completions"]["psnr"]] == [
-        f"{value:.1f}" for value in inspection.examples.completed.psnr
+        f"{value:.1f}" for value in inspection.examples.psnr
     ]
 
 
@@ -201,7 +201,7 @@ def test_the_model_without_mixing_is_in_the_files_and_on_the_page(inspection, fi
 
 def test_a_black_box_baseline_is_drawn_and_told(inspection, page):
     rates = plan_figures(inspection)["layers"][0]
-    labels = [[curve.label for curve in panel.curves] for panel in rates.panels]
+    labels = [[curve.label for curve in curves] for curves in rates.content.values()]
     assert {"baseline (stand-in)", "random baseline (stand-in)"} < set(labels[2])
     assert "baseline" not in {label for panel in labels for label in panel}
     assert "With random initialisation that stand-in" in page
@@ -241,8 +241,8 @@ def test_a_shortage_of_images_is_said(inspection, page):
 def test_the_same_seed_makes_the_same_report(inspection):
     again = inspect_small()
     assert again.to_json() == inspection.to_json()
-    assert again.examples.completed.psnr == inspection.examples.completed.psnr
-    assert inspection.examples.completed.mask_ratio == 0.5
+    assert again.examples.psnr == inspection.examples.psnr
+    assert inspection.examples.mask_ratio == 0.5
 
 
 def test_the_command_says_how_to_make_it_again(page):

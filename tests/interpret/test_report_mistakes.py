@@ -10,7 +10,7 @@ import torch
 import crate_mae
 from crate_mae.errors import UserError
 from crate_mae.interpret.report import inspection as inspection_module
-from crate_mae.interpret.report.examples import Grid, draw_grid
+from crate_mae.interpret.report.examples import draw_grid
 from crate_mae.interpret.report.figures import plan_figures
 from crate_mae.interpret.report.inspection import inspect_model
 from crate_mae.interpret.report.page import write_page
@@ -61,8 +61,8 @@ def test_tokens_that_are_all_zero_make_a_report(build):
     inspection, plan, page = report(model=model)
     assert {row.mean for row in inspection.model.find("dead_coordinates")} == {1.0}
     assert "100%" in page
-    for grid in (figure for figures in plan.values() for figure in figures if isinstance(figure, Grid)):
-        draw_grid(grid)
+    for tiles in (f.content for figures in plan.values() for f in figures if not isinstance(f.content, dict)):
+        draw_grid(tiles)
 
 
 @pytest.mark.parametrize("name", ["mask_token", "encoder.patch_embed.proj.weight", "decoder.pred.bias"])
@@ -87,8 +87,8 @@ def test_a_model_without_subspaces_has_what_is_left(build):
     assert "weights" not in names
     titles = ("R^c as the official code takes it (nats)", "R^c of unit-length projections (nats)")
     for figure, title in zip(plan["layers"], titles, strict=False):  # of which there is the stand-in alone
-        assert [panel.title for panel in figure.panels] == [title]
-        assert all(curve.dashed for curve in figure.panels[0].curves)
+        assert list(figure.content) == [title]
+        assert all(curve.dashed for curve in figure.content[title])
     assert "so these are of its stand-in, and nothing predicts where squares should lie" in page
     assert {
         "subspace_rates",
@@ -103,7 +103,7 @@ def test_a_model_without_subspaces_has_what_is_left(build):
     } <= set(names)
     assert "is not MSSA" in page
     assert "subspace rates, the model" in page  # among what is left out
-    assert inspection.subject("random") is not None
+    assert "random" in {found.key for found in inspection.measured}
 
 
 def test_a_network_from_python_has_no_decoder_and_no_twin():
@@ -153,7 +153,7 @@ def test_a_classifier_is_measured_by_its_encoder(build):
     inspection, _, _ = report(model=classifier)
     whole, _, _ = report(model=net)
     assert inspection.model.find("coding_rate", "z_next") == whole.model.find("coding_rate", "z_next")
-    assert inspection.subject("random") is not None
+    assert "random" in {found.key for found in inspection.measured}
     assert inspection.left_out["completions"] == "the model has no decoder"
 
 
@@ -208,8 +208,8 @@ def test_drawn_foregrounds_are_scored_for_every_network(build, tmp_path):
         "other": [],
     }
     drawn = next(figure for figure in plan["attention"] if figure.name == "foreground_scores")
-    assert [curve.label for curve in drawn.panels[0].curves][-1] == "all of the image"
-    assert all(curve.rows for panel in drawn.panels for curve in panel.curves)
+    assert next(curves[-1].label for curves in drawn.content.values()) == "all of the image"
+    assert all(curve.rows for curves in drawn.content.values() for curve in curves)
     (note,) = (note for note in inspection.notes if "4.png" in note)
     assert note.startswith("1 of 5 masks of --foregrounds cannot be read")
     assert f"--foregrounds {tmp_path / 'masks'}" in inspection.settings.command()
@@ -221,7 +221,7 @@ def test_drawn_foregrounds_are_scored_for_every_network(build, tmp_path):
 
 def test_a_fresh_baseline_has_no_random_twin(build):
     inspection, _, _ = report(model=build(), baseline="vit_mae_nano_patch2_8")
-    assert inspection.subject("random_baseline") is None
+    assert "random_baseline" not in {found.key for found in inspection.measured}
     assert "itself has random initialisation" in inspection.left_out["random baseline"]
 
 

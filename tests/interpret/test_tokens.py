@@ -53,12 +53,12 @@ def test_neighbours_are_in_other_images_best_first():
     patches = TOKENS.clone()
     patches[2, 3], patches[0, 8] = 5 * patches[1, 6], patches[1, 6] + torch.tensor([1.0, 1, 0, 0, 0, 0, 0])
     found = nearest_tokens(patches, 1, 6)
-    assert found.image.tolist() == [[2, 0]]
-    assert found.token[0, 0] == 3
+    assert [image for image, _, _ in found] == [2, 0]
+    assert found[0][1] == 3
     unit = torch.nn.functional.normalize(patches[0], dim=-1) @ torch.nn.functional.normalize(patches[1, 6], dim=0)
-    assert found.similarity[0].tolist() == pytest.approx([1, float(unit.max())])
-    assert found.token[0, 1] == unit.argmax()
-    assert nearest_tokens(patches, 1, 6, count=1).image.tolist() == [[2]]
+    assert [cosine for _, _, cosine in found] == pytest.approx([1, float(unit.max())])
+    assert found[1][1] == unit.argmax()
+    assert nearest_tokens(patches, 1, 6, count=1) == found[:1]
     with pytest.raises(UserError, match="no token 10 of image 1"):
         nearest_tokens(patches, 1, 10)
     with pytest.raises(UserError, match="only one"):

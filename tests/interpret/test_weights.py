@@ -111,7 +111,7 @@ def test_a_partner_that_undoes_its_layer_is_seen(build, images):
     with torch.no_grad():
         tokens = model.encoder._pos_embed(model.encoder.patch_embed(images))
     model.decoder.blocks[0] = Undo(tokens)
-    found = {row.measure: row.mean for row in stream(model, [images], inverse_measures(model)).rows}
+    found = {row.measure: row.mean for row in stream(model, [images], inverse_measures(model))}
     assert found["inverse_cosine"] == pytest.approx(1, abs=1e-5)
     assert found["inverse_error"] == pytest.approx(0.5, abs=1e-4)
     assert found["inverse_error_scaled"] == pytest.approx(0, abs=1e-3)

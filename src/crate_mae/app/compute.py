@@ -17,7 +17,6 @@ from crate_mae.interpret.layer_measures import (
     LayerMeasure,
     Values,
     bases,
-    default_pass,
     has_subspaces,
     rates_in_subspaces,
     sparsity,
@@ -196,17 +195,13 @@ def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:
         LayerMeasure("sparsity of codes", ("code",), lambda layer, code: sparsity("code", layer, code)),
     ]
     with evaluating(model):
-        rows = stream(model.encoder, [image], measures).rows
-        found = measure_claims(model.encoder, {"all": [image]}, _forward, pools=False)
+        rows = stream(model.encoder, [image], measures)
+        found = measure_claims(model.encoder, {"all": [image]}, pools=False)
     before, after, zeros = (
         [row.mean for row in find(rows, measure, point)]
         for measure, point in ((_RATE, "z"), (_RATE, "z_half"), ("zero_fraction", "code"))
     )
     return Curves(before, after, zeros, audit(found))
-
-
-def _forward(encoder: torch.nn.Module, image: Tensor) -> object:
-    return default_pass(encoder)(image)
 
 
 def layers(model: MaskedAutoencoder) -> int:

@@ -6,8 +6,8 @@ for the task, whatever it does to R^c.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
@@ -46,9 +46,9 @@ class AttentionUse:
     change_low: float | None
     change_high: float | None
     n: int
-    accuracy: float | None = None
-    accuracy_low: float | None = None
-    accuracy_high: float | None = None
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
 
 
 @contextmanager
@@ -59,15 +59,10 @@ def without_mixing(layers: Iterable[nn.Module]) -> Iterator[None]:
         w = attn.project(inputs[0])
         return attn.step(w, w)
 
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for layer in layers:
-            attention_of(layer)
-            handles.append(layer.get_submodule("attn").register_forward_hook(alone))
+            hooks.enter_context(attention_of(layer).register_forward_hook(alone))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def attention_use(
@@ -89,7 +84,7 @@ def attention_use(
     """
     parts: dict[str, dict[int, nn.Module]] = {}
     for name, layer in layers_of(net).items():
-        if has_subspaces(name, layer):
+        if has_subspaces(layer):
             part, number = place_of(name)
             parts.setdefault(part, {})[number] = layer
     if not parts:
@@ -103,18 +98,12 @@ def attention_use(
     for part, number, layers in chosen:
         with without_mixing(layers):
             losses = _losses(net, images, masks, batch_size) if layers else intact
-            made = _use(part, number, losses, intact)
-            if probe is not None and part != "decoder":
-                score = probe()
-                made = replace(made, accuracy=score.value, accuracy_low=score.low, accuracy_high=score.high)
-        found.append(made)
+            score = probe() if probe is not None and part != "decoder" else None
+        change = statistic(losses - intact)
+        low, high = (None, None) if change.spread is None else change.interval()
+        accuracy = (None, None, None) if score is None else astuple(score)
+        found.append(AttentionUse(part, number, float(losses.mean()), change.mean, low, high, change.n, *accuracy))
     return found
-
-
-def _use(part: str, number: int | None, losses: Float[Tensor, "b"], intact: Float[Tensor, "b"]) -> AttentionUse:
-    change = statistic(losses - intact)
-    low, high = (None, None) if change.spread is None else change.interval()
-    return AttentionUse(part, number, float(losses.mean()), change.mean, low, high, change.n)
 
 
 def _losses(net: MaskedAutoencoder, images: Tensor, masks: Tensor, batch_size: int) -> Float[Tensor, "b"]:

@@ -35,7 +35,7 @@ is "contradiction". Its controls are measured all the same, and `AuditRow.holds`
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
@@ -43,9 +43,8 @@ from jaxtyping import Float
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from crate_mae.interpret.statistics import Statistic, statistic
+from crate_mae.interpret.statistics import Part, Statistic, statistic
 
-Part = Literal["encoder", "decoder"]
 Tokens = Literal["all", "visible"]
 Status = Literal["theorem", "holds", "does not hold", "contradiction"]
 
@@ -181,12 +180,14 @@ class Measured(NamedTuple):
         after: the value after it.
         margins: by how much the step beats each control in the claimed direction.
         scale: what margins are shares of; the value before, unless that can be 0.
+        is_theorem: whether the layer lists the claim as a theorem.
     """
 
     before: Float[Tensor, "r"]
     after: Float[Tensor, "r"]
     margins: Mapping[str, Float[Tensor, "r"]]
     scale: Float[Tensor, "r"]
+    is_theorem: bool = False
 
 
 class Place(NamedTuple):
@@ -203,16 +204,7 @@ class Place(NamedTuple):
     layer: int
 
 
-class LayerClaims(NamedTuple):
-    """What was measured of one layer.
-
-    Attributes:
-        measured: by claim.
-        theorems: the claims that the layer lists as theorems.
-    """
-
-    measured: Mapping[str, Measured]
-    theorems: frozenset[str] = frozenset()
+Claims = Mapping[Place, Mapping[str, Measured]]  # of each layer, by claim
 
 
 @dataclass(frozen=True)
@@ -277,26 +269,22 @@ class AuditRow:
         return SYMBOLS[self.status]
 
 
-def audit(layers: Mapping[Place, LayerClaims], untrained: Sequence[Mapping[Place, LayerClaims]] = ()) -> list[AuditRow]:
+def audit(layers: Claims, untrained: Sequence[Claims] = ()) -> list[AuditRow]:
     """Judge every claim about every layer, claim by claim.
 
     Args:
         layers: what was measured of the network.
         untrained: the same of untrained draws of it.
     """
-    rows = [
-        _unjudged(place, key, layers[place].measured[key], [draw[place].measured[key] for draw in untrained])
-        for key in CLAIMS
-        for place in layers
-        if key in layers[place].measured
-    ]
-    corrected: dict[int, float] = {}
-    for tokens in dict.fromkeys(row.tokens for row in rows):
-        family = [number for number, row in enumerate(rows) if row.tokens == tokens]
-        corrected |= zip(family, holm([rows[number].p_holm for number in family]), strict=True)
+    tested = [(place, key) for key in CLAIMS for place, found in layers.items() if key in found]
+    p: dict[tuple[Place, str], float] = {}
+    for tokens in dict.fromkeys(place.tokens for place, _ in tested):
+        family = [(place, key) for place, key in tested if place.tokens == tokens]
+        p_values = [p_value(_best_margin(CLAIMS[key], layers[place][key])[1]) for place, key in family]
+        p |= zip(family, holm(p_values), strict=True)
     return [
-        _judged(replace(row, p_holm=corrected[number]), layers[Place(row.tokens, row.part, row.layer)])  # pyright: ignore[reportArgumentType]
-        for number, row in enumerate(rows)
+        _judge(place, key, layers[place][key], [draw[place][key] for draw in untrained], p[place, key])
+        for place, key in tested
     ]
 
 
@@ -352,14 +340,22 @@ def contradicts(key: str, found: Measured) -> bool:
     return bool((margin < -_ROUNDING * found.scale.abs().clamp_min(1.0)).any())
 
 
-def _unjudged(place: Place, key: str, found: Measured, draws: Iterable[Measured]) -> AuditRow:
-    """The row with its p-value uncorrected, and not yet judged."""
+def _judge(place: Place, key: str, found: Measured, draws: Sequence[Measured], p_holm: float) -> AuditRow:
     claim = CLAIMS[key]
     best, margin = _best_margin(claim, found)
     low, high = margin.interval()
-    draws = list(draws)
-    untrained = max((_margin_share(claim, draw) for draw in draws), default=None)
+    margin_share = _margin_share(claim, found)
+    share_of_images = None if claim.pooled else float((best > 0).double().mean())
     learned = all(_margin_share(claim, found, len(draw.after)) > _margin_share(claim, draw) for draw in draws)
+    holds = (
+        (share_of_images is None or share_of_images >= LEAST_SHARE_OF_IMAGES)
+        and margin_share >= LEAST_MARGIN_SHARE
+        and p_holm < LARGEST_P
+        and (learned or found.is_theorem or not claim.is_learned)
+    )
+    status: Status = "holds" if holds else "does not hold"
+    if found.is_theorem:
+        status = "contradiction" if contradicts(key, found) else "theorem"
     center = (lambda values: float(values[0])) if claim.pooled else (lambda values: float(values.double().mean()))
     return AuditRow(
         tokens=place.tokens,
@@ -373,29 +369,15 @@ def _unjudged(place: Place, key: str, found: Measured, draws: Iterable[Measured]
         margin=margin.mean,
         margin_low=None if margin.spread is None else low,
         margin_high=None if margin.spread is None else high,
-        margin_share=_margin_share(claim, found),
-        share_of_images=None if claim.pooled else float((best > 0).double().mean()),
+        margin_share=margin_share,
+        share_of_images=share_of_images,
         n=margin.n,
-        p_holm=p_value(margin),
-        untrained=untrained,
+        p_holm=p_holm,
+        untrained=max((_margin_share(claim, draw) for draw in draws), default=None),
         learned=learned if draws else None,
-        holds=False,
-        status="does not hold",
+        holds=holds,
+        status=status,
     )
-
-
-def _judged(row: AuditRow, layer: LayerClaims) -> AuditRow:
-    is_theorem = row.claim in layer.theorems
-    holds = (
-        (row.share_of_images is None or row.share_of_images >= LEAST_SHARE_OF_IMAGES)
-        and row.margin_share >= LEAST_MARGIN_SHARE
-        and row.p_holm < LARGEST_P
-        and (is_theorem or not CLAIMS[row.claim].is_learned or row.learned is not False)
-    )
-    status: Status = "holds" if holds else "does not hold"
-    if is_theorem:
-        status = "contradiction" if contradicts(row.claim, layer.measured[row.claim]) else "theorem"
-    return replace(row, holds=holds, status=status)
 
 
 def _best_margin(claim: Claim, found: Measured) -> tuple[Float[Tensor, "r"], Statistic]:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from crate_mae.drawing import lines
 from crate_mae.interpret.registry import MEASURES
-from crate_mae.interpret.statistics import Row, find
+from crate_mae.interpret.statistics import Row, Statistic, find
 
 POINTS = {"z": "input", "z_half": "after the first step", "z_next": "output"}
 
@@ -49,8 +49,10 @@ def both_parts(rows: Sequence[Row], measure: str, point: str = "") -> list[Row]:
 
 def interval_half_width(row: Row) -> float:
     """Half of the 95% interval of the mean over images; 0 for one image, and for what has no images."""
-    low, high = row.interval()
-    return (high - low) / 2 if math.isfinite(low) and row.over == "images" else 0.0
+    if row.over != "images" or row.spread is None:
+        return 0.0
+    low, high = Statistic(row.mean, row.spread, row.n).interval()
+    return (high - low) / 2
 
 
 def layer_panel(
@@ -63,7 +65,7 @@ def layer_panel(
     """A panel of curves, the decoder's layers behind the encoder's.
 
     Args:
-        title: see `measures.Measure.label`.
+        title: see `registry.Measure.label`.
         curves: with at least one row together.
         band: half width of the band around a row's mean.
         scale: of the vertical axis.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.interpret.attention import class_attention
 from crate_mae.interpret.statistics import Row, row, statistic
-from crate_mae.interpret.tokens import encode_patches, shown_images
+from crate_mae.interpret.tokens import encode_patches, grid_size, shown_images
 from crate_mae.models.tracing import layers_of
 
 FOREGROUND_MASS = 0.6  # DINO's share of the attention that makes the foreground
@@ -32,18 +32,9 @@ _MOST_BAD = 0.01  # the share of masks that may be unreadable: --max-bad of othe
 _COLUMNS = ("image", "left", "top", "right", "bottom")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, the last two beyond it, in pixels
-
-
-class Drawings(NamedTuple):
-    """Drawn foregrounds, by the names of images without folder and ending.
-
-    Attributes:
-        masks: files whose pixels that are not 0 are foreground.
-        boxes: of each image at least one.
-    """
-
-    masks: dict[str, Path]
-    boxes: dict[str, list[Box]]
+# Foregrounds by the names of images without folder and ending: files of masks, whose pixels that are not 0 are
+# foreground, or boxes, at least one of each image.
+Drawings = Mapping[str, Path] | Mapping[str, list[Box]]
 
 
 class Drawn(NamedTuple):
@@ -69,9 +60,9 @@ def read_drawings(path: Path) -> Drawings:
         UserError: if there are none, two masks have one name, or a line of the file is invalid.
     """
     if path.is_dir():
-        return Drawings(_mask_files(path), {})
+        return _mask_files(path)
     if path.suffix.lower() == ".csv" and path.is_file():
-        return Drawings({}, _boxes_of(path))
+        return _boxes_of(path)
     raise UserError(f"{path} is neither a folder of masks nor a .csv file of boxes ({','.join(_COLUMNS)}).")
 
 
@@ -84,14 +75,14 @@ def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], 
     images, masks, boxes, bad = [], [], [], []
     for i in indices:
         name = Path(source.location(i)).stem
-        if name not in drawings.masks and name not in drawings.boxes:
+        if name not in drawings:
             continue
         try:
             picture = source.read(i)
         except UnreadableImage:
             continue  # reported where images are measured
         try:
-            parts = _parts(drawings, name, _size(picture))
+            parts = _parts(drawings[name], _size(picture))
         except UnreadableImage as error:
             bad.append(BadImage(error.location, error.reason))
             continue
@@ -110,7 +101,8 @@ def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], 
             f"No foreground belongs to a measured image, such as {printable(Path(source.location(0)))}.\n"
             "A mask, or a line of a .csv file, must have the name of its image, without the ending."
         )
-    return Drawn(torch.stack(images), torch.stack(masks) if drawings.masks else None, boxes, bad)
+    are_masks = all(isinstance(drawing, Path) for drawing in drawings.values())
+    return Drawn(torch.stack(images), torch.stack(masks) if are_masks else None, boxes, bad)
 
 
 def mass_mask(saliency: Float[Tensor, "b gh gw"], mass: float = FOREGROUND_MASS) -> Bool[Tensor, "b gh gw"]:
@@ -162,16 +154,12 @@ def _found(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], layer: int) -
     found: dict[str, Tensor] = {}
     with suppress(UserError):  # no class token, or no attention
         found["attention"] = mass_mask(class_attention(encoder, images, layer=layer).saliency)
-    grid = encoder.get_submodule("patch_embed").grid_size
-    found["component"] = principal_mask(encode_patches(encoder, images, layer), grid)  # pyright: ignore[reportArgumentType]
+    grid = grid_size(encoder)
+    assert grid is not None, "the caller has checked"
+    found["component"] = principal_mask(encode_patches(encoder, images, layer), grid)
     found["everything"] = torch.ones_like(found["component"])
-    height, width = images.shape[2:]
-    return {kind: _enlarged(mask, height, width) for kind, mask in found.items()}
-
-
-def _enlarged(mask: Bool[Tensor, "b gh gw"], height: int, width: int) -> Bool[Tensor, "b hh ww"]:
-    rows, columns = height // mask.shape[1], width // mask.shape[2]
-    return mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2)
+    rows, columns = images.shape[2] // grid[0], images.shape[3] // grid[1]  # pixels of a patch
+    return {kind: mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2) for kind, mask in found.items()}
 
 
 def _localised(mask: Bool[Tensor, "b hh ww"], boxes: Sequence[Int[Tensor, "k 4"]]) -> Float[Tensor, "b"]:
@@ -249,18 +237,17 @@ def _size(picture: Image.Image | Tensor) -> tuple[int, int]:
     return picture.size if isinstance(picture, Image.Image) else (int(picture.shape[-1]), int(picture.shape[-2]))
 
 
-def _parts(drawings: Drawings, name: str, size: tuple[int, int]) -> list[Bool[np.ndarray, "hh ww"]]:
+def _parts(drawing: Path | list[Box], size: tuple[int, int]) -> list[Bool[np.ndarray, "hh ww"]]:
     """The drawn foreground of an image: its mask, or a mask of each box."""
     width, height = size
-    if name in drawings.masks:
-        path = drawings.masks[name]
-        picture = decode(read_file(path, printable(path)), printable(path))
+    if isinstance(drawing, Path):
+        picture = decode(read_file(drawing, printable(drawing)), printable(drawing))
         if picture.size != size:
-            raise UserError(f"{path} has {picture.width} x {picture.height} pixels, its image {width} x {height}.")
+            raise UserError(f"{drawing} has {picture.width} x {picture.height} pixels, its image {width} x {height}.")
         values = np.asarray(picture.convert("RGB") if len(picture.getbands()) > 1 else picture)
         return [values != 0 if values.ndim == 2 else (values != 0).any(-1)]
     parts = []
-    for left, top, right, bottom in drawings.boxes[name]:
+    for left, top, right, bottom in drawing:
         part = np.zeros((height, width), dtype=bool)
         part[max(round(top), 0) : max(round(bottom), 0), max(round(left), 0) : max(round(right), 0)] = True
         parts.append(part)

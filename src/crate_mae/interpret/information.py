@@ -1,8 +1,8 @@
 """How much information about an image is left after each layer: dead coordinates, ranks, pixels, linear probes."""
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import LinearResult, Score, linear_probe, refuse_small_classes
-from crate_mae.interpret.layer_measures import default_pass
+from crate_mae.interpret.layer_measures import Forward, default_pass
 from crate_mae.interpret.statistics import Row, Statistic, place_of, row, rows_over_layers
 from crate_mae.models.masking import patchify
 from crate_mae.models.tracing import layers_of, taps_of, trace
@@ -27,16 +27,13 @@ _STRENGTHS = (1e-3, 1e-2, 1e-1)  # C of a probe; on features of CIFAR-10 the bes
 
 
 @torch.no_grad()
-def dead_coordinates(
-    model: nn.Module, batches: Sequence[Any], forward: Callable[[Any], object] | None = None
-) -> list[Row]:
+def dead_coordinates(model: nn.Module, batches: Sequence[Any], forward: Forward = default_pass) -> list[Row]:
     """The share of each code's coordinates that are zero for every token of every image; none without sparse codes."""
     names = [name for name, layer in layers_of(model).items() if "code" in taps_of(layer)]
-    run = forward or default_pass(model)
     alive: dict[str, Tensor] = {}
     for batch in batches if names else []:
         with trace(model, [f"{name}.code" for name in names]) as record:
-            run(batch)
+            forward(model, batch)
         for name in names:
             active = (record[f"{name}.code"][0] != 0).flatten(0, -2).any(0)
             alive[name] = alive.get(name, torch.zeros_like(active)) | active
@@ -47,18 +44,15 @@ def dead_coordinates(
 
 
 @torch.no_grad()
-def feature_ranks(
-    model: nn.Module, batches: Sequence[Any], forward: Callable[[Any], object] | None = None
-) -> list[Row]:
+def feature_ranks(model: nn.Module, batches: Sequence[Any], forward: Forward = default_pass) -> list[Row]:
     """Effective rank of the images' features (mean tokens) after each layer, less their mean over images.
 
     A fall towards 1 is collapse: all images become one. It is at most the number of images, less one.
     """
-    run = forward or default_pass(model)
     features: dict[str, list[Tensor]] = {name: [] for name in layers_of(model)}
     for batch in batches if features else []:
         with trace(model, [f"{name}.z_next" for name in features]) as record:
-            run(batch)
+            forward(model, batch)
         for name, found in features.items():
             found.append(record[f"{name}.z_next"][0].float().mean(1))
     rows = []
@@ -108,16 +102,7 @@ def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], p
     return rows_over_layers(scored, "pixel_r2", "z_next")
 
 
-class ProbeImages(NamedTuple):
-    """Labelled images for probes, with one numbering of classes.
-
-    Attributes:
-        train: to fit on.
-        test: to measure on.
-    """
-
-    train: ImageSource
-    test: ImageSource
+ProbeImages = tuple[Part, Part]  # labelled images to fit on and to measure on, with one numbering of classes
 
 
 def probe_images(train: ImageSource, test: ImageSource, most: int, seed: int) -> ProbeImages:
@@ -148,41 +133,44 @@ def split_probe_images(source: ImageSource, most: int, seed: int) -> ProbeImages
 
 
 def probe_layers(
-    backbone: Backbone, train: ImageSource, test: ImageSource, *, grid: Sequence[float], extraction: Extraction
+    backbone: Backbone,
+    train: ImageSource,
+    test: ImageSource,
+    *,
+    layers: Sequence[int] | str = "all",
+    grid: Sequence[float] = _STRENGTHS,
 ) -> dict[int, LinearResult]:
-    """A linear probe of every layer, by its number.
+    """A linear probe of each layer, by its number.
 
     Args:
         backbone: the frozen network.
         train: labelled images to fit on.
         test: labelled images to measure on.
+        layers: numbers of layers, or "all".
         grid: strengths of regularisation, see `evaluation.probes.linear_probe`.
-        extraction: how to extract features; its layers should be "all".
-
-    Raises:
-        UserError: without labels.
     """
-    for source in (train, test):
-        if source.labels is None:
-            raise UserError(f"{source.name} has no labels, and a linear probe needs them.")
+    device = next(backbone.encoder.parameters()).device
+    try:
+        parts = [extract(backbone, source, Extraction(layers=layers, cache=False)) for source in (train, test)]
+    finally:
+        backbone.encoder.to(device)  # extraction takes it to an accelerator, away from its decoder
     probes = {}
-    parts = (extract(backbone, source, extraction) for source in (train, test))
     for fitted, judged in zip(*parts, strict=True):
-        assert fitted.labels is not None and judged.labels is not None
+        assert fitted.labels is not None and judged.labels is not None, "images of probes have labels"
         probes[fitted.layer] = linear_probe(fitted.values, fitted.labels, judged.values, judged.labels, grid=grid)
     return probes
 
 
 def last_layer_score(backbone: Backbone, images: ProbeImages) -> Score:
     """Accuracy of a linear classifier on the last layer of the encoder."""
-    (probe,) = _probes(backbone, images, (-1,)).values()
+    (probe,) = probe_layers(backbone, *images, layers=(-1,)).values()
     return probe.top1
 
 
 def probe_rows(backbone: Backbone, images: ProbeImages) -> tuple[list[Row], bool]:
     """Accuracy of a linear classifier on each layer of the encoder, and whether every fit converged."""
-    probes = _probes(backbone, images, "all")
-    n = len(images.test)
+    probes = probe_layers(backbone, *images)
+    n = len(images[1])
     rows = []
     for layer, probe in probes.items():
         share = probe.top1.value
@@ -197,7 +185,7 @@ def _tokens_and_pixels(
     """Of each layer the patches' tokens, and the pixels of the same patches, in float64."""
     images = images.to(next(encoder.parameters()).device)
     with trace(encoder, [f"{name}.z_next" for name in names]) as record:
-        default_pass(encoder)(images)
+        default_pass(encoder, images)
     y = patchify(images.double(), patch_size)
     found = {name: record[f"{name}.z_next"][0].double() for name in names}
     return {name: (tokens[:, -y.shape[1] :], y) for name, tokens in found.items()}
@@ -214,15 +202,6 @@ def _ridge(sums: Float[Tensor, "s s"], q: int, place: tuple[str, int]) -> tuple[
     strength = (_RIDGE * variance.trace() / d).clamp_min(1e-12)
     eye = torch.eye(d, dtype=variance.dtype, device=variance.device)
     return torch.linalg.solve(variance + strength * eye, covariance[:d, d:]), mean[:d], mean[d:]
-
-
-def _probes(backbone: Backbone, images: ProbeImages, layers: Sequence[int] | str) -> dict[int, LinearResult]:
-    extraction = Extraction(layers=layers, cache=False)
-    device = next(backbone.encoder.parameters()).device
-    try:
-        return probe_layers(backbone, images.train, images.test, grid=_STRENGTHS, extraction=extraction)
-    finally:
-        backbone.encoder.to(device)  # extraction takes it to an accelerator, away from its decoder
 
 
 def _labelled(source: ImageSource, most: int, seed: int) -> Part:
@@ -242,4 +221,5 @@ def _numbered_alike(train: Part, test: Part) -> ProbeImages:
     labels = [aligned_labels(part, classes) for part in (train, test)]
     refuse_small_classes(labels[0], 2, classes)
     parts = zip((train, test), labels, strict=True)
-    return ProbeImages(*(Part(part, np.arange(len(part)), labels=found) for part, found in parts))
+    train, test = (Part(part, np.arange(len(part)), labels=found) for part, found in parts)
+    return train, test

@@ -16,10 +16,10 @@ non-zeros. R - R^c of a single image is not given: an image has fewer tokens tha
 R^c; `pooled` has it over all images.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,9 @@ from torch import Tensor, nn
 
 from crate_mae.interpret.statistics import Row, not_finite, place_of, rows_over_layers
 from crate_mae.models.autoencoder import MaskedAutoencoder
-from crate_mae.models.layers import DecoderLayer
+from crate_mae.models.layers import DecoderLayer, SubspaceAttention
 from crate_mae.models.tracing import layers_of, taps_of, trace
-from crate_mae.theory.coding_rate import (
-    coding_rate,
-    official_subspace_coding_rate,
-    projected_coding_rate,
-)
+from crate_mae.theory.coding_rate import coding_rate, official_subspace_coding_rate, projected_coding_rate
 from crate_mae.theory.measures import effective_rank, gini, l1_to_l2, participation_ratio, token_diversity
 from crate_mae.theory.subspaces import best_subspace_energy, project
 
@@ -47,10 +43,15 @@ EPS = 0.5  # distortion of the exact rates, that of the papers
 SPARSITY_WEIGHT = 0.1  # lambda of the objective
 
 Values = Mapping[tuple[str, str], Float[Tensor, "b"]]  # (measure, point) -> one value an image
+Forward = Callable[[nn.Module, Any], object]  # runs a model on a batch
 
 
-def _every_layer(_name: str, _layer: nn.Module) -> bool:
-    return True
+def default_pass(model: nn.Module, images: Float[Tensor, "b c hh ww"]) -> object:
+    """Run a model on whole images: an autoencoder with its decoder, anything else up to its features."""
+    if isinstance(model, MaskedAutoencoder):
+        return model(images, mask=images.new_zeros(len(images), model.num_patches, dtype=torch.bool))
+    features: Any = model.forward_features
+    return features(images)
 
 
 class LayerMeasure(NamedTuple):
@@ -60,25 +61,17 @@ class LayerMeasure(NamedTuple):
         name: in the list of measures that no layer has.
         needs: the intermediates that it is a function of, by their names in `models.tracing.trace`.
         values: from the layer and these intermediates (in float32 at least) to values of each image.
-        applies: whether it applies to a layer of this name, which has these intermediates.
+        applies: whether it applies to a layer that has these intermediates.
     """
 
     name: str
     needs: tuple[str, ...]
     values: Callable[..., Values]
-    applies: Callable[[str, nn.Module], bool] = _every_layer
+    applies: Callable[[nn.Module], bool] = lambda _layer: True
 
-
-class Streamed(NamedTuple):
-    """The result of `stream`.
-
-    Attributes:
-        rows: means and spreads over images, layer by layer.
-        left_out: names of the measures that no layer of the model has.
-    """
-
-    rows: list[Row]
-    left_out: list[str]
+    def is_of(self, layer: nn.Module) -> bool:
+        """Whether the layer has it."""
+        return set(self.needs) <= set(taps_of(layer)) and self.applies(layer)
 
 
 def stream(
@@ -86,97 +79,66 @@ def stream(
     batches: Iterable[Any],
     measures: Sequence[LayerMeasure],
     *,
-    forward: Callable[[Any], object] | None = None,
-) -> Streamed:
-    """Measure the layers of a model on batches of any number.
+    forward: Forward = default_pass,
+) -> list[Row]:
+    """Measure the layers of a model on batches of any number: means and spreads over images, layer by layer.
 
     Intermediates of a layer are measured and dropped as soon as the layer is done, so that never more than one layer's
     are held. The measures are computed in float32 (rates in float64), also if the pass is under autocast.
 
     Args:
         model: ours, or anything with timm's `blocks`; in `eval()` mode.
-        batches: what `forward` takes.
+        batches: what `forward` takes; by default normalised images.
         measures: see `layer_measures` and `weights.inverse_measures`.
-        forward: runs the model on a batch; by default on normalised images of which nothing is hidden, through encoder
-            and, if there is one, decoder.
+        forward: runs the model on a batch.
 
     Raises:
         UserError: if a value is not finite, or there is no batch.
     """
     layers = layers_of(model)
-    plan = {name: [m for m in measures if _has(name, layer, m)] for name, layer in layers.items()}
-    used = {measure.name for chosen in plan.values() for measure in chosen}
-    left_out = [measure.name for measure in measures if measure.name not in used]
-    if not used:
-        return Streamed([], left_out)
-    run = forward or default_pass(model)
-    kept: dict[str, dict[tuple[str, str], list[Tensor]]] = {name: {} for name, chosen in plan.items() if chosen}
-    with _measuring(model, layers, plan, kept), torch.no_grad():
-        for batch in batches:
-            run(batch)
-    keys = dict.fromkeys(key for found in kept.values() for key in found)
-    rows = [row for key in keys for row in _curve(kept, key)]
-    return Streamed(rows, left_out)
-
-
-def default_pass(model: nn.Module) -> Callable[[Any], object]:
-    """The pass of a model on whole images."""
-    if isinstance(model, MaskedAutoencoder):
-        return lambda images: model(images, mask=images.new_zeros(len(images), model.num_patches, dtype=torch.bool))
-    features: Any = model.forward_features
-    return features
-
-
-def _has(name: str, layer: nn.Module, measure: LayerMeasure) -> bool:
-    return set(measure.needs) <= set(taps_of(layer)) and measure.applies(name, layer)
-
-
-def _curve(kept: Mapping[str, Mapping[tuple[str, str], list[Tensor]]], key: tuple[str, str]) -> list[Row]:
-    """One measure over the layers that have it."""
-    values = {place_of(name): torch.cat(found[key]) for name, found in kept.items() if key in found}
-    return rows_over_layers(values, *key)
-
-
-@contextmanager
-def _measuring(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    plan: Mapping[str, Sequence[LayerMeasure]],
-    kept: dict[str, dict[tuple[str, str], list[Tensor]]],
-) -> Iterator[None]:
-    """Trace what is needed; the hook of a layer runs after those of the trace, and takes what they collected."""
+    plan = {name: [measure for measure in measures if measure.is_of(layer)] for name, layer in layers.items()}
+    plan = {name: chosen for name, chosen in plan.items() if chosen}
+    if not plan:
+        return []
+    kept: dict[str, dict[tuple[str, str], list[Tensor]]] = {name: {} for name in plan}
     patterns = sorted({f"{name}.{kind}" for name, chosen in plan.items() for m in chosen for kind in m.needs})
-    with trace(model, patterns) as record:
-
-        def consume(name: str) -> Any:
-            @torch.no_grad()
-            def hook(layer: nn.Module, _inputs: Any, _output: Any) -> None:
-                _add(name, layer, record, plan[name], kept[name])
-
-            return hook
-
-        handles = [layers[name].register_forward_hook(consume(name)) for name in kept]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    with torch.no_grad(), trace(model, patterns) as record, ExitStack() as hooks:
+        for name, chosen in plan.items():  # these run after the hooks of the trace, and take what those collected
+            take = partial(_measure_layer, name, chosen, record, kept[name])
+            hooks.enter_context(layers[name].register_forward_hook(take))
+        for batch in batches:
+            forward(model, batch)
+    rows = []
+    for key in dict.fromkeys(key for found in kept.values() for key in found):
+        values = {place_of(name): torch.cat(found[key]) for name, found in kept.items() if key in found}
+        rows += rows_over_layers(values, *key)
+    return rows
 
 
-def _add(
+def missing(model: nn.Module, measures: Sequence[LayerMeasure]) -> list[str]:
+    """Names of the measures that no layer of the model has."""
+    layers = layers_of(model).values()
+    found = {measure.name for measure in measures if any(map(measure.is_of, layers))}
+    return [measure.name for measure in measures if measure.name not in found]
+
+
+def _measure_layer(
     name: str,
-    layer: nn.Module,
-    record: dict[str, list[Tensor]],
     measures: Sequence[LayerMeasure],
+    record: dict[str, list[Tensor]],
     kept: dict[tuple[str, str], list[Tensor]],
+    layer: nn.Module,
+    _inputs: Any,
+    _output: Any,
 ) -> None:
+    """A hook of a layer: take its intermediates out of the record, and keep what is measured of them."""
     kinds = {kind for measure in measures for kind in measure.needs}
     tensors = {kind: _at_least_float(record[f"{name}.{kind}"].pop()) for kind in kinds}
     for kind, tensor in tensors.items():  # on NaN, LAPACK would raise an error without a sentence
         if not tensor.isfinite().all():
             raise not_finite(place_of(name), kind)
     device = next(iter(tensors.values())).device.type
-    with torch.autocast(device, enabled=False):
+    with torch.no_grad(), torch.autocast(device, enabled=False):
         for measure in measures:
             for key, values in measure.values(layer, *(tensors[kind] for kind in measure.needs)).items():
                 if not values.isfinite().all():
@@ -186,27 +148,6 @@ def _add(
 
 def _at_least_float(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-@runtime_checkable
-class SubspaceAttention(Protocol):
-    """Attention within subspaces, in the parts that it can be taken apart into; `models.layers.MSSA` is one."""
-
-    def bases(self) -> Tensor:
-        """U_k, h d p."""
-        ...
-
-    def project(self, x: Tensor) -> Tensor:
-        """W_k = X U_k, b h n p."""
-        ...
-
-    def membership(self, w: Tensor) -> Tensor:
-        """P_k, b h n n."""
-        ...
-
-    def step(self, w: Tensor, mixed: Tensor) -> Tensor:
-        """The step in token space, b n d, from W_k and P_k W_k."""
-        ...
 
 
 def layer_measures() -> list[LayerMeasure]:
@@ -222,19 +163,19 @@ def layer_measures() -> list[LayerMeasure]:
     ]
 
 
-def has_subspaces(_name: str, layer: nn.Module) -> bool:
+def has_subspaces(layer: nn.Module) -> bool:
     """Whether the layer's attention is one within subspaces."""
     return isinstance(getattr(layer, "attn", None), SubspaceAttention)
 
 
-def has_value_projections(_name: str, layer: nn.Module) -> bool:
+def has_value_projections(layer: nn.Module) -> bool:
     """Whether the layer is a block of timm whose heads have values of their own, behind a LayerNorm."""
     attn = getattr(layer, "attn", None)
     return isinstance(layer, Block) and isinstance(attn, Attention) and isinstance(layer.norm1, nn.LayerNorm)
 
 
-def attention_of(layer: nn.Module) -> SubspaceAttention:
-    """A layer's attention within subspaces."""
+def attention_of(layer: nn.Module) -> Any:
+    """A layer's attention within subspaces, with the methods of `models.layers.MSSA`."""
     attn = layer.get_submodule("attn")
     assert isinstance(attn, SubspaceAttention)
     return attn
@@ -283,16 +224,14 @@ def seen(layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n
 
 def bases(layer: nn.Module) -> Float[Tensor, "h d p"]:
     """The subspaces of a layer, in float32 at least."""
-    u = attention_of(layer).bases()
-    return u.to(torch.promote_types(u.dtype, torch.float32))
+    return _at_least_float(attention_of(layer).bases())
 
 
 def value_bases(layer: nn.Module) -> Float[Tensor, "h d p"]:
     """The value projections W_v of a block of timm, head by head, without their biases; in float32 at least."""
     attn = layer.get_submodule("attn")
     assert isinstance(attn, Attention)
-    weight = attn.qkv.weight.chunk(3)[2]
-    return weight.unflatten(0, (attn.num_heads, -1)).mT.to(torch.promote_types(weight.dtype, torch.float32))
+    return _at_least_float(attn.qkv.weight.chunk(3)[2].unflatten(0, (attn.num_heads, -1)).mT)
 
 
 def subspace_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:

@@ -25,6 +25,7 @@ from crate_mae.interpret.layer_measures import (
     SUBSPACES,
     default_pass,
     layer_measures,
+    missing,
     stream,
 )
 from crate_mae.interpret.statistics import Row, place_of
@@ -121,25 +122,24 @@ def measure_layers(
     if count < 1 or batch_size < 1:
         raise UserError(f"count is {count} and batch_size {batch_size}, but both must be at least 1.")
     images_from = open_source(source)
-    name, net, backbone = model if isinstance(model, Opened) else open_measurable(model, seed)
-    autoencoder = net if isinstance(net, MaskedAutoencoder) else None
-    if mask_ratio is not None and autoencoder is None:
-        raise UserError(f"{name} cannot hide patches: leave mask_ratio out.")
-    read = read_images(images_from, backbone.transform(), fixed_sample(len(images_from), count, seed), count)
+    opened = model if isinstance(model, Opened) else open_measurable(model, seed)
+    if mask_ratio is not None and not isinstance(opened.net, MaskedAutoencoder):
+        raise UserError(f"{opened.name} cannot hide patches: leave mask_ratio out.")
+    read = read_images(images_from, opened.backbone.transform(), fixed_sample(len(images_from), count, seed), count)
     masks = None
-    if autoencoder is not None and mask_ratio is not None:
-        masks = nested_masks(len(read.images), autoencoder.num_patches, mask_ratio, seed)
+    if mask_ratio is not None and isinstance(opened.net, MaskedAutoencoder):
+        masks = nested_masks(len(read.images), opened.net.num_patches, mask_ratio, seed)
     report = on_stage or (lambda _stage: None)
-    rows, left_out = _measure(net, backbone, read.images, _batches(read.images, masks, batch_size), report)
+    rows, left_out = _measure(opened, read.images, _batches(read.images, masks, batch_size), report)
     judged: list[AuditRow] = []
     if audited:
         report("audit")
-        views = _views(net, read.images, masks, training_mask_ratio, seed, batch_size)
-        judged = _audit(Opened(name, net, backbone), views, seed, untrained)
+        views = _views(opened.net, read.images, masks, training_mask_ratio, seed, batch_size)
+        judged = _audit(opened, views, seed, untrained)
         if not judged:
             left_out["audit"] = "no layer has attention in subspaces, or sparse codes"
     return Measurements(
-        model=name,
+        model=opened.name,
         data=images_from.name,
         images=len(read.images),
         mask_ratio=mask_ratio,
@@ -195,14 +195,10 @@ def _is_transformer(encoder: nn.Module, layers: Mapping[str, nn.Module]) -> bool
 
 
 def _measure(
-    net: nn.Module,
-    backbone: Backbone,
-    images: Tensor,
-    batches: list[Any],
-    on_stage: Progress,
+    opened: Opened, images: Tensor, batches: list[Any], on_stage: Progress
 ) -> tuple[list[Row], dict[str, str]]:
     """All rows, and what is left out."""
-    forward = _forward(net)
+    net = opened.net
     left_out: dict[str, str] = {}
     with evaluating(net):
         on_stage("weights")
@@ -210,26 +206,26 @@ def _measure(
         if not any(row.measure == "dictionary_coherence" for row in rows):
             left_out["dictionaries"] = "no layer has any"
         on_stage("rates, sparsity, ranks")
-        streamed = stream(net, batches, layer_measures(), forward=forward)
-        rows += streamed.rows
-        left_out |= _why_not(streamed.left_out)
+        rows += stream(net, batches, layer_measures(), forward=_forward)
+        left_out |= _why_not(net)
         on_stage("inverses")
-        if layer_pairs(net) if isinstance(net, MaskedAutoencoder) else {}:
+        if isinstance(net, MaskedAutoencoder) and layer_pairs(net):
             rows += measure_inverse_weights(net)
-            rows += stream(net, batches, inverse_measures(net), forward=forward).rows
+            rows += stream(net, batches, inverse_measures(net), forward=_forward)
         else:
             left_out["inverses"] = "there is no decoder of as many layers, of the same width"
         on_stage("information")
-        rows += _information(net, backbone, images, batches, forward, left_out)
+        rows += _information(opened, images, batches, left_out)
     return rows, left_out
 
 
-def _why_not(missing: list[str]) -> dict[str, str]:
+def _why_not(net: nn.Module) -> dict[str, str]:
     """Reasons for measures that no layer has; a stand-in is not missing where there are subspaces."""
-    reasons = dict.fromkeys(missing, "no layer has what it is measured on")
-    if SUBSPACES not in missing:
+    names = missing(net, layer_measures())
+    reasons = dict.fromkeys(names, "no layer has what it is measured on")
+    if SUBSPACES not in names:
         reasons.pop(STAND_IN, None)
-    elif STAND_IN not in missing:
+    elif STAND_IN not in names:
         reasons[SUBSPACES] = "no layer has subspaces; value projections stand in for them, in the official form alone"
     return reasons
 
@@ -246,19 +242,15 @@ def _views(
 
 def _audit(model: Opened, views: dict[Tokens, list[Any]], seed: int, untrained: int) -> list[AuditRow]:
     """Every claim of the network on these views, next to untrained draws of it."""
-
-    def show(net: nn.Module, batch: Any) -> object:
-        return _forward(net)(batch)
-
     with evaluating(model.net):
-        found = measure_claims(model.net, views, show, seed=seed)
+        found = measure_claims(model.net, views, _forward, seed=seed)
     draws = []
     for draw in range(untrained if found else 0):
         twin = untrained_twin(model, seed + 1 + draw)
         if twin is not None:
             twin.net.to(next(model.net.parameters()).device)
             with evaluating(twin.net):
-                draws.append(measure_claims(twin.net, views, show, seed=seed, quick=True))
+                draws.append(measure_claims(twin.net, views, _forward, seed=seed, quick=True))
     return audit(found, draws)
 
 
@@ -271,26 +263,20 @@ def _pooled_rows(judged: list[AuditRow]) -> list[Row]:
     ]
 
 
-def _information(
-    net: nn.Module,
-    backbone: Backbone,
-    images: Tensor,
-    batches: list[Any],
-    forward: Callable[[Any], object],
-    left_out: dict[str, str],
-) -> list[Row]:
-    dead = dead_coordinates(net, batches, forward)
+def _information(opened: Opened, images: Tensor, batches: list[Any], left_out: dict[str, str]) -> list[Row]:
+    dead = dead_coordinates(opened.net, batches, _forward)
     if not dead:
         left_out["dead coordinates"] = "no layer has sparse codes"
     if len(images) < 2:
         left_out["feature rank and pixels from layers"] = "they need at least 2 images"
         return dead
-    rows = dead + feature_ranks(net, batches, forward)
-    size: Any = getattr(getattr(backbone.encoder, "patch_embed", None), "patch_size", None)
+    rows = dead + feature_ranks(opened.net, batches, _forward)
+    encoder = opened.backbone.encoder
+    size: Any = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
     if size is None or size[0] != size[1]:
         left_out["pixels from layers"] = "the patches are not square"
         return rows
-    return rows + pixels_from_layers(backbone.encoder, images, int(size[0]))
+    return rows + pixels_from_layers(encoder, images, int(size[0]))
 
 
 def _batches(images: Tensor, masks: Tensor | None, batch_size: int) -> list[Any]:
@@ -299,13 +285,8 @@ def _batches(images: Tensor, masks: Tensor | None, batch_size: int) -> list[Any]
     return list(zip(parts, [None] * len(parts) if masks is None else masks.split(batch_size), strict=True))
 
 
-def _forward(net: nn.Module) -> Callable[[Any], object]:
-    """A pass of the network on a pair of images and their masks, or of images and None."""
-    whole = default_pass(net)
-    device = next(net.parameters()).device
-
-    def forward(batch: Any) -> object:
-        images, mask = batch
-        return whole(images.to(device)) if mask is None else net(images.to(device), mask=mask)
-
-    return forward
+def _forward(net: nn.Module, batch: tuple[Tensor, Tensor | None]) -> object:
+    """A pass of the network on images and their masks, if they have any."""
+    images, mask = batch
+    images = images.to(next(net.parameters()).device)
+    return default_pass(net, images) if mask is None else net(images, mask=mask)

@@ -20,8 +20,6 @@ _FRAME = "#D55E00"
 _HEAT = "cividis"  # which looks the same with any kind of colour vision
 _ROOMY, _NARROW = 1.3, 1.0  # inches of a tile below which titles become smaller
 
-Box = tuple[float, float, float, float]  # left, top, width, height, in pixels
-
 
 class Tile(NamedTuple):
     """One small picture.
@@ -30,13 +28,13 @@ class Tile(NamedTuple):
         pixels: hh ww 3 in [0, 1], or gh gw not negative, which is drawn as heat from 0 to its own largest value.
         title: above it.
         caption: below it.
-        box: a frame on it.
+        box: left, top, width and height of a frame on it, in pixels.
     """
 
     pixels: Float[np.ndarray, "hh ww 3"] | Float[np.ndarray, "gh gw"]
     title: str = ""
     caption: str = ""
-    box: Box | None = None
+    box: tuple[float, float, float, float] | None = None
 
 
 Tiles = Sequence[Sequence[Tile | None]]  # rows, in which None keeps a place empty
@@ -76,6 +74,7 @@ def draw_tiles(rows: Tiles, *, tile_width: float, heading: str = "") -> Figure:
     below = _CAPTION if any(tile.caption for tile in tiles) else _GAP
     above = _TITLE_LINE * (1 + max(tile.title.count("\n") for tile in tiles))
     height = len(rows) * (tile_width * aspect + below) + above + (_HEADING if heading else 0)
+    font_size = 10.5 if tile_width > _ROOMY else 9.0 if tile_width > _NARROW else 8.0
     figure = new_figure(tile_width * columns, height)
     axes = panels(figure, len(rows), columns)
     for place in axes.flat:
@@ -84,14 +83,10 @@ def draw_tiles(rows: Tiles, *, tile_width: float, heading: str = "") -> Figure:
     for places, row in zip(axes, rows, strict=True):
         for place, tile in zip(places, row, strict=False):
             if tile is not None:
-                _draw_tile(place, tile, _font_size(tile_width))
+                _draw_tile(place, tile, font_size)
     if heading:
         figure.suptitle(heading, fontsize=10, color=GREY)
     return figure
-
-
-def _font_size(tile_width: float) -> float:
-    return 10.5 if tile_width > _ROOMY else 9.0 if tile_width > _NARROW else 8.0
 
 
 def _draw_tile(axes: Any, tile: Tile, font_size: float) -> None:

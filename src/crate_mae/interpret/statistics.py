@@ -15,6 +15,7 @@ from torch import Tensor
 from crate_mae.drawing.text import number, plural
 from crate_mae.errors import UserError
 
+Part = Literal["encoder", "decoder"]
 Verdict = Literal["falls", "rises", "unclear"]
 
 
@@ -52,7 +53,7 @@ class Row:
     Attributes:
         part: "encoder" or "decoder".
         layer: number of the layer, from 0.
-        measure: a name of `measures.MEASURES`, or one of its controls.
+        measure: a name of `registry.MEASURES`, or one of its controls.
         point: of which tokens, see `models.tracing.trace`; empty if of weights, or of a whole layer.
         mean: over what `over` names.
         spread: standard deviation over the same; None for a single value.
@@ -72,18 +73,6 @@ class Row:
     over: str
     change: float | None = None
     change_spread: float | None = None
-
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval of the mean: without bounds for a single image; one value of a whole layer is its own."""
-        if self.over == "layer":
-            return self.mean, self.mean
-        return Statistic(self.mean, self.spread, self.n).interval()
-
-    def change_interval(self, first: Row) -> tuple[float, float]:
-        """The same of the change from the first layer of the part, paired over images."""
-        if self.over == "layer":
-            return self.mean - first.mean, self.mean - first.mean
-        return Statistic(self.change or 0.0, self.change_spread, self.n).interval()
 
 
 def row(place: tuple[str, int], measure: str, found: Statistic, *, point: str = "", over: str = "images") -> Row:
@@ -117,7 +106,7 @@ def rows_of(place: tuple[str, int], values: Mapping[str, Float[Tensor, "k"]], ov
     return [row(place, measure, statistic(found), over=over) for measure, found in values.items()]
 
 
-def place_of(name: str) -> tuple[str, int]:
+def place_of(name: str) -> tuple[Part, int]:
     """("decoder", 3) of "decoder.blocks.3"; a network that is an encoder alone has no part in its names."""
     *parts, _, number = name.split(".")
     return ("decoder" if "decoder" in parts else "encoder"), int(number)
@@ -138,30 +127,18 @@ class Trend(NamedTuple):
         first: mean in the first layer.
         last: mean in the last layer.
         verdict: "falls" or "rises" if the 95% interval of the change from first to last does not contain 0.
-        down: how many steps from a layer to the next go down.
-        up: how many go up.
-        steps: how many there are.
+        direction: the same in words, such as "falls (4 of 5 steps)", which are from a layer to the next.
     """
 
     first: float
     last: float
     verdict: Verdict
-    down: int
-    up: int
-    steps: int
+    direction: str
 
     @property
     def ends(self) -> str:
         """Such as "541 → 361"."""
         return f"{number(self.first)} → {number(self.last)}"
-
-    @property
-    def direction(self) -> str:
-        """Such as "falls (4 of 5 steps)"."""
-        if self.verdict == "unclear":
-            return "no clear change"
-        steps = self.down if self.verdict == "falls" else self.up
-        return f"{self.verdict} ({steps} of {plural(self.steps, 'step')})"
 
     def __str__(self) -> str:
         """Such as "541 → 361, falls (4 of 5 steps)"."""
@@ -172,11 +149,16 @@ def trend(rows: Sequence[Row]) -> Trend | None:
     """The trend of a curve over the layers; None without a curve."""
     if not rows:
         return None
-    low, high = rows[-1].change_interval(rows[0])
-    verdict: Verdict = "falls" if high < 0 else "rises" if low > 0 else "unclear"
-    changes = [after.mean - before.mean for before, after in pairwise(rows)]
-    down, up = sum(change < 0 for change in changes), sum(change > 0 for change in changes)
-    return Trend(rows[0].mean, rows[-1].mean, verdict, down, up, len(changes))
+    first, last = rows[0], rows[-1]
+    if last.over == "layer":
+        low = high = last.mean - first.mean
+    else:
+        low, high = Statistic(last.change or 0.0, last.change_spread, last.n).interval()
+    if low <= 0 <= high:
+        return Trend(first.mean, last.mean, "unclear", "no clear change")
+    verdict, sign = ("falls", -1) if high < 0 else ("rises", 1)
+    along = sum(sign * (after.mean - before.mean) > 0 for before, after in pairwise(rows))
+    return Trend(first.mean, last.mean, verdict, f"{verdict} ({along} of {plural(len(rows) - 1, 'step')})")
 
 
 def find(rows: Sequence[Row], measure: str, point: str = "", part: str = "encoder") -> list[Row]:

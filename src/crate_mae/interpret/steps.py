@@ -1,10 +1,20 @@
-"""The claims of the audit in numbers: each layer's steps and their controls, on the tokens of the same images.
+r"""The claims of the audit in numbers: each layer's steps and their controls, on the tokens of the same images.
 
 A network is walked layer by layer with the tokens of all images at hand, so that what is pooled over images needs one
 pass, and of one layer at a time.
+
+Some rates are those of the tokens of all images together. The tokens of one image are fewer than the dimensions of a
+layer, so that R of an image is capped at n directions while R^c counts p directions in each of h subspaces: R - R^c of
+an image means little. The tokens of many images fill the space. Their rates are those of the moment M = Z^T Z / n
+(`theory.coding_rate.moment_coding_rate`):
+
+    R = 1/2 logdet(I + d/eps^2 M),    R^c = 1/2 sum_k logdet(I + p/eps^2 Q_k^T M Q_k),
+
+with orthonormal bases Q_k of the layer's subspaces, so that no scale of U_k enters. Moments of groups of images add up,
+which gives a jackknife: a `Pool` holds the moments of all groups first, then without each of them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,13 +22,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crate_mae.interpret import audit as claims
-from crate_mae.interpret import pooled
-from crate_mae.interpret.audit import LayerClaims, Measured, Place, Tokens, margins_over
+from crate_mae.interpret.audit import Measured, Place, Tokens, margins_over
 from crate_mae.interpret.layer_measures import (
     EPS,
+    Forward,
     attention_norm,
     attention_of,
     bases,
+    default_pass,
     equal_lengths,
     has_subspaces,
     rates_in_subspaces,
@@ -26,7 +37,7 @@ from crate_mae.interpret.layer_measures import (
 from crate_mae.interpret.statistics import not_finite, place_of
 from crate_mae.models.layers import DecoderLayer
 from crate_mae.models.tracing import layers_of, trace, trace_layer
-from crate_mae.theory.coding_rate import coding_rate
+from crate_mae.theory.coding_rate import coding_rate, moment_coding_rate
 from crate_mae.theory.sparse_coding import lasso_objective
 from crate_mae.theory.subspaces import orthonormal_bases, orthonormalised
 
@@ -43,34 +54,46 @@ _DECOMPRESS = {
     "subspace_rate_unit": claims.DECOMPRESS_UNIT,
 }
 _BEFORE, _AFTER, _MEANS = "before", "after", "means"
+_DOUBLINGS, _HALVINGS = 40, 26  # of a bisection: to 1e-8 of the factor
 
 _Key = TypeVar("_Key")
 _Sum = tuple[str, str]  # a claim, and which tokens are summed
 
 
-class Moves(NamedTuple):
-    """An attention step and its controls, all from the same tokens.
+class Pool(NamedTuple):
+    """Moments of the tokens of all images, then without each group of images.
 
     Attributes:
-        start: the tokens before it.
-        after: the tokens after it.
-        controls: the tokens after each control.
+        whole: M.
+        inside: Q_k^T M Q_k.
     """
 
-    start: Float[Tensor, "b n d"]
-    after: Float[Tensor, "b n d"]
-    controls: dict[str, Float[Tensor, "b n d"]]
+    whole: Float[Tensor, "r d d"]
+    inside: Float[Tensor, "r h p p"]
+
+    def rate(self) -> Float[Tensor, "r"]:
+        """R."""
+        return moment_coding_rate(self.whole, EPS)
+
+    def subspace_rate(self) -> Float[Tensor, "r"]:
+        """R^c."""
+        return moment_coding_rate(self.inside, EPS).sum(-1)
+
+    def times_plus(self, b: Float[Tensor, "r"], other: "Pool") -> "Pool":
+        """Every moment b M + M', with those of another pool."""
+        whole, inside = b[:, None, None] * self.whole, b[:, None, None, None] * self.inside
+        return Pool(whole + other.whole, inside + other.inside)
 
 
 def measure_claims(
     net: nn.Module,
     views: Mapping[Tokens, Sequence[Any]],
-    forward: Callable[[nn.Module, Any], object],
+    forward: Forward = default_pass,
     *,
     seed: int = 0,
     quick: bool = False,
     pools: bool = True,
-) -> dict[Place, LayerClaims]:
+) -> dict[Place, dict[str, Measured]]:
     """Measure every claim about every layer with attention in subspaces.
 
     Args:
@@ -84,15 +107,14 @@ def measure_claims(
     Raises:
         UserError: if tokens are not finite.
     """
-    found: dict[Place, LayerClaims] = {}
+    found: dict[Place, dict[str, Measured]] = {}
     for tokens, batches in views.items():
         for names, z in _entrances(net, batches, forward):
             for name in names:
                 layer = net.get_submodule(name)
                 part, number = place_of(name)
                 measured, z = measure_layer(layer, z, name, seed=seed, quick=quick, pools=pools)
-                theorems: frozenset[str] = getattr(layer, "theorems", frozenset())
-                found[Place(tokens, part, number)] = LayerClaims(measured, theorems)  # pyright: ignore[reportArgumentType]
+                found[Place(tokens, part, number)] = measured
     return found
 
 
@@ -128,30 +150,34 @@ def measure_layer(
         if not all(point.isfinite().all() for point in points.values()):
             raise not_finite(place_of(name), "its tokens")
         before, after = ("z_half", "z_next") if is_decoder else ("z", "z_half")
-        moves = attention_moves(layer, points[before], points[after], rotation, generator)
+        controls = attention_controls(layer, points[before], points[after], rotation, generator)
         has_codes = not is_decoder and "code" in points
         if number == 0 or not quick:
-            of_images = _subspace_rates(layer, moves) | (_sparse_coding(layer, points) if has_codes else {})
+            of_images = _subspace_rates(layer, points[after], controls)
+            of_images |= _sparse_coding(layer, points) if has_codes else {}
             for claim, of_claim in of_images.items():
                 _append(values.setdefault(claim, {}), of_claim)
         if pools and not is_decoder:
-            _append(sums, _sums_of_attention(moves) | (_sums_of_sparse_coding(layer, points) if has_codes else {}))
+            _append(sums, _sums_of_attention(controls[claims.NO_CHANGE], points[after]))
+            _append(sums, _sums_of_sparse_coding(layer, points) if has_codes else {})
         outputs.append(points["z_next"])
     found = {claim: _per_image(claim, of_claim) for claim, of_claim in values.items()}
     counts = torch.tensor([len(group) * group.shape[1] for group in groups], dtype=torch.float64, device=z.device)
     if quick:
         sums, counts = {name: [torch.stack(of_groups).sum(0)] for name, of_groups in sums.items()}, counts.sum()[None]
-    return found | _pooled(layer, sums, counts), torch.cat(outputs)
+    found |= _pooled(layer, sums, counts)
+    theorems: frozenset[str] = getattr(layer, "theorems", frozenset())
+    return {key: each._replace(is_theorem=key in theorems) for key, each in found.items()}, torch.cat(outputs)
 
 
-def attention_moves(
+def attention_controls(
     layer: nn.Module,
     z: Float[Tensor, "b n d"],
     after: Float[Tensor, "b n d"],
     rotation: Float[Tensor, "d d"],
     generator: torch.Generator,
-) -> Moves:
-    """The attention step of a layer and what could replace it.
+) -> dict[str, Float[Tensor, "b n d"]]:
+    """The tokens after what could replace the attention step of a layer.
 
     | control          | the step is                                                       |
     |------------------|-------------------------------------------------------------------|
@@ -176,23 +202,20 @@ def attention_moves(
     w, w_elsewhere = attn.project(x), attn.project(x @ rotation)
     elsewhere = attn.step(w_elsewhere, attn.membership(w_elsewhere) @ w_elsewhere) @ rotation.mT
     noise = torch.randn(step.shape, generator=generator).to(step)
-    controls = {
+    return {
         claims.NO_CHANGE: start,
         claims.FLIPPED: start - step,
         claims.NO_MIXING: start + sign * attn.step(w, w),
         claims.RANDOM_MOVE: start + _with_lengths_of(step, noise),
         claims.RANDOM_SUBSPACES: start + sign * _with_lengths_of(step, elsewhere),
     }
-    return Moves(start, after, controls)
 
 
-def _entrances(
-    net: nn.Module, batches: Sequence[Any], forward: Callable[[nn.Module, Any], object]
-) -> Iterator[tuple[list[str], Tensor]]:
+def _entrances(net: nn.Module, batches: Sequence[Any], forward: Forward) -> Iterator[tuple[list[str], Tensor]]:
     """The layers of each part, and the tokens of all images that come into the first of them."""
     parts: dict[str, list[str]] = {}
     for name, layer in layers_of(net).items():
-        if has_subspaces(name, layer):
+        if has_subspaces(layer):
             parts.setdefault(place_of(name)[0], []).append(name)
     if not parts:
         return
@@ -204,11 +227,11 @@ def _entrances(
         yield names, torch.cat(record[f"{first[part]}.z"]).float()
 
 
-def _subspace_rates(layer: nn.Module, moves: Moves) -> dict[str, dict[str, Tensor]]:
+def _subspace_rates(layer: nn.Module, after: Tensor, controls: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """R^c of each image in its three forms, before the step, after it, and after its controls, by claim."""
     u, keys = bases(layer), _DECOMPRESS if isinstance(layer, DecoderLayer) else _COMPRESS
     found: dict[str, dict[str, Tensor]] = {key: {} for key in keys.values()}
-    for name, tokens in {_AFTER: moves.after, **moves.controls}.items():
+    for name, tokens in {_AFTER: after, **controls}.items():
         for measure, rates in rates_in_subspaces(layer, tokens, u).items():
             found[keys[measure]][name] = rates
     for of_claim in found.values():
@@ -251,17 +274,17 @@ def _expansions(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[str, dic
     return {claims.EXPAND: ista, claims.EXPAND_LAYER: whole}
 
 
-def _sums_of_attention(moves: Moves) -> dict[_Sum, Tensor]:
+def _sums_of_attention(start: Tensor, after: Tensor) -> dict[_Sum, Tensor]:
     return {
-        (claims.SORT, _BEFORE): pooled.token_sum(moves.start),
-        (claims.SORT, _MEANS): pooled.mean_sum(moves.start),
-        (claims.SORT, _AFTER): pooled.token_sum(moves.after),
+        (claims.SORT, _BEFORE): token_sum(start),
+        (claims.SORT, _MEANS): mean_sum(start),
+        (claims.SORT, _AFTER): token_sum(after),
     }
 
 
 def _sums_of_sparse_coding(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[_Sum, Tensor]:
     return {
-        (claim, name): pooled.token_sum(equal_lengths(tokens))
+        (claim, name): token_sum(equal_lengths(tokens))
         for claim, found in _expansions(layer, points).items()
         for name, tokens in found.items()
     }
@@ -272,14 +295,14 @@ def _pooled(layer: nn.Module, sums: Mapping[_Sum, list[Tensor]], counts: Float[T
     if not sums:
         return {}
     q = orthonormalised(bases(layer).double())
-    pools = {name: pooled.pool(found, counts, q) for name, found in sums.items()}
-    found = {claims.SORT: pooled.sorting(*(pools[claims.SORT, name] for name in (_BEFORE, _MEANS, _AFTER)))}
+    pools = {name: pool(found, counts, q) for name, found in sums.items()}
+    found = {claims.SORT: sorting(*(pools[claims.SORT, name] for name in (_BEFORE, _MEANS, _AFTER)))}
     pairs = {claims.EXPAND: claims.EXPAND_REDUCTION, claims.EXPAND_LAYER: claims.EXPAND_REDUCTION_LAYER}
     for expansion, claim in pairs.items():
         if (expansion, _BEFORE) in pools:
             before, after = (pools[expansion, name] for name in (_BEFORE, _AFTER))
-            found[claim] = pooled.reduction(before, after, pools.get((expansion, claims.RELU)))
-    return {claim: Measured(*map(_on_cpu, measured)) for claim, measured in found.items()}
+            found[claim] = reduction(before, after, pools.get((expansion, claims.RELU)))
+    return found
 
 
 def _per_image(claim: str, values: Mapping[str, list[Tensor]]) -> Measured:
@@ -287,10 +310,6 @@ def _per_image(claim: str, values: Mapping[str, list[Tensor]]) -> Measured:
     controls = {name: whole[name] for name in claims.CLAIMS[claim].controls if name in whole}
     margins = margins_over(claims.CLAIMS[claim].sign, whole[_AFTER], controls)
     return Measured(whole[_BEFORE], whole[_AFTER], margins, whole[_BEFORE])
-
-
-def _on_cpu(values: Any) -> Any:
-    return {k: v.cpu() for k, v in values.items()} if isinstance(values, Mapping) else values.cpu()
 
 
 def _append(lists: dict[_Key, list[Tensor]], values: Mapping[_Key, Tensor]) -> None:
@@ -301,3 +320,83 @@ def _append(lists: dict[_Key, list[Tensor]], values: Mapping[_Key, Tensor]) -> N
 def _with_lengths_of(step: Float[Tensor, "b n d"], direction: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
     """Directions with the lengths of the step, token by token."""
     return torch.nn.functional.normalize(direction, dim=-1) * step.norm(dim=-1, keepdim=True)
+
+
+def token_sum(tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "d d"]:
+    """Z^T Z of all tokens of some images, in float64."""
+    z = tokens.flatten(0, 1).double()
+    return z.mT @ z
+
+
+def mean_sum(tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "d d"]:
+    """The same after every token was replaced by the mean token of its image."""
+    z = tokens.double().mean(1)
+    return tokens.shape[1] * z.mT @ z
+
+
+def pool(sums: Sequence[Float[Tensor, "d d"]], counts: Float[Tensor, "g"], q: Float[Tensor, "h d p"]) -> Pool:
+    """The moments of groups of images, from their sums and numbers of tokens; of a single group, without replicates."""
+    groups = torch.stack(list(sums))
+    products = (groups @ q.transpose(0, 1).flatten(1)).unflatten(-1, (q.shape[0], q.shape[2])).transpose(1, 2)
+    return Pool(_replicates(groups, counts), _replicates(q.mT @ products, counts))
+
+
+def reduction(before: Pool, after: Pool, relu: Pool | None) -> Measured:
+    """R - R^c before and after a step, against no change and, where there is such a control, relu(x)."""
+    start, end = (found.rate() - found.subspace_rate() for found in (before, after))
+    controls = {claims.NO_CHANGE: start} | ({} if relu is None else {claims.RELU: relu.rate() - relu.subspace_rate()})
+    return Measured(start, end, margins_over(1, end, controls), before.rate())
+
+
+def sorting(before: Pool, means: Pool, after: Pool) -> Measured:
+    r"""By how much R falls less in a step than in two moves that sort nothing, at the step's own R^c.
+
+    Both multiply a moment by b >= 0: all of it, or that of the tokens' differences from the mean token of their image:
+
+        plain shrinking:    M(b) = b M,
+        uniform attention:  M(b) = b (M - M_mean) + M_mean,    Z <- (1 - a) Z + a 1 1^T Z / n with b = (1 - a)^2.
+
+    R^c rises with b in both, and b is found by bisection. A step that does not lower R^c does not sort: against "no
+    change", its margin is the fall of R^c itself.
+
+    Args:
+        before: the tokens before the step.
+        means: each of them replaced by the mean token of its image.
+        after: the tokens after the step.
+    """
+    target = after.subspace_rate()
+    minus = -torch.ones_like(target)
+    averaged = _with_subspace_rate(means.times_plus(minus, before), means, target)
+    shrunk = _with_subspace_rate(before, means.times_plus(minus, means), target)
+    start, end = before.rate(), after.rate()
+    controls = {claims.UNIFORM: averaged.rate(), claims.SHRINKING: shrunk.rate()}
+    margins = {claims.NO_CHANGE: before.subspace_rate() - target} | margins_over(1, end, controls)
+    return Measured(start, end, margins, start)
+
+
+def _replicates(sums: Float[Tensor, "g *shape"], counts: Float[Tensor, "g"]) -> Float[Tensor, "r *shape"]:
+    """Means over all groups, then without each."""
+    counts = counts.view(-1, *[1] * (sums.ndim - 1))
+    whole, count = sums.sum(0, keepdim=True), counts.sum(0, keepdim=True)
+    if len(sums) < 2:
+        return whole / count
+    return torch.cat([whole / count, (whole - sums) / (count - counts)])
+
+
+def _with_subspace_rate(varied: Pool, fixed: Pool, target: Float[Tensor, "r"]) -> Pool:
+    """The pool b `varied` + `fixed` whose R^c is the target, b >= 0; b = 0 where even that has a larger R^c."""
+
+    def is_low(b: Tensor) -> Tensor:
+        inside = b[:, None, None, None] * varied.inside + fixed.inside
+        return moment_coding_rate(inside, EPS).sum(-1) < target
+
+    low, high = torch.zeros_like(target), torch.ones_like(target)
+    for _ in range(_DOUBLINGS):
+        if not (grows := is_low(high)).any():
+            break
+        high = torch.where(grows, 2 * high, high)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        below = is_low(middle)
+        low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+    return varied.times_plus(high, fixed)

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from sklearn.decomposition import PCA
 from torch import Tensor, nn
 
@@ -35,20 +35,26 @@ def encode_patches(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], layer
         return torch.cat([encode(encoder, part.to(device), layer, "tokens").cpu() for part in images.split(_AT_ONCE)])
 
 
+def grid_size(encoder: nn.Module) -> tuple[int, int] | None:
+    """Rows and columns of an encoder's patches; None if they lie on no grid."""
+    size: Any = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
+    return None if size is None else (int(size[0]), int(size[1]))
+
+
 def token_grid(encoder: nn.Module, image_size: tuple[int, int], tokens: int, layer: int = -1) -> tuple[int, int]:
     """Rows and columns of the patches, or of the feature map, that the tokens of a layer lie on.
 
     Raises:
         UserError: if these tokens lie on no grid.
     """
-    grids: list[Any] = [getattr(getattr(encoder, "patch_embed", None), "grid_size", None)]
+    grids = [grid_size(encoder)]
     info: Any = getattr(encoder, "feature_info", None)
     if info is not None:
         reduction = info[layer_number(encoder, layer)]["reduction"]
         grids.append((-(-image_size[0] // reduction), -(-image_size[1] // reduction)))
     for grid in grids:
         if grid is not None and grid[0] * grid[1] == tokens:
-            return int(grid[0]), int(grid[1])
+            return grid
     raise UserError(f"The tokens of this {type(encoder).__name__} do not lie on a grid, so they make no picture.")
 
 
@@ -63,20 +69,6 @@ class TokenColours(NamedTuple):
 
     pictures: Float[np.ndarray, "b gh gw 3"]
     explained: Float[np.ndarray, "k 3"]
-
-
-class Neighbours(NamedTuple):
-    """The tokens of other images that are most like given ones, best first.
-
-    Attributes:
-        image: number of the image.
-        token: number of the token in it.
-        similarity: cosine.
-    """
-
-    image: Int[Tensor, "k r"]
-    token: Int[Tensor, "k r"]
-    similarity: Float[Tensor, "k r"]
 
 
 def token_colours(patches: Float[Tensor, "b n d"], grid_size: tuple[int, int], *, joint: bool = True) -> TokenColours:
@@ -100,8 +92,12 @@ def token_colours(patches: Float[Tensor, "b n d"], grid_size: tuple[int, int], *
     return TokenColours(pictures, np.stack([explained for _, explained in found]))
 
 
-def nearest_tokens(patches: Float[Tensor, "b n d"], image: int, token: int, count: int = 5) -> Neighbours:
+def nearest_tokens(
+    patches: Float[Tensor, "b n d"], image: int, token: int, count: int = 5
+) -> list[tuple[int, int, float]]:
     """The tokens of other images with the largest cosine similarity to one token, at most one of each image.
+
+    Each is (number of the image, number of the token in it, cosine), best first.
 
     Args:
         patches: tokens of several images, without class token.
@@ -121,7 +117,7 @@ def nearest_tokens(patches: Float[Tensor, "b n d"], image: int, token: int, coun
     best = (unit @ unit[image, token]).max(dim=1)
     order = best.values.argsort(descending=True, stable=True)
     order = order[order != image][:count]
-    return Neighbours(order[None], best.indices[order][None], best.values[order][None])
+    return list(zip(order.tolist(), best.indices[order].tolist(), best.values[order].tolist(), strict=True))
 
 
 def _colours(tokens: Float[np.ndarray, "k d"]) -> tuple[np.ndarray, np.ndarray]:

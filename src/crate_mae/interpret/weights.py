@@ -41,7 +41,7 @@ def refuse_non_finite(layers: Mapping[str, nn.Module]) -> None:
 
 def _measure_layer(name: str, layer: nn.Module) -> Iterator[Row]:
     place = place_of(name)
-    if has_subspaces(name, layer):
+    if has_subspaces(layer):
         u = bases(layer).double()
         yield from rows_of(place, _subspaces(u), "heads")
         if len(u) > 1:
@@ -168,7 +168,7 @@ def inverse_measures(model: nn.Module) -> list[LayerMeasure]:
     def values(layer: nn.Module, z: Float[Tensor, "b n d"], z_next: Float[Tensor, "b n d"]) -> Values:
         return _undone(pairs[id(layer)], z, z_next)
 
-    return [LayerMeasure("inverses on tokens", ("z", "z_next"), values, lambda _name, layer: id(layer) in pairs)]
+    return [LayerMeasure("inverses on tokens", ("z", "z_next"), values, lambda layer: id(layer) in pairs)]
 
 
 def _undone(partner: nn.Module, z: Float[Tensor, "b n d"], z_next: Float[Tensor, "b n d"]) -> Values:
@@ -206,7 +206,7 @@ def _operator_cosine(layer: nn.Module, other: nn.Module) -> Float[Tensor, ""] | 
 
 
 def _subspace_affinity(layer: nn.Module, other: nn.Module) -> Float[Tensor, ""] | None:
-    if not has_subspaces("", layer) or not has_subspaces("", other):
+    if not has_subspaces(layer) or not has_subspaces(other):
         return None
     u, v = bases(layer).double(), bases(other).double()
     table = torch.stack([affinity(u_k, v_l) for u_k, v_l in product(u, v)]).view(len(u), len(v))

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from textwrap import wrap
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import Tensor
 
+from crate_mae.data import ImageSource
 from crate_mae.data.base import fixed_sample
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
 from crate_mae.interpret.attention import ClassAttention, class_attention
+from crate_mae.interpret.curves import Curve
 from crate_mae.interpret.foregrounds import mass_mask, principal_mask
 from crate_mae.interpret.measure import Opened
-from crate_mae.interpret.pictures import Box, Tile, Tiles, attention_tiles, cut_out, draw_tiles, heat, titled
-from crate_mae.interpret.report.subjects import LABELS, Subject
-from crate_mae.interpret.tokens import Neighbours, encode_patches, nearest_tokens, shown_images, token_colours
+from crate_mae.interpret.pictures import Tile, Tiles, attention_tiles, cut_out, draw_tiles, heat, titled
+from crate_mae.interpret.report.subjects import LABELS, Subjects
+from crate_mae.interpret.tokens import encode_patches, grid_size, nearest_tokens, shown_images, token_colours
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.tracing import layers_of
 
@@ -42,34 +44,41 @@ _TITLE_WIDTH = 16  # characters
 _FINE = 28  # cells along the shorter side of a map; fewer where there are fewer pixels
 
 
-class Completed(NamedTuple):
-    """Completions of a few images.
+class PlannedFigure(NamedTuple):
+    """A figure of the report that is not drawn yet.
 
     Attributes:
-        pictures: original, masked, prediction, completed, in [0, 1].
-        psnr: of the hidden patches of each, in decibels.
-        mask_ratio: share of patches that was hidden.
-        own_statistics: whether brightness and contrast of each patch come from the original.
+        name: of its files.
+        title: as text.
+        caption: two sentences on how to read it.
+        content: rows of small pictures, or panels of curves by their titles.
     """
 
-    pictures: list[Float[np.ndarray, "b hh ww 3"]]
-    psnr: list[float]
+    name: str
+    title: str
+    caption: str
+    content: Tiles | dict[str, list[Curve]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Examples:
+    """What is shown of a few images.
+
+    Attributes:
+        completions: a figure of completed images; none for a model without a decoder.
+        attention: figures of what class tokens attend to, and of foregrounds.
+        tokens: figures of tokens as colours, and with their neighbours.
+        mask_ratio: share of patches that was hidden for the completions.
+        psnr: of the hidden patches of each completed image, in decibels.
+        left_out: what is missing, and why.
+    """
+
+    completions: list[PlannedFigure]
+    attention: list[PlannedFigure]
+    tokens: list[PlannedFigure]
     mask_ratio: float
-    own_statistics: bool
-
-
-class Attention(NamedTuple):
-    """What class tokens attend to.
-
-    Attributes:
-        fine: of the last layer, on a grid finer than that of the patches.
-        saliency: of every layer, mean over heads, on the grid of the patches.
-        mass: foreground by the last layer's saliency.
-    """
-
-    fine: ClassAttention
-    saliency: Float[Tensor, "l b gh gw"]
-    mass: Bool[Tensor, "b gh gw"]
+    psnr: list[float]
+    left_out: dict[str, str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,55 +87,24 @@ class Visuals:
 
     Attributes:
         pictures: the images as it gets them, in [0, 1].
-        attention: None for a network without a class token or without traceable attention.
+        attention: of class tokens in the last layer, on a grid finer than that of the patches; None for a network
+            without a class token or without traceable attention.
+        saliency: of every layer, mean over heads, on the grid of the patches; None likewise.
         principal: foreground by the first principal component of the last layer's tokens.
         colours: three principal components of these tokens, over all drawn images.
         own_colours: the same, of each image by itself.
     """
 
     pictures: Float[np.ndarray, "b hh ww 3"]
-    attention: Attention | None
+    attention: ClassAttention | None
+    saliency: Float[Tensor, "l b gh gw"] | None
     principal: Bool[Tensor, "b gh gw"]
     colours: Float[np.ndarray, "b gh gw 3"]
     own_colours: Float[np.ndarray, "b gh gw 3"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Match:
-    """A patch of one image, and the patches of other images whose tokens are most like its token.
-
-    Attributes:
-        image: number of the image among those of `Examples.pool`.
-        token: number of the patch in it.
-        neighbours: see `interpret.tokens.nearest_tokens`.
-    """
-
-    image: int
-    token: int
-    neighbours: Neighbours
-
-
-@dataclass(frozen=True, kw_only=True)
-class Examples:
-    """Everything that is drawn.
-
-    Attributes:
-        completed: None for a model without a decoder.
-        visuals: of the model and of the other networks, by their keys.
-        pool: pictures in [0, 1] among which neighbours were searched.
-        matches: of a patch of each drawn image.
-        left_out: what is missing, and why.
-    """
-
-    completed: Completed | None
-    visuals: dict[str, Visuals]
-    pool: Float[np.ndarray, "k hh ww 3"]
-    matches: list[Match]
-    left_out: dict[str, str]
-
-
-def collect_examples(subjects: dict[str, Subject], *, count: int, mask_ratio: float, seed: int) -> Examples:
-    """Draw a few of the measured images, chosen by the seed.
+def collect_examples(subjects: Subjects, *, count: int, mask_ratio: float, seed: int) -> Examples:
+    """Show a few of the measured images, chosen by the seed.
 
     Args:
         subjects: the model among them.
@@ -134,174 +112,120 @@ def collect_examples(subjects: dict[str, Subject], *, count: int, mask_ratio: fl
         mask_ratio: of completions.
         seed: of the choice, and of the masks.
     """
-    model = subjects["model"]
+    model, source = subjects["model"]
     left_out: dict[str, str] = {}
-    images = _images(model, count, seed, _POOL)
-    completed = None
-    if isinstance(model.opened.net, MaskedAutoencoder):
-        completed = _complete(model.opened.net, images[:_COMPLETED], mask_ratio, seed)
+    images = _images(model, source, count, seed, _POOL)
+    completions: list[PlannedFigure] = []
+    psnr: list[float] = []
+    if isinstance(model.net, MaskedAutoencoder):
+        figure, psnr = _completions(model.net, images[:_COMPLETED], mask_ratio, seed)
+        completions.append(figure)
     else:
         left_out["completions"] = "the model has no decoder"
     visuals: dict[str, Visuals] = {}
-    for key, subject in subjects.items():
-        if key not in _DRAWN:
+    for key in (key for key in _DRAWN if key in subjects):
+        opened, source = subjects[key]
+        grid = grid_size(opened.backbone.encoder)
+        if grid is None:
+            left_out[f"pictures of tokens and attention, {LABELS[key]}"] = "its patches lie on no grid"
             continue
-        if grid_size(subject.opened.backbone.encoder) is None:
-            left_out[f"pictures of tokens and attention, {subject.label}"] = "its patches lie on no grid"
-            continue
-        attention, why_not = _attention(
-            subject.opened.backbone.encoder, drawn := _images(subject, count, seed, _DRAWN_IMAGES)
-        )
-        if attention is None:
-            left_out[f"attention maps, {subject.label}"] = why_not
-        visuals[key] = _visuals(subject.opened.backbone, drawn, attention)
-    matches = _matches(model.opened, images, visuals.get("model"))
-    if not matches and "model" in visuals:
-        left_out["neighbours of tokens"] = "they are searched in other images, and there is only one"
-    pool = _pictures(model.opened.backbone, images)
-    return Examples(completed=completed, visuals=visuals, pool=pool, matches=matches, left_out=left_out)
+        drawn = _images(opened, source, count, seed, _DRAWN_IMAGES)
+        visuals[key], why_not = _visuals(opened.backbone, drawn, grid)
+        if why_not:
+            left_out[f"attention maps, {LABELS[key]}"] = why_not
+    attention, tokens = [], []
+    if visuals:
+        attention.append(_foregrounds(visuals))
+        tokens.append(_colours(visuals))
+    if (own := visuals.get("model")) is not None:
+        attention = [*_class_attention(own), *attention]
+        if len(images) > 1:
+            tokens.append(_neighbours(model.backbone, images, own))
+        else:
+            left_out["neighbours of tokens"] = "they are searched in other images, and there is only one"
+    return Examples(
+        completions=completions,
+        attention=attention,
+        tokens=tokens,
+        mask_ratio=mask_ratio,
+        psnr=psnr,
+        left_out=left_out,
+    )
 
 
-def grid_size(encoder: nn.Module) -> tuple[int, int] | None:
-    """Rows and columns of an encoder's patches."""
-    size: Any = getattr(getattr(encoder, "patch_embed", None), "grid_size", None)
-    return None if size is None else (int(size[0]), int(size[1]))
+def draw_grid(rows: Tiles) -> Figure:
+    """All tiles of a figure, on the width of the page."""
+    columns = max(_FEWEST_COLUMNS, *(len(row) for row in rows))
+    return draw_tiles([[*row, *[None] * (columns - len(row))] for row in rows], tile_width=_WIDTH / columns)
 
 
-def _images(subject: Subject, count: int, seed: int, most: int) -> Float[Tensor, "b c hh ww"]:
-    """Some of the images that are measured, as the subject's network gets them; the same for every network."""
-    measured = fixed_sample(len(subject.source), count, seed)
+def _images(opened: Opened, source: ImageSource, count: int, seed: int, most: int) -> Float[Tensor, "b c hh ww"]:
+    """Some of the images that are measured, as the network gets them; the same for every network."""
+    measured = fixed_sample(len(source), count, seed)
     order = np.random.default_rng(seed).permutation(measured).tolist()  # else those of one class might come first
-    return read_images(subject.source, subject.opened.backbone.transform(), order, most).images
+    return read_images(source, opened.backbone.transform(), order, most).images
 
 
-def _complete(net: MaskedAutoencoder, images: Float[Tensor, "b c hh ww"], mask_ratio: float, seed: int) -> Completed:
+def _completions(
+    net: MaskedAutoencoder, images: Float[Tensor, "b c hh ww"], mask_ratio: float, seed: int
+) -> tuple[PlannedFigure, list[float]]:
+    """The figure of completed images, and the PSNR of their hidden patches."""
     masks = nested_masks(len(images), net.num_patches, mask_ratio, seed)
     completion = complete_in_batches(net, images, masks)
     psnr = completion_quality(completion, masks, net.config.patch_size).psnr.tolist()
     as_it_is = (0.0,) * net.config.in_chans, (1.0,) * net.config.in_chans  # mean and deviation
-    pictures = [shown_images(kind, *as_it_is) for kind in completion]
-    return Completed(pictures, psnr, mask_ratio, net.config.norm_pix_loss)
+    pictures = zip(*(shown_images(kind, *as_it_is) for kind in completion), strict=True)
+    halves = [
+        [*(Tile(picture) for picture in row[:3]), Tile(row[3], caption=f"{value:.1f} dB")]
+        for row, value in zip(pictures, psnr, strict=True)
+    ]
+    rows = [list(chain(*halves[i : i + _SIDE_BY_SIDE])) for i in range(0, len(halves), _SIDE_BY_SIDE)]
+    caption = (
+        f"From left to right: an image, what the model saw of it ({100 * mask_ratio:g}% of the patches "
+        "hidden), its prediction of the hidden patches, and the completed image. Compare the "
+        "last with the first; the number is the PSNR of hidden patches, where more is better."
+    )
+    if net.config.norm_pix_loss:
+        caption += " Brightness and contrast of each patch come from the original, since targets were normalised."
+    titles = ["original", "masked", "prediction", "completed"] * min(_SIDE_BY_SIDE, len(halves))
+    return PlannedFigure("completions", "Completions", caption, titled(titles, rows)), psnr
 
 
-def _visuals(backbone: Backbone, images: Float[Tensor, "b c hh ww"], attention: Attention | None) -> Visuals:
-    grid = grid_size(backbone.encoder)
-    assert grid is not None, "the caller has checked"
-    patches = encode_patches(backbone.encoder, images)
-    return Visuals(
-        pictures=_pictures(backbone, images),
+def _visuals(backbone: Backbone, images: Float[Tensor, "b c hh ww"], grid: tuple[int, int]) -> tuple[Visuals, str]:
+    """What a network makes of images, and why it shows no attention; "" if it does. A layer at a time saves memory."""
+    encoder, attention, saliency, why_not = backbone.encoder, None, None, ""
+    try:
+        layers = [class_attention(encoder, images, layer=layer) for layer in range(len(layers_of(encoder)))]
+        attention = class_attention(encoder, images, stride=_stride(images, grid))
+        saliency = torch.stack([found.saliency for found in layers])
+    except UserError as error:
+        why_not = str(error)
+    patches = encode_patches(encoder, images)
+    visuals = Visuals(
+        pictures=shown_images(images, backbone.mean, backbone.std),
         attention=attention,
+        saliency=saliency,
         principal=principal_mask(patches, grid),
         colours=token_colours(patches, grid).pictures,
         own_colours=token_colours(patches, grid, joint=False).pictures,
     )
+    return visuals, why_not
 
 
-def _attention(encoder: nn.Module, images: Float[Tensor, "b c hh ww"]) -> tuple[Attention | None, str]:
-    """What the class token attends to, or the reason why there is no map. One layer at a time saves memory."""
-    try:
-        layers = [class_attention(encoder, images, layer=layer) for layer in range(len(layers_of(encoder)))]
-        fine = class_attention(encoder, images, stride=_stride(encoder, images))
-    except UserError as error:
-        return None, str(error)
-    saliency = torch.stack([found.saliency for found in layers])
-    return Attention(fine, saliency, mass_mask(saliency[-1])), ""
-
-
-def _stride(encoder: nn.Module, images: Float[Tensor, "b c hh ww"]) -> int:
+def _stride(images: Float[Tensor, "b c hh ww"], grid: tuple[int, int]) -> int:
     """The coarsest stride whose maps have at least `_FINE` cells, of those that divide the patches."""
-    grid = grid_size(encoder)
-    assert grid is not None, "the caller has checked"
     shorter = min(images.shape[2:])
     patch = math.gcd(images.shape[2] // grid[0], images.shape[3] // grid[1])
     strides = [stride for stride in range(1, patch + 1) if patch % stride == 0]
     return max((stride for stride in strides if shorter // stride >= _FINE), default=1)
 
 
-def _matches(model: Opened, images: Float[Tensor, "b c hh ww"], visuals: Visuals | None) -> list[Match]:
-    """Neighbours of the patch of each image that its class token attends to most, or of the middle one."""
-    encoder = model.backbone.encoder
-    if len(images) < 2 or visuals is None:
-        return []
-    patches = encode_patches(encoder, images)
-    gh, gw = visuals.principal.shape[1:]
-    tokens = [gh // 2 * gw + gw // 2] * min(_DRAWN_IMAGES, len(images))
-    if visuals.attention is not None:
-        tokens = visuals.attention.saliency[-1].flatten(1).argmax(1).tolist()
-    return [
-        Match(image=i, token=token, neighbours=nearest_tokens(patches, i, token, _NEIGHBOURS))
-        for i, token in enumerate(tokens)
-    ]
-
-
-def _pictures(backbone: Backbone, images: Float[Tensor, "b c hh ww"]) -> Float[np.ndarray, "b hh ww 3"]:
-    return shown_images(images, backbone.mean, backbone.std)
-
-
-class Grid(NamedTuple):
-    """A figure of tiles.
-
-    Attributes:
-        name: of its files.
-        title: as text.
-        caption: two sentences on how to read it.
-        rows: of tiles.
-    """
-
-    name: str
-    title: str
-    caption: str
-    rows: Tiles
-
-
-def completion_grid(completed: Completed) -> Grid:
-    """The figure of completed images."""
-    own = (
-        " Brightness and contrast of each patch come from the original, since targets were normalised."
-        if completed.own_statistics
-        else ""
-    )
-    halves = [
-        [*(Tile(picture) for picture in row[:3]), Tile(row[3], caption=f"{psnr:.1f} dB")]
-        for row, psnr in zip(zip(*completed.pictures, strict=True), completed.psnr, strict=True)
-    ]
-    rows = [list(chain(*halves[i : i + _SIDE_BY_SIDE])) for i in range(0, len(halves), _SIDE_BY_SIDE)]
-    return Grid(
-        "completions",
-        "Completions",
-        f"From left to right: an image, what the model saw of it ({100 * completed.mask_ratio:g}% of the patches "
-        "hidden), its prediction of the hidden patches, and the completed image. Compare the "
-        f"last with the first; the number is the PSNR of hidden patches, where more is better.{own}",
-        titled(["original", "masked", "prediction", "completed"] * min(_SIDE_BY_SIDE, len(halves)), rows),
-    )
-
-
-def attention_grids(examples: Examples) -> list[Grid]:
-    """The figures of what class tokens attend to, and of foregrounds."""
-    visuals = examples.visuals
-    found = []
-    if "model" in visuals and visuals["model"].attention is not None:
-        found += [_heads(visuals["model"]), _saliency(visuals["model"])]
-    return [*found, _foregrounds(visuals)] if visuals else found
-
-
-def token_grids(examples: Examples) -> list[Grid]:
-    """The figures of tokens: as colours, and with their neighbours."""
-    found = [_colours(examples.visuals)] if examples.visuals else []
-    return [*found, _neighbours(examples)] if examples.matches else found
-
-
-def draw_grid(grid: Grid) -> Figure:
-    """All tiles of a figure, on the width of the page."""
-    columns = max(_FEWEST_COLUMNS, *(len(row) for row in grid.rows))
-    rows = [[*row, *[None] * (columns - len(row))] for row in grid.rows]
-    return draw_tiles(rows, tile_width=_WIDTH / columns)
-
-
-def _heads(visuals: Visuals) -> Grid:
-    assert visuals.attention is not None, "the caller has checked"
-    fine = visuals.attention.fine
-    return Grid(
+def _class_attention(visuals: Visuals) -> Iterable[PlannedFigure]:
+    """What the class token attends to: in the last layer, head by head, and in all layers."""
+    if visuals.attention is None or visuals.saliency is None:
+        return
+    fine, saliency = visuals.attention, visuals.saliency.cpu().numpy()
+    yield PlannedFigure(
         "heads",
         "Attention of each head",
         "For each image, how much the class token attends to each place in the last encoder layer, all heads together "
@@ -310,16 +234,11 @@ def _heads(visuals: Visuals) -> Grid:
         "different things; equal maps mean that heads do the same.",
         attention_tiles(visuals.pictures, fine.heads.cpu().numpy(), fine.saliency.cpu().numpy()),
     )
-
-
-def _saliency(visuals: Visuals) -> Grid:
-    assert visuals.attention is not None, "the caller has checked"
-    saliency = visuals.attention.saliency.cpu().numpy()
     layers = sorted(set(np.linspace(0, len(saliency) - 1, min(_MOST_LAYERS, len(saliency))).round().astype(int)))
     rows = [
         [Tile(picture), *(heat(saliency[layer, i]) for layer in layers)] for i, picture in enumerate(visuals.pictures)
     ]
-    return Grid(
+    yield PlannedFigure(
         "saliency",
         "What the class token attends to, by layer",
         "The class token’s attention to patches, mean over heads, in layers of the encoder from the first to the last. "
@@ -329,14 +248,14 @@ def _saliency(visuals: Visuals) -> Grid:
     )
 
 
-def _foregrounds(visuals: dict[str, Visuals]) -> Grid:
+def _foregrounds(visuals: dict[str, Visuals]) -> PlannedFigure:
     columns = []
     for key, found in visuals.items():
-        kinds = [("by attention", found.attention.mass)] if found.attention is not None else []
+        kinds = [("by attention", mass_mask(found.saliency[-1]))] if found.saliency is not None else []
         for kind, masks in [*kinds, ("by component", found.principal)]:
             tiles = [cut_out(*pair) for pair in zip(found.pictures, masks.cpu().numpy(), strict=True)]
             columns.append((key, kind, tiles))
-    return Grid(
+    return PlannedFigure(
         "foregrounds",
         "Foregrounds found without labels",
         "What is not covered in blue is foreground: by attention, the fewest patches with 60% of the class token’s "
@@ -346,13 +265,13 @@ def _foregrounds(visuals: dict[str, Visuals]) -> Grid:
     )
 
 
-def _colours(visuals: dict[str, Visuals]) -> Grid:
+def _colours(visuals: dict[str, Visuals]) -> PlannedFigure:
     columns = []
     for key, found in visuals.items():
         kinds = [("each by itself", found.own_colours)] if key == "model" else []
         for kind, pictures in [*kinds, ("all together", found.colours)]:
             columns.append((key, kind, [Tile(picture) for picture in pictures]))
-    return Grid(
+    return PlannedFigure(
         "token_colours",
         "Tokens as colours",
         "Three principal components of the last encoder layer’s tokens as red, green and blue, one colour a patch. "
@@ -370,30 +289,28 @@ def _beside_images(visuals: dict[str, Visuals], columns: Sequence[tuple[str, str
     return titled(titles, rows)
 
 
-def _neighbours(examples: Examples) -> Grid:
-    visuals = next(iter(examples.visuals.values()))
-    grid = visuals.principal.shape[1:]
-    most = max(len(match.neighbours.image[0]) for match in examples.matches)
+def _neighbours(backbone: Backbone, images: Float[Tensor, "b c hh ww"], visuals: Visuals) -> PlannedFigure:
+    """Neighbours of the patch of each drawn image that its class token attends to most, or of the middle one."""
+    patches = encode_patches(backbone.encoder, images)
+    pictures = shown_images(images, backbone.mean, backbone.std)
+    gh, gw = visuals.principal.shape[1:]
+    height, width = pictures.shape[1] / gh, pictures.shape[2] / gw
+    tokens = [gh // 2 * gw + gw // 2] * len(visuals.pictures)
+    if visuals.saliency is not None:
+        tokens = visuals.saliency[-1].flatten(1).argmax(1).tolist()
 
     def tile(image: int, token: int, caption: str) -> Tile:
-        picture = examples.pool[image]
-        return Tile(picture, caption=caption, box=_box(token, (grid[0], grid[1]), picture.shape))
+        return Tile(pictures[image], caption=caption, box=(token % gw * width, token // gw * height, width, height))
 
-    def row(match: Match) -> list[Tile]:
-        found = zip(*(values[0].tolist() for values in match.neighbours), strict=True)
-        return [tile(match.image, match.token, ""), *(tile(i, token, f"{cos:.2f}") for i, token, cos in found)]
-
-    return Grid(
+    rows = []
+    for image, token in enumerate(tokens):
+        found = nearest_tokens(patches, image, token, _NEIGHBOURS)
+        rows.append([tile(image, token, ""), *(tile(i, near, f"{cosine:.2f}") for i, near, cosine in found)])
+    return PlannedFigure(
         "neighbours",
         "Nearest patches of other images",
         "Left, framed, the patch of an image with most of the class token’s attention; then patches of other images "
         "whose tokens are most like its token, at most one an image, with their cosines. Patches that show the same "
         "kind of thing mean that tokens encode content; patches at the same place mean that they encode position.",
-        titled(["patch", *(f"neighbour {i + 1}" for i in range(most))], [row(match) for match in examples.matches]),
+        titled(["patch", *(f"neighbour {i + 1}" for i in range(len(rows[0]) - 1))], rows),
     )
-
-
-def _box(token: int, grid: tuple[int, int], shape: tuple[int, ...]) -> Box:
-    """Where a patch is."""
-    height, width = shape[0] / grid[0], shape[1] / grid[1]
-    return token % grid[1] * width, token // grid[1] * height, width, height

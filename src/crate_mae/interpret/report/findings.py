@@ -16,6 +16,7 @@ from crate_mae.interpret.attention_use import AttentionUse
 from crate_mae.interpret.audit import COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT, SORT, SPARSITY, AuditRow, by_claim
 from crate_mae.interpret.registry import INVERSES, MEASURES
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
+from crate_mae.interpret.report.subjects import NETWORKS
 from crate_mae.interpret.statistics import Row, Trend, trend
 
 VERDICT_RULE = (
@@ -30,7 +31,6 @@ STAND_IN_LIMITS = (
     "(queries and keys), and its height cannot be compared with that of a network of another width."
 )
 _RATES = ("subspace_rate", "subspace_rate_normalised", "subspace_rate_official")
-_STAND_IN = ("value_rate_official",)
 _SPARSITY = ("zero_fraction", "l1_to_l2", "gini")
 _KEPT = ("pixel_r2", "feature_rank", "dead_coordinates", "probe_accuracy")
 _VERBS = {  # of one curve, of several
@@ -51,7 +51,7 @@ class Table(NamedTuple):
     caption: str
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Finding:
     """What the numbers say about one subject.
 
@@ -102,7 +102,7 @@ def verdict_sentence(inspection: Inspection) -> str:
 
 def rates_finding(inspection: Inspection) -> Finding:
     """How R^c changes through the encoder."""
-    trends, stand_ins = _trends(inspection, _RATES), _trends(inspection, _STAND_IN)
+    trends, stand_ins = _trends(inspection, _RATES), _stand_ins(inspection)
     own, more = trends.get("model"), []
     if own is not None:
         answer = f"From the first encoder layer to the last, {_tally(own)}."
@@ -112,11 +112,11 @@ def rates_finding(inspection: Inspection) -> Finding:
     else:
         answer = "This model’s attention is not MSSA: it has no subspaces, so R^c is not defined for it."
         if "model" in stand_ins:
-            answer += f" With value projections in the place of subspaces: {_only(stand_ins['model'])}."
+            answer += f" With value projections in the place of subspaces: {stand_ins['model']}."
     return Finding(
-        anchor="compression",
-        title="Subspace rate through the encoder",
-        answer=answer,
+        "compression",
+        "Subspace rate through the encoder",
+        answer,
         more=(*more, *_black_boxes(inspection, stand_ins)),
         table=_rates_table(inspection, trends, stand_ins),
     )
@@ -138,9 +138,9 @@ def sparsity_finding(inspection: Inspection) -> Finding:
     held = sum(row.is_met for row in rows)
     than_relu = f"; ISTA makes more exact zeros than ReLU in {held} of {plural(len(rows), 'layer')}" if rows else ""
     return Finding(
-        anchor="sparsity",
-        title="Sparsity through the encoder",
-        answer=f"From the first encoder layer to the last, outputs become {_sparser(trends['model'])}{than_relu}.",
+        "sparsity",
+        "Sparsity through the encoder",
+        f"From the first encoder layer to the last, outputs become {_sparser(trends['model'])}{than_relu}.",
         more=tuple(more),
         table=_trend_table(inspection, trends, _SPARSITY, "Outputs of layers, first → last encoder layer"),
     )
@@ -152,16 +152,16 @@ def steps_finding(inspection: Inspection) -> Finding:
     rows = inspection.model.measures.audit
     if not rows:
         answer = "The claims are about attention in subspaces and sparse coding, which this model does not have."
-        return Finding(anchor=anchor, title=title, answer=answer)
+        return Finding(anchor, title, answer)
     broken = [f"{row.text} ({row.place})" for row in rows if row.status == "contradiction"]
     theorems = list(dict.fromkeys(row.text for row in rows if row.status == "theorem"))
     more = [_held_on(rows, tokens) for tokens in dict.fromkeys(row.tokens for row in rows)]
     if theorems:
         more.append(f"Theorems of this model’s layers: {'; '.join(theorems)}.")
     return Finding(
-        anchor=anchor,
-        title=title,
-        answer=f"Of {plural(len(rows), 'claim')} about single steps of single layers, "
+        anchor,
+        title,
+        f"Of {plural(len(rows), 'claim')} about single steps of single layers, "
         f"{sum(row.is_met for row in rows)} hold: there the step beats the best of its controls in nearly every image, "
         "by more than a negligible margin.",
         warning="Contradiction: an image contradicts a theorem, so a layer has a bug. " + "; ".join(broken) + "."
@@ -188,9 +188,9 @@ def lengths_finding(inspection: Inspection) -> Finding:
         lines.append([f"E{row.layer}", percent(row.mean), *changes, margin])
     sorts = sum(row.is_met for (key, _), row in audit.items() if key == SORT)
     return Finding(
-        anchor=anchor,
-        title=title,
-        answer=f"The attention step changes the length of tokens to {listed([percent(row.mean) for row in ratios])} of "
+        anchor,
+        title,
+        f"The attention step changes the length of tokens to {listed([percent(row.mean) for row in ratios])} of "
         f"what it was, layer by layer, and sorts tokens in {sorts} of {plural(len(ratios), 'layer')}.",
         more=(
             "A step that only shrinks tokens lowers R^c as it is, and leaves that of unit-length projections alone. A "
@@ -211,7 +211,7 @@ def attention_finding(inspection: Inspection) -> Finding:
     use, own = inspection.attention_use, inspection.model.find("self_attention")
     if not use or not own:
         answer = "Attention without mixing is measured only for autoencoders with attention in subspaces."
-        return Finding(anchor=anchor, title=title, answer=answer)
+        return Finding(anchor, title, answer)
     intact, whole = use[0], next(found for found in use if found.part == "encoder" and found.layer is None)
     probe = ""
     if intact.accuracy is not None and whole.accuracy is not None:
@@ -220,9 +220,9 @@ def attention_finding(inspection: Inspection) -> Finding:
     shares = listed([percent(row.mean) for row in own])
     uniform = inspection.model.find(MEASURES["self_attention"].control)
     return Finding(
-        anchor=anchor,
-        title=title,
-        answer=f"Without mixing in the encoder (P = I in all layers) the mean loss on hidden patches changes by "
+        anchor,
+        title,
+        f"Without mixing in the encoder (P = I in all layers) the mean loss on hidden patches changes by "
         f"{signed(whole.change)}, from {number(intact.loss)} to {number(whole.loss)}{probe}.",
         more=(
             f"A token gives {shares} of its attention to itself, layer by layer; uniform attention gives "
@@ -239,7 +239,7 @@ def inverses_finding(inspection: Inspection) -> Finding:
     own, idle = model.find("inverse_cosine"), model.find("inverse_cosine_identity")
     if not own:
         reason = model.measures.left_out.get("inverses", "it was not measured")
-        return Finding(anchor=anchor, title=title, answer=f"Not measured: {reason}.")
+        return Finding(anchor, title, f"Not measured: {reason}.")
     more = []
     for measure in ("inverse_dictionary_cosine", "inverse_operator_cosine", "inverse_subspace_affinity"):
         rows, control = model.find(measure), model.find(MEASURES[measure].control)
@@ -248,7 +248,7 @@ def inverses_finding(inspection: Inspection) -> Finding:
                 f"{_capitalised(MEASURES[measure].label)}: larger for a layer’s own partner than for other decoder "
                 f"layers in {_more(rows, control)}."
             )
-    networks = [found for found in inspection.measured if found.has_own_network and found.find("inverse_cosine")]
+    networks = [found for found in inspection.measured if found.key in NETWORKS and found.find("inverse_cosine")]
     lines = [
         [
             MEASURES[measure].label,
@@ -257,9 +257,9 @@ def inverses_finding(inspection: Inspection) -> Finding:
         for measure in INVERSES
     ]
     return Finding(
-        anchor=anchor,
-        title=title,
-        answer="Given an encoder layer’s output, its decoder layer comes nearer to the layer’s input than doing "
+        anchor,
+        title,
+        "Given an encoder layer’s output, its decoder layer comes nearer to the layer’s input than doing "
         f"nothing does in {_more(own, idle)} (cosine {_mean(own)} against {_mean(idle)}, means over layers).",
         more=tuple(more),
         table=Table(
@@ -276,7 +276,7 @@ def information_finding(inspection: Inspection) -> Finding:
     pixels = trend(inspection.model.find("pixel_r2", "z_next"))
     if pixels is None:
         answer = "How much of the pixels tokens retain was not measured; see what is left out."
-        return Finding(anchor=anchor, title=title, answer=answer)
+        return Finding(anchor, title, answer)
     more = []
     if probe := inspection.model.find("probe_accuracy"):
         best = max(probe, key=lambda row: row.mean)
@@ -295,9 +295,9 @@ def information_finding(inspection: Inspection) -> Finding:
         for number, found in enumerate(inspection.measured)
     ]
     return Finding(
-        anchor=anchor,
-        title=title,
-        answer=f"A linear map from a token to its own patch explains {percent(pixels.first)} of the pixels’ variance "
+        anchor,
+        title,
+        f"A linear map from a token to its own patch explains {percent(pixels.first)} of the pixels’ variance "
         f"after the first encoder layer, and {percent(pixels.last)} after the last.",
         more=tuple(more),
         table=Table(["", *(MEASURES[name].title for name in columns)], lines, "First → last encoder layer"),
@@ -315,9 +315,10 @@ def _trends(inspection: Inspection, measures: Sequence[str]) -> dict[str, dict[s
     return found
 
 
-def _only(trends: Mapping[str, Trend]) -> Trend:
-    """The trend of the stand-in, which is one measure."""
-    return trends[_STAND_IN[0]]
+def _stand_ins(inspection: Inspection) -> dict[str, Trend]:
+    """The trend of each subject with value projections in the place of subspaces."""
+    name = "value_rate_official"
+    return {key: trends[name] for key, trends in _trends(inspection, (name,)).items()}
 
 
 def _tally(trends: Mapping[str, Trend]) -> str:
@@ -361,17 +362,17 @@ def _collapse(model: SubjectMeasures) -> list[str]:
     return [f"The share of the tokens’ energy in which tokens of one image differ: {found}. {lesson}"]
 
 
-def _black_boxes(inspection: Inspection, stand_ins: Trends) -> list[str]:
+def _black_boxes(inspection: Inspection, stand_ins: Mapping[str, Trend]) -> list[str]:
     """What value projections show of the networks without subspaces, and what they do not."""
     found = [
         f"{_capitalised(subject.label)}, a black box, with value projections in the place of subspaces: "
-        f"{_only(stand_ins[subject.key])}."
+        f"{stand_ins[subject.key]}."
         for subject in inspection.measured[1:]
         if subject.key in stand_ins
     ]
     for key, control in (("model", "random"), ("baseline", "random_baseline")):
         if key in stand_ins and control in stand_ins:
-            trained, random = _only(stand_ins[key]).verdict, _only(stand_ins[control]).verdict
+            trained, random = stand_ins[key].verdict, stand_ins[control].verdict
             verb = _VERBS[random][0]
             found.append(
                 f"With random initialisation that stand-in {verb} as well: its direction alone shows nothing that was "
@@ -405,11 +406,11 @@ def _held_on(rows: Sequence[AuditRow], tokens: str) -> str:
     return f"{_TOKENS[tokens]}: {'; '.join(held)}. No other claim holds."
 
 
-def _rates_table(inspection: Inspection, trends: Trends, stand_ins: Trends) -> Table | None:
+def _rates_table(inspection: Inspection, trends: Trends, stand_ins: Mapping[str, Trend]) -> Table | None:
     """The trends of R^c; a stand-in has those of unit-length projections alone. None if no network has any."""
     if not trends and not stand_ins:
         return None
-    as_official = {key: {_RATES[-1]: _only(found)} for key, found in stand_ins.items()}
+    as_official = {key: {_RATES[-1]: found} for key, found in stand_ins.items()}
     caption = "R^c after the attention step, first → last encoder layer, in nats"
     return _trend_table(inspection, {**as_official, **trends}, _RATES, caption, marked=stand_ins)
 

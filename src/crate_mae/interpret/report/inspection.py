@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from crate_mae.data import ImageSource
 from crate_mae.data.base import fixed_sample
 from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
@@ -27,17 +27,26 @@ from crate_mae.interpret.information import (
     probe_rows,
     split_probe_images,
 )
-from crate_mae.interpret.measure import Measurements, Progress, measure_layers
-from crate_mae.interpret.report.description import describe, tokens_of
-from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples, grid_size
-from crate_mae.interpret.report.subjects import LABELS, NETWORKS, UNTRAINED, Settings, Subject, open_subjects
+from crate_mae.interpret.measure import Measurements, Opened, Progress, measure_layers
+from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples
+from crate_mae.interpret.report.subjects import (
+    LABELS,
+    NETWORKS,
+    UNTRAINED,
+    Settings,
+    Subjects,
+    describe,
+    open_subjects,
+    tokens_of,
+)
 from crate_mae.interpret.statistics import Row, find
+from crate_mae.interpret.tokens import grid_size
 from crate_mae.models.autoencoder import MaskedAutoencoder
 
 _DRAWS = 5  # of untrained networks, for the audit
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SubjectMeasures:
     """What was measured of one subject.
 
@@ -57,11 +66,6 @@ class SubjectMeasures:
     def label(self) -> str:
         """Its name in figures and tables."""
         return LABELS[self.key]
-
-    @property
-    def has_own_network(self) -> bool:
-        """Whether it is a network of its own, and not the model on other images."""
-        return self.key in NETWORKS
 
     def find(self, measure: str, point: str = "", part: str = "encoder") -> list[Row]:
         """The curve of one measure over the layers of a part."""
@@ -112,12 +116,9 @@ class Inspection:
         """The model on the images."""
         return self.measured[0]
 
-    def subject(self, key: str) -> SubjectMeasures | None:
-        """The subject of this key, if there is one."""
-        return next((found for found in self.measured if found.key == key), None)
-
     def to_json(self) -> str:
         """All numbers, as JSON."""
+        examples = self.examples
         content = {
             "settings": self.settings.named(),
             "model": self.description,
@@ -133,7 +134,7 @@ class Inspection:
                 for found in self.measured
             ],
             "attention_use": [asdict(found) for found in self.attention_use],
-            "completions": _completions(self.examples),
+            "completions": {"mask_ratio": examples.mask_ratio, "psnr": examples.psnr} if examples.psnr else None,
             "left_out": self.left_out,
             "notes": self.notes,
             "versions": self.versions,
@@ -173,18 +174,33 @@ def inspect_model(
     notes: list[str] = []
     measured = []
     hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
-    for subject in subjects.values():
-        report(f"{subject.label}: {subject.opened.name} on {subject.source.name}")
-        scores = _foreground_rows(subject, settings, drawings, notes)
-        measured.append(_measure(subject, settings, hidden, images, notes, report, scores))
+    for key, (opened, source) in subjects.items():
+        report(f"{LABELS[key]}: {opened.name} on {source.name}")
+        more = _foreground_rows(opened, source, settings, drawings, notes) if key in NETWORKS else []
+        measures = measure_layers(
+            opened,
+            source,
+            count=settings.count,
+            mask_ratio=settings.mask_ratio,
+            seed=settings.seed,
+            audited=key not in UNTRAINED,
+            untrained=_DRAWS if key in NETWORKS else 0,
+            training_mask_ratio=hidden,
+            on_stage=lambda stage, key=key: report(f"{LABELS[key]}: {stage}"),
+        )
+        if images is not None and key in NETWORKS:
+            report(f"{LABELS[key]}: linear probes")
+            more += _probe_rows(LABELS[key], opened, images, notes)
+        measures = replace(measures, rows=[*measures.rows, *more])
+        measured.append(SubjectMeasures(key, opened.backbone.is_random, tokens_of(opened), measures))
     report("the model without mixing")
-    use = _attention_use(subjects["model"], settings, hidden, images, left_out)
+    use = _attention_use(*subjects["model"], settings, hidden, images, left_out)
     report("pictures")
     examples = collect_examples(subjects, count=settings.count, mask_ratio=hidden, seed=settings.seed)
     notes += _shortages(subjects, measured, settings)
     return Inspection(
         settings=settings,
-        description=describe(subjects["model"].opened),
+        description=describe(subjects["model"][0]),
         training=known.lines,
         measured=measured,
         attention_use=use,
@@ -195,102 +211,76 @@ def inspect_model(
     )
 
 
-def _measure(
-    subject: Subject,
+def _attention_use(
+    model: Opened,
+    source: ImageSource,
     settings: Settings,
     hidden: float,
     images: ProbeImages | None,
-    notes: list[str],
-    report: Progress,
-    scores: list[Row],
-) -> SubjectMeasures:
-    measures = measure_layers(
-        subject.opened,
-        subject.source,
-        count=settings.count,
-        mask_ratio=settings.mask_ratio,
-        seed=settings.seed,
-        audited=subject.key not in UNTRAINED,
-        untrained=_DRAWS if subject.key in NETWORKS else 0,
-        training_mask_ratio=hidden,
-        on_stage=lambda stage: report(f"{subject.label}: {stage}"),
-    )
-    measures = dataclasses.replace(measures, rows=[*measures.rows, *scores])
-    if images is not None and subject.has_own_network:
-        report(f"{subject.label}: linear probes")
-        rows, converged = probe_rows(subject.opened.backbone, images)
-        measures = dataclasses.replace(measures, rows=[*measures.rows, *rows])
-        if not converged:
-            notes.append(
-                f"Linear probes of {subject.label} did not all converge: their accuracy may be higher than reported."
-            )
-    return SubjectMeasures(
-        key=subject.key,
-        is_random=subject.opened.backbone.is_random,
-        tokens=tokens_of(subject.opened),
-        measures=measures,
-    )
-
-
-def _attention_use(
-    model: Subject, settings: Settings, hidden: float, images: ProbeImages | None, left_out: dict[str, str]
+    left_out: dict[str, str],
 ) -> list[AttentionUse]:
     """The model without mixing, judged by its loss and, where there are labels, a probe."""
-    net, source = model.opened.net, model.source
+    net = model.net
     if not isinstance(net, MaskedAutoencoder):
         left_out["masked loss without mixing"] = "the model has no decoder"
         return []
-    backbone = model.opened.backbone
     if images is None and settings.probe_images:
         try:
             images = split_probe_images(source, settings.probe_images, settings.seed)
         except UserError as error:
             left_out["linear probe without mixing"] = str(error)
     chosen = fixed_sample(len(source), settings.count, settings.seed)
-    pixels = read_images(source, backbone.transform(), chosen, settings.count).images
+    pixels = read_images(source, model.backbone.transform(), chosen, settings.count).images
     masks = nested_masks(len(pixels), net.num_patches, hidden, settings.seed)
-    probe = None if images is None else partial(last_layer_score, backbone, images)
+    probe = None if images is None else partial(last_layer_score, model.backbone, images)
     found = attention_use(net, pixels, masks, probe=probe)
     if not found:
         left_out["masked loss without mixing"] = "no layer has attention in subspaces"
     return found
 
 
-def _foreground_rows(subject: Subject, settings: Settings, drawings: Drawings | None, notes: list[str]) -> list[Row]:
+def _foreground_rows(
+    network: Opened, source: ImageSource, settings: Settings, drawings: Drawings | None, notes: list[str]
+) -> list[Row]:
     """How well a network finds the drawn foregrounds; masks that cannot be read are noted, once for all networks."""
-    encoder = subject.opened.backbone.encoder
-    if drawings is None or not subject.has_own_network or grid_size(encoder) is None:
+    if drawings is None or grid_size(network.backbone.encoder) is None:
         return []
-    chosen = fixed_sample(len(subject.source), settings.count, settings.seed)
-    drawn = read_drawn(drawings, subject.source, chosen, subject.opened.backbone)
+    drawn = read_drawn(drawings, source, fixed_sample(len(source), settings.count, settings.seed), network.backbone)
     if drawn.bad:
         named = and_more([f"{mask.location}: {mask.reason}" for mask in drawn.bad], 5, "; ")
         total = len(drawn.images) + len(drawn.bad)
         note = f"{len(drawn.bad)} of {total} masks of --foregrounds cannot be read and are left out: {named}."
         notes += [] if note in notes else [note]
-    return score_foregrounds(encoder, drawn)
+    return score_foregrounds(network.backbone.encoder, drawn)
 
 
-def _probe_images(subjects: dict[str, Subject], settings: Settings) -> tuple[ProbeImages | None, str]:
+def _probe_rows(label: str, network: Opened, images: ProbeImages, notes: list[str]) -> list[Row]:
+    rows, converged = probe_rows(network.backbone, images)
+    if not converged:
+        notes.append(f"Linear probes of {label} did not all converge: their accuracy may be higher than reported.")
+    return rows
+
+
+def _probe_images(subjects: Subjects, settings: Settings) -> tuple[ProbeImages | None, str]:
     """The images of the probes, or why there are none."""
     if not settings.probe_images:
         return None, "--probe-images is 0"
     if "train" not in subjects:
         return None, "they need labelled training images, given with --train-data"
     try:
-        train, test = subjects["train"].source, subjects["model"].source
+        (_, train), (_, test) = subjects["train"], subjects["model"]
         return probe_images(train, test, settings.probe_images, settings.seed), ""
     except UserError as error:
         return None, str(error)
 
 
-def _shortages(subjects: dict[str, Subject], measured: Sequence[SubjectMeasures], settings: Settings) -> list[str]:
+def _shortages(subjects: Subjects, measured: Sequence[SubjectMeasures], settings: Settings) -> list[str]:
     """Sentences on sources that have fewer images than were asked for."""
     notes = []
     for found in measured:
         if found.measures.images < settings.count and found.key not in NETWORKS[1:]:
             bad = f", {len(found.measures.bad)} of which cannot be read" if found.measures.bad else ""
-            held = len(subjects[found.key].source)
+            held = len(subjects[found.key][1])
             notes.append(
                 f"{found.measures.data} holds {held} images{bad}: {found.measures.images} were measured where "
                 f"{settings.count} were asked for."
@@ -298,14 +288,6 @@ def _shortages(subjects: dict[str, Subject], measured: Sequence[SubjectMeasures]
     if measured[0].measures.images == 1:
         notes.append("One image has no spread: nothing has an interval, and no claim can be judged.")
     return notes
-
-
-def _completions(examples: Examples) -> dict[str, Any] | None:
-    """PSNR of each drawn completion."""
-    found = examples.completed
-    if found is None:
-        return None
-    return {"mask_ratio": found.mask_ratio, "psnr": found.psnr}
 
 
 def _csv(kind: type, rows: Mapping[str, Sequence[Any]]) -> str:

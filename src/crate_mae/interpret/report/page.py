@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 from crate_mae.drawing.page import render
 from crate_mae.drawing.style import encode
+from crate_mae.drawing.text import plural
 from crate_mae.interpret.audit import CLAIMS, CONTROLS, LEAST_MARGIN_SHARE, LEAST_SHARE_OF_IMAGES, AuditRow, by_claim
 from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT
 from crate_mae.interpret.registry import MEASURES
@@ -21,20 +21,6 @@ _TOKENS = {
     "all": "All tokens: nothing is hidden",
     "visible": "As in training: the encoder sees the visible patches alone, the decoder fills in the hidden ones",
 }
-
-
-class AuditTable(NamedTuple):
-    """Claims about one part of the network on one kind of tokens.
-
-    Attributes:
-        title: of the kind of tokens, above the first of its tables; else "".
-        layers: names of the columns.
-        claims: a row of each, a layer a column.
-    """
-
-    title: str
-    layers: list[str]
-    claims: list[list[AuditRow]]
 
 
 def report_files(inspection: Inspection) -> dict[str, bytes | str]:
@@ -87,20 +73,18 @@ def _describe(found: SubjectMeasures) -> str:
     """A network, its images and its shape."""
     m = found.measures
     weights = ", with random initialisation" if found.is_random else ""
-    images = f"{m.images:,} image" + ("" if m.images == 1 else "s")
-    return f"{m.model}{weights}; {images} of {m.data}; {found.tokens}"
+    return f"{m.model}{weights}; {plural(m.images, 'image')} of {m.data}; {found.tokens}"
 
 
-def _audit_tables(rows: Sequence[AuditRow]) -> list[AuditTable]:
-    """A table for each kind of tokens and part of the network."""
+def _audit_tables(rows: Sequence[AuditRow]) -> list[tuple[str, list[list[AuditRow]]]]:
+    """Claims, a row of each, for each kind of tokens and part of the network; the first of a kind has its title."""
     tables = []
     for tokens in dict.fromkeys(row.tokens for row in rows):
         title = _TOKENS[tokens]
         for part in ("encoder", "decoder"):
             claims = list(by_claim(row for row in rows if (row.part, row.tokens) == (part, tokens)).values())
             if claims:
-                layers = [f"{part[0].upper()}{row.layer}" for row in claims[0]]
-                tables.append(AuditTable(title, layers, claims))
+                tables.append((title, claims))
                 title = ""
     return tables
 

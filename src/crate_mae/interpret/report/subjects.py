@@ -6,12 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from crate_mae.data import ImageSource, open_source, same_images
+from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.interpret.measure import Opened, open_measurable, untrained_twin
+from crate_mae.interpret.tokens import grid_size
 from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.config import CrateConfig, ModelConfig
+from crate_mae.models.tracing import layers_of
 
 # What figures and tables call the subjects, in the order of columns and of colours.
 LABELS = {
@@ -24,6 +26,8 @@ LABELS = {
 }
 UNTRAINED = ("random", "random_baseline")  # networks that are not audited by themselves
 NETWORKS = ("model", "random", "baseline", "random_baseline")  # subjects that are networks, not other images
+
+Subjects = dict[str, tuple[Opened, ImageSource]]  # networks and the images that they are measured on, by `LABELS`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,36 +91,11 @@ class Settings:
         return {key: v if v is None or isinstance(v, (int, float)) else name_of(v) for key, v in values.items()}
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A network on a source of images.
-
-    Attributes:
-        key: one of `LABELS`.
-        opened: the network.
-        source: the images.
-    """
-
-    key: str
-    opened: Opened
-    source: ImageSource
-
-    @property
-    def label(self) -> str:
-        """Its name in figures and tables."""
-        return LABELS[self.key]
-
-    @property
-    def has_own_network(self) -> bool:
-        """Whether it is a network of its own, and not the model on other images."""
-        return self.key in NETWORKS
-
-
-def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str]]:
+def open_subjects(settings: Settings) -> tuple[Subjects, dict[str, str]]:
     """Open every model and source of the settings, before anything is measured.
 
     Returns:
-        The subjects by key, and the reasons why others are left out.
+        The subjects, and the reasons why others are left out.
 
     Raises:
         UserError: for a mistake in a model or in data, weights that are not finite, held-out images that are the
@@ -124,14 +103,14 @@ def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str
     """
     data = open_source(settings.data)
     model = open_measurable(settings.model, settings.seed)
-    found = {"model": Subject("model", model, data)}
+    found: Subjects = {"model": (model, data)}
     left_out: dict[str, str] = {}
     _add_twin(found, "random", model, settings.seed, left_out)
     if settings.baseline is None:
         left_out["baseline"] = "no model was given with --baseline"
     else:
         baseline = open_measurable(settings.baseline, settings.seed)
-        found["baseline"] = Subject("baseline", baseline, data)
+        found["baseline"] = baseline, data
         if baseline.backbone.is_random:
             left_out[LABELS["random_baseline"]] = "the baseline itself has random initialisation"
         else:
@@ -140,30 +119,27 @@ def open_subjects(settings: Settings) -> tuple[dict[str, Subject], dict[str, str
         if other is None:
             left_out[LABELS[key]] = f"none were given with --{key}-data"
         else:
-            found[key] = Subject(key, model, open_source(other))
+            found[key] = model, open_source(other)
     _refuse_same(found)
-    for subject in found.values():
-        _refuse_unfit(subject.opened, settings.mask_ratio)
+    for opened, _ in found.values():
+        _refuse_unfit(opened, settings.mask_ratio)
     return found, left_out
 
 
-def _add_twin(found: dict[str, Subject], key: str, network: Opened, seed: int, left_out: dict[str, str]) -> None:
+def _add_twin(found: Subjects, key: str, network: Opened, seed: int, left_out: dict[str, str]) -> None:
     """Add the same network with random initialisation as a control, or the reason why there is none."""
     twin = untrained_twin(network, seed + 1)
     if twin is None:
         left_out[LABELS[key]] = f"the configuration of a {network.name} from Python is not known"
     else:
-        found[key] = Subject(key, twin, found["model"].source)
+        found[key] = twin, found["model"][1]
 
 
-def _refuse_same(found: dict[str, Subject]) -> None:
+def _refuse_same(found: Subjects) -> None:
     """Raise a `UserError` if the images of a control are those of the model."""
-    data = found["model"].source
+    _, data = found["model"]
     for key in ("other", "train"):
-        if key not in found:
-            continue
-        other = found[key].source
-        if same_images(data, other):
+        if key in found and same_images(data, found[key][1]):
             raise UserError(
                 f"--{key}-data are the same images as DATA ({data.name}), so there is nothing to compare.\n"
                 f"Give other images with --{key}-data, or leave it out."
@@ -174,17 +150,94 @@ def _refuse_unfit(model: Opened, mask_ratio: float | None) -> None:
     """Raise a `UserError` for a network that cannot be measured as asked."""
     if mask_ratio is not None and not isinstance(model.net, MaskedAutoencoder):
         raise UserError(f"{model.name} cannot hide patches: leave out --mask-ratio, or leave out that model.")
-    for name in _not_finite(model.net):
-        raise UserError(
-            f"The weights of {model.name} hold NaN or infinity, first in {name}.\n"
-            "Such a model cannot be measured: take an earlier checkpoint of the run."
-        )
-
-
-def _not_finite(net: nn.Module) -> Iterator[str]:
-    return (name for name, value in net.state_dict().items() if not value.isfinite().all())
+    for name, value in model.net.state_dict().items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"The weights of {model.name} hold NaN or infinity, first in {name}.\n"
+                "Such a model cannot be measured: take an earlier checkpoint of the run."
+            )
 
 
 def name_of(thing: Any) -> str:
     """The name that the user gave a model or data; for an object from Python, its class."""
     return str(thing) if isinstance(thing, (str, Path, int, float)) else type(thing).__name__
+
+
+def describe(model: Opened) -> dict[str, str]:
+    """Lines of a table about a model, by their names."""
+    parameters = sum(parameter.numel() for parameter in model.net.parameters())
+    lines = {"Model": model.name}
+    if model.backbone.is_random:
+        lines["Weights"] = "random initialisation: nothing was learned yet"
+    if isinstance(model.net, MaskedAutoencoder):
+        lines |= _of_autoencoder(model.net)
+    else:
+        lines |= _of_encoder(model)
+    return {**lines, "Parameters": f"{parameters:,}"}
+
+
+def tokens_of(model: Opened) -> str:
+    """Image size, patches and width in a few words, for telling whether rates of two networks compare."""
+    encoder: Any = model.backbone.encoder
+    height, width = model.backbone.image_size
+    grid = grid_size(encoder)
+    patches = f", {grid[0] * grid[1]} patches" if grid else ""
+    return f"{height} × {width} pixels{patches}, width {encoder.num_features}"
+
+
+def _of_autoencoder(net: MaskedAutoencoder) -> dict[str, str]:
+    c = net.config
+    kind = "CRATE-MAE" if isinstance(c, CrateConfig) else "ViT-MAE"
+    lines = {
+        "Architecture": f"{kind} ({c.name})",
+        "Images": _images(c.image_size, c.in_chans),
+        "Patches": f"{net.num_patches} of {c.patch_size} × {c.patch_size} pixels, and a class token",
+        "Encoder": _part(c.depth, c.embed_dim, c.num_heads),
+        "Decoder": _part(c.decoder_depth, c.decoder_embed_dim, c.decoder_num_heads),
+        "Hidden patches": _hidden(c),
+        "Targets": "pixels normalised patch by patch" if c.norm_pix_loss else "pixels as they are",
+    }
+    return lines | (_of_crate(c) if isinstance(c, CrateConfig) else {})
+
+
+def _of_crate(c: CrateConfig) -> dict[str, str]:
+    is_tied = c.layer == "monotone" or c.output_projection == "tied"
+    start = "isometric" if c.init == "isometric" else "as in the official code"
+    lines = {
+        "Layers": "monotone: that attention compresses is a theorem" if c.layer == "monotone" else "as published",
+        "Output projection": "tied to the subspaces, W_k = U_k" if is_tied else "free, as in the official code",
+        "Sparse coding": f"step size η = {c.step_size:g}, threshold λ = {c.threshold:g}",
+        "Start of the weights": start,
+    }
+    if c.ista_skip:
+        lines["Sparse coding"] += ", with a skip connection"
+    if c.overcomplete > 1:
+        lines["Sparse coding"] += f", {c.overcomplete} times overcomplete (CRATE-α)"
+    return lines
+
+
+def _of_encoder(model: Opened) -> dict[str, str]:
+    encoder: Any = model.backbone.encoder
+    layers = layers_of(encoder)
+    attention = getattr(next(iter(layers.values())), "attn", None)
+    heads = getattr(attention, "num_heads", None)
+    return {
+        "Architecture": f"{type(encoder).__name__}, an encoder without a decoder",
+        "Images": _images(model.backbone.image_size, model.backbone.in_chans),
+        "Encoder": _part(len(layers), encoder.num_features, heads),
+    }
+
+
+def _images(size: tuple[int, int], channels: int) -> str:
+    return f"{size[0]} × {size[1]} pixels, {plural(channels, 'channel')}"
+
+
+def _part(depth: int, width: int, heads: int | None) -> str:
+    text = f"{plural(depth, 'layer')} of width {width}"
+    return text if heads is None else f"{text}, {plural(heads, 'head')} of dimension {width // heads}"
+
+
+def _hidden(c: ModelConfig) -> str:
+    if c.mask_tokens == "encoder":
+        return "a mask token stands for them from the encoder on"
+    return "the encoder does not see them; a mask token stands for them in the decoder"
