@@ -86,7 +86,7 @@ def row(place: tuple[str, int], measure: str, found: Statistic, *, point: str = 
     return Row(*place, measure, point, found.mean, found.spread, found.n, over)
 
 
-def rows_over_layers(values: Mapping[tuple[str, int], Float[Tensor, "b"]], measure: str, point: str = "") -> list[Row]:
+def rows_over_layers(values: Mapping[tuple[Part, int], Float[Tensor, "b"]], measure: str, point: str = "") -> list[Row]:
     """A row for each place from one value an image, with the change from the part's first layer, paired over images.
 
     Raises:
