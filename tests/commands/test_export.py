@@ -285,6 +285,39 @@ def test_an_export_that_differs_is_taken_away(model, tmp_path, monkeypatch, crat
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize(
+    ("kind", "part", "sizes"),
+    [
+        ("pt2", "encoder", {(6, 10), (8, 14)}),
+        ("hf", "encoder", {(6, 10), (8, 14)}),
+        ("pt2", "full", {(6, 10)}),
+        ("timm", "encoder", {(6, 10)}),
+    ],
+)
+@EXPORTERS
+def test_an_export_is_verified_on_another_size_if_it_takes_any(model, tmp_path, monkeypatch, kind, part, sizes):
+    runner, seen = formats.runner, set()
+
+    def recording(*arguments):
+        run = runner(*arguments)
+        return lambda inputs: seen.add(tuple(inputs["images"].shape[2:])) or run(inputs)
+
+    monkeypatch.setattr(formats, "runner", recording)
+    assert crate_mae.export(model, out=tmp_path / "x", format=kind, part=part, verify=True).largest_difference < 1e-5
+    assert seen == sizes
+
+
+@pytest.mark.parametrize("fixed", ["encoder", "classifier"])
+@EXPORTERS
+def test_an_image_size_that_was_fixed_is_found(model, classifier, tmp_path, monkeypatch, crate_mae_command, fixed):
+    free = formats.graphs._free_dimensions
+    monkeypatch.setattr(formats.graphs, "_free_dimensions", lambda *args: {"images": {0: free(*args)["images"][0]}})
+    net = {"encoder": model, "classifier": classifier}[fixed]
+    code, _, err = crate_mae_command("export", net, "--out", tmp_path / "x", "--format", "pt2", "--verify")
+    assert code == 2 and "does not run on 4 images of 8 x 14 pixels" in err and "Traceback" not in err
+    assert not (tmp_path / "x").exists()
+
+
 def test_the_description_is_what_transformers_wraps(model, tmp_path):
     crate_mae.export(model, out=tmp_path / "x", format="timm")
     values = json.loads((tmp_path / "x" / "config.json").read_text(encoding="utf-8"))

@@ -64,8 +64,9 @@ def export(
         format: Format of the files; see above.
         part: encoder, or full: with the decoder, or the head of a classifier. By default full for safetensors, hf and
             graphs of classifiers, and encoder for the others; timm takes encoders only.
-        verify: Run the export with the program that it is for, on noise and on photographs, and print the largest
-            difference from the model. If it exceeds the tolerance, the folder is removed.
+        verify: Run the export with the program that it is for, on noise and on photographs, also of another size if it
+            takes any, and print the largest difference from the model. If it exceeds the tolerance, the folder is
+            removed.
         tolerance: Largest accepted absolute difference. Outputs have magnitudes of 1 to 20. Ignored with int8.
         int8: Store weights of an encoder in ONNX as 8-bit integers (dynamic quantisation): a quarter of the size.
         license: Licence of the weights for the card, such as mit or cc-by-nc-4.0; by default none is named.
@@ -97,7 +98,7 @@ def export(
     with whole_folder(out) as folder:
         size = formats.write(net, folder, format, part, int8=int8, facts=facts)
         if verify:
-            difference = formats.largest_difference(net, part, formats.runner(net, folder, format, part))
+            difference = formats.largest_difference(net, folder, format, part)
             if not int8:
                 formats.check_difference(difference, tolerance)
     console = open_console()

@@ -1,5 +1,6 @@
 """The formats of `crate-mae export`: what is written into a folder, what runs it there, and whether both agree."""
 
+import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +13,14 @@ from torch import Tensor
 from crate_mae.data import evaluation_transform
 from crate_mae.deployment import graphs
 from crate_mae.deployment.card import card
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
 from crate_mae.models.features import evaluating, pool
 from crate_mae.models.weights import WEIGHTS_FILE, Model, load, save, write_encoder
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
 Part = Literal["encoder", "full"]
 Outputs = dict[str, Tensor]
+_ANY_SIZE = ("hf", "onnx", "pt2")  # whose encoders and classifiers take images of any size in whole patches
 
 
 def write(
@@ -80,11 +82,10 @@ def runner(model: Model, folder: Path, kind: Format, part: Part) -> Callable[[di
     return ours_runner(folder, part)
 
 
-def sample_images(model: Model) -> Float[Tensor, "b c hh ww"]:
-    """Two images of noise, and crops of the two photographs that scikit-learn has."""
+def sample_images(c: Any) -> Float[Tensor, "b c hh ww"]:
+    """Two images of noise, and crops of the two photographs that scikit-learn has, for a configuration."""
     from sklearn.datasets import load_sample_images
 
-    c = model.config
     transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
     photographs = [transform(Image.fromarray(pixels)) for pixels in load_sample_images().images]
     noise = torch.randn(2, c.in_chans, *c.image_size, generator=torch.Generator().manual_seed(0))
@@ -92,26 +93,46 @@ def sample_images(model: Model) -> Float[Tensor, "b c hh ww"]:
 
 
 @torch.no_grad()
-def largest_difference(model: Model, part: str, run: Callable[[dict[str, Tensor]], Outputs]) -> float:
-    """Largest absolute difference between our outputs and those of a program, over all test images.
+def largest_difference(model: Model, folder: Path, kind: Format, part: Part) -> float:
+    """Largest absolute difference between our outputs and those of an exported folder, over all test images.
 
-    The program runs on all images at once, then on one: a batch size that was fixed by mistake fails here.
+    It runs on all images at once, then on one and, if it takes images of any size, on higher and wider ones: a batch
+    or image size that was fixed by mistake fails here.
 
-    Args:
-        model: the model that was exported.
-        part: "encoder" or "full".
-        run: from inputs by name to outputs by name; all names must be ours.
+    Raises:
+        UserError: if it does not run.
     """
-    graph = graphs.graph_class(model, part)
-    images = sample_images(model)
+    graph, run = graphs.graph_class(model, part), runner(model, folder, kind, part)
+    images = sample_images(model.config)
+    cases = [(model, images), (model, images[-1:])]
+    if kind in _ANY_SIZE and graph.inputs == ("images",):
+        other = _resized(model)
+        cases.append((other, sample_images(other.config)))
     largest = 0.0
-    for batch in (images, images[-1:]):
-        inputs = graphs.example_inputs(graph, model, batch)
-        found = run(inputs)
-        ours = reference(model, part, inputs)
+    for ours, batch in cases:
+        inputs = graphs.example_inputs(graph, ours, batch)
+        try:
+            found = run(inputs)
+        except Exception as error:  # each program has exceptions of its own, some with pages of text
+            count, _, height, width = batch.shape
+            raise UserError(
+                f"What was exported does not run on {count} images of {height} x {width} pixels: {first_line(error)}\n"
+                "Nothing was kept. Please report this, with the output of `crate-mae doctor`."
+            ) from error
+        expected = reference(ours, part, inputs)
         for name, value in found.items():
-            largest = max(largest, float((value - ours[name]).abs().max()))
+            largest = max(largest, float((value - expected[name]).abs().max()))
     return largest
+
+
+def _resized(model: Model) -> Model:
+    """A copy of a model for images that are a patch higher and two patches wider."""
+    copied: Any = copy.deepcopy(model)
+    patch = copied.encoder.patch_embed.patch_size[0]
+    height, width = copied.config.image_size
+    copied.config = copied.config.replace(image_size=(height + patch, width + 2 * patch))
+    copied.encoder.set_input_size(copied.config.image_size)
+    return copied
 
 
 def reference(model: Model, part: str, inputs: dict[str, Tensor]) -> Outputs:
