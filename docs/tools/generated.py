@@ -57,17 +57,20 @@ def _entry(path: Path, source: Path) -> str:
 
 
 def _options(name: str, path: Path) -> str:
-    """A table of the options of a command that takes a dataclass of them, which its signature does not show."""
-    taken = re.search(r"^@takes\((\w+)\)", path.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    if taken is None:
-        return ""
-    kind = getattr(importlib.import_module(name), taken[1])
+    """A table of the options of each command that takes a dataclass of them, which its signature does not show."""
+    return "".join(
+        _options_of(getattr(importlib.import_module(name), kind), command)
+        for kind, command in re.findall(r"^@takes\((\w+)\)\ndef (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )
+
+
+def _options_of(kind: type, command: str) -> str:
     rows = [
         f"| `{field.name}` | {_default(field)} | {field.metadata['help']} |"
         for field in dataclasses.fields(kind)
         if "help" in field.metadata
     ]
-    head = f"\nOptions of `{name.rpartition('.')[2]}`; None is chosen from the data and the machine.\n"
+    head = f"\nOptions of `{command}`; None is chosen from the data and the machine.\n"
     return "\n".join([head, "| option | default | |", "|---|---|---|", *rows, ""])
 
 

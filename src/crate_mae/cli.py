@@ -30,24 +30,24 @@ from crate_mae.terminal import CleanConsole, clean_warnings, open_console
 # name: (function, its line in `crate-mae --help`, which does not import the function)
 _LARGEST = 2**53  # whole numbers up to which floats are exact
 _COMMANDS = {
-    "try": ("try_digits:try_digits", "Pretrain on the handwritten digits of scikit-learn, in under 3 minutes."),
-    "pretrain": ("pretrain:pretrain", "Pretrain on unlabelled images."),
-    "finetune": ("finetune:finetune", "Train a classifier on labelled images, pretrained or from scratch."),
-    "resume": ("pretrain:resume", "Continue an interrupted run exactly from its last checkpoint."),
+    "try": ("train:try_digits", "Pretrain on the handwritten digits of scikit-learn, in under 3 minutes."),
+    "pretrain": ("train:pretrain", "Pretrain on unlabelled images."),
+    "finetune": ("train:finetune", "Train a classifier on labelled images, pretrained or from scratch."),
+    "resume": ("train:resume", "Continue an interrupted run exactly from its last checkpoint."),
     "predict": ("predict:predict", "Predict the classes of images, into a CSV file."),
     "reconstruct": ("reconstruct:reconstruct", "Mask images, complete them, and save a picture of the result."),
     "embed": ("embed:embed", "Save features of images."),
     "export": ("export:export", "Export a trained model to timm, Hugging Face, ONNX or torch.export."),
     "convert": ("convert:convert", "Convert published weights of the official code to a model folder."),
-    "push": ("push:push", "Upload a trained model to the Hugging Face Hub, with a card made from its run."),
+    "push": ("export:push", "Upload a trained model to the Hugging Face Hub, with a card made from its run."),
     "compare": ("compare:compare", "Pretrain several models with the same budget, and compare them."),
-    "inspect": ("inspect:inspect", "Measure whether each layer does what it was derived to do, against controls."),
-    "theory": ("theory:theory", "Test the theory where its assumptions hold, and explain the results."),
+    "inspect": ("reports:inspect", "Measure whether each layer does what it was derived to do, against controls."),
+    "theory": ("reports:theory", "Test the theory where its assumptions hold, and explain the results."),
     "app": ("app:app", "Start a web app: hide parts of a picture, see it completed, look inside."),
     "estimate": ("estimate:estimate", "Estimate what a run needs: operations, memory, time on many devices."),
-    "models": ("models:models", "List the names of models."),
-    "recipes": ("recipes:recipes", "List recipes: tested sets of options for pretraining, with their results."),
-    "doctor": ("doctor:doctor", "Describe this machine and installation for a bug report."),
+    "models": ("about:models", "List the names of models."),
+    "recipes": ("about:recipes", "List recipes: tested sets of options for pretraining, with their results."),
+    "doctor": ("about:doctor", "Describe this machine and installation for a bug report."),
 }
 # Errors that a file or folder of the user can cause anywhere; others are bugs.
 _OF_THE_MACHINE = {
@@ -67,7 +67,7 @@ _EVAL_COMMANDS = {
     "linear": ("evaluate:eval_linear", "Fit a linear classifier to frozen features."),
     "fewshot": ("evaluate:eval_fewshot", "Fit a linear classifier to a few images of each class, many times."),
     "reconstruction": (
-        "evaluate_reconstruction:eval_reconstruction",
+        "reconstruct:eval_reconstruction",
         "Measure the quality of completions at several mask ratios.",
     ),
 }
@@ -209,5 +209,5 @@ def main(tokens: Sequence[str] | None = None) -> None:
 
 
 def _print_error(console: CleanConsole, message: str) -> None:
-    console.print("[bold red]Error:[/] ", end="")
-    console.print(message, markup=False, soft_wrap=True)
+    console.print("Error: ", style="bold red", end="")
+    console.say(message)

@@ -44,6 +44,10 @@ class CleanConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text, self.encoding))
 
+    def say(self, text: str) -> None:
+        """Print a text without breaking its lines."""
+        self.print(text, soft_wrap=True)
+
 
 class CleanFormatter(logging.Formatter):
     """Formats the lines of a log as `printable` text: a log is read on a terminal, and written in UTF-8."""
@@ -69,9 +73,9 @@ def clean_warnings() -> Iterator[None]:
 
 
 def open_console(**options: Any) -> CleanConsole:
-    """A console for messages, in which numbers and paths are not coloured.
+    """A console for messages, in which names are not taken for colours, markup or emoji.
 
     Args:
         options: of rich's `Console`.
     """
-    return CleanConsole(highlight=False, **options)
+    return CleanConsole(highlight=False, markup=False, emoji=False, **options)

@@ -28,9 +28,9 @@ FUNCTIONS = {
     "viz layers": crate_mae.viz_layers,
     "compare": crate_mae.compare,
     "estimate": crate_mae.estimate,
-    "theory": importlib.import_module("crate_mae.commands.theory").theory,
+    "theory": importlib.import_module("crate_mae.commands.reports").theory,
     "app": importlib.import_module("crate_mae.commands.app").app,
-    "models": importlib.import_module("crate_mae.commands.models").models,
+    "models": importlib.import_module("crate_mae.commands.about").models,
     "doctor": crate_mae.doctor,
     "try": crate_mae.try_digits,
 }

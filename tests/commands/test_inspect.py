@@ -9,7 +9,7 @@ import crate_mae
 from crate_mae.errors import UserError
 from crate_mae.interpret.report import inspection, page
 
-command = importlib.import_module("crate_mae.commands.inspect")
+command = importlib.import_module("crate_mae.commands.reports")
 inspect = command.inspect
 MODEL = "crate_mae_nano_patch2_8"
 

@@ -8,7 +8,7 @@ import pytest
 from crate_mae.errors import UserError
 from crate_mae.interpret.claims import page
 
-theory = importlib.import_module("crate_mae.commands.theory").theory
+theory = importlib.import_module("crate_mae.commands.reports").theory
 NAMES = {"denoising", "attention", "signal_to_noise", "diffusion", "ista"}
 FILES = {"theory.html", "theory.json", *(f"{name}.{kind}" for name in NAMES for kind in ("png", "pdf"))}
 

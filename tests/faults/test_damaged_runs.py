@@ -9,8 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_mae.commands.finetune import finetune
-from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.commands.train import finetune, pretrain, resume
 from crate_mae.data import files
 from crate_mae.data.files import DIGESTS_FILE
 from crate_mae.errors import DivergedError, UserError

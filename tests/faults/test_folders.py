@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from crate_mae.commands.pretrain import pretrain
+from crate_mae.commands.train import pretrain
 from crate_mae.data import decode, full_name, open_source
 from crate_mae.data.facts import check
 from crate_mae.errors import UserError

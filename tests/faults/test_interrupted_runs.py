@@ -12,7 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.commands.train import pretrain, resume
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.training.failures import explain_failed_writing

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from crate_mae.commands.finetune import finetune
-from crate_mae.commands.pretrain import pretrain
+from crate_mae.commands.train import finetune, pretrain
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.models import create_model
 from crate_mae.models.weights import save

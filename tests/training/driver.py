@@ -17,8 +17,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from crate_mae.commands.finetune import finetune
-from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.commands.train import finetune, pretrain, resume
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.training import progress, report, start
 

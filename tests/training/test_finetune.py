@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from crate_mae.commands.pretrain import resume
+from crate_mae.commands.train import resume
 from crate_mae.data import open_source
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.models import create_model

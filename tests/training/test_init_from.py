@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 
-from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.commands.train import pretrain, resume
 from crate_mae.errors import UserError
 from crate_mae.models import create_model
 from crate_mae.models.weights import load, save

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.commands.train import pretrain, resume
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
 from crate_mae.training.options import Mistakes, PretrainOptions

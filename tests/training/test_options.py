@@ -9,8 +9,7 @@ import cyclopts
 import pytest
 
 from crate_mae import cli
-from crate_mae.commands.finetune import finetune
-from crate_mae.commands.pretrain import pretrain
+from crate_mae.commands.train import finetune, pretrain
 from crate_mae.errors import UserError
 from crate_mae.training.config import save_config
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, saved_options

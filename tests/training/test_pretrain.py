@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_mae.commands.pretrain import pretrain, resume
+from crate_mae.commands.train import pretrain, resume
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.checkpoints import newest_checkpoint

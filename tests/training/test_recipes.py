@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from crate_mae.commands.pretrain import pretrain
-from crate_mae.commands.recipes import recipes
+from crate_mae.commands.about import recipes
+from crate_mae.commands.train import pretrain
 from crate_mae.errors import UserError
 from crate_mae.training.options import PretrainOptions, saved_options
 from crate_mae.training.recipes import describe_recipe, list_recipes, recipe_text, with_recipe

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from crate_mae.commands.pretrain import resume
+from crate_mae.commands.train import resume
 from crate_mae.errors import RunStopped
 from crate_mae.training import report as report_module
 from crate_mae.training.checkpoint import TrainState

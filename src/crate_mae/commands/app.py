@@ -6,6 +6,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from crate_mae.errors import UserError, install_command
+from crate_mae.terminal import open_console
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -39,14 +40,13 @@ def app(
         raise UserError(f"The app needs Gradio, which is not installed: {install_command('app')}")
     from crate_mae.app.models import open_models
     from crate_mae.app.server import build_server, listen
-    from crate_mae.terminal import open_console
 
     console = open_console()
     with listen(host, port) as listening:
         with console.status("Starting the app"):
             server = build_server(open_models(models), host)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        console.print(f"The app is at {url}  (Ctrl-C stops it)", soft_wrap=True, markup=False)
+        console.say(f"The app is at {url}  (Ctrl-C stops it)")
         if host not in _LOOPBACK:
-            console.print("Everyone who can reach this machine can use it.")
+            console.say("Everyone who can reach this machine can use it.")
         server.run(sockets=[listening])

@@ -2,9 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
+from rich.table import Table
+
 from crate_mae.commands.console import computes
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.errors import RunStopped
+from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import takes
 
 if TYPE_CHECKING:
@@ -35,27 +38,20 @@ def compare(options: CompareOptions) -> Comparison:
         RunStopped: after Ctrl-C, SIGTERM or SIGHUP, when everything has been saved.
     """
     from crate_mae.comparison.compare import compare as run
-    from crate_mae.terminal import open_console
 
     console = open_console(quiet=options.quiet)
-
-    def report(line: str) -> None:
-        console.print(line, markup=False, soft_wrap=True)
-
     try:
-        comparison = run(options, report=report)
+        comparison = run(options, report=console.say)
     except RunStopped:
-        report("Stopped and saved. The same command, given again, continues.")
+        console.say("Stopped and saved. The same command, given again, continues.")
         raise
     if comparison.table:
         _print_comparison(console, comparison)
     return comparison
 
 
-def _print_comparison(console: Any, comparison: "Comparison") -> None:
+def _print_comparison(console: CleanConsole, comparison: Comparison) -> None:
     """Print the table, the notes, and the paths of the files."""
-    from rich.table import Table
-
     heading, *rows = comparison.table
     table = Table(heading[0], box=None)
     for name in heading[1:]:
@@ -64,6 +60,6 @@ def _print_comparison(console: Any, comparison: "Comparison") -> None:
         table.add_row(*row)
     console.print(table)
     for note in comparison.notes:
-        console.print(f"- {note}", markup=False, soft_wrap=True)
+        console.say(f"- {note}")
     for name in ("table.md", "table.csv", "seeds.csv", "figure.png", "curves.png"):
-        console.print(f"Saved {comparison.path / name}", markup=False, soft_wrap=True)
+        console.say(f"Saved {comparison.path / name}")

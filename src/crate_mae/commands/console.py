@@ -1,32 +1,26 @@
 """Checks, progress and messages that commands share."""
 
-import dataclasses
 import functools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
+from crate_mae.data.documents import to_json
 from crate_mae.data.files import output_path
 from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
-
-if TYPE_CHECKING:
-    from crate_mae.data import ImageSource
-    from crate_mae.evaluation.backbones import Backbone
-    from crate_mae.evaluation.extract import Extraction, Features
+from crate_mae.terminal import CleanConsole
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_LARGEST_SEED = 2**32 - 1
-OWN_STATISTICS = "Brightness and contrast of each patch come from the original: targets were normalised."
-
-
 JSON_HELP = "Print one JSON object on the standard output, and everything else on the standard error."
+_LARGEST_SEED = 2**32 - 1
 
 
 def computes(command: Callable[P, R]) -> Callable[P, R]:
@@ -42,22 +36,17 @@ def computes(command: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def new_file(option: str, path: Path | str, suffix: str, *, overwrite: bool) -> Path:
+def new_file(option: str, path: Path | str, *suffixes: str, overwrite: bool) -> Path:
     """Check the path of a file to write, and return it.
 
     Raises:
         UserError: if its suffix is wrong, or the file exists and may not be replaced.
     """
     path = output_path(option, path)
-    if path.suffix.lower() != suffix:
-        raise UserError(f"{option} {path} must name a {suffix} file.")
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option} {path} must name a {' or '.join(suffixes)} file.")
     refuse_existing(path, overwrite=overwrite)
     return path
-
-
-def check_seed(seed: int) -> None:
-    """Raise a `UserError` for a seed that some generator does not accept."""
-    check_whole("--seed", seed, 0, _LARGEST_SEED)
 
 
 def refuse_existing(path: Path, *, overwrite: bool) -> None:
@@ -66,34 +55,30 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
         raise UserError(f"{path} exists already. Give another file, or add --overwrite.")
 
 
-def extract_with_progress(
-    console: Console, backbone: "Backbone", source: "ImageSource", extraction: "Extraction"
-) -> "list[Features]":
-    """`evaluation.extract.extract` with a progress bar."""
-    from crate_mae.evaluation.extract import extract
+def check_seed(seed: int) -> None:
+    """Raise a `UserError` for a seed that some generator does not accept."""
+    check_whole("--seed", seed, 0, _LARGEST_SEED)
 
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"Encoding {source.name}", total=len(source))
-        with_progress = dataclasses.replace(extraction, on_images=lambda count: progress.advance(task, count))
-        return extract(backbone, source, with_progress)
+
+@contextmanager
+def progress(console: CleanConsole, what: str, total: int) -> Iterator[Callable[..., None]]:
+    """Show a bar while a block runs, if the console is a terminal; yields what advances it by 1, or by a number."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        yield functools.partial(bar.advance, bar.add_task(escape(what), total=total))
 
 
 def print_json(value: Any) -> None:
     """Print a value as JSON, in ASCII: other characters would be escaped for the terminal, not for JSON."""
-    from crate_mae.data.documents import to_json
-
     sys.stdout.write(to_json(value, ascii_only=True) + "\n")
     sys.stdout.flush()
 
 
-def print_bad(console: Console, bad: Iterable[tuple[str, str]]) -> None:
+def print_bad(console: CleanConsole, bad: Iterable[tuple[str, str]]) -> None:
     """Print a line for each image that was left out."""
     for location, reason in bad:
-        console.print(f"Left out: {location}: {reason}", soft_wrap=True, markup=False)
+        console.say(f"Left out: {location}: {reason}")
 
 
-def print_random_initialisation(console: Console, name: str) -> None:
+def print_random_initialisation(console: CleanConsole, name: str) -> None:
     """Print that a model has not been trained."""
-    console.print(
-        f"{name} has a random initialisation: give a run to see what training achieves.", soft_wrap=True, markup=False
-    )
+    console.say(f"{name} has a random initialisation: give a run to see what training achieves.")

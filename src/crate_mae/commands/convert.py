@@ -7,7 +7,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from crate_mae.commands.console import computes
+from crate_mae.data.files import output_path, path_of, refuse_used_folder, whole_folder
 from crate_mae.errors import UserError
+from crate_mae.terminal import open_console
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,7 @@ def convert(
     Raises:
         UserError: for a file that is damaged, unknown or does not fit, or a folder that is not empty.
     """
-    from crate_mae.data.files import output_path, path_of, refuse_used_folder, whole_folder
     from crate_mae.models.conversion import understand
-    from crate_mae.terminal import open_console
 
     file, out = path_of("FILE", file), output_path("--out", out)
     refuse_used_folder(out)
@@ -74,13 +74,12 @@ def convert(
         raise UserError(f"{file} does not exist.")
     given: dict[str, Any] = {"image_size": image_size, "threshold": threshold, "norm_pix_loss": norm_pix_loss}
     given |= {"mean": mean, "std": std}
-    settings = {key: value for key, value in given.items() if value is not None}
-    conversion = understand(file, num_heads, **settings)
+    conversion = understand(file, num_heads, **{key: value for key, value in given.items() if value is not None})
     with whole_folder(out) as folder:
         conversion.write(folder)
     console = open_console()
-    console.print(f"Found {conversion.found}.", soft_wrap=True, markup=False)
+    console.say(f"Found {conversion.found}.")
     for note in conversion.notes:
-        console.print(f"  {note}", soft_wrap=True, markup=False)
-    console.print(f"Saved {out}.", soft_wrap=True, markup=False)
+        console.say(f"  {note}")
+    console.say(f"Saved {out}.")
     return Converted(out, conversion.found, conversion.notes)

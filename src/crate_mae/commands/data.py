@@ -5,11 +5,10 @@ import io
 from collections.abc import Iterator
 from pathlib import Path
 
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from crate_mae.commands.console import print_bad, print_json
+from crate_mae.commands.console import print_bad, print_json, progress
 from crate_mae.data.files import output_path, write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.data.results import DataReport
@@ -43,12 +42,11 @@ def check(
     out = None if out is None else output_path("--out", out)
     if out is not None and out.exists():
         raise UserError(f"{out} exists already and is not overwritten: give another name with --out.")
-    console = open_console()
+    console = open_console(stderr=json)
     source = open_source(data)
     total = len(source) if sample is None else min(sample, len(source))
-    with Progress(console=console, transient=True, disable=json) as progress:
-        task = progress.add_task("Reading images", total=total)
-        report = check(source, sample, on_image=lambda: progress.advance(task))
+    with progress(console, "Reading images", total) as advance:
+        report = check(source, sample, on_image=advance)
     copies = [(copy, f"duplicate of {first}") for first, *others in report.duplicates for copy in others]
     if out is not None:
         text = io.StringIO()
@@ -62,7 +60,7 @@ def check(
     console.print(_table(report))
     if out is not None:
         listed = f"{len(report.bad):,} unreadable and {len(copies):,} duplicate images are listed in {out}"
-        console.print(listed, markup=False, soft_wrap=True)
+        console.say(listed)
     return report
 
 
@@ -99,13 +97,10 @@ def resize(data: str | Path, out: Path | str, *, size: int, workers: int | None 
     out = output_path("OUT", out)
     source = open_source(data)
     console = open_console()
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Resizing images", total=len(source))
-        bad = resize_images(
-            source, out, size, workers=workers, max_bad=max_bad, on_image=lambda: progress.advance(task)
-        )
+    with progress(console, "Resizing images", len(source)) as advance:
+        bad = resize_images(source, out, size, workers=workers, max_bad=max_bad, on_image=advance)
     print_bad(console, bad)
-    console.print(f"Saved {len(source) - len(bad):,} images in {out}", soft_wrap=True, markup=False)
+    console.say(f"Saved {len(source) - len(bad):,} images in {out}")
     return out
 
 

@@ -1,25 +1,87 @@
 """`crate-mae embed`: features of images, for search, clustering or a classifier."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, MISSING, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from crate_mae.commands.console import (
     check_seed,
     computes,
-    extract_with_progress,
     print_bad,
     print_random_initialisation,
+    progress,
     refuse_existing,
 )
 from crate_mae.data.files import output_path
 from crate_mae.errors import UserError
-from crate_mae.training.options import Data
+from crate_mae.terminal import CleanConsole, open_console
+from crate_mae.training.options import Data, option, takes
 
 if TYPE_CHECKING:
-    from crate_mae.evaluation.extract import Features
+    from crate_mae.data import ImageSource
+    from crate_mae.evaluation.backbones import Backbone
+    from crate_mae.evaluation.extract import Extraction, Features
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """The options of all commands that extract features."""
+
+    model: Data = option(
+        MISSING,
+        "A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random "
+        "initialisation), timm:NAME, or pixels; :untrained after it means random initialisation.",
+    )
+    _: KW_ONLY
+    seed: int = option(0, "Seed of random initialisation.")
+    batch_size: int = option(256, "Images per batch.")
+    workers: int | None = option(
+        None, "Processes that load images; by default one less than the number of cores, at most 8."
+    )
+    max_bad: float = option(0.01, "Largest share of unreadable images.")
+    cache: bool = option(True, "Keep features in the user's cache folder, and reuse them if nothing has changed.")
+    overwrite: bool = option(False, "Replace an existing file.")
+
+    def extraction(self, layers: Any, pooling: Any) -> "Extraction":
+        """These options as `evaluation.extract` takes them, which checks them."""
+        from crate_mae.evaluation.extract import Extraction
+
+        return Extraction(
+            layers=layers if isinstance(layers, str) else (layers,),
+            pooling=pooling,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            max_bad=self.max_bad,
+            cache=self.cache,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedOptions(FeatureOptions):
+    """The options of `embed`."""
+
+    data: Data = field(kw_only=False, metadata={"help": "Any form of data that `crate-mae pretrain` takes."})
+    out: Annotated[Path | str, Parameter(alias="-o")] = option(
+        MISSING, "File to write: .parquet, .npz, .npy, .csv or .safetensors."
+    )
+    pooling: Literal["cls", "mean", "cls+mean", "tokens"] | None = option(
+        None,
+        "The class token, the mean of patches, both concatenated, or all patches; by default cls+mean, or mean for a "
+        "network without a class token.",
+    )
+    layer: int | None = option(
+        None,
+        "Layer of the encoder from 0, or negative from the end; by default -1. The final norm is applied to every "
+        "layer.",
+    )
+    normalize: bool = option(False, "Scale each vector to length 1.")
+    whiten: Path | str | None = option(
+        None,
+        "Whiten features, for search by cosine: a .safetensors file with the transform. If it exists, it is applied, "
+        "as to queries; if not, it is fitted on these images, applied and written.",
+    )
 
 
 @dataclass(frozen=True)
@@ -40,22 +102,8 @@ class Embedding:
 
 
 @computes
-def embed(
-    model: Data,
-    data: Data,
-    *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
-    pooling: Literal["cls", "mean", "cls+mean", "tokens"] | None = None,
-    layer: int | None = None,
-    normalize: bool = False,
-    whiten: Path | str | None = None,
-    batch_size: int = 256,
-    workers: int | None = None,
-    max_bad: float = 0.01,
-    cache: bool = True,
-    seed: int = 0,
-    overwrite: bool = False,
-) -> Embedding:
+@takes(EmbedOptions)
+def embed(options: EmbedOptions) -> Embedding:
     """Save features of images: one vector per image, without masking.
 
     The suffix of the file decides the format. If labels and class names are known, they are saved with the features.
@@ -68,83 +116,51 @@ def embed(
 
     Images that cannot be read are listed and left out. Features are float32, and kept in memory until they are written.
 
-    Args:
-        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random
-            initialisation), timm:NAME, or pixels; :untrained after it means random initialisation.
-        data: Any form of data that `crate-mae pretrain` takes.
-        out: File to write: .parquet, .npz, .npy, .csv or .safetensors.
-        pooling: The class token, the mean of patches, both concatenated, or all patches; by default cls+mean, or mean
-            for a network without a class token.
-        layer: Layer of the encoder from 0, or negative from the end; by default -1. The final norm is applied to
-            every layer.
-        normalize: Scale each vector to length 1.
-        whiten: Whiten features, for search by cosine: a .safetensors file with the transform. If it exists, it is
-            applied, as to queries; if not, it is fitted on these images, applied and written.
-        batch_size: Images per batch.
-        workers: Processes that load images; by default one less than the number of cores, at most 8.
-        max_bad: Largest share of unreadable images.
-        cache: Keep features in the user's cache folder, and reuse them if nothing has changed.
-        seed: Seed of random initialisation.
-        overwrite: Replace an existing file.
-
     Returns:
         The path of the file, and what it contains.
 
     Raises:
         UserError: for a mistake in the options, data or model; no file is written then.
     """
-    import dataclasses
-
     from crate_mae.data import open_source
     from crate_mae.evaluation.backbones import open_backbone
-    from crate_mae.evaluation.embeddings import (
-        Whitening,
-        check_feature_file,
-        describe_alike,
-        unit_length,
-        write_features,
-    )
-    from crate_mae.evaluation.extract import Extraction
+    from crate_mae.evaluation.embeddings import check_feature_file, describe_alike, unit_length, write_features
     from crate_mae.models.features import DEFAULT_LAYER
-    from crate_mae.terminal import open_console
 
-    check_seed(seed)
-    out = output_path("--out", out)
-    check_feature_file(out, pooling)
-    refuse_existing(out, overwrite=overwrite)
-    extraction = Extraction(
-        layers=(DEFAULT_LAYER if layer is None else layer,),
-        pooling=pooling,
-        batch_size=batch_size,
-        workers=workers,
-        max_bad=max_bad,
-        cache=cache,
-    )
-    transform = None if whiten is None else _whitening_file(whiten, pooling)
-    source = open_source(data)
-    backbone = open_backbone(model, seed=seed)
+    check_seed(options.seed)
+    out = output_path("--out", options.out)
+    check_feature_file(out, options.pooling)
+    refuse_existing(out, overwrite=options.overwrite)
+    extraction = options.extraction(DEFAULT_LAYER if options.layer is None else options.layer, options.pooling)
+    transform = None if options.whiten is None else _whitening_file(options.whiten, options.pooling)
+    source = open_source(options.data)
+    backbone = open_backbone(options.model, seed=options.seed)
     console = open_console()
     features = extract_with_progress(console, backbone, source, extraction)[0]
-    hint = describe_alike(features)
+    hint = describe_alike(features) if transform is None else None
     if transform is not None:
-        is_new = not transform.exists()
-        whitening = Whitening.fitted(features, backbone) if is_new else Whitening.read(transform)
-        features, hint = whitening.of(features, backbone), None
-        if is_new:
-            whitening.save(transform)
-        how = f"fitted on these images and saved: {transform}. Give it for queries too" if is_new else f"as {transform}"
-        console.print(f"Whitened, {how}.", soft_wrap=True, markup=False)
-    if normalize:
-        features = dataclasses.replace(features, values=unit_length(features.values))
+        features = _whitened(console, features, backbone, transform)
+    if options.normalize:
+        features = replace(features, values=unit_length(features.values))
     write_features(features, out)
     print_bad(console, features.bad)
     if backbone.is_random:
         print_random_initialisation(console, backbone.name)
-    console.print(_summary(features, out), soft_wrap=True, markup=False)
+    console.say(_summary(features, out))
     if hint:
-        console.print(hint, soft_wrap=True, markup=False)
+        console.say(hint)
     bad = [(image.location, image.reason) for image in features.bad]
     return Embedding(out, len(features.values), features.values.shape[-1], bad)
+
+
+def extract_with_progress(
+    console: CleanConsole, backbone: "Backbone", source: "ImageSource", extraction: "Extraction"
+) -> "list[Features]":
+    """`evaluation.extract.extract` with a progress bar."""
+    from crate_mae.evaluation.extract import extract
+
+    with progress(console, f"Encoding {source.name}", len(source)) as advance:
+        return extract(backbone, source, replace(extraction, on_images=advance))
 
 
 def _whitening_file(path: Path | str, pooling: str | None) -> Path:
@@ -155,6 +171,20 @@ def _whitening_file(path: Path | str, pooling: str | None) -> Path:
     if pooling == "tokens":
         raise UserError("--whiten is for one vector per image, not for --pooling tokens.")
     return path
+
+
+def _whitened(console: CleanConsole, features: "Features", backbone: "Backbone", transform: Path) -> "Features":
+    """Apply the transform of a file; if there is none yet, fit and save it."""
+    from crate_mae.evaluation.embeddings import Whitening
+
+    if transform.exists():
+        whitened = Whitening.read(transform).of(features, backbone)
+        console.say(f"Whitened, as {transform}.")
+        return whitened
+    whitening = Whitening.fitted(features, backbone)
+    whitening.save(transform)
+    console.say(f"Whitened, fitted on these images and saved: {transform}. Give it for queries too.")
+    return whitening.of(features, backbone)
 
 
 def _summary(features: "Features", out: Path) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from crate_mae.commands.console import computes, print_json
 from crate_mae.errors import UserError
+from crate_mae.terminal import open_console
 from crate_mae.training.options import ImageSize
 
 if TYPE_CHECKING:
@@ -62,7 +63,6 @@ def estimate(
     from crate_mae.costs.estimate import Circumstances, estimate_run
     from crate_mae.models.masking import check_mask_ratio
     from crate_mae.models.presets import preset
-    from crate_mae.terminal import open_console
 
     circumstances = Circumstances(
         batch_size=batch_size,
@@ -91,19 +91,11 @@ def estimate(
         print_json(found.to_dict())
         return found
     console = open_console()
-    for line in _lines(found):
-        console.print(line, soft_wrap=True, markup=False)
+    for name, lines in _rows(found).items():
+        for number, line in enumerate(lines):
+            console.say(f"{'' if number else name:<14} {line}")
+    console.say("\n".join(["", *(f"- {assumption}" for assumption in found.assumptions)]))
     return found
-
-
-def _lines(found: Estimate) -> list[str]:
-    """The table to print, and the assumptions below it."""
-    lines = [
-        f"{'' if number else name:<14} {text}"
-        for name, texts in _rows(found).items()
-        for number, text in enumerate(texts)
-    ]
-    return [*lines, "", *(f"- {assumption}" for assumption in found.assumptions)]
 
 
 def _rows(found: Estimate) -> dict[str, list[str]]:

@@ -1,24 +1,29 @@
 """`crate-mae eval knn | linear | fewshot`: evaluate frozen features with labelled images."""
 
 from collections.abc import Callable
-from dataclasses import KW_ONLY, MISSING, dataclass, replace
+from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
+from rich.table import Table
 
 from crate_mae.commands.console import (
     JSON_HELP,
     check_seed,
     computes,
-    extract_with_progress,
     new_file,
     print_bad,
     print_json,
     print_random_initialisation,
 )
+from crate_mae.commands.embed import FeatureOptions, extract_with_progress
+from crate_mae.data.documents import to_json
+from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
+from crate_mae.errors import UserError
+from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import Data, option, takes
 
 if TYPE_CHECKING:
@@ -26,8 +31,6 @@ if TYPE_CHECKING:
     from crate_mae.evaluation.probing import Probe, Probed
 
 SCORE = "top-1 (95%)"
-Pooled = Literal["cls", "mean", "cls+mean"]
-Shots = Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())]
 
 
 @dataclass(frozen=True)
@@ -48,20 +51,14 @@ class Evaluation:
     path: Path | None
 
 
-@dataclass(frozen=True)
-class ProbeOptions:
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions(FeatureOptions):
     """The options that all probes share."""
 
-    model: Data = option(
-        MISSING,
-        "A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random "
-        "initialisation), timm:NAME, or pixels; :untrained after it means random initialisation.",
-    )
-    _: KW_ONLY
     train: Data = option(MISSING, "Labelled images, in any form of data that `crate-mae pretrain` takes.")
     val: Data = option(MISSING, "Labelled images of the same classes to measure on.")
     out: Path | str | None = option(None, "New .json file for scores and settings.")
-    pooling: Pooled | None = option(
+    pooling: Literal["cls", "mean", "cls+mean"] | None = option(
         None, "The class token, the mean of patches, or both; by default cls+mean, or mean without a class token."
     )
     layer: int | Literal["all"] | None = option(
@@ -71,13 +68,6 @@ class ProbeOptions:
     )
     controls: bool = option(True, "Probe the same architecture with random initialisation, and raw pixels, as well.")
     seed: int = option(0, "Seed of random initialisation, and of what the probe draws.")
-    batch_size: int = option(256, "Images per batch.")
-    workers: int | None = option(
-        None, "Processes that load images; by default one less than the number of cores, at most 8."
-    )
-    max_bad: float = option(0.01, "Largest share of unreadable images.")
-    cache: bool = option(True, "Keep features in the user's cache folder, and reuse them if nothing has changed.")
-    overwrite: bool = option(False, "Replace an existing file.")
     json: bool = option(False, JSON_HELP)
 
 
@@ -92,7 +82,9 @@ class KnnOptions(ProbeOptions):
 class FewshotOptions(ProbeOptions):
     """The options of `eval_fewshot`."""
 
-    shots: Shots = option((1, 5, 10), "Numbers of images per class.")
+    shots: Annotated[tuple[int, ...], Parameter(consume_multiple=True, negative=())] = option(
+        (1, 5, 10), "Numbers of images per class."
+    )
     draws: int = option(20, "Number of draws.")
     layer: int | None = option(None, "Layer of the encoder from 0, or negative from the end; by default -1.")
 
@@ -124,7 +116,7 @@ def eval_knn(options: KnnOptions) -> Evaluation:
         chosen_on = knn_accuracy_on_tenth(train.values, train.labels, k=options.k, seed=options.seed)
         return [replace(result, chosen_on=chosen_on)]
 
-    return _evaluate("knn", run, options, shown=("top1", "top5", "chosen_on"), settings={"k": options.k})
+    return _evaluate("knn", run, options, k=options.k)
 
 
 @computes
@@ -148,7 +140,7 @@ def eval_linear(options: ProbeOptions) -> Evaluation:
         refuse_small_classes(train.labels, 2, classes)
         return [linear_probe(train.values, train.labels, val.values, val.labels, seed=options.seed)]
 
-    return _evaluate("linear", run, options, shown=("top1", "top5", "chosen_on", "c"), settings={})
+    return _evaluate("linear", run, options)
 
 
 @computes
@@ -165,7 +157,6 @@ def eval_fewshot(options: FewshotOptions) -> Evaluation:
     Raises:
         UserError: for a mistake in the options, model, data or labels; no file is written then.
     """
-    from crate_mae.errors import UserError
     from crate_mae.evaluation.probes import fewshot_probe, refuse_small_classes
 
     shots, draws = options.shots, options.draws
@@ -180,30 +171,19 @@ def eval_fewshot(options: FewshotOptions) -> Evaluation:
         arrays = (train.values, train.labels, val.values, val.labels)
         return [fewshot_probe(*arrays, shots=count, draws=draws, seed=options.seed) for count in shots]
 
-    return _evaluate("fewshot", run, options, shown=("shots", "accuracy"), settings={"draws": draws})
+    return _evaluate("fewshot", run, options, draws=draws)
 
 
-def _evaluate(
-    kind: str, run: "Probe", options: ProbeOptions, *, shown: tuple[str, ...], settings: dict[str, Any]
-) -> Evaluation:
+def _evaluate(kind: str, run: "Probe", options: ProbeOptions, **settings: int) -> Evaluation:
     """Check the options, run a probe, print its table, and write its file."""
-    from crate_mae.evaluation.extract import AFFORDABLE, Extraction
+    from crate_mae.evaluation.extract import AFFORDABLE
     from crate_mae.evaluation.probing import probe
     from crate_mae.models.features import DEFAULT_LAYER
-    from crate_mae.terminal import open_console
 
     check_seed(options.seed)
     out = None if options.out is None else new_file("--out", options.out, ".json", overwrite=options.overwrite)
     default = DEFAULT_LAYER if isinstance(options, FewshotOptions) else AFFORDABLE
-    layers = default if options.layer is None else options.layer
-    extraction = Extraction(
-        layers=layers if isinstance(layers, str) else (layers,),
-        pooling=options.pooling,
-        batch_size=options.batch_size,
-        workers=options.workers,
-        max_bad=options.max_bad,
-        cache=options.cache,
-    )
+    extraction = options.extraction(default if options.layer is None else options.layer, options.pooling)
     console = open_console(stderr=options.json)
     probed = probe(
         options.model,
@@ -217,29 +197,26 @@ def _evaluate(
     )
     verdict = _verdict(probed) if probed.controls else None
     report = {"probe": kind, **probed.report(seed=options.seed, **settings), "verdict": verdict}
-    console.print(_title(report), soft_wrap=True, markup=False)
-    console.print(_table(probed, shown))
+    console.say(_title(report))
+    console.print(_table(probed))
     if verdict is not None:
-        console.print(verdict, soft_wrap=True, markup=False)
+        console.say(verdict)
     print_bad(console, probed.bad)
     if probed.hint:
-        console.print(f"{probed.hint} Probes standardise them.", soft_wrap=True, markup=False)
+        console.say(f"{probed.hint} Probes standardise them.")
     for note in _notes(probed.rows):
-        console.print(note, soft_wrap=True, markup=False)
+        console.say(note)
     if probed.backbone.is_random:
         print_random_initialisation(console, probed.backbone.name)
     write_report(console, report, out, json=options.json)
     return Evaluation(report, out)
 
 
-def write_report(console: Any, report: dict[str, Any], out: Path | None, *, json: bool) -> None:
+def write_report(console: CleanConsole, report: dict[str, Any], out: Path | None, *, json: bool) -> None:
     """Write a report as JSON to a file if one is given, and to the standard output if that is asked for."""
-    from crate_mae.data.documents import to_json
-    from crate_mae.data.files import write_whole
-
     if out is not None:
         write_whole(out, to_json(report) + "\n")
-        console.print(f"Saved {out}", soft_wrap=True, markup=False)
+        console.say(f"Saved {out}")
     if json:
         print_json(report)
 
@@ -251,9 +228,7 @@ def _title(report: dict[str, Any]) -> str:
     )
 
 
-def _table(probed: "Probed", shown: tuple[str, ...]) -> Any:
-    from rich.table import Table
-
+def _table(probed: "Probed") -> Table:
     from crate_mae.evaluation.backbones import PIXELS
 
     columns: dict[str, tuple[str, Callable[[Any], str]]] = {
@@ -264,7 +239,8 @@ def _table(probed: "Probed", shown: tuple[str, ...]) -> Any:
         "shots": ("images per class", lambda result: str(result.shots)),
         "accuracy": (SCORE, lambda result: _percent(result.accuracy)),
     }
-    kept = [columns[name] for name in shown if getattr(probed.rows[0][1], name) is not None]
+    measured = probed.rows[0][1]
+    kept = [column for name, column in columns.items() if getattr(measured, name, None) is not None]
     of_chance = [_percent(probed.chance) if title == SCORE else "" for title, _ in kept]
     table = Table("features of", "layer", *(title for title, _ in kept), box=None)
     for each in (probed, *probed.controls):

@@ -1,5 +1,8 @@
-"""`crate-mae export`: export a trained model to other formats."""
+"""`crate-mae export` and `crate-mae push`: a trained model in other formats, and on the Hugging Face Hub."""
 
+import importlib.util
+import re
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,7 +10,9 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.console import computes
+from crate_mae.data.files import output_path, refuse_used_folder, whole_folder
 from crate_mae.errors import UserError, install_command
+from crate_mae.terminal import CleanConsole, open_console
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
@@ -77,16 +82,13 @@ def export(
     Raises:
         UserError: for a mistake in the options or the model, an export that differs, or a missing package.
     """
-    from crate_mae.data.files import output_path, refuse_used_folder, whole_folder
-    from crate_mae.models.classifier import Classifier
-    from crate_mae.models.weights import load
-    from crate_mae.terminal import open_console
-
     out = output_path("--out", out)
     refuse_used_folder(out)
-    check_options(format, part, int8=int8)
+    _check_options(format, part, int8=int8)
     from crate_mae.deployment import formats
     from crate_mae.deployment.card import LICENSE, provenance
+    from crate_mae.models.classifier import Classifier
+    from crate_mae.models.weights import load
 
     net = model if hasattr(model, "encoder") else load(model)
     is_classifier = isinstance(net, Classifier)
@@ -102,25 +104,76 @@ def export(
             if not int8:
                 formats.check_difference(difference, tolerance)
     console = open_console()
-    console.print(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.", soft_wrap=True)
-    print_without_head(console, net, part)
+    console.say(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.")
+    _print_without_head(console, net, part)
     if difference is not None:
-        console.print(f"Largest difference from the model: {difference:.2g}.", soft_wrap=True)
+        console.say(f"Largest difference from the model: {difference:.2g}.")
     return Exported(out, format, part, size, difference)
 
 
-def print_without_head(console: Any, model: Any, part: str) -> None:
+@computes
+def push(
+    model: Any,
+    repository: str,
+    *,
+    format: Literal["hf", "safetensors", "timm"] = "hf",  # noqa: A002  # as in `export`
+    part: Literal["encoder", "full"] | None = None,
+    private: bool = False,
+    revision: str | None = None,
+    license: str | None = None,  # noqa: A002
+) -> str:
+    """Upload a trained model to the Hugging Face Hub, with a model card made from its run.
+
+    The files are those of `crate-mae export` with the same options. README.md is the card: data, options, results,
+    licence, and how to load the model. The account is that of `hf auth login`. This library reads models of --format hf
+    and safetensors as hf:user/name.
+
+    Args:
+        model: A run folder, a folder with model.safetensors and config.json, or the name of a model.
+        repository: Name of the repository, user/name, created if necessary; files with the same names are replaced.
+        format: Format of the files; see `crate-mae export`.
+        part: encoder, or full: with the decoder, or the head of a classifier; by default full, and encoder for timm.
+        private: Create the repository as a private one.
+        revision: Branch to upload to.
+        license: Licence of the weights, such as mit or cc-by-nc-4.0; by default none is named.
+
+    Returns:
+        The address of the upload.
+
+    Raises:
+        UserError: for a mistake in the options or the model, without a network, or if the Hub refuses.
+    """
+    part = part or ("encoder" if format == "timm" else "full")
+    _check_options(format, part)
+    # Checked before anything is loaded; the Hub checks again.
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
+        raise UserError(f"{repository} is not the name of a Hub repository: it must look like user/name.")
+    from crate_mae.deployment.card import LICENSE, provenance
+    from crate_mae.deployment.formats import write
+    from crate_mae.deployment.hub import upload
+    from crate_mae.models.weights import load
+
+    net = model if hasattr(model, "encoder") else load(model)
+    facts = provenance(model) | ({LICENSE: license} if license else {})
+    with tempfile.TemporaryDirectory() as scratch:
+        write(net, Path(scratch), format, part, facts=facts)
+        address = upload(Path(scratch), repository, private=private, revision=revision)
+    console = open_console()
+    console.say(f"Uploaded {net.config.name}: {address}")
+    _print_without_head(console, net, part)
+    return address
+
+
+def _print_without_head(console: CleanConsole, model: Any, part: str) -> None:
     """Print that an encoder that was taken from a classifier does not classify."""
     from crate_mae.models.classifier import Classifier
 
     if isinstance(model, Classifier) and part == "encoder":
-        console.print("It has no head: its outputs are features, not classes.")
+        console.say("It has no head: its outputs are features, not classes.")
 
 
-def check_options(format: Format, part: str | None, *, int8: bool = False) -> None:  # noqa: A002
+def _check_options(format: Format, part: str | None, *, int8: bool = False) -> None:  # noqa: A002
     """Raise a `UserError` for options that exclude each other, or a missing package."""
-    import importlib.util
-
     if format == "timm" and part == "full":
         raise UserError("timm knows encoders alone: take --part encoder, or --format hf for all of the model.")
     if int8 and (format != "onnx" or part == "full"):

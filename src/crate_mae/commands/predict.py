@@ -3,23 +3,25 @@
 import csv
 import io
 from dataclasses import dataclass
+from operator import eq
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from crate_mae.commands.console import computes, new_file, print_bad
+from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
+from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
+from crate_mae.terminal import open_console
 from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from crate_mae.data import BadImage, ImageSource
+    from crate_mae.data import ImageSource
     from crate_mae.models.classifier import Classifier
-else:
-    BadImage = Classifier = ImageSource = Tensor = Any  # `--help` must not import torch for an annotation
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,9 @@ def predict(
     Raises:
         UserError: if the model is not a classifier, no image can be read, or `out` exists already.
     """
-    from crate_mae.data import open_source
-    from crate_mae.data.files import write_whole
+    from crate_mae.data import label_names, open_source
     from crate_mae.models.devices import fastest_device
     from crate_mae.models.weights import load_classifier
-    from crate_mae.terminal import open_console
 
     out = new_file("--out", out, ".csv", overwrite=overwrite)
     check_whole("--batch-size", batch_size)
@@ -93,23 +93,24 @@ def predict(
     best = probabilities.max(dim=1)
     predicted = [classes[number] for number in best.indices.tolist()]
     files = [source.location(i) for i in indices]
-    truth = _true_classes(source, indices)
+    names = label_names(source)
+    truth = None if names is None else [names[i] for i in indices]
     write_whole(out, _as_csv(files, predicted, truth, probabilities, classes))
-    accuracy = _accuracy(predicted, truth, classes)
 
-    console = open_console()
+    console, accuracy = open_console(), None
     print_bad(console, bad)
-    if accuracy is not None:
-        console.print(f"Accuracy: {accuracy:.2%} of {len(files):,} images")
+    if truth is not None and set(truth) <= set(classes):
+        accuracy = sum(map(eq, predicted, truth)) / len(predicted)
+        console.say(f"Accuracy: {accuracy:.2%} of {len(files):,} images")
     elif truth is not None:
-        console.print(f"{source.name} has labels of other classes than the model: no accuracy.", markup=False)
-    console.print(f"Saved {len(files):,} predictions in {out}", soft_wrap=True, markup=False)
+        console.say(f"{source.name} has labels of other classes than the model: no accuracy.")
+    console.say(f"Saved {len(files):,} predictions in {out}")
     return Predictions(out, files, predicted, best.values.tolist(), accuracy, bad)
 
 
 def _classify(
-    model: Classifier, source: ImageSource, batch_size: int, workers: int
-) -> tuple[Tensor, list[int], list[BadImage]]:
+    model: "Classifier", source: "ImageSource", batch_size: int, workers: int
+) -> "tuple[Tensor, list[int], list[BadImage]]":
     """Return probabilities (one row per image), the numbers of the images, and the images that cannot be read."""
     import torch
 
@@ -129,24 +130,11 @@ def _classify(
     return torch.cat(rows) if rows else torch.empty(0, len(c.classes)), indices, bad
 
 
-def _true_classes(source: ImageSource, indices: list[int]) -> list[str | None] | None:
-    from crate_mae.data import label_names
-
-    names = label_names(source)
-    return None if names is None else [names[i] for i in indices]
-
-
-def _accuracy(predicted: list[str], truth: list[str | None] | None, classes: tuple[str, ...]) -> float | None:
-    if truth is None or not set(truth) <= set(classes):
-        return None
-    return sum(one == other for one, other in zip(predicted, truth, strict=True)) / len(predicted)
-
-
 def _as_csv(
     files: list[str],
     predicted: list[str],
     truth: list[str | None] | None,
-    probabilities: Tensor,
+    probabilities: "Tensor",
     classes: tuple[str, ...],
 ) -> str:
     text = io.StringIO()

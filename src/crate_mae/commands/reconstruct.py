@@ -1,23 +1,34 @@
-"""`crate-mae reconstruct`: mask images, complete them, and save a picture of the result."""
+"""`crate-mae reconstruct` and `crate-mae eval reconstruction`: completed images, as a picture and in numbers."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 from rich.table import Table
-from rich.text import Text
 
 from crate_mae.commands.console import (
-    OWN_STATISTICS,
     check_seed,
     computes,
     new_file,
     print_bad,
     print_random_initialisation,
+    progress,
 )
+from crate_mae.commands.evaluate import Evaluation, write_report
 from crate_mae.data.numbers import check_whole
-from crate_mae.training.options import Data
+from crate_mae.errors import UserError
+from crate_mae.terminal import CleanConsole, open_console
+from crate_mae.training.options import Data, Numbers
+
+if TYPE_CHECKING:
+    from crate_mae.data import ImageSource
+    from crate_mae.evaluation.reconstruction import CompletionScore, ReadImages
+    from crate_mae.models.autoencoder import MaskedAutoencoder
+
+_PICTURED = 8
+_RATIOS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 
 
 @dataclass(frozen=True)
@@ -65,44 +76,169 @@ def reconstruct(
     Returns:
         The path of the picture, and the quality of each completion.
     """
-    from crate_mae.data import evaluation_transform, open_source, save_picture_grid
+    from crate_mae.data import save_picture_grid
     from crate_mae.data.base import spread
-    from crate_mae.data.dataset import default_generator_seeded
-    from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
-    from crate_mae.models.weights import is_untrained, load_autoencoder, model_name
-    from crate_mae.terminal import open_console
+    from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks
+    from crate_mae.models.weights import model_name
 
     check_seed(seed)
     path = new_file("--out", out, ".png", overwrite=overwrite)
     check_whole("--count", count)
-    source = open_source(images)
-    with default_generator_seeded(seed):
-        net = load_autoencoder(model)
-    config = net.config
-    transform = evaluation_transform(config.image_size, config.in_chans, config.mean, config.std)
-    read = read_images(source, transform, spread(len(source), count), count)
+    net, _, read = _opened(model, images, lambda total: spread(total, count), count, seed)
     mask = nested_masks(len(read.images), net.num_patches, mask_ratio, seed)
     completion = complete_in_batches(net, read.images, mask)
-    quality = completion_quality(completion, mask, config.patch_size)
+    quality = completion_quality(completion, mask, net.config.patch_size)
     rows = list(zip(completion._fields, completion, strict=True))
     save_picture_grid(rows, path, captions=[f"{psnr:.1f} dB" for psnr in quality.psnr])
 
-    result = Reconstruction(path, read.locations, quality.psnr.tolist(), quality.ssim.tolist())
+    table = Table("image", "PSNR of hidden patches", "SSIM", box=None)
+    means = ("mean", quality.psnr.mean(), quality.ssim.mean())
+    for name, psnr, ssim in (*zip(read.locations, *quality, strict=True), means):
+        table.add_row(name, f"{psnr:.2f} dB", f"{ssim:.3f}")
     console = open_console()
-    console.print(_table(result))
-    if config.norm_pix_loss:
-        console.print(OWN_STATISTICS, soft_wrap=True, markup=False)
-    if is_untrained(name := model_name(model)):
+    _print_quality(console, table, net, model_name(model), read)
+    console.say(f"Saved {path}")
+    return Reconstruction(path, read.locations, quality.psnr.tolist(), quality.ssim.tolist())
+
+
+@computes
+def eval_reconstruction(
+    model: Data,
+    data: Data,
+    *,
+    out: Path | str | None = None,
+    picture: Path | str | None = None,
+    mask_ratios: Numbers | None = None,
+    count: int = 1000,
+    seed: int = 0,
+    batch_size: int = 64,
+    overwrite: bool = False,
+    json: bool = False,
+) -> Evaluation:
+    """Complete masked images at several mask ratios, and measure the quality of the completions.
+
+    Every call uses the same images and masks. Patches hidden at one ratio stay hidden at larger ones. The mean squared
+    error is that of hidden patches, in normalised pixels (the loss of ordinary training) and in units of each patch's
+    standard deviation (the loss of --norm-pix-loss); PSNR is that of hidden patches, and SSIM that of the completed
+    image. A model trained with --norm-pix-loss predicts patches without brightness and contrast:
+    both then come from the original, in all but the second measure, and the output notes it.
+
+    Args:
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
+        data: Images, in any form of data that `crate-mae pretrain` takes.
+        out: New .json file for the scores.
+        picture: New .png file for a picture of eight of the images at each ratio.
+        mask_ratios: Shares of patches to hide; by default 0.5, 0.6, 0.7, 0.75, 0.8, 0.9 and 0.95, as far as they leave
+            a patch visible.
+        count: Largest number of images to measure; of more images, a fixed pseudo-random sample is used.
+        seed: Seed of the masks, of that sample, and of random initialisation.
+        batch_size: Images per batch.
+        overwrite: Replace existing files.
+        json: Print one JSON object on the standard output, and everything else on the standard error.
+
+    Returns:
+        The scores, one row per ratio.
+
+    Raises:
+        UserError: for a mistake in the options, model or data; no file is written then.
+    """
+    from crate_mae.data.base import fixed_sample
+    from crate_mae.evaluation.probing import data_name, versions
+    from crate_mae.evaluation.reconstruction import completion_scores
+    from crate_mae.models.masking import visible_patches
+    from crate_mae.models.weights import is_untrained, model_name
+
+    check_seed(seed)
+    out = None if out is None else new_file("--out", out, ".json", overwrite=overwrite)
+    picture = None if picture is None else new_file("--picture", picture, ".png", overwrite=overwrite)
+    check_whole("--count", count)
+    check_whole("--batch-size", batch_size)
+    if mask_ratios is not None and not mask_ratios:
+        raise UserError("--mask-ratios is empty: give at least one.")
+    net, source, read = _opened(model, data, lambda total: fixed_sample(total, count, seed), count, seed)
+    ratios = mask_ratios or tuple(r for r in _RATIOS if visible_patches(net.num_patches, r) > 0)
+    console, name = open_console(stderr=json), model_name(model)
+    with progress(console, "Completing images", len(ratios) * -(-len(read.images) // batch_size)) as advance:
+        scores = completion_scores(net, read.images, ratios, seed=seed, batch_size=batch_size, on_batch=advance)
+    _print_quality(console, _table_of_ratios(net, scores), net, name, read)
+    report = {
+        "probe": "reconstruction",
+        "model": name,
+        "fresh_weights": is_untrained(name),
+        "data": data_name(data, source),
+        "images": len(read.images),
+        "left_out": [tuple(bad) for bad in read.bad],
+        "image_size": net.config.image_size,
+        "norm_pix_loss": net.config.norm_pix_loss,
+        "seed": seed,
+        "results": [asdict(score) for score in scores],
+        "versions": versions(),
+    }
+    if picture is not None:
+        _save_picture(net, read, scores, seed, picture)
+        console.say(f"Saved {picture}")
+    write_report(console, report, out, json=json)
+    return Evaluation(report, out)
+
+
+def _opened(
+    model: Any, data: Any, choose: Callable[[int], Iterable[int]], count: int, seed: int
+) -> "tuple[MaskedAutoencoder, ImageSource, ReadImages]":
+    """A model, data, and `count` readable images among those that a function of the number of all images chooses."""
+    from crate_mae.data import evaluation_transform, open_source
+    from crate_mae.data.dataset import default_generator_seeded
+    from crate_mae.evaluation.reconstruction import read_images
+    from crate_mae.models.weights import load_autoencoder
+
+    source = open_source(data)
+    with default_generator_seeded(seed):
+        net = load_autoencoder(model)
+    c = net.config
+    transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
+    return net, source, read_images(source, transform, choose(len(source)), count)
+
+
+def _print_quality(
+    console: CleanConsole, table: Table, net: "MaskedAutoencoder", name: str, read: "ReadImages"
+) -> None:
+    """Print a table, and what is to be known of its numbers."""
+    from crate_mae.models.weights import is_untrained
+
+    console.print(table)
+    if net.config.norm_pix_loss:
+        console.say("Brightness and contrast of each patch come from the original: targets were normalised.")
+    if is_untrained(name):
         print_random_initialisation(console, name)
     print_bad(console, read.bad)
-    console.print(f"Saved {path}", soft_wrap=True, markup=False)
-    return result
 
 
-def _table(result: Reconstruction) -> Table:
-    table = Table("image", "PSNR of hidden patches", "SSIM", box=None)
-    for name, psnr, ssim in zip(result.images, result.psnr, result.ssim, strict=True):
-        table.add_row(Text(name), f"{psnr:.2f} dB", f"{ssim:.3f}")
-    count = len(result.images)
-    table.add_row("mean", f"{sum(result.psnr) / count:.2f} dB", f"{sum(result.ssim) / count:.3f}")
+def _table_of_ratios(net: "MaskedAutoencoder", scores: "list[CompletionScore]") -> Table:
+    table = Table("hidden", "error", "error, normalised patches", "PSNR", "SSIM", box=None)
+    for score in scores:
+        table.add_row(
+            f"{100 * score.mask_ratio:g}% ({score.hidden} of {net.num_patches} patches)",
+            f"{score.mse:.4g}",
+            f"{score.normalised_mse:.4g}",
+            f"{score.psnr:.2f} dB",
+            f"{score.ssim:.3f}",
+        )
     return table
+
+
+def _save_picture(
+    net: "MaskedAutoencoder", read: "ReadImages", scores: "list[CompletionScore]", seed: int, path: Path
+) -> None:
+    """Save some of the images at each mask ratio: what the model sees, and its completion."""
+    from crate_mae.data import save_picture_grid
+    from crate_mae.data.base import evenly_spaced
+    from crate_mae.evaluation.reconstruction import complete_in_batches, nested_masks
+
+    count, rows = len(read.images), []
+    shown = evenly_spaced(count, _PICTURED)
+    for score in scores:
+        mask = nested_masks(count, net.num_patches, score.mask_ratio, seed)
+        completion = complete_in_batches(net, read.images[shown], mask[shown])
+        if not rows:
+            rows.append(("original", completion.original))
+        rows += [(f"{100 * score.mask_ratio:g}% hidden", completion.masked), ("completed", completion.completed)]
+    save_picture_grid(rows, path)

@@ -9,23 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import (
-    check_seed,
-    computes,
-    print_bad,
-    print_random_initialisation,
-    refuse_existing,
-)
-from crate_mae.data.files import output_path
+from crate_mae.commands.console import check_seed, computes, new_file, print_bad, print_random_initialisation
+from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
+from crate_mae.terminal import open_console
 from crate_mae.training.options import Data
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.backbones import Backbone
     from crate_mae.evaluation.reconstruction import ReadImages
-
-_KINDS = (".png", ".pdf")
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,7 @@ def viz_attention(
     Raises:
         UserError: for a mistake in the options, images or model; no file is written then.
     """
-    path = _new_picture(out, overwrite=overwrite)
+    path = new_file("--out", out, ".png", ".pdf", overwrite=overwrite)
     backbone, read = _open(model, images, count, seed)
 
     from crate_mae.interpret.attention import class_attention
@@ -124,7 +117,7 @@ def viz_pca(
     Raises:
         UserError: for a mistake in the options, images or model; no file is written then.
     """
-    path = _new_picture(out, overwrite=overwrite)
+    path = new_file("--out", out, ".png", ".pdf", overwrite=overwrite)
     backbone, read = _open(model, images, count, seed)
 
     from crate_mae.interpret.pictures import draw_token_colours
@@ -170,10 +163,9 @@ def viz_layers(
     Raises:
         UserError: for a mistake in the options, data or model; no file is written then.
     """
-    path = _new_picture(out, overwrite=overwrite)
+    path = new_file("--out", out, ".png", ".pdf", overwrite=overwrite)
     from crate_mae.interpret.curves import draw_layers
     from crate_mae.interpret.measure import measure_layers, open_measurable, untrained_twin
-    from crate_mae.terminal import open_console
 
     opened = open_measurable(model, seed)
     twin = None
@@ -189,16 +181,8 @@ def viz_layers(
     print_bad(console, found.bad)
     if opened.backbone.is_random:
         print_random_initialisation(console, opened.name)
-    console.print(f"Saved {path}, of {found.images:,} images", soft_wrap=True, markup=False)
+    console.say(f"Saved {path}, of {found.images:,} images")
     return Picture(path, [])
-
-
-def _new_picture(out: Path | str, *, overwrite: bool) -> Path:
-    path = output_path("--out", out)
-    if path.suffix.lower() not in _KINDS:
-        raise UserError(f"--out {path} must name a {' or '.join(_KINDS)} file.")
-    refuse_existing(path, overwrite=overwrite)
-    return path
 
 
 def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, ReadImages]":
@@ -217,19 +201,16 @@ def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, Re
 
 def _save(figure: Any, path: Path, backbone: "Backbone", read: "ReadImages") -> Picture:
     """Write a picture of images, and report it."""
-    from crate_mae.terminal import open_console
-
-    console = open_console()
     _write(figure, path)
+    console = open_console()
     print_bad(console, read.bad)
     if backbone.is_random:
         print_random_initialisation(console, backbone.name)
-    console.print(f"Saved {path}", soft_wrap=True, markup=False)
+    console.say(f"Saved {path}")
     return Picture(path, read.locations)
 
 
 def _write(figure: Any, path: Path) -> None:
-    from crate_mae.data.files import write_whole
     from crate_mae.drawing.style import encode
 
     write_whole(path, encode(figure, "pdf" if path.suffix.lower() == ".pdf" else "png"))
