@@ -9,8 +9,10 @@ from functools import partial
 from pathlib import Path
 
 import jaxtyping
+import numpy as np
 import pytest
 from jaxtyping import install_import_hook
+from PIL import Image
 
 IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 # Folders of long tests, which start first: otherwise one process would be left alone with them at the end.
@@ -64,6 +66,32 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared folder with real data and golden vectors is not beside the project")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    """No test reads or writes the user's cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture
+def class_folder(tmp_path):
+    """`class_folder("name", {"red": 3, ...})`: a folder of classes of so many images, of one main colour a class."""
+
+    def make(name, counts, seed=0):
+        rng = np.random.default_rng(seed)
+        for label, (kind, count) in enumerate(counts.items()):
+            folder = tmp_path / name / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = rng.integers(0, 80, (9, 8, 3), dtype=np.uint8)
+                pixels[..., label % 3] += 140
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+        return tmp_path / name
+
+    return make
 
 
 @pytest.fixture(scope="module")  # while it is open, an event loop runs, with which no other test could start its own

@@ -95,7 +95,7 @@ def test_no_folder_hides_a_public_name():
         ("commands/x.py", "import torch"),
         ("data/x.py", "from datasets import load_dataset"),
         ("commands/x.py", "import gradio"),
-        ("interpret/x.py", "from crate_mae.app import page"),
+        ("interpret/x.py", "from crate_mae.app import server"),
     ],
 )
 def test_an_upward_heavy_or_optional_import_would_be_found(where, source):

@@ -16,7 +16,7 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
 from cyclopts.config import Dict
@@ -25,10 +25,10 @@ from cyclopts.types import ExistingFile
 from crate_mae.data.documents import read_yaml
 from crate_mae.data.files import path_of
 from crate_mae.errors import RunStopped, UserError
-from crate_mae.terminal import CleanConsole, clean_warnings, open_console
+from crate_mae.terminal import clean_warnings, open_console
 
-# name: (function, its line in `crate-mae --help`, which does not import the function)
 _LARGEST = 2**53  # whole numbers up to which floats are exact
+# name: (function, its line in `crate-mae --help`, which does not import the function)
 _COMMANDS = {
     "try": ("train:try_digits", "Pretrain on the handwritten digits of scikit-learn, in under 3 minutes."),
     "pretrain": ("train:pretrain", "Pretrain on unlabelled images."),
@@ -49,6 +49,40 @@ _COMMANDS = {
     "recipes": ("about:recipes", "List recipes: tested sets of options for pretraining, with their results."),
     "doctor": ("about:doctor", "Describe this machine and installation for a bug report."),
 }
+# name: (its line, its commands)
+_GROUPS = {
+    "data": (
+        "Check images before training on them, or make them smaller.",
+        {
+            "check": ("data:check", "Decode, count and measure all images."),
+            "resize": ("data:resize", "Write a copy with smaller images."),
+        },
+    ),
+    "eval": (
+        "Evaluate the features and the completions of a trained model.",
+        {
+            "knn": ("evaluate:eval_knn", "Classify by nearest neighbours of frozen features."),
+            "linear": ("evaluate:eval_linear", "Fit a linear classifier to frozen features."),
+            "fewshot": ("evaluate:eval_fewshot", "Fit a linear classifier to a few images of each class, many times."),
+            "reconstruction": (
+                "reconstruct:eval_reconstruction",
+                "Measure the quality of completions at several mask ratios.",
+            ),
+        },
+    ),
+    "viz": (
+        "Visualise the features of a trained model, and what its layers do.",
+        {
+            "reconstruction": (
+                "reconstruct:reconstruct",
+                "Mask images and complete them; same as `crate-mae reconstruct`.",
+            ),
+            "attention": ("viz:viz_attention", "Show the attention of the class token."),
+            "pca": ("viz:viz_pca", "Show tokens as colours by their principal components."),
+            "layers": ("viz:viz_layers", "Plot subspace rate, sparsity and rank over the layers."),
+        },
+    ),
+}
 # Errors that a file or folder of the user can cause anywhere; others are bugs.
 _OF_THE_MACHINE = {
     errno.EACCES,
@@ -62,21 +96,6 @@ _OF_THE_MACHINE = {
     errno.EPERM,
     errno.EROFS,
 }
-_EVAL_COMMANDS = {
-    "knn": ("evaluate:eval_knn", "Classify by nearest neighbours of frozen features."),
-    "linear": ("evaluate:eval_linear", "Fit a linear classifier to frozen features."),
-    "fewshot": ("evaluate:eval_fewshot", "Fit a linear classifier to a few images of each class, many times."),
-    "reconstruction": (
-        "reconstruct:eval_reconstruction",
-        "Measure the quality of completions at several mask ratios.",
-    ),
-}
-_VIZ_COMMANDS = {
-    "reconstruction": ("reconstruct:reconstruct", "Mask images and complete them; same as `crate-mae reconstruct`."),
-    "attention": ("viz:viz_attention", "Show the attention of the class token."),
-    "pca": ("viz:viz_pca", "Show tokens as colours by their principal components."),
-    "layers": ("viz:viz_layers", "Plot subspace rate, sparsity and rank over the layers."),
-}
 
 
 def build_app() -> App:
@@ -88,20 +107,11 @@ def build_app() -> App:
         version=lambda: version("crate-mae"),
         result_action="return_value",
     )
-    for name, (function, text) in _COMMANDS.items():
-        app.command(f"crate_mae.commands.{function}", name=name, help=text)
-    data = App(name="data", help="Check images before training on them, or make them smaller.")
-    data.command("crate_mae.commands.data:check", name="check", help="Decode, count and measure all images.")
-    data.command("crate_mae.commands.data:resize", name="resize", help="Write a copy with smaller images.")
-    app.command(data)
-    evaluate = App(name="eval", help="Evaluate the features and the completions of a trained model.")
-    for name, (function, text) in _EVAL_COMMANDS.items():
-        evaluate.command(f"crate_mae.commands.{function}", name=name, help=text)
-    app.command(evaluate)
-    viz = App(name="viz", help="Visualise the features of a trained model, and what its layers do.")
-    for name, (function, text) in _VIZ_COMMANDS.items():
-        viz.command(f"crate_mae.commands.{function}", name=name, help=text)
-    app.command(viz)
+    _add(app, _COMMANDS)
+    for name, (text, commands) in _GROUPS.items():
+        group = App(name=name, help=text)
+        _add(group, commands)
+        app.command(group)
     app.register_install_completion_command(help="Install completion of commands and options for this shell.")
 
     @app.meta.default
@@ -119,6 +129,11 @@ def build_app() -> App:
         return app(tokens, exit_on_error=False, print_error=False)
 
     return app
+
+
+def _add(app: App, commands: dict[str, tuple[str, str]]) -> None:
+    for name, (function, text) in commands.items():
+        app.command(f"crate_mae.commands.{function}", name=name, help=text)
 
 
 def _options_of(file: Path, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
@@ -189,25 +204,24 @@ def _terminated_cleanly() -> Iterator[None]:
 
 def main(tokens: Sequence[str] | None = None) -> None:
     """Run the command line on `tokens`, by default `sys.argv`; see the module for exit codes."""
-    console = open_console(stderr=True)
     try:
         with _terminated_cleanly(), clean_warnings():
             build_app().meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except (UserError, CycloptsError) as error:
-        _print_error(console, str(error))
-        sys.exit(2)
+        _fail(str(error))
     except OSError as error:
         if error.errno not in _OF_THE_MACHINE:
             raise
         where = "" if error.filename is None else f" {error.filename}:"
-        _print_error(console, f"The operating system refused:{where} {os.strerror(error.errno).lower()}.")
-        sys.exit(2)
+        _fail(f"The operating system refused:{where} {os.strerror(error.errno).lower()}.")
     except RunStopped as stopped:
         sys.exit(128 + stopped.signal)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _print_error(console: CleanConsole, message: str) -> None:
+def _fail(message: str) -> NoReturn:
+    console = open_console(stderr=True)
     console.print("Error: ", style="bold red", end="")
     console.say(message)
+    sys.exit(2)

@@ -57,7 +57,7 @@ def served(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def models():
-    from crate_mae.app.models import open_models
+    from crate_mae.app.compute import open_models
 
     return open_models([BUNDLED])
 

@@ -12,10 +12,10 @@ from crate_mae.app.compute import (
     mask_from_text,
     mask_text,
     measure_curves,
+    open_models,
     prepare,
     seeded_mask,
 )
-from crate_mae.app.models import open_models
 from crate_mae.errors import UserError
 from crate_mae.evaluation.reconstruction import completion_quality
 from crate_mae.interpret.measure import measure_layers

@@ -12,11 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_mae.app.components import curves_component, file_stem, notice
-from crate_mae.app.compute import Curves, measure_curves
+from crate_mae.app.compute import AppModel, Curves, measure_curves, open_models
 from crate_mae.app.curves import MARKED, Line, draw_curves, tick_values
-from crate_mae.app.models import AppModel, open_models
-from crate_mae.app.responses import completion_response, fit_patch, inside_response
+from crate_mae.app.responses import completion_response, curves_component, file_stem, fit_patch, inside_response, notice
 from crate_mae.models.presets import create_model
 
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from crate_mae.app.components import completion_component
 from crate_mae.app.compute import complete_picture, mask_text, seeded_mask
 from crate_mae.app.pictures import to_png, to_uri
+from crate_mae.app.responses import completion_component
 
 httpx = pytest.importorskip("httpx", reason="comes with Gradio: pip install 'crate-mae[app]'")
 BUNDLED = "crate_mae_micro_monotone_cifar10"

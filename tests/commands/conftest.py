@@ -1,4 +1,6 @@
+import numpy as np
 import pytest
+from PIL import Image
 
 from crate_mae.cli import main
 
@@ -17,3 +19,14 @@ def crate_mae_command(capsys):
         return code, captured.out, captured.err
 
     return run
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A folder of three pictures."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 255, (11, 13, 3), dtype=np.uint8)).save(folder / f"photo {i} ü.png")
+    return folder

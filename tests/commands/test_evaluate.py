@@ -3,7 +3,6 @@
 import json
 import math
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -17,35 +16,9 @@ DIGITS = ["--train", "digits:train", "--val", "digits:test"]
 FEW_DIGITS = ["--train", "digits:test", "--val", "digits:train"]  # a probe of fewer images is fitted sooner
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """No test reads or writes the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
-
-
 @pytest.fixture
-def coloured(tmp_path):
-    """`coloured("name", {"red": 3}, ...)`: class folders of images that tell their class by their colour."""
-
-    def make(name, counts, seed=0):
-        rng = np.random.default_rng(seed)
-        for kind, count in counts.items():
-            folder = tmp_path / name / kind
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 80, (9, 8, 3), dtype=np.uint8)
-                pixels[..., ["red", "green", "blue"].index(kind)] += 140
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-        return tmp_path / name
-
-    return make
-
-
-@pytest.fixture
-def photos(coloured):
-    return coloured("train", {"red": 12, "green": 9}), coloured("val", {"red": 5, "green": 4}, seed=1)
+def photos(class_folder):
+    return class_folder("train", {"red": 12, "green": 9}), class_folder("val", {"red": 5, "green": 4}, seed=1)
 
 
 def evaluate(kind, model, train, val, **options):
@@ -166,9 +139,9 @@ def test_controls_stand_beside_the_model_unasked(kind, trained, photos, crate_ma
     assert (bare["controls"], bare["verdict"]) == ([], None)
 
 
-def test_features_that_are_no_better_than_untrained_ones_are_called_so(trained, coloured):
-    val = coloured("many", {"red": 60, "green": 60}, seed=1)
-    report = evaluate("linear", trained, coloured("train", {"red": 12, "green": 9}), val)
+def test_features_that_are_no_better_than_untrained_ones_are_called_so(trained, class_folder):
+    val = class_folder("many", {"red": 60, "green": 60}, seed=1)
+    report = evaluate("linear", trained, class_folder("train", {"red": 12, "green": 9}), val)
     assert "no better than untrained on these images" in report["verdict"]
 
 
@@ -200,17 +173,17 @@ def test_all_layers_are_probed_only_where_that_is_cheap(trained, photos, monkeyp
     assert result["layer"] == 3
 
 
-def test_classes_are_compared_by_name_not_by_number(coloured):
+def test_classes_are_compared_by_name_not_by_number(class_folder):
     """In `val`, green is class 0 and red class 1; in `train`, blue is class 0."""
-    train = coloured("train", {"red": 9, "green": 9, "blue": 9})
-    val = coloured("val", {"red": 4, "green": 4}, seed=1)
+    train = class_folder("train", {"red": 9, "green": 9, "blue": 9})
+    val = class_folder("val", {"red": 4, "green": 4}, seed=1)
     report = evaluate("knn", "pixels:8", train, val, k=5)
     assert report["classes"] == ["blue", "green", "red"]
     assert report["results"][0]["top1"]["value"] == 1.0
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_data_without_labels_is_refused(kind, photos, coloured, crate_mae_command):
+def test_data_without_labels_is_refused(kind, photos, class_folder, crate_mae_command):
     train, val = photos
     for option, data in {"--train": (train / "red", val), "--val": (train, val / "red")}.items():
         code, _, error = crate_mae_command("eval", kind, MODEL, "--train", data[0], "--val", data[1])
@@ -219,8 +192,8 @@ def test_data_without_labels_is_refused(kind, photos, coloured, crate_mae_comman
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_validation_images_of_other_classes_are_refused_by_name(kind, photos, coloured, crate_mae_command):
-    other = coloured("other", {"red": 3, "blue": 3})
+def test_validation_images_of_other_classes_are_refused_by_name(kind, photos, class_folder, crate_mae_command):
+    other = class_folder("other", {"red": 3, "blue": 3})
     code, _, error = crate_mae_command("eval", kind, MODEL, "--train", photos[0], "--val", other)
     assert code == 2
     assert "other: blue." in error
@@ -236,8 +209,8 @@ def test_one_class_is_refused(kind, crate_mae_command):
 
 
 @pytest.mark.parametrize(("kind", "needed"), [("linear", 2), ("fewshot", 10)])
-def test_a_class_with_too_few_images_is_named(kind, needed, coloured, photos):
-    train = coloured("few", {"red": 12, "green": 1})
+def test_a_class_with_too_few_images_is_named(kind, needed, class_folder, photos):
+    train = class_folder("few", {"red": 12, "green": 1})
     with pytest.raises(crate_mae.UserError) as error:
         evaluate(kind, MODEL, train, photos[1])
     assert f"Class green has 1 training image(s), but this probe needs {needed} of each class." in str(error.value)

@@ -1,6 +1,5 @@
 """Pictures of completed images, and what can go wrong with them."""
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -9,16 +8,6 @@ from safetensors.torch import save_file
 import crate_mae
 
 MODEL = "crate_mae_nano_patch2_8"
-
-
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        Image.fromarray(rng.integers(0, 255, (11, 13, 3), dtype=np.uint8)).save(folder / f"photo {i} ü.png")
-    return folder
 
 
 def test_the_picture_and_its_quality_are_made(photos, tmp_path, crate_mae_command):

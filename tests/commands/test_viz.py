@@ -1,9 +1,7 @@
 """The pictures of `crate-mae viz`: what is written, and what is refused."""
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import crate_mae
 
@@ -14,16 +12,6 @@ NETWORKS = {
     "pca": "timm:test_resnet:untrained",
     "layers": "timm:test_vit:untrained",
 }
-
-
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(3):
-        Image.fromarray(rng.integers(0, 255, (11, 13, 3), dtype=np.uint8)).save(folder / f"photo {i} ü.png")
-    return folder
 
 
 @pytest.mark.parametrize("kind", KINDS)

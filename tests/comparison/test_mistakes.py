@@ -21,19 +21,22 @@ def images(number, classes, size=(8, 8)):
     return [(image, classes[i % len(classes)]) for i, image in enumerate(made)] if classes else made
 
 
-@pytest.fixture
-def refused(compare, tmp_path, monkeypatch):
-    """`refused(*models, **options)`: the error message of a refused comparison, which must not leave a file."""
-    costs = Costs(
+def costs_of(**seconds):
+    return Costs(
         parameters=1,
         encoder_parameters=1,
         encoder_flops=1.0,
         training_flops=100.0,
         precision="float32",
-        step_seconds=6.0,
-        loading_seconds=0.0,
         memory=None,
+        **seconds,
     )
+
+
+@pytest.fixture
+def refused(compare, tmp_path, monkeypatch):
+    """`refused(*models, **options)`: the error message of a refused comparison, which must not leave a file."""
+    costs = costs_of(step_seconds=6.0, loading_seconds=0.0)
     monkeypatch.setattr("crate_mae.comparison.compare.measure_costs", lambda entries, *_: [costs] * len(entries))
 
     def message(*models, **options):
@@ -153,16 +156,7 @@ def test_a_budget_is_parsed_and_formatted(text):
     ],
 )
 def test_a_budget_becomes_steps(budget, workers, steps):
-    costs = Costs(
-        parameters=1,
-        encoder_parameters=1,
-        encoder_flops=1.0,
-        training_flops=100.0,
-        precision="float32",
-        step_seconds=5.0,
-        loading_seconds=2.0,
-        memory=None,
-    )
+    costs = costs_of(step_seconds=5.0, loading_seconds=2.0)
     options = {"name": "x", "batch_size": 7, "workers": workers}
     alone = plan_budget(budget, costs, first_rate=0.1, tries=1, share=0.5, **options)
     assert (alone.tries, alone.search_steps, alone.final_steps) == (0, 0, steps)

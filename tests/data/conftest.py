@@ -9,14 +9,6 @@ import pytest
 from PIL import Image
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch) -> Path:
-    """No test reads or writes the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
-
-
 @pytest.fixture
 def encoded() -> Callable[..., bytes]:
     """`encoded(level)`: a file of one grey level, colour by default."""

@@ -17,7 +17,7 @@ from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.models.weights import load
 from crate_mae.training.progress import Display
 from crate_mae.training.run_directory import Run, RunDirectory
-from tests.training.conftest import TINY_RUN, cpu, no_report, own_cache  # noqa: F401  # fixtures
+from tests.training.conftest import TINY_RUN, cpu, no_report  # noqa: F401  # fixtures
 
 SHORT = {**TINY_RUN, "steps": 16, "batch_size": 8, "checkpoint_epochs": 1, "log_steps": 1, "monitor_steps": 4}
 FLIPS = 20

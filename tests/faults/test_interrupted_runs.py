@@ -19,23 +19,12 @@ from crate_mae.training.failures import explain_failed_writing
 from crate_mae.training.logbook import open_trackers
 from crate_mae.training.options import PretrainOptions
 from crate_mae.training.processes import STOPPING
-from crate_mae.training.progress import Display, LastingStream
+from crate_mae.training.progress import LastingStream
 from crate_mae.training.run_directory import CsvLog, RunDirectory
-from tests.training.conftest import TINY_RUN, cpu, no_report, own_cache, usual_signals  # noqa: F401  # fixtures
+from tests.training.conftest import TINY_RUN, at_step, cpu, no_report, usual_signals  # noqa: F401  # fixtures
 
 SHORT = {**TINY_RUN, "steps": 6, "batch_size": 64, "checkpoint_minutes": 1e-9, "log_steps": 1}
 DATA = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(140)]
-
-
-def at_step(patch, step, act):
-    usual = Display.step
-
-    def stepped(display, number, *rest):
-        usual(display, number, *rest)
-        if number == step:
-            act()
-
-    patch.setattr(Display, "step", stepped)
 
 
 def failing(number):

@@ -12,7 +12,6 @@ from PIL import Image
 from crate_mae.data import open_source, overlap, refuse_shared_images
 from crate_mae.errors import UserError
 from crate_mae.training.images import open_images
-from tests.training.conftest import own_cache  # noqa: F401  # fixture
 
 
 def noise(*seed):

@@ -19,11 +19,6 @@ from crate_mae.models.masking import patchify, random_mask, unpatchify
 SMALL = {"in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def images(tmp_path):
     """Two folders of two classes, of other images."""

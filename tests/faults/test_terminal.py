@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crate_mae.cli import main
+from crate_mae.commands.console import progress
 from crate_mae.terminal import clean_warnings, open_console, printable
 
 NAMES = {
@@ -49,6 +50,18 @@ def test_names_reach_a_terminal_as_text(name, encoding):
 def test_unsafe_characters_are_written_out(name):
     raw, clean = NAMES[name]
     assert printable(raw) == clean
+
+
+def test_names_are_not_taken_for_markup_or_emoji():
+    terminal, name = io.StringIO(), "photos[/b] [red] x:cat:"
+    console = open_console(file=terminal, force_terminal=True, width=90)
+    console.say(name)
+    table = Table(name)
+    table.add_row(name)
+    console.print(table)
+    with progress(console, "photos[/b] [red]", 3) as advance:
+        advance()
+    assert terminal.getvalue().count(name) == 3 and "photos[/b] [red] " in terminal.getvalue().rpartition(name)[2]
 
 
 def test_other_characters_stay():

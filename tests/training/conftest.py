@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from crate_mae.models import create_model
 from crate_mae.models.weights import save
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
 from crate_mae.training.processes import STOPPING
+from crate_mae.training.progress import Display
 from crate_mae.training.report import RunReport
 from tests.training.real_processes import CPU, Forked, launched
 
@@ -38,12 +38,20 @@ TINY_FINETUNING = {
 }
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch) -> Path:
-    """No test reads or writes the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-    return folder
+def at_step(monkeypatch, step, action) -> None:
+    """Call `action` when a run has done `step` steps."""
+    usual = Display.step
+
+    def acting(display, done, *numbers):
+        usual(display, done, *numbers)
+        if done == step:
+            action()
+
+    monkeypatch.setattr(Display, "step", acting)
+
+
+def weights(run) -> bytes:
+    return (run / "model.safetensors").read_bytes()
 
 
 @pytest.fixture(autouse=True)

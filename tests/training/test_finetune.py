@@ -19,25 +19,10 @@ from crate_mae.models.classifier import Classifier
 from crate_mae.models.weights import load, save
 from crate_mae.training.finetuning import Finetuning
 from crate_mae.training.options import FinetuneOptions, check
-from crate_mae.training.progress import Display
+from tests.training.conftest import at_step, weights
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "rand_augment": "", "flip": False, "min_crop": 1.0, "drop_path": 0.0, "ema": 0.0}
 DIGITS = [str(i) for i in range(10)]
-
-
-def at_step(monkeypatch, step, action):
-    usual = Display.step
-
-    def acting(display, done, *numbers):
-        usual(display, done, *numbers)
-        if done == step:
-            action()
-
-    monkeypatch.setattr(Display, "step", acting)
-
-
-def weights(run):
-    return (run / "model.safetensors").read_bytes()
 
 
 def labelled(number, classes=2, channels=1, size=(8, 8), first=0):

@@ -10,8 +10,7 @@ from crate_mae.commands.train import pretrain, resume
 from crate_mae.errors import UserError
 from crate_mae.models import create_model
 from crate_mae.models.weights import load, save
-from tests.training.conftest import TINY_MODEL, TINY_RUN
-from tests.training.test_pretrain import at_step, weights
+from tests.training.conftest import TINY_MODEL, TINY_RUN, at_step, weights
 
 NANO = "crate_mae_nano_patch2_8"
 DATA = "digits:test"

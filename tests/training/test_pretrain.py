@@ -17,29 +17,13 @@ from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.training import checkpoint, run_directory
 from crate_mae.training.preflight import ProbeResult
 from crate_mae.training.pretraining import Monitor
-from crate_mae.training.progress import Display
 from crate_mae.training.run_directory import RunDirectory
-
-
-def weights(run):
-    return (run / "model.safetensors").read_bytes()
+from tests.training.conftest import at_step, weights
 
 
 def kept_columns(run):
     """metrics.csv without speeds."""
     return [{k: v for k, v in row.items() if k not in ("images_per_second", "data_wait")} for row in run.metrics()]
-
-
-def at_step(monkeypatch, step, action):
-    """Call `action` when a run has done `step` steps."""
-    usual = Display.step
-
-    def acting(display, done, *numbers):
-        usual(display, done, *numbers)
-        if done == step:
-            action()
-
-    monkeypatch.setattr(Display, "step", acting)
 
 
 @pytest.fixture

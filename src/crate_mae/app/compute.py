@@ -1,5 +1,9 @@
-"""What the app computes from a picture, a mask and a model, as arrays."""
+"""The models of the app, and what it computes from a picture, a mask and a model, as arrays."""
 
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -8,6 +12,7 @@ from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 
+from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
 from crate_mae.evaluation.reconstruction import completion_quality
@@ -26,13 +31,66 @@ from crate_mae.interpret.layer_measures import (
 from crate_mae.interpret.statistics import find
 from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.tokens import token_colours
-from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.completion import Completion, complete, completion_of
 from crate_mae.models.features import depth, encode, evaluating
 from crate_mae.models.masking import patch_statistics, patchify, random_mask, unpatchify
 from crate_mae.models.tracing import trace
+from crate_mae.models.weights import is_untrained, load_autoencoder
 
 _RATE = "subspace_rate_normalised"
+_SEED = 0  # of random initialisation
+
+
+@dataclass(frozen=True)
+class AppModel:
+    """A model in `eval()` mode, on the CPU.
+
+    Attributes:
+        name: as the user wrote it.
+        net: the model.
+        is_random: whether its weights are a random initialisation.
+        lock: held while the model is traced, since tracing adds hooks to it.
+    """
+
+    name: str
+    net: MaskedAutoencoder
+    is_random: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Number of rows and columns of patches."""
+        return self.net.grid_size
+
+    @property
+    def depth(self) -> int:
+        """Number of layers of the encoder."""
+        return depth(self.net.encoder)
+
+    @cached_property
+    def untrained(self) -> "AppModel":
+        """The same network with random initialisation."""
+        with default_generator_seeded(_SEED):
+            return AppModel(f"{self.name}, untrained", build(self.net.config).eval(), is_random=True)
+
+
+def open_models(names: Sequence[str]) -> dict[str, AppModel]:
+    """Load models by name, in order; repeated names are loaded once.
+
+    Raises:
+        UserError: for a model that cannot be loaded, has no decoder, or takes neither grey nor colour images.
+    """
+    found = {}
+    for name in map(str, names):
+        with default_generator_seeded(_SEED):
+            net = load_autoencoder(name)
+        if net.config.in_chans not in (1, 3):
+            raise UserError(
+                f"{name} takes images of {net.config.in_chans} channels, but the app has only grey and colour ones."
+            )
+        found[name] = AppModel(name, net, is_random=is_untrained(name))
+    return found
 
 
 class Completed(NamedTuple):
@@ -202,11 +260,6 @@ def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:
         for measure, point in ((_RATE, "z"), (_RATE, "z_half"), ("zero_fraction", "code"))
     )
     return Curves(before, after, zeros, audit(found))
-
-
-def layers(model: MaskedAutoencoder) -> int:
-    """Return the number of layers of the encoder."""
-    return depth(model.encoder)
 
 
 def _subspace_rates(layer: torch.nn.Module, *points: Float[Tensor, "b n d"]) -> Values:

@@ -1,7 +1,7 @@
 """Line charts over layers as SVG: sharp at any size, readable on a phone, with the values as tooltips."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from typing import NamedTuple
 
@@ -13,6 +13,8 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 16, 34, 44
 _LINE = 19  # height of a line of text
 _STEPS = (1, 2, 2.5, 5, 10)
 _LONGEST_NAME = 42  # characters
+
+Scale = Callable[[float], float]
 
 
 class Line(NamedTuple):
@@ -47,13 +49,19 @@ def draw_curves(
     """
     layers = max(len(line.values) for line in lines)
     ticks = tick_values(top or max(value for line in lines for value in line.values))
-    place = _Place(layers, ticks[-1])
+
+    def x(layer: float) -> float:
+        return _LEFT + (layer + 0.5) * (_WIDTH - _LEFT - _RIGHT) / layers
+
+    def y(value: float) -> float:
+        return _TOP + (1 - value / ticks[-1]) * (_HEIGHT - _TOP - _BOTTOM)
+
     height = _HEIGHT + _LINE * len(keys)
     parts = [
         f'<rect width="{_WIDTH}" height="{height}" fill="#fff"/>',
         _text(0, 16, title, "start", bold=True),
-        *_axes(place, ticks, min(layer, layers - 1)),
-        *(part for line in lines for part in _drawn(place, line)),
+        *_axes(x, y, ticks, layers, min(layer, layers - 1)),
+        *(part for line in lines for part in _drawn(x, y, line)),
         *(part for number, key in enumerate(keys) for part in _key(_HEIGHT + _LINE * number, *key)),
     ]
     return (
@@ -71,53 +79,34 @@ def tick_values(largest: float) -> list[float]:
     return [step * number for number in range(math.ceil(largest / step - 1e-9) + 1)]
 
 
-class _Place(NamedTuple):
-    """Maps layers and values to coordinates.
-
-    Attributes:
-        layers: number of layers.
-        top: largest value of the axis.
-    """
-
-    layers: int
-    top: float
-
-    def x(self, layer: float | int) -> float:
-        return _LEFT + (layer + 0.5) * (_WIDTH - _LEFT - _RIGHT) / self.layers
-
-    def y(self, value: float | int) -> float:
-        return _TOP + (1 - value / self.top) * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _axes(place: _Place, ticks: Sequence[float], layer: int) -> list[str]:
-    left, right = place.x(-0.5), place.x(place.layers - 0.5)
-    floor, width = place.y(0), place.x(1) - place.x(0)
+def _axes(x: Scale, y: Scale, ticks: Sequence[float], layers: int, layer: int) -> list[str]:
+    left, right = x(-0.5), x(layers - 0.5)
+    floor, width = y(0), x(1) - x(0)
     band = (
-        f'<rect x="{place.x(layer) - width / 2:.1f}" y="{_TOP}" width="{width:.1f}" height="{floor - _TOP:.1f}" '
+        f'<rect x="{x(layer) - width / 2:.1f}" y="{_TOP}" width="{width:.1f}" height="{floor - _TOP:.1f}" '
         f'fill="{MARKED}"/>'
     )
     parts = [band]
     for tick in ticks:
-        y = place.y(tick)
         shade = GREY if tick == 0 else "#d5d5d5"
-        parts.append(f'<path d="M{left:.1f} {y:.1f}H{right:.1f}" stroke="{shade}"/>')
-        parts.append(_text(left - 7, y + 4.5, f"{tick:.10g}", "end"))
-    every = math.ceil(place.layers / 12)
+        parts.append(f'<path d="M{left:.1f} {y(tick):.1f}H{right:.1f}" stroke="{shade}"/>')
+        parts.append(_text(left - 7, y(tick) + 4.5, f"{tick:.10g}", "end"))
+    every = math.ceil(layers / 12)
     numbers = [
-        _text(place.x(number), floor + 18, str(number), "middle", bold=number == layer)
-        for number in range(0, place.layers, every)
+        _text(x(number), floor + 18, str(number), "middle", bold=number == layer) for number in range(0, layers, every)
     ]
     return [*parts, *numbers, _text((left + right) / 2, floor + 37, "layer of the encoder", "middle")]
 
 
-def _drawn(place: _Place, line: Line) -> list[str]:
-    points = [(place.x(number), place.y(value)) for number, value in enumerate(line.values)]
+def _drawn(x: Scale, y: Scale, line: Line) -> list[str]:
+    points = [(x(number), y(value)) for number, value in enumerate(line.values)]
     tips = [f"layer {number}: {value:.4g} {line.tip}" for number, value in enumerate(line.values)]
-    path = "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return [_stroke(f"M{path}", line), *(_symbol(x, y, line, tip) for (x, y), tip in zip(points, tips, strict=True))]
+    path = "L".join(f"{left:.1f} {top:.1f}" for left, top in points)
+    symbols = [_symbol(*point, line, tip) for point, tip in zip(points, tips, strict=True)]
+    return [_stroke(f"M{path}", line), *symbols]
 
 
-def _key(y: float | int, text: str, line: Line) -> list[str]:
+def _key(y: float, text: str, line: Line) -> list[str]:
     short = text if len(text) <= _LONGEST_NAME else f"{text[:16]}…{text[17 - _LONGEST_NAME :]}"
     return [_stroke(f"M2 {y + 8:.1f}H34", line), _symbol(18, y + 8, line), _text(44, y + 12.5, short, "start")]
 
@@ -127,7 +116,7 @@ def _stroke(path: str, line: Line) -> str:
     return f'<path d="{path}" fill="none" stroke="{line.colour}" stroke-width="2"{dots}/>'
 
 
-def _symbol(x: float | int, y: float | int, line: Line, tip: str = "") -> str:
+def _symbol(x: float, y: float, line: Line, tip: str = "") -> str:
     fill = "#fff" if line.dotted else line.colour
     look = f'fill="{fill}" stroke="{line.colour}" stroke-width="2"><title>{escape(tip)}</title>'
     if line.square:
@@ -135,6 +124,6 @@ def _symbol(x: float | int, y: float | int, line: Line, tip: str = "") -> str:
     return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" {look}</circle>'
 
 
-def _text(x: float | int, y: float | int, text: str, anchor: str, *, bold: bool = False) -> str:
+def _text(x: float, y: float, text: str, anchor: str, *, bold: bool = False) -> str:
     weight = ' font-weight="600"' if bold else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="#222"{weight}>{escape(text)}</text>'

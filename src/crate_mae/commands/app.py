@@ -38,7 +38,7 @@ def app(
         raise UserError(f"--port is {port}, but must be from 0 to 65535.")
     if find_spec("gradio") is None:
         raise UserError(f"The app needs Gradio, which is not installed: {install_command('app')}")
-    from crate_mae.app.models import open_models
+    from crate_mae.app.compute import open_models
     from crate_mae.app.server import build_server, listen
 
     console = open_console()
