@@ -83,6 +83,7 @@ def test_a_picture_that_is_there_stays(photos, tmp_path, crate_mae_command, kind
         (["pca", "pixels", "--out", "x.png"], "do not lie on a grid"),
         (["layers", "timm:test_resnet:untrained", "--out", "x.png"], "not a Vision Transformer"),
         (["layers", MODEL, "--out", "x.png", "--control", "trained"], "--control"),
+        *((["layers", MODEL, "--out", "x.png", "--seed", seed], f"--seed is {seed}") for seed in ("-1", "4294967296")),
         (["reconstruction", MODEL, "--out", "x.txt"], "must name a .png file"),
     ],
 )

@@ -218,13 +218,7 @@ def flat_patches(
 
 
 def look_inside(model: MaskedAutoencoder, picture: Image.Image, layer: int, patch: int) -> Inside:
-    """Compute tokens and attention of one layer of the encoder, with nothing hidden.
-
-    Args:
-        model: whose encoder is traced.
-        picture: in mode RGB.
-        layer: from 0.
-        patch: number of the patch whose attention is returned, row by row.
+    """Compute tokens of one layer of the encoder and the attention of one patch, with nothing hidden.
 
     Raises:
         UserError: if there is no such layer or patch, or the model's weights are not finite.

@@ -224,10 +224,8 @@ class Handlers:
         return None
 
     def _example(self, number: object) -> str:
-        chosen = (
-            self.examples[number] if isinstance(number, int) and 0 <= number < len(self.examples) else self.examples[0]
-        )
-        return to_uri(to_png(read_upload(to_png(chosen.image), self._side)))
+        known = number if isinstance(number, int) and 0 <= number < len(self.examples) else 0
+        return to_uri(to_png(read_upload(to_png(self.examples[known].image), self._side)))
 
 
 def refusing(handler: Callable[..., Any]) -> Callable[..., Any]:

@@ -62,13 +62,7 @@ _RANDOM = "Random initialisation: this network has not been trained."
 
 
 def completion_response(picture: Image.Image, models: Sequence[AppModel], mask: Bool[Tensor, "gh gw"]) -> str:
-    """Complete the picture by each model, with notes on how to read the result.
-
-    Args:
-        picture: in mode RGB.
-        models: the models to compare, or one.
-        mask: on the grid of the first model; fitted to the grids of the others.
-    """
+    """Complete an RGB picture by each model, with notes on how to read the result; `mask` has the first one's grid."""
     parts = []
     for model in models:
         with model.lock:
@@ -83,13 +77,10 @@ def completion_response(picture: Image.Image, models: Sequence[AppModel], mask: 
 
 
 def inside_response(picture: Image.Image, models: Sequence[AppModel], layer: int, patch: int) -> str:
-    """Show tokens and attention of one layer of each model, and the curves over all layers.
+    """Show tokens and attention of one layer of each model for an RGB picture, and the curves over all layers.
 
-    Args:
-        picture: in mode RGB.
-        models: the models to compare, or one.
-        layer: from 0; models with fewer layers show their last.
-        patch: number on the grid of the first model; the others use the patch at the same place.
+    A model with fewer layers shows its last. `patch` is a number on the grid of the first model; the others use the
+    patch at the same place.
     """
     parts, curves = [], []
     for model in models:
@@ -120,12 +111,7 @@ def fit_patch(patch: int, grid: tuple[int, int], new_grid: tuple[int, int]) -> i
 
 
 def completion_component(name: str, found: Completed) -> str:
-    """Show the original, masked, completed and predicted picture, with links to save each of them, or all in one.
-
-    Args:
-        name: of the model.
-        found: its completion.
-    """
+    """Show the original, masked, completed and predicted picture, with links to save each of them, or all in one."""
     stem, pictures = file_stem(name), found.pictures._asdict()
     tiles = [
         _tile(_to_uri(_pixels(pictures[title][0])), title, note, save_as=f"{stem}_{title}.png")
@@ -142,14 +128,7 @@ def completion_component(name: str, found: Completed) -> str:
 
 
 def inside_component(name: str, layer: int, layers: int, found: Inside) -> str:
-    """Show tokens as colours, and the attention of one patch, head by head, with a link to save them as one picture.
-
-    Args:
-        name: of the model.
-        layer: its layer, from 0.
-        layers: number of its layers.
-        found: tokens and attention of that layer.
-    """
+    """Show tokens as colours, and the attention of one patch, head by head, with a link to save them as one picture."""
     grid = (found.colours.shape[0], found.colours.shape[1])
     row, column = divmod(found.patch, grid[1])
     tokens = _tile(_to_uri(found.colours), "tokens", f"three components: {found.explained:.0%} of the variance")
@@ -176,12 +155,7 @@ def inside_component(name: str, layer: int, layers: int, found: Inside) -> str:
 
 
 def curves_component(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
-    """Draw subspace rate and sparsity over the layers of each model, with the current layer marked.
-
-    Args:
-        curves: (name, curves) of each model.
-        layer: the current layer, from 0.
-    """
+    """Draw subspace rate and sparsity over the layers of each model, by its name, with the current layer marked."""
     drawn = [(name, found) for name, found in curves if found.zeros]
     missing = "".join(
         f"<p>{escape(name)} has neither subspaces nor codes: only the layers of CRATE have these curves.</p>"

@@ -50,12 +50,7 @@ _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # f
 
 
 def build_server(models: dict[str, AppModel], host: str = "127.0.0.1") -> uvicorn.Server:
-    """Build the server of the app; call `run(sockets=[...])` of it.
-
-    Args:
-        models: the models to choose from, by name.
-        host: the name or address that it will listen on.
-    """
+    """Build the server of the app, for models by name; call its `run(sockets=[...])` with a socket of `listen`."""
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=("monospace",))
     large = LargeRequests()
     handlers = Handlers(models, answered=large.answered)
@@ -91,11 +86,7 @@ def build_server(models: dict[str, AppModel], host: str = "127.0.0.1") -> uvicor
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Open a socket that listens.
-
-    Args:
-        host: name or address of this machine.
-        port: number of the port; 0 for any free one.
+    """Open a socket that listens on a name or address of this machine; port 0 is any free one.
 
     Raises:
         UserError: if the address does not belong to this machine, or the port cannot be used.
@@ -119,11 +110,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def build_page(handlers: Handlers) -> gr.Blocks:
-    """Build the app with its first results.
-
-    Args:
-        handlers: of its events. The first of their models is selected, beside the second if there is one.
-    """
+    """Build the app with its first results: those of the first model, beside the second if there is one."""
     models = handlers.models
     names = list(models)
     start = handlers.start(names[0], names[1] if len(names) > 1 else ALONE)
@@ -206,10 +193,6 @@ def chooser(picture: str, examples: Sequence[Example]) -> gr.HTML:
     It triggers `upload` with the file's content as a data: URI, and `select` with the number of an example; both with
     the number of the visitor's attempt, which is returned with the message about it. Gradio's own component for images
     would write each picture to a file.
-
-    Args:
-        picture: the first picture, as a data: URI.
-        examples: the pictures to choose from.
     """
     choices = [
         {"title": each.title, "credit": each.credit, "picture": to_uri(to_png(each.image.resize((64, 64))))}
@@ -239,7 +222,7 @@ def patch_grid(
             a patch.
         picture: as a data: URI.
         grid: number of rows and columns of patches.
-        value: see above.
+        value: of the component.
         options: of `gr.HTML`.
     """
     return gr.HTML(

@@ -3,7 +3,8 @@
 The first of them, `viz reconstruction`, is the function of `crate-mae reconstruct`.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from cyclopts import Parameter
 from crate_mae.commands.console import check_seed, computes, new_file, print_bad, print_random_initialisation
 from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
+from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
 from crate_mae.terminal import open_console
 from crate_mae.training.options import Data
@@ -81,7 +83,7 @@ def viz_attention(
     found = class_attention(backbone.encoder, read.images, layer=layer, stride=stride)
     pictures = shown_images(read.images, backbone.mean, backbone.std)
     figure = draw_attention(pictures, found.heads.numpy(), found.saliency.numpy())
-    return _save(figure, path, backbone, read)
+    return _save(figure, path, backbone, read.bad, read.locations)
 
 
 @computes
@@ -127,7 +129,8 @@ def viz_pca(
     grid = token_grid(backbone.encoder, backbone.image_size, patches.shape[1], layer)
     found = token_colours(patches, grid, joint=joint)
     pictures = shown_images(read.images, backbone.mean, backbone.std)
-    return _save(draw_token_colours(pictures, found.pictures, found.explained), path, backbone, read)
+    figure = draw_token_colours(pictures, found.pictures, found.explained)
+    return _save(figure, path, backbone, read.bad, read.locations)
 
 
 @computes
@@ -164,6 +167,7 @@ def viz_layers(
         UserError: for a mistake in the options, data or model; no file is written then.
     """
     path = new_file("--out", out, ".png", ".pdf", overwrite=overwrite)
+    check_seed(seed)
     from crate_mae.interpret.curves import draw_layers
     from crate_mae.interpret.measure import measure_layers, open_measurable, untrained_twin
 
@@ -173,16 +177,12 @@ def viz_layers(
         twin = untrained_twin(opened, seed + 1)  # other weights than those of an untrained model
         if twin is None:
             raise UserError(f"The configuration of a {opened.name} from Python is not known: leave out --control.")
-    console = open_console()
-    with console.status("Measuring the layers"):
+    with open_console().status("Measuring the layers"):
         found = measure_layers(opened, data, count=count, seed=seed, audited=False)
         beside = [] if twin is None else measure_layers(twin, data, count=count, seed=seed, audited=False).rows
-    _write(draw_layers(found.rows, beside), path)
-    print_bad(console, found.bad)
-    if opened.backbone.is_random:
-        print_random_initialisation(console, opened.name)
-    console.say(f"Saved {path}, of {found.images:,} images")
-    return Picture(path, [])
+    figure = draw_layers(found.rows, beside)
+    backbone = replace(opened.backbone, name=opened.name)
+    return _save(figure, path, backbone, found.bad, [], note=f", of {found.images:,} images")
 
 
 def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, ReadImages]":
@@ -199,18 +199,16 @@ def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, Re
     return backbone, read_images(source, backbone.transform(), spread(len(source), count), count)
 
 
-def _save(figure: Any, path: Path, backbone: "Backbone", read: "ReadImages") -> Picture:
+def _save(
+    figure: Any, path: Path, backbone: "Backbone", bad: Iterable[BadImage], locations: list[str], note: str = ""
+) -> Picture:
     """Write a picture of images, and report it."""
-    _write(figure, path)
-    console = open_console()
-    print_bad(console, read.bad)
-    if backbone.is_random:
-        print_random_initialisation(console, backbone.name)
-    console.say(f"Saved {path}")
-    return Picture(path, read.locations)
-
-
-def _write(figure: Any, path: Path) -> None:
     from crate_mae.drawing.style import encode
 
     write_whole(path, encode(figure, "pdf" if path.suffix.lower() == ".pdf" else "png"))
+    console = open_console()
+    print_bad(console, bad)
+    if backbone.is_random:
+        print_random_initialisation(console, backbone.name)
+    console.say(f"Saved {path}{note}")
+    return Picture(path, locations)
