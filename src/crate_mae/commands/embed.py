@@ -1,6 +1,6 @@
 """`crate-mae embed`: features of images, for search, clustering or a classifier."""
 
-from dataclasses import KW_ONLY, MISSING, dataclass, field, replace
+from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -58,11 +58,12 @@ class FeatureOptions:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class EmbedOptions(FeatureOptions):
     """The options of `embed`."""
 
-    data: Data = field(kw_only=False, metadata={"help": "Any form of data that `crate-mae pretrain` takes."})
+    data: Data = option(MISSING, "Any form of data that `crate-mae pretrain` takes.")
+    _: KW_ONLY
     out: Annotated[Path | str, Parameter(alias="-o")] = option(
         MISSING, "File to write: .parquet, .npz, .npy, .csv or .safetensors."
     )
