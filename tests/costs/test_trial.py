@@ -70,7 +70,7 @@ def test_torch_alone_misses_the_fused_attention_of_processors():
 
 def test_attention_in_pieces_is_counted_like_attention_at_once(monkeypatch):
     whole = forward_and_backward(symmetric, (B, N, P))
-    monkeypatch.setattr("crate_mae.theory.attention._PIECE_BYTES", 2 * N * N * 4)
+    monkeypatch.setattr("crate_mae.theory.derivatives._PIECE_BYTES", 2 * N * N * 4)
     assert forward_and_backward(symmetric, (B, N, P)) == whole
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from crate_mae.theory import attention, attention_membership, linear_ssa, mssa, orthonormal_bases, ssa
+from crate_mae.theory import attention, attention_membership, derivatives, linear_ssa, mssa, orthonormal_bases, ssa
 from crate_mae.theory.attention import SymmetricAttention, fused_ssa
 
 
@@ -31,7 +31,7 @@ def generator():
 @pytest.fixture(params=[1, 2 * 11**2 * 8, 10**7], ids=["one-per-piece", "two-per-piece", "one-piece"])
 def piece(request, monkeypatch):
     """How the batch is cut up must not matter; 15 matrices in twos leave a rest."""
-    monkeypatch.setattr(attention, "_PIECE_BYTES", request.param)
+    monkeypatch.setattr(derivatives, "_PIECE_BYTES", request.param)
 
 
 def projections(*shape, generator, dtype=torch.float64):

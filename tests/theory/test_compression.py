@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from crate_mae.theory import attention
 from crate_mae.theory.attention import attention_membership
 from crate_mae.theory.coding_rate import projected_coding_rate
 from crate_mae.theory.compression import (
@@ -147,7 +146,7 @@ def value_and_gradients(function, w, scale, grad_out):
 @pytest.mark.parametrize("piece", [1, 2 * 11**2 * 8, 10**7], ids=["one-per-piece", "two-per-piece", "one-piece"])
 @pytest.mark.parametrize("form", [balanced_ssa, fused_balanced_ssa])
 def test_fast_forms_are_the_plain_one_with_its_gradients(form, piece, monkeypatch):
-    monkeypatch.setattr(attention, "_PIECE_BYTES", piece)
+    monkeypatch.setattr(derivatives, "_PIECE_BYTES", piece)
     generator = torch.Generator().manual_seed(3)
     w, grad_out = (torch.randn(5, 3, 11, 7, generator=generator, dtype=torch.float64) for _ in range(2))
     scale = torch.rand(3, 1, 1, generator=generator, dtype=torch.float64) + 0.1

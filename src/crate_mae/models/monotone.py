@@ -42,8 +42,8 @@ from crate_mae.models.layers import (
     is_traced,
 )
 from crate_mae.private_torch import is_transformed
-from crate_mae.theory.attention import without_autocast
 from crate_mae.theory.compression import balanced_membership, balanced_ssa, plain_balanced_ssa
+from crate_mae.theory.derivatives import without_autocast
 from crate_mae.theory.sparse_coding import SingularPair, bounded_dictionary, top_singular_pair
 from crate_mae.theory.subspaces import nearest_orthogonal, newton_schulz
 

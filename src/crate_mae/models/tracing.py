@@ -3,7 +3,7 @@
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import Attention
@@ -12,22 +12,14 @@ from torch import Tensor, nn
 
 from crate_mae.errors import UserError
 from crate_mae.models.layers import ISTA, DecoderLayer, EncoderLayer, OvercompleteISTA, SubspaceAttention
-from crate_mae.theory.attention import without_autocast
+from crate_mae.theory.derivatives import without_autocast
 from crate_mae.theory.sparse_coding import ista_preactivation
 
 INTERMEDIATES = ("z", "z_half", "z_next", "projections", "attention", "preactivation", "code")
 
 
-class Tap(NamedTuple):
-    """Where an intermediate is recorded: a module, and a function of its first input and its output.
-
-    Attributes:
-        module: the module that gets a forward hook.
-        read: from its first input and its output to the intermediate.
-    """
-
-    module: nn.Module
-    read: Callable[[Any, Tensor], Tensor]
+# Where an intermediate is recorded: a module that gets a hook, and a function of its first input and its output.
+Tap = tuple[nn.Module, Callable[[Any, Tensor], Tensor]]
 
 
 @contextmanager
@@ -90,7 +82,7 @@ def _recording(taps: Mapping[str, Tap], *, detach: bool = True) -> Iterator[dict
 
         return hook
 
-    handles = [tap.module.register_forward_hook(keep(name, tap.read)) for name, tap in taps.items()]
+    handles = [module.register_forward_hook(keep(name, read)) for name, (module, read) in taps.items()]
     try:
         yield record
     finally:
@@ -109,21 +101,21 @@ def layers_of(model: nn.Module) -> dict[str, nn.Module]:
 
 def taps_of(layer: nn.Module) -> dict[str, Tap]:
     """The intermediates that a layer has, of those that `trace` lists, in its order."""
-    taps = {"z": Tap(layer, _input), "z_next": Tap(layer, _output)}
+    taps: dict[str, Tap] = {"z": (layer, _input), "z_next": (layer, _output)}
     if isinstance(layer, (EncoderLayer, DecoderLayer, Block)):
-        taps["z_half"] = Tap(layer.norm2, _input)
+        taps["z_half"] = (layer.norm2, _input)
     attn, ista = getattr(layer, "attn", None), getattr(layer, "ista", None)
     if isinstance(attn, SubspaceAttention):
         subspaces = attn.get_submodule("subspaces")
-        taps["projections"] = Tap(subspaces, lambda _z, w: attn.split(w))
-        taps["attention"] = Tap(subspaces, lambda _z, w: _memberships(attn, attn.split(w)))
+        taps["projections"] = (subspaces, lambda _z, w: attn.split(w))
+        taps["attention"] = (subspaces, lambda _z, w: _memberships(attn, attn.split(w)))
     elif isinstance(attn, Attention):
-        taps["attention"] = Tap(attn.qkv, lambda _z, qkv: _timm_attention(attn, qkv))
+        taps["attention"] = (attn.qkv, lambda _z, qkv: _timm_attention(attn, qkv))
     if isinstance(ista, ISTA):
-        taps["preactivation"] = Tap(ista, lambda x, _code: _preactivation(ista, x))
-        taps["code"] = Tap(ista, _output)
+        taps["preactivation"] = (ista, lambda x, _code: _preactivation(ista, x))
+        taps["code"] = (ista, _output)
     elif isinstance(ista, OvercompleteISTA):
-        taps["code"] = Tap(ista.readout, _input)
+        taps["code"] = (ista.readout, _input)
     return {name: taps[name] for name in INTERMEDIATES if name in taps}
 
 
@@ -142,7 +134,7 @@ def _taps(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tap]:
         if not names:
             raise UserError(f'No part of the {type(model).__name__} is called "{pattern}".')
         wanted.update(names)
-    found.update({name: Tap(module, _output) for name, module in modules.items() if name in wanted})
+    found.update({name: (module, _output) for name, module in modules.items() if name in wanted})
     found.update({name: tap for name, tap in intermediates.items() if name in wanted})
     return found
 

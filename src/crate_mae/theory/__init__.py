@@ -29,6 +29,7 @@ from crate_mae.theory.coding_rate import (
     projected_coding_rate,
     rate_reduction,
     sparse_rate_reduction,
+    structured_diffusion,
     subspace_coding_rate,
     subspace_coding_rate_gradient,
 )
@@ -40,8 +41,6 @@ from crate_mae.theory.compression import (
     decompression_step,
     symmetric_membership,
 )
-from crate_mae.theory.denoising import mixture_denoiser, mixture_log_density, mixture_membership
-from crate_mae.theory.diffusion import structured_diffusion
 from crate_mae.theory.measures import (
     effective_rank,
     gini,
@@ -52,7 +51,13 @@ from crate_mae.theory.measures import (
     token_diversity,
     zero_fraction,
 )
-from crate_mae.theory.mixtures import MixtureSample, sample_mixture
+from crate_mae.theory.mixtures import (
+    MixtureSample,
+    mixture_denoiser,
+    mixture_log_density,
+    mixture_membership,
+    sample_mixture,
+)
 from crate_mae.theory.sparse_coding import (
     SingularPair,
     apply_ista_operator,

@@ -1,4 +1,4 @@
-r"""The objective: coding rates of tokens, their gradients, and the sparse rate reduction that a CRATE encoder climbs.
+r"""The objective: coding rates of tokens, diffusion along their gradients, and the rate reduction that CRATE climbs.
 
 A coding rate counts the nats needed to code the tokens up to a Gaussian distortion eps: many directions in use, large
 rate; few, small rate. A good representation has a large rate as a whole and a small one inside each of its subspaces.
@@ -148,6 +148,48 @@ def sparse_rate_reduction(
         raise UserError(f'norm="{norm}": choose "l0" or "l1".')
     sparsity = z.count_nonzero(dim=(-2, -1)) if norm == "l0" else z.abs().sum(dim=(-2, -1))
     return rate_reduction(z, u, eps) - sparsity_weight * sparsity
+
+
+def structured_diffusion(
+    z: Float[Tensor, "n d"],
+    u: Float[Tensor, "h d p"],
+    *,
+    step_size: float,
+    steps: int,
+    eps: float = 0.5,
+    together: bool = True,
+) -> Float[Tensor, "t n d"]:
+    r"""The path Z_0, ..., Z_steps down the subspace rate, where tokens take on structure, or up, where they lose it.
+
+        forward, an encoder's step:   Z_{l+1} = Z_l - kappa grad R^c(Z_l | U)
+        reverse, a decoder's step:    Z_{l+1} = Z_l + kappa grad R^c(Z_l | U)
+
+    The gradient of R^c over many tokens at once multiplies them all by one matrix, so it cannot tell which token is of
+    which subspace. Over each token alone, `together=False`, it is 1/2 sum_k log(1 + p/eps^2 ||U_k^T z||^2) that
+    descends, whose gradient is weak along the subspace where the token has most of its energy, and strong along the
+    others. Source: arXiv 2404.02446, section 2.
+
+    Args:
+        z: tokens Z_0.
+        u: subspace bases U_k.
+        step_size: kappa; above 0 structures the tokens, below 0 undoes it.
+        steps: how many steps.
+        eps: distortion; the formula squares it.
+        together: the rate of all tokens at once, or the sum of the rates of each token alone.
+
+    Raises:
+        UserError: if there is no step to take.
+    """
+    if steps < 1:
+        raise UserError(f"steps={steps}: give at least 1.")
+    path = [z]
+    for _ in range(steps):
+        if together:
+            gradient = subspace_coding_rate_gradient(path[-1], u, eps)
+        else:
+            gradient = subspace_coding_rate_gradient(path[-1].unsqueeze(-2), u, eps).squeeze(-2)
+        path.append(path[-1] - step_size * gradient)
+    return torch.stack(path)
 
 
 def _half_logdet(z: Float[Tensor, "*batch n d"], a: float) -> Float[Tensor, "*batch"]:

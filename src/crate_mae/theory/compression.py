@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crate_mae.private_torch import softmax_backward
-from crate_mae.theory.attention import (
+from crate_mae.theory.derivatives import (
     attend_by_pieces,
     gradient_by_pieces,
     pieces,

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crate_mae.theory.attention import with_all_derivatives
+from crate_mae.theory.derivatives import with_all_derivatives
 
 
 def lasso_objective(
