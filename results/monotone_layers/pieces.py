@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from crate_mae.models import autoencoder
+from crate_mae.models import decoder, encoder
 from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer, SubspaceAttention
 from crate_mae.models.monotone import BoundedISTA, Decompression, OrthogonalSubspaces, rate_from_half
 from crate_mae.theory.attention import attention_membership
@@ -206,7 +206,7 @@ def installed(pieces: Pieces | None) -> Iterator[None]:
 
     with ExitStack() as patched:
         if pieces.sides != "encoder":
-            patched.enter_context(mock.patch.object(autoencoder, "crate_decoder_block", decoder_block))
+            patched.enter_context(mock.patch.object(decoder, "crate_decoder_block", decoder_block))
         if pieces.sides != "decoder":
-            patched.enter_context(mock.patch.object(autoencoder, "crate_block", encoder_block))
+            patched.enter_context(mock.patch.object(encoder, "crate_block", encoder_block))
         yield

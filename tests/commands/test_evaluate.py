@@ -359,7 +359,8 @@ def test_normalised_targets_and_left_out_images_are_said(photos, tmp_path, crate
 
 
 def test_a_classifier_has_nothing_to_complete_with(tmp_path, crate_mae_command):
-    from crate_mae.models.classifier import ClassifierConfig, build_classifier
+    from crate_mae.models.classifier import build_classifier
+    from crate_mae.models.config import ClassifierConfig
     from crate_mae.models.presets import preset
 
     config = ClassifierConfig(encoder=preset(MODEL), classes=("cat", "dog"), pooling="cls")

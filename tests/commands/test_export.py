@@ -18,7 +18,8 @@ from crate_mae.deployment import formats
 from crate_mae.deployment.graphs import folded
 from crate_mae.errors import install_command
 from crate_mae.evaluation.backbones import open_backbone
-from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.classifier import build_classifier
+from crate_mae.models.config import ClassifierConfig
 from crate_mae.models.layers import ISTA
 from crate_mae.models.presets import preset
 

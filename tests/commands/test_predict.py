@@ -9,7 +9,8 @@ from PIL import Image
 
 import crate_mae
 from crate_mae.data import evaluation_transform, open_source
-from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.classifier import build_classifier
+from crate_mae.models.config import ClassifierConfig
 
 
 @pytest.fixture

@@ -17,7 +17,8 @@ from crate_mae.deployment.card import LICENSE
 from crate_mae.deployment.huggingface.configuration import CrateMAEConfig, autoencoder_config
 from crate_mae.deployment.huggingface.modeling import CrateMAEBackbone, pretrained
 from crate_mae.evaluation.backbones import open_backbone
-from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.classifier import build_classifier
+from crate_mae.models.config import ClassifierConfig
 from crate_mae.models.masking import random_mask
 from crate_mae.models.presets import preset
 

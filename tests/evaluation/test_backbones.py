@@ -11,7 +11,7 @@ import crate_mae
 from crate_mae.errors import UserError
 from crate_mae.evaluation import backbones
 from crate_mae.evaluation.backbones import open_backbone
-from crate_mae.models.weights import write_encoder
+from crate_mae.models.timm_models import write_encoder
 
 MODEL = "crate_mae_nano_patch2_8"
 
@@ -34,7 +34,8 @@ def test_a_saved_model_brings_its_own_preparation(tmp_path):
 
 
 def test_a_classifier_is_its_encoder(tmp_path):
-    from crate_mae.models.classifier import ClassifierConfig, build_classifier
+    from crate_mae.models.classifier import build_classifier
+    from crate_mae.models.config import ClassifierConfig
     from crate_mae.models.presets import preset
 
     classifier = build_classifier(ClassifierConfig(encoder=preset(MODEL), classes=("cat", "dog"), pooling="cls"))

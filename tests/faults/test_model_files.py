@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 import crate_mae
 from crate_mae.evaluation.backbones import open_backbone
-from crate_mae.models.conversion import understand
-from crate_mae.models.weights import write_encoder
+from crate_mae.models.official import understand
+from crate_mae.models.timm_models import write_encoder
 
 SMALL = {"in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1}
 HUGE = {

@@ -12,8 +12,9 @@ from PIL import Image
 
 import crate_mae
 from crate_mae.evaluation.reconstruction import LARGEST_PSNR, completion_quality, completion_scores
-from crate_mae.models.classifier import ClassifierConfig, build_classifier
+from crate_mae.models.classifier import build_classifier
 from crate_mae.models.completion import Completion
+from crate_mae.models.config import ClassifierConfig
 from crate_mae.models.masking import patchify, random_mask, unpatchify
 
 SMALL = {"in_chans": 1, "embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1}

@@ -146,7 +146,8 @@ def test_a_preset_is_known_to_be_fresh():
 
 
 def test_a_classifier_is_measured_by_its_encoder(build):
-    from crate_mae.models.classifier import Classifier, ClassifierConfig
+    from crate_mae.models.classifier import Classifier
+    from crate_mae.models.config import ClassifierConfig
 
     net = build(mean=(0.1,), std=(0.7,))
     classifier = Classifier(net.encoder, ClassifierConfig(encoder=net.config, classes=("a", "b"))).eval()

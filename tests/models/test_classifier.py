@@ -10,7 +10,8 @@ from timm.optim import param_groups_layer_decay
 import crate_mae
 from crate_mae.data import evaluation_transform
 from crate_mae.errors import UserError
-from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
+from crate_mae.models.classifier import Classifier, build_classifier
+from crate_mae.models.config import ClassifierConfig
 from crate_mae.models.weights import load_autoencoder, load_classifier, read_config
 
 NAMES = ("ant", "bee", "cat")

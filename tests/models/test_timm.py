@@ -15,7 +15,7 @@ from timm.utils import AttentionExtract
 
 import crate_mae
 from crate_mae.models.presets import list_bundled, preset
-from crate_mae.models.timm_models import default_cfgs, timm_arguments, timm_name
+from crate_mae.models.timm_models import default_cfgs, timm_name
 
 NANO = "crate_mae_nano_patch2_8"
 TRAINED = "crate_mae_micro_cifar10"
@@ -115,7 +115,7 @@ def test_arguments_describe_an_encoder_completely():
     unusual = {"threshold": 0.2, "step_size": 0.3, "output_projection": "tied", "ista_skip": True, "overcomplete": 2}
     config = preset(NANO).replace(name="mine", **unusual)
     ours = crate_mae.models.build(config).encoder.eval()
-    theirs = timm.create_model(timm_name(config), **timm_arguments(config)).eval()
+    theirs = timm.create_model(timm_name(config), **config.encoder_arguments()).eval()
     theirs.load_state_dict(ours.state_dict())
     torch.testing.assert_close(theirs.forward_features(IMAGES), ours.forward_features(IMAGES))
     with pytest.raises(TypeError, match="treshold"):

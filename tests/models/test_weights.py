@@ -101,6 +101,13 @@ def test_weights_of_another_model_are_named(folder):
     assert "decoder.pred.bias is (5,), not (12,)" in str(caught.value)
 
 
+def test_weights_of_an_encoder_alone_are_refused(folder):
+    tensors = load_file(folder / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if k.startswith("encoder.")}, folder / "model.safetensors")
+    with pytest.raises(crate_mae.UserError, match=r"weights of another model .*\n.*decoder"):
+        crate_mae.load(folder)
+
+
 def test_a_pickle_is_not_opened_as_a_model(tmp_path):
     path = tmp_path / "model.pth"
     torch.save(crate_mae.create_model("crate_mae_nano_patch2_8"), path)

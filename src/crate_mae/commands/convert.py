@@ -66,7 +66,7 @@ def convert(
     Raises:
         UserError: for a file that is damaged, unknown or does not fit, or a folder that is not empty.
     """
-    from crate_mae.models.conversion import understand
+    from crate_mae.models.official import understand
 
     file, out = path_of("FILE", file), output_path("--out", out)
     refuse_used_folder(out)

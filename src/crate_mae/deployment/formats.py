@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import timm
 import torch
 from jaxtyping import Float
 from PIL import Image
@@ -14,8 +15,12 @@ from crate_mae.data import evaluation_transform
 from crate_mae.deployment import graphs
 from crate_mae.deployment.card import card
 from crate_mae.errors import UserError, first_line
+from crate_mae.models.classifier import Classifier
+from crate_mae.models.config import WEIGHTS_FILE
 from crate_mae.models.features import evaluating, pool
-from crate_mae.models.weights import WEIGHTS_FILE, Model, load, save, write_encoder
+from crate_mae.models.masking import hide_all_but
+from crate_mae.models.timm_models import write_encoder
+from crate_mae.models.weights import Model, load, save
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
 Part = Literal["encoder", "full"]
@@ -44,9 +49,9 @@ def write(
     """
     graph = graphs.graph_class(model, part)
     if kind == "hf":
-        from crate_mae.deployment.huggingface.modeling import write_pretrained
+        from crate_mae.deployment.huggingface.modeling import pretrained
 
-        write_pretrained(model, folder, part, facts=facts)
+        pretrained(model, part, facts).save_pretrained(folder)
         return (folder / WEIGHTS_FILE).stat().st_size
     outputs, note, written = graph.outputs, "", WEIGHTS_FILE
     if kind in ("onnx", "pt2"):
@@ -66,20 +71,19 @@ def write(
     return (folder / written).stat().st_size
 
 
-def runner(model: Model, folder: Path, kind: Format, part: Part) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
+def runner(model: Model, folder: Path, kind: Format, part: Part) -> Callable[[dict[str, Tensor]], Outputs]:
     """What runs an exported folder, with the program it is for: from inputs by name to outputs by name."""
     if kind == "onnx":
         return onnx_runner(folder)
     if kind == "pt2":
-        outputs: Any = graphs.graph_class(model, part).outputs
-        return pt2_runner(folder, outputs)
+        return _pt2_runner(folder, graphs.graph_class(model, part).outputs)
     if kind == "hf":
-        from crate_mae.deployment.huggingface.modeling import runner as pretrained_runner
-
-        return pretrained_runner(model, folder, part)
+        return _transformers_runner(model, folder, part)
     if part == "encoder":
-        return timm_runner(folder)
-    return ours_runner(folder, part)
+        encoder: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        return lambda inputs: {"tokens": encoder.forward_features(inputs["images"])}
+    written = load(folder)
+    return lambda inputs: reference(written, part, inputs)
 
 
 def sample_images(c: Any) -> Float[Tensor, "b c hh ww"]:
@@ -142,14 +146,9 @@ def reference(model: Model, part: str, inputs: dict[str, Tensor]) -> Outputs:
         if part == "encoder":
             tokens = model.encoder.forward_features(images)
             return {"tokens": tokens, "embedding": pool(tokens, model.encoder.num_prefix_tokens)}
-        net: Any = model
-        if "mask" in inputs:
-            return {"prediction": net(images, mask=inputs["mask"]).prediction}
-        if "visible" in inputs:
-            mask = torch.ones(len(images), net.num_patches, dtype=torch.bool)
-            mask.scatter_(1, inputs["visible"], False)
-            return {"prediction": net(images, mask=mask).prediction}
-        return {"logits": net(images)}
+        if isinstance(model, Classifier):
+            return {"logits": model(images)}
+        return {"prediction": model(images, mask=_mask(model, inputs)).prediction}
 
 
 def onnx_runner(folder: Path, file: str = graphs.ONNX_FILE) -> Callable[[dict[str, Tensor]], Outputs]:
@@ -168,7 +167,7 @@ def onnx_runner(folder: Path, file: str = graphs.ONNX_FILE) -> Callable[[dict[st
     return run
 
 
-def pt2_runner(folder: Path, outputs: tuple[str, ...]) -> Callable[[dict[str, Tensor]], Outputs]:
+def _pt2_runner(folder: Path, outputs: tuple[str, ...]) -> Callable[[dict[str, Tensor]], Outputs]:
     """Run an exported program with PyTorch alone."""
     program = torch.export.load(folder / graphs.PT2_FILE).module()
 
@@ -179,18 +178,36 @@ def pt2_runner(folder: Path, outputs: tuple[str, ...]) -> Callable[[dict[str, Te
     return run
 
 
-def timm_runner(folder: Path) -> Callable[[dict[str, Tensor]], Outputs]:
-    """Run an encoder with timm."""
-    import timm
+def _transformers_runner(model: Model, folder: Path, part: Part) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Run a folder with transformers."""
+    import transformers
+    from transformers.utils import logging
 
-    encoder: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    return lambda inputs: {"tokens": encoder.forward_features(inputs["images"])}
+    is_classifier = isinstance(model, Classifier)
+    kind: Any = transformers.AutoModelForImageClassification if is_classifier else transformers.AutoModelForPreTraining
+    had_progress_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        net = (transformers.AutoModel if part == "encoder" else kind).from_pretrained(folder)
+    finally:
+        if had_progress_bar:
+            logging.enable_progress_bar()
+
+    def run(inputs: dict[str, Tensor]) -> Outputs:
+        images = inputs["images"]
+        if part == "encoder":
+            output = net(images)
+            return {"tokens": output.last_hidden_state, "embedding": output.pooler_output}
+        if is_classifier:
+            return {"logits": net(images).logits}
+        return {"prediction": net(images, bool_masked_pos=_mask(model, inputs)).logits}
+
+    return run
 
 
-def ours_runner(folder: Path, part: str) -> Callable[[dict[str, Tensor]], Outputs]:
-    """Load what was written, and run it with this library."""
-    model = load(folder)
-    return lambda inputs: reference(model, part, inputs)
+def _mask(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """The mask among the inputs of an autoencoder's graph, or of the visible patches among them."""
+    return inputs["mask"] if "mask" in inputs else hide_all_but(inputs["visible"], model.num_patches)
 
 
 def check_difference(difference: float, tolerance: float) -> None:

@@ -28,12 +28,13 @@ from torch.export import Dim
 
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, predict
-from crate_mae.models.classifier import Classifier, HeadPooling
+from crate_mae.models.classifier import Classifier
+from crate_mae.models.config import HeadPooling, encoder_config
+from crate_mae.models.encoder import build_encoder
 from crate_mae.models.features import pool
 from crate_mae.models.layers import ISTA
 from crate_mae.models.masking import random_mask, visible_indices
 from crate_mae.models.monotone import Compression
-from crate_mae.models.timm_models import any_size_encoder
 from crate_mae.models.weights import Model
 
 ONNX_FILE = "model.onnx"
@@ -115,7 +116,7 @@ class VisibleGraph(nn.Module):
 
 def any_size(model: Model) -> nn.Module:
     """The encoder of a model, for images of any size in whole patches."""
-    encoder = any_size_encoder(model.config.encoder if isinstance(model, Classifier) else model.config)
+    encoder = build_encoder(encoder_config(model.config), dynamic_img_size=True)
     encoder.load_state_dict(model.encoder.state_dict())
     return encoder.eval()
 
@@ -207,7 +208,7 @@ def _free_dimensions(graph: Any, model: Model) -> dict[str, Any]:
     batch = Dim("batch", min=1, max=_LARGEST_BATCH)
     images: dict[int, Any] = {0: batch}
     if isinstance(graph, EncoderGraph | ClassifierGraph):
-        patch = (model.config.encoder if isinstance(model, Classifier) else model.config).patch_size
+        patch = encoder_config(model.config).patch_size
         images |= {i: patch * Dim(name, min=1, max=_LARGEST_GRID) for i, name in ((2, "rows"), (3, "columns"))}
     shapes: dict[str, Any] = {"images": images}
     if "mask" in graph.inputs:

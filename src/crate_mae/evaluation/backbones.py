@@ -19,20 +19,18 @@ from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, did_you_mean, first_line
 from crate_mae.models.autoencoder import build
-from crate_mae.models.description import config_from_settings, is_encoder_of_transformers, is_of_timm
+from crate_mae.models.config import CONFIG_FILE, WEIGHTS_FILE, config_from_settings
 from crate_mae.models.monotone import check_monotone
-from crate_mae.models.tensors import read_tensors, refuse_broken
-from crate_mae.models.timm_models import refuse_timm_misfits
+from crate_mae.models.tensors import read_tensors, refuse_broken, refuse_misfits, refuse_timm_misfits
 from crate_mae.models.weights import (
-    CONFIG_FILE,
     UNTRAINED,
-    WEIGHTS_FILE,
     description_in,
     folder_of,
+    is_encoder_of_transformers,
+    is_of_timm,
     is_untrained,
     load,
     model_name,
-    refuse_misfits,
     unwrapped,
     without_untrained,
 )

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
-from crate_mae.models.config import CrateConfig, Initialization, ModelConfig, ViTConfig
-from crate_mae.models.decoder import Decoder, crate_decoder_block, vit_decoder_block
-from crate_mae.models.devices import send
-from crate_mae.models.encoder import MaskedEncoder, crate_block, vit_block
+from crate_mae.models.config import ModelConfig
+from crate_mae.models.decoder import Decoder, build_decoder
+from crate_mae.models.devices import send, without_memory
+from crate_mae.models.encoder import MaskedEncoder, build_encoder
 from crate_mae.models.features import DEFAULT_LAYER, OneImage, Pooling, embed_images
 from crate_mae.models.masking import patch_statistics, patchify, random_mask, visible_indices
 from crate_mae.models.monotone import orthogonal_parameters
@@ -222,60 +222,9 @@ def check_images(images: Tensor, config: Any) -> None:
         raise UserError(f"Images are {_times(images.shape[1:])}, but this model takes {_times(expected)}.")
 
 
-def build_encoder(config: ModelConfig, **options: Any) -> MaskedEncoder:
-    """Build the encoder alone, with random weights; `options` are more of timm's `VisionTransformer`."""
-    c = config
-    if isinstance(c, CrateConfig):
-        options["init"] = c.init
-        block = crate_block(
-            layer=c.layer,
-            step_size=c.step_size,
-            threshold=c.threshold,
-            output_projection=c.output_projection,
-            ista_skip=c.ista_skip,
-            overcomplete=c.overcomplete,
-        )
-    else:
-        assert isinstance(c, ViTConfig)
-        block = vit_block()
-        options["mlp_ratio"] = c.mlp_ratio
-    return MaskedEncoder(
-        block=block,
-        img_size=c.image_size,
-        patch_size=c.patch_size,
-        in_chans=c.in_chans,
-        embed_dim=c.embed_dim,
-        depth=c.depth,
-        num_heads=c.num_heads,
-        drop_path_rate=c.drop_path,
-        **options,
-    )
-
-
 def build(config: ModelConfig) -> MaskedAutoencoder:
     """Build the autoencoder that a configuration describes, with random weights."""
-    c = config
-    init: Initialization = "official"
-    if isinstance(c, CrateConfig):
-        init = c.init
-        decoder_block = crate_decoder_block(
-            c.decoder_embed_dim, c.decoder_num_heads, layer=c.layer, output_projection=c.output_projection
-        )
-    else:
-        assert isinstance(c, ViTConfig)
-        decoder_block = vit_decoder_block(c.decoder_embed_dim, c.decoder_num_heads, mlp_ratio=c.mlp_ratio)
-    encoder = build_encoder(c)
-    decoder = Decoder(
-        block=decoder_block,
-        depth=c.decoder_depth,
-        encoder_dim=c.embed_dim,
-        embed_dim=c.decoder_embed_dim,
-        patch_pixels=c.patch_size**2 * c.in_chans,
-        grid_size=c.grid_size,
-        fills_in=c.mask_tokens == "decoder",
-        init=init,
-    )
-    model = MaskedAutoencoder(encoder, decoder, config)
+    model = MaskedAutoencoder(build_encoder(config), build_decoder(config), config)
     for part in model.modules():
         if isinstance(part, Attention):
             part.register_forward_pre_hook(_choose_attention_kernel)
@@ -283,8 +232,8 @@ def build(config: ModelConfig) -> MaskedAutoencoder:
 
 
 def build_without_memory(config: ModelConfig) -> MaskedAutoencoder:
-    """Build a model with shapes but no values, on PyTorch's device "meta", without drawing random numbers."""
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    """`build` on the device "meta"; see `without_memory`."""
+    with without_memory():
         return build(config)
 
 

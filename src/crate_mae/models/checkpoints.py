@@ -13,11 +13,11 @@ from safetensors import SafetensorError, safe_open
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import DIGESTS_FILE, damage_of
 from crate_mae.errors import UserError, first_line
+from crate_mae.models.config import WEIGHTS_FILE
 from crate_mae.models.tensors import has_tensors
 
 _NAME = re.compile(r"step-(\d+)")
 STATE_FILE = "state.json"
-WEIGHTS_FILE = "model.safetensors"
 
 
 def step_of(folder: Path) -> int:

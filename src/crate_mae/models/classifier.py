@@ -1,104 +1,18 @@
 """The classifier that fine-tuning trains: an encoder, its tokens made into one vector, and a linear map to classes."""
 
-from __future__ import annotations
-
-import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from crate_mae.data.transforms import evaluation_transform
-from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build, check_images
-from crate_mae.models.config import ModelConfig, config_from_dict
+from crate_mae.models.config import ClassifierConfig
 from crate_mae.models.encoder import MaskedEncoder
 from crate_mae.models.features import OneImage, apply_to_images, pool
 
-HeadPooling = Literal["cls", "mean", "cls+mean"]
-
-DEFAULT_HEAD_POOLING: HeadPooling = "cls+mean"
 _HEAD_STD = 2e-5  # MAE's: all classes begin equally likely, and the first gradients of the encoder are small
-
-
-@dataclass(frozen=True, kw_only=True)
-class ClassifierConfig:
-    """Everything needed to build a classifier again.
-
-    Attributes:
-        encoder: of the autoencoder that this encoder comes from. Settings of its decoder are kept, and not used.
-        classes: names of the classes, in the order of the logits.
-        pooling: how tokens become one vector; see `features.pool`.
-
-    Raises:
-        UserError: for fewer than two classes, two of one name, or an unknown pooling.
-    """
-
-    architecture: ClassVar[str] = "classifier"
-
-    encoder: ModelConfig
-    classes: tuple[str, ...]
-    pooling: HeadPooling = DEFAULT_HEAD_POOLING
-
-    def __post_init__(self) -> None:
-        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
-            raise UserError(f"A classifier needs two or more distinct classes, but has {', '.join(self.classes)}.")
-        if self.pooling not in get_args(HeadPooling):
-            raise UserError(f'pooling is "{self.pooling}", but must be one of {", ".join(get_args(HeadPooling))}.')
-
-    @property
-    def name(self) -> str:
-        """The encoder's name, for reports."""
-        return self.encoder.name
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return self.encoder.image_size
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return self.encoder.in_chans
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """What is subtracted from each channel."""
-        return self.encoder.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """What each channel is then divided by."""
-        return self.encoder.std
-
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able form from which `from_dict` makes an equal configuration."""
-        return {
-            "architecture": self.architecture,
-            "classes": list(self.classes),
-            "pooling": self.pooling,
-            "encoder": self.encoder.to_dict(),
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ClassifierConfig:
-        """The inverse of `to_dict`.
-
-        Raises:
-            UserError: for settings that are unknown, missing or do not fit.
-        """
-        settings = {key: value for key, value in values.items() if key != "architecture"}
-        classes, encoder = settings.get("classes"), settings.get("encoder")
-        whole = set(settings) == {"classes", "pooling", "encoder"}
-        if not (whole and _is_names(classes) and isinstance(encoder, dict)):
-            raise UserError("A classifier is described by its classes (a list of names), pooling and encoder alone.")
-        return cls(encoder=config_from_dict(encoder), classes=tuple(classes or ()), pooling=settings["pooling"])
-
-    def replace(self, **settings: Any) -> ClassifierConfig:
-        """A copy whose encoder has other settings; see `ModelConfig.replace`."""
-        return dataclasses.replace(self, encoder=self.encoder.replace(**settings))
 
 
 class Prediction(NamedTuple):
@@ -194,7 +108,3 @@ class Classifier(nn.Module):
 def build_classifier(config: ClassifierConfig) -> Classifier:
     """Build the classifier that a configuration describes, with random weights."""
     return Classifier(build(config.encoder).encoder, config)
-
-
-def _is_names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)

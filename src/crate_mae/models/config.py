@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from crate_mae.errors import UserError, did_you_mean
+from crate_mae.errors import UserError, did_you_mean, install_command
 
 Initialization = Literal["official", "isometric"]
 Layer = Literal["published", "monotone"]
+HeadPooling = Literal["cls", "mean", "cls+mean"]
+
+DEFAULT_HEAD_POOLING: HeadPooling = "cls+mean"
 
 # Settings are also read from files of others: these limits hold for all.
 LARGEST = {
@@ -35,6 +39,12 @@ LARGEST = {
 }
 MOST_PATCHES = 2**18
 LONGEST_TEXT = 256  # of a name
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+LIBRARY = "crate-mae"
+FORMAT_VERSION = 1  # a description without one is of version 1
+MODEL_TYPE = "crate_mae"  # in transformers
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # as timm has them; this file imports nothing that takes time
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -137,6 +147,18 @@ class ModelConfig:
         """Rows and columns of patches."""
         return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
 
+    def encoder_arguments(self) -> dict[str, Any]:
+        """What the encoder is built from, JSON-able and by timm's names: see `encoder.encoder_of`."""
+        return {
+            "img_size": list(self.image_size),
+            "patch_size": self.patch_size,
+            "in_chans": self.in_chans,
+            "embed_dim": self.embed_dim,
+            "depth": self.depth,
+            "num_heads": self.num_heads,
+            "drop_path_rate": self.drop_path,
+        }
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form from which `config_from_dict` makes an equal configuration."""
         return {"architecture": self.architecture, **dataclasses.asdict(self)}
@@ -195,6 +217,10 @@ class CrateConfig(ModelConfig):
     overcomplete: int = 1
     init: Initialization = "official"
 
+    def encoder_arguments(self) -> dict[str, Any]:
+        """Those of every encoder, and the settings of the layers."""
+        return super().encoder_arguments() | {key: getattr(self, key) for key in (*LAYER_SETTINGS, "init")}
+
     def _mistakes(self) -> Iterator[str]:
         yield from super()._mistakes()
         if self.step_size <= 0:
@@ -215,6 +241,7 @@ class CrateConfig(ModelConfig):
 
 
 _OF_PUBLISHED = ("output_projection", "ista_skip", "overcomplete")  # settings that monotone layers do not have
+LAYER_SETTINGS = ("layer", "step_size", "threshold", *_OF_PUBLISHED)  # those of `encoder.crate_block`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +257,10 @@ class ViTConfig(ModelConfig):
     mask_tokens: Literal["encoder", "decoder"] = "decoder"
     mlp_ratio: float = 4.0
 
+    def encoder_arguments(self) -> dict[str, Any]:
+        """Those of every encoder, and the MLP's."""
+        return super().encoder_arguments() | {"mlp_ratio": self.mlp_ratio}
+
     def _mistakes(self) -> Iterator[str]:
         yield from super()._mistakes()
         if self.mlp_ratio <= 0:
@@ -243,6 +274,94 @@ def check_settings(config_class: type[ModelConfig], settings: dict[str, Any]) ->
         if key not in known:
             hint = did_you_mean(key, known, '"{}"') or f" It has: {', '.join(known)}."
             raise UserError(f'A {config_class.architecture} model has no setting "{key}".{hint}')
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassifierConfig:
+    """Everything needed to build a classifier again.
+
+    Attributes:
+        encoder: of the autoencoder that this encoder comes from. Settings of its decoder are kept, and not used.
+        classes: names of the classes, in the order of the logits.
+        pooling: how tokens become one vector; see `features.pool`.
+
+    Raises:
+        UserError: for fewer than two classes, two of one name, or an unknown pooling.
+    """
+
+    architecture: ClassVar[str] = "classifier"
+
+    encoder: ModelConfig
+    classes: tuple[str, ...]
+    pooling: HeadPooling = DEFAULT_HEAD_POOLING
+
+    def __post_init__(self) -> None:
+        if len(self.classes) < 2 or len(set(self.classes)) < len(self.classes):
+            raise UserError(f"A classifier needs two or more distinct classes, but has {', '.join(self.classes)}.")
+        if self.pooling not in get_args(HeadPooling):
+            raise UserError(f'pooling is "{self.pooling}", but must be one of {", ".join(get_args(HeadPooling))}.')
+
+    @property
+    def name(self) -> str:
+        """The encoder's name, for reports."""
+        return self.encoder.name
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.encoder.image_size
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        return self.encoder.in_chans
+
+    @property
+    def mean(self) -> tuple[float, ...]:
+        """What is subtracted from each channel."""
+        return self.encoder.mean
+
+    @property
+    def std(self) -> tuple[float, ...]:
+        """What each channel is then divided by."""
+        return self.encoder.std
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able form from which `config_of` makes an equal configuration."""
+        return {
+            "architecture": self.architecture,
+            "classes": list(self.classes),
+            "pooling": self.pooling,
+            "encoder": self.encoder.to_dict(),
+        }
+
+    def replace(self, **settings: Any) -> ClassifierConfig:
+        """A copy whose encoder has other settings; see `ModelConfig.replace`."""
+        return dataclasses.replace(self, encoder=self.encoder.replace(**settings))
+
+
+Config = ModelConfig | ClassifierConfig
+
+
+def encoder_config(config: Config) -> ModelConfig:
+    """The settings of which an autoencoder's or a classifier's encoder is built."""
+    return config.encoder if isinstance(config, ClassifierConfig) else config
+
+
+def config_of(values: dict[str, Any]) -> Config:
+    """The inverse of `to_dict` of a configuration, of an autoencoder or a classifier.
+
+    Raises:
+        UserError: for settings that are unknown, missing or do not fit.
+    """
+    if values.get("architecture") != ClassifierConfig.architecture:
+        return config_from_dict(values)
+    classes, encoder = values.get("classes"), values.get("encoder")
+    is_whole = set(values) == {"architecture", "classes", "pooling", "encoder"}
+    are_names = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    if not (is_whole and are_names and isinstance(encoder, dict)):
+        raise UserError("A classifier is described by its classes (a list of names), pooling and encoder alone.")
+    return ClassifierConfig(encoder=config_from_dict(encoder), classes=tuple(classes or ()), pooling=values["pooling"])
 
 
 def config_from_dict(values: dict[str, Any]) -> ModelConfig:
@@ -261,6 +380,35 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
         return classes[architecture](**settings)
     except TypeError as error:
         raise UserError(f"The model configuration does not fit: {error}.") from error
+
+
+def settings_of(config: ModelConfig) -> dict[str, Any]:
+    """A configuration as a part of transformers' `config.json`."""
+    return json.loads(json.dumps({"format_version": FORMAT_VERSION, **config.to_dict()}))
+
+
+def config_from_settings(settings: Mapping[str, Any]) -> ModelConfig:
+    """The inverse of `settings_of`.
+
+    Raises:
+        UserError: for settings of a newer format, or that are unknown, missing or do not fit.
+    """
+    return config_from_dict(without_version(settings))
+
+
+def without_version(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A description less its version.
+
+    Raises:
+        UserError: if the version is not known here.
+    """
+    version = values.get("format_version", 1)
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise UserError(
+            f"It has format version {version}, and this {LIBRARY} knows versions up to {FORMAT_VERSION}.\n"
+            f"Get a newer version, and install it: {install_command()}"
+        )
+    return {key: value for key, value in values.items() if key != "format_version"}
 
 
 def _wrong_types(config: ModelConfig) -> Iterator[str]:

@@ -10,7 +10,7 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from crate_mae.models.config import Initialization, Layer
+from crate_mae.models.config import CrateConfig, Initialization, Layer, ModelConfig, ViTConfig
 from crate_mae.models.initialization import initialize, sincos_positions
 from crate_mae.models.layers import DecoderLayer, OutputProjection
 from crate_mae.models.monotone import MonotoneDecoderLayer
@@ -20,7 +20,7 @@ class Decoder(nn.Module):
     """Layers that predict each patch's pixels from latent tokens.
 
     Args:
-        block: builds one layer; see `crate_decoder_block` and `vit_decoder_block`.
+        block: builds one layer.
         depth: number of layers.
         encoder_dim: width of the latent tokens.
         embed_dim: width of the decoder's layers.
@@ -91,16 +91,34 @@ class Decoder(nn.Module):
         return self.pred(self.norm(tokens)[:, 1:])
 
 
+def build_decoder(config: ModelConfig) -> Decoder:
+    """The decoder that a configuration describes, with random weights."""
+    c = config
+    width, heads = c.decoder_embed_dim, c.decoder_num_heads
+    init: Initialization = "official"
+    if isinstance(c, CrateConfig):
+        init = c.init
+        block = crate_decoder_block(width, heads, layer=c.layer, output_projection=c.output_projection)
+    else:
+        assert isinstance(c, ViTConfig)
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm annotates a class, and calls it as a function
+        block = partial(Block, width, heads, mlp_ratio=c.mlp_ratio, qkv_bias=True, norm_layer=norm_layer)  # MAE's
+    return Decoder(
+        block=block,
+        depth=c.decoder_depth,
+        encoder_dim=c.embed_dim,
+        embed_dim=width,
+        patch_pixels=c.patch_size**2 * c.in_chans,
+        grid_size=c.grid_size,
+        fills_in=c.mask_tokens == "decoder",
+        init=init,
+    )
+
+
 def crate_decoder_block(
-    embed_dim: int, num_heads: int, *, layer: Layer = "published", output_projection: OutputProjection = "free"
+    embed_dim: int, num_heads: int, *, layer: Layer, output_projection: OutputProjection
 ) -> Callable[[], nn.Module]:
     """A builder of CRATE's decoder layers."""
     if layer == "monotone":
         return partial(MonotoneDecoderLayer, embed_dim, num_heads)
     return partial(DecoderLayer, embed_dim, num_heads, output_projection=output_projection)
-
-
-def vit_decoder_block(embed_dim: int, num_heads: int, *, mlp_ratio: float) -> Callable[[], nn.Module]:
-    """A builder of timm's pre-norm blocks, as MAE's decoder uses them."""
-    norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm annotates a class, and calls it as a function
-    return partial(Block, embed_dim, num_heads, mlp_ratio=mlp_ratio, qkv_bias=True, norm_layer=norm_layer)

@@ -24,6 +24,13 @@ def send(x: Tensor, device: torch.device) -> Tensor:
 
 
 @contextmanager
+def without_memory() -> Iterator[None]:
+    """Build modules with shapes but no values, on PyTorch's device "meta", without drawing random numbers."""
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        yield
+
+
+@contextmanager
 def own_settings() -> Iterator[None]:
     """Compute as this library documents, whatever the program around it has set, and leave its settings as they were.
 

@@ -11,9 +11,9 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from crate_mae.models.config import Initialization, Layer
+from crate_mae.models.config import LAYER_SETTINGS, Initialization, Layer, ModelConfig
 from crate_mae.models.initialization import initialize, sincos_positions
-from crate_mae.models.layers import EncoderLayer, OutputProjection
+from crate_mae.models.layers import EncoderLayer
 from crate_mae.models.masking import patchify, unpatchify
 from crate_mae.models.monotone import MonotoneEncoderLayer, orthogonal_parameters
 
@@ -29,7 +29,7 @@ class MaskedEncoder(VisionTransformer):
     - the initialisation is the official one, or isometric (`models.initialization`).
 
     Args:
-        block: builds one layer from timm's block arguments; see `crate_block` and `vit_block`.
+        block: builds one layer from timm's block arguments: `crate_block`, or timm's own `Block`.
         init: the initialisation, see `models.initialization`.
         vit_options: all other arguments of timm's `VisionTransformer`.
     """
@@ -133,41 +133,6 @@ class MaskedEncoder(VisionTransformer):
         return self.norm(checkpoint_seq(self.blocks, tokens) if checkpoints else self.blocks(tokens))
 
 
-def crate_block(
-    *,
-    layer: Layer = "published",
-    step_size: float = 0.1,
-    threshold: float = 0.5,
-    output_projection: OutputProjection = "free",
-    ista_skip: bool = False,
-    overcomplete: int = 1,
-) -> Callable[..., nn.Module]:
-    """A block builder for `MaskedEncoder` that makes CRATE's layers."""
-    kind = EncoderLayer if layer == "published" else MonotoneEncoderLayer
-    settings: dict[str, Any] = {"step_size": step_size, "threshold": threshold}
-    if layer == "published":
-        settings |= {"output_projection": output_projection, "ista_skip": ista_skip, "overcomplete": overcomplete}
-
-    # timm hands every block the options of an MLP and of ordinary attention. A CRATE layer has neither.
-    def build(
-        *,
-        dim: int,
-        num_heads: int,
-        drop_path: float,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        **_vit_only: Any,
-    ) -> nn.Module:
-        return kind(dim, num_heads, **settings, drop_path=drop_path, device=device, dtype=dtype)
-
-    return build
-
-
-def vit_block() -> Callable[..., nn.Module]:
-    """A block builder for `MaskedEncoder` that makes timm's own pre-norm blocks."""
-    return Block
-
-
 class NormedPatchEmbed(PatchEmbed):
     """Patches to tokens as in the official CRATE classifiers: a patch's pixels are normalised, and so is its token.
 
@@ -187,3 +152,45 @@ class NormedPatchEmbed(PatchEmbed):
         """Images b c hh ww to tokens b n d, or b gh gw d where any size is taken."""
         grid = (x.shape[2] // self.side, x.shape[3] // self.side)
         return super().forward(unpatchify(self.pixel_norm(patchify(x, self.side)), self.side, grid))
+
+
+def build_encoder(config: ModelConfig, **options: Any) -> MaskedEncoder:
+    """The encoder that a configuration describes, with random weights; `options` are more arguments of `encoder_of`."""
+    return encoder_of(**(config.encoder_arguments() | options))
+
+
+def encoder_of(**arguments: Any) -> MaskedEncoder:
+    """An encoder with random weights from the arguments that it has in timm's `create_model`, too.
+
+    Args:
+        arguments: of timm's `VisionTransformer`; `init`; for timm's blocks their `mlp_ratio`, and for CRATE's the
+            settings of `crate_block`, and `patch_norm`: whether patches are embedded by `NormedPatchEmbed`.
+    """
+    if "mlp_ratio" in arguments:
+        return MaskedEncoder(block=Block, **arguments)
+    block = crate_block(**{key: arguments.pop(key) for key in LAYER_SETTINGS})
+    if not arguments.pop("patch_norm", False):
+        return MaskedEncoder(block=block, **arguments)
+    encoder = MaskedEncoder(block=block, embed_layer=NormedPatchEmbed, **arguments)
+    encoder.norm.eps = NormedPatchEmbed.EPS  # pyright: ignore[reportArgumentType]  # of the same models
+    return encoder
+
+
+def crate_block(*, layer: Layer, step_size: float, threshold: float, **of_published: Any) -> Callable[..., nn.Module]:
+    """A block builder for `MaskedEncoder` that makes CRATE's layers; monotone ones have no settings `of_published`."""
+    kind: Any = partial(EncoderLayer, **of_published) if layer == "published" else MonotoneEncoderLayer
+
+    # timm hands every block the options of an MLP and of ordinary attention. A CRATE layer has neither.
+    def build(
+        *,
+        dim: int,
+        num_heads: int,
+        drop_path: float,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        **_vit_only: Any,
+    ) -> nn.Module:
+        step = {"step_size": step_size, "threshold": threshold}
+        return kind(dim, num_heads, **step, drop_path=drop_path, device=device, dtype=dtype)
+
+    return build

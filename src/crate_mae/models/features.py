@@ -8,6 +8,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -179,11 +180,8 @@ def embed_images(
     Raises:
         UserError: for no images, an image that cannot be read (named), or an item that is not an image.
     """
-
-    def encoded(batch: Float[Tensor, "b c hh ww"]) -> Tensor:
-        return encode(encoder, batch, layer, pooling)
-
-    return apply_to_images(encoded, encoder, transform, images, batch_size)
+    function = partial(encode, encoder, layer=layer, pooling=pooling)
+    return apply_to_images(function, encoder, transform, images, batch_size)
 
 
 def apply_to_images(

@@ -15,6 +15,7 @@ visible patches alone. `crate_mae_<size>_monotone` is `_visible` with layers tha
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,15 +50,9 @@ _MONOTONE_TWINS = {
     1024: (420, 7),
 }
 
-# Few wide layers: width, heads and depth of either side.
-_WIDE = {
-    "embed_dim": 512,
-    "num_heads": 8,
-    "depth": 3,
-    "decoder_embed_dim": 192,
-    "decoder_num_heads": 6,
-    "decoder_depth": 2,
-}
+# Few wide layers.
+_WIDE = {"embed_dim": 512, "num_heads": 8, "depth": 3}
+_WIDE |= {"decoder_embed_dim": 192, "decoder_num_heads": 6, "decoder_depth": 2}
 
 # Images of 8 x 8 patches each: patch, image, and widths of the ViTs with as many parameters as published and monotone
 # layers make, with the maps from and to patches, which grow with these.
@@ -73,40 +68,34 @@ _PUBLISHED_VIT = {
 
 @cache
 def _presets() -> dict[str, ModelConfig]:
-    presets: dict[str, ModelConfig] = {}
+    presets = {config.name: config for config in _of_all_sizes()}
+    return presets | {config.name: config for config in (*_wide(presets), *_published_vits())}
+
+
+def _of_all_sizes() -> Iterator[ModelConfig]:
     for size, (width, heads, depth, patch, image) in _SIZES.items():
         stem, _, shape = size.partition("_")
-        shared: dict[str, Any] = {
-            "depth": depth,
-            "decoder_depth": depth,
-            "patch_size": patch,
-            "image_size": (image, image),
-        }
-        name = f"crate_mae_{size}"
-        presets[name] = CrateConfig(name=name, embed_dim=width, num_heads=heads, **shared)
-        name = f"crate_mae_{stem}_isometric_{shape}"
-        presets[name] = presets[f"crate_mae_{size}"].replace(name=name, init="isometric")
-        name = f"crate_mae_{stem}_visible_{shape}"
-        presets[name] = presets[f"crate_mae_{size}"].replace(name=name, init="isometric", mask_tokens="decoder")
-        name = f"crate_mae_{stem}_monotone_{shape}"
-        presets[name] = presets[f"crate_mae_{stem}_visible_{shape}"].replace(name=name, layer="monotone")
-        name = f"vit_mae_{size}"
-        presets[name] = ViTConfig(name=name, embed_dim=width, num_heads=heads, **shared)
-        name = f"vit_mae_{stem}_matched_{shape}"
-        presets[name] = ViTConfig(name=name, embed_dim=width // 2, num_heads=heads // 2, **shared)
-        name, (twin_width, twin_heads) = f"vit_mae_{stem}_monotone_matched_{shape}", _MONOTONE_TWINS[width]
-        presets[name] = ViTConfig(name=name, embed_dim=twin_width, num_heads=twin_heads, **shared)
-    (width, heads), (decoder_width, decoder_heads) = (
-        _MONOTONE_TWINS[_WIDE[key]] for key in ("embed_dim", "decoder_embed_dim")
-    )
-    twin = {
-        **_WIDE,
-        "embed_dim": width,
-        "num_heads": heads,
-        "decoder_embed_dim": decoder_width,
-        "decoder_num_heads": decoder_heads,
-    }
+        shared: dict[str, Any] = {"depth": depth, "decoder_depth": depth}
+        shared |= {"patch_size": patch, "image_size": (image, image)}
+        crate = CrateConfig(name=f"crate_mae_{size}", embed_dim=width, num_heads=heads, **shared)
+        isometric = crate.replace(name=f"crate_mae_{stem}_isometric_{shape}", init="isometric")
+        visible = isometric.replace(name=f"crate_mae_{stem}_visible_{shape}", mask_tokens="decoder")
+        yield from (crate, isometric, visible)
+        yield visible.replace(name=f"crate_mae_{stem}_monotone_{shape}", layer="monotone")
+        for kind, (twin_width, twin_heads) in {
+            "": (width, heads),
+            "_matched": (width // 2, heads // 2),
+            "_monotone_matched": _MONOTONE_TWINS[width],
+        }.items():
+            name = f"vit_mae_{stem}{kind}_{shape}"
+            yield ViTConfig(name=name, embed_dim=twin_width, num_heads=twin_heads, **shared)
+
+
+def _wide(presets: Mapping[str, ModelConfig]) -> Iterator[ModelConfig]:
     half = {key: value if key.endswith("depth") else value // 2 for key, value in _WIDE.items()}
+    twin = dict(_WIDE)
+    for side in ("", "decoder_"):
+        twin[f"{side}embed_dim"], twin[f"{side}num_heads"] = _MONOTONE_TWINS[_WIDE[f"{side}embed_dim"]]
     for stem, like, settings in (
         ("crate_mae_micro_wide", "crate_mae_micro_visible_patch4_32", _WIDE),
         ("crate_mae_micro_wide_monotone", "crate_mae_micro_monotone_patch4_32", _WIDE),
@@ -115,23 +104,16 @@ def _presets() -> dict[str, ModelConfig]:
         ("vit_mae_micro_wide_monotone_matched", "vit_mae_micro_patch4_32", twin),
     ):
         for patch, image, matched, monotone_matched in _WIDE_SHAPES:
-            name = f"{stem}_patch{patch}_{image}"
-            shape = {"patch_size": patch, "image_size": (image, image)}
+            changed: dict[str, Any] = settings | {"patch_size": patch, "image_size": (image, image)}
             if stem.endswith("matched"):
-                shape["embed_dim"] = monotone_matched if "monotone" in stem else matched
-            presets[name] = presets[like].replace(name=name, **{**settings, **shape})
-    for size, (width, heads, depth, decoder_width, decoder_heads, decoder_depth) in _PUBLISHED_VIT.items():
-        name = f"vit_mae_{size}_published_patch16_224"
-        presets[name] = ViTConfig(
-            name=name,
-            embed_dim=width,
-            num_heads=heads,
-            depth=depth,
-            decoder_embed_dim=decoder_width,
-            decoder_num_heads=decoder_heads,
-            decoder_depth=decoder_depth,
-        )
-    return presets
+                changed["embed_dim"] = monotone_matched if "monotone" in stem else matched
+            yield presets[like].replace(name=f"{stem}_patch{patch}_{image}", **changed)
+
+
+def _published_vits() -> Iterator[ModelConfig]:
+    names = ("embed_dim", "num_heads", "depth", "decoder_embed_dim", "decoder_num_heads", "decoder_depth")
+    for size, values in _PUBLISHED_VIT.items():
+        yield ViTConfig(name=f"vit_mae_{size}_published_patch16_224", **dict(zip(names, values, strict=True)))
 
 
 def list_models() -> list[str]:

@@ -1,11 +1,17 @@
-"""Tensors from files that cannot run code."""
+"""Tensors from files of others: read without running code, and only if they are those of the model that is described.
+
+A few bytes can describe a model of any size, so that a description is compared with the names and shapes in a file of
+weights before a model is built or a number is read.
+"""
 
 import argparse
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import timm
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -13,9 +19,17 @@ from torch import Tensor
 
 from crate_mae.data.documents import read_json
 from crate_mae.errors import UserError, and_more
+from crate_mae.models.autoencoder import build
+from crate_mae.models.classifier import build_classifier
+from crate_mae.models.config import CONFIG_FILE, WEIGHTS_FILE, Config, ModelConfig, encoder_config
+from crate_mae.models.devices import without_memory
+from crate_mae.models.encoder import build_encoder
+from crate_mae.models.monotone import refuse_earlier_layers
+from crate_mae.models.timm_models import CONFIGS
 
 _FLOATS = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 _PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of trainers, of torch.compile
+_MOST_LAYERS, _LARGEST_ARGUMENT = 200, 2**16  # of networks of timm
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -74,6 +88,16 @@ def _is_whole(value: Tensor) -> bool:
     return value.untyped_storage().nbytes() >= value.numel() * value.element_size()
 
 
+def without_prefixes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Tensors by their names in the model itself, and the prefixes that wrappers had put before all of them."""
+    found: list[str] = []
+    names = dict(tensors)
+    while prefix := next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None):
+        names = {name.removeprefix(prefix): value for name, value in names.items()}
+        found.append(prefix)
+    return names, found
+
+
 def described_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors that a safetensors file of weights, whole or in parts, says it holds: names and shapes, no values.
 
@@ -93,52 +117,6 @@ def described_tensors(path: Path) -> dict[str, Tensor]:
                     raise _no_weights(part, name, described.get_dtype())
                 found[name] = torch.empty(described.get_shape(), device="meta")
     return found
-
-
-def refuse_other_types(tensors: Mapping[str, Tensor], where: Path | str) -> None:
-    """Raise a `UserError` for tensors of another type than the four in which weights are stored as they are."""
-    for name, value in tensors.items():
-        if value.dtype not in _FLOATS.values():
-            raise _no_weights(where, name, str(value.dtype).removeprefix("torch."))
-
-
-def refuse_broken(tensors: Mapping[str, Tensor], where: Path | str) -> None:
-    """Raise a `UserError` for numbers that are not finite."""
-    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
-        raise UserError(
-            f"{where} holds numbers that are not finite, in {len(broken)} tensor(s) such as {broken[0]}.\n"
-            "Nothing can be computed with it: take an earlier checkpoint of the run, or another model."
-        )
-
-
-def _no_weights(where: Path | str, name: str, kind: str) -> UserError:
-    return UserError(
-        f"{where} holds {name} as {kind}, but weights must be float32, float64, float16 or bfloat16.\n"
-        "Convert it with the program that made it."
-    )
-
-
-def without_prefixes(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Tensors by their names in the model itself, and the prefixes that wrappers had put before all of them."""
-    found: list[str] = []
-    names = dict(tensors)
-    while prefix := next((p for p in _PREFIXES if names and all(name.startswith(p) for name in names)), None):
-        names = {name.removeprefix(prefix): value for name, value in names.items()}
-        found.append(prefix)
-    return names, found
-
-
-def index_of(path: Path) -> Path:
-    """The file that lists which part of `path` holds which tensor, if it was written in parts: Hugging Face's layout.
-
-    Its parts are called `model-00001-of-00002.safetensors` and so on.
-    """
-    return path.with_name(f"{path.name}.index.json")
-
-
-def has_tensors(path: Path) -> bool:
-    """Whether a file of tensors is there, in one piece or in parts."""
-    return path.is_file() or index_of(path).is_file()
 
 
 def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
@@ -171,6 +149,19 @@ def _indexed_parts(path: Path) -> list[Path]:
         raise UserError(f"{index} is missing or damaged: {error}.") from error
 
 
+def index_of(path: Path) -> Path:
+    """The file that lists which part of `path` holds which tensor, if it was written in parts: Hugging Face's layout.
+
+    Its parts are called `model-00001-of-00002.safetensors` and so on.
+    """
+    return path.with_name(f"{path.name}.index.json")
+
+
+def has_tensors(path: Path) -> bool:
+    """Whether a file of tensors is there, in one piece or in parts."""
+    return path.is_file() or index_of(path).is_file()
+
+
 @contextmanager
 def _damage_explained(path: Path) -> Iterator[None]:
     try:
@@ -179,6 +170,116 @@ def _damage_explained(path: Path) -> Iterator[None]:
         raise UserError(
             f"{path} cannot be read as safetensors: {error}.\nIt may be cut short, or not be safetensors at all."
         ) from error
+
+
+def refuse_other_types(tensors: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raise a `UserError` for tensors of another type than the four in which weights are stored as they are."""
+    for name, value in tensors.items():
+        if value.dtype not in _FLOATS.values():
+            raise _no_weights(where, name, str(value.dtype).removeprefix("torch."))
+
+
+def refuse_broken(tensors: Mapping[str, Tensor], where: Path | str) -> None:
+    """Raise a `UserError` for numbers that are not finite."""
+    if broken := [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]:
+        raise UserError(
+            f"{where} holds numbers that are not finite, in {len(broken)} tensor(s) such as {broken[0]}.\n"
+            "Nothing can be computed with it: take an earlier checkpoint of the run, or another model."
+        )
+
+
+def _no_weights(where: Path | str, name: str, kind: str) -> UserError:
+    return UserError(
+        f"{where} holds {name} as {kind}, but weights must be float32, float64, float16 or bfloat16.\n"
+        "Convert it with the program that made it."
+    )
+
+
+def refuse_misfits(path: Path, config: Config, *, whole: bool = False) -> None:
+    """Compare a file of weights with a configuration before a model is built, or a number of the file is read.
+
+    Both may come from others: a configuration of a million layers would take hours to build.
+
+    Args:
+        path: the file.
+        config: the configuration.
+        whole: whether an autoencoder's file must hold all of it, not its encoder alone.
+
+    Raises:
+        UserError: if the file holds another model, tensors that are not weights, or is damaged.
+    """
+    found, whose = described_tensors(path), f"{CONFIG_FILE} and the settings describe"
+    if wrong := list(_other_sizes(found, encoder_config(config))):
+        raise UserError(f"{path} holds the weights of another model than {whose}:\n{'; '.join(wrong)}.")
+    wanted = tensors_of(config)
+    if not whole and isinstance(config, ModelConfig) and not any(name.startswith("decoder.") for name in found):
+        wanted = {name: value for name, value in wanted.items() if name.startswith("encoder.")}
+    refuse_other_tensors(found, wanted, str(path), whose)
+
+
+def _other_sizes(found: Mapping[str, Tensor], c: ModelConfig, encoder: str = "encoder.") -> Iterator[str]:
+    """The sizes that a model is built from, where a file of weights has others, or does not show them.
+
+    Names of the encoder's tensors begin with `encoder` in the file.
+    """
+    sizes = {
+        f"{encoder}cls_token": (1, 1, c.embed_dim),
+        f"{encoder}pos_embed": (1, 1 + c.grid_size[0] * c.grid_size[1], c.embed_dim),
+        f"{encoder}patch_embed.proj.weight": (c.embed_dim, c.in_chans, c.patch_size, c.patch_size),
+    }
+    depths = {encoder: c.depth}
+    if any(name.startswith("decoder.") for name in found):
+        sizes["decoder.pred.weight"] = (c.patch_size**2 * c.in_chans, c.decoder_embed_dim)
+        depths["decoder."] = c.decoder_depth
+    for name, size in sizes.items():
+        if name not in found:
+            yield f"{name} is missing"
+        elif tuple(found[name].shape) != size:
+            yield f"{name} is {tuple(found[name].shape)}, not {size}"
+    for part, depth in depths.items():
+        blocks = f"{part}blocks."
+        layers = len({name.removeprefix(blocks).split(".")[0] for name in found if name.startswith(blocks)})
+        if layers != depth:
+            yield f"the {part.strip('.') or 'encoder'} has {layers} layers, not {depth:,}"
+
+
+def tensors_of(config: Config) -> dict[str, Tensor]:
+    """The names and shapes of a model's tensors, without memory."""
+    with without_memory():
+        model = build(config) if isinstance(config, ModelConfig) else build_classifier(config)
+    return model.state_dict()
+
+
+def refuse_other_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, whose: str) -> None:
+    """Raise a `UserError` if tensors are not those of the wanted names and shapes.
+
+    Args:
+        found: the tensors.
+        wanted: those of the model.
+        where: the tensors were found.
+        whose: the wanted ones are, such as "its config describes".
+    """
+    refuse_other_types(found, where)
+    refuse_earlier_layers(found, where)
+    if hint := _other_layers(found, wanted):
+        raise UserError(f"{where} {hint}")
+    if problems := misfits(found, wanted):
+        raise UserError(f"{where} holds the weights of another model than {whose}:\n{problems}.")
+
+
+def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """The error message if the weights are of the other kind of layer, published or monotone; else empty."""
+    kinds = [
+        "monotone" if any(name.endswith("attn.log_scale") for name in tensors) else "published"
+        for tensors in (found, wanted)
+        if any("attn.subspaces.weight" in name for name in tensors)
+    ]
+    if len(kinds) < 2 or kinds[0] == kinds[1]:
+        return ""
+    return (
+        f"holds the weights of {kinds[0]} layers, but {CONFIG_FILE} and the settings describe {kinds[1]} ones.\n"
+        f'The two compute different functions: load it with layer="{kinds[0]}", or train a model of {kinds[1]} layers.'
+    )
 
 
 def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], most: int = 3) -> str:
@@ -191,3 +292,55 @@ def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], most: int
         if name in found and found[name].shape != value.shape
     ]
     return and_more(problems, most, "; ")
+
+
+def refuse_timm_misfits(folder: Path, description: Mapping[str, Any]) -> None:
+    """Compare the arguments in a folder of timm's layout with its weights, before timm builds a model from them.
+
+    Args:
+        folder: with `model.safetensors`; of networks of timm itself any file of weights.
+        description: its `config.json`.
+
+    Raises:
+        UserError: if the arguments describe another model than that of the weights, or one that is too large.
+    """
+    name, arguments = description.get("architecture"), description.get("model_args") or {}
+    if not isinstance(name, str) or not isinstance(arguments, dict):
+        raise UserError(f"{folder}/config.json does not name an architecture of timm and its arguments.")
+    if name in CONFIGS:
+        _refuse_other_encoder(folder / WEIGHTS_FILE, CONFIGS[name], arguments)
+        return
+    if wrong := [key for key, value in arguments.items() if _is_large(key, value)]:
+        raise UserError(f"{folder}/config.json: {wrong[0]} of {name} is larger than in any network.")
+    try:
+        with without_memory():
+            numbers = sum(value.numel() for value in timm.create_model(name, **arguments, num_classes=0).parameters())
+    except Exception:  # timm raises many kinds: it says what is wrong when it opens the folder
+        return
+    stored = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    if numbers > stored:
+        raise UserError(f"{folder} describes a {name} of {numbers:,} numbers, but holds only {stored:,} bytes.")
+
+
+def _refuse_other_encoder(path: Path, like: ModelConfig, arguments: Mapping[str, Any]) -> None:
+    """Compare the arguments of one of our encoders with a file of its weights."""
+    names = {"img_size": "image_size", "drop_path_rate": "drop_path"}
+    known = {names.get(key, key): key for key in like.encoder_arguments()}
+    config = like.replace(**{setting: arguments[key] for setting, key in known.items() if key in arguments})
+    found = described_tensors(path)
+    problems = "; ".join(_other_sizes(found, config, ""))
+    if not problems:
+        options = {"patch_norm": True} if arguments.get("patch_norm") else {}
+        with without_memory():
+            problems = misfits(found, build_encoder(config, **options).state_dict())
+    if problems:
+        raise UserError(f"{path} holds the weights of another encoder than {CONFIG_FILE} describes: {problems}.")
+
+
+def _is_large(key: str, value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return len(value) > _MOST_LAYERS or any(_is_large(key, item) for item in value)
+    if isinstance(value, dict):
+        return any(_is_large(f"{key}.{name}", item) for name, item in value.items())
+    most = _MOST_LAYERS if "depth" in key or "layers" in key else _LARGEST_ARGUMENT
+    return isinstance(value, (int, float)) and not -most <= value <= most

@@ -5,47 +5,47 @@ import os
 import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crate_mae.data.documents import read_json, to_json
 from crate_mae.data.files import DIGESTS_FILE, damage_of, flush_names, flush_to_disk, path_of
 from crate_mae.errors import UserError, first_line
-from crate_mae.models.autoencoder import MaskedAutoencoder, build, build_without_memory
-from crate_mae.models.checkpoints import WEIGHTS_FILE, newest_checkpoint
-from crate_mae.models.classifier import Classifier, ClassifierConfig, build_classifier
-from crate_mae.models.config import ModelConfig, config_from_dict
-from crate_mae.models.description import (
+from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.checkpoints import newest_checkpoint
+from crate_mae.models.classifier import Classifier, build_classifier
+from crate_mae.models.config import (
+    CONFIG_FILE,
+    DEFAULT_HEAD_POOLING,
+    FORMAT_VERSION,
     LIBRARY,
+    MODEL_TYPE,
+    WEIGHTS_FILE,
+    ClassifierConfig,
     Config,
-    config_from_transformers,
-    describe,
-    is_encoder_of_transformers,
-    is_of_timm,
-    is_of_transformers,
+    config_from_settings,
+    config_of,
     without_version,
 )
-from crate_mae.models.monotone import check_monotone, refuse_earlier_layers
+from crate_mae.models.monotone import check_monotone
 from crate_mae.models.presets import bundled_folder, create_model, list_bundled, list_models
 from crate_mae.models.tensors import (
-    described_tensors,
     has_tensors,
-    misfits,
     read_tensors,
     refuse_broken,
-    refuse_other_types,
+    refuse_misfits,
+    refuse_other_tensors,
+    tensors_of,
 )
-from crate_mae.models.timm_models import timm_arguments, timm_name, timm_pretrained_cfg
 
 logger = logging.getLogger(__name__)
 
-_PARTS, _INDEX = "model-*.safetensors", "model.safetensors.index.json"
-CONFIG_FILE = "config.json"
+_ENCODER_CLASS, _CLASSIFIER_CLASS = "CrateMAEModel", "CrateMAEForImageClassification"  # of transformers
+_FILES = (CONFIG_FILE, WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json")
 UNTRAINED = ":untrained"  # after any form of MODEL: the same network, randomly initialised
 
 Model = MaskedAutoencoder | Classifier
@@ -69,7 +69,7 @@ def save(model: Model | nn.Module, folder: str | Path) -> None:
     # A compiled layer keeps its own name and gets this one below it.
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
-    refuse_other_tensors(tensors, _described(model.config), "This model", "its config describes")
+    refuse_other_tensors(tensors, tensors_of(model.config), "This model", "its config describes")
     refuse_broken(tensors, "This model")
     save_tensors(tensors, model.config, folder)
 
@@ -103,32 +103,7 @@ def save_tensors(tensors: dict[str, Tensor], config: Config, folder: str | Path)
 
 def save_config(config: Config, folder: Path) -> None:
     """Write `config.json` alone, into a folder whose tensors are written by others."""
-    (folder / CONFIG_FILE).write_text(to_json(describe(config)) + "\n", encoding="utf-8")
-
-
-def write_encoder(model: Model, folder: Path) -> None:
-    """Write the encoder of a model as a folder that timm and transformers open: timm's layout of the same two files.
-
-    timm.create_model("local-dir:FOLDER", pretrained=True)          # after `import crate_mae`
-    transformers.AutoModel.from_pretrained("FOLDER")                # the same, in timm's wrapper
-    """
-    config = model.config.encoder if isinstance(model, Classifier) else model.config
-    write_timm_folder(config, model.encoder.state_dict(), folder)
-
-
-def write_timm_folder(config: ModelConfig, tensors: dict[str, Tensor], folder: Path, **arguments: Any) -> None:
-    """Write an encoder's tensors and description in timm's layout; `arguments` are more of what builds it in timm."""
-    pretrained = timm_pretrained_cfg(config)
-    description: dict[str, Any] = {
-        "architecture": timm_name(config),
-        "num_classes": pretrained.pop("num_classes"),  # transformers takes it from here, and not twice
-        "num_features": config.embed_dim,
-        "global_pool": "token",
-        "model_args": timm_arguments(config) | arguments,
-        "pretrained_cfg": pretrained,
-    }
-    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    description = {"library": LIBRARY, "format_version": FORMAT_VERSION, **config.to_dict()}
     (folder / CONFIG_FILE).write_text(to_json(description) + "\n", encoding="utf-8")
 
 
@@ -147,8 +122,7 @@ def load(model: str | Path, **settings: Any) -> Model:
         UserError: if there is no such model, its files are damaged or do not belong together, or hold numbers that are
             not finite.
     """
-    name = str(model)
-    trained, has_suffix = without_untrained(name)
+    trained, has_suffix = without_untrained(str(model))
     if trained in list_models():
         if has_suffix:
             raise UserError(f"{trained} names a model without trained weights: leave {UNTRAINED} out.")
@@ -161,8 +135,8 @@ def load(model: str | Path, **settings: Any) -> Model:
 
 def without_untrained(model: str) -> tuple[str, bool]:
     """A form of MODEL without `:untrained` after it, and whether it was there."""
-    is_untrained = model.endswith(UNTRAINED) and not Path(model).exists()
-    return (model.removesuffix(UNTRAINED) if is_untrained else model), is_untrained
+    has_suffix = model.endswith(UNTRAINED) and not Path(model).exists()
+    return (model.removesuffix(UNTRAINED) if has_suffix else model), has_suffix
 
 
 def is_untrained(model: str) -> bool:
@@ -177,7 +151,10 @@ def _model_folder(name: str) -> Path:
         return bundled_folder(name)
     folder = folder_of(name)
     if folder.is_file():
-        hint = f"Name its folder instead: {folder.parent}" if folder.name == WEIGHTS_FILE else _official_hint(folder)
+        official = f'crate_mae.from_official("{folder}", num_heads=...) and crate_mae.save'
+        hint = f"For weights of the official code: {official}."
+        if folder.name == WEIGHTS_FILE:
+            hint = f"Name its folder instead: {folder.parent}"
         raise UserError(f"{folder} is a file, but a model is a folder with {WEIGHTS_FILE} and {CONFIG_FILE}.\n{hint}")
     if not (folder / CONFIG_FILE).exists():  # perhaps a run that is not finished
         folder = newest_checkpoint(folder, logger.warning) or folder
@@ -190,6 +167,143 @@ def _model_folder(name: str) -> Path:
             "hf:user/name, or a name from `crate-mae models`."
         )
     return folder
+
+
+def folder_of(model: str | Path) -> Path:
+    """The folder that a form of MODEL names; that of hf:user/name is downloaded first.
+
+    Raises:
+        UserError: if the Hub has no such repository, or cannot be reached.
+    """
+    return _download(str(model)[3:]) if str(model).startswith("hf:") else path_of("MODEL", model)
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    offline = "Offline, use a folder with the model's files, or a name from `crate-mae models`."
+    try:
+        return Path(snapshot_download(repository, allow_patterns=[*_FILES, "model-*.safetensors"]))
+    except HFValidationError as error:
+        raise UserError(
+            f"hf:{repository} is not the name of a Hub repository: it must look like hf:user/name."
+        ) from error
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"hf:{repository} is not on this machine, and the Hugging Face Hub cannot be reached.\n{offline}"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"The Hugging Face Hub has no {repository}, or does not show it to you: check the name, or log in with "
+            f"`hf auth login`.\n{offline}"
+        ) from error
+    except HfHubHTTPError as error:
+        raise UserError(
+            f"hf:{repository} cannot be had from the Hugging Face Hub: {first_line(error)}\n{offline}"
+        ) from error
+
+
+def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
+    _refuse_damaged(folder)
+    config = read_config(folder).replace(**settings)
+    path = folder / WEIGHTS_FILE
+    refuse_misfits(path, config, whole=True)
+    model = initialised(config)
+    tensors = read_tensors(path)
+    refuse_broken(tensors, str(path))
+    model.load_state_dict(tensors)
+    try:
+        check_monotone(model)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return model.eval()
+
+
+def _refuse_damaged(folder: Path) -> None:
+    """Raise a `UserError` if a file of the model differs from the digest that a run has written beside it."""
+    damage = damage_of(folder, (CONFIG_FILE, *(path.name for path in folder.glob("model*"))))
+    if damage is None:
+        return
+    if (folder / "config.yaml").exists():
+        remedy = f"This writes it again, from the run's newest checkpoint: crate-mae resume {shlex.quote(str(folder))}"
+    else:
+        remedy = f"Take another checkpoint, or if you have changed the file yourself, delete {folder / DIGESTS_FILE}."
+    raise UserError(f"The model in {folder} is damaged: {damage}.\n{remedy}")
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration in a model folder.
+
+    Raises:
+        UserError: if `config.json` is damaged or was not written by this library.
+    """
+    path = folder / CONFIG_FILE
+    values = read_json(path)
+    if is_of_timm(values) or is_encoder_of_transformers(values):
+        raise UserError(
+            f"{folder} holds an encoder alone, in {'timm' if is_of_timm(values) else 'transformers'}'s layout, and no "
+            "decoder.\n`crate-mae embed` and `crate-mae eval` take it."
+        )
+    try:
+        if _is_of_transformers(values):
+            return _config_from_transformers(values)
+        if not isinstance(values, dict) or values.get("library") != LIBRARY:
+            raise UserError(f"it does not describe a {LIBRARY} model.")
+        return config_of({key: value for key, value in without_version(values).items() if key != "library"})
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def is_of_timm(values: Any) -> bool:
+    """Whether `config.json` is in timm's layout."""
+    return isinstance(values, dict) and "pretrained_cfg" in values and "library" not in values
+
+
+def _is_of_transformers(values: Any) -> bool:
+    """Whether `config.json` describes one of our models to transformers."""
+    return (
+        isinstance(values, dict) and values.get("model_type") == MODEL_TYPE and isinstance(values.get("settings"), dict)
+    )
+
+
+def is_encoder_of_transformers(values: Any) -> bool:
+    """Whether that model is an encoder alone."""
+    return _is_of_transformers(values) and values.get("architectures") == [_ENCODER_CLASS]
+
+
+def _config_from_transformers(values: Mapping[str, Any]) -> Config:
+    """The configuration of a model that transformers wrote.
+
+    Raises:
+        UserError: as `config_from_settings`, or for invalid labels.
+    """
+    config = config_from_settings(values["settings"])
+    if values.get("architectures") != [_CLASSIFIER_CLASS]:
+        return config
+    labels = values.get("id2label")
+    if not isinstance(labels, dict) or not all(str(key).isdecimal() for key in labels):
+        raise UserError("A classifier of transformers needs id2label: from number to name of every class.")
+    names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+    return ClassifierConfig(encoder=config, classes=names, pooling=values.get("pooling", DEFAULT_HEAD_POOLING))
+
+
+def description_in(folder: Path) -> Any:
+    """The contents of a folder's `config.json`; None without a readable one."""
+    try:
+        return read_json(folder / CONFIG_FILE)
+    except UserError:
+        return None
+
+
+def initialised(config: Config) -> Model:
+    """An autoencoder or a classifier with random initialisation, from torch's global generator."""
+    return build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
 
 
 def load_autoencoder(model: str | Path | nn.Module, **settings: Any) -> MaskedAutoencoder:
@@ -221,11 +335,6 @@ def load_classifier(model: str | Path | nn.Module) -> Classifier:
     return loaded
 
 
-def model_name(model: str | Path | nn.Module) -> str:
-    """What reports and messages call a model: what the user wrote, or the class of a model from Python."""
-    return type(unwrapped(model)).__name__ if isinstance(model, nn.Module) else str(model)
-
-
 def _load_or_take(model: str | Path | nn.Module, **settings: Any) -> Model:
     if not isinstance(model, nn.Module):
         return load(model, **settings)
@@ -235,204 +344,6 @@ def _load_or_take(model: str | Path | nn.Module, **settings: Any) -> Model:
     return model
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration in a model folder.
-
-    Raises:
-        UserError: if `config.json` is damaged or was not written by this library.
-    """
-    path = folder / CONFIG_FILE
-    values = read_json(path)
-    if is_of_timm(values) or is_encoder_of_transformers(values):
-        raise UserError(
-            f"{folder} holds an encoder alone, in {'timm' if is_of_timm(values) else 'transformers'}'s layout, and no "
-            "decoder.\n`crate-mae embed` and `crate-mae eval` take it."
-        )
-    try:
-        return _config_from(values)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _config_from(values: Any) -> Config:
-    if is_of_transformers(values):
-        return config_from_transformers(values)
-    if not isinstance(values, dict) or values.get("library") != LIBRARY:
-        raise UserError(f"it does not describe a {LIBRARY} model.")
-    return config_of({key: value for key, value in without_version(values).items() if key != "library"})
-
-
-def config_of(values: dict[str, Any]) -> Config:
-    """The inverse of `to_dict` of a configuration, of an autoencoder or a classifier.
-
-    Raises:
-        UserError: for settings that are unknown, missing or do not fit.
-    """
-    is_classifier = values.get("architecture") == ClassifierConfig.architecture
-    return ClassifierConfig.from_dict(values) if is_classifier else config_from_dict(values)
-
-
-def description_in(folder: Path) -> Any:
-    """The contents of a folder's `config.json`; None without a readable one."""
-    try:
-        return read_json(folder / CONFIG_FILE)
-    except UserError:
-        return None
-
-
-def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
-    _refuse_damaged(folder)
-    config = read_config(folder).replace(**settings)
-    path = folder / WEIGHTS_FILE
-    refuse_misfits(path, config)
-    model = initialised(config)
-    tensors = read_tensors(path)
-    refuse_broken(tensors, str(path))
-    model.load_state_dict(tensors)
-    try:
-        check_monotone(model)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from error
-    return model.eval()
-
-
-def initialised(config: Config) -> Model:
-    """An autoencoder or a classifier with random initialisation, from torch's global generator."""
-    return build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
-
-
-def refuse_misfits(path: Path, config: Config) -> None:
-    """Compare a file of weights with a configuration before a model is built, or a number of the file is read.
-
-    Both may come from others: a configuration of a million layers would take hours to build.
-
-    Raises:
-        UserError: if the file holds another model, tensors that are not weights, or is damaged.
-    """
-    found, whose = described_tensors(path), f"{CONFIG_FILE} and the settings describe"
-    if wrong := list(_other_sizes(found, config)):
-        raise UserError(f"{path} holds the weights of another model than {whose}:\n{'; '.join(wrong)}.")
-    wanted = _described(config)
-    if not any(name.startswith("decoder.") for name in found) and isinstance(config, ModelConfig):  # an encoder's file
-        wanted = {name: value for name, value in wanted.items() if name.startswith("encoder.")}
-    refuse_other_tensors(found, wanted, str(path), whose)
-
-
-def _other_sizes(found: Mapping[str, Tensor], config: Config) -> Iterator[str]:
-    """The sizes that a model is built from, where a file of weights has others, or does not show them."""
-    c = config.encoder if isinstance(config, ClassifierConfig) else config
-    sizes = {
-        "encoder.cls_token": (1, 1, c.embed_dim),
-        "encoder.pos_embed": (1, 1 + c.grid_size[0] * c.grid_size[1], c.embed_dim),
-        "encoder.patch_embed.proj.weight": (c.embed_dim, c.in_chans, c.patch_size, c.patch_size),
-    }
-    parts = {"encoder": c.depth}
-    if isinstance(config, ModelConfig) and any(name.startswith("decoder.") for name in found):
-        sizes["decoder.pred.weight"] = (c.patch_size**2 * c.in_chans, c.decoder_embed_dim)
-        parts["decoder"] = c.decoder_depth
-    for name, size in sizes.items():
-        if name not in found:
-            yield f"{name} is missing"
-        elif tuple(found[name].shape) != size:
-            yield f"{name} is {tuple(found[name].shape)}, not {size}"
-    for part, depth in parts.items():
-        layers = len({name.split(".")[2] for name in found if name.startswith(f"{part}.blocks.")})
-        if layers != depth:
-            yield f"the {part} has {layers} layers, not {depth:,}"
-
-
-def _described(config: Config) -> dict[str, Tensor]:
-    """The names and shapes of a model's tensors, without memory."""
-    if isinstance(config, ModelConfig):
-        return build_without_memory(config).state_dict()
-    encoder = build_without_memory(config.encoder).encoder
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return Classifier(encoder, config).state_dict()
-
-
-def refuse_other_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, whose: str) -> None:
-    """Raise a `UserError` if tensors are not those of the wanted names and shapes.
-
-    Args:
-        found: the tensors.
-        wanted: those of the model.
-        where: the tensors were found.
-        whose: the wanted ones are, such as "its config describes".
-    """
-    refuse_other_types(found, where)
-    refuse_earlier_layers(found, where)
-    if hint := _other_layers(found, wanted):
-        raise UserError(f"{where} {hint}")
-    if problems := misfits(found, wanted):
-        raise UserError(f"{where} holds the weights of another model than {whose}:\n{problems}.")
-
-
-def _refuse_damaged(folder: Path) -> None:
-    """Raise a `UserError` if a file of the model differs from the digest that a run has written beside it."""
-    damage = damage_of(folder, (CONFIG_FILE, *(path.name for path in folder.glob("model*"))))
-    if damage is None:
-        return
-    if (folder / "config.yaml").exists():
-        remedy = f"This writes it again, from the run's newest checkpoint: crate-mae resume {shlex.quote(str(folder))}"
-    else:
-        remedy = f"Take another checkpoint, or if you have changed the file yourself, delete {folder / DIGESTS_FILE}."
-    raise UserError(f"The model in {folder} is damaged: {damage}.\n{remedy}")
-
-
-def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The error message if the weights are of the other kind of layer, published or monotone; else empty."""
-    kinds = [
-        "monotone" if any(name.endswith("attn.log_scale") for name in tensors) else "published"
-        for tensors in (found, wanted)
-        if any("attn.subspaces.weight" in name for name in tensors)
-    ]
-    if len(kinds) < 2 or kinds[0] == kinds[1]:
-        return ""
-    return (
-        f"holds the weights of {kinds[0]} layers, but {CONFIG_FILE} and the settings describe {kinds[1]} ones.\n"
-        f'The two compute different functions: load it with layer="{kinds[0]}", or train a model of {kinds[1]} layers.'
-    )
-
-
-def folder_of(model: str | Path) -> Path:
-    """The folder that a form of MODEL names; that of hf:user/name is downloaded first.
-
-    Raises:
-        UserError: if the Hub has no such repository, or cannot be reached.
-    """
-    return _download(str(model)[3:]) if str(model).startswith("hf:") else path_of("MODEL", model)
-
-
-def _download(repository: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    offline = "Offline, use a folder with the model's files, or a name from `crate-mae models`."
-    try:
-        return Path(snapshot_download(repository, allow_patterns=[WEIGHTS_FILE, _PARTS, _INDEX, CONFIG_FILE]))
-    except HFValidationError as error:
-        raise UserError(
-            f"hf:{repository} is not the name of a Hub repository: it must look like hf:user/name."
-        ) from error
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"hf:{repository} is not on this machine, and the Hugging Face Hub cannot be reached.\n{offline}"
-        ) from error
-    except RepositoryNotFoundError as error:
-        raise UserError(
-            f"The Hugging Face Hub has no {repository}, or does not show it to you: check the name, or log in with "
-            f"`hf auth login`.\n{offline}"
-        ) from error
-    except HfHubHTTPError as error:
-        raise UserError(
-            f"hf:{repository} cannot be had from the Hugging Face Hub: {first_line(error)}\n{offline}"
-        ) from error
-
-
-def _official_hint(path: Path) -> str:
-    return f'For weights of the official code: crate_mae.from_official("{path}", num_heads=...) and crate_mae.save.'
+def model_name(model: str | Path | nn.Module) -> str:
+    """What reports and messages call a model: what the user wrote, or the class of a model from Python."""
+    return type(unwrapped(model)).__name__ if isinstance(model, nn.Module) else str(model)

@@ -9,7 +9,7 @@ from typing import Any
 
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import STATE_FILE
-from crate_mae.models.classifier import ClassifierConfig
+from crate_mae.models.config import ClassifierConfig
 from crate_mae.models.weights import read_config
 from crate_mae.training.checkpoint import TrainState, read_state
 from crate_mae.training.config import changes_since

@@ -46,14 +46,14 @@ from crate_mae.data.files import DIGESTS_FILE, file_digest, flush_to_disk, whole
 from crate_mae.errors import DivergedError, UserError
 from crate_mae.models.checkpoints import (
     STATE_FILE,
-    WEIGHTS_FILE,
     damage_of_checkpoint,
     is_checkpoint,
     list_checkpoints,
     named_checkpoint,
 )
-from crate_mae.models.tensors import has_tensors, index_of, read_tensors, stream_tensors
-from crate_mae.models.weights import CONFIG_FILE, Config, refuse_other_tensors, save_config, save_tensors
+from crate_mae.models.config import CONFIG_FILE, WEIGHTS_FILE, Config
+from crate_mae.models.tensors import has_tensors, index_of, read_tensors, refuse_other_tensors, stream_tensors
+from crate_mae.models.weights import save_config, save_tensors
 from crate_mae.training.model_state import WHOLE, ModelState, own_part, shard_like, whole_tensor, whole_weights
 from crate_mae.training.processes import all_succeed, first_decides
 from crate_mae.training.run_directory import TABLES, RunDirectory

@@ -23,8 +23,8 @@ from crate_mae.data.dataset import global_generators_seeded
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build
-from crate_mae.models.classifier import Classifier, ClassifierConfig
-from crate_mae.models.config import ModelConfig
+from crate_mae.models.classifier import Classifier
+from crate_mae.models.config import ClassifierConfig, ModelConfig
 from crate_mae.training.images import PYTHON_OBJECT, RunImages
 from crate_mae.training.optimizer import adamw
 from crate_mae.training.options import FinetuneOptions

@@ -13,8 +13,7 @@ from torch import Tensor
 from crate_mae.data import ImageSource, channel_statistics, describe_images, finetune_transform, suggest_model
 from crate_mae.data.dataset import default_workers
 from crate_mae.errors import UserError
-from crate_mae.models.classifier import ClassifierConfig
-from crate_mae.models.config import CrateConfig, ModelConfig
+from crate_mae.models.config import ClassifierConfig, CrateConfig, ModelConfig
 from crate_mae.models.masking import check_mask_ratio
 from crate_mae.models.presets import list_bundled, list_models, preset
 from crate_mae.models.transfer import resized_config

@@ -6,12 +6,23 @@ from transformers.backbone_utils import BackboneConfigMixin
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.models.auto.configuration_auto import AutoConfig
 
-from crate_mae.models.classifier import DEFAULT_HEAD_POOLING, ClassifierConfig, HeadPooling
-from crate_mae.models.config import ModelConfig
-from crate_mae.models.description import MODEL_TYPE, config_from_settings, settings_of
+from crate_mae.models.config import (
+    DEFAULT_HEAD_POOLING,
+    MODEL_TYPE,
+    ClassifierConfig,
+    HeadPooling,
+    ModelConfig,
+    config_from_settings,
+    settings_of,
+)
 from crate_mae.models.presets import preset
 
 _DEFAULT = "crate_mae_base_patch16_224"
+
+
+def _setting(name: str, meaning: str) -> Any:
+    """A property that is one of our own settings, by transformers' name for it."""
+    return property(lambda config: getattr(autoencoder_config(config), name), doc=meaning)
 
 
 class CrateMAEConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -52,35 +63,12 @@ class CrateMAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self.set_output_features_output_indices(out_features, out_indices)
         super().__init__(**options)
 
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return autoencoder_config(self).image_size
-
-    @property
-    def patch_size(self) -> int:
-        """Side of a patch in pixels."""
-        return autoencoder_config(self).patch_size
-
-    @property
-    def num_channels(self) -> int:
-        """Channels of the images."""
-        return autoencoder_config(self).in_chans
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the encoder."""
-        return autoencoder_config(self).embed_dim
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Layers of the encoder."""
-        return autoencoder_config(self).depth
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Heads of the encoder."""
-        return autoencoder_config(self).num_heads
+    image_size = _setting("image_size", "Height and width in pixels.")
+    patch_size = _setting("patch_size", "Side of a patch in pixels.")
+    num_channels = _setting("in_chans", "Channels of the images.")
+    hidden_size = _setting("embed_dim", "Width of the encoder.")
+    num_hidden_layers = _setting("depth", "Layers of the encoder.")
+    num_attention_heads = _setting("num_heads", "Heads of the encoder.")
 
 
 def autoencoder_config(config: CrateMAEConfig) -> ModelConfig:

@@ -2,7 +2,7 @@
 
 Their tensors have the names that they have in our own files, so the four open one another's folders: what a model has
 no place for is ignored, and what is missing, such as the head of a classifier, is initialised as in a new model.
-`pretrained` makes one of ours one of these, `write_pretrained` its folder, and `runner` runs that.
+`pretrained` makes one of ours one of these.
 """
 
 import shutil
@@ -29,15 +29,16 @@ from transformers.models.auto.modeling_auto import (
     AutoModelForImageClassification,
     AutoModelForPreTraining,
 )
-from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
 
 from crate_mae.deployment.huggingface.configuration import CrateMAEConfig, autoencoder_config, classifier_config
 from crate_mae.errors import UserError
-from crate_mae.models.autoencoder import MaskedAutoencoder, build, build_encoder, masked_loss, predict
+from crate_mae.models.autoencoder import MaskedAutoencoder, build, masked_loss, predict
 from crate_mae.models.classifier import Classifier
-from crate_mae.models.description import settings_of
+from crate_mae.models.config import encoder_config, settings_of
+from crate_mae.models.encoder import build_encoder
 from crate_mae.models.features import pool
-from crate_mae.models.masking import check_mask_ratio, random_mask, visible_indices, visible_patches
+from crate_mae.models.masking import check_mask_ratio, hide_all_but, random_mask, visible_from_noise, visible_indices
 from crate_mae.models.monotone import refuse_earlier_layers
 from crate_mae.models.tracing import trace
 
@@ -192,12 +193,12 @@ class CrateMAEModel(CrateMAEPreTrainedModel):
         super().__init__(config)
         self._finish()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Float[Tensor, "b c hh ww"],
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
         """Encode whole images.
@@ -211,12 +212,10 @@ class CrateMAEModel(CrateMAEPreTrainedModel):
         tokens, observed = self._observed(
             output_hidden_states, output_attentions, self.encoder.forward_features, pixel_values
         )
-        output = BaseModelOutputWithPooling(
-            last_hidden_state=cast(Any, tokens),
-            pooler_output=cast(Any, pool(tokens, self.encoder.num_prefix_tokens)),
-            **observed,
+        pooled = pool(tokens, self.encoder.num_prefix_tokens)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=cast(Any, tokens), pooler_output=cast(Any, pooled), **observed
         )
-        return output if return_dict in (None, True) else output.to_tuple()
 
 
 class CrateMAEBackbone(BackboneMixin, CrateMAEPreTrainedModel):
@@ -232,12 +231,12 @@ class CrateMAEBackbone(BackboneMixin, CrateMAEPreTrainedModel):
         self.num_features = [config.hidden_size] * len(config.stage_names)
         self._finish()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Float[Tensor, "b c hh ww"],
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
         """Feature maps of the configuration's `out_features`, from images of any size in whole patches."""
@@ -251,8 +250,7 @@ class CrateMAEBackbone(BackboneMixin, CrateMAEPreTrainedModel):
         keeps = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if not keeps:
             observed["hidden_states"] = None
-        output = BackboneOutput(feature_maps=cast(Any, maps), **observed)
-        return output if return_dict in (None, True) else output.to_tuple()
+        return BackboneOutput(feature_maps=cast(Any, maps), **observed)
 
 
 class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
@@ -266,6 +264,7 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
         self.decoder, self.mask_token = net.decoder, net.mask_token
         self._finish()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Float[Tensor, "b c hh ww"],
@@ -274,7 +273,6 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
         noise: Float[Tensor, "b n"] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
         """Complete masked images, and measure how well.
@@ -287,7 +285,6 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             noise: which patches to hide: those with the largest numbers, a share of `mask_ratio`.
             output_hidden_states: whether to return those of the encoder, too.
             output_attentions: whether to return that of the encoder, too.
-            return_dict: whether to return names or a tuple.
 
         Raises:
             UserError: for images or a mask of another size, or a ratio that hides all, or is above
@@ -305,10 +302,9 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             output_hidden_states, output_attentions, partial(predict, self, **hidden), pixel_values
         )
         loss = masked_loss(c, pixel_values, prediction, mask)
-        output = CrateMAEForPreTrainingOutput(
+        return CrateMAEForPreTrainingOutput(
             loss=loss, logits=prediction, mask=mask, last_hidden_state=latent, **observed
         )
-        return output if return_dict in (None, True) else output.to_tuple()
 
     def _mask(self, batch: int, given: Tensor | None, ratio: float | None, noise: Tensor | None) -> Bool[Tensor, "b n"]:
         rows, columns = autoencoder_config(self.config).grid_size
@@ -325,7 +321,7 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             return torch.zeros(batch, count, dtype=torch.bool)
         check_mask_ratio(ratio, count)
         if noise is not None:
-            return noise.argsort(dim=1).argsort(dim=1) >= visible_patches(count, ratio)
+            return hide_all_but(visible_from_noise(noise, ratio), count)
         return random_mask(batch, count, ratio, None if self.training else torch.Generator().manual_seed(0))
 
 
@@ -340,13 +336,13 @@ class CrateMAEForImageClassification(CrateMAEPreTrainedModel):
         self.norm, self.head = net.norm, net.head
         self._finish()
 
+    @can_return_tuple
     def forward(
         self,
         pixel_values: Float[Tensor, "b c hh ww"],
         labels: Int[Tensor, "b"] | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
-        return_dict: bool | None = None,
         **_options: Any,
     ) -> Any:
         """Logits of the classes and, with labels, the loss."""
@@ -356,8 +352,7 @@ class CrateMAEForImageClassification(CrateMAEPreTrainedModel):
         pooled = pool(tokens, self.encoder.num_prefix_tokens, self.config.pooling)
         logits = self.head(self.norm(pooled))
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
-        output = ImageClassifierOutput(loss=loss, logits=logits, **observed)
-        return output if return_dict in (None, True) else output.to_tuple()
+        return ImageClassifierOutput(loss=loss, logits=logits, **observed)
 
 
 def pretrained(model: Model, part: str, facts: Mapping[str, str] | None = None) -> Any:
@@ -369,16 +364,10 @@ def pretrained(model: Model, part: str, facts: Mapping[str, str] | None = None) 
         labels = dict(enumerate(model.config.classes))
         numbers = {name: i for i, name in labels.items()}
         options = {"id2label": labels, "label2id": numbers, "pooling": model.config.pooling}
-    config = model.config.encoder if isinstance(model, Classifier) else model.config
-    net = kind(CrateMAEConfig(settings=settings_of(config), run=dict(facts or {}), **options))
+    net = kind(CrateMAEConfig(settings=settings_of(encoder_config(model.config)), run=dict(facts or {}), **options))
     tensors = model.state_dict()
     net.load_state_dict({name: tensors[name] for name in net.state_dict()})
     return net.eval()
-
-
-def write_pretrained(model: Model, folder: Path, part: str, *, facts: Mapping[str, str] | None = None) -> None:
-    """Write a model as transformers does, with its image processor and card."""
-    pretrained(model, part, facts).save_pretrained(folder)
 
 
 def write_card(net: Any, folder: Path) -> None:
@@ -393,42 +382,6 @@ def write_card(net: Any, folder: Path) -> None:
     )
     text = card(config, "hf", part, inputs=(), outputs=(), facts=net.config.run)
     (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def runner(model: Model, folder: Path, part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
-    """Run a folder with transformers."""
-    if part == "encoder":
-        encoder = _opened(AutoModel, folder)
-
-        def encode(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-            output = encoder(inputs["images"])
-            return {"tokens": output.last_hidden_state, "embedding": output.pooler_output}
-
-        return encode
-    if isinstance(model, Classifier):
-        classifier = _opened(AutoModelForImageClassification, folder)
-        return lambda inputs: {"logits": classifier(inputs["images"]).logits}
-    autoencoder = _opened(AutoModelForPreTraining, folder)
-
-    def complete(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        mask = inputs.get("mask")
-        if mask is None:
-            mask = torch.ones(len(inputs["images"]), model.num_patches, dtype=torch.bool)
-            mask.scatter_(1, inputs["visible"], False)
-        return {"prediction": autoencoder(inputs["images"], bool_masked_pos=mask).logits}
-
-    return complete
-
-
-def _opened(kind: Any, folder: Path) -> Any:
-    """A model of transformers, loaded without a progress bar."""
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        return kind.from_pretrained(folder)
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 AutoModel.register(CrateMAEConfig, CrateMAEModel, exist_ok=True)
