@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from crate_mae.theory import derivatives
 from crate_mae.theory.attention import attention_membership
 from crate_mae.theory.coding_rate import projected_coding_rate
 from crate_mae.theory.compression import (
