@@ -232,7 +232,7 @@ class CrateMAEBackbone(BackboneMixin, CrateMAEPreTrainedModel):
         self._finish()
 
     @can_return_tuple
-    def forward(
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]  # `return_dict` is the decorator's
         self,
         pixel_values: Float[Tensor, "b c hh ww"],
         output_hidden_states: bool | None = None,
