@@ -27,14 +27,14 @@ def state_of(model):
 
 def test_signals_are_those_of_the_definitions(tiny_model):
     monitor = Monitor(IMAGES, tiny_model.num_patches, 0.75)
-    signals = monitor.measure(tiny_model.train())
+    loss, features, layers = monitor.measure(tiny_model.train())
     with torch.no_grad():
         expected = tiny_model.eval()(IMAGES, mask=monitor.masks).loss
         with trace(tiny_model, ["encoder.blocks.*.ista", "encoder.blocks.*.attn.subspaces"]) as record:
-            features = tiny_model.encoder.forward_features(IMAGES)[:, 1:].mean(dim=1)
-    assert signals.held_out_loss == pytest.approx(float(expected), rel=1e-5)
-    torch.testing.assert_close(signals.features, features)
-    found = {(s.part, s.layer, s.measure): s.value for s in signals.layers}
+            means = tiny_model.encoder.forward_features(IMAGES)[:, 1:].mean(dim=1)
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+    torch.testing.assert_close(features, means)
+    found = {(row["part"], row["layer"], row["measure"]): row["value"] for row in layers}
     wanted = {}
     for layer in range(2):
         codes = record[f"encoder.blocks.{layer}.ista"][0]
@@ -49,9 +49,9 @@ def test_signals_are_those_of_the_definitions(tiny_model):
 def test_measuring_changes_nothing(tiny_model):
     before, random_state = state_of(tiny_model), torch.get_rng_state()
     monitor = Monitor(IMAGES, tiny_model.num_patches, 0.75)
-    first, second = monitor.measure(tiny_model.train()), monitor.measure(tiny_model)
-    assert first.held_out_loss == second.held_out_loss and first.layers == second.layers
-    assert torch.equal(first.features, second.features)
+    (*first, layers), (*second, same_layers) = monitor.measure(tiny_model.train()), monitor.measure(tiny_model)
+    assert first[0] == second[0] and layers == same_layers
+    assert torch.equal(first[1], second[1])
     assert tiny_model.training
     assert torch.equal(random_state, torch.get_rng_state())
     assert all(torch.equal(value, before[key]) for key, value in tiny_model.state_dict().items())
@@ -72,7 +72,7 @@ def test_labels_are_measured_by_the_vote_of_eval_knn(labelled, tmp_path):
     (tmp_path / "pictures").mkdir()
     task = labelled()
     assert str(task.probe) == "k-NN accuracy of 89 held-out among 200 training images of 10 classes"
-    values = task.measure(task.model, 0, RunDirectory(tmp_path)).values
+    values = task.measure(task.model, 0, RunDirectory(tmp_path))
     chosen, held_out = task.probe._train, task.images.held_out
     images = torch.stack([task.probe._transform(chosen.read(i)) for i in range(200)])
     encoder = task.model.eval().encoder
@@ -108,7 +108,7 @@ def test_the_loss_has_no_labels_and_the_probe_needs_enough(labelled, tmp_path):
 
 def test_a_model_without_sparse_codes_has_no_layer_signals():
     model = create_model("vit_mae_nano_patch2_8", in_chans=1, embed_dim=24, num_heads=2, depth=1, decoder_depth=1)
-    assert Monitor(IMAGES, model.num_patches, 0.75).measure(model).layers == []
+    assert Monitor(IMAGES, model.num_patches, 0.75).measure(model)[2] == []
 
 
 def test_a_picture_is_written(tiny_model, tmp_path):

@@ -42,7 +42,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from crate_mae.data.documents import read_json
-from crate_mae.data.files import DIGESTS_FILE, file_digest, flush_to_disk, whole_folder, write_digests, write_whole
+from crate_mae.data.files import file_digest, flush_to_disk, whole_folder, write_digests, write_whole
 from crate_mae.errors import DivergedError, UserError
 from crate_mae.models.checkpoints import (
     STATE_FILE,
@@ -313,23 +313,6 @@ def read_state(path: Path) -> tuple[TrainState, list[Any]]:
         return TrainState(**content), groups
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged, so the run cannot continue from there: {error}.") from error
-
-
-def restore_tables(folder: Path, directory: RunDirectory, step: int) -> None:
-    """Put the tables of a run back as they were at a checkpoint.
-
-    Args:
-        folder: of the checkpoint. Those from before there were digests have no tables: rows after `step` are removed.
-        directory: of the run.
-        step: of the checkpoint.
-    """
-    directory.cut_back(step, tables=not (folder / DIGESTS_FILE).exists())
-    if (folder / DIGESTS_FILE).exists():
-        for name in TABLES:
-            if (folder / name).is_file():
-                write_whole(directory.path / name, (folder / name).read_bytes())
-            else:
-                (directory.path / name).unlink(missing_ok=True)
 
 
 def last_good(run: Path) -> Path | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +57,6 @@ def result_options(config: RunOptions) -> dict[str, Any]:
     places = [item.name for item in dataclasses.fields(config) if item.type is Data]
     names = [name for name in saved_options(type(config), speed=False) if name not in (*places, "model")]
     return {name: _plain(getattr(config, name)) for name in names}
-
-
-def changes_since(options: Mapping[str, Any], config: RunOptions) -> list[str]:
-    """Lines "key: value then -> value now" for options that were noted by `result_options` and differ now."""
-    now = result_options(config)
-    return [f"{key}: {options[key]} -> {now[key]}" for key in now if key in options and options[key] != now[key]]
 
 
 def to_yaml(config: RunOptions) -> str:

@@ -32,7 +32,7 @@ from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.progress import count
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.task import Measured, StepLoss, Task, evaluating
+from crate_mae.training.task import StepLoss, Task, evaluating
 
 BETAS = (0.9, 0.999)  # those of MAE's fine-tuning
 _VALIDATED_AT_ONCE = 64
@@ -78,6 +78,7 @@ class Finetuning(Task[FinetuneOptions]):
     """
 
     measures: ClassVar[tuple[str, ...]] = ("val_loss", "val_accuracy", "val_accuracy_top5", "best_score")
+    score: ClassVar[str] = "val_accuracy"
     learns_labels: ClassVar[bool] = True
 
     def __init__(self, config: FinetuneOptions, images: RunImages, initialisation: Initialisation) -> None:
@@ -124,8 +125,8 @@ class Finetuning(Task[FinetuneOptions]):
 
         return loss
 
-    def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:  # noqa: ARG002  # as in `Task`
-        """Measure loss and accuracy, in float32; the score is the accuracy."""
+    def measure(self, model: Any, step: int, directory: RunDirectory) -> dict[str, float]:  # noqa: ARG002  # as in `Task`
+        """Measure loss and accuracy, in float32."""
         total, sums = len(self.validation), {"val_loss": 0.0, "val_accuracy": 0.0}
         if len(model.config.classes) > _TOP:
             sums["val_accuracy_top5"] = 0.0
@@ -139,8 +140,7 @@ class Finetuning(Task[FinetuneOptions]):
                 sums["val_accuracy"] += int((logits.argmax(dim=1) == labels).sum())
                 if "val_accuracy_top5" in sums:
                     sums["val_accuracy_top5"] += int((logits.topk(_TOP).indices == labels[:, None]).sum())
-        values = {key: value / total for key, value in sums.items()}
-        return Measured(values, score=values["val_accuracy"])
+        return {key: value / total for key, value in sums.items()}
 
     def describe(self) -> dict[str, str]:
         """Describe images, model, input, augmentation and learning rates."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
@@ -20,23 +20,9 @@ from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import first_decides
 from crate_mae.training.report import RunReport
 from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.task import Measured, Task
+from crate_mae.training.task import Task
 
 BEST = "best_score"  # the column with the best score so far
-
-
-class StepLog(NamedTuple):
-    """The numbers of one step for the log.
-
-    Attributes:
-        lr: its learning rate.
-        grad_norm: norm of all gradients, before clipping.
-        waited: seconds that this process spent waiting for images.
-    """
-
-    lr: float
-    grad_norm: float
-    waited: float
 
 
 class Logbook:
@@ -66,13 +52,24 @@ class Logbook:
         self.images_per_second = self.data_wait = 0.0
         self._restart_clock()
 
-    def record(self, model_state: ModelState, state: TrainState, step: StepLog, *, bad_images: int) -> bool:
+    def record(
+        self,
+        model_state: ModelState,
+        state: TrainState,
+        *,
+        lr: float,
+        grad_norm: float,
+        waited: float,
+        bad_images: int,
+    ) -> bool:
         """Note one step: its speed always, a row and a measurement on held-out images when they are due.
 
         Args:
             model_state: to measure.
             state: after the step; its running mean of the loss is emptied into the row, and its best score noted.
-            step: numbers of the step.
+            lr: learning rate of the step.
+            grad_norm: norm of all its gradients, before clipping.
+            waited: seconds that this process spent waiting for its images.
             bad_images: unreadable images so far.
 
         Returns:
@@ -80,7 +77,7 @@ class Logbook:
         """
         config = self.task.config
         self._steps += 1
-        self._waited += step.waited
+        self._waited += waited
         seconds = time.perf_counter() - self._since
         self.images_per_second = self._steps * config.batch_size / seconds
         self.data_wait = self._waited / seconds
@@ -91,8 +88,8 @@ class Logbook:
             "step": state.step,
             "epoch": round(state.step / self.task.steps_per_epoch, 4),
             "loss": state.loss_sum / state.loss_count if state.loss_count else "",
-            "lr": step.lr,
-            "grad_norm": step.grad_norm,
+            "lr": lr,
+            "grad_norm": grad_norm,
             "skipped_steps": state.skipped,
             "bad_images": bad_images,
             "images_per_second": round(self.images_per_second, 1),
@@ -102,8 +99,8 @@ class Logbook:
         is_best = False
         if measures:
             measured = self._measure(model_state, state.step)
-            is_best = state.note_score(measured.score)
-            row |= measured.values
+            is_best = state.note_score(measured.get(self.task.score))
+            row |= measured
             row |= {} if state.best_score is None else {BEST: state.best_score}
         self._write(row)
         self.report.update(state.step)
@@ -113,10 +110,10 @@ class Logbook:
     def begin(self, model_state: ModelState) -> None:
         """Write the row of step 0, of the model before training; it is not saved, and cannot be the best."""
         measured = self._measure(model_state, 0)
-        self._write({"step": 0, "epoch": 0.0, **measured.values})
+        self._write({"step": 0, "epoch": 0.0, **measured})
         self._restart_clock()
 
-    def _measure(self, model_state: ModelState, step: int) -> Measured:
+    def _measure(self, model_state: ModelState, step: int) -> dict[str, float]:
         """Measure on held-out images; all processes get the result, since it decides about checkpoints."""
         check_state(self.accelerator, model_state, self.directory, step)
         with model_state.measured(self.accelerator) as model:

@@ -5,14 +5,11 @@ It serves every task. What pretraining and fine-tuning do differently is in `pre
 
 from __future__ import annotations
 
-import json
-import logging
-import math
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -23,31 +20,32 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
-from crate_mae.data.files import write_whole
 from crate_mae.errors import RunStopped
-from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.models.devices import send
 from crate_mae.models.monotone import retract_
-from crate_mae.training import checkpoint
-from crate_mae.training.changes import changed_data_error, data_change, describe_data_change, refuse_other_options
-from crate_mae.training.checkpoint import Saver, TrainState
-from crate_mae.training.config import result_options
-from crate_mae.training.failures import explain_failed_writing, explain_lost_loader
-from crate_mae.training.images import BadImages, data_digests, micro_slices, training_batches
-from crate_mae.training.logbook import Logbook, StepLog, open_trackers
+from crate_mae.training.checkpoint import Saver, TrainState, diverged
+from crate_mae.training.images import BadImages, micro_slices, training_batches
+from crate_mae.training.logbook import Logbook, open_trackers
 from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
 from crate_mae.training.optimizer import scaled_lr, warmup_cosine
 from crate_mae.training.options import origin
 from crate_mae.training.precision import autocast
 from crate_mae.training.preflight import first_step, peak_on
-from crate_mae.training.processes import Agreement, agree, explain_lost_processes, first_decides, stop_requests
+from crate_mae.training.processes import (
+    Agreement,
+    agree,
+    explain_failed_writing,
+    explain_lost_loader,
+    explain_lost_processes,
+    first_decides,
+    stop_requests,
+)
 from crate_mae.training.progress import Display, describe_end, plan_lines
 from crate_mae.training.randomness import seed_step
 from crate_mae.training.report import RunReport
+from crate_mae.training.resume import resume
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Task
-
-logger = logging.getLogger(__name__)
 
 MOST_SKIPPED_IN_A_ROW = 5
 
@@ -94,7 +92,7 @@ def train(
             model_state = build_model_state(task, accelerator)
 
             # Resume.
-            state = _resume(
+            state = resume(
                 task,
                 accelerator,
                 directory,
@@ -147,47 +145,54 @@ def _learn(
             due = saver.is_due_by_clock()
             with first_step(is_first=state.step == begun_at):
                 step = training_step(task, accelerator, model_state, batches, state.step, stop=request.signal, save=due)
-            state.count(step.loss, step.is_finite)
-            if step.is_finite:
+            agreed = step.agreed
+            state.count(agreed.loss, agreed.is_finite)
+            if agreed.is_finite:
                 model_state.move_average(state.step)
 
             # Log.
-            too_many_bad = step.agreed.bad_images and _note_bad_images(task, bad_images, state.step, step.bad_images)
-            is_best = log.record(model_state, state, step.log, bad_images=len(bad_images))
-            display.step(state.step, step.loss, log.images_per_second, log.data_wait)
+            seen = task.images_seen(state.step)
+            too_many_bad = agreed.bad_images and _add_bad_images(bad_images, state.step, step.bad_images, seen)
+            is_best = log.record(
+                model_state,
+                state,
+                lr=step.lr,
+                grad_norm=agreed.grad_norm,
+                waited=step.waited,
+                bad_images=len(bad_images),
+            )
+            display.step(state.step, agreed.loss, log.images_per_second, log.data_wait)
 
             # Save.
-            if step.agreed.save or step.agreed.stop or too_many_bad or is_best or saver.is_due_by_epoch(state):
+            if agreed.save or agreed.stop or too_many_bad or is_best or saver.is_due_by_epoch(state):
                 state.seconds = report.seconds()
                 saver.save(state)
             if too_many_bad:
-                seen, limit = task.images_seen(state.step), origin(config, "max_bad")
-                check = task.images.train.check_command
+                limit, check = origin(config, "max_bad"), task.images.train.check_command
                 raise bad_images.error(seen, directory.resume_with_other_data, check=check, origin=limit)
-            if state.skipped_in_a_row >= min(MOST_SKIPPED_IN_A_ROW, config.steps):
-                raise checkpoint.diverged(directory.path, _skipped(state))
-            if step.agreed.stop and state.step < config.steps:
+            if (skipped := state.skipped_in_a_row) >= min(MOST_SKIPPED_IN_A_ROW, config.steps):
+                what = f"Loss or gradients were not finite {skipped} steps in a row, up to step {state.step}."
+                raise diverged(directory.path, what)
+            if agreed.stop and state.step < config.steps:
                 display.lines([f"Stopped and saved at step {state.step}. To continue: {directory.resume_command}"])
-                raise RunStopped(step.agreed.stop)
+                raise RunStopped(agreed.stop)
         saver.save_model(state)
 
 
 class StepResult(NamedTuple):
-    """One step, as seen by one process.
+    """One step.
 
     Attributes:
-        loss: of the global batch.
-        is_finite: whether loss and gradients were finite; if not, the weights have not been changed.
+        agreed: what all processes know together. If it is not finite, the weights have not been changed.
+        lr: learning rate.
         bad_images: unreadable images that this process met.
-        log: what the logbook writes down.
-        agreed: what all processes know together.
+        waited: seconds that this process spent waiting for images.
     """
 
-    loss: float
-    is_finite: bool
-    bad_images: list[BadImage]
-    log: StepLog
     agreed: Agreement
+    lr: float
+    bad_images: list[BadImage]
+    waited: float
 
 
 def training_step(
@@ -216,12 +221,11 @@ def training_step(
     loss, bad_images, waited = _compute_gradients(task, accelerator, model_state, batches, step)
     norm = _clip_gradients(model_state.model.parameters(), task.config.clip_grad)
     agreed = agree(accelerator, loss=loss, grad_norm=norm, bad_images=len(bad_images), stop=stop, save=save)
-    is_finite = math.isfinite(agreed.loss) and math.isfinite(agreed.grad_norm)
-    if is_finite:
+    if agreed.is_finite:
         optimizer.step()
         retract_(model_state.plain)
     optimizer.zero_grad()
-    return StepResult(agreed.loss, is_finite, bad_images, StepLog(lr, agreed.grad_norm, waited), agreed)
+    return StepResult(agreed, lr, bad_images, waited)
 
 
 def _set_learning_rate(task: Task, optimizer: Optimizer, step: int) -> float:
@@ -272,81 +276,9 @@ def _clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Float[Tens
     return whole_tensor(norm)
 
 
-def _resume(
-    task: Task,
-    accelerator: Accelerator,
-    directory: RunDirectory,
-    model_state: ModelState,
-    *,
-    newest: Path | None,
-    report: Callable[[str], object],
-    data_changed: bool,
-) -> TrainState:
-    """Read the state to go on from; logs are cut back to it.
-
-    Another run may have held the lock until now, so the newest checkpoint is looked for again. The data may be others
-    than before if the user has said so.
-
-    Raises:
-        UserError: if no checkpoint is whole, or the options or the data are not those that the run began with.
-    """
-    train, held_out = task.images.train, task.images.held_out
-    data = first_decides(accelerator, lambda: data_digests(train, held_out, with_labels=task.learns_labels))
-    notes: list[str] = []
-    change: dict[str, Any] | None = None
-    folder = first_decides(accelerator, lambda: newest_checkpoint(directory.path, notes.append, known=newest))
-    if folder is None:
-        state = TrainState()
-    else:
-        state = checkpoint.read(folder, model_state)
-        refuse_other_options(state, task.config, data_changed=data_changed)
-        change = data_change(state, task, data)
-        if change and not data_changed:
-            raise changed_data_error(change, task.config, directory)
-        logger.info("Resuming from %s, which %d process(es) wrote.", folder, state.world_size)
-    state.images, state.data, state.options = len(train), data, result_options(task.config)
-    state.world_size = accelerator.num_processes
-    for note in notes:
-        report(note)
-        state.kept_step = state.step
-    if change and "held-out" in change["changed"]:
-        state.best_step, state.best_score = 0, None  # scores on other images do not compare
-    if accelerator.is_main_process:
-        _go_back(directory, folder, state, report)
-        _note_data(task, directory, change, report)
-    accelerator.wait_for_everyone()
-    return state
-
-
-def _go_back(directory: RunDirectory, folder: Path | None, state: TrainState, report: Callable[[str], object]) -> None:
-    """Have the files of the run be as they were at a checkpoint, or before the first step."""
-    if folder is None:
-        directory.cut_back(None)
-        return
-    checkpoint.restore_tables(folder, directory, state.step)
-    write_whole(directory.checkpoints / "last", f"{folder.name}\n")
-    checkpoint.forget_damaged_best(directory.path, state, report, known=folder)
-
-
-def _note_data(
-    task: Task, directory: RunDirectory, change: Mapping[str, Any] | None, report: Callable[[str], object]
-) -> None:
-    """Write down which images are held out, and from which step the run goes on with other images than before.
-
-    Of unreadable images, those that are no longer in the data do not count any more.
-    """
-    record, is_known = task.images.split, directory.held_out_file.exists()
-    if change is not None:
-        directory.data_changes.append([change])
-        report(describe_data_change(change))
-        if record is not None and not is_known:
-            report("This run does not say which images it held out: some that are now were trained on before.")
-        present = task.images.locations()
-        kept = [row for row in directory.bad_files.read() if row["location"] in present]
-        directory.bad_files.cut_back(None)
-        directory.bad_files.append(kept)
-    if record is not None and (change is not None or not is_known):
-        write_whole(directory.held_out_file, json.dumps(record()) + "\n")
+def _add_bad_images(known: BadImages, step: int, found: list[BadImage], seen: int) -> bool:
+    """Write down the unreadable images of all processes; whether new ones make too many."""
+    return known.add(step, gather_object(found)) and known.too_many(seen)
 
 
 def _batches(task: Task, accelerator: Accelerator, start_step: int) -> Generator[Batch]:
@@ -359,12 +291,3 @@ def _batches(task: Task, accelerator: Accelerator, start_step: int) -> Generator
         world_size=accelerator.num_processes,
         pin_memory=accelerator.device.type == "cuda",
     )
-
-
-def _note_bad_images(task: Task, bad_images: BadImages, step: int, found: list[BadImage]) -> bool:
-    """Write down the unreadable images of all processes; whether new ones make too many."""
-    return bad_images.add(step, gather_object(found)) and bad_images.too_many(task.images_seen(step))
-
-
-def _skipped(state: TrainState) -> str:
-    return f"Loss or gradients were not finite {state.skipped_in_a_row} steps in a row, up to step {state.step}."

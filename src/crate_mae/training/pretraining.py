@@ -8,7 +8,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, final
+from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
@@ -44,7 +44,7 @@ from crate_mae.training.options import PretrainOptions
 from crate_mae.training.progress import count
 from crate_mae.training.randomness import step_noise
 from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.task import Measured, StepLoss, Task, evaluating
+from crate_mae.training.task import StepLoss, Task, evaluating
 
 _SPARSE_CODES = "encoder.blocks.*.ista"
 _PROJECTIONS = "encoder.blocks.*.attn.subspaces"
@@ -115,19 +115,23 @@ class Pretraining(Task[PretrainOptions]):
 
         return loss
 
-    def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:
-        """Measure loss and features; signals of the layers and completed pictures go into the folder."""
-        signals = self.monitor.measure(model)
+    def measure(self, model: Any, step: int, directory: RunDirectory) -> dict[str, float]:
+        """Measure loss and features; signals of the layers and completed pictures go into the folder.
+
+        Of a collapse tell the effective rank of the features less their mean over images, which falls towards 1, and
+        the mean cosine between images.
+        """
+        loss, features, layers = self.monitor.measure(model)
         values = {
-            "held_out_loss": signals.held_out_loss,
-            "feature_rank": float(effective_rank(_centred(signals.features))),
+            "held_out_loss": loss,
+            "feature_rank": float(effective_rank(features - features.mean(dim=0))),
+            "feature_cosine": mean_cosine(features),
         }
-        values["feature_cosine"] = mean_cosine(signals.features)
         if self.probe is not None:
-            values["knn_accuracy"] = self.probe.accuracy(model, signals.features)
-        directory.layers.append([{"step": step, **signal._asdict()} for signal in signals.layers])
+            values["knn_accuracy"] = self.probe.accuracy(model, features)
+        directory.layers.append([{"step": step, **row} for row in layers])
         self.monitor.picture(model, directory.picture(step))
-        return Measured(values)
+        return values
 
     def describe(self) -> dict[str, str]:
         """Images, model and input."""
@@ -174,32 +178,6 @@ class Pretraining(Task[PretrainOptions]):
         ]
 
 
-class LayerSignal(NamedTuple):
-    """One measure of one layer; `layer` counts from 0."""
-
-    part: str
-    layer: int
-    measure: str
-    value: float
-
-
-class Signals(NamedTuple):
-    """The result of `Monitor.measure`.
-
-    Attributes:
-        held_out_loss: the training loss, on held-out images with fixed masks.
-        features: of the images: the mean over patches of the unmasked encoder's output. metrics.csv has the effective
-            rank of what is left of them less their mean over images, of which a fall towards 1 is collapse, and the
-            mean cosine between images.
-        layers: of every encoder layer that has them: `zero_fraction`, the share of exact zeros in the sparse code, and
-            `subspace_rate`, the coding rate of the projections, mean over images, as the official code takes it.
-    """
-
-    held_out_loss: float
-    features: Float[Tensor, "b d"]
-    layers: list[LayerSignal]
-
-
 class Monitor:
     """Measures a model on fixed held-out images with fixed masks: nothing random, no state.
 
@@ -214,8 +192,15 @@ class Monitor:
         generator = torch.Generator().manual_seed(_MASK_SEED)
         self.masks: Bool[Tensor, "b n"] = random_mask(len(images), num_patches, mask_ratio, generator)
 
-    def measure(self, model: MaskedAutoencoder) -> Signals:
-        """All signals, in float32."""
+    def measure(self, model: MaskedAutoencoder) -> tuple[float, Float[Tensor, "b d"], list[dict[str, Any]]]:
+        """Measure loss, features and layers, in float32.
+
+        Returns:
+            the training loss; features of the images: the mean over patches of the unmasked encoder's output; and rows
+            of layers.csv, of every encoder layer that has them: `zero_fraction`, the share of exact zeros in the sparse
+            code, and `subspace_rate`, the coding rate of the projections, mean over images, as the official code takes
+            it. Layers count from 0.
+        """
         names = [name for name, _ in model.named_modules()]
         patterns = [pattern for pattern in (_SPARSE_CODES, _PROJECTIONS) if fnmatch.filter(names, pattern)]
         device = model.mask_token.device
@@ -232,8 +217,11 @@ class Monitor:
                 for name, (output,) in record.items():
                     for measure, value in _layer_measure(name, output, model.config.num_heads):
                         sums[name, measure] += share * value
-        layers = [LayerSignal(*_place(name), measure, value) for (name, measure), value in sums.items()]
-        return Signals(loss, torch.cat(features), layers)
+        layers = []
+        for (name, measure), value in sums.items():
+            part, _, layer, *_ = name.split(".")  # such as encoder.blocks.3.ista
+            layers.append({"part": part, "layer": int(layer), "measure": measure, "value": value})
+        return loss, torch.cat(features), layers
 
     def picture(self, model: MaskedAutoencoder, path: Path) -> None:
         """Write held-out images: original, masked, prediction of hidden patches, completed."""
@@ -344,19 +332,9 @@ def _pooled(model: MaskedAutoencoder, tokens: Float[Tensor, "b n d"]) -> Float[T
     return tokens[:, model.encoder.num_prefix_tokens :].mean(dim=1)
 
 
-def _centred(features: Float[Tensor, "b d"]) -> Float[Tensor, "b d"]:
-    return features - features.mean(dim=0)
-
-
 def _layer_measure(name: str, output: Tensor, num_heads: int) -> Iterator[tuple[str, float]]:
     if fnmatch.fnmatch(name, _SPARSE_CODES):
         yield "zero_fraction", float(zero_fraction(output))
     else:
         projections = output.unflatten(-1, (num_heads, -1)).transpose(1, 2)
         yield "subspace_rate", float(official_subspace_coding_rate(projections).mean())
-
-
-def _place(name: str) -> tuple[str, int]:
-    """("encoder", 3) of "encoder.blocks.3.ista"."""
-    part, _, layer, *_ = name.split(".")
-    return part, int(layer)

@@ -14,12 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crate_mae.data.decode import describe_unread
-from crate_mae.training.changes import describe_data_change
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import plain_options
 from crate_mae.training.model_state import sharding_of
 from crate_mae.training.optimizer import scaled_lr
 from crate_mae.training.preflight import MUCH_WAITING, ProbeResult
+from crate_mae.training.resume import describe_data_change
 from crate_mae.training.run_directory import RunDirectory, numbers
 from crate_mae.training.task import Task
 

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
 from crate_mae.errors import RunStopped, first_line
-from crate_mae.training.changes import describe_data_change
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.preflight import StepTooLargeError
 from crate_mae.training.progress import duration
+from crate_mae.training.resume import describe_data_change
 from crate_mae.training.run_directory import END, RunDirectory, numbers
 from crate_mae.training.task import Task
 

@@ -23,7 +23,6 @@ from crate_mae.data.files import output_path
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.terminal import open_console
-from crate_mae.training.changes import continued
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
 from crate_mae.training.model_state import asked_sharding
@@ -42,6 +41,7 @@ from crate_mae.training.processes import all_succeed, computing_threads, first_d
 from crate_mae.training.progress import Display, LastingStream, describe_plan, duration, plan_lines, plan_values
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
+from crate_mae.training.resume import continued
 from crate_mae.training.run_directory import Run, RunDirectory
 from crate_mae.training.task import Resolved, Task
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple
+from typing import Any, ClassVar, Generic
 
 import torch
 from jaxtyping import Float, Int
@@ -37,18 +37,6 @@ class Resolved(Generic[OptionsT]):
     build: Callable[[OptionsT], Task[OptionsT]]
 
 
-class Measured(NamedTuple):
-    """The results of a model on held-out images.
-
-    Attributes:
-        values: by the names of `Task.measures`; what does not apply is missing.
-        score: by which models of one run are compared, more being better; None keeps the last one.
-    """
-
-    values: dict[str, float]
-    score: float | None = None
-
-
 class Task(ABC, Generic[OptionsT]):
     """A model, and how it learns from images.
 
@@ -60,11 +48,13 @@ class Task(ABC, Generic[OptionsT]):
 
     Attributes:
         measures: columns of metrics.csv that `measure` fills, in their order.
+        score: the one by which models of a run are compared, more being better; empty keeps the last model.
         learns_labels: whether the result depends on labels.
         ema: decay of the running average of the weights; 0 keeps none.
     """
 
     measures: ClassVar[tuple[str, ...]]
+    score: ClassVar[str] = ""
     learns_labels: ClassVar[bool] = False
     ema: float = 0.0
 
@@ -102,8 +92,12 @@ class Task(ABC, Generic[OptionsT]):
         """The loss of one step: a function of (seed, step), however its images are divided among processes."""
 
     @abstractmethod
-    def measure(self, model: Any, step: int, directory: RunDirectory) -> Measured:
-        """Measure a model on all held-out images, without changing it; pictures and tables go into the folder."""
+    def measure(self, model: Any, step: int, directory: RunDirectory) -> dict[str, float]:
+        """Measure a model on all held-out images, without changing it; pictures and tables go into the folder.
+
+        Returns:
+            Values by the names of `measures`; what does not apply is missing.
+        """
 
     @abstractmethod
     def describe(self) -> dict[str, str]:
