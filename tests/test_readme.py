@@ -34,7 +34,7 @@ def test_python_runs(code, tmp_path, monkeypatch):
     Path("FOLDER").mkdir()
     for i in range(16):
         Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8)).save(f"FOLDER/{i}.png")
-    monkeypatch.setattr("crate_mae.training.resolve.DEFAULT_EPOCHS", 2)
+    monkeypatch.setattr("crate_mae.training.options.PretrainOptions.usual_epochs", 2)
     namespace = {"images": torch.randn(2, 3, 8, 8)}
     exec(code.replace('"crate_mae_base_patch16_224"', '"crate_mae_nano_patch2_8"'), namespace)
     assert namespace["output"].prediction.shape == (2, 16, 12)

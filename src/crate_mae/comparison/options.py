@@ -19,7 +19,6 @@ from crate_mae.training.options import (
     SHARE,
     TO_1024,
     Data,
-    Mistake,
     Mistakes,
     Pixels,
     PretrainOptions,
@@ -151,7 +150,7 @@ class CompareOptions:
         mistakes = Mistakes()
         if len(self.models) < 2:
             named = f"only {self.models[0]}" if self.models else "none"
-            mistakes.append(Mistake(f"A comparison needs at least two models, but {named} was named."))
+            mistakes.append(f"A comparison needs at least two models, but {named} was named.")
         seen: list[tuple[str, dict[str, Any]]] = []
         for model in self.models:
             with mistakes.collected():

@@ -28,7 +28,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors.torch import save_file
@@ -121,23 +120,12 @@ class TrainState:
             self.skipped_in_a_row += 1
 
 
-@dataclass(frozen=True)
-class Snapshot:
-    """Weights and optimizer state at one step.
-
-    Attributes:
-        files: the tensors that this process writes, by file. Of whole models the first process writes all.
-        groups: of the optimizer's parameters.
-        holders: of a sharded model: which process writes which tensor, by file; else None.
-    """
-
-    files: dict[str, dict[str, Tensor]]
-    groups: list[Any]
-    holders: dict[str, dict[str, int]] | None = None
+# Tensors by file, and the groups of the optimizer's parameters. A process writes all tensors or, sharded, its share.
+Snapshot = tuple[dict[str, dict[str, Any]], list[Any]]
 
 
 def gather(model_state: ModelState) -> Snapshot:
-    """Collect the content of a checkpoint, of a plain or a distributed model. All processes must call this together."""
+    """Collect weights and optimizer state at one step. All processes must call this together."""
     options = _options(model_state)
     # An optimizer that has not stepped yet has no state; torch would invent one, by a step with zero gradients.
     states: dict[str, Any] = {}
@@ -153,22 +141,7 @@ def gather(model_state: ModelState) -> Snapshot:
         for parameter, values in states.get("state", {}).items()
         for key, value in values.items()
     }
-    snapshot = Snapshot(files, states.get("param_groups", []))
-    return partition(snapshot) if model_state.is_sharded else snapshot
-
-
-def partition(snapshot: Snapshot) -> Snapshot:
-    """Give each process its share of the tensors, each of them whole. All processes must call this together."""
-    rank, processes = dist.get_rank(), dist.get_world_size()
-    holders = {file: assign_tensors(tensors, processes) for file, tensors in snapshot.files.items()}
-    files: dict[str, dict[str, Tensor]] = {}
-    for file, tensors in snapshot.files.items():
-        files[file] = {}
-        for name, tensor in tensors.items():
-            whole = whole_tensor(tensor)
-            if holders[file][name] == rank:
-                files[file][name] = whole.cpu().contiguous()
-    return Snapshot(files, snapshot.groups, holders)
+    return files, states.get("param_groups", [])
 
 
 def write(checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainState) -> Path:
@@ -176,12 +149,12 @@ def write(checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainSta
 
     All others are removed, except the best and the one that was last before.
     """
-    folder = checkpoints / f"step-{state.step}"
+    folder, (files, groups) = checkpoints / f"step-{state.step}", snapshot
     with whole_folder(folder) as temporary:
         save_config(config, temporary)
-        for file, tensors in snapshot.files.items():
+        for file, tensors in files.items():
             _write_tensors(tensors, temporary / file)
-        _write_state(temporary, snapshot, state)
+        _write_state(temporary, groups, state)
         _copy_tables(checkpoints.parent, temporary)
         write_digests(temporary, [path.name for path in temporary.iterdir()])
     _name_last(folder, state)
@@ -196,9 +169,10 @@ def write_parts(
     Raises:
         UserError: if one of them cannot, or not into the same folder; then nothing is left of the checkpoint.
     """
-    folder = checkpoints / f"step-{state.step}"
-    holders, processes = snapshot.holders, accelerator.num_processes
-    assert holders is not None, "the snapshot is of a sharded model"
+    folder, (files, groups) = checkpoints / f"step-{state.step}", snapshot
+    rank, processes = accelerator.process_index, accelerator.num_processes
+    holders = {file: assign_tensors(tensors, processes) for file, tensors in files.items()}
+    own = {file: _own_tensors(tensors, holders[file], rank) for file, tensors in files.items()}
     digests: dict[str, str] = {}
     with ExitStack() as stack:
 
@@ -210,8 +184,8 @@ def write_parts(
         def write_part() -> None:
             if not (temporary / CONFIG_FILE).is_file():
                 raise UserError(f"{checkpoints} is not the same folder on all machines: give an --out that they share.")
-            for file, tensors in snapshot.files.items():
-                path = part_file(temporary / file, accelerator.process_index, processes)
+            for file, tensors in own.items():
+                path = part_file(temporary / file, rank, processes)
                 _write_tensors(tensors, path)
                 flush_to_disk(path)
                 digests[path.name] = file_digest(path)
@@ -219,7 +193,7 @@ def write_parts(
         def complete() -> None:
             for file, holder in holders.items():
                 write_index(temporary / file, holder, processes)
-            _write_state(temporary, snapshot, state)
+            _write_state(temporary, groups, state)
             _copy_tables(checkpoints.parent, temporary)
             write_digests(temporary, [path.name for path in temporary.iterdir()], known=known)
             stack.close()  # the folder takes its name
@@ -231,13 +205,23 @@ def write_parts(
         first_decides(accelerator, complete)
 
 
+def _own_tensors(tensors: Mapping[str, Tensor], holder: Mapping[str, int], rank: int) -> dict[str, Tensor]:
+    """The tensors that a process holds in a checkpoint, each of them whole. All processes must call this together."""
+    own = {}
+    for name, tensor in tensors.items():
+        whole = whole_tensor(tensor)
+        if holder[name] == rank:
+            own[name] = whole.cpu().contiguous()
+    return own
+
+
 def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
     shutil.copymode(path.with_name(CONFIG_FILE), path)  # safetensors makes files that only their owner can read
 
 
-def _write_state(folder: Path, snapshot: Snapshot, state: TrainState) -> None:
-    content = {"schema": SCHEMA, **dataclasses.asdict(state), "parameter_groups": snapshot.groups}
+def _write_state(folder: Path, groups: list[Any], state: TrainState) -> None:
+    content = {"schema": SCHEMA, **dataclasses.asdict(state), "parameter_groups": groups}
     (folder / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
@@ -315,19 +299,6 @@ def read_state(path: Path) -> tuple[TrainState, list[Any]]:
         raise UserError(f"{path} is damaged, so the run cannot continue from there: {error}.") from error
 
 
-def last_good(run: Path) -> Path | None:
-    """The newest checkpoint of a run that is whole and whose weights are finite."""
-    for folder in list_checkpoints(run):
-        if damage_of_checkpoint(folder) is None and _is_finite(folder):
-            return folder
-    return None
-
-
-def _is_finite(folder: Path) -> bool:
-    files = [folder / file for file in (WEIGHTS_FILE, TRAINED_FILE) if has_tensors(folder / file)]
-    return all(_all_finite(tensor) for file in files for _, tensor in stream_tensors(file))
-
-
 def _all_finite(tensor: Tensor) -> bool:
     return bool(tensor.isfinite().all())
 
@@ -339,12 +310,19 @@ def diverged(run: Path, what: str) -> DivergedError:
         run: its folder.
         what: was not finite, and when: the first sentence.
     """
-    good = last_good(run)
+    whole = (folder for folder in list_checkpoints(run) if damage_of_checkpoint(folder) is None)
+    good = next(filter(_is_finite, whole), "none: the run had only begun")
     return DivergedError(
         f"{what}\n"
-        f"The last good checkpoint is {good or 'none: the run had only begun'}.\n"
+        f"The last good checkpoint is {good}.\n"
         "Start a new run with a lower --lr, a longer --warmup-epochs, or --precision float32."
     )
+
+
+def _is_finite(folder: Path) -> bool:
+    """Whether all weights of a checkpoint are finite."""
+    files = [folder / file for file in (WEIGHTS_FILE, TRAINED_FILE) if has_tensors(folder / file)]
+    return all(_all_finite(tensor) for file in files for _, tensor in stream_tensors(file))
 
 
 def assign_tensors(tensors: Mapping[str, Tensor], processes: int) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -39,31 +38,6 @@ _VALIDATED_AT_ONCE = 64
 _TOP = 5
 
 
-@dataclass(frozen=True)
-class Initialisation:
-    """The encoder that fine-tuning begins with.
-
-    Attributes:
-        config: of the autoencoder that it comes from.
-        weights: of the encoder; None for a random initialisation.
-        image_size: to change the encoder to: its positions are interpolated.
-    """
-
-    config: ModelConfig
-    weights: dict[str, Tensor] | None
-    image_size: tuple[int, int]
-
-    def build(self, classes: tuple[str, ...], pooling: Any) -> Classifier:
-        """A classifier with this encoder and a head that is initialised at random."""
-        encoder = build(self.config).encoder
-        if self.weights is not None:
-            encoder.load_state_dict(self.weights)
-        if self.image_size != self.config.image_size:
-            encoder.set_input_size(img_size=self.image_size)
-        config = self.config.replace(image_size=self.image_size)
-        return Classifier(encoder, ClassifierConfig(encoder=config, classes=classes, pooling=pooling))
-
-
 @final
 class Finetuning(Task[FinetuneOptions]):
     """Learns classes; measured on all validation images, by the averaged weights where an average is kept.
@@ -71,7 +45,9 @@ class Finetuning(Task[FinetuneOptions]):
     Args:
         config: of the run.
         images: to train on and to validate on, with labels that mean the same.
-        initialisation: the encoder to begin with.
+        model: the autoencoder whose encoder to begin with. If it takes images of another size than the run, positions
+            are interpolated.
+        weights: of the encoder; None for a random initialisation.
 
     Raises:
         UserError: if the validation images cannot be read.
@@ -81,11 +57,23 @@ class Finetuning(Task[FinetuneOptions]):
     score: ClassVar[str] = "val_accuracy"
     learns_labels: ClassVar[bool] = True
 
-    def __init__(self, config: FinetuneOptions, images: RunImages, initialisation: Initialisation) -> None:
+    def __init__(
+        self,
+        config: FinetuneOptions,
+        images: RunImages,
+        model: ModelConfig,
+        weights: Mapping[str, Tensor] | None = None,
+    ) -> None:
         assert images.train.classes is not None, "labelled images have classes"
         classes = tuple(images.train.classes)
-        model = initialisation.build(classes, config.pooling)
-        self.model_config = model.config
+        encoder = build(model).encoder
+        if weights is not None:
+            encoder.load_state_dict(weights)
+        if config.image_size != model.image_size:
+            encoder.set_input_size(img_size=config.image_size)
+        resized = model.replace(image_size=config.image_size)
+        self.model_config = ClassifierConfig(encoder=resized, classes=classes, pooling=config.pooling)
+        classifier = Classifier(encoder, self.model_config)
         self.ema = config.ema
         self.mixing = Mixing(
             config.mixup,
@@ -95,7 +83,7 @@ class Finetuning(Task[FinetuneOptions]):
             seed=config.seed,
         )
         self.validation, bad = self._readable(images.held_out, config)
-        super().__init__(config, images, model=model, bad_held_out=bad)
+        super().__init__(config, images, model=classifier, bad_held_out=bad)
 
     def transform(self) -> Preparation:
         """Random crops and flips, then RandAugment."""

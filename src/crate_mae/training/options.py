@@ -9,7 +9,7 @@ import inspect
 import math
 import textwrap
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,11 +130,15 @@ class RunOptions:
 
     Attributes:
         command: the command, and the function of `crate_mae`, that takes these options.
+        usual_epochs: length of a run by default.
+        usual_warmup: the share of a run that warms up by default.
         origins: no option, but where those come from that are not at their defaults, or were given with these; see
             `origin`. None where it is not known.
     """
 
     command: ClassVar[str]
+    usual_epochs: ClassVar[int]
+    usual_warmup: ClassVar[float]
 
     out: Path | str = field(**_described("The folder of the run.", saved=False))
     epochs: int = option(
@@ -255,6 +259,8 @@ class PretrainOptions(RunOptions):
     """The options of `crate_mae.pretrain`."""
 
     command: ClassVar[str] = "pretrain"
+    usual_epochs: ClassVar[int] = 100
+    usual_warmup: ClassVar[float] = 0.05
 
     data: Data = field(
         kw_only=False,
@@ -299,6 +305,8 @@ class FinetuneOptions(RunOptions):
     """The options of `crate_mae.finetune`."""
 
     command: ClassVar[str] = "finetune"
+    usual_epochs: ClassVar[int] = 50
+    usual_warmup: ClassVar[float] = 0.1
 
     model: str | Path = field(
         kw_only=False,
@@ -390,20 +398,16 @@ def option_name(key: str) -> str:
     return f"--{key.replace('_', '-')}"
 
 
-class Mistake(NamedTuple):
-    """What is wrong with the options.
+class Mistakes(list[str]):
+    """Sentences about the mistakes found so far, to be reported together.
 
     Attributes:
-        message: a sentence for the user.
-        option: the name of the option that is wrong by itself, if it is one.
+        options: that are wrong by themselves.
     """
 
-    message: str
-    option: str = ""
-
-
-class Mistakes(list[Mistake]):
-    """The mistakes found so far, to be reported together."""
+    def __init__(self) -> None:
+        super().__init__()
+        self.options: set[str] = set()
 
     @contextmanager
     def collected(self) -> Iterator[None]:
@@ -411,16 +415,16 @@ class Mistakes(list[Mistake]):
         try:
             yield
         except UserError as error:
-            self.append(Mistake(str(error)))
+            self.append(str(error))
 
     def concern(self, *options: str) -> bool:
         """Whether one of these options is wrong by itself."""
-        return any(mistake.option in options for mistake in self)
+        return not self.options.isdisjoint(options)
 
     def raise_if_any(self) -> None:
         """Raise one `UserError` with all messages."""
         if self:
-            raise UserError("\n".join(dict.fromkeys(mistake.message for mistake in self)))
+            raise UserError("\n".join(dict.fromkeys(self)))
 
 
 def check(options: RunOptions) -> Mistakes:
@@ -428,7 +432,7 @@ def check(options: RunOptions) -> Mistakes:
     mistakes = check_ranges(options)
     lengths = [option_name(name) for name in LENGTHS if getattr(options, name) is not None]
     if len(lengths) > 1:
-        mistakes.append(Mistake(f"{' and '.join(lengths)} both set the length of the run: give one of them."))
+        mistakes.append(f"{' and '.join(lengths)} both set the length of the run: give one of them.")
     return mistakes
 
 
@@ -438,7 +442,8 @@ def check_ranges(options: Any) -> Mistakes:
     for item in dataclasses.fields(options):
         name, value = item.name, getattr(options, item.name)
         if value is not None and (wrong := _mistake(value, item.type, item.metadata["numbers"])):
-            mistakes.append(Mistake(f"{option_name(name)}{origin(options, name)} is {wrong}.", name))
+            mistakes.append(f"{option_name(name)}{origin(options, name)} is {wrong}.")
+            mistakes.options.add(name)
     return mistakes
 
 
@@ -501,8 +506,12 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
 
     def decorate(function: Callable[[T], R]) -> Callable[P, R]:
         def command(*args: P.args, **kwargs: P.kwargs) -> R:
-            given = signature.bind(*args, **kwargs)  # which names this function, and not the dataclass, in its error
-            return function(_with_origins(kind(*args, **kwargs), given.arguments))
+            names = signature.bind(*args, **kwargs).arguments  # names this function, not the dataclass, in its error
+            options: Any = kind(*args, **kwargs)
+            if isinstance(options, RunOptions):  # which know what was given; None stands for what was not
+                given = {name: GIVEN for name in names if getattr(options, name) is not None}
+                options = dataclasses.replace(options, origins=given)
+            return function(options)
 
         annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
         result = function.__annotations__["return"]
@@ -514,14 +523,6 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
         return command
 
     return decorate
-
-
-def _with_origins(options: Any, names: Iterable[str]) -> Any:
-    """Options that know which of them were given; None stands for an option that was not."""
-    if not isinstance(options, RunOptions):
-        return options
-    given = {name: GIVEN for name in names if getattr(options, name) is not None}
-    return dataclasses.replace(options, origins=given)
 
 
 def _signature(kind: Any) -> inspect.Signature:

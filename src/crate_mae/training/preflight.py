@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import FullyShardedDataParallelPlugin
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -248,12 +247,11 @@ def probe(task: Task, micro_batch: int, accelerator: Accelerator) -> ProbeResult
     """
     first = partial(first_decides, accelerator)
     precision, reason = first(lambda: _choose_precision(task.config.precision, accelerator.device))
-    settings = sharding_of(accelerator)
 
     def measure() -> ProbeResult:
-        return _measured(task, micro_batch, _Stepper(accelerator, settings), precision, reason)
+        return _measured(task, micro_batch, accelerator, precision, reason)
 
-    if settings is None:
+    if sharding_of(accelerator) is None:
         return first(measure)
     found = measure()
     return first(lambda: found)
@@ -274,27 +272,6 @@ def _choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     if asked == "bfloat16" and device.type == "cuda" and not has_bfloat16:
         raise UserError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: give --precision float32.")
     return asked, ""
-
-
-class _Stepper(NamedTuple):
-    """How to time steps: by this process alone, or of a sharded model by all processes together."""
-
-    accelerator: Accelerator
-    settings: FullyShardedDataParallelPlugin | None
-
-    def place(self, model: Any) -> Any:
-        """Move a model to where it is trained."""
-        if self.settings is None:
-            return model.to(self.accelerator.device)
-        shard(model, self.accelerator, self.settings)
-        return model
-
-    def agree(self, seconds: float) -> float:
-        """Average a time over all processes, which must take the same decisions."""
-        if self.settings is None:
-            return seconds
-        mine = torch.tensor(seconds, device=self.accelerator.device)
-        return float(cast(torch.Tensor, self.accelerator.reduce(mine, "mean")))
 
 
 def loading_seconds(source: ImageSource, transform: Preparation) -> float:
@@ -333,30 +310,37 @@ def _reduced_loading(task: Task) -> tuple[int, float] | None:
     return (size, statistics.median(times)) if times else None
 
 
-def _measured(task: Task, micro_batch: int, stepper: _Stepper, precision: str, reason: str) -> ProbeResult:
-    device = stepper.accelerator.device
+def _measured(task: Task, micro_batch: int, accelerator: Accelerator, precision: str, reason: str) -> ProbeResult:
+    device = accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if precision != "auto":
-            seconds, full_size = _seconds_per_step(task, micro_batch, precision, stepper)
+            seconds, full_size = _seconds_per_step(task, micro_batch, precision, accelerator)
         else:
-            slow, full_size = _seconds_per_step(task, micro_batch, "float32", stepper)
-            fast, _ = _seconds_per_step(task, micro_batch, "bfloat16", stepper)
+            slow, full_size = _seconds_per_step(task, micro_batch, "float32", accelerator)
+            fast, _ = _seconds_per_step(task, micro_batch, "bfloat16", accelerator)
             precision = "bfloat16" if slow / fast > WORTHWHILE else "float32"
             reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
             seconds = min(slow, fast) if precision == "bfloat16" else slow
     loading = loading_seconds(task.images.train, task.transform())
     memory = peak_on(device) if full_size else None
     found = ProbeResult(cast(Precision, precision), reason, seconds, loading, memory)
-    if task.images.train.check_command and found.waiting(task.config, stepper.accelerator.num_processes) > MUCH_WAITING:
+    if task.images.train.check_command and found.waiting(task.config, accelerator.num_processes) > MUCH_WAITING:
         found = found._replace(reduced=_reduced_loading(task))
     return found
 
 
-def _seconds_per_step(task: Task, micro_batch: int, precision: str, stepper: _Stepper) -> tuple[float, bool]:
-    """Seconds for a step, and whether it was measured with the whole micro-batch."""
-    device, trial = stepper.accelerator.device, copy.deepcopy(task.model)
+def _seconds_per_step(task: Task, micro_batch: int, precision: str, accelerator: Accelerator) -> tuple[float, bool]:
+    """Seconds for a step, and whether it was measured with the whole micro-batch.
+
+    This process measures alone, or of a sharded model all processes together.
+    """
+    device, settings = accelerator.device, sharding_of(accelerator)
+    trial = copy.deepcopy(task.model).train()
     trial.set_grad_checkpointing(task.config.grad_checkpointing)
-    trial = stepper.place(trial).train()
+    if settings is None:
+        trial.to(device)
+    else:
+        shard(trial, accelerator, settings)
     optimizer, step_loss = task.optimizer(trial), task.step_loss(0)
 
     def step(num_images: int) -> float:
@@ -369,7 +353,11 @@ def _seconds_per_step(task: Task, micro_batch: int, precision: str, stepper: _St
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for the device
-        return stepper.agree(time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        if settings is None:
+            return seconds
+        mine = torch.tensor(seconds, device=device)  # all processes must take the same decisions
+        return float(cast(torch.Tensor, accelerator.reduce(mine, "mean")))
 
     few = min(_FEW_TIMED_IMAGES, micro_batch)
     step(few)  # warms up

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from math import ceil, isfinite
 from signal import Signals
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
@@ -160,14 +160,14 @@ def _progress(task: Task, directory: RunDirectory, rows: Sequence[Row], end: str
     if not rows:
         return "Nothing has been measured yet."
     config = task.config
-    step, speeds = int(rows[-1]["step"] or 0), curve(rows, "images_per_second").values[-_RECENT_ROWS:]
+    step, speeds = int(rows[-1]["step"] or 0), curve(rows, "images_per_second")[1][-_RECENT_ROWS:]
     text = f"Finished: {step:,} steps." if directory.is_finished else f"Step {step:,} of {config.steps:,}."
     if end:
         text += f" The run is not going on: {end}"
     elif speeds and not directory.is_finished and (speed := statistics.median(speeds)) > 0:
         seconds = (config.steps - step) * config.batch_size / speed
         text += f" At {speed:,.0f} images per second, {duration(seconds)} are left."
-    if curve(rows, task.measures[0]).steps:
+    if curve(rows, task.measures[0])[0]:
         text += " " + task.describe_result(rows)
     return text
 
@@ -180,42 +180,24 @@ def _environment(directory: RunDirectory) -> str:
     return f"Python {found['python']}, {', '.join(packages)}; {found['system']}, {found['cpus']} CPUs{gpus}."
 
 
-class _Line(NamedTuple):
-    """A column of metrics.csv, its name in the legend, and whether it is measured on held-out images."""
-
-    key: str
-    label: str
-    is_held_out: bool = True
-
-
-class Points(NamedTuple):
-    """Steps at which something was measured, and its values."""
-
-    steps: list[float]
-    values: list[float]
-
-
-_PANELS = {
-    "loss": (
-        _Line("loss", "training", is_held_out=False),
-        _Line("held_out_loss", "held-out images"),
-        _Line("val_loss", "validation images"),
-    ),
-    "k-NN accuracy": (_Line("knn_accuracy", ""),),
-    "effective rank of features": (_Line("feature_rank", ""),),
-    "mean cosine between images": (_Line("feature_cosine", ""),),
-    "accuracy on validation images": (_Line("val_accuracy", "top 1"), _Line("val_accuracy_top5", "top 5")),
-    "learning rate": (_Line("lr", "", is_held_out=False),),
-    "images per second": (_Line("images_per_second", "", is_held_out=False),),
+_PANELS = {  # the columns of metrics.csv in each panel, by its title, with their names in the legend
+    "loss": {"loss": "training", "held_out_loss": "held-out images", "val_loss": "validation images"},
+    "k-NN accuracy": {"knn_accuracy": ""},
+    "effective rank of features": {"feature_rank": ""},
+    "mean cosine between images": {"feature_cosine": ""},
+    "accuracy on validation images": {"val_accuracy": "top 1", "val_accuracy_top5": "top 5"},
+    "learning rate": {"lr": ""},
+    "images per second": {"images_per_second": ""},
 }
+_OF_TRAINING = ("loss", "lr", "images_per_second")  # and not of held-out images: these are grey
 _SIGNALS = {"subspace_rate": "subspace rate R$^c$ (nats)", "zero_fraction": "exact zeros in the code (share)"}
 
 
-def curve(rows: Sequence[Row], key: str) -> Points:
-    """One column of metrics.csv, where it has finite numbers."""
+def curve(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
+    """One column of metrics.csv, where it has finite numbers: steps and values."""
     points = [(row["step"], row.get(key)) for row in rows]
     found = [(step, value) for step, value in points if step is not None and value is not None and isfinite(value)]
-    return Points([step for step, _ in found], [value for _, value in found])
+    return [step for step, _ in found], [value for _, value in found]
 
 
 def draw_learning(rows: Sequence[Row]) -> Figure:
@@ -228,10 +210,10 @@ def draw_learning(rows: Sequence[Row]) -> Figure:
 
     panels = []
     for title, columns in _PANELS.items():
-        measured = [column for column in columns if curve(rows, column.key).steps]
+        measured = {key: curve(rows, key) for key in columns if curve(rows, key)[0]}
         lines = [
-            Line(column.label, *curve(rows, column.key), number=number if column.is_held_out else None)
-            for number, column in enumerate(measured)
+            Line(columns[key], *points, number=None if key in _OF_TRAINING else number)
+            for number, (key, points) in enumerate(measured.items())
         ]
         if lines:
             panels.append(Panel(lines, xlabel="step", ylabel=title, scale="from zero"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,13 +17,12 @@ from crate_mae.models.masking import check_mask_ratio
 from crate_mae.models.presets import list_bundled, list_models, preset
 from crate_mae.models.transfer import resized_config
 from crate_mae.models.weights import is_untrained, load, load_autoencoder, read_config
-from crate_mae.training.finetuning import Finetuning, Initialisation
+from crate_mae.training.finetuning import Finetuning
 from crate_mae.training.images import open_images, open_labelled
 from crate_mae.training.logbook import choose_trackers
 from crate_mae.training.options import (
     LARGEST,
     FinetuneOptions,
-    Mistake,
     Mistakes,
     OptionsT,
     PretrainOptions,
@@ -38,11 +36,7 @@ from crate_mae.training.processes import processes_here
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Resolved
 
-DEFAULT_EPOCHS = 100
-WARMUP_SHARE = 0.05
-FINETUNE_EPOCHS = 50
 UNKNOWN_STEPS = 10**6  # of a run whose length in minutes is not fitted to its speed yet
-FINETUNE_WARMUP_SHARE = 0.1
 _MODEL_OPTIONS = ("image_size", "in_chans", "mean", "std", "mask_tokens", "norm_pix_loss", "drop_path")
 _CONVERTIBLE = (1, 3)  # numbers of channels
 
@@ -83,22 +77,14 @@ def resolve_pretraining(
     settings = {key.replace("-", "_"): value for key, value in (options.model_settings or {}).items()}
     options, mistakes = _checked(replace(options, model_settings=settings))
     if (options.mean is None) != (options.std is None):
-        mistakes.append(Mistake("--mean and --std belong together: give both or neither."))
-    images = model = start = None
+        mistakes.append("--mean and --std belong together: give both or neither.")
+    images = model = weights = None
     with mistakes.collected():
         record = RunDirectory(Path(options.out)).held_out()
         images = open_images(options.data, options.val, record, data_changed=data_changed)
-        options = with_length(
-            options,
-            len(images.train),
-            processes,
-            mistakes,
-            epochs=DEFAULT_EPOCHS,
-            warmup=WARMUP_SHARE,
-            has_begun=newest is not None,
-        )
+        options = with_length(options, len(images.train), processes, mistakes, has_begun=newest is not None)
     with mistakes.collected():
-        start = _start(options, newest)
+        start, weights = _start(options, newest)
         model = _pretraining_model(options, start, images.train if images and not mistakes else None)
         if not mistakes.concern("mask_ratio"):
             check_mask_ratio(options.mask_ratio, math.prod(model.grid_size))
@@ -122,7 +108,6 @@ def resolve_pretraining(
         monitor_steps=options.monitor_steps
         or max(options.steps // 20, min(len(images.train) // options.batch_size, 100)),
     )
-    weights = None if start is None else start.weights
     return Resolved(config, lambda config: Pretraining(config, images, model, weights))
 
 
@@ -138,35 +123,27 @@ def resolve_finetuning(options: FinetuneOptions, processes: int, newest: Path | 
         UserError: with all mistakes.
     """
     options, mistakes = _checked(options)
-    images = start = None
+    images = model = weights = size = None
     with mistakes.collected():
         share = 1.0 if mistakes else options.labels
         images = open_labelled(options.train, options.val, share, options.seed)
-        options = with_length(
-            options,
-            len(images.train),
-            processes,
-            mistakes,
-            epochs=FINETUNE_EPOCHS,
-            warmup=FINETUNE_WARMUP_SHARE,
-            has_begun=newest is not None,
-        )
+        options = with_length(options, len(images.train), processes, mistakes, has_begun=newest is not None)
     with mistakes.collected():
-        start = _initialisation(options, images.train if images else None, newest)
+        model, weights, size = _initialisation(options, images.train if images else None, newest)
     mistakes.raise_if_any()
-    assert images is not None and start is not None
+    assert images is not None and model is not None
 
     config = replace(
         with_machine(options, processes),
         train=images.train_name,
         val=images.held_out_name,
         model=_full_model_name(options.model),
-        image_size=start.image_size,
+        image_size=size,
         lr=options.lr or default_finetune_lr(options.batch_size),
         monitor_steps=options.monitor_steps
         or _steps_between_validations(options.batch_size, images.train, images.held_out),
     )
-    return Resolved(config, lambda config: Finetuning(config, images, start))
+    return Resolved(config, lambda config: Finetuning(config, images, model, weights))
 
 
 def default_base_lr(model: ModelConfig, batch_size: int) -> float:
@@ -222,14 +199,7 @@ def default_batch_size(images: int, share: int) -> int:
 
 
 def with_length(
-    options: OptionsT,
-    images: int,
-    processes: int,
-    mistakes: Mistakes,
-    *,
-    epochs: int,
-    warmup: float,
-    has_begun: bool = False,
+    options: OptionsT, images: int, processes: int, mistakes: Mistakes, *, has_begun: bool = False
 ) -> OptionsT:
     """Fill in batch size, number of steps and warm-up.
 
@@ -238,8 +208,6 @@ def with_length(
         images: training images.
         processes: training processes.
         mistakes: to add to; with any, the options stay as they are.
-        epochs: length by default.
-        warmup: share of the run that warms up by default.
         has_begun: whether the length of the warm-up has been checked, perhaps with epochs of another length.
     """
     if mistakes.concern("batch_size", "accumulation"):
@@ -248,25 +216,23 @@ def with_length(
     share = options.accumulation * processes * inseparable
     batch = options.batch_size or default_batch_size(images, share)
     if wrong := _batch_mistake(options, batch, images, processes, inseparable):
-        mistakes.append(Mistake(wrong))
+        mistakes.append(wrong)
     if mistakes:
         return options
     steps_per_epoch = images // batch
-    steps = options.steps or steps_per_epoch * (options.epochs or epochs)
+    steps = options.steps or steps_per_epoch * (options.epochs or options.usual_epochs)
     if options.minutes is not None:
         steps = UNKNOWN_STEPS
     warmup_epochs = options.warmup_epochs
     if warmup_epochs is None:
-        warmup_epochs = round(warmup * steps / steps_per_epoch, 4)
+        warmup_epochs = round(options.usual_warmup * steps / steps_per_epoch, 4)
     if not has_begun and round(warmup_epochs * steps_per_epoch) >= steps:
         mistakes.append(
-            Mistake(
-                f"--warmup-epochs {warmup_epochs:g}{origin(options, 'warmup_epochs')} is as long as the whole run of "
-                f"{steps / steps_per_epoch:g} epochs: make it shorter."
-            )
+            f"--warmup-epochs {warmup_epochs:g}{origin(options, 'warmup_epochs')} is as long as the whole run of "
+            f"{steps / steps_per_epoch:g} epochs: make it shorter."
         )
     if steps * options.accumulation > LARGEST:
-        mistakes.append(Mistake(f"A run of {steps:,} steps is longer than can be counted: make it shorter."))
+        mistakes.append(f"A run of {steps:,} steps is longer than can be counted: make it shorter.")
     log_steps = options.log_steps or max(1, min(50, steps // 200))
     return replace(
         options, batch_size=batch, epochs=None, steps=steps, warmup_epochs=warmup_epochs, log_steps=log_steps
@@ -307,21 +273,16 @@ def with_machine(options: OptionsT, processes: int) -> OptionsT:
     return replace(options, workers=workers, threads=threads, checkpoint_epochs=options.checkpoint_epochs or 0)
 
 
-class _Start(NamedTuple):
-    """What a run of pretraining starts from: a model's configuration, and its weights until the run has its own."""
-
-    config: ModelConfig
-    weights: dict[str, Tensor] | None
-
-
-def _start(options: PretrainOptions, newest: Path | None) -> _Start | None:
-    """The model of `--init-from`; of a run that has a checkpoint, the configuration in that."""
+def _start(
+    options: PretrainOptions, newest: Path | None
+) -> tuple[ModelConfig, dict[str, Tensor] | None] | tuple[None, None]:
+    """The model that `--init-from` names, and its weights until the run has its own: those of its newest checkpoint."""
     if options.init_from is None:
-        return None
+        return None, None
     if newest is not None:
         config = read_config(newest)
         assert isinstance(config, ModelConfig), "runs of pretraining have no classes"
-        return _Start(config, None)
+        return config, None
     if is_untrained(str(options.init_from)):
         if (config := RunDirectory(Path(options.out)).config_file).exists():
             raise UserError(
@@ -334,10 +295,10 @@ def _start(options: PretrainOptions, newest: Path | None) -> _Start | None:
             "out, or name a trained model."
         )
     model = load_autoencoder(options.init_from)
-    return _Start(model.config, model.state_dict())
+    return model.config, model.state_dict()
 
 
-def _pretraining_model(options: PretrainOptions, start: _Start | None, train: ImageSource | None) -> ModelConfig:
+def _pretraining_model(options: PretrainOptions, start: ModelConfig | None, train: ImageSource | None) -> ModelConfig:
     """The model's configuration; without images (because of other mistakes) it is only checked for mistakes."""
     if taken := [key for key in options.model_settings if key in _MODEL_OPTIONS]:
         name = option_name(taken[0].replace("in_chans", "channels"))
@@ -347,9 +308,9 @@ def _pretraining_model(options: PretrainOptions, start: _Start | None, train: Im
         facts = describe_images(train)
         channels = options.channels or facts.channels
         suggested, side = suggest_model(facts)
-    if start is not None and options.model in (None, start.config.name):
+    if start is not None and options.model in (None, start.name):
         size = options.image_size or side
-        config = resized_config(start.config, (size, size) if isinstance(size, int) else size)
+        config = resized_config(start, (size, size) if isinstance(size, int) else size)
         kept = ("mean", "std", "mask_tokens")
     else:
         config, kept = preset(options.model or suggested), ("image_size", "mean", "std", "mask_tokens")
@@ -372,8 +333,13 @@ def _with_measured_statistics(config: ModelConfig, train: ImageSource) -> ModelC
     return config.replace(mean=tuple(round(x, 4) for x in mean), std=tuple(round(x, 4) for x in std))
 
 
-def _initialisation(options: FinetuneOptions, train: ImageSource | None, newest: Path | None) -> Initialisation:
-    """The encoder to begin with; without images (because of other mistakes) it is only checked for mistakes."""
+def _initialisation(
+    options: FinetuneOptions, train: ImageSource | None, newest: Path | None
+) -> tuple[ModelConfig, dict[str, Tensor] | None, tuple[int, int]]:
+    """The model whose encoder to begin with, the encoder's weights, and the size of images to change it to.
+
+    Without images (because of other mistakes) it is only checked for mistakes.
+    """
     name, weights = str(options.model), None
     if name.startswith("timm:"):
         raise UserError(
@@ -400,7 +366,7 @@ def _initialisation(options: FinetuneOptions, train: ImageSource | None, newest:
     if weights is None:
         config = resized
     finetune_transform(resized.image_size, config.in_chans, config.mean, config.std, rand_augment=options.rand_augment)
-    return Initialisation(config, weights, resized.image_size)
+    return config, weights, resized.image_size
 
 
 def _encoder_config(config: ModelConfig | ClassifierConfig) -> ModelConfig:

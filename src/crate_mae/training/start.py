@@ -12,7 +12,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -196,20 +195,6 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
     return task, found
 
 
-class _Measured(NamedTuple):
-    """What a few measured steps say of a run of minutes.
-
-    Attributes:
-        config: of the run, with the batch that was measured.
-        seconds: that measuring took.
-        steps: that fit into the minutes.
-    """
-
-    config: RunOptions
-    seconds: float
-    steps: int
-
-
 def _fitted_to_time(options: OptionsT, resolved: Resolved, accelerator: Accelerator, started: float) -> OptionsT:
     """The options with as many steps as fit into their minutes, at the speed of a few measured ones.
 
@@ -223,14 +208,14 @@ def _fitted_to_time(options: OptionsT, resolved: Resolved, accelerator: Accelera
         batch, steps = batch // 2, 2 * steps
     if batch < config.batch_size and seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
         smaller = dataclasses.replace(resolved.config, batch_size=batch)
-        steps = measured(dataclasses.replace(resolved, config=smaller)).steps
+        _, _, steps = measured(dataclasses.replace(resolved, config=smaller))
     fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
     return dataclasses.replace(options, minutes=None, **fitted)
 
 
 def _measured(
     options: RunOptions, resolved: Resolved, *, accelerator: Accelerator, started: float, resolved_at: float
-) -> _Measured:
+) -> tuple[RunOptions, float, int]:
     """Build the task, and measure a few steps.
 
     Args:
@@ -239,6 +224,10 @@ def _measured(
         accelerator: of the run.
         started: when this process began the run.
         resolved_at: when it had resolved the options.
+
+    Returns:
+        the configuration with the batch that was measured, the seconds that measuring took, and how many steps fit
+        into the minutes.
 
     Raises:
         UserError: if no step fits into the minutes.
@@ -256,7 +245,7 @@ def _measured(
             f"--minutes {options.minutes:g}{origin(options, 'minutes')} is too short: "
             f"preparing the run takes {duration(preparation)}, and a step {per_step:.3g} s."
         )
-    return _Measured(task.config, seconds, steps)
+    return task.config, seconds, steps
 
 
 def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:
