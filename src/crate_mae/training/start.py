@@ -69,46 +69,25 @@ def start(
     out = output_path("--out", options.out)
     directory = RunDirectory(out)
     processes = _join_processes()
-    console = (
-        open_console(file=LastingStream(sys.stderr if options.json else sys.stdout))
-        if processes.is_main_process and not options.quiet
-        else None
-    )
-    display = Display(console, on_progress if processes.is_main_process else None)
+    display = _open_display(options, processes, on_progress)
     existing = directory.existing_config()
     if existing is not None:
-        _refuse_other_kind(existing, options)
-        if options.minutes is not None:
-            raise UserError(
-                f"{out} already holds a run of {existing.steps:,} steps, whose length --minutes "
-                f"{options.minutes:g}{origin(options, 'minutes')} cannot set.\n{_how_to_go_on(directory)}"
-            )
-        options = options.filled_from(existing)
+        options = _continued_by(options, existing, directory)
     reason, newest = first_decides(processes, lambda: _found_in(directory))
     resolved = resolve(options, processes.num_processes, newest, data_changed=data_changed)
     if existing is not None:
         _refuse_differences(existing, resolved.config, directory)
-    if existing is not None and directory.is_finished:
-        if reason is None:
+        if directory.is_finished and reason is None:
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
             return Run(out, existing)
-        if newest is None:
+        if directory.is_finished and newest is None:
             raise UserError(f"The finished run in {out} is damaged: {reason}.\nIt has no checkpoint to finish it from.")
-        display.warn(f"The run in {out} is finished once more: {reason}.")
+        if directory.is_finished:
+            display.warn(f"The run in {out} is finished once more: {reason}.")
 
     with computing_threads(resolved.config.threads):
         accelerator = _build_accelerator(resolved.config, processes, out)
-        step = step_of(newest) if newest else 0
-        run = partial(
-            _run,
-            newest=newest,
-            start_step=step,
-            accelerator=accelerator,
-            directory=directory,
-            display=display,
-            started=started,
-            data_changed=data_changed,
-        )
+        run = partial(_run, accelerator, directory, display, newest=newest, started=started, data_changed=data_changed)
 
         def attempt(tried: Resolved) -> Run:
             if options.minutes is None:
@@ -127,6 +106,42 @@ def start(
             raise too_large(smaller, processes.num_processes) from None
 
 
+def _open_display(options: RunOptions, processes: PartialState, on_progress: Callable[[str], object] | None) -> Display:
+    """What the first process prints; the others print nothing."""
+    if not processes.is_main_process:
+        return Display(None)
+    stream = LastingStream(sys.stderr if options.json else sys.stdout)
+    return Display(None if options.quiet else open_console(file=stream), on_progress)
+
+
+def _continued_by(options: OptionsT, existing: RunOptions, directory: RunDirectory) -> OptionsT:
+    """Options with those of the run that they continue, of the same command."""
+    if existing.command != options.command:
+        raise UserError(
+            f"{options.out} holds a run of `crate-mae {existing.command}`, not of `crate-mae {options.command}`.\n"
+            f"To continue it: crate-mae resume {options.out}. For a new run, give another --out."
+        )
+    if options.minutes is not None:
+        raise UserError(
+            f"{directory.path} already holds a run of {existing.steps:,} steps, whose length --minutes "
+            f"{options.minutes:g}{origin(options, 'minutes')} cannot set.\n{_how_to_go_on(directory)}"
+        )
+    return options.filled_from(existing)
+
+
+def _refuse_differences(existing: RunOptions, config: RunOptions, directory: RunDirectory) -> None:
+    if changed := differences(existing, config):
+        raise UserError(
+            f"{directory.path} already holds a run of {existing.steps:,} steps with other options:\n  "
+            + "\n  ".join(changed)
+            + f"\n{_how_to_go_on(directory)}"
+        )
+
+
+def _how_to_go_on(directory: RunDirectory) -> str:
+    return f"To go on with that run as it is: {directory.resume_command}. For a new run, give another --out."
+
+
 def _found_in(directory: RunDirectory) -> tuple[str | None, Path | None]:
     """Why a run is to be finished, None if it is complete; and its newest whole checkpoint."""
     reason = directory.why_unfinished() if directory.is_finished else ""
@@ -134,38 +149,37 @@ def _found_in(directory: RunDirectory) -> tuple[str | None, Path | None]:
 
 
 def _run(
-    resolved: Resolved,
-    *,
-    newest: Path | None,
-    start_step: int,
     accelerator: Accelerator,
     directory: RunDirectory,
     display: Display,
+    resolved: Resolved,
+    *,
+    newest: Path | None,
     started: float,
     data_changed: bool,
 ) -> Run:
     """Build the task, and run it to the end."""
     task, found = _build_task(resolved, accelerator)
+    start_step = step_of(newest) if newest else 0
     if newest is not None and start_step:
         task.config = continued(task, newest, data_changed=data_changed)
     plan = describe_plan(task, accelerator, found, directory, start_step)
-    run = Run(directory.path, task.config)
     if task.config.dry_run:
         if task.config.json and accelerator.is_main_process:
             sys.stdout.write(to_json(plan_values(task, accelerator, found, directory, plan), ascii_only=True) + "\n")
         display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])
-        return run
-    train(
-        task,
-        accelerator,
-        directory=directory,
-        display=display,
-        plan=plan,
-        newest=newest,
-        started=started,
-        data_changed=data_changed,
-    )
-    return run
+    else:
+        train(
+            task,
+            accelerator,
+            directory=directory,
+            display=display,
+            plan=plan,
+            newest=newest,
+            started=started,
+            data_changed=data_changed,
+        )
+    return Run(directory.path, task.config)
 
 
 def _build_accelerator(config: RunOptions, processes: PartialState, out: Path) -> Accelerator:
@@ -181,17 +195,19 @@ def _build_accelerator(config: RunOptions, processes: PartialState, out: Path) -
 
 def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, ProbeResult]:
     """Build the task with its weights, and complete its configuration with the result of the probe."""
-    config = resolved.config
+    config, processes = resolved.config, accelerator.num_processes
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
         task = resolved.build(config)
     if config.compile:
         all_succeed(accelerator, lambda: check_compiler(accelerator.device, origin(config, "compile")))
-    micro_batch = config.batch_size // (accelerator.num_processes * config.accumulation)
     with first_step():
         refuse_too_large(task, accelerator)
-        found = probe(task, micro_batch, accelerator)
-    task.config = _with_probe(config, found, task.steps_per_epoch)
+        found = probe(task, config.batch_size // (processes * config.accumulation), accelerator)
+    seconds_per_epoch = found.seconds * config.accumulation * task.steps_per_epoch
+    about_a_minute = max(1, math.ceil(_SECONDS_PER_CHECKPOINT / seconds_per_epoch))
+    epochs = config.checkpoint_epochs or min(about_a_minute, math.ceil(config.steps / task.steps_per_epoch))
+    task.config = dataclasses.replace(config, precision=found.precision, checkpoint_epochs=epochs)
     return task, found
 
 
@@ -248,27 +264,6 @@ def _measured(
     return task.config, seconds, steps
 
 
-def _refuse_other_kind(existing: RunOptions, options: RunOptions) -> None:
-    if existing.command != options.command:
-        raise UserError(
-            f"{options.out} holds a run of `crate-mae {existing.command}`, not of `crate-mae {options.command}`.\n"
-            f"To continue it: crate-mae resume {options.out}. For a new run, give another --out."
-        )
-
-
-def _refuse_differences(existing: RunOptions, config: RunOptions, directory: RunDirectory) -> None:
-    if changed := differences(existing, config):
-        raise UserError(
-            f"{directory.path} already holds a run of {existing.steps:,} steps with other options:\n  "
-            + "\n  ".join(changed)
-            + f"\n{_how_to_go_on(directory)}"
-        )
-
-
-def _how_to_go_on(directory: RunDirectory) -> str:
-    return f"To go on with that run as it is: {directory.resume_command}. For a new run, give another --out."
-
-
 def _join_processes() -> PartialState:
     """Find the other processes of a launch, if there are any.
 
@@ -292,11 +287,3 @@ def _leave(processes: PartialState) -> None:
     """
     gc.collect()
     processes.destroy_process_group()
-
-
-def _with_probe(config: RunOptions, found: ProbeResult, steps_per_epoch: int) -> RunOptions:
-    """Fill in what the probe decides."""
-    seconds_per_epoch = found.seconds * config.accumulation * steps_per_epoch
-    about_a_minute = max(1, math.ceil(_SECONDS_PER_CHECKPOINT / seconds_per_epoch))
-    epochs = config.checkpoint_epochs or min(about_a_minute, math.ceil(config.steps / steps_per_epoch))
-    return dataclasses.replace(config, precision=found.precision, checkpoint_epochs=epochs)
