@@ -27,7 +27,7 @@ def test_a_mistake_is_a_sentence_and_exit_code_2(tokens, words, crate_mae_comman
 
 
 def test_a_dry_run_shows_the_plan(crate_mae_command, tmp_path, monkeypatch):
-    monkeypatch.setattr("crate_mae.comparison.budget.step_memory", lambda *_: None)
+    monkeypatch.setattr("crate_mae.comparison.entries.step_memory", lambda *_: None)
     options = ("--batch-size", "10", "--threads", "1", "--workers", "0", "--precision", "float32", "--no-flip")
     out = tmp_path / "out"
     code, text, error = crate_mae_command(

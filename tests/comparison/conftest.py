@@ -60,7 +60,7 @@ def compared(tmp_path_factory, digits):
     """A finished comparison; tests that change it make a copy."""
     with pytest.MonkeyPatch.context() as patch:
         _set_environment(patch, tmp_path_factory.mktemp("cache"))
-        patch.setattr("crate_mae.comparison.budget.step_memory", lambda *_: MEMORY)  # measured in tests/costs
+        patch.setattr("crate_mae.comparison.entries.step_memory", lambda *_: MEMORY)  # measured in tests/costs
         return crate_mae.compare(MODELS, out=tmp_path_factory.mktemp("comparison") / "out", **OPTIONS, **digits)
 
 
@@ -70,7 +70,7 @@ def compare(monkeypatch, digits):
 
     Memory is not measured, because that starts a process for each model.
     """
-    monkeypatch.setattr("crate_mae.comparison.budget.step_memory", lambda *_: None)
+    monkeypatch.setattr("crate_mae.comparison.entries.step_memory", lambda *_: None)
 
     def run(out, *models, **options):
         return crate_mae.compare(models or MODELS, out=out, **{**OPTIONS, **digits, **options})

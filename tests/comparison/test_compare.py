@@ -11,8 +11,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from crate_mae.comparison.budget import BudgetPlan, Costs
-from crate_mae.comparison.entries import open_images, resolve_entries
+from crate_mae.comparison.entries import BudgetPlan, Costs, open_images, resolve_entries
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.comparison.report import RULE
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Trainer

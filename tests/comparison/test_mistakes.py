@@ -7,9 +7,12 @@ import shutil
 import pytest
 import torch
 
-from crate_mae.comparison.budget import Costs, next_rate, plan_budget
+from crate_mae.comparison.entries import Costs, Entry, plan_budget
 from crate_mae.comparison.options import Budget, parse_budget
+from crate_mae.comparison.runs import next_rate
 from crate_mae.errors import UserError
+from crate_mae.models.presets import preset
+from crate_mae.training.options import PretrainOptions
 
 CRATE, VIT = "crate_mae_nano_patch2_8", "vit_mae_nano_patch2_8"
 FORMS = "A budget is steps=N, minutes=N or flops=N"
@@ -157,10 +160,12 @@ def test_a_budget_is_parsed_and_formatted(text):
 )
 def test_a_budget_becomes_steps(budget, workers, steps):
     costs = costs_of(step_seconds=5.0, loading_seconds=2.0)
-    options = {"name": "x", "batch_size": 7, "workers": workers}
-    alone = plan_budget(budget, costs, first_rate=0.1, tries=1, share=0.5, **options)
+    config = PretrainOptions("images", out="", batch_size=7, workers=workers, lr=0.1)
+    entry = Entry("x", config, preset(CRATE), lambda image: image)
+    alone = plan_budget(budget, entry, costs, tries=1, share=0.5)
     assert (alone.tries, alone.search_steps, alone.final_steps) == (0, 0, steps)
-    plan = plan_budget(budget, costs, first_rate=0.1, tries=3, share=0.5, **options)
+    plan = plan_budget(budget, entry, costs, tries=3, share=0.5)
+    assert plan.first_rate == 0.1
     assert plan.search_steps == int(steps * 0.5 / 3)
     assert 3 * plan.search_steps + plan.final_steps == steps  # the search counts
 

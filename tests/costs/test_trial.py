@@ -5,8 +5,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from crate_mae.comparison.budget import seconds_in_turns
-from crate_mae.costs.trial import StepFlops, StepSettings, TrialStep, flop_counter, step_flops
+from crate_mae.comparison.entries import seconds_in_turns
+from crate_mae.costs.trial import StepSettings, TrialStep, flop_counter, step_flops
 from crate_mae.models import create_model
 from crate_mae.theory.attention import SymmetricAttention, ssa
 from crate_mae.theory.sparse_coding import ista_step
@@ -164,5 +164,5 @@ def test_operations_are_extrapolated_exactly(name, precision):
     c = config(name, depth=3, decoder_depth=4)
     s = settings(batch_size=5, precision=precision)
     step = TrialStep(c, s, CPU)
-    whole = StepFlops(step.masked_encoder_flops(), step.forward_flops(), step.training_flops())
+    whole = (step.masked_encoder_flops(), step.forward_flops(), step.training_flops())
     assert step_flops(c, s) == whole

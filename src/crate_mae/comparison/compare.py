@@ -7,8 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from crate_mae.comparison.budget import BudgetPlan, Costs, measure_costs, plan_budget
-from crate_mae.comparison.entries import Entry, Images, open_images, resolve_entries
+from crate_mae.comparison.entries import (
+    BudgetPlan,
+    Costs,
+    Entry,
+    Images,
+    measure_costs,
+    open_images,
+    plan_budget,
+    resolve_entries,
+)
 from crate_mae.comparison.figure import draw_curves, draw_scores
 from crate_mae.comparison.options import CompareOptions, parse_budget
 from crate_mae.comparison.report import RULE, csv_text, markdown, seeds_text, table_rows, verdict, write_notes
@@ -88,21 +96,11 @@ def publish(
 
 
 def _plan(options: CompareOptions, entries: Sequence[Entry], costs: Sequence[Costs]) -> list[Planned]:
-    budget = parse_budget(options.budget)
-    planned = []
-    for entry, cost in zip(entries, costs, strict=True):
-        plan = plan_budget(
-            budget,
-            cost,
-            name=entry.name,
-            batch_size=entry.config.batch_size,
-            workers=entry.config.workers,
-            first_rate=entry.config.lr,
-            tries=options.lr_search,
-            share=options.search_share,
-        )
-        planned.append(Planned(entry, cost, plan))
-    return planned
+    budget, search = parse_budget(options.budget), {"tries": options.lr_search, "share": options.search_share}
+    return [
+        Planned(entry, cost, plan_budget(budget, entry, cost, **search))
+        for entry, cost in zip(entries, costs, strict=True)
+    ]
 
 
 def _plan_content(options: dict[str, Any], planned: Sequence[Planned]) -> dict[str, Any]:

@@ -1,32 +1,21 @@
 """The figures of a comparison: scores against costs, and the held-out loss during training."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from crate_mae.comparison.results import EntryResult, spread
+from crate_mae.comparison.results import EntryResult, Spread, spread
 from crate_mae.comparison.runs import Moment
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.style import GREY, colour, encode, marker, new_figure, panels
 
+_LINEAR, _PSNR = ("linear", 100.0), ("psnr", 1.0)  # scores, and the factors to draw them with
 _LABEL_GAP = 0.06  # of the axis, between the middles of two labels
-
-
-class _Score(NamedTuple):
-    """The vertical axis: a score's name, its factor, and its title."""
-
-    name: str
-    scale: float
-    title: str
-
-
-_LINEAR = _Score("linear", 100.0, "linear probe, top-1 (%)")
-_PSNR = _Score("psnr", 1.0, "PSNR of hidden patches (dB)")
 
 
 def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: Path) -> None:
@@ -34,7 +23,10 @@ def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: 
 
     Each entry has a point with its standard deviation over seeds, and a hollow one for its random initialisation.
     """
-    score = _LINEAR if pixels else _PSNR
+    score, ylabel = (_LINEAR, "linear probe, top-1 (%)") if pixels else (_PSNR, "PSNR of hidden patches (dB)")
+    trained = [_known(spread(result.scores.values(), *score)) for result in results]
+    random = [spread(result.random.values(), *score) for result in results]
+    of_pixels = spread([pixels], *score)
     quantities: list[tuple[str, Callable[[EntryResult], float], bool]] = [
         ("minutes of training, search included", lambda r: r.minutes, False),
         ("training FLOPs, search included", lambda r: r.training_flops, False),
@@ -43,23 +35,23 @@ def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: 
     figure = new_figure(12.5, 4.4)
     (all_axes,) = panels(figure, 1, len(quantities), sharey=True)
     for axes, (title, where, is_parameters) in zip(all_axes, quantities, strict=True):
-        for number, result in enumerate(results):
+        for number, (result, own, control) in enumerate(zip(results, trained, random, strict=True)):
             at = where(result)
-            _draw_entry(axes, result, number, score, at=at, random_at=at if is_parameters else 0.0)
-        if pixels:
-            axes.axhline(score.scale * pixels[score.name], color=GREY, linestyle="--", linewidth=1.2, zorder=1)
+            _draw_entry(axes, number, own, control, at=at, random_at=at if is_parameters else 0.0)
+        if of_pixels:
+            axes.axhline(of_pixels.mean, color=GREY, linestyle="--", linewidth=1.2, zorder=1)
         axes.set_xlabel(title)
         largest = max(where(result) for result in results)
         axes.set_xlim(-0.04 * largest, 1.12 * largest)
-    all_axes[0].set_ylabel(score.title)
+    all_axes[0].set_ylabel(ylabel)
     all_axes[0].margins(y=0.12)
     all_axes[1].xaxis.set_major_formatter(EngFormatter())
     figure.draw_without_rendering()  # settles the limits, on which the places of labels depend
-    ends = [score.scale * _mean(result.scores.values(), score.name) for result in results]
     for axes, (_, where, _) in zip(all_axes, quantities, strict=True):
-        _label(axes, short_names(results), [(where(result), end) for result, end in zip(results, ends, strict=True)])
-    if pixels:
-        at = (0.5, score.scale * pixels[score.name])
+        points = [(where(result), own.mean) for result, own in zip(results, trained, strict=True)]
+        _label(axes, short_names(results), points)
+    if of_pixels:
+        at = (0.5, of_pixels.mean)
         _write(all_axes[0], "raw pixels", at, (0.0, 3.0), color=GREY, xycoords=("axes fraction", "data"), ha="center")
         figure.suptitle("filled: trained; hollow: the same network with random initialisation", fontsize=10, color=GREY)
     _save(figure, path)
@@ -103,20 +95,15 @@ def short_names(results: Sequence[EntryResult]) -> list[str]:
     ]
 
 
-def _draw_entry(axes: Any, result: EntryResult, number: int, score: _Score, *, at: float, random_at: float) -> None:
+def _draw_entry(axes: Any, number: int, trained: Spread, random: Spread | None, *, at: float, random_at: float) -> None:
     """Draw the point of an entry with an error bar, and the hollow one of its random initialisation."""
     style: dict[str, Any] = {"marker": marker(number), "color": colour(number), "markersize": 8}
-    trained, random = (spread(of.values(), score.name) for of in (result.scores, result.random))
-    assert trained is not None, "every final run was measured"
     if random is not None:
         if random_at == at:
-            y = [score.scale * random.mean, score.scale * trained.mean]
-            axes.plot([at, at], y, color=colour(number), linewidth=0.8, alpha=0.5, zorder=2)
-        error = score.scale * (random.std or 0.0)
+            axes.plot([at, at], [random.mean, trained.mean], color=colour(number), linewidth=0.8, alpha=0.5, zorder=2)
         hollow = {**style, "markerfacecolor": "white", "markeredgewidth": 1.6}
-        axes.errorbar(random_at, score.scale * random.mean, yerr=error or None, capsize=3, zorder=3, **hollow)
-    error = score.scale * (trained.std or 0.0)
-    axes.errorbar(at, score.scale * trained.mean, yerr=error or None, capsize=3, zorder=4, **style)
+        axes.errorbar(random_at, random.mean, yerr=random.std or None, capsize=3, zorder=3, **hollow)
+    axes.errorbar(at, trained.mean, yerr=trained.std or None, capsize=3, zorder=4, **style)
 
 
 def _label(axes: Any, names: Sequence[str], points: Sequence[tuple[float, float]], *, at_margin: bool = False) -> None:
@@ -140,10 +127,9 @@ def _write(axes: Any, text: str, at: tuple[float, float], offset: tuple[float, f
     axes.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=9, path_effects=halo, **style)
 
 
-def _mean(scores: Iterable[dict[str, float]], name: str) -> float:
-    found = spread(scores, name)
-    assert found is not None, "every final run was measured"
-    return found.mean
+def _known(score: Spread | None) -> Spread:
+    assert score is not None, "every final run was measured"
+    return score
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -12,7 +12,6 @@ from crate_mae.comparison.results import (
     MASK_RATIO,
     PROBES,
     SCORES,
-    Difference,
     EntryResult,
     Scores,
     Spread,
@@ -93,7 +92,8 @@ def verdict(results: Sequence[EntryResult], pixels: dict[str, float]) -> str:
     known = [f"{label} {score_text(name, score, with_range=False)}" for label, score in controls if score]
     own = [(result.name, spread(result.scores.values(), name)) for result in results]
     found = [f"{label} {score_text(name, score, with_range=False)}" for label, score in own]
-    return f"{_capitalised(_NAMES[name])}: {', '.join([*known, *found])}."
+    title = _NAMES[name]
+    return f"{title[0].upper()}{title[1:]}: {', '.join([*known, *found])}."
 
 
 def markdown(rows: Sequence[Sequence[str]], notes: Sequence[str], title: str, first: str) -> str:
@@ -188,10 +188,6 @@ def _minutes(result: EntryResult) -> str:
     return f"{search}{result.final_minutes:.2f}"
 
 
-def _capitalised(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
 def _millions(number: int) -> str:
     return f"{number / 1e6:.2f} M" if number >= 1e6 else f"{number / 1e3:.1f} k"
 
@@ -228,12 +224,12 @@ def _standing(results: Sequence[EntryResult], images: Images) -> Iterator[str]:
         for name, title in _NAMES.items():
             mine, theirs = spread(first.scores.values(), name), spread(other.scores.values(), name)
             found = difference(first.scores, other.scores, name)
-            if mine is None or theirs is None or found is None or found.mean == 0:
+            if mine is None or theirs is None or found is None or found[0] == 0:
                 continue
-            is_better = (found.mean > 0) == SCORES[name]
+            is_better = (found[0] > 0) == SCORES[name]
             text = " against ".join(score_text(name, score, with_range=False) for score in (mine, theirs))
             chance = ", may be chance" if may_be_chance(name, first.scores, other.scores, len(images.val)) else ""
-            text = f"{title} ({text}{_interval(name, found)}{chance})"
+            text = f"{title} ({text}{_interval(name, *found)}{chance})"
             (ahead if is_better else behind).append(text)
         costs = {
             "parameters": (first.costs.parameters, other.costs.parameters, False),
@@ -262,20 +258,21 @@ def may_be_chance(name: str, mine: Scores, theirs: Scores, val_images: int) -> b
     """
     found = difference(mine, theirs, name)
     assert found is not None, "both have the score"
-    squared = 0.0 if found.high is None else (found.high - found.mean) ** 2
+    mean, half = found
+    squared = (half or 0.0) ** 2
     if name in PROBES:
         shares = [spread(scores.values(), name) for scores in (mine, theirs)]
         squared += sum(_NORMAL_QUANTILE**2 * s.mean * (1 - s.mean) / val_images for s in shares if s is not None)
-    return abs(found.mean) < math.sqrt(squared)
+    return abs(mean) < math.sqrt(squared)
 
 
-def _interval(name: str, found: Difference) -> str:
+def _interval(name: str, difference: float, half: float | None) -> str:
     """A difference over several seeds, in the unit of the score."""
-    if found.low is None or found.high is None:
+    if half is None:
         return ""
     scale, digits, unit = _UNITS[name]
     unit = " points" if unit == "%" else unit
-    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (found.mean, found.low, found.high))
+    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (difference, difference - half, difference + half))
     return f": {mean}{unit}, {low} to {high}"
 
 

@@ -5,8 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crate_mae.comparison.budget import BudgetPlan, Costs
-from crate_mae.comparison.entries import NEIGHBOURS, Entry, Images, extraction
+from crate_mae.comparison.entries import NEIGHBOURS, BudgetPlan, Costs, Entry, Images, extraction
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trained
 from crate_mae.data import evaluation_transform
@@ -35,54 +34,39 @@ class Spread:
         std: sample standard deviation; None for one seed.
         low: the smallest.
         high: the largest.
-        count: seeds.
     """
 
     mean: float
     std: float | None
     low: float
     high: float
-    count: int
 
 
 Scores = Mapping[int, dict[str, float]]  # by seed
 
 
-def spread(scores: Iterable[dict[str, float]], name: str) -> Spread | None:
-    """One score over seeds; None if it was not measured."""
-    values = [of_seed[name] for of_seed in scores if name in of_seed]
+def spread(scores: Iterable[dict[str, float]], name: str, scale: float = 1.0) -> Spread | None:
+    """One score over seeds, times a scale; None if it was not measured."""
+    values = [scale * of_seed[name] for of_seed in scores if name in of_seed]
     if not values:
         return None
     std = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(statistics.fmean(values), std, min(values), max(values), len(values))
+    return Spread(statistics.fmean(values), std, min(values), max(values))
 
 
-@dataclass(frozen=True)
-class Difference:
-    """By how much one entry scores more than another, seed by seed.
-
-    Attributes:
-        mean: over the seeds that both have.
-        low: of its 95% interval, Student's t over these seeds, paired; None for one seed.
-        high: of the same.
-    """
-
-    mean: float
-    low: float | None
-    high: float | None
-
-
-def difference(mine: Scores, theirs: Scores, name: str) -> Difference | None:
-    """The paired difference of a score; None if there is no seed with which both have it.
+def difference(mine: Scores, theirs: Scores, name: str) -> tuple[float, float | None] | None:
+    """By how much one entry scores more than another, seed by seed; None if there is no seed with which both score.
 
     Runs of a seed have the images in the same order and the same masks, and their difference is without that noise.
+
+    Returns:
+        the mean over seeds, and the half width of its 95% interval, Student's t, paired; None for one seed.
     """
     seeds = [seed for seed in mine if name in mine[seed] and name in theirs.get(seed, {})]
     values = [mine[seed][name] - theirs[seed][name] for seed in seeds]
-    if len(values) < 2:
-        return Difference(values[0], None, None) if values else None
-    mean, half = statistics.fmean(values), half_width(values)
-    return Difference(mean, mean - half, mean + half)
+    if not values:
+        return None
+    return statistics.fmean(values), half_width(values) if len(values) > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,15 +12,14 @@ DIR/
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from crate_mae.comparison.budget import BudgetPlan, Costs, next_rate
-from crate_mae.comparison.entries import Entry
+from crate_mae.comparison.entries import BudgetPlan, Costs, Entry
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.data.documents import read_json, read_yaml, to_json
 from crate_mae.data.files import damage_of, path_of, refuse_used_folder, write_digests, write_whole
@@ -32,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _HEADER = "# A comparison of crate-mae. The same command, given again, continues it.\n"
 _SEARCH_SEED = 0
+_RATE_FACTOR = 3.0  # between neighbouring learning rates, as long as the best is at the edge
 
 
 class Planned(NamedTuple):
@@ -265,6 +265,32 @@ class Trainer:
             threads=c.threads,
         )
         return start(options, on_progress=lambda line: self.report(f"    {line}"))
+
+
+def next_rate(losses: Mapping[float, float], first: float) -> float:
+    """The learning rate to try next, to three digits.
+
+    It follows the loss: three times the highest rate while that is the best and finite, a third of the lowest while
+    that is the best. Once the best rate has a worse one on both sides, the next lies between it and the better of the
+    two.
+
+    Args:
+        losses: loss by learning rate, of the rates tried so far.
+        first: the first rate to try.
+    """
+    if not losses:
+        return first
+    rates = sorted(losses)
+    best = min(rates, key=lambda rate: losses[rate])
+    place = rates.index(best)
+    if place == len(rates) - 1 and math.isfinite(losses[best]):
+        rate = rates[-1] * _RATE_FACTOR
+    elif place == 0:
+        rate = rates[0] / _RATE_FACTOR
+    else:
+        neighbour = min(rates[place - 1], rates[place + 1], key=lambda rate: losses[rate])
+        rate = math.sqrt(best * neighbour)
+    return float(f"{rate:.3g}")
 
 
 def curve(run: Run) -> list[Moment]:

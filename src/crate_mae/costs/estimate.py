@@ -173,22 +173,24 @@ def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
     )
     model = build_without_memory(config)
     parameters, encoder = _numbers(model), _numbers(model.encoder)
-    flops, memory = step_flops(config, settings), memory_estimate(config, settings)
+    encoder_flops, forward_flops, training_flops = step_flops(config, settings)
+    memory = memory_estimate(config, settings)
     attention = attention_bytes(config, settings)
     cuda = memory.tensors - attention
-    copies, sharded = _more_on_copies(c, parameters), _more_on_shards(c, parameters, model)
+    copies = parameters * _FLOAT if c.devices > 1 else 0  # DDP's buffers for gradients, kept between steps
+    sharded = _more_on_shards(c, parameters, model)
     loads = (
         Load(
             state_bytes=_NUMBERS * parameters * _FLOAT,
             memory_cpu=memory.resident + copies,
             memory_cuda=cuda + copies,
-            **_times(c, flops.training, 2 * parameters * _FLOAT),
+            **_times(c, training_flops, 2 * parameters * _FLOAT),
         ),
         Load(
             state_bytes=_NUMBERS * parameters * _FLOAT // c.devices,
             memory_cpu=None,
             memory_cuda=cuda + sharded,
-            **_times(c, flops.training, 3 * parameters * _FLOAT),
+            **_times(c, training_flops, 3 * parameters * _FLOAT),
         ),
     )
     return Estimate(
@@ -199,9 +201,9 @@ def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
         encoder_parameters=encoder,
         decoder_parameters=parameters - encoder,
         fixed=sum(table.numel() for table in model.buffers()),
-        encoder_flops=flops.masked_encoder / share,
-        decoder_flops=(flops.forward - flops.masked_encoder) / share,
-        training_flops=flops.training / share,
+        encoder_flops=encoder_flops / share,
+        decoder_flops=(forward_flops - encoder_flops) / share,
+        training_flops=training_flops / share,
         activation_bytes=memory.saved,
         attention_bytes=attention,
         copies=loads[0],
@@ -228,11 +230,6 @@ def _times(c: Circumstances, flops: int, exchanged_bytes: int) -> dict[str, Any]
     compute = None if c.flops_per_s is None else flops / c.flops_per_s
     sending = None if compute is None else sync / c.link_bytes_per_s if c.link_bytes_per_s else 0.0
     return {"sync_bytes": sync, "compute_seconds": compute, "sync_seconds": sending}
-
-
-def _more_on_copies(c: Circumstances, parameters: int) -> int:
-    """Bytes that DDP adds to those of a single process: buffers for gradients, kept between steps."""
-    return parameters * _FLOAT if c.devices > 1 else 0
 
 
 def _more_on_shards(c: Circumstances, parameters: int, model: MaskedAutoencoder) -> int:

@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ def memory_estimate(config: ModelConfig, settings: StepSettings) -> StepMemory:
     if most <= _MOST_IMAGES:
         saved, permanent, tensors = _simulated(config, settings)
     else:
-        half, whole = (_simulated(config, settings.replace(batch_size=n)) for n in (_MOST_IMAGES // 2, _MOST_IMAGES))
+        half, whole = (_simulated(config, replace(settings, batch_size=n)) for n in (_MOST_IMAGES // 2, _MOST_IMAGES))
         share = most / _MOST_IMAGES
         saved, permanent, tensors = (round(b + (2 * share - 2) * (b - a)) for a, b in zip(half, whole, strict=True))
     resident = permanent + HEAP * (tensors - permanent) + LIBRARY_BYTES[settings.precision]

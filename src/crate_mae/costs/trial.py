@@ -7,7 +7,7 @@ decoder. So `step_flops` counts them for few of each, which is quick for any mod
 import dataclasses
 import time
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,10 +41,6 @@ class StepSettings:
     weight_decay: float
     clip_grad: float
     precision: str
-
-    def replace(self, **settings: Any) -> "StepSettings":
-        """A copy with other settings."""
-        return dataclasses.replace(self, **settings)
 
 
 class TrialStep:
@@ -120,26 +116,17 @@ class TrialStep:
             return self.model(self.images, mask=self.mask).loss
 
 
-class StepFlops(NamedTuple):
-    """Floating-point operations of the matrix products of one step.
+def step_flops(config: ModelConfig, settings: StepSettings) -> tuple[int, int, int]:
+    """Count the operations of a step, extrapolated from one and two layers, two and three images.
 
-    Attributes:
-        masked_encoder: of the encoder in the forward pass, with hidden patches.
-        forward: of the forward pass.
-        training: of the forward and the backward pass.
+    Returns:
+        operations of the matrix products: of the encoder in the forward pass, with hidden patches; of the whole
+        forward pass; of the forward and the backward pass.
     """
-
-    masked_encoder: int
-    forward: int
-    training: int
-
-
-def step_flops(config: ModelConfig, settings: StepSettings) -> StepFlops:
-    """Count the operations of a step, extrapolated from one and two layers, two and three images."""
 
     def count(images: int, depth: int, decoder_depth: int) -> np.ndarray:
         few_layers = config.replace(depth=depth, decoder_depth=decoder_depth)
-        step = TrialStep(few_layers, settings.replace(batch_size=images), _CPU)
+        step = TrialStep(few_layers, dataclasses.replace(settings, batch_size=images), _CPU)
         return np.array([step.masked_encoder_flops(), step.forward_flops(), step.training_flops()], dtype=np.int64)
 
     def of_all_layers(images: int) -> np.ndarray:
@@ -147,7 +134,8 @@ def step_flops(config: ModelConfig, settings: StepSettings) -> StepFlops:
         return both + (config.depth - 1) * (encoder - both) + (config.decoder_depth - 1) * (decoder - both)
 
     two = of_all_layers(2)
-    return StepFlops(*(two + (settings.batch_size - 2) * (of_all_layers(3) - two)).tolist())
+    encoder, forward, both = (two + (settings.batch_size - 2) * (of_all_layers(3) - two)).tolist()
+    return encoder, forward, both
 
 
 def flop_counter() -> FlopCounterMode:

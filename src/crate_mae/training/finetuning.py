@@ -69,9 +69,9 @@ class Finetuning(Task[FinetuneOptions]):
         encoder = build(model).encoder
         if weights is not None:
             encoder.load_state_dict(weights)
-        if config.image_size != model.image_size:
-            encoder.set_input_size(img_size=config.image_size)
         resized = model.replace(image_size=config.image_size)
+        if resized.image_size != model.image_size:
+            encoder.set_input_size(img_size=resized.image_size)
         self.model_config = ClassifierConfig(encoder=resized, classes=classes, pooling=config.pooling)
         classifier = Classifier(encoder, self.model_config)
         self.ema = config.ema
