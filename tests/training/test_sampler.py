@@ -3,11 +3,17 @@ import torch
 from torch.utils.data import DataLoader
 
 from crate_mae.training.images import StepSampler, epoch_order, micro_slices
+from crate_mae.training.options import PretrainOptions
 from crate_mae.training.randomness import Purpose, derive_seed, seed_step, step_noise
 
 
+def sampler(start_step=0, *, accumulation=1, **place):
+    config = PretrainOptions("images", out="run", batch_size=6, seed=5, steps=7, accumulation=accumulation)
+    return StepSampler(23, config, start_step, **place)
+
+
 def batches(**options):
-    return list(StepSampler(23, 6, **{"seed": 5, "start_step": 0, "total_steps": 7, **options}))
+    return list(sampler(**options))
 
 
 def test_an_epoch_shows_distinct_images_and_drops_the_last_that_fill_no_batch():
@@ -41,18 +47,9 @@ def test_slices_of_all_processes_make_up_the_batch():
 
 
 def test_a_loader_takes_the_sampler_and_never_restarts():
-    loader = DataLoader([(i, 0) for i in range(23)], batch_sampler=StepIndices(), collate_fn=list)
+    images = {(i, epoch): i for i in range(23) for epoch in range(3)}
+    loader = DataLoader(images, batch_sampler=sampler(), collate_fn=list)
     assert len(list(loader)) == len(loader) == 7
-
-
-class StepIndices(StepSampler):
-    """The keys without their epoch, for a plain list."""
-
-    def __init__(self):
-        super().__init__(23, 6, seed=5, start_step=0, total_steps=7)
-
-    def __iter__(self):
-        return ([index for index, _ in batch] for batch in super().__iter__())
 
 
 def test_seeds_differ_by_purpose_and_position_and_fit_into_63_bits():

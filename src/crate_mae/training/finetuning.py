@@ -133,13 +133,13 @@ class Finetuning(Task[FinetuneOptions]):
     def describe(self) -> dict[str, str]:
         """Describe images, model, input, augmentation and learning rates."""
         c, m = self.config, self.model_config
-        millions = sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6
         share = f" ({c.labels:.3g} of its labels)" if c.labels < 1 else ""
         height, width = m.image_size
         return {
             "images": f"{len(self.images.train):,} of {c.train}{share}; all {len(self.validation):,} of {c.val} to "
             "validate on",
-            "model": f"{c.model}, {millions:.2f} M parameters; {len(m.classes)} classes from {c.pooling} tokens",
+            "model": f"{c.model}, {self.num_parameters / 1e6:.2f} M parameters; {len(m.classes)} classes from "
+            f"{c.pooling} tokens",
             "input": f"{height} x {width} pixels, {count(m.in_chans, 'channel')}",
             "augmentation": f"crops of {c.min_crop:.0%} or more{', flips' if c.flip else ''}, "
             f"{c.rand_augment or 'no RandAugment'}, Mixup {c.mixup:g}, CutMix {c.cutmix:g}",

@@ -304,45 +304,32 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
 
     Args:
         num_images: images to train on.
-        batch_size: global batch: images per step over all processes and micro-batches.
-        seed: the run's seed.
+        config: of the run.
         start_step: first step to yield.
-        total_steps: the step before which to stop.
         rank: number of this process.
         world_size: number of processes.
-        accumulation: micro-batches per step.
     """
 
     def __init__(
-        self,
-        num_images: int,
-        batch_size: int,
-        *,
-        seed: int,
-        start_step: int,
-        total_steps: int,
-        rank: int = 0,
-        world_size: int = 1,
-        accumulation: int = 1,
+        self, num_images: int, config: RunOptions, start_step: int, *, rank: int = 0, world_size: int = 1
     ) -> None:
         self.num_images = num_images
-        self.batch_size = batch_size
-        self.seed = seed
+        self.config = config
         self.start_step = start_step
-        self.total_steps = total_steps
-        self.slices = micro_slices(batch_size, rank, world_size, accumulation)
+        self.slices = micro_slices(config.batch_size, rank, world_size, config.accumulation)
 
     def __len__(self) -> int:
-        return (self.total_steps - self.start_step) * len(self.slices)
+        return (self.config.steps - self.start_step) * len(self.slices)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        steps_per_epoch = self.num_images // self.batch_size
+        size, seed = self.config.batch_size, self.config.seed
+        steps_per_epoch = self.num_images // size
         order, order_epoch = np.empty(0, dtype=np.int64), -1
-        for step in range(self.start_step, self.total_steps):
+        for step in range(self.start_step, self.config.steps):
             epoch, position = divmod(step, steps_per_epoch)
             if epoch != order_epoch:
-                order, order_epoch = epoch_order(self.seed, epoch, self.num_images), epoch
-            batch = order[position * self.batch_size : (position + 1) * self.batch_size]
+                order, order_epoch = epoch_order(seed, epoch, self.num_images), epoch
+            batch = order[position * size : (position + 1) * size]
             for part in self.slices:
                 yield [(int(index), epoch) for index in batch[part]]
 
@@ -361,19 +348,9 @@ def training_batches(
 
     Close the generator to end the loader's processes.
     """
-    sampler = StepSampler(
-        len(source),
-        config.batch_size,
-        seed=config.seed,
-        start_step=start_step,
-        total_steps=config.steps,
-        rank=rank,
-        world_size=world_size,
-        accumulation=config.accumulation,
-    )
     loader = DataLoader(
         ImageDataset(source, transform, config.seed),
-        batch_sampler=sampler,
+        batch_sampler=StepSampler(len(source), config, start_step, rank=rank, world_size=world_size),
         collate_fn=collate,
         num_workers=config.workers,
         worker_init_fn=ignore_stop_requests,

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import LoggerType
@@ -52,25 +51,14 @@ class Logbook:
         self.images_per_second = self.data_wait = 0.0
         self._restart_clock()
 
-    def record(
-        self,
-        model_state: ModelState,
-        state: TrainState,
-        *,
-        lr: float,
-        grad_norm: float,
-        waited: float,
-        bad_images: int,
-    ) -> bool:
+    def record(self, model_state: ModelState, state: TrainState, row: dict[str, float], *, waited: float) -> bool:
         """Note one step: its speed always, a row and a measurement on held-out images when they are due.
 
         Args:
             model_state: to measure.
             state: after the step; its running mean of the loss is emptied into the row, and its best score noted.
-            lr: learning rate of the step.
-            grad_norm: norm of all its gradients, before clipping.
-            waited: seconds that this process spent waiting for its images.
-            bad_images: unreadable images so far.
+            row: what the row says of the step itself.
+            waited: seconds that this process spent waiting for images of the step.
 
         Returns:
             Whether the model has just been measured, and is the best so far.
@@ -84,14 +72,12 @@ class Logbook:
         measures = state.step == config.steps or state.step % config.monitor_steps == 0
         if not measures and state.step % config.log_steps:
             return False
-        row: dict[str, Any] = {
+        mean = {"loss": state.loss_sum / state.loss_count} if state.loss_count else {}
+        row = {
             "step": state.step,
             "epoch": round(state.step / self.task.steps_per_epoch, 4),
-            "loss": state.loss_sum / state.loss_count if state.loss_count else "",
-            "lr": lr,
-            "grad_norm": grad_norm,
-            "skipped_steps": state.skipped,
-            "bad_images": bad_images,
+            **mean,
+            **row,
             "images_per_second": round(self.images_per_second, 1),
             "data_wait": round(self.data_wait, 4),
         }
@@ -119,12 +105,12 @@ class Logbook:
         with model_state.measured(self.accelerator) as model:
             return first_decides(self.accelerator, lambda: self.task.measure(model, step, self.directory))
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, row: dict[str, float]) -> None:
         if self.accelerator.is_main_process:
             self.directory.check_present()
             self.table.append([row])
-        numbers = {key: value for key, value in row.items() if isinstance(value, (int, float)) and key != "step"}
-        self.accelerator.log(numbers, step=row["step"])
+        values = {key: value for key, value in row.items() if key != "step"}
+        self.accelerator.log(values, step=int(row["step"]))
 
     def _restart_clock(self) -> None:
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0

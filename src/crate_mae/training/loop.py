@@ -31,15 +31,7 @@ from crate_mae.training.optimizer import scaled_lr, warmup_cosine
 from crate_mae.training.options import origin
 from crate_mae.training.precision import autocast
 from crate_mae.training.preflight import first_step, peak_on
-from crate_mae.training.processes import (
-    Agreement,
-    agree,
-    explain_failed_writing,
-    explain_lost_loader,
-    explain_lost_processes,
-    first_decides,
-    stop_requests,
-)
+from crate_mae.training.processes import Agreement, agree, explain_end, first_decides, stop_requests
 from crate_mae.training.progress import Display, describe_end, plan_lines
 from crate_mae.training.randomness import seed_step
 from crate_mae.training.report import RunReport
@@ -82,10 +74,8 @@ def train(
             first_decides(accelerator, lambda: stack.enter_context(directory.opened(task.config)))
             report = RunReport(directory, task, plan, writes=accelerator.is_main_process)
             stack.enter_context(report.to_the_end())
-            stack.enter_context(explain_failed_writing(directory))
+            stack.enter_context(explain_end(accelerator, directory))
             first_decides(accelerator, directory.log_start)
-            stack.enter_context(explain_lost_processes(accelerator, directory.resume_command))
-            stack.enter_context(explain_lost_loader(directory))
             display.lines(plan_lines(plan))
 
             # Build.
@@ -153,14 +143,8 @@ def _learn(
             # Log.
             seen = task.images_seen(state.step)
             too_many_bad = agreed.bad_images and _add_bad_images(bad_images, state.step, step.bad_images, seen)
-            is_best = log.record(
-                model_state,
-                state,
-                lr=step.lr,
-                grad_norm=agreed.grad_norm,
-                waited=step.waited,
-                bad_images=len(bad_images),
-            )
+            row = {"lr": step.lr, "grad_norm": agreed.grad_norm, "skipped_steps": state.skipped}
+            is_best = log.record(model_state, state, row | {"bad_images": len(bad_images)}, waited=step.waited)
             display.step(state.step, agreed.loss, log.images_per_second, log.data_wait)
 
             # Save.

@@ -11,7 +11,7 @@ import textwrap
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import (
     Annotated,
@@ -29,6 +29,7 @@ from typing import (
 
 from cyclopts import Parameter, Token
 
+from crate_mae.data.documents import parse_yaml
 from crate_mae.data.numbers import MOST_THREADS
 from crate_mae.errors import UserError
 
@@ -50,8 +51,6 @@ def _as_size(_type: Any, tokens: Sequence[Token]) -> int | tuple[int, int]:
 
 
 def _as_setting(_type: Any, tokens: Sequence[Token]) -> Any:
-    from crate_mae.data.documents import parse_yaml
-
     return parse_yaml(tokens[0].value, tokens[0].value)
 
 
@@ -92,32 +91,29 @@ FROM_0_TO_1 = Range(lambda x: 0 <= x <= 1, "from 0 to 1")
 SHARE = Range(lambda x: 0 < x <= 1, "more than 0 and at most 1")
 
 
-def option(default: Any, explanation: str, numbers: Range | None = None, **kind: bool) -> Any:
-    """A field for an option that may be left out.
+def option(
+    default: Any,
+    explanation: str,
+    numbers: Range | None = None,
+    *,
+    speed: bool = False,
+    saved: bool = True,
+    later: bool = False,
+    positional: bool = False,
+) -> Any:
+    """A field for an option.
 
     Args:
-        default: None leaves the option open.
-        explanation: its help.
-        numbers: that it takes.
-        kind: see `_described`.
-    """
-    return field(default=default, **_described(explanation, numbers, **kind))
-
-
-def _described(
-    explanation: str, numbers: Range | None = None, *, speed: bool = False, saved: bool = True, later: bool = False
-) -> dict[str, Any]:
-    """Arguments of `dataclasses.field` for an option.
-
-    Args:
+        default: None leaves the option open; MISSING demands it.
         explanation: its help.
         numbers: that it takes.
         speed: whether it changes speed, safety and logging only, so that a resumed run may change it.
         saved: whether it belongs to the run, and is saved in `config.yaml`, rather than to one call.
         later: whether it is younger than the first runs, whose `config.yaml` lacks it.
+        positional: whether it may be given without its name.
     """
     metadata = {"help": explanation, "numbers": numbers, "speed": speed, "saved": saved, "later": later}
-    return {"metadata": metadata, "compare": saved}
+    return field(default=default, metadata=metadata, compare=saved, kw_only=False if positional else MISSING)
 
 
 @no_type_check  # values come from users: `check` reports all wrong ones together
@@ -140,7 +136,7 @@ class RunOptions:
     usual_epochs: ClassVar[int]
     usual_warmup: ClassVar[float]
 
-    out: Path | str = field(**_described("The folder of the run.", saved=False))
+    out: Path | str = option(MISSING, "The folder of the run.", saved=False)
     epochs: int = option(
         None,
         "Passes over the training images. If neither --epochs nor --steps is given, 100 for pretraining and 50 for "
@@ -236,7 +232,7 @@ class RunOptions:
             name: value
             for name, (value, default) in values.items()
             if name in (self.origins or {})
-            or (value is not default if default in (None, dataclasses.MISSING) else value != default)
+            or (value is not default if default in (None, MISSING) else value != default)
         }
 
     def filled_from(self: "OptionsT", existing: "RunOptions") -> "OptionsT":
@@ -262,9 +258,10 @@ class PretrainOptions(RunOptions):
     usual_epochs: ClassVar[int] = 100
     usual_warmup: ClassVar[float] = 0.05
 
-    data: Data = field(
-        kw_only=False,
-        **_described("A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits."),
+    data: Data = option(
+        MISSING,
+        "A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits.",
+        positional=True,
     )
     recipe: str | None = option(
         None,
@@ -308,21 +305,17 @@ class FinetuneOptions(RunOptions):
     usual_epochs: ClassVar[int] = 50
     usual_warmup: ClassVar[float] = 0.1
 
-    model: str | Path = field(
-        kw_only=False,
-        **_described(
-            "A run folder, a folder with model.safetensors and config.json, hf:user/name, or a name from "
-            "`crate-mae models`, which means random initialisation."
-        ),
+    model: str | Path = option(
+        MISSING,
+        "A run folder, a folder with model.safetensors and config.json, hf:user/name, or a name from "
+        "`crate-mae models`, which means random initialisation.",
+        positional=True,
     )
-    train: Data = field(
-        **_described(
-            "Labelled images: a folder with a folder for each class, .parquet, .tar shards, hf:name, digits:train ..."
-        )
+    train: Data = option(
+        MISSING,
+        "Labelled images: a folder with a folder for each class, .parquet, .tar shards, hf:name, digits:train ...",
     )
-    val: Data = field(
-        **_described("Labelled images of the same classes, to measure on and to choose the best model by.")
-    )
+    val: Data = option(MISSING, "Labelled images of the same classes, to measure on and to choose the best model by.")
     labels: float = option(
         1.0, "Share of the training images to use, of each class alike; the seed chooses them.", SHARE
     )
@@ -528,8 +521,8 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
 def _signature(kind: Any) -> inspect.Signature:
     """One parameter for each option; those without a default come first."""
     parameters = []
-    for item in sorted(own_first(kind), key=lambda item: (item.kw_only, item.default is not dataclasses.MISSING)):
-        default = inspect.Parameter.empty if item.default is dataclasses.MISSING else item.default
+    for item in sorted(own_first(kind), key=lambda item: (item.kw_only, item.default is not MISSING)):
+        default = inspect.Parameter.empty if item.default is MISSING else item.default
         place = inspect.Parameter.KEYWORD_ONLY if item.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
         hint: Any = _or_none(item.type) if default is None else item.type
         parameters.append(inspect.Parameter(item.name, place, default=default, annotation=hint))

@@ -60,17 +60,13 @@ def check_compiler(device: torch.device, origin: str = "") -> None:
         UserError: if that fails, for example without a C++ compiler (CPU) or without Triton (GPU).
     """
     try:
-        torch.compile(_double)(torch.ones(3, device=device))
+        torch.compile(lambda x: 2 * x)(torch.ones(3, device=device))
     except Exception as error:  # of whatever class the failing part of torch.compile has
         needs = "a C++ compiler such as g++" if device.type == "cpu" else "Triton and a C compiler"
         raise UserError(
             f"--compile{origin} does not work on this machine: {first_line(error)}\n"
             f"It needs {needs}: install that, or give --no-compile."
         ) from error
-
-
-def _double(x: torch.Tensor) -> torch.Tensor:
-    return 2 * x
 
 
 class StepTooLargeError(RuntimeError):
@@ -83,14 +79,10 @@ def first_step(*, is_first: bool = True) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if is_first and _is_out_of_memory(error):
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if is_first and (known or any(words in str(error) for words in _WORDS)):
             raise StepTooLargeError from error
         raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
-    return known or any(words in str(error) for words in _WORDS)
 
 
 def halved(config: RunOptions, processes: int) -> RunOptions:
@@ -136,7 +128,8 @@ def refuse_too_large(task: Task, accelerator: Accelerator) -> None:
 
 
 def _refuse_too_large(task: Task, processes: int, is_sharded: bool) -> None:
-    config, micro, free = task.config, _at_a_time(task.config, processes), free_memory() // processes_here(processes)
+    config, micro, here = task.config, _at_a_time(task.config, processes), processes_here(processes)
+    free = free_memory() // here
     state = _STATE_BYTES * sum(parameter.numel() for parameter in task.model.parameters())
     state //= processes if is_sharded else 1
     per_image = _kept_per_image(task)
@@ -149,15 +142,11 @@ def _refuse_too_large(task: Task, processes: int, is_sharded: bool) -> None:
     if times is not None:
         largest = fits * processes * config.accumulation
         advice = f"give --accumulation {times * config.accumulation}, or --batch-size {largest}"
+    for_each = f" for each of {here} processes" if here > 1 else ""
     raise UserError(
         f"A step with {micro} images at a time needs at least {needed / 2**30:.1f} GiB of memory, but "
-        f"{free / 2**30:.1f} GiB are free{_for_each(processes)}: {advice}."
+        f"{free / 2**30:.1f} GiB are free{for_each}: {advice}."
     )
-
-
-def _for_each(processes: int) -> str:
-    here = processes_here(processes)
-    return f" for each of {here} processes" if here > 1 else ""
 
 
 def free_memory() -> int:

@@ -136,13 +136,12 @@ class Pretraining(Task[PretrainOptions]):
     def describe(self) -> dict[str, str]:
         """Images, model and input."""
         c, model, images = self.config, self.model, self.images
-        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         source = f"split off {c.data}" if c.val is None else f"from {c.val}"
         height, width = model.config.image_size
         start = {} if self.start is None else {"starts from": f"{c.init_from}: {self.start}"}
         return {
             "images": f"{len(images.train):,} of {c.data}; {len(images.held_out):,} held out, {source}",
-            "model": f"{c.model}, {parameters / 1e6:.2f} M parameters",
+            "model": f"{c.model}, {self.num_parameters / 1e6:.2f} M parameters",
             "input": f"{height} x {width} pixels, {count(c.channels, 'channel')}, {model.num_patches} patches of "
             f"{model.config.patch_size} x {model.config.patch_size}, {c.mask_ratio:.0%} hidden",
             **start,

@@ -168,7 +168,21 @@ def _describe_error(error: Exception, process: int) -> str:
 
 
 @contextlib.contextmanager
-def explain_lost_processes(accelerator: Accelerator, resume_command: str) -> Iterator[None]:
+def explain_end(accelerator: Accelerator, directory: RunDirectory) -> Iterator[None]:
+    """Turn errors from outside into a `UserError` that says what is saved of the run and how to go on.
+
+    These are errors in writing its files, the loss of another process, and the end of one that loads images.
+    """
+    with (
+        explain_failed_writing(directory),
+        _explain_lost_processes(accelerator, directory.resume_command),
+        _explain_lost_loader(directory),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _explain_lost_processes(accelerator: Accelerator, resume_command: str) -> Iterator[None]:
     """Turn errors of communication with a process that has ended into a `UserError` that explains how to continue."""
     try:
         yield
@@ -205,7 +219,7 @@ def explain_failed_writing(directory: RunDirectory) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def explain_lost_loader(directory: RunDirectory) -> Iterator[None]:
+def _explain_lost_loader(directory: RunDirectory) -> Iterator[None]:
     """Add to the message about a loader process that was ended what is saved and how to go on.
 
     PyTorch notices such an end by a signal, and so raises its error in whatever the main thread is doing.

@@ -90,7 +90,7 @@ def plan_values(
         "command": config.command,
         "out": str(directory.path),
         "options": plain_options(config),
-        "parameters": sum(p.numel() for p in task.model.parameters() if p.requires_grad),
+        "parameters": task.num_parameters,
         "train_images": len(task.images.train),
         "held_out_images": len(task.images.held_out),
         "steps_per_epoch": task.steps_per_epoch,
@@ -214,12 +214,14 @@ class Display:
         """Print some lines."""
         for line in lines:
             logger.info("%s", line)
-            if self.console is not None:
-                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._print(line)
 
     def warn(self, line: str) -> None:
         """Print a line about something that is not as it should be."""
         logger.warning("%s", line)
+        self._print(line)
+
+    def _print(self, line: str) -> None:
         if self.console is not None:
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -252,8 +254,8 @@ class Display:
             logger.info("%s", line)
             if self.on_progress is not None:
                 self.on_progress(line)
-            if self._bar is None and self.console is not None:
-                self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            if self._bar is None:
+                self._print(line)
 
 
 def count(number: int, noun: str) -> str:

@@ -270,11 +270,6 @@ class Run:
     path: Path
     config: RunOptions
 
-    @property
-    def resume_command(self) -> str:
-        """The command that continues the run."""
-        return RunDirectory(self.path).resume_command
-
     def model(self) -> Model:
         """The finished model; of a run that is not finished, the model of its newest checkpoint.
 
@@ -291,9 +286,10 @@ class Run:
         Raises:
             UserError: if the file is damaged.
         """
-        table = RunDirectory(self.path).metrics()
+        directory = RunDirectory(self.path)
+        table = directory.metrics()
         if damage := damage_of(self.path, [table.path.name]):
-            raise UserError(f"{self.path}: {damage}.\nThis writes it again: {self.resume_command}")
+            raise UserError(f"{self.path}: {damage}.\nThis writes it again: {directory.resume_command}")
         return numbers(table)
 
 

@@ -232,22 +232,7 @@ def _fitted_to_time(options: OptionsT, resolved: Resolved, accelerator: Accelera
 def _measured(
     options: RunOptions, resolved: Resolved, *, accelerator: Accelerator, started: float, resolved_at: float
 ) -> tuple[RunOptions, float, int]:
-    """Build the task, and measure a few steps.
-
-    Args:
-        options: of the run.
-        resolved: what to build.
-        accelerator: of the run.
-        started: when this process began the run.
-        resolved_at: when it had resolved the options.
-
-    Returns:
-        the configuration with the batch that was measured, the seconds that measuring took, and how many steps fit
-        into the minutes.
-
-    Raises:
-        UserError: if no step fits into the minutes.
-    """
+    """The configuration as measured by a few steps, the seconds that took, and how many steps fit into the minutes."""
     before = time.monotonic()
     task, found = _build_task(resolved, accelerator)
     now = time.monotonic()

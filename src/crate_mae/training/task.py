@@ -67,6 +67,11 @@ class Task(ABC, Generic[OptionsT]):
         self.bad_held_out = bad_held_out
 
     @property
+    def num_parameters(self) -> int:
+        """Trained parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Full batches in one pass over the training images."""
         return len(self.images.train) // self.config.batch_size
