@@ -95,7 +95,7 @@ def halved(config: RunOptions, processes: int) -> RunOptions:
     Raises:
         UserError: if a single process does not decide, or its images cannot be halved.
     """
-    if processes > 1 or _at_a_time(config, processes) % (2 * config.inseparable):
+    if processes > 1 or micro_batch(config, processes) % (2 * config.inseparable):
         raise too_large(config, processes)
     return dataclasses.replace(config, accumulation=2 * config.accumulation)
 
@@ -103,12 +103,13 @@ def halved(config: RunOptions, processes: int) -> RunOptions:
 def too_large(config: RunOptions, processes: int) -> UserError:
     """The error to raise when nothing more is tried."""
     return UserError(
-        f"A step does not fit in memory with {_at_a_time(config, processes)} images at a time: give a larger "
+        f"A step does not fit in memory with {micro_batch(config, processes)} images at a time: give a larger "
         "--accumulation, a smaller --batch-size, or a smaller --model."
     )
 
 
-def _at_a_time(config: RunOptions, processes: int) -> int:
+def micro_batch(config: RunOptions, processes: int) -> int:
+    """Images that a process computes at a time."""
     return config.batch_size // (processes * config.accumulation)
 
 
@@ -128,7 +129,7 @@ def refuse_too_large(task: Task, accelerator: Accelerator) -> None:
 
 
 def _refuse_too_large(task: Task, processes: int, is_sharded: bool) -> None:
-    config, micro, here = task.config, _at_a_time(task.config, processes), processes_here(processes)
+    config, micro, here = task.config, micro_batch(task.config, processes), processes_here(processes)
     free = free_memory() // here
     state = _STATE_BYTES * sum(parameter.numel() for parameter in task.model.parameters())
     state //= processes if is_sharded else 1
@@ -224,8 +225,8 @@ class ProbeResult(NamedTuple):
         return 1 - self.seconds * config.accumulation / self.seconds_per_step(config, processes)
 
 
-def probe(task: Task, micro_batch: int, accelerator: Accelerator) -> ProbeResult:
-    """Time training steps on a copy of the task's model with random images.
+def probe(task: Task, images: int, accelerator: Accelerator) -> ProbeResult:
+    """Time training steps on a copy of the task's model with so many random images.
 
     Neither the model nor any random generator is changed. On a CPU "auto" takes whichever precision is faster when
     measured; on other devices it takes bfloat16 where the hardware has it. The first process measures, or all of them
@@ -238,7 +239,7 @@ def probe(task: Task, micro_batch: int, accelerator: Accelerator) -> ProbeResult
     precision, reason = first(lambda: _choose_precision(task.config.precision, accelerator.device))
 
     def measure() -> ProbeResult:
-        return _measured(task, micro_batch, accelerator, precision, reason)
+        return _measured(task, images, accelerator, precision, reason)
 
     if sharding_of(accelerator) is None:
         return first(measure)
@@ -299,14 +300,14 @@ def _reduced_loading(task: Task) -> tuple[int, float] | None:
     return (size, statistics.median(times)) if times else None
 
 
-def _measured(task: Task, micro_batch: int, accelerator: Accelerator, precision: str, reason: str) -> ProbeResult:
+def _measured(task: Task, images: int, accelerator: Accelerator, precision: str, reason: str) -> ProbeResult:
     device = accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         if precision != "auto":
-            seconds, full_size = _seconds_per_step(task, micro_batch, precision, accelerator)
+            seconds, full_size = _seconds_per_step(task, images, precision, accelerator)
         else:
-            slow, full_size = _seconds_per_step(task, micro_batch, "float32", accelerator)
-            fast, _ = _seconds_per_step(task, micro_batch, "bfloat16", accelerator)
+            slow, full_size = _seconds_per_step(task, images, "float32", accelerator)
+            fast, _ = _seconds_per_step(task, images, "bfloat16", accelerator)
             precision = "bfloat16" if slow / fast > WORTHWHILE else "float32"
             reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
             seconds = min(slow, fast) if precision == "bfloat16" else slow
@@ -318,8 +319,8 @@ def _measured(task: Task, micro_batch: int, accelerator: Accelerator, precision:
     return found
 
 
-def _seconds_per_step(task: Task, micro_batch: int, precision: str, accelerator: Accelerator) -> tuple[float, bool]:
-    """Seconds for a step, and whether it was measured with the whole micro-batch.
+def _seconds_per_step(task: Task, images: int, precision: str, accelerator: Accelerator) -> tuple[float, bool]:
+    """Seconds for a step, and whether it was measured with all images.
 
     This process measures alone, or of a sharded model all processes together.
     """
@@ -332,12 +333,12 @@ def _seconds_per_step(task: Task, micro_batch: int, precision: str, accelerator:
         shard(trial, accelerator, settings)
     optimizer, step_loss = task.optimizer(trial), task.step_loss(0)
 
-    def step(num_images: int) -> float:
-        images = torch.randn(num_images, trial.config.in_chans, *trial.config.image_size, device=device)
-        labels = torch.zeros(num_images, dtype=torch.int64, device=device)
+    def step(number: int) -> float:
+        pixels = torch.randn(number, trial.config.in_chans, *trial.config.image_size, device=device)
+        labels = torch.zeros(number, dtype=torch.int64, device=device)
         started = time.perf_counter()
         with autocast(device, precision):
-            loss = step_loss(trial, images, labels, slice(0, num_images))
+            loss = step_loss(trial, pixels, labels, slice(0, number))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -348,13 +349,13 @@ def _seconds_per_step(task: Task, micro_batch: int, precision: str, accelerator:
         mine = torch.tensor(seconds, device=device)  # all processes must take the same decisions
         return float(cast(torch.Tensor, accelerator.reduce(mine, "mean")))
 
-    few = min(_FEW_TIMED_IMAGES, micro_batch)
+    few = min(_FEW_TIMED_IMAGES, images)
     step(few)  # warms up
-    estimate = step(few) * micro_batch / few
+    estimate = step(few) * images / few
     if estimate > _LONG_STEP:
-        return estimate, few == micro_batch
-    step(micro_batch)  # the first of a size allocates its memory
-    return statistics.median(step(micro_batch) for _ in range(_TIMED_STEPS)), True
+        return estimate, few == images
+    step(images)  # the first of a size allocates its memory
+    return statistics.median(step(images) for _ in range(_TIMED_STEPS)), True
 
 
 def peak_on(device: torch.device) -> int | None:

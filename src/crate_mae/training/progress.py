@@ -18,7 +18,7 @@ from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import plain_options
 from crate_mae.training.model_state import sharding_of
 from crate_mae.training.optimizer import scaled_lr
-from crate_mae.training.preflight import MUCH_WAITING, ProbeResult
+from crate_mae.training.preflight import MUCH_WAITING, ProbeResult, micro_batch
 from crate_mae.training.resume import describe_data_change
 from crate_mae.training.run_directory import RunDirectory, numbers
 from crate_mae.training.task import Task
@@ -36,14 +36,14 @@ def describe_plan(
     """Describe what a run will do: one entry for each question that should have an answer before a long run."""
     config = task.config
     processes = accelerator.num_processes
-    micro = config.batch_size // (processes * config.accumulation)
     warmup = round(config.warmup_epochs * task.steps_per_epoch)
     lr, final = scaled_lr(config.lr, config.batch_size), scaled_lr(config.min_lr, config.batch_size)
     not_read = describe_unread(task.images.train.left_out)
     rows = {
         **task.describe(),
         **({"not read": not_read} if not_read else {}),
-        "batch": f"{config.batch_size} = {micro} x {config.accumulation} accumulated x {count(processes, 'process')}",
+        "batch": f"{config.batch_size} = {micro_batch(config, processes)} x {config.accumulation} accumulated x "
+        f"{count(processes, 'process')}",
         "learning rate": f"{config.lr:.3g} x {config.batch_size}/256 = {lr:.3g} after {count(warmup, 'warm-up step')}"
         f", then by a cosine to {final:g}",
         "length": f"{count(config.steps, 'step')} = {config.steps / task.steps_per_epoch:.4g} epochs of "

@@ -114,13 +114,7 @@ def _refuse_other_options(state: TrainState, config: RunOptions, *, data_changed
 
 
 def _data_change(state: TrainState, task: Task, data: Mapping[str, str]) -> dict[str, Any] | None:
-    """The row of data_changes.csv for images or labels that are not those of a checkpoint; None if they are the same.
-
-    Args:
-        state: of the checkpoint.
-        task: with the data as it is now.
-        data: digests of that.
-    """
+    """The row of data_changes.csv if images or labels, of these digests, are not those of a checkpoint; else None."""
     changed = [name for name, digest in data.items() if state.data.get(name, digest) != digest]
     images = len(task.images.train)
     if not changed and images == state.images:

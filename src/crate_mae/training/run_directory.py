@@ -401,9 +401,6 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold an operating-system lock, which ends with the process that holds it, however that ends.
 
     Loader processes of a killed run live for some seconds, and hold its lock so long: a lock is waited for.
-
-    Raises:
-        UserError: if another process, or another thread of this one, holds the lock.
     """
     lock = FileLock(path, timeout=LOCK_SECONDS)
     try:

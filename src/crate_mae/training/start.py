@@ -32,6 +32,7 @@ from crate_mae.training.preflight import (
     check_compiler,
     first_step,
     halved,
+    micro_batch,
     probe,
     refuse_too_large,
     too_large,
@@ -195,7 +196,7 @@ def _build_accelerator(config: RunOptions, processes: PartialState, out: Path) -
 
 def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, ProbeResult]:
     """Build the task with its weights, and complete its configuration with the result of the probe."""
-    config, processes = resolved.config, accelerator.num_processes
+    config = resolved.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
         task = resolved.build(config)
@@ -203,7 +204,7 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
         all_succeed(accelerator, lambda: check_compiler(accelerator.device, origin(config, "compile")))
     with first_step():
         refuse_too_large(task, accelerator)
-        found = probe(task, config.batch_size // (processes * config.accumulation), accelerator)
+        found = probe(task, micro_batch(config, accelerator.num_processes), accelerator)
     seconds_per_epoch = found.seconds * config.accumulation * task.steps_per_epoch
     about_a_minute = max(1, math.ceil(_SECONDS_PER_CHECKPOINT / seconds_per_epoch))
     epochs = config.checkpoint_epochs or min(about_a_minute, math.ceil(config.steps / task.steps_per_epoch))
