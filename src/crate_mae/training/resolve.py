@@ -54,7 +54,7 @@ def resolve(options: RunOptions, processes: int, newest: Path | None, *, data_ch
         UserError: with all mistakes.
     """
     if isinstance(options, FinetuneOptions):
-        return resolve_finetuning(options, processes, newest)
+        return _resolve_finetuning(options, processes, newest)
     assert isinstance(options, PretrainOptions), "there is no other kind"
     return resolve_pretraining(options, processes, newest, data_changed=data_changed)
 
@@ -62,17 +62,7 @@ def resolve(options: RunOptions, processes: int, newest: Path | None, *, data_ch
 def resolve_pretraining(
     options: PretrainOptions, processes: int, newest: Path | None = None, *, data_changed: bool = False
 ) -> Resolved[PretrainOptions]:
-    """Fill in every option that is open, from the data and the machine.
-
-    Args:
-        options: of the run.
-        processes: number of training processes.
-        newest: see `resolve`.
-        data_changed: see `images.open_images`.
-
-    Raises:
-        UserError: with all mistakes.
-    """
+    """Fill in every option that is open, from the data and the machine; see `resolve`."""
     # On the command line, words of a setting's name are joined by dashes like those of an option.
     settings = {key.replace("-", "_"): value for key, value in (options.model_settings or {}).items()}
     options, mistakes = _checked(replace(options, model_settings=settings))
@@ -111,17 +101,8 @@ def resolve_pretraining(
     return Resolved(config, lambda config: Pretraining(config, images, model, weights))
 
 
-def resolve_finetuning(options: FinetuneOptions, processes: int, newest: Path | None) -> Resolved[FinetuneOptions]:
-    """Fill in every option that is open, from the model, the data and the machine.
-
-    Args:
-        options: of the run.
-        processes: number of training processes.
-        newest: see `resolve`.
-
-    Raises:
-        UserError: with all mistakes.
-    """
+def _resolve_finetuning(options: FinetuneOptions, processes: int, newest: Path | None) -> Resolved[FinetuneOptions]:
+    """Fill in every option that is open, from the model, the data and the machine; see `resolve`."""
     options, mistakes = _checked(options)
     images = model = weights = size = None
     with mistakes.collected():
