@@ -60,7 +60,8 @@ def test_a_run_learns_and_keeps_the_best_model(tiny_finetuning, written_report, 
     assert isinstance(model, Classifier)
     assert list(model.config.classes) == DIGITS
     text = capsys.readouterr().out
-    assert len(text[: text.index("Finished")].splitlines()) <= 15
+    plan = [line for line in text[: text.index("Finished")].splitlines() if not line.startswith("step ")]
+    assert len(plan) <= 15  # a slow machine tells its steps as well
     assert "1,500 of digits:train; all 297 of digits:test" in text
     assert f"crate-mae predict {run.path} digits:test" in text
 
