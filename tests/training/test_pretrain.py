@@ -63,8 +63,8 @@ def test_a_run_learns_and_leaves_everything_that_its_folder_promises(tiny_run, w
     ]
     assert run.model().num_patches == 16
     shown = capsys.readouterr().out
-    plan = shown[: shown.index("Finished")].splitlines()
-    assert len(plan) <= 15
+    plan = [line for line in shown[: shown.index("Finished")].splitlines() if not line.startswith("step ")]
+    assert len(plan) <= 15  # a slow machine tells its steps as well
     assert "0.004 x 32/256 = 0.0005" in shown and "1,708 of digits; 89 held out" in shown
     assert f"crate-mae resume {run.path}" in shown and f"crate-mae reconstruct {run.path} digits" in shown
 
