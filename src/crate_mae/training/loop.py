@@ -143,8 +143,9 @@ def _learn(
             # Log.
             seen = task.images_seen(state.step)
             too_many_bad = agreed.bad_images and _add_bad_images(bad_images, state.step, step.bad_images, seen)
-            row = {"lr": step.lr, "grad_norm": agreed.grad_norm, "skipped_steps": state.skipped}
-            is_best = log.record(model_state, state, row | {"bad_images": len(bad_images)}, waited=step.waited)
+            row: dict[str, float] = {"lr": step.lr, "grad_norm": agreed.grad_norm}
+            row |= {"skipped_steps": state.skipped, "bad_images": len(bad_images)}
+            is_best = log.record(model_state, state, row, waited=step.waited)
             display.step(state.step, agreed.loss, log.images_per_second, log.data_wait)
 
             # Save.
