@@ -124,7 +124,7 @@ class Step(SubspaceAttention):
     def step(self, w: Tensor, mixed: Tensor) -> Tensor:
         """The step from the tokens' projections W_k, unmixed and mixed."""
         change = mixed if self.pieces.step == "published" else self.rate_of(self.rate_parameter) * (mixed - w)
-        return F.linear(change.transpose(1, 2).flatten(2), self.subspaces.matrix().mT)
+        return F.linear(self.per_head(change).transpose(1, 2).flatten(2), self.subspaces.matrix().mT)
 
 
 class Sparsify(BoundedISTA):

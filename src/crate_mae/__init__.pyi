@@ -24,6 +24,7 @@ from crate_mae.errors import UserError as UserError
 from crate_mae.models.autoencoder import MAEOutput as MAEOutput
 from crate_mae.models.autoencoder import MaskedAutoencoder as MaskedAutoencoder
 from crate_mae.models.classifier import Classifier as Classifier
+from crate_mae.models.interventions import intervene as intervene
 from crate_mae.models.official import from_official as from_official
 from crate_mae.models.official import to_official as to_official
 from crate_mae.models.presets import create_model as create_model

@@ -1,9 +1,10 @@
 """Private APIs of PyTorch that the library uses, all in this file; tests/test_private_torch.py reports changes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -14,6 +15,8 @@ __all__ = [
     "TorchDispatchMode",
     "attention_of_processors",
     "attention_of_processors_backward",
+    "hooks_of",
+    "is_compiled",
     "is_transformed",
     "softmax_backward",
     "storage_identity",
@@ -30,6 +33,16 @@ def softmax_backward(gradient: Tensor, probabilities: Tensor, dtype: torch.dtype
 def is_transformed() -> bool:
     """Whether a transform of `torch.func`, such as `vmap` or `grad`, is running."""
     return torch._C._are_functorch_transforms_active()
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module run what `torch.compile` made of it."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """Return what runs before and after each call of a module."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def storage_identity(storage: torch.UntypedStorage) -> int:

@@ -41,7 +41,7 @@ def test_intermediates_are_the_equations_of_the_layers(mask_tokens):
     model = build(mask_tokens=mask_tokens)
     found = traced(model, ALL, masked)
     tokens = 17 if mask_tokens == "encoder" else 9
-    assert len(found) == 2 * 7 + 5
+    assert len(found) == 2 * 8 + 6
     with torch.no_grad():
         for name, layer in layers_of(model).items():
             z, half, after = (found[f"{name}.{kind}"] for kind in ("z", "z_half", "z_next"))
@@ -62,13 +62,14 @@ def test_intermediates_are_the_equations_of_the_layers(mask_tokens):
             assert_same(w, normalised[:, None] @ layer.attn.bases())
             attention = found[f"{name}.attention"]
             assert_same(attention, attention_membership(w))
-            heads = (attention @ w).transpose(1, 2).flatten(2)
+            assert_same(found[f"{name}.head_steps"], attention @ w)
+            heads = found[f"{name}.head_steps"].transpose(1, 2).flatten(2)
             assert_same(layer.attn.proj(heads), layer.attn(normalised))
 
 
 def test_names_are_in_the_models_order_and_layers_are_chained():
     found = traced(build(), ALL, unmasked_and_decoded)
-    assert list(found)[:8] == [f"encoder.blocks.0.{kind}" for kind in INTERMEDIATES] + ["encoder.blocks.1.z"]
+    assert list(found)[:9] == [f"encoder.blocks.0.{kind}" for kind in INTERMEDIATES] + ["encoder.blocks.1.z"]
     assert torch.equal(found["encoder.blocks.0.z_next"], found["encoder.blocks.1.z"])
 
 
@@ -78,14 +79,15 @@ def unmasked_and_decoded(model):
 
 def test_vit_layers_give_what_they_have():
     model = build("vit_mae_nano_patch2_8")
-    found = traced(model, ["*.attention", "*.z", "*.z_half", "*.z_next"], masked)
-    assert len(found) == 3 * 4
+    found = traced(model, ["*.attention", "*.head_steps", "*.z", "*.z_half", "*.z_next"], masked)
+    assert len(found) == 3 * 5
     for name, layer in layers_of(model).items():
         with torch.no_grad():
             x = layer.norm1(found[f"{name}.z"])
             assert_same(found[f"{name}.z_half"], found[f"{name}.z"] + layer.attn(x))
             v = layer.attn.qkv(x).unflatten(-1, (3, 3, -1)).permute(2, 0, 3, 1, 4)[2]
-            heads = (found[f"{name}.attention"] @ v).transpose(1, 2).flatten(2)
+            assert_same(found[f"{name}.head_steps"], found[f"{name}.attention"] @ v)
+            heads = found[f"{name}.head_steps"].transpose(1, 2).flatten(2)
             assert_same(layer.attn.proj(heads), layer.attn(x))
     with pytest.raises(crate_mae.UserError, match=r'is called "\*.code"'), trace(model, ["*.code"]):
         pass
@@ -150,6 +152,7 @@ def test_a_name_of_sub_modules_never_asks_for_intermediates():
     model = build()
     assert list(traced(model, ["encoder.blocks.0.attn*"], masked)) == [
         "encoder.blocks.0.attn",
+        "encoder.blocks.0.attn.per_head",
         "encoder.blocks.0.attn.subspaces",
         "encoder.blocks.0.attn.proj",
     ]

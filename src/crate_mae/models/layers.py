@@ -35,6 +35,8 @@ class SubspaceAttention(nn.Module):
 
     Attributes:
         num_heads: number of subspaces h; the subspace dimension is p = d / h.
+        per_head: the identity, which every head's step in the coordinates of its subspace passes: P_k W_k, or
+            kappa_k (B_k W_k - W_k). A place for hooks.
         fused_attn: whether attention weights stay inside one function. After `timm.layers.set_fused_attn(False)` a new
             layer computes them by `membership` and passes them through `attn_drop`, for hooks; it drops none.
     """
@@ -47,6 +49,7 @@ class SubspaceAttention(nn.Module):
         if embed_dim % num_heads:
             raise UserError(f"The width {embed_dim} cannot be split into {num_heads} heads of equal dimension.")
         self.num_heads = num_heads
+        self.per_head = nn.Identity()
         self.fused_attn = use_fused_attn()
         if not self.fused_attn:
             self.attn_drop = nn.Dropout(0.0)
@@ -106,7 +109,7 @@ class MSSA(SubspaceAttention):
         # type: (Tensor, Tensor) -> Tensor
         """sum_k (P_k W_k) W_k^T from the mixed tokens P_k W_k; the published step has no use for W_k unmixed."""
         del w
-        heads = mixed.transpose(1, 2).flatten(2)
+        heads = self.per_head(mixed).transpose(1, 2).flatten(2)
         return F.linear(heads, self.subspaces.weight.t()) if self.proj is None else self.proj(heads)
 
 

@@ -214,7 +214,7 @@ class Compression(SubspaceAttention):
 
         `u` is `subspaces.matrix()` where it is known already.
         """
-        change = self.rate() * (mixed - w)
+        change = self.per_head(self.rate() * (mixed - w))
         return F.linear(change.transpose(1, 2).flatten(2), (self.subspaces.matrix() if u is None else u).t())
 
     def rate(self) -> Float[Tensor, "h 1 1"]:

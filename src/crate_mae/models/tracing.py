@@ -15,7 +15,7 @@ from crate_mae.models.layers import ISTA, DecoderLayer, EncoderLayer, Overcomple
 from crate_mae.theory.derivatives import without_autocast
 from crate_mae.theory.sparse_coding import ista_preactivation
 
-INTERMEDIATES = ("z", "z_half", "z_next", "projections", "attention", "preactivation", "code")
+INTERMEDIATES = ("z", "z_half", "z_next", "projections", "attention", "head_steps", "preactivation", "code")
 
 
 # Where an intermediate is recorded: a module that gets a hook, and a function of its first input and its output.
@@ -37,13 +37,15 @@ def trace(model: nn.Module, patterns: Sequence[str], *, detach: bool = True) -> 
     | `projections`   | b h n p | W_k = LN(Z) U_k of every head                                                        |
     | `attention`     | b h n n | weights, rows that sum to 1: `theory.attention_membership` of the projections; in    |
     |                 |         | monotone layers `theory.balanced_membership`, whose rows need not                    |
+    | `head_steps`    | b h n p | each head's step, in the coordinates of its subspace: P_k W_k, in monotone layers    |
+    |                 |         | kappa_k (B_k W_k - W_k)                                                              |
     | `preactivation` | b n d   | what ISTA takes the positive part of: X W - eta lambda                               |
     | `code`          | b n m   | the non-negative sparse code A                                                       |
 
     "encoder.blocks.*.z_half" is every encoder layer's; "*.attention" that of all layers, encoder and decoder. Where a
-    layer has no such thing it is left out: blocks of timm have no projections and no codes, and their attention is
-    softmax(s Q K^T) of their own queries and keys. Everything is what the pass really used: masked or not, in the
-    precision of autocast.
+    layer has no such thing it is left out: blocks of timm have no projections and no codes, their attention is
+    softmax(s Q K^T) of their own queries and keys, and a head's step is this times V, before the output projection.
+    Everything is what the pass really used: masked or not, in the precision of autocast.
 
     Args:
         model: any module.
@@ -109,8 +111,10 @@ def taps_of(layer: nn.Module) -> dict[str, Tap]:
         subspaces = attn.get_submodule("subspaces")
         taps["projections"] = (subspaces, lambda _z, w: attn.split(w))
         taps["attention"] = (subspaces, lambda _z, w: _memberships(attn, attn.split(w)))
+        taps["head_steps"] = (attn.per_head, _output)
     elif isinstance(attn, Attention):
         taps["attention"] = (attn.qkv, lambda _z, qkv: _timm_attention(attn, qkv))
+        taps["head_steps"] = (attn.proj, lambda heads, _out: heads.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))
     if isinstance(ista, ISTA):
         taps["preactivation"] = (ista, lambda x, _code: _preactivation(ista, x))
         taps["code"] = (ista, _output)

@@ -1,0 +1,232 @@
+"""Changes to what a model computes while it runs: subspaces, atoms, tokens and steps scaled, replaced or removed."""
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block
+from torch import Tensor, fx, nn
+
+from crate_mae.errors import UserError
+from crate_mae.models.layers import ISTA, DecoderLayer, EncoderLayer, OvercompleteISTA, SubspaceAttention
+from crate_mae.models.tracing import layers_of
+from crate_mae.private_torch import hooks_of, is_compiled
+
+Change = float | Tensor | Callable[[Tensor], Tensor]
+
+
+class Place(NamedTuple):
+    """Where an intermediate passes from module to module.
+
+    Attributes:
+        module: the module that takes or returns it.
+        is_input: whether it is the module's first input, or its output.
+        axis: the one that an index counts along: tokens of `z`, heads of `head_steps`, atoms of `code`; None for the
+            output of a sub-module, of which there are no parts.
+        what: what the index counts.
+        size: how many there are, if this does not depend on the images.
+        heads: into how many heads the last axis is divided: the intermediate is b h n p, and passes as b n (h p).
+    """
+
+    module: nn.Module
+    is_input: bool
+    axis: int | None = None
+    what: str = ""
+    size: int | None = None
+    heads: int | None = None
+
+
+@contextmanager
+def intervene(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[str, int]]:
+    """Change intermediates of a model while the `with` block runs, in every pass, masked or not.
+
+        with crate_mae.intervene(model, {"encoder.blocks.1.head_steps[3]": 0, "encoder.blocks.2.code[17]": 2.0}):
+            model(images)
+
+    A name is that of an intermediate as [`trace`][crate_mae.models.tracing.trace] has it, with the same wildcards, and
+    perhaps the index of one part of it:
+
+    | name            | is                                                | [i] is one  |
+    |-----------------|---------------------------------------------------|-------------|
+    | `z`             | the layer's input                                 | token       |
+    | `z_half`        | between its two steps                             | token       |
+    | `z_next`        | the layer's output                                | token       |
+    | `projections`   | W_k, of which attention is computed, too          | subspace k  |
+    | `head_steps`    | a subspace's step: 0 removes it, and no more      | subspace k  |
+    | `code`          | the sparse code A                                 | atom        |
+
+    Or it is a sub-module, whose output it means: "encoder.blocks.0.attn" is a whole attention step. Tokens are counted
+    as the layer sees them, class token first: with visible patches only, as many as are visible. Blocks of timm have
+    `z`, `z_next` and `head_steps`, of which 0 removes a head.
+
+    What it becomes is a number, by which it is multiplied (0 removes it); a tensor, by which it is replaced, of any
+    shape that broadcasts to it; or a function, to which it is given. An index leaves out its axis: `head_steps[3]` is
+    b n p, `code[17]` is b n, `z[0]` is b d.
+
+    The model itself is not touched: the changes are hooks, and gone when the block ends, however it ends. A `trace`
+    sees what has been changed, and gradients pass through it. Changes of different parts combine, also in blocks
+    inside of each other.
+
+    Args:
+        model: any of ours, or one with blocks of timm.
+        changes: from names to what becomes of them.
+
+    Yields:
+        A dictionary from each full name to how often it has been changed so far: 0 if nothing has passed there.
+
+    Raises:
+        UserError: for a name that the model lacks, or cannot be changed there; an index out of range; a value that is
+            none of the three, or does not fit; a part that is being changed already; a compiled or exported model.
+    """
+    _refuse_fixed_graphs(model)
+    hooks = [
+        _Hook(name, place, index, change)
+        for key, change in changes.items()
+        for name, place, index in _named(model, key, change)
+    ]
+    applied = {hook.name: 0 for hook in hooks}
+    handles = []
+    try:
+        for hook in hooks:
+            hook.refuse_overlap()
+            hook.applied = applied
+            register = hook.place.module.register_forward_hook
+            if hook.place.is_input:
+                register = hook.place.module.register_forward_pre_hook
+            handles.append(register(hook, prepend=not hook.place.is_input))  # before the hooks of an outer trace
+        yield applied
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Hook:
+    """One change at one place; `applied` counts what it has done."""
+
+    def __init__(self, name: str, place: Place, index: int | None, change: Change) -> None:
+        self.name, self.place, self.index, self.change = name, place, index, change
+        self.applied: dict[str, int] = {}
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> Any:
+        value = inputs[0] if self.place.is_input else output
+        if not isinstance(value, Tensor):
+            raise UserError(f'"{self.name}" is no tensor, but {type(value).__name__}: it cannot be changed.')
+        self.applied[self.name] += 1
+        changed = self._changed(value)
+        return (changed, *inputs[1:]) if self.place.is_input else changed
+
+    def _changed(self, value: Tensor) -> Tensor:
+        heads = self.place.heads
+        if heads is None:
+            return self._with_part_changed(value)
+        return self._with_part_changed(value.unflatten(-1, (heads, -1)).transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    def _with_part_changed(self, whole: Tensor) -> Tensor:
+        axis = self.place.axis
+        if self.index is None or axis is None:
+            return self._change_of(whole)
+        if self.index >= whole.shape[axis]:
+            raise _out_of_range(self.name, self.place.what, whole.shape[axis])
+        part = self._change_of(whole.select(axis, self.index))
+        return torch.select_scatter(whole, part.contiguous(), axis, self.index)
+
+    def _change_of(self, part: Tensor) -> Tensor:
+        if isinstance(self.change, int | float):
+            return part * self.change
+        new = self.change if isinstance(self.change, Tensor) else self.change(part)
+        try:
+            return new.to(part).expand_as(part)
+        except (RuntimeError, AttributeError) as error:
+            given = f"{tuple(new.shape)}" if isinstance(new, Tensor) else type(new).__name__
+            raise UserError(
+                f'"{self.name}" is a tensor of {tuple(part.shape)}: {given} cannot take its place.'
+            ) from error
+
+    def refuse_overlap(self) -> None:
+        """Two changes of the same thing would depend on their order."""
+        mine = self.place.module, self.place.is_input
+        for other in hooks_of(self.place.module):
+            if not isinstance(other, _Hook) or (other.place.module, other.place.is_input) != mine:
+                continue
+            if self.index is None or other.index in (None, self.index) or other.place.axis != self.place.axis:
+                raise UserError(f'"{self.name}" is changed already, as "{other.name}": give one change for both.')
+
+
+def _named(model: nn.Module, key: str, change: Change) -> Iterator[tuple[str, Place, int | None]]:
+    """What a key names: full names with their places, and the index."""
+    if isinstance(change, bool) or not (isinstance(change, int | float | Tensor) or callable(change)):
+        raise UserError(f'"{key}": {change!r} is no number, tensor or function.')
+    if isinstance(change, int | float) and not math.isfinite(change):
+        raise UserError(f'"{key}": {change} is not finite.')
+    pattern, index = key, None
+    if match := re.fullmatch(r"(.*)\[(-?\d+)\]", key):
+        pattern, index = match[1], int(match[2])
+    places = {
+        f"{layer}.{kind}": place
+        for layer, module in layers_of(model).items()
+        for kind, place in places_of(module).items()
+    }
+    found = {name: places[name] for name in fnmatch.filter(places, pattern)}
+    if not found:
+        found = {
+            name: Place(part, False)
+            for name, part in model.named_modules()
+            if name and fnmatch.fnmatchcase(name, pattern)
+        }
+    if not found:
+        raise UserError(
+            f'No part of the {type(model).__name__} that can be changed is called "{pattern}". {_there_is(model)}'
+        )
+    for name, place in found.items():
+        if index is not None and place.axis is None:
+            raise UserError(f'"{name}" has no parts that are counted: leave out [{index}].')
+        if index is not None and (index < 0 or (place.size is not None and index >= place.size)):
+            raise _out_of_range(f"{name}[{index}]", place.what, place.size)
+        yield name if index is None else f"{name}[{index}]", place, index
+
+
+def places_of(layer: nn.Module) -> dict[str, Place]:
+    """The intermediates of a layer that can be changed, by name."""
+    attn, ista = getattr(layer, "attn", None), getattr(layer, "ista", None)
+    places = {"z": Place(layer, True, 1, "tokens"), "z_next": Place(layer, False, 1, "tokens")}
+    if isinstance(layer, EncoderLayer) and not layer.ista_skip:
+        places["z_half"] = Place(layer.norm2, True, 1, "tokens")
+    if isinstance(layer, DecoderLayer):
+        places["z_half"] = Place(layer.dictionary, False, 1, "tokens")
+    if isinstance(attn, SubspaceAttention):
+        h = attn.num_heads
+        places["projections"] = Place(attn.get_submodule("subspaces"), False, 1, "heads", h, heads=h)
+        places["head_steps"] = Place(attn.per_head, False, 1, "heads", h)
+    elif isinstance(layer, Block) and isinstance(attn, Attention):
+        places["head_steps"] = Place(attn.proj, True, 1, "heads", attn.num_heads, heads=attn.num_heads)
+    if isinstance(ista, ISTA):
+        places["code"] = Place(ista, False, 2, "atoms", ista.dictionary.shape[1])
+    elif isinstance(ista, OvercompleteISTA):
+        places["code"] = Place(ista.readout, True, 2, "atoms", ista.dictionary.shape[1])
+    return places
+
+
+def _refuse_fixed_graphs(model: nn.Module) -> None:
+    for part in model.modules():
+        if is_compiled(part):
+            raise UserError("A compiled model cannot be changed while it runs: intervene on it before `torch.compile`.")
+        if isinstance(part, torch.jit.ScriptModule | fx.GraphModule):
+            raise UserError("An exported model cannot be changed while it runs: intervene on the one it was made from.")
+
+
+def _out_of_range(name: str, what: str, size: int | None) -> UserError:
+    there_are = "counted from 0" if size is None else f"0 to {size - 1}"
+    return UserError(f'"{name}" does not exist: {what} are {there_are}.')
+
+
+def _there_is(model: nn.Module) -> str:
+    layers = layers_of(model)
+    if not layers:
+        return "It has no layers."
+    kinds = dict.fromkeys(kind for layer in layers.values() for kind in places_of(layer))
+    return f"Its layers are {next(iter(layers))} to {list(layers)[-1]}, each with {', '.join(kinds)}."
