@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 DOCS = Path(__file__).resolve().parents[1]
-TUTORIALS = ("your_own_folder", "read_the_report", "fine_tune", "small_data", "many_gpus")
+TUTORIALS = ("your_own_folder", "read_the_report", "change_something", "fine_tune", "small_data", "many_gpus")
 _FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)  # indented in tabs
 
 

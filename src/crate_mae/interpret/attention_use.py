@@ -93,11 +93,11 @@ def attention_use(
     for part, layers in parts.items():
         chosen += [(part, number, [layer]) for number, layer in layers.items()]
         chosen += [(part, None, list(layers.values()))]
-    intact = _losses(net, images, masks, batch_size)
+    intact = image_losses(net, images, masks, batch_size)
     found = []
     for part, number, layers in chosen:
         with without_mixing(layers):
-            losses = _losses(net, images, masks, batch_size) if layers else intact
+            losses = image_losses(net, images, masks, batch_size) if layers else intact
             score = probe() if probe is not None and part != "decoder" else None
         change = statistic(losses - intact)
         low, high = (None, None) if change.spread is None else change.interval()
@@ -106,8 +106,10 @@ def attention_use(
     return found
 
 
-def _losses(net: MaskedAutoencoder, images: Tensor, masks: Tensor, batch_size: int) -> Float[Tensor, "b"]:
-    """The loss of each image."""
+def image_losses(
+    net: MaskedAutoencoder, images: Float[Tensor, "b c hh ww"], masks: Bool[Tensor, "b n"], batch_size: int
+) -> Float[Tensor, "b"]:
+    """The loss of each image, in float64."""
     device = next(net.parameters()).device
     found = []
     with evaluating(net):
