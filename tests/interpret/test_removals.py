@@ -33,7 +33,7 @@ def test_heads_and_atoms_that_do_nothing_cost_nothing_and_the_others_what_their_
     assert len(found) == 2 * 3 + 2 + 2 * 24
     assert found["encoder", 1, "head", 1].loss == 0
     unused = found["encoder", 1, "atom", 5]
-    assert unused.share == unused.loss == unused.random_loss == unused.beyond == 0
+    assert unused.share == unused.loss == unused.random_loss == unused.beyond == 0 and unused.p == 1
     for kind, count in (("head", 3), ("atom", 24)):
         shares = [found["encoder", 0, kind, i].share for i in range(count)]
         assert sum(shares) == pytest.approx(1)
@@ -67,14 +67,14 @@ def test_accuracy_is_that_of_one_classifier_on_the_network_without_the_part():
     net = build()
     told = []
 
-    def classify(images):  # by what the last layer gives: 1 where its first coordinate is active
+    def classify():  # by what the last layer gives: 1 where its first coordinate is active
         with torch.no_grad():
-            told.append(net.encoder.forward_features(images)[:, 1, 0] > 0)
+            told.append(net.encoder.forward_features(IMAGES)[:, 1, 0] > 0)
         return told[-1].long()
 
-    labels = classify(IMAGES)
+    labels = classify()
     assert 0 < labels.sum() < 6
-    found = removals(net, IMAGES, MASKS, probe=Probe(IMAGES, labels, classify, ["off", "on"]), atoms=2, draws=2)
+    found = removals(net, IMAGES, MASKS, probe=Probe(classify, labels, ["off", "on"]), atoms=2, draws=2)
     asked = [each for each in found if each.part == "encoder"]
     assert len(told) == 2 + 3 * len(asked)  # without, and with two controls each; decoders are not asked
     for each, without in zip(asked, told[2::3], strict=True):

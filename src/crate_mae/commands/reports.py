@@ -29,6 +29,7 @@ def inspect(
     count: int = 256,
     mask_ratio: float | None = None,
     probe_images: int = 2000,
+    interventions: bool = False,
     seed: int = 0,
     quiet: bool = False,
 ) -> Path:
@@ -40,8 +41,8 @@ def inspect(
     network with random initialisation, and for the controls that you name. What a model does not have is left out, and
     the report gives the reason.
 
-    `out` then holds report.html, one file to read without a network; measures.json, measures.csv, audit.csv and
-    attention.csv, with all numbers; and each figure as PNG and PDF.
+    `out` then holds report.html, one file to read without a network; measures.json, measures.csv, audit.csv,
+    attention.csv and interventions.csv, with all numbers; and each figure as PNG and PDF.
 
     Args:
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
@@ -58,6 +59,8 @@ def inspect(
         mask_ratio: Share of patches to hide while layers are measured; by default none.
         probe_images: Largest number of images to fit a probe to, and to measure it on; 0 for no probes. Without
             train_data, the model without mixing is probed on halves of that many images of DATA, if they have labels.
+        interventions: Also remove each head, and 16 atoms of each layer's code, one at a time, and compare what is lost
+            with removing something random of the same size. This takes minutes; how many is printed first.
         seed: Seed of the sample of images, of masks, and of random initialisation.
         quiet: Print nothing.
 
@@ -83,6 +86,7 @@ def inspect(
         count=count,
         mask_ratio=mask_ratio,
         probe_images=probe_images,
+        interventions=interventions,
         seed=seed,
     )
     console = open_console(quiet=quiet)

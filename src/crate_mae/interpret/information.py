@@ -23,7 +23,7 @@ from crate_mae.theory.measures import effective_rank
 
 _RIDGE = 1e-4  # times the mean variance of the tokens' coordinates
 _CHUNK = 16  # images whose tokens are held at once
-_STRENGTHS = (1e-3, 1e-2, 1e-1)  # C of a probe; on features of CIFAR-10 the best was inside in every trial
+PROBE_STRENGTHS = (1e-3, 1e-2, 1e-1)  # C of a probe; on features of CIFAR-10 the best was inside in every trial
 
 
 @torch.no_grad()
@@ -138,7 +138,7 @@ def probe_layers(
     test: ImageSource,
     *,
     layers: Sequence[int] | str = "all",
-    grid: Sequence[float] = _STRENGTHS,
+    grid: Sequence[float] = PROBE_STRENGTHS,
 ) -> dict[int, LinearResult]:
     """A linear probe of each layer, by its number.
 

@@ -15,33 +15,39 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from scipy.stats import ttest_1samp
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from crate_mae.errors import UserError
+from crate_mae.evaluation.backbones import Backbone
+from crate_mae.evaluation.extract import Extraction, extract
+from crate_mae.evaluation.probes import LogisticRegression, linear_probe
+from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret.attention_use import image_losses
+from crate_mae.interpret.information import PROBE_STRENGTHS, ProbeImages
 from crate_mae.interpret.statistics import place_of, statistic
 from crate_mae.models.autoencoder import MaskedAutoencoder
-from crate_mae.models.features import evaluating
+from crate_mae.models.features import encode, evaluating
 from crate_mae.models.interventions import Change, intervene, places_of
 from crate_mae.models.tracing import layers_of, trace
 
 
 class Probe(NamedTuple):
-    """A classifier of the intact network's features, and the images that it is asked about.
+    """A classifier that is fitted once, and images that it has not seen.
 
     Attributes:
-        images: normalised; the classifier has not seen them.
-        labels: their classes.
-        classify: from images, by the network as it is at the time, to classes.
+        classify: classes of these images, from features of the network as it is at the time.
+        labels: their true classes.
         names: of the classes.
     """
 
-    images: Float[Tensor, "k c hh ww"]
+    classify: Callable[[], Int[Tensor, "k"]]
     labels: Int[Tensor, "k"]
-    classify: Callable[[Float[Tensor, "k c hh ww"]], Int[Tensor, "k"]]
     names: Sequence[str]
 
 
@@ -60,6 +66,7 @@ class Removal:
         beyond: the first less the second, paired over images; above 0, the part matters more than a random one.
         beyond_low: of its 95% interval (Student's t).
         beyond_high: of the same.
+        p: of the t-test that `beyond` is 0, for this part alone.
         accuracy: change of the classifier's accuracy; None without labels, or in a decoder.
         random_accuracy: the same for the controls.
         worst_class: the class that loses most.
@@ -76,10 +83,31 @@ class Removal:
     beyond: float
     beyond_low: float
     beyond_high: float
+    p: float
     accuracy: float | None = None
     random_accuracy: float | None = None
     worst_class: str | None = None
     worst_class_accuracy: float | None = None
+
+
+def fitted_probe(backbone: Backbone, images: ProbeImages) -> Probe:
+    """Fit a linear classifier to features of the encoder's last layer, and read the images to classify."""
+    train, test = images
+    how = Extraction(layers=(-1,), cache=False)
+    (fitted,), (asked,) = extract(backbone, train, how), extract(backbone, test, how)
+    assert fitted.labels is not None and asked.labels is not None, "images of probes have labels"
+    scaler = StandardScaler().fit(fitted.values)
+    c = linear_probe(fitted.values, fitted.labels, asked.values, asked.labels, grid=PROBE_STRENGTHS).c
+    fit = LogisticRegression(np.asarray(scaler.transform(fitted.values)), fitted.labels).fit(c)
+    read = read_images(test, backbone.transform(), range(len(test)), len(test)).images
+
+    def classify() -> Int[Tensor, "k"]:
+        with evaluating(backbone.encoder):
+            batches = [encode(backbone.encoder, batch, pooling=how.pooling_of(backbone)) for batch in read.split(64)]
+        features = np.asarray(scaler.transform(torch.cat(batches).cpu().numpy()))
+        return torch.as_tensor(fit.classes[fit.logits(features).argmax(axis=1)])
+
+    return Probe(classify, torch.as_tensor(asked.labels), test.classes or [])
 
 
 def removals(
@@ -119,7 +147,7 @@ def removals(
         with intervene(net, changes):
             losses = image_losses(net, images, masks, batch_size)
             asked = probe is not None and in_encoder
-            return _Measured(losses, probe.classify(probe.images).cpu() == probe.labels if asked else None)
+            return _Measured(losses, probe.classify() == probe.labels if asked else None)
 
     started = time.perf_counter()
     intact = measured({})
@@ -216,6 +244,8 @@ def _removal(
     random = torch.stack([control.losses for control in controls]).mean(0) - intact.losses
     beyond = statistic(change - random)
     low, high = beyond.interval()
+    # A part that changes nothing differs from nothing by nothing.
+    p = float(ttest_1samp(change - random, 0).pvalue) if beyond.spread else 1.0
     found = Removal(
         *part.place,
         part.kind,
@@ -226,6 +256,7 @@ def _removal(
         beyond.mean,
         low,
         high,
+        p,
     )
     if probe is None or without.is_right is None or intact.is_right is None:
         return found

@@ -13,8 +13,19 @@ from typing import NamedTuple
 
 from crate_mae.drawing.text import listed, number, percent, plural, signed
 from crate_mae.interpret.attention_use import AttentionUse
-from crate_mae.interpret.audit import COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT, SORT, SPARSITY, AuditRow, by_claim
+from crate_mae.interpret.audit import (
+    COMPRESS,
+    COMPRESS_NORMALISED,
+    COMPRESS_UNIT,
+    LARGEST_P,
+    SORT,
+    SPARSITY,
+    AuditRow,
+    by_claim,
+    holm,
+)
 from crate_mae.interpret.registry import INVERSES, MEASURES
+from crate_mae.interpret.removals import Removal
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
 from crate_mae.interpret.report.subjects import NETWORKS
 from crate_mae.interpret.statistics import Row, Trend, trend
@@ -33,6 +44,7 @@ STAND_IN_LIMITS = (
 _RATES = ("subspace_rate", "subspace_rate_normalised", "subspace_rate_official")
 _SPARSITY = ("zero_fraction", "l1_to_l2", "gini")
 _KEPT = ("pixel_r2", "feature_rank", "dead_coordinates", "probe_accuracy")
+_SHOWN_REMOVALS = 15
 _VERBS = {  # of one curve, of several
     "falls": ("falls", "fall"),
     "rises": ("rises", "rise"),
@@ -74,7 +86,7 @@ class Finding:
 
 def write_findings(inspection: Inspection) -> list[Finding]:
     """A subject and a statement each, in the order of the derivation."""
-    return [
+    found = [
         rates_finding(inspection),
         sparsity_finding(inspection),
         steps_finding(inspection),
@@ -83,6 +95,7 @@ def write_findings(inspection: Inspection) -> list[Finding]:
         inverses_finding(inspection),
         information_finding(inspection),
     ]
+    return [*found, removals_finding(inspection.removals)] if inspection.removals else found
 
 
 def verdict_sentence(inspection: Inspection) -> str:
@@ -450,6 +463,67 @@ def _claims_table(inspection: Inspection) -> Table:
         lines.append([rows[0].text, *counts])
     caption = "Layers in which each claim holds. Untrained draws are a control on DATA alone"
     return Table(["claim", *columns], lines, caption)
+
+
+def removals_finding(removals: Sequence[Removal]) -> Finding:
+    """Whether single heads and atoms matter, and more than random parts of the same size."""
+    corrected = dict(zip(removals, holm([each.p for each in removals]), strict=True))
+    mattering = [each for each in removals if each.beyond > 0 and corrected[each] < LARGEST_P]
+    statements = []
+    for kind, control in (("head", "a random subspace of its dimension"), ("atom", "a random direction of its size")):
+        if asked := [each for each in removals if each.kind == kind]:
+            count = sum(each.kind == kind for each in mattering)
+            statements.append(f"{count} of {plural(len(asked), kind)} cost more than {control}")
+    largest = sorted(removals, key=lambda each: -each.beyond)[:_SHOWN_REMOVALS]
+    more = [
+        "Removed is a head's step, or an atom's activations, one at a time, in every pass. The change of the loss is "
+        "paired over images with that for the controls; p < 0.05 after Holm's correction over all parts counts.",
+        "Size is the part's share of the squared length of its layer's step, or of its code.",
+    ]
+    probed = [each for each in removals if each.accuracy is not None]
+    if probed:
+        worst = min(probed, key=lambda each: each.accuracy or 0.0)
+        more.append(
+            f"The classifier, fitted once to the intact model, loses most without {_part(worst)}: "
+            f"{_points(worst.accuracy)} ({_points(worst.random_accuracy)} for its controls), and "
+            f"{_points(worst.worst_class_accuracy)} on images of {worst.worst_class}."
+        )
+    header = [
+        "without",
+        "size",
+        "change of the loss",
+        "random part",
+        "difference",
+        "95% interval",
+        "accuracy",
+        "random part",
+    ]
+    rows = [
+        [
+            _part(each),
+            percent(each.share, 1),
+            signed(each.loss),
+            signed(each.random_loss),
+            signed(each.beyond),
+            f"{signed(each.beyond_low)} to {signed(each.beyond_high)}",
+            "–" if each.accuracy is None else _points(each.accuracy),
+            "–" if each.random_accuracy is None else _points(each.random_accuracy),
+        ]
+        for each in largest
+    ]
+    caption = f"The {len(rows)} parts that cost most beyond their controls; all are in interventions.csv."
+    answer = "; ".join(statements) + "."
+    return Finding(
+        "matters", "What matters: heads and atoms removed", answer, more=tuple(more), table=Table(header, rows, caption)
+    )
+
+
+def _part(removal: Removal) -> str:
+    return f"{removal.kind} {removal.index} of {removal.part[0].upper()}{removal.layer}"
+
+
+def _points(change: float | None) -> str:
+    return f"{100 * (change or 0.0):+.1f} points".replace("-", "−")
 
 
 def _use_table(use: Sequence[AttentionUse]) -> Table:

@@ -14,6 +14,7 @@ from typing import Any
 
 from crate_mae.data import ImageSource
 from crate_mae.data.base import fixed_sample
+from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
@@ -28,6 +29,7 @@ from crate_mae.interpret.information import (
     split_probe_images,
 )
 from crate_mae.interpret.measure import Measurements, Opened, Progress, measure_layers
+from crate_mae.interpret.removals import Removal, fitted_probe, removals
 from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples
 from crate_mae.interpret.report.subjects import (
     LABELS,
@@ -95,6 +97,7 @@ class Inspection:
         training: how it was trained, likewise; empty if that is not known.
         measured: the model first, then its controls.
         attention_use: what the model loses when its attention mixes no tokens; empty if it has no such attention.
+        removals: what it loses without single heads and atoms; empty if that was not asked for.
         examples: what is drawn.
         left_out: what the report as a whole does not have, and why.
         notes: sentences on numbers that need caution.
@@ -106,6 +109,7 @@ class Inspection:
     training: dict[str, str]
     measured: list[SubjectMeasures]
     attention_use: list[AttentionUse]
+    removals: list[Removal]
     examples: Examples
     left_out: dict[str, str]
     notes: list[str]
@@ -134,6 +138,7 @@ class Inspection:
                 for found in self.measured
             ],
             "attention_use": [asdict(found) for found in self.attention_use],
+            "interventions": [asdict(found) for found in self.removals],
             "completions": {"mask_ratio": examples.mask_ratio, "psnr": examples.psnr} if examples.psnr else None,
             "left_out": self.left_out,
             "notes": self.notes,
@@ -143,11 +148,14 @@ class Inspection:
 
     def tables(self) -> dict[str, str]:
         """The CSV files: measures and claims of every layer and subject, and the model without mixing in layers."""
-        return {
+        tables = {
             "measures.csv": _csv(Row, {m.key: m.measures.rows for m in self.measured}),
             "audit.csv": _csv(AuditRow, {m.key: m.measures.audit for m in self.measured}),
             "attention.csv": _csv(AttentionUse, {self.model.key: self.attention_use}),
         }
+        if self.removals:
+            tables["interventions.csv"] = _csv(Removal, {self.model.key: self.removals})
+        return tables
 
 
 def inspect_model(
@@ -194,7 +202,7 @@ def inspect_model(
         measures = replace(measures, rows=[*measures.rows, *more])
         measured.append(SubjectMeasures(key, opened.backbone.is_random, tokens_of(opened), measures))
     report("the model without mixing")
-    use = _attention_use(*subjects["model"], settings, hidden, images, left_out)
+    use, removed = _without_parts(*subjects["model"], settings, hidden, images, left_out, report)
     report("pictures")
     examples = collect_examples(subjects, count=settings.count, mask_ratio=hidden, seed=settings.seed)
     notes += _shortages(subjects, measured, settings)
@@ -204,6 +212,7 @@ def inspect_model(
         training=known.lines,
         measured=measured,
         attention_use=use,
+        removals=removed,
         examples=examples,
         left_out=left_out | examples.left_out,
         notes=notes,
@@ -211,19 +220,20 @@ def inspect_model(
     )
 
 
-def _attention_use(
+def _without_parts(
     model: Opened,
     source: ImageSource,
     settings: Settings,
     hidden: float,
     images: ProbeImages | None,
     left_out: dict[str, str],
-) -> list[AttentionUse]:
-    """The model without mixing, judged by its loss and, where there are labels, a probe."""
+    report: Progress,
+) -> tuple[list[AttentionUse], list[Removal]]:
+    """The model without mixing, and without single parts, judged by its loss and, where there are labels, a probe."""
     net = model.net
     if not isinstance(net, MaskedAutoencoder):
-        left_out["masked loss without mixing"] = "the model has no decoder"
-        return []
+        left_out["masked loss without mixing and without heads"] = "the model has no decoder"
+        return [], []
     if images is None and settings.probe_images:
         try:
             images = split_probe_images(source, settings.probe_images, settings.seed)
@@ -233,10 +243,18 @@ def _attention_use(
     pixels = read_images(source, model.backbone.transform(), chosen, settings.count).images
     masks = nested_masks(len(pixels), net.num_patches, hidden, settings.seed)
     probe = None if images is None else partial(last_layer_score, model.backbone, images)
-    found = attention_use(net, pixels, masks, probe=probe)
-    if not found:
+    use = attention_use(net, pixels, masks, probe=probe)
+    if not use:
         left_out["masked loss without mixing"] = "no layer has attention in subspaces"
-    return found
+    if not settings.interventions:
+        return use, []
+
+    def announce(seconds: float) -> None:
+        minutes = plural(max(1, round(seconds / 60)), "minute")
+        report(f"the model without single heads and atoms, for about {minutes}")
+
+    classifier = None if images is None else fitted_probe(model.backbone, images)
+    return use, removals(net, pixels, masks, probe=classifier, seed=settings.seed, on_start=announce)
 
 
 def _foreground_rows(

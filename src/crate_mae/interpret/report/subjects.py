@@ -44,6 +44,7 @@ class Settings:
         count: the largest number of images of each.
         mask_ratio: share of patches that are hidden while layers are measured; None hides none.
         probe_images: the largest number of training images, and of others, for the linear probes; 0 for none.
+        interventions: whether heads and atoms are removed, see `interpret.removals`.
         seed: of the choice of images, of masks, and of random initialisation.
 
     Raises:
@@ -59,6 +60,7 @@ class Settings:
     count: int = 256
     mask_ratio: float | None = None
     probe_images: int = 2000
+    interventions: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -83,6 +85,7 @@ class Settings:
             words += [] if value is None else [f"--{option.replace('_', '-')}", name_of(value)]
         for option in ("count", "probe_images", "seed"):
             words += [f"--{option.replace('_', '-')}", str(getattr(self, option))]
+        words += ["--interventions"] if self.interventions else []
         return shlex.join(words)
 
     def named(self) -> dict[str, Any]:
