@@ -14,7 +14,7 @@ MASKS = nested_masks(6, 16, 0.75, 0)
 
 def build(**settings):
     torch.manual_seed(0)
-    small = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1, "decoder_num_heads": 2}
+    small = {"embed_dim": 12, "depth": 1, "num_heads": 3, "decoder_depth": 1, "decoder_embed_dim": 12, "decoder_num_heads": 3}
     return crate_mae.create_model("crate_mae_nano_patch2_8", in_chans=1, **(small | settings)).eval()
 
 
@@ -24,23 +24,23 @@ def by_name(found):
 
 def test_heads_and_atoms_that_do_nothing_cost_nothing_and_the_others_what_their_weights_give():
     net = build()
-    layer = net.encoder.blocks[1]
+    layer = net.encoder.blocks[0]
     with torch.no_grad():
-        layer.attn.proj.weight[:, 8:16] = 0  # head 1
+        layer.attn.proj.weight[:, 4:8] = 0  # head 1
         layer.ista.dictionary.zero_()  # the code is relu(X - eta lambda)
         layer.norm2.weight[5], layer.norm2.bias[5] = 0, -1  # atom 5 is never active
-    found = by_name(removals(net, IMAGES, MASKS, atoms=24, draws=2))
-    assert len(found) == 2 * 3 + 2 + 2 * 24
-    assert found["encoder", 1, "head", 1].loss == 0
-    unused = found["encoder", 1, "atom", 5]
+    found = by_name(removals(net, IMAGES, MASKS, atoms=12, draws=2))
+    assert len(found) == 3 + 3 + 12
+    assert found["encoder", 0, "head", 1].loss == 0
+    unused = found["encoder", 0, "atom", 5]
     assert unused.share == unused.loss == unused.random_loss == unused.beyond == 0 and unused.p == 1
-    for kind, count in (("head", 3), ("atom", 24)):
+    for kind, count in (("head", 3), ("atom", 12)):
         shares = [found["encoder", 0, kind, i].share for i in range(count)]
         assert sum(shares) == pytest.approx(1)
-    head = found["encoder", 1, "head", 2]
+    head = found["encoder", 0, "head", 2]
     before = image_losses(net, IMAGES, MASKS, 64)
     with torch.no_grad():
-        layer.attn.proj.weight[:, 16:] = 0
+        layer.attn.proj.weight[:, 8:] = 0
     change = (image_losses(net, IMAGES, MASKS, 64) - before).mean()
     assert head.loss == pytest.approx(float(change), rel=1e-4) and change != 0
     assert head.beyond == pytest.approx(head.loss - head.random_loss)
@@ -50,7 +50,7 @@ def test_heads_and_atoms_that_do_nothing_cost_nothing_and_the_others_what_their_
 
 def test_the_largest_atoms_and_some_of_the_others_by_seed_and_the_network_is_left_as_it_was():
     net = build(layer="monotone")
-    everything = by_name(removals(net, IMAGES, MASKS, atoms=24, draws=1, batch_size=4))
+    everything = by_name(removals(net, IMAGES, MASKS, atoms=12, draws=1, batch_size=4))
     shares = {key[3]: each.share for key, each in everything.items() if key[:3] == ("encoder", 0, "atom")}
     few = removals(net, IMAGES, MASKS, atoms=5, draws=1, seed=1, batch_size=4)
     chosen = [each.index for each in few if (each.layer, each.kind) == (0, "atom")]
@@ -85,10 +85,10 @@ def test_accuracy_is_that_of_one_classifier_on_the_network_without_the_part():
 
 def test_a_vit_has_heads_and_one_image_has_no_interval():
     torch.manual_seed(0)
-    net = crate_mae.create_model("vit_mae_nano_patch2_8", in_chans=1).eval()
+    net = crate_mae.create_model("vit_mae_nano_patch2_8", in_chans=1, depth=1, decoder_depth=1).eval()
     seconds = []
     found = removals(net, IMAGES, MASKS, draws=1, on_start=seconds.append)
-    assert {each.kind for each in found} == {"head"} and len(found) == 8 * 4
+    assert {each.kind for each in found} == {"head"} and len(found) == 2 * 4
     assert len(seconds) == 1 and seconds[0] > 0
     with pytest.raises(crate_mae.UserError, match="at least two"):
         removals(net, IMAGES[:1], MASKS[:1])
