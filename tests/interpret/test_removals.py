@@ -14,7 +14,14 @@ MASKS = nested_masks(6, 16, 0.75, 0)
 
 def build(**settings):
     torch.manual_seed(0)
-    small = {"embed_dim": 12, "depth": 1, "num_heads": 3, "decoder_depth": 1, "decoder_embed_dim": 12, "decoder_num_heads": 3}
+    small = {
+        "embed_dim": 12,
+        "depth": 1,
+        "num_heads": 3,
+        "decoder_depth": 1,
+        "decoder_embed_dim": 12,
+        "decoder_num_heads": 3,
+    }
     return crate_mae.create_model("crate_mae_nano_patch2_8", in_chans=1, **(small | settings)).eval()
 
 

@@ -221,5 +221,5 @@ def _numbered_alike(train: Part, test: Part) -> ProbeImages:
     labels = [aligned_labels(part, classes) for part in (train, test)]
     refuse_small_classes(labels[0], 2, classes)
     parts = zip((train, test), labels, strict=True)
-    train, test = (Part(part, np.arange(len(part)), labels=found) for part, found in parts)
+    train, test = (Part(part, np.arange(len(part)), labels=found, classes=classes) for part, found in parts)
     return train, test

@@ -19,7 +19,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from scipy.stats import ttest_1samp
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
@@ -29,6 +28,7 @@ from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import LogisticRegression, linear_probe
 from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret.attention_use import image_losses
+from crate_mae.interpret.audit import p_value
 from crate_mae.interpret.information import PROBE_STRENGTHS, ProbeImages
 from crate_mae.interpret.statistics import place_of, statistic
 from crate_mae.models.autoencoder import MaskedAutoencoder
@@ -66,7 +66,7 @@ class Removal:
         beyond: the first less the second, paired over images; above 0, the part matters more than a random one.
         beyond_low: of its 95% interval (Student's t).
         beyond_high: of the same.
-        p: of the t-test that `beyond` is 0, for this part alone.
+        p: one-sided, of the t-test that `beyond` is above 0, for this part alone.
         accuracy: change of the classifier's accuracy; None without labels, or in a decoder.
         random_accuracy: the same for the controls.
         worst_class: the class that loses most.
@@ -146,8 +146,7 @@ def removals(
     def measured(changes: Mapping[str, Change], *, in_encoder: bool = True) -> _Measured:
         with intervene(net, changes):
             losses = image_losses(net, images, masks, batch_size)
-            asked = probe is not None and in_encoder
-            return _Measured(losses, probe.classify() == probe.labels if asked else None)
+            return losses, None if probe is None or not in_encoder else probe.classify() == probe.labels
 
     started = time.perf_counter()
     intact = measured({})
@@ -167,15 +166,14 @@ class _Part(NamedTuple):
 
     place: tuple[str, int]
     kind: str
-    index: int
+    number: int
     share: float
     removed: dict[str, Change]
     control: Callable[[torch.Generator], dict[str, Change]]
 
 
-class _Measured(NamedTuple):
-    losses: Float[Tensor, "b"]
-    is_right: Bool[Tensor, "k"] | None
+# Losses of images, and whether others are classified right.
+_Measured = tuple[Float[Tensor, "b"], Bool[Tensor, "k"] | None]
 
 
 def _parts(
@@ -218,7 +216,7 @@ def _head(layer: str, k: int, share: Float[Tensor, "h"]) -> _Part:
         return {f"{layer}.attn": without_random_subspace}
 
     name = f"{layer}.head_steps[{k}]"
-    return _Part(place_of(layer), "head", k, float(share[k]), {name: 0}, control)
+    return _Part(place_of(layer), "head", k, float(share[k]), {name: 0.0}, control)
 
 
 def _atom(layer: str, j: int, share: Float[Tensor, "m"]) -> _Part:
@@ -227,7 +225,7 @@ def _atom(layer: str, j: int, share: Float[Tensor, "m"]) -> _Part:
         return {f"{layer}.code": lambda code: code - code[..., j : j + 1] * direction.to(code)}
 
     name = f"{layer}.code[{j}]"
-    return _Part(place_of(layer), "atom", j, float(share[j]), {name: 0}, control)
+    return _Part(place_of(layer), "atom", j, float(share[j]), {name: 0.0}, control)
 
 
 def _chosen_atoms(share: Float[Tensor, "m"], count: int, generator: torch.Generator) -> list[int]:
@@ -240,36 +238,30 @@ def _chosen_atoms(share: Float[Tensor, "m"], count: int, generator: torch.Genera
 def _removal(
     part: _Part, intact: _Measured, without: _Measured, controls: Sequence[_Measured], probe: Probe | None
 ) -> Removal:
-    change = without.losses - intact.losses
-    random = torch.stack([control.losses for control in controls]).mean(0) - intact.losses
+    change = without[0] - intact[0]
+    random = torch.stack([losses for losses, _ in controls]).mean(0) - intact[0]
     beyond = statistic(change - random)
-    low, high = beyond.interval()
-    # A part that changes nothing differs from nothing by nothing.
-    p = float(ttest_1samp(change - random, 0).pvalue) if beyond.spread else 1.0
     found = Removal(
         *part.place,
         part.kind,
-        part.index,
+        part.number,
         part.share,
         float(change.mean()),
         float(random.mean()),
         beyond.mean,
-        low,
-        high,
-        p,
+        *beyond.interval(),
+        p_value(beyond),
     )
-    if probe is None or without.is_right is None or intact.is_right is None:
+    if probe is None or without[1] is None or intact[1] is None:
         return found
-    fewer = without.is_right.double() - intact.is_right.double()
-    fewer_at_random = [
-        control.is_right.double() - intact.is_right.double() for control in controls if control.is_right is not None
-    ]
-    by_class = {int(c): float(fewer[probe.labels == c].mean()) for c in probe.labels.unique()}
+    gained = without[1].double() - intact[1].double()
+    right_at_random = torch.stack([right for _, right in controls if right is not None])
+    by_class = {int(c): float(gained[probe.labels == c].mean()) for c in probe.labels.unique()}
     worst = min(by_class, key=by_class.__getitem__)
     return replace(
         found,
-        accuracy=float(fewer.mean()),
-        random_accuracy=float(torch.stack(fewer_at_random).mean()),
+        accuracy=float(gained.mean()),
+        random_accuracy=float((right_at_random.double() - intact[1].double()).mean()),
         worst_class=probe.names[worst],
         worst_class_accuracy=by_class[worst],
     )
