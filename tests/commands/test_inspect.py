@@ -77,6 +77,7 @@ def test_nothing_is_written_after_a_mistake(crate_mae_command, tmp_path):
         ["no/model", "digits:test"],
         [MODEL, "no/data"],
         [MODEL, "digits:test", "--count", "0"],
+        [MODEL, "digits:test", "--seed", str(2**64)],
         [MODEL, "digits:test", "--foregrounds", "no/masks"],
     ):
         code, _, error = crate_mae_command("inspect", *words, "--out", tmp_path / "report")

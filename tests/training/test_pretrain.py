@@ -11,10 +11,12 @@ import torch
 from PIL import Image
 
 from crate_mae.commands.train import pretrain, resume
+from crate_mae.data import open_source
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.training import checkpoint, run_directory
+from crate_mae.training.images import _found_again, split_record
 from crate_mae.training.preflight import ProbeResult
 from crate_mae.training.pretraining import Monitor
 from crate_mae.training.run_directory import RunDirectory
@@ -463,3 +465,21 @@ def test_a_plan_names_a_copy_that_makes_it_much_faster(tiny_run, monkeypatch, ca
     assert "9 min (89% of it for reading images)" in faster
     for image, reduced in ((1.0, None), (1.0, (19, 0.9))):
         assert "read faster" not in plan(image, reduced)
+
+
+def test_images_that_cannot_be_read_are_never_found_again():
+    class Scans:
+        broken = (1, 3)
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            if i in self.broken:
+                raise OSError("the disk is gone")
+            return np.full((8, 8), 40 * i, dtype=np.uint8)
+
+    record = split_record(open_source(Scans()), np.array([1, 2]))
+    assert record["sha256"][0] == "" and len(record["sha256"][1]) == 64
+    for known in (record, record | {"sha256": ["unreadable", record["sha256"][1]]}):  # as once written
+        assert _found_again(open_source(Scans()), known).tolist() == [2]

@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from crate_mae.data.documents import to_json
 from crate_mae.data.files import output_path
-from crate_mae.data.numbers import check_whole
+from crate_mae.data.numbers import LARGEST_SEED, check_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole
 
@@ -20,7 +20,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 JSON_HELP = "Print one JSON object on the standard output, and everything else on the standard error."
-_LARGEST_SEED = 2**32 - 1
 
 
 def computes(command: Callable[P, R]) -> Callable[P, R]:
@@ -57,7 +56,7 @@ def refuse_existing(path: Path, *, overwrite: bool) -> None:
 
 def check_seed(seed: int) -> None:
     """Raise a `UserError` for a seed that some generator does not accept."""
-    check_whole("--seed", seed, 0, _LARGEST_SEED)
+    check_whole("--seed", seed, 0, LARGEST_SEED)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from typing import Any
 from crate_mae.errors import UserError
 
 MOST_IMAGES = 10**9  # in a batch, or counted in another way
+LARGEST_SEED = 2**32 - 1  # that every generator accepts
 MOST_THREADS = 1024  # and processes: many more end a process without a message
 
 

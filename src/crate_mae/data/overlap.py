@@ -74,6 +74,9 @@ def _warn_of_copies(train: ImageSource, val: ImageSource, option: str) -> None:
         logger.warning("%s", found.strip())
 
 
+UNREADABLE = "unreadable"  # in place of the digest of an image
+
+
 def content_digests(source: ImageSource) -> list[str]:
     """Digests of the contents of a fixed pseudo-random sample: of the bytes of files, of the pixels of others."""
     found = []
@@ -82,7 +85,7 @@ def content_digests(source: ImageSource) -> list[str]:
             with _same_each_time():
                 found.append(read_with_digest(source, i)[1].hex())
         except UnreadableImage:
-            found.append("unreadable")
+            found.append(UNREADABLE)
     return found
 
 

@@ -12,6 +12,7 @@ from numbers import Integral
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
@@ -41,7 +42,7 @@ logger = logging.getLogger(__name__)
 AFFORDABLE = "affordable"
 _DIGEST = "sha256"
 _FEW_IMAGES = 2000  # up to which processes take longer to start than they save
-_VERSIONS = (version("crate-mae"), torch.__version__)  # of what prepares images, and of what computes
+_VERSIONS = (version("crate-mae"), PIL.__version__, torch.__version__)  # of what prepares images, and of what computes
 # About 14 times the features of CIFAR-10 at a width of 2 x 384. What has not been used for longest goes first.
 MOST_BYTES = 4 * 2**30
 

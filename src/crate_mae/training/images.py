@@ -39,7 +39,7 @@ from crate_mae.data.base import (
     text_of,
 )
 from crate_mae.data.dataset import workers_errors_plain
-from crate_mae.data.overlap import content_digests
+from crate_mae.data.overlap import UNREADABLE, content_digests
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, and_more
 from crate_mae.training.options import RunOptions
@@ -157,7 +157,7 @@ def split_record(whole: ImageSource, held_out: np.ndarray) -> dict[str, Any]:
 
 
 def _found_again(whole: ImageSource, record: Mapping[str, Any]) -> np.ndarray:
-    known = set(record["sha256"]) - {""}
+    known = set(record["sha256"]) - {"", UNREADABLE}
     found = [i for i in range(len(whole)) if _image_digest(whole, i) in known]
     if not 0 < len(found) < len(whole):
         which = "None" if not found else "All"
@@ -173,7 +173,7 @@ def _image_digest(source: ImageSource, i: int) -> str:
     try:
         if isinstance(source, EncodedSource):
             return hashlib.sha256(source.content(i)).hexdigest()
-        return content_digests(Part(source, np.array([i])))[0]
+        return content_digests(Part(source, np.array([i])))[0].replace(UNREADABLE, "")
     except UnreadableImage:
         return ""
 

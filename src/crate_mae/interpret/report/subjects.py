@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_mae.data import ImageSource, open_source, same_images
+from crate_mae.data.numbers import LARGEST_SEED, describe_not_whole
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.interpret.measure import Opened, open_measurable, untrained_twin
@@ -64,18 +65,15 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if mistakes := list(self._mistakes()):
+        if mistakes := [mistake for mistake in self._mistakes() if mistake]:
             raise UserError("\n".join(mistakes))
 
-    def _mistakes(self) -> Iterator[str]:
-        if self.count < 1:
-            yield f"--count is {self.count}, but must be at least 1."
+    def _mistakes(self) -> Iterator[str | None]:
+        yield describe_not_whole("--count", self.count)
         if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
             yield f"--mask-ratio is {self.mask_ratio}, but must be between 0 and 1; leave it out to hide nothing."
-        if self.probe_images < 0:
-            yield f"--probe-images is {self.probe_images}, but must be at least 0."
-        if self.seed < 0:
-            yield f"--seed is {self.seed}, but must be at least 0."
+        yield describe_not_whole("--probe-images", self.probe_images, 0)
+        yield describe_not_whole("--seed", self.seed, 0, LARGEST_SEED)
 
     def command(self) -> str:
         """The command that makes the report again."""
