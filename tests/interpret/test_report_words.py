@@ -8,6 +8,7 @@ import torch
 import crate_mae
 from crate_mae.drawing.text import html, listed, mathtext, number, percent, plural, raised, signed
 from crate_mae.interpret.attention_use import AttentionUse
+from crate_mae.interpret.removals import Removal
 from crate_mae.interpret.report.findings import (
     STAND_IN_LIMITS,
     attention_finding,
@@ -15,6 +16,7 @@ from crate_mae.interpret.report.findings import (
     inverses_finding,
     lengths_finding,
     rates_finding,
+    removals_finding,
     sparsity_finding,
     steps_finding,
     verdict_sentence,
@@ -230,3 +232,42 @@ def test_every_subject_has_one_answer(inspection):
     found = write_findings(inspection)
     assert len({finding.anchor for finding in found}) == len(found) == 7
     assert all(finding.answer.endswith(".") for finding in found)
+
+
+def test_what_matters_is_counted_after_correction_and_the_costliest_parts_come_first():
+    def removal(kind, index, beyond, p, accuracy=None):
+        worst = (None, None, None) if accuracy is None else (accuracy / 2, "cat", 2 * accuracy)
+        return Removal(
+            "encoder",
+            1,
+            kind,
+            index,
+            0.25,
+            beyond + 0.1,
+            0.1,
+            beyond,
+            beyond - 0.01,
+            beyond + 0.01,
+            p,
+            accuracy,
+            *worst,
+        )
+
+    found = removals_finding(
+        [
+            removal("head", 0, 0.02, 1e-6, -0.04),
+            removal("head", 1, 0.001, 0.03, 0.01),  # not after correction for four
+            removal("head", 2, -0.05, 1.0, 0.0),
+            removal("atom", 7, 0.3, 1e-9),
+        ]
+    )
+    assert found.answer == (
+        "Removed one at a time, 1 of 3 heads cost more than a random subspace of the same dimension and "
+        "1 of 1 atom cost more than a random direction."
+    )
+    assert (
+        "without head 0 of E1: −4.0 points (−2.0 points for its controls), and −8.0 points on images of cat"
+        in found.more[-1]
+    )
+    assert [row[0] for row in found.table.rows] == ["atom 7 of E1", "head 0 of E1", "head 1 of E1", "head 2 of E1"]
+    assert found.table.rows[0][4:6] == ["+0.300", "+0.290 to +0.310"] and found.table.rows[0][6] == "–"

@@ -470,15 +470,15 @@ def removals_finding(removals: Sequence[Removal]) -> Finding:
     corrected = dict(zip(removals, holm([each.p for each in removals]), strict=True))
     mattering = [each for each in removals if each.beyond > 0 and corrected[each] < LARGEST_P]
     statements = []
-    for kind, control in (("head", "a random subspace of its dimension"), ("atom", "a random direction of its size")):
+    for kind, control in (("head", "a random subspace of the same dimension"), ("atom", "a random direction")):
         if asked := [each for each in removals if each.kind == kind]:
             count = sum(each.kind == kind for each in mattering)
             statements.append(f"{count} of {plural(len(asked), kind)} cost more than {control}")
-    largest = sorted(removals, key=lambda each: -each.beyond)[:_SHOWN_REMOVALS]
     more = [
-        "Removed is a head's step, or an atom's activations, one at a time, in every pass. The change of the loss is "
-        "paired over images with that for the controls; p < 0.05 after Holm's correction over all parts counts.",
-        "Size is the part's share of the squared length of its layer's step, or of its code.",
+        "Removed is a head's step, or an atom's activations, in every pass. The change of the loss is paired over "
+        "images with that for the controls; p < 0.05 after Holm's correction over all parts counts.",
+        "Size is the part's share of the squared length of its layer's step, or of its code. A random subspace has the "
+        "same dimension, and so the average size; a random direction has the size of the atom.",
     ]
     probed = [each for each in removals if each.accuracy is not None]
     if probed:
@@ -488,16 +488,15 @@ def removals_finding(removals: Sequence[Removal]) -> Finding:
             f"{_points(worst.accuracy)} ({_points(worst.random_accuracy)} for its controls), and "
             f"{_points(worst.worst_class_accuracy)} on images of {worst.worst_class}."
         )
-    header = [
-        "without",
-        "size",
-        "change of the loss",
-        "random part",
-        "difference",
-        "95% interval",
-        "accuracy",
-        "random part",
-    ]
+    answer = f"Removed one at a time, {listed(statements)}."
+    return Finding(
+        "matters", "What matters: heads and atoms removed", answer, more=tuple(more), table=_removals_table(removals)
+    )
+
+
+def _removals_table(removals: Sequence[Removal]) -> Table:
+    """What costs most beyond its controls."""
+    header = ["without", "size", "change of the loss", "random", "difference", "95% interval", "accuracy", "random"]
     rows = [
         [
             _part(each),
@@ -506,15 +505,13 @@ def removals_finding(removals: Sequence[Removal]) -> Finding:
             signed(each.random_loss),
             signed(each.beyond),
             f"{signed(each.beyond_low)} to {signed(each.beyond_high)}",
-            "–" if each.accuracy is None else _points(each.accuracy),
-            "–" if each.random_accuracy is None else _points(each.random_accuracy),
+            _points(each.accuracy),
+            _points(each.random_accuracy),
         ]
-        for each in largest
+        for each in sorted(removals, key=lambda each: -each.beyond)[:_SHOWN_REMOVALS]
     ]
-    caption = f"The {len(rows)} parts that cost most beyond their controls; all are in interventions.csv."
-    answer = "; ".join(statements) + "."
-    return Finding(
-        "matters", "What matters: heads and atoms removed", answer, more=tuple(more), table=Table(header, rows, caption)
+    return Table(
+        header, rows, f"The {len(rows)} parts that cost most beyond their controls; all are in interventions.csv."
     )
 
 
@@ -523,7 +520,7 @@ def _part(removal: Removal) -> str:
 
 
 def _points(change: float | None) -> str:
-    return f"{100 * (change or 0.0):+.1f} points".replace("-", "−")
+    return "–" if change is None else f"{100 * change:+.1f} points".replace("-", "−")
 
 
 def _use_table(use: Sequence[AttentionUse]) -> Table:
