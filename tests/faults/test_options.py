@@ -5,10 +5,11 @@ import math
 
 import pytest
 
+from crate_mae.commands.console import takes
 from crate_mae.commands.estimate import estimate
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.errors import UserError
-from crate_mae.training.options import FinetuneOptions, PretrainOptions, check, takes
+from crate_mae.training.options import FinetuneOptions, PretrainOptions, check
 from crate_mae.training.run_directory import RunDirectory
 
 HUGE = 10**400

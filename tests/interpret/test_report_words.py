@@ -237,21 +237,8 @@ def test_every_subject_has_one_answer(inspection):
 def test_what_matters_is_counted_after_correction_and_the_costliest_parts_come_first():
     def removal(kind, index, beyond, p, accuracy=None):
         worst = (None, None, None) if accuracy is None else (accuracy / 2, "cat", 2 * accuracy)
-        return Removal(
-            "encoder",
-            1,
-            kind,
-            index,
-            0.25,
-            beyond + 0.1,
-            0.1,
-            beyond,
-            beyond - 0.01,
-            beyond + 0.01,
-            p,
-            accuracy,
-            *worst,
-        )
+        loss = (beyond + 0.1, 0.1, beyond, beyond - 0.01, beyond + 0.01)
+        return Removal("encoder", 1, kind, index, 0.25, *loss, p, accuracy, *worst)
 
     found = removals_finding(
         [

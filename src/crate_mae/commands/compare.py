@@ -4,11 +4,10 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from crate_mae.commands.console import computes
+from crate_mae.commands.console import computes, takes
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.errors import RunStopped
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import takes
 
 if TYPE_CHECKING:
     from crate_mae.comparison.compare import Comparison

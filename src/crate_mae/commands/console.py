@@ -1,11 +1,14 @@
-"""Checks, progress and messages that commands share."""
+"""What commands share: how they are made of dataclasses of options, their checks, progress and messages."""
 
+import dataclasses
 import functools
+import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar, get_args, get_origin
 
 from rich.markup import escape
 from rich.progress import Progress
@@ -15,9 +18,11 @@ from crate_mae.data.files import output_path
 from crate_mae.data.numbers import LARGEST_SEED, check_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole
+from crate_mae.training.options import GIVEN, RunOptions, own_first
 
 P = ParamSpec("P")
 R = TypeVar("R")
+T = TypeVar("T")
 
 JSON_HELP = "Print one JSON object on the standard output, and everything else on the standard error."
 
@@ -33,6 +38,72 @@ def computes(command: Callable[P, R]) -> Callable[P, R]:
             return command(*args, **kwargs)
 
     return run
+
+
+def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
+    """Make a function of options a function of keywords: a command, for Python and for the command line.
+
+    Its signature and the section "Args" of its docstring are made from the fields of the dataclass.
+
+    Args:
+        kind: the dataclass.
+    """
+    signature = _signature(kind)
+
+    def decorate(function: Callable[[T], R]) -> Callable[P, R]:
+        def command(*args: P.args, **kwargs: P.kwargs) -> R:
+            names = signature.bind(*args, **kwargs).arguments  # names this function, not the dataclass, in its error
+            options: Any = kind(*args, **kwargs)
+            if isinstance(options, RunOptions):  # which know what was given; None stands for what was not
+                given = {name: GIVEN for name in names if getattr(options, name) is not None}
+                options = dataclasses.replace(options, origins=given)
+            return function(options)
+
+        annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+        result = function.__annotations__["return"]
+        command.__name__ = command.__qualname__ = function.__name__
+        command.__module__ = function.__module__
+        command.__doc__ = _explained(function.__doc__ or "", kind)
+        command.__annotations__ = {**annotations, "return": result}
+        command.__signature__ = signature.replace(return_annotation=result)  # pyright: ignore[reportFunctionMemberAccess]
+        return command
+
+    return decorate
+
+
+def _signature(kind: Any) -> inspect.Signature:
+    """One parameter for each option; those without a default come first."""
+    parameters = []
+    for item in sorted(own_first(kind), key=lambda item: (item.kw_only, item.default is not dataclasses.MISSING)):
+        default = inspect.Parameter.empty if item.default is dataclasses.MISSING else item.default
+        place = inspect.Parameter.KEYWORD_ONLY if item.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
+        hint: Any = _or_none(item.type) if default is None else item.type
+        parameters.append(inspect.Parameter(item.name, place, default=default, annotation=hint))
+    return inspect.Signature(parameters)
+
+
+def _or_none(hint: Any) -> Any:
+    """A type that also allows None, with the same metadata."""
+    if get_origin(hint) is not Annotated:
+        return hint | None
+    inner, *metadata = get_args(hint)
+    return Annotated[(inner if inner is Any else inner | None, *metadata)]
+
+
+def _explained(docstring: str, kind: Any) -> str:
+    """A docstring with the section "Args" before that of what is returned."""
+    explanations = [
+        textwrap.fill(
+            f"{name}: {kind.__dataclass_fields__[name].metadata['help']}",
+            width=120,
+            initial_indent=" " * 8,
+            subsequent_indent=" " * 12,
+            break_long_words=False,
+            break_on_hyphens=False,
+        )
+        for name in _signature(kind).parameters
+    ]
+    return docstring.replace("    Returns:", "    Args:\n" + "\n".join(explanations) + "\n\n    Returns:", 1)
 
 
 def new_file(option: str, path: Path | str, *suffixes: str, overwrite: bool) -> Path:

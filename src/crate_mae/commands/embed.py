@@ -13,11 +13,12 @@ from crate_mae.commands.console import (
     print_random_initialisation,
     progress,
     refuse_existing,
+    takes,
 )
 from crate_mae.data.files import output_path
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, option, takes
+from crate_mae.training.options import Data, option
 
 if TYPE_CHECKING:
     from crate_mae.data import ImageSource

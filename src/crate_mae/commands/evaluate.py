@@ -17,6 +17,7 @@ from crate_mae.commands.console import (
     print_bad,
     print_json,
     print_random_initialisation,
+    takes,
 )
 from crate_mae.commands.embed import FeatureOptions, extract_with_progress
 from crate_mae.data.documents import to_json
@@ -24,7 +25,7 @@ from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, option, takes
+from crate_mae.training.options import Data, option
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.probes import Score

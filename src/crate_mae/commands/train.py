@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from crate_mae.commands.console import computes
+from crate_mae.commands.console import computes, takes
 from crate_mae.commands.reconstruct import reconstruct
 from crate_mae.data.files import path_of
 from crate_mae.errors import UserError
 from crate_mae.terminal import open_console
-from crate_mae.training.options import FinetuneOptions, PretrainOptions, takes
+from crate_mae.training.options import FinetuneOptions, PretrainOptions
 
 if TYPE_CHECKING:
     from crate_mae.training.run_directory import Run

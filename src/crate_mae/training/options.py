@@ -5,37 +5,19 @@ None is open: `resolve` fills it in from the data and the machine, and in a run 
 """
 
 import dataclasses
-import inspect
 import math
-import textwrap
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import (
-    Annotated,
-    Any,
-    ClassVar,
-    Literal,
-    NamedTuple,
-    ParamSpec,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    no_type_check,
-)
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, no_type_check
 
 from cyclopts import Parameter, Token
 
 from crate_mae.data.documents import parse_yaml
 from crate_mae.data.numbers import MOST_THREADS
 from crate_mae.errors import UserError
-
-P = ParamSpec("P")
-R = TypeVar("R")
-T = TypeVar("T")
 
 
 def _as_text(_type: Any, tokens: Sequence[Token]) -> str:
@@ -491,69 +473,3 @@ def is_of_type(value: Any, hint: Any) -> bool:
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, (int, float) if hint is float else hint)
-
-
-def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
-    """Make a function of options a function of keywords: a command, for Python and for the command line.
-
-    Its signature and the section "Args" of its docstring are made from the fields of the dataclass.
-
-    Args:
-        kind: the dataclass.
-    """
-    signature = _signature(kind)
-
-    def decorate(function: Callable[[T], R]) -> Callable[P, R]:
-        def command(*args: P.args, **kwargs: P.kwargs) -> R:
-            names = signature.bind(*args, **kwargs).arguments  # names this function, not the dataclass, in its error
-            options: Any = kind(*args, **kwargs)
-            if isinstance(options, RunOptions):  # which know what was given; None stands for what was not
-                given = {name: GIVEN for name in names if getattr(options, name) is not None}
-                options = dataclasses.replace(options, origins=given)
-            return function(options)
-
-        annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
-        result = function.__annotations__["return"]
-        command.__name__ = command.__qualname__ = function.__name__
-        command.__module__ = function.__module__
-        command.__doc__ = _explained(function.__doc__ or "", kind)
-        command.__annotations__ = {**annotations, "return": result}
-        command.__signature__ = signature.replace(return_annotation=result)  # pyright: ignore[reportFunctionMemberAccess]
-        return command
-
-    return decorate
-
-
-def _signature(kind: Any) -> inspect.Signature:
-    """One parameter for each option; those without a default come first."""
-    parameters = []
-    for item in sorted(own_first(kind), key=lambda item: (item.kw_only, item.default is not MISSING)):
-        default = inspect.Parameter.empty if item.default is MISSING else item.default
-        place = inspect.Parameter.KEYWORD_ONLY if item.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
-        hint: Any = _or_none(item.type) if default is None else item.type
-        parameters.append(inspect.Parameter(item.name, place, default=default, annotation=hint))
-    return inspect.Signature(parameters)
-
-
-def _or_none(hint: Any) -> Any:
-    """A type that also allows None, with the same metadata."""
-    if get_origin(hint) is not Annotated:
-        return hint | None
-    inner, *metadata = get_args(hint)
-    return Annotated[(inner if inner is Any else inner | None, *metadata)]
-
-
-def _explained(docstring: str, kind: Any) -> str:
-    """A docstring with the section "Args" before that of what is returned."""
-    explanations = [
-        textwrap.fill(
-            f"{name}: {kind.__dataclass_fields__[name].metadata['help']}",
-            width=120,
-            initial_indent=" " * 8,
-            subsequent_indent=" " * 12,
-            break_long_words=False,
-            break_on_hyphens=False,
-        )
-        for name in _signature(kind).parameters
-    ]
-    return docstring.replace("    Returns:", "    Args:\n" + "\n".join(explanations) + "\n\n    Returns:", 1)
