@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -209,7 +210,9 @@ def test_blocks_of_timm():
         ({"encoder.blocks.1.attn[0]": 0}, r"leave out \[0\]"),
         ({"encoder.blocks.1.attn": True}, "True is no number"),
         ({"encoder.blocks.1.attn": "off"}, "'off' is no number"),
-        ({"encoder.blocks.1.attn": float("nan")}, "nan is not finite"),
+        ({"encoder.blocks.1.attn": float("nan")}, "must be finite"),
+        ({"encoder.blocks.1.attn": 10**400}, "must be finite"),
+        ({"encoder.*": 0, "encoder.blocks.0.code": 0}, "changed already, as"),
         ({"encoder.blocks.1.code[0]": torch.zeros(3)}, r"tensor of \(5, 17\): \(3,\) cannot take its place"),
         ({"encoder.blocks.1.code[0]": lambda code: None}, "NoneType cannot take its place"),
         ({"*.code": 0, "encoder.blocks.1.ista": 0}, "changed already, as"),
@@ -230,6 +233,33 @@ def test_blocks_within_each_other_combine_or_are_refused():
         with pytest.raises(crate_mae.UserError, match="changed already"):
             changed(model, {"encoder.blocks.0.head_steps": 0})
     assert_same(both, changed(model, {"*.head_steps[0]": 0, "*.head_steps[1]": 0}))
+
+
+def test_copies_made_inside_are_intact(tmp_path):
+    model = build()
+    before = masked(model)
+    with crate_mae.intervene(model, {"*.code": 0, "encoder.blocks.0.z[1]": 0}):
+        copied = copy.deepcopy(model)
+        torch.save(model, tmp_path / "model.pt")
+        assert not torch.equal(masked(model), before)
+    saved = torch.load(tmp_path / "model.pt", weights_only=False)
+    for each in (copied, saved):
+        assert torch.equal(masked(each), before)
+        assert not torch.equal(changed(each, {"*.code": 0}), before)
+
+
+def test_functions_may_write_in_place_and_numbers_may_be_of_numpy():
+    model = build()
+    with crate_mae.trace(model, ["encoder.blocks.0.z_next"]) as seen:
+        zeroed = changed(model, {"encoder.blocks.1.z[2]": lambda z: z.zero_()})
+    assert (seen["encoder.blocks.0.z_next"][0][:, 2] != 0).any()
+    assert torch.equal(zeroed, changed(model, {"encoder.blocks.1.z[2]": np.float32(0)}))
+
+
+def test_what_no_pass_comes_by_is_named(caplog):
+    model = build()
+    changed(model, {"encoder": 0, "encoder.blocks.0.code": 1})
+    assert "no pass has come by encoder." in caplog.text
 
 
 def test_compiled_and_exported_models_are_refused():

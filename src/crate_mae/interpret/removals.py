@@ -1,28 +1,28 @@
 """What matters in a network: a subspace or an atom is removed, and what is lost is compared with removing at random.
 
-A measure of a layer says what it does, not whether that is of use. Here a part's contribution is taken away while the
+A measure of a layer says what it does, not whether it is useful. Here a part's contribution is taken away while the
 network runs (`models.interventions`), and two things are measured: the loss of masked completion, and the accuracy of
-a classifier that was fitted to the features of the intact network, once.
+a classifier that was fitted once, to features of the intact network.
 
-Removing anything at all from a network costs something, so every part has controls of the same size: for a head, its
-layer's step less its projection onto a random subspace of equal dimension; for an atom, its activations taken from a
-random direction of the code instead of its own. What a part costs beyond its controls is due to what it stands for.
+Removing anything at all costs something, so every part is compared with random draws of the same size: a head with
+random subspaces of its dimension, which are projected out of its layer's step; an atom with random sets of other atoms
+that have as large a share of the code together. Draws differ among each other, and a part counts only if it costs more
+than another draw would. All this is about the images at hand, whose number enters no interval.
 """
 
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from crate_mae.errors import UserError
+from crate_mae.data.numbers import check_whole
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import LogisticRegression, linear_probe
@@ -30,7 +30,7 @@ from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret.attention_use import image_losses
 from crate_mae.interpret.audit import p_value
 from crate_mae.interpret.information import PROBE_STRENGTHS, ProbeImages
-from crate_mae.interpret.statistics import place_of, statistic
+from crate_mae.interpret.statistics import Statistic, place_of, statistic
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.features import encode, evaluating
 from crate_mae.models.interventions import Change, intervene, places_of
@@ -60,16 +60,17 @@ class Removal:
         layer: number of the layer.
         kind: "head" or "atom".
         index: of the head, or of the atom.
-        share: of the squared length of the layer's step (of the code) that is the part's own, over images and tokens.
+        share: of an atom, of the squared length of its layer's code; of a head, of the sum over heads of the squared
+            lengths of their steps.
         loss: change of the loss of masked completion, mean over images.
-        random_loss: the same for the controls, mean over draws and images.
-        beyond: the first less the second, paired over images; above 0, the part matters more than a random one.
-        beyond_low: of its 95% interval (Student's t).
+        random_loss: the same for the draws, mean over them.
+        beyond: the first less the second; above 0, the part costs more than the average draw.
+        beyond_low: of the 95% interval in which the difference from one more draw lies (Student's t over draws).
         beyond_high: of the same.
-        p: one-sided, of the t-test that `beyond` is above 0, for this part alone.
+        p: one-sided, that one more draw costs as much as the part.
         accuracy: change of the classifier's accuracy; None without labels, or in a decoder.
-        random_accuracy: the same for the controls.
-        worst_class: the class that loses most.
+        random_accuracy: the same for the draws, mean over them.
+        worst_class: the class that loses most; the least of several numbers is low by chance, too.
         worst_class_accuracy: change of the accuracy on this class.
     """
 
@@ -117,7 +118,7 @@ def removals(
     *,
     probe: Probe | None = None,
     atoms: int = 16,
-    draws: int = 3,
+    draws: int = 10,
     seed: int = 0,
     batch_size: int = 64,
     on_start: Callable[[float], None] | None = None,
@@ -130,18 +131,18 @@ def removals(
         masks: true = hidden.
         probe: to measure accuracy as well.
         atoms: how many of each layer's code; half of them those with the most energy, half at random from the others.
-        draws: random subspaces, or directions, per part.
-        seed: of both.
+        draws: random subspaces of each layer with heads, random sets of atoms for each atom; at least two.
+        seed: of the atoms and of the draws.
         batch_size: images that go through the model at once.
         on_start: called with the seconds that all will take, judged by one pass.
 
     Raises:
-        UserError: for a single image, which has no interval.
+        UserError: for fewer than two draws, which have no spread, or a negative number of atoms.
     """
-    if len(images) < 2:
-        raise UserError("Removals are judged by an interval over images: give at least two.")
+    check_whole("draws", draws, 2)
+    check_whole("atoms", atoms, 0)
     generator = torch.Generator().manual_seed(seed)
-    parts = _parts(net, images, masks, atoms, generator, batch_size)
+    shares = _shares(net, images, masks, batch_size)
 
     def measured(changes: Mapping[str, Change], *, in_encoder: bool = True) -> _Measured:
         with intervene(net, changes):
@@ -151,81 +152,91 @@ def removals(
     started = time.perf_counter()
     intact = measured({})
     if on_start is not None:
-        on_start((time.perf_counter() - started) * len(parts) * (1 + draws))
+        heads = sum(len(share) + draws for name, share in shares.items() if name.endswith("head_steps"))
+        codes = sum(min(atoms, len(share)) * (1 + draws) for name, share in shares.items() if name.endswith("code"))
+        on_start((time.perf_counter() - started) * (heads + codes))
     found = []
-    for part in parts:
-        in_encoder = part.place[0] == "encoder"
-        without = measured(part.removed, in_encoder=in_encoder)
-        controls = [measured(part.control(generator), in_encoder=in_encoder) for _ in range(draws)]
-        found.append(_removal(part, intact, without, controls, probe))
+    for name, share in shares.items():
+        layer, _, kind = name.rpartition(".")
+        in_encoder = place_of(layer)[0] == "encoder"
+        numbers = range(len(share)) if kind == "head_steps" else _chosen_atoms(share, atoms, generator)
+        controls: list[_Measured] = []
+        for number in numbers:
+            if kind == "code" or not controls:  # the heads of a layer share their draws
+                drawn = [_at_random(net, layer, kind, share, number, generator) for _ in range(draws)]
+                controls = [measured(changes, in_encoder=in_encoder) for changes in drawn]
+            without = measured({f"{name}[{number}]": 0.0}, in_encoder=in_encoder)
+            kept = float(share[number])
+            found.append(_removal(place_of(layer), kind, number, kept, intact, without, controls, probe))
     return found
 
 
-class _Part(NamedTuple):
-    """A head or an atom: how it is removed, and how something random of its size is."""
-
-    place: tuple[str, int]
-    kind: str
-    number: int
-    share: float
-    removed: dict[str, Change]
-    control: Callable[[torch.Generator], dict[str, Change]]
-
-
-# Losses of images, and whether others are classified right.
+# Losses of images, and whether those of the probe are classified right.
 _Measured = tuple[Float[Tensor, "b"], Bool[Tensor, "k"] | None]
 
 
-def _parts(
-    net: MaskedAutoencoder, images: Tensor, masks: Tensor, atoms: int, generator: torch.Generator, batch_size: int
-) -> list[_Part]:
-    """All heads, and the chosen atoms."""
-    found = []
-    for name, share in _shares(net, images, masks, batch_size).items():
-        layer, _, kind = name.rpartition(".")
-        if kind == "head_steps":
-            found += [_head(layer, k, share) for k in range(len(share))]
-        else:
-            found += [_atom(layer, j, share) for j in _chosen_atoms(share, atoms, generator)]
-    return found
-
-
 def _shares(net: MaskedAutoencoder, images: Tensor, masks: Tensor, batch_size: int) -> dict[str, Float[Tensor, "m"]]:
-    """The share of each head in its layer's steps, and of each atom in its code, of the squared length."""
-    kinds = {"head_steps": (0, 2, 3), "code": (0, 1)}  # and the axes that are summed over
-    names = [f"{name}.{kind}" for name, layer in layers_of(net).items() for kind in kinds if kind in places_of(layer)]
+    """The share of each head in the steps of its layer, and of each atom in its code, of the squared length."""
+    layers = layers_of(net)
+    names = [
+        f"{at}.{kind}" for at, layer in layers.items() for kind in ("head_steps", "code") if kind in places_of(layer)
+    ]
     energy: dict[str, Tensor] = {}
     device = next(net.parameters()).device
     with evaluating(net), trace(net, names) as seen:
         for batch, mask in zip(images.split(batch_size), masks.split(batch_size), strict=True):
             net(batch.to(device), mask=mask.to(device))
             for name in names:
-                found = seen[name].pop().double().square().sum(kinds[name.rpartition(".")[2]]).cpu()
-                energy[name] = energy.get(name, 0) + found
-    return {name: found / found.sum() for name, found in energy.items()}
+                layer, _, kind = name.rpartition(".")
+                value = seen[name].pop().double()
+                if kind == "code":
+                    found = value.square().sum((0, 1))
+                else:  # ||S_k O_k^T||^2 = <S_k^T S_k, O_k^T O_k>, S_k the step in the coordinates of the subspace
+                    outputs = _outputs(layers[layer]).double()
+                    found = (torch.einsum("bhnp,bhnq->hpq", value, value) * (outputs.mT @ outputs)).sum((1, 2))
+                energy[name] = energy.get(name, 0) + found.cpu()
+    return {name: found / found.sum().clamp_min(torch.finfo(found.dtype).tiny) for name, found in energy.items()}
 
 
-def _head(layer: str, k: int, share: Float[Tensor, "h"]) -> _Part:
-    def control(generator: torch.Generator) -> dict[str, Change]:
-        def without_random_subspace(step: Tensor) -> Tensor:
-            d, seeded = step.shape[-1], torch.Generator().manual_seed(seed)
-            basis = torch.linalg.qr(torch.randn(d, d // len(share), generator=seeded)).Q.to(step)
-            return step - step @ basis @ basis.T
-
-        seed = int(torch.randint(2**31, (), generator=generator))  # every batch meets the same subspace
-        return {f"{layer}.attn": without_random_subspace}
-
-    name = f"{layer}.head_steps[{k}]"
-    return _Part(place_of(layer), "head", k, float(share[k]), {name: 0.0}, control)
+def _outputs(layer: Any) -> Float[Tensor, "h d p"]:
+    """From the coordinates of each head's step to tokens: U_k, or W_k of a free output projection."""
+    attn = layer.attn
+    if getattr(attn, "proj", None) is None:
+        return attn.bases()
+    return attn.proj.weight.unflatten(1, (attn.num_heads, -1)).transpose(0, 1)
 
 
-def _atom(layer: str, j: int, share: Float[Tensor, "m"]) -> _Part:
-    def control(generator: torch.Generator) -> dict[str, Change]:
-        direction = F.normalize(torch.randn(len(share), generator=generator), dim=0)
-        return {f"{layer}.code": lambda code: code - code[..., j : j + 1] * direction.to(code)}
+def _at_random(
+    net: MaskedAutoencoder, layer: str, kind: str, share: Float[Tensor, "m"], number: int, generator: torch.Generator
+) -> dict[str, Change]:
+    """Remove something random that is as large as a head, or as an atom."""
+    if kind == "code":
+        keep = torch.ones(len(share))
+        keep[_other_atoms(share, number, generator)] = 0
+        return {f"{layer}.code": lambda code: code * keep.to(code)}
+    attn: Any = net.get_submodule(layer).get_submodule("attn")
+    d = _outputs(net.get_submodule(layer)).shape[1]
+    basis = torch.linalg.qr(torch.randn(d, d // len(share), generator=generator)).Q
+    bias = getattr(getattr(attn, "proj", None), "bias", None)  # which no head removes either
 
-    name = f"{layer}.code[{j}]"
-    return _Part(place_of(layer), "atom", j, float(share[j]), {name: 0.0}, control)
+    def without_subspace(step: Tensor) -> Tensor:
+        q = basis.to(step)
+        return step - (step if bias is None else step - bias) @ q @ q.T
+
+    return {f"{layer}.attn": without_subspace}
+
+
+def _other_atoms(share: Float[Tensor, "m"], atom: int, generator: torch.Generator) -> list[int]:
+    """Other atoms in random order, as many as fit into the share of this one; if none does, the one nearest to it."""
+    left, chosen = float(share[atom]), []
+    order = [i for i in torch.randperm(len(share), generator=generator).tolist() if i != atom]
+    for i in order:
+        if 0 < share[i] <= left:
+            chosen.append(i)
+            left -= float(share[i])
+    if share[atom] > 0 and not chosen:
+        chosen = [min(order, key=lambda i: abs(float(share[i] - share[atom])))]
+    return chosen
 
 
 def _chosen_atoms(share: Float[Tensor, "m"], count: int, generator: torch.Generator) -> list[int]:
@@ -236,22 +247,21 @@ def _chosen_atoms(share: Float[Tensor, "m"], count: int, generator: torch.Genera
 
 
 def _removal(
-    part: _Part, intact: _Measured, without: _Measured, controls: Sequence[_Measured], probe: Probe | None
+    place: tuple[str, int],
+    kind: str,
+    number: int,
+    share: float,
+    intact: _Measured,
+    without: _Measured,
+    controls: Sequence[_Measured],
+    probe: Probe | None,
 ) -> Removal:
-    change = without[0] - intact[0]
-    random = torch.stack([losses for losses, _ in controls]).mean(0) - intact[0]
-    beyond = statistic(change - random)
-    found = Removal(
-        *part.place,
-        part.kind,
-        part.number,
-        part.share,
-        float(change.mean()),
-        float(random.mean()),
-        beyond.mean,
-        *beyond.interval(),
-        p_value(beyond),
-    )
+    loss = float((without[0] - intact[0]).mean())
+    random = statistic(torch.stack([(losses - intact[0]).mean() for losses, _ in controls]))
+    beyond, spread = loss - random.mean, (random.spread or 0.0) * math.sqrt(1 + 1 / random.n)  # of one more draw
+    one_more = Statistic(beyond, spread * math.sqrt(random.n), random.n)  # whose interval divides by the root again
+    name = {"head_steps": "head", "code": "atom"}[kind]
+    found = Removal(*place, name, number, share, loss, random.mean, beyond, *one_more.interval(), p_value(one_more))
     if probe is None or without[1] is None or intact[1] is None:
         return found
     gained = without[1].double() - intact[1].double()

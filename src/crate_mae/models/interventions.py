@@ -1,10 +1,11 @@
 """Changes to what a model computes while it runs: subspaces, atoms, tokens and steps scaled, replaced or removed."""
 
 import fnmatch
-import math
+import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -12,11 +13,15 @@ from timm.layers import Attention
 from timm.models.vision_transformer import Block
 from torch import Tensor, fx, nn
 
-from crate_mae.errors import UserError
+from crate_mae.data.numbers import is_number
+from crate_mae.errors import UserError, and_more
 from crate_mae.models.layers import ISTA, DecoderLayer, EncoderLayer, OvercompleteISTA, SubspaceAttention
-from crate_mae.models.tracing import layers_of
+from crate_mae.models.tracing import INTERMEDIATES, layers_of
 from crate_mae.private_torch import hooks_of, is_compiled
 
+logger = logging.getLogger(__name__)
+
+_LARGEST = 1e30  # of a factor; a float32 ends at 3e38
 Change = float | Tensor | Callable[[Tensor], Tensor]
 
 
@@ -48,8 +53,9 @@ def intervene(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[
         with crate_mae.intervene(model, {"encoder.blocks.1.head_steps[3]": 0, "encoder.blocks.2.code[17]": 2.0}):
             model(images)
 
-    A name is that of an intermediate as [`trace`][crate_mae.models.tracing.trace] has it, with the same wildcards, and
-    perhaps the index of one part of it:
+    A name is that of a sub-module, whose output is changed ("encoder.blocks.0.attn" is a whole attention step), or of
+    an intermediate as [`trace`][crate_mae.models.tracing.trace] names it, optionally followed by an index, with the
+    same wildcards:
 
     | name            | is                                                | [i] is one  |
     |-----------------|---------------------------------------------------|-------------|
@@ -57,20 +63,20 @@ def intervene(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[
     | `z_half`        | between its two steps                             | token       |
     | `z_next`        | the layer's output                                | token       |
     | `projections`   | W_k, of which attention is computed, too          | subspace k  |
-    | `head_steps`    | a subspace's step: 0 removes it, and no more      | subspace k  |
+    | `head_steps`    | a subspace's step: 0 removes it and nothing else  | subspace k  |
     | `code`          | the sparse code A                                 | atom        |
 
-    Or it is a sub-module, whose output it means: "encoder.blocks.0.attn" is a whole attention step. Tokens are counted
-    as the layer sees them, class token first: with visible patches only, as many as are visible. Blocks of timm have
-    `z`, `z_next` and `head_steps`, of which 0 removes a head.
+    Tokens are counted as the layer sees them, class token first: with visible patches only, as many as are visible.
+    Blocks of timm have `z`, `z_next` and `head_steps`, of which 0 removes a head.
 
-    What it becomes is a number, by which it is multiplied (0 removes it); a tensor, by which it is replaced, of any
-    shape that broadcasts to it; or a function, to which it is given. An index leaves out its axis: `head_steps[3]` is
-    b n p, `code[17]` is b n, `z[0]` is b d.
+    A change is a number to multiply by (0 removes the part), a tensor to put in its place, of any shape that broadcasts
+    to it (also a tensor of one number), or a function of the old value. An index leaves out its axis: `head_steps[3]`
+    is b n p, `code[17]` is b n, `z[0]` is b d.
 
-    The model itself is not touched: the changes are hooks, and gone when the block ends, however it ends. A `trace`
-    sees what has been changed, and gradients pass through it. Changes of different parts combine, also in blocks
-    inside of each other.
+    The model itself is not touched: the changes are hooks, which are removed when the block ends, however it ends;
+    copies of the model that are made inside do not have them. A `trace` sees what has been changed, and gradients pass
+    through it; with gradient checkpointing, call `backward()` inside the block, since it computes layers again.
+    Changes of different parts combine, also in blocks inside of each other. Every thread that uses the model sees them.
 
     Args:
         model: any of ours, or one with blocks of timm.
@@ -80,7 +86,7 @@ def intervene(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[
         A dictionary from each full name to how often it has been changed so far: 0 if nothing has passed there.
 
     Raises:
-        UserError: for a name that the model lacks, or cannot be changed there; an index out of range; a value that is
+        UserError: for a name that the model lacks or that cannot be changed; an index out of range; a value that is
             none of the three, or does not fit; a part that is being changed already; a compiled or exported model.
     """
     _refuse_fixed_graphs(model)
@@ -100,6 +106,8 @@ def intervene(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[
                 register = hook.place.module.register_forward_pre_hook
             handles.append(register(hook, prepend=not hook.place.is_input))  # before the hooks of an outer trace
         yield applied
+        if idle := [name for name, count in applied.items() if not count]:
+            logger.warning("Nothing was changed: no pass has come by %s.", and_more(idle))
     finally:
         for handle in handles:
             handle.remove()
@@ -112,10 +120,17 @@ class _Hook:
         self.name, self.place, self.index, self.change = name, place, index, change
         self.applied: dict[str, int] = {}
 
+    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
+        return _no_hook, ()  # a copy of the model is intact
+
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> Any:
-        value = inputs[0] if self.place.is_input else output
+        value = output if not self.place.is_input else inputs[0] if inputs else None
         if not isinstance(value, Tensor):
-            raise UserError(f'"{self.name}" is no tensor, but {type(value).__name__}: it cannot be changed.')
+            raise UserError(f'"{self.name}" is a {type(value).__name__}, not a tensor: it cannot be changed.')
+        if self.index is not None and self.place.what == "tokens" and value.ndim != 3:
+            raise UserError(
+                f'"{self.name}": the layer has no sequence of tokens, but a tensor of {tuple(value.shape)}.'
+            )
         self.applied[self.name] += 1
         changed = self._changed(value)
         return (changed, *inputs[1:]) if self.place.is_input else changed
@@ -136,9 +151,9 @@ class _Hook:
         return torch.select_scatter(whole, part.contiguous(), axis, self.index)
 
     def _change_of(self, part: Tensor) -> Tensor:
-        if isinstance(self.change, int | float):
-            return part * self.change
-        new = self.change if isinstance(self.change, Tensor) else self.change(part)
+        if not isinstance(self.change, Tensor) and not callable(self.change):
+            return part * float(self.change)
+        new = self.change if isinstance(self.change, Tensor) else self.change(part.clone())
         try:
             return new.to(part).expand_as(part)
         except (RuntimeError, AttributeError) as error:
@@ -159,25 +174,19 @@ class _Hook:
 
 def _named(model: nn.Module, key: str, change: Change) -> Iterator[tuple[str, Place, int | None]]:
     """What a key names: full names with their places, and the index."""
-    if isinstance(change, bool) or not (isinstance(change, int | float | Tensor) or callable(change)):
+    if isinstance(change, bool) or not (isinstance(change, Real | Tensor) or callable(change)):
         raise UserError(f'"{key}": {change!r} is no number, tensor or function.')
-    if isinstance(change, int | float) and not math.isfinite(change):
-        raise UserError(f'"{key}": {change} is not finite.')
+    if isinstance(change, Real) and not is_number(change, -_LARGEST, _LARGEST):
+        raise UserError(f'"{key}": the number must be finite, and at most {_LARGEST:g}.')
     pattern, index = key, None
     if match := re.fullmatch(r"(.*)\[(-?\d+)\]", key):
         pattern, index = match[1], int(match[2])
-    places = {
-        f"{layer}.{kind}": place
-        for layer, module in layers_of(model).items()
-        for kind, place in places_of(module).items()
-    }
-    found = {name: places[name] for name in fnmatch.filter(places, pattern)}
-    if not found:
-        found = {
-            name: Place(part, False)
-            for name, part in model.named_modules()
-            if name and fnmatch.fnmatchcase(name, pattern)
-        }
+    # As in a trace, a pattern names intermediates only by its last part, so that "encoder.*" means sub-modules.
+    modules = {name: Place(part, False) for name, part in model.named_modules() if name}
+    found = {name: modules[name] for name in fnmatch.filter(modules, pattern)}
+    if not found and pattern.rpartition(".")[2] in INTERMEDIATES:
+        places = {f"{at}.{kind}": p for at, layer in layers_of(model).items() for kind, p in places_of(layer).items()}
+        found = {name: places[name] for name in fnmatch.filter(places, pattern)}
     if not found:
         raise UserError(
             f'No part of the {type(model).__name__} that can be changed is called "{pattern}". {_there_is(model)}'
@@ -209,6 +218,14 @@ def places_of(layer: nn.Module) -> dict[str, Place]:
     elif isinstance(ista, OvercompleteISTA):
         places["code"] = Place(ista.readout, True, 2, "atoms", ista.dictionary.shape[1])
     return places
+
+
+def _unchanged(*_call: object) -> None:
+    """The hook of a copy."""
+
+
+def _no_hook() -> Callable[..., None]:
+    return _unchanged
 
 
 def _refuse_fixed_graphs(model: nn.Module) -> None:

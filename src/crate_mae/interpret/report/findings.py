@@ -470,23 +470,25 @@ def removals_finding(removals: Sequence[Removal]) -> Finding:
     corrected = dict(zip(removals, holm([each.p for each in removals]), strict=True))
     mattering = [each for each in removals if each.beyond > 0 and corrected[each] < LARGEST_P]
     statements = []
-    for kind, control in (("head", "a random subspace of the same dimension"), ("atom", "a random direction")):
+    for kind, control in (("head", "random subspaces do"), ("atom", "random sets of atoms do")):
         if asked := [each for each in removals if each.kind == kind]:
             count = sum(each.kind == kind for each in mattering)
             statements.append(f"{count} of {plural(len(asked), kind)} cost more than {control}")
     more = [
-        "Removed is a head's step, or an atom's activations, in every pass. The change of the loss is paired over "
-        "images with that for the controls; p < 0.05 after Holm's correction over all parts counts.",
-        "Size is the part's share of the squared length of its layer's step, or of its code. A random subspace has the "
-        "same dimension, and so the average size; a random direction has the size of the atom.",
+        "A head's step, or an atom's activations, is set to zero in every pass. The controls are random subspaces of a "
+        "head's dimension, which have the average head's size, and random sets of other atoms of the atom's size. A "
+        "part counts if it costs more than one more random draw would, with p < 0.05 (one-sided, Student's t over "
+        "draws) after Holm's correction over all parts. The interval is that of the difference from one more draw, "
+        "uncorrected.",
+        "Size is the share of the squared length: of an atom in its layer's code, of a head in its layer's steps.",
     ]
     probed = [each for each in removals if each.accuracy is not None]
     if probed:
         worst = min(probed, key=lambda each: each.accuracy or 0.0)
         more.append(
-            f"The classifier, fitted once to the intact model, loses most without {_part(worst)}: "
-            f"{_points(worst.accuracy)} ({_points(worst.random_accuracy)} for its controls), and "
-            f"{_points(worst.worst_class_accuracy)} on images of {worst.worst_class}."
+            f"The classifier, fitted once to the intact model, loses most when {_part(worst)} is removed: "
+            f"{_points(worst.accuracy)} (controls: {_points(worst.random_accuracy)}); most of all on images of "
+            f"{worst.worst_class}: {_points(worst.worst_class_accuracy)}. The least of many is low by chance, too."
         )
     answer = f"Removed one at a time, {listed(statements)}."
     return Finding(
