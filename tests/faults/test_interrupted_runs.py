@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from crate_mae.commands.train import pretrain, resume
 from crate_mae.data.dataset import workers_errors_plain
 from crate_mae.errors import RunStopped, UserError
+from crate_mae.training.failures import explain_failed_writing
 from crate_mae.training.logbook import open_trackers
 from crate_mae.training.options import PretrainOptions
-from crate_mae.training.processes import STOPPING, explain_failed_writing
+from crate_mae.training.processes import STOPPING
 from crate_mae.training.progress import LastingStream
 from crate_mae.training.run_directory import CsvLog, RunDirectory
 from tests.training.conftest import TINY_RUN, at_step, cpu, no_report, usual_signals  # noqa: F401  # fixtures

@@ -88,3 +88,11 @@ def test_gradients_travel_once_a_step_however_many_micro_batches_it_has():
     one, three, sharded_one, sharded_three = done.stdout.splitlines()
     assert one == three == "whole 1"
     assert sharded_one == sharded_three == "sharded 5"  # the four layers, and what is besides
+
+
+def test_processes_import_only_what_they_need():
+    """Those that load images import `training.processes`; all of a run import `training.start`, and one of them draws."""
+    for module, unwanted in (("processes", {"timm", "cyclopts", "rich", "matplotlib"}), ("start", {"matplotlib"})):
+        code = f"import sys, crate_mae.training.{module}; print(sorted({unwanted} & set(sys.modules)))"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert found.stdout == "[]\n", module

@@ -24,6 +24,7 @@ from crate_mae.errors import RunStopped
 from crate_mae.models.devices import send
 from crate_mae.models.monotone import retract_
 from crate_mae.training.checkpoint import Saver, TrainState, diverged
+from crate_mae.training.failures import explain_end
 from crate_mae.training.images import BadImages, micro_slices, training_batches
 from crate_mae.training.logbook import Logbook, open_trackers
 from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
@@ -31,7 +32,7 @@ from crate_mae.training.optimizer import scaled_lr, warmup_cosine
 from crate_mae.training.options import origin
 from crate_mae.training.precision import autocast
 from crate_mae.training.preflight import first_step, peak_on
-from crate_mae.training.processes import Agreement, agree, explain_end, first_decides, stop_requests
+from crate_mae.training.processes import Agreement, agree, first_decides, stop_requests
 from crate_mae.training.progress import Display, describe_end, plan_lines
 from crate_mae.training.randomness import seed_step
 from crate_mae.training.report import RunReport

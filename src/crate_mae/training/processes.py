@@ -1,12 +1,11 @@
-"""The processes of a run: their threads, what they must agree on, and what ends them (signals, failed writing, ...).
+"""The processes of a run: what they must agree on, their threads, and the signals that end them.
 
-A run is at each moment as it was at its last checkpoint, so that each message about its end can say how to go on.
+Processes that load images import this, too: it imports nothing of the run itself.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import os
 import signal
@@ -14,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import FrameType
 from typing import NamedTuple, TypeVar, cast
 
@@ -23,37 +21,16 @@ import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
-from crate_mae.data.dataset import explain_lost
 from crate_mae.errors import UserError
-from crate_mae.models.checkpoints import list_checkpoints
 from crate_mae.models.devices import fastest_device, send
-from crate_mae.training.run_directory import RunDirectory
 
 T = TypeVar("T")
 
 # SIGHUP: the terminal was closed; Windows does not have it
 STOPPING = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _ECHO_SECONDS = 2.0  # in which a second signal is taken for the first one, passed on
-_REASONS = {  # where the system's own words are not plain
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota of the disk is used up",
-    errno.EFBIG: "files may not become so large",
-}
-_REMEDIES = {
-    errno.ENOSPC: "Free some space",
-    errno.EDQUOT: "Free some space, or have the quota raised",
-    errno.EFBIG: "Raise the limit on the size of files (ulimit -f unlimited)",
-    errno.EROFS: "Have the file system mounted for writing again",
-    errno.EACCES: "Allow writing there again",
-    errno.EPERM: "Allow writing there again",
-    errno.ENOENT: "Put the folder back",
-    errno.ENOTDIR: "Put the folder back",
-    errno.EIO: "Check the disk",
-    errno.ESTALE: "Check the network drive",
-}
 
 
 @contextlib.contextmanager
@@ -167,99 +144,9 @@ def _describe_error(error: Exception, process: int) -> str:
     return str(error) if isinstance(error, UserError) else f"Process {process} of the run could not continue: {error}."
 
 
-@contextlib.contextmanager
-def explain_end(accelerator: Accelerator, directory: RunDirectory) -> Iterator[None]:
-    """Turn errors from outside into a `UserError` that says what is saved of the run and how to go on.
-
-    These are errors in writing its files, the loss of another process, and the end of one that loads images.
-    """
-    with (
-        explain_failed_writing(directory),
-        _explain_lost_processes(accelerator, directory.resume_command),
-        _explain_lost_loader(directory),
-    ):
-        yield
-
-
-@contextlib.contextmanager
-def _explain_lost_processes(accelerator: Accelerator, resume_command: str) -> Iterator[None]:
-    """Turn errors of communication with a process that has ended into a `UserError` that explains how to continue."""
-    try:
-        yield
-    except RuntimeError as error:
-        if accelerator.num_processes == 1 or not _is_of_communication(error):
-            raise
-        raise UserError(
-            f"Process {accelerator.process_index} of {accelerator.num_processes} has lost another one, which was ended "
-            "or cannot be reached: see the output of the launcher and its log.\n"
-            f"The run is as it was at its last checkpoint. To continue: {resume_command}, launched as before or not"
-        ) from error
-
-
-def _is_of_communication(error: RuntimeError) -> bool:
-    """NCCL has a class of exceptions for this, Gloo only a message with the name of its source file."""
+def is_of_communication(error: RuntimeError) -> bool:
+    """Whether a process was lost: NCCL has an exception of its own, Gloo only its source file's name in a message."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-
-
-@contextlib.contextmanager
-def explain_failed_writing(directory: RunDirectory) -> Iterator[None]:
-    """Turn an error in writing the files of a run into a `UserError` that says what is saved and how to go on."""
-    try:
-        yield
-    except Exception as error:
-        number = _error_number(error, directory.path)
-        if number is None:
-            raise
-        directory.check_present()
-        reason = _REASONS.get(number, os.strerror(number).lower())
-        raise UserError(
-            f"The files of the run in {directory.path} cannot be written: {reason}. The run has stopped. "
-            f"{_saved(directory)}\n{_REMEDIES[number]}, then: {directory.resume_command}"
-        ) from error
-
-
-@contextlib.contextmanager
-def _explain_lost_loader(directory: RunDirectory) -> Iterator[None]:
-    """Add to the message about a loader process that was ended what is saved and how to go on.
-
-    PyTorch notices such an end by a signal, and so raises its error in whatever the main thread is doing.
-    """
-    try:
-        yield
-    except (RuntimeError, UserError) as error:
-        cause = error.__cause__
-        message = explain_lost(error) or (cause and explain_lost(cause))
-        if isinstance(cause, (EOFError, ConnectionError)):
-            message = str(error)
-        if not message:
-            raise
-        raise UserError(f"{message}\n{_saved(directory)} To continue: {directory.resume_command}") from error
-
-
-def _saved(directory: RunDirectory) -> str:
-    """A sentence about what is saved of a run."""
-    kept = list_checkpoints(directory.path)
-    return f"Everything up to {kept[0].name} is saved." if kept else "It had no checkpoint yet."
-
-
-def _error_number(error: BaseException, run: Path) -> int | None:
-    """The operating system's number of an error in writing the files of a run; None for every other error.
-
-    Exceptions of safetensors have no number, only the system's message. One that was raised from another is judged by
-    its cause.
-    """
-    if isinstance(error, OSError):
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        return error.errno if error.errno in _REMEDIES and (is_full or _is_inside(error, run)) else None
-    if isinstance(error, SafetensorError):
-        return next((number for number in _REMEDIES if os.strerror(number) in str(error)), None)
-    return None if error.__cause__ is None else _error_number(error.__cause__, run)
-
-
-def _is_inside(error: OSError, run: Path) -> bool:
-    """Whether an error is about a file of a run; one in writing an open file names no file."""
-    names = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, (str, bytes))]
-    return not names or any(path.absolute().is_relative_to(run.absolute()) for path in names)
 
 
 class StopRequest:
@@ -306,7 +193,7 @@ def stop_requests(*, answers: bool = False) -> Iterator[StopRequest]:
     try:
         yield request
     except RuntimeError as error:
-        if _is_of_communication(error) and signal.SIGTERM in usual:
+        if is_of_communication(error) and signal.SIGTERM in usual:
             usual[signal.SIGTERM] = (
                 signal.SIG_IGN
             )  # of the launcher: this process ends by itself, and first reports why

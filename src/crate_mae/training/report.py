@@ -10,18 +10,11 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from math import ceil, isfinite
 from signal import Signals
-from typing import Any
-
-from matplotlib import colormaps
-from matplotlib.cm import ScalarMappable
-from matplotlib.colors import BoundaryNorm, ListedColormap
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
-from crate_mae.drawing.lines import Line, Panel, draw_panels
 from crate_mae.drawing.page import render
-from crate_mae.drawing.style import encode, new_figure, panels
 from crate_mae.errors import RunStopped, first_line
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.preflight import StepTooLargeError
@@ -29,6 +22,9 @@ from crate_mae.training.progress import duration
 from crate_mae.training.resume import describe_data_change
 from crate_mae.training.run_directory import END, RunDirectory, numbers
 from crate_mae.training.task import Task
+
+if TYPE_CHECKING:  # every process of a run imports this file, and one of them draws
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +130,8 @@ def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str], 
         plan: see `RunReport`.
         end: how the run has ended; empty while it goes on.
     """
+    from crate_mae.drawing.style import encode
+
     rows, layers = numbers(directory.metrics()), directory.layers.read()
     completed_step, picture = directory.newest_picture() or (0, None)
     return render(
@@ -207,6 +205,8 @@ def draw_learning(rows: Sequence[Row]) -> Figure:
     Args:
         rows: of metrics.csv.
     """
+    from crate_mae.drawing.lines import Line, Panel, draw_panels
+
     drawn = []
     for title, columns in _PANELS.items():
         measured = {key: curve(rows, key) for key in columns if curve(rows, key)[0]}
@@ -225,6 +225,12 @@ def draw_layer_signals(rows: Sequence[Mapping[str, str]]) -> Figure:
     Args:
         rows: of layers.csv.
     """
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import BoundaryNorm, ListedColormap
+
+    from crate_mae.drawing.style import new_figure, panels
+
     layers = 1 + max(int(row["layer"]) for row in rows)
     # The lightest yellow is hard to see on white.
     colours = ListedColormap([colormaps["viridis"](0.9 * layer / max(1, layers - 1)) for layer in range(layers)])
