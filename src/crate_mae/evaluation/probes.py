@@ -169,25 +169,8 @@ def linear_probe(
     Raises:
         UserError: if a class has a single training image, which cannot be in both parts.
     """
-    refuse_small_classes(train_labels, 2)
-    fitted, chosen = _split(train_labels, seed)
-    x, x_chosen = _standardised(train[fitted], train[chosen])
-    accuracies: dict[float, float] = {}
-    losses: dict[float, float] = {}
-    path, fruitless = LogisticRegression(x, train_labels[fitted]), 0
-    for c in sorted(grid):
-        tried = path.fit(c)
-        accuracy = _accuracy(tried, x_chosen, train_labels[chosen])
-        loss = log_loss(train_labels[chosen], softmax(tried.logits(x_chosen), axis=1), labels=tried.classes)
-        improves = accuracy > max(accuracies.values(), default=-1.0) or loss < min(losses.values(), default=math.inf)
-        fruitless = 0 if improves else fruitless + 1
-        accuracies[c], losses[c] = accuracy, loss
-        if fruitless == PATIENCE:
-            break
-    best = max(accuracies, key=lambda c: (accuracies[c], -losses[c]))
-    train, val = _standardised(train, val)
-    fit = LogisticRegression(train, train_labels).fit(best)
-    top1, top5 = _top_scores(fit.classes, fit.logits(val), val_labels)
+    fit, scaler, best, accuracies = fit_linear(train, train_labels, grid=grid, seed=seed)
+    top1, top5 = _top_scores(fit.classes, fit.logits(np.asarray(scaler.transform(val))), val_labels)
     return LinearResult(
         top1,
         top5,
@@ -197,6 +180,35 @@ def linear_probe(
         is_c_at_edge=best in (min(grid), max(grid)),
         converged=fit.converged,
     )
+
+
+def fit_linear(
+    train: Float[np.ndarray, "n f"],
+    labels: Int[np.ndarray, "n"],
+    *,
+    grid: Sequence[float] = C_GRID,
+    seed: int = 0,
+) -> "tuple[Fit, StandardScaler, float, dict[float, float]]":
+    """The classifier of `linear_probe`, what standardises features for it, its C, and the accuracy of every C tried."""
+    refuse_small_classes(labels, 2)
+    fitted, chosen = _split(labels, seed)
+    x, x_chosen = _standardised(train[fitted], train[chosen])
+    accuracies: dict[float, float] = {}
+    losses: dict[float, float] = {}
+    path, fruitless = LogisticRegression(x, labels[fitted]), 0
+    for c in sorted(grid):
+        tried = path.fit(c)
+        accuracy = _accuracy(tried, x_chosen, labels[chosen])
+        loss = log_loss(labels[chosen], softmax(tried.logits(x_chosen), axis=1), labels=tried.classes)
+        improves = accuracy > max(accuracies.values(), default=-1.0) or loss < min(losses.values(), default=math.inf)
+        fruitless = 0 if improves else fruitless + 1
+        accuracies[c], losses[c] = accuracy, loss
+        if fruitless == PATIENCE:
+            break
+    best = max(accuracies, key=lambda c: (accuracies[c], -losses[c]))
+    scaler = StandardScaler().fit(train)
+    fit = LogisticRegression(np.asarray(scaler.transform(train)), labels).fit(best)
+    return fit, scaler, best, accuracies
 
 
 def fewshot_probe(

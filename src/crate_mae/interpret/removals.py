@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from crate_mae.data.numbers import check_whole
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.extract import Extraction, extract
-from crate_mae.evaluation.probes import LogisticRegression, linear_probe
+from crate_mae.evaluation.probes import fit_linear
 from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret.attention_use import image_losses
 from crate_mae.interpret.audit import p_value
@@ -97,9 +96,7 @@ def fitted_probe(backbone: Backbone, images: ProbeImages) -> Probe:
     how = Extraction(layers=(-1,), cache=False)
     (fitted,), (asked,) = extract(backbone, train, how), extract(backbone, test, how)
     assert fitted.labels is not None and asked.labels is not None, "images of probes have labels"
-    scaler = StandardScaler().fit(fitted.values)
-    c = linear_probe(fitted.values, fitted.labels, asked.values, asked.labels, grid=PROBE_STRENGTHS).c
-    fit = LogisticRegression(np.asarray(scaler.transform(fitted.values)), fitted.labels).fit(c)
+    fit, scaler, *_ = fit_linear(fitted.values, fitted.labels, grid=PROBE_STRENGTHS)
     read = read_images(test, backbone.transform(), range(len(test)), len(test)).images
 
     def classify() -> Int[Tensor, "k"]:

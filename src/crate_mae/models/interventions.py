@@ -1,6 +1,5 @@
 """Changes to what a model computes while it runs: subspaces, atoms, tokens and steps scaled, replaced or removed."""
 
-import fnmatch
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +15,7 @@ from torch import Tensor, fx, nn
 from crate_mae.data.numbers import is_number
 from crate_mae.errors import UserError, and_more
 from crate_mae.models.layers import ISTA, DecoderLayer, EncoderLayer, OvercompleteISTA, SubspaceAttention
-from crate_mae.models.tracing import INTERMEDIATES, layers_of
+from crate_mae.models.tracing import layers_of, matching_names
 from crate_mae.private_torch import hooks_of, is_compiled
 
 logger = logging.getLogger(__name__)
@@ -181,12 +180,9 @@ def _named(model: nn.Module, key: str, change: Change) -> Iterator[tuple[str, Pl
     pattern, index = key, None
     if match := re.fullmatch(r"(.*)\[(-?\d+)\]", key):
         pattern, index = match[1], int(match[2])
-    # As in a trace, a pattern names intermediates only by its last part, so that "encoder.*" means sub-modules.
     modules = {name: Place(part, False) for name, part in model.named_modules() if name}
-    found = {name: modules[name] for name in fnmatch.filter(modules, pattern)}
-    if not found and pattern.rpartition(".")[2] in INTERMEDIATES:
-        places = {f"{at}.{kind}": p for at, layer in layers_of(model).items() for kind, p in places_of(layer).items()}
-        found = {name: places[name] for name in fnmatch.filter(places, pattern)}
+    places = {f"{at}.{kind}": p for at, layer in layers_of(model).items() for kind, p in places_of(layer).items()}
+    found = {name: (modules | places)[name] for name in matching_names(pattern, modules, places)}
     if not found:
         raise UserError(
             f'No part of the {type(model).__name__} that can be changed is called "{pattern}". {_there_is(model)}'

@@ -1,7 +1,7 @@
 """Named intermediates of a forward pass, recorded by hooks."""
 
 import fnmatch
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,16 +131,24 @@ def _taps(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tap]:
     intermediates = {f"{name}.{kind}": tap for name, layer in layers.items() for kind, tap in taps_of(layer).items()}
     wanted: set[str] = set()
     for pattern in patterns:
-        # A pattern names intermediates only by its last part, so that "encoder.*" means sub-modules.
-        names = fnmatch.filter(modules, pattern)
-        if not names and pattern.rpartition(".")[2] in INTERMEDIATES:
-            names = fnmatch.filter(intermediates, pattern)
+        names = matching_names(pattern, modules, intermediates)
         if not names:
             raise UserError(f'No part of the {type(model).__name__} is called "{pattern}".')
         wanted.update(names)
     found.update({name: (module, _output) for name, module in modules.items() if name in wanted})
     found.update({name: tap for name, tap in intermediates.items() if name in wanted})
     return found
+
+
+def matching_names(pattern: str, modules: Iterable[str], intermediates: Iterable[str]) -> list[str]:
+    """The names of sub-modules that a pattern matches; if there are none, those of intermediates.
+
+    A pattern names intermediates only by its last part, so that "encoder.*" means sub-modules.
+    """
+    names = fnmatch.filter(modules, pattern)
+    if not names and pattern.rpartition(".")[2] in INTERMEDIATES:
+        names = fnmatch.filter(intermediates, pattern)
+    return names
 
 
 def _input(x: Tensor, _output: Tensor) -> Tensor:
