@@ -64,6 +64,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
     "+ balanced": ({}, FIXED._replace(dictionary="published")),
     "+ bounded D": ({}, FIXED._replace(dictionary="bounded")),
     "+ from zero": ({}, FIXED),
+    "compressing": ({"layer": "compressing"}, None),
     "monotone": ({"layer": "monotone"}, None),
     "monotone, softmax": ({}, FIXED._replace(membership="softmax")),
     "monotone, symmetric": ({}, FIXED._replace(membership="symmetric")),

@@ -21,6 +21,7 @@ VARIANTS = [
     ("crate_mae_nano_isometric_patch2_8", {}),
     ("crate_mae_nano_visible_patch2_8", {}),
     ("crate_mae_nano_monotone_patch2_8", {}),
+    ("crate_mae_nano_compressing_patch2_8", {}),
     ("crate_mae_nano_monotone_patch2_8", {"drop_path": 0.1, "mask_tokens": "encoder"}),
     ("crate_mae_nano_patch2_8", {"in_chans": 5, "image_size": [6, 14], "patch_size": 2}),
     ("vit_mae_nano_patch2_8", {}),
@@ -154,7 +155,7 @@ def test_settings_reach_the_layers():
 
 CRATE_PRESETS = [name for name in crate_mae.list_models() if name.startswith("crate")]
 WIDE = [name for name in CRATE_PRESETS if name.startswith("crate_mae_micro_wide_patch")]
-MONOTONE = [name for name in CRATE_PRESETS if "_monotone_" in name]
+MONOTONE = [name for name in CRATE_PRESETS if "_monotone_" in name or "_compressing_" in name]
 ONE_WIDTH = [name for name in CRATE_PRESETS if name not in (*WIDE, *MONOTONE)]
 PUBLISHED = [name for name in ONE_WIDTH if "_isometric_" not in name and "_visible_" not in name]
 PUBLISHED_MILLIONS = {"tiny": 11.56, "small": 25.41, "base": 44.64, "large": 154.27}
@@ -196,14 +197,15 @@ def test_every_model_has_a_twin_of_its_configuration_and_one_of_its_size(name):
 
 
 @pytest.mark.parametrize("name", MONOTONE)
-def test_monotone_layers_have_a_matrix_less_and_a_twin_of_their_size(name):
+def test_monotone_and_compressing_layers_have_a_matrix_less_and_a_twin_of_their_size(name):
+    kind = preset(name).layer
     with torch.device("meta"):
         ours, published, twin = (
             crate_mae.create_model(each)
             for each in (
                 name,
-                name.replace("_wide_monotone_", "_wide_").replace("_monotone_", "_visible_"),
-                name.replace("crate_mae", "vit_mae").replace("_monotone_", "_monotone_matched_"),
+                name.replace(f"_wide_{kind}_", "_wide_").replace(f"_{kind}_", "_visible_"),
+                name.replace("crate_mae", "vit_mae").replace(f"_{kind}_", "_monotone_matched_"),
             )
         )
     c = ours.config

@@ -241,11 +241,22 @@ def test_a_temperature_beyond_computing_is_refused(tmp_path):
     assert torch.tensor(MOST_SCALE).log() > 9
 
 
-@pytest.mark.parametrize(("layer", "other"), [("monotone", "published"), ("published", "monotone")])
+@pytest.mark.parametrize(
+    ("layer", "other"),
+    [("monotone", "published"), ("published", "compressing"), ("monotone", "compressing"), ("compressing", "monotone")],
+)
 def test_weights_of_the_other_kind_of_layers_are_refused(tmp_path, layer, other):
     saved(tmp_path, layer=layer)
-    with pytest.raises(UserError, match=f"holds the weights of {layer} layers, but .* describe {other} ones"):
+    with pytest.raises(UserError, match=f"holds {layer} layers; {other} ones compute another function"):
         crate_mae.load(tmp_path, layer=other)
+
+
+def test_a_description_of_other_layers_than_the_weights_is_refused(tmp_path):
+    saved(tmp_path, layer="published")
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"layer": "published"', '"layer": "compressing"'))
+    with pytest.raises(UserError, match=r"holds the weights of published layers, but .* describe compressing or mon"):
+        crate_mae.load(tmp_path)
 
 
 def test_weights_of_earlier_monotone_layers_are_refused(tmp_path):

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, get_args
 from crate_mae.errors import UserError, did_you_mean, install_command
 
 Initialization = Literal["official", "isometric"]
-Layer = Literal["published", "monotone"]
+Layer = Literal["published", "compressing", "monotone"]
 HeadPooling = Literal["cls", "mean", "cls+mean"]
 
 DEFAULT_HEAD_POOLING: HeadPooling = "cls+mean"
@@ -194,8 +194,9 @@ class CrateConfig(ModelConfig):
     """CRATE-MAE: the layers of `models.layers`, or those of `models.monotone`.
 
     Attributes:
-        layer: "published", the layers of the official code; or "monotone", layers that provably compress and sparsify,
-            which have no `output_projection`, `ista_skip` and `overcomplete` to choose.
+        layer: "published", the layers of the official code; "compressing", whose attention provably compresses, which
+            have no `output_projection` to choose; or "monotone", whose sparse coding provably lowers the lasso
+            objective, too, which have no `ista_skip` and `overcomplete` either.
         step_size: eta of the ISTA step.
         threshold: lambda of the ISTA step.
         output_projection: MSSA's output projection: a "free" one with bias as in the official code, or the subspaces
@@ -231,17 +232,23 @@ class CrateConfig(ModelConfig):
             yield f"threshold is {self.threshold}, but must not be negative."
         if self.output_projection not in ("free", "tied"):
             yield f'output_projection is "{self.output_projection}", but must be "free" or "tied".'
-        if self.layer not in ("published", "monotone"):
-            yield f'layer is "{self.layer}", but must be "published" or "monotone".'
-        of_published = [key for key in _OF_PUBLISHED if getattr(self, key) != getattr(CrateConfig, key)]
-        if self.layer == "monotone" and of_published:
-            yield f'monotone layers have no {" and no ".join(of_published)}: leave it, or set layer to "published".'
+        if self.layer not in SETTINGS_WITHOUT:
+            yield f'layer is "{self.layer}", but must be "published", "compressing" or "monotone".'
+        missing = [
+            key for key in SETTINGS_WITHOUT.get(self.layer, ()) if getattr(self, key) != getattr(CrateConfig, key)
+        ]
+        if missing:
+            yield f'{self.layer} layers have no {" and no ".join(missing)}: leave it, or set layer to "published".'
         if self.init not in ("official", "isometric"):
             yield f'init is "{self.init}", but must be "official" or "isometric".'
 
 
-_OF_PUBLISHED = ("output_projection", "ista_skip", "overcomplete")  # settings that monotone layers do not have
-LAYER_SETTINGS = ("layer", "step_size", "threshold", *_OF_PUBLISHED)  # those of `encoder.crate_block`
+LAYER_SETTINGS = ("layer", "step_size", "threshold", "output_projection", "ista_skip", "overcomplete")
+SETTINGS_WITHOUT: dict[str, tuple[str, ...]] = {  # layer: those of the settings that it does not have
+    "published": (),
+    "compressing": ("output_projection",),
+    "monotone": ("output_projection", "ista_skip", "overcomplete"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

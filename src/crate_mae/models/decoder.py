@@ -119,6 +119,6 @@ def crate_decoder_block(
     embed_dim: int, num_heads: int, *, layer: Layer, output_projection: OutputProjection
 ) -> Callable[[], nn.Module]:
     """A builder of CRATE's decoder layers."""
-    if layer == "monotone":
+    if layer != "published":
         return partial(MonotoneDecoderLayer, embed_dim, num_heads)
     return partial(DecoderLayer, embed_dim, num_heads, output_projection=output_projection)

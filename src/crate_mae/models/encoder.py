@@ -11,11 +11,11 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from crate_mae.models.config import LAYER_SETTINGS, Initialization, Layer, ModelConfig
+from crate_mae.models.config import LAYER_SETTINGS, SETTINGS_WITHOUT, Initialization, Layer, ModelConfig
 from crate_mae.models.initialization import initialize, sincos_positions
 from crate_mae.models.layers import EncoderLayer
 from crate_mae.models.masking import patchify, unpatchify
-from crate_mae.models.monotone import MonotoneEncoderLayer, orthogonal_parameters
+from crate_mae.models.monotone import CompressingEncoderLayer, MonotoneEncoderLayer, orthogonal_parameters
 
 
 class MaskedEncoder(VisionTransformer):
@@ -176,9 +176,10 @@ def encoder_of(**arguments: Any) -> MaskedEncoder:
     return encoder
 
 
-def crate_block(*, layer: Layer, step_size: float, threshold: float, **of_published: Any) -> Callable[..., nn.Module]:
-    """A block builder for `MaskedEncoder` that makes CRATE's layers; monotone ones have no settings `of_published`."""
-    kind: Any = partial(EncoderLayer, **of_published) if layer == "published" else MonotoneEncoderLayer
+def crate_block(*, layer: Layer, **settings: Any) -> Callable[..., nn.Module]:
+    """A block builder for `MaskedEncoder` that makes CRATE's layers, of the settings that this kind of them has."""
+    kind = {"published": EncoderLayer, "compressing": CompressingEncoderLayer, "monotone": MonotoneEncoderLayer}[layer]
+    settings = {key: value for key, value in settings.items() if key not in SETTINGS_WITHOUT[layer]}
 
     # timm hands every block the options of an MLP and of ordinary attention. A CRATE layer has neither.
     def build(
@@ -190,7 +191,6 @@ def crate_block(*, layer: Layer, step_size: float, threshold: float, **of_publis
         dtype: torch.dtype | None = None,
         **_vit_only: Any,
     ) -> nn.Module:
-        step = {"step_size": step_size, "threshold": threshold}
-        return kind(dim, num_heads, **step, drop_path=drop_path, device=device, dtype=dtype)
+        return kind(dim, num_heads, **settings, drop_path=drop_path, device=device, dtype=dtype)
 
     return build

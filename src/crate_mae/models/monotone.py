@@ -1,6 +1,6 @@
 """Layers whose compression and sparse coding are theorems about the module, for every weight and every token.
 
-    encoder layer    X = LN(Z)           Z_half = X + Compression(X)          Z_next = BoundedISTA(LN(Z_half))
+    encoder layer    X = LN(Z)           Z_half = X + Compression(X)          Z_next = BoundedISTA(LN(Z_half)), or ISTA
     decoder layer    X = LN(LN(Y) E^T)   Y_next = X - Decompression(X)
 
 `Compression` is sum_k kappa_k (B_k W_k - W_k) U_k^T with W_k = X U_k, U = [U_1 .. U_h] orthogonal, ||B_k||_2 <= 1 and
@@ -321,23 +321,29 @@ class BoundedISTA(ISTA):
         return self._pair.of(self.dictionary, top_singular_pair)
 
 
-class MonotoneEncoderLayer(EncoderLayer):
-    """Compress, then sparsify, and neither can fail: X = LN(Z); Z_half = X + Compression(X); BoundedISTA(LN(Z_half)).
+class CompressingEncoderLayer(EncoderLayer):
+    """Compress, which cannot fail: X = LN(Z); Z_half = X + Compression(X); ISTA(LN(Z_half)).
 
     With stochastic depth a layer's step is left out of some images and is not enlarged in the others, since kappa must
     stay below 1.
     """
 
     attention: ClassVar[Any] = Compression
-    sparse_coding: ClassVar[Any] = BoundedISTA
     scale_drop_path: ClassVar[bool] = False
-    theorems: ClassVar[frozenset[str]] = frozenset({"compress", "lasso_zero"})
+    theorems: ClassVar[frozenset[str]] = frozenset({"compress"})
 
     def step_start(self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         # type: (Tensor, Tensor) -> Tensor
         """What the attention step is added to, of the tokens Z and X = LN(Z): X, of which it lowers R^c."""
         del z
         return x
+
+
+class MonotoneEncoderLayer(CompressingEncoderLayer):
+    """Compress, then sparsify, and neither can fail: Z_half as `CompressingEncoderLayer`; BoundedISTA(LN(Z_half))."""
+
+    sparse_coding: ClassVar[Any] = BoundedISTA
+    theorems: ClassVar[frozenset[str]] = CompressingEncoderLayer.theorems | {"lasso_zero"}
 
 
 class MonotoneDecoderLayer(DecoderLayer):

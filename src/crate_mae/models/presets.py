@@ -5,11 +5,12 @@ Every `crate_mae_<size>` has two ViT-MAE twins: `vit_mae_<size>` of the same wid
 where a CRATE layer has 3 d^2, so the matched twin has half the width, with heads of the same dimension.
 `crate_mae_<size>_isometric` is the same model, initialised so that tokens do not collapse (`models.initialization`),
 and `crate_mae_<size>_visible` is that with mask tokens only at the decoder, as ViT-MAE has them: the encoder sees
-visible patches alone. `crate_mae_<size>_monotone` is `_visible` with layers that provably compress and sparsify
-(`models.monotone`); these have 2 d^2 weights, and `vit_mae_<size>_monotone_matched` has as many parameters.
+visible patches alone. `crate_mae_<size>_compressing` is `_visible` with layers that provably compress, and
+`crate_mae_<size>_monotone` with layers whose sparse coding provably lowers its objective, too (`models.monotone`);
+these have 2 d^2 weights, and `vit_mae_<size>_monotone_matched` has as many parameters.
 `crate_mae_micro_wide` is for hours of training, not days: like `_visible`, but with few wide layers
 (`results/cifar10_small_color`), for images of 32 to 128 pixels, always in 8 x 8 patches; with twins of its own, and
-`crate_mae_micro_wide_monotone` likewise.
+`crate_mae_micro_wide_compressing` and `crate_mae_micro_wide_monotone` likewise.
 `vit_mae_{small,base,large}_published` are the baselines that the CRATE-MAE paper's tables compare with.
 """
 
@@ -81,7 +82,8 @@ def _of_all_sizes() -> Iterator[ModelConfig]:
         isometric = crate.replace(name=f"crate_mae_{stem}_isometric_{shape}", init="isometric")
         visible = isometric.replace(name=f"crate_mae_{stem}_visible_{shape}", mask_tokens="decoder")
         yield from (crate, isometric, visible)
-        yield visible.replace(name=f"crate_mae_{stem}_monotone_{shape}", layer="monotone")
+        for layer in ("compressing", "monotone"):
+            yield visible.replace(name=f"crate_mae_{stem}_{layer}_{shape}", layer=layer)
         for kind, (twin_width, twin_heads) in {
             "": (width, heads),
             "_matched": (width // 2, heads // 2),
@@ -98,6 +100,7 @@ def _wide(presets: Mapping[str, ModelConfig]) -> Iterator[ModelConfig]:
         twin[f"{side}embed_dim"], twin[f"{side}num_heads"] = _MONOTONE_TWINS[_WIDE[f"{side}embed_dim"]]
     for stem, like, settings in (
         ("crate_mae_micro_wide", "crate_mae_micro_visible_patch4_32", _WIDE),
+        ("crate_mae_micro_wide_compressing", "crate_mae_micro_compressing_patch4_32", _WIDE),
         ("crate_mae_micro_wide_monotone", "crate_mae_micro_monotone_patch4_32", _WIDE),
         ("vit_mae_micro_wide", "vit_mae_micro_patch4_32", _WIDE),
         ("vit_mae_micro_wide_matched", "vit_mae_micro_patch4_32", half),

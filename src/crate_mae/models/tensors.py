@@ -268,9 +268,9 @@ def refuse_other_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tenso
 
 
 def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """The error message if the weights are of the other kind of layer, published or monotone; else empty."""
+    """The error message if one of the two has published layers and the other has not; else empty."""
     kinds = [
-        "monotone" if any(name.endswith("attn.log_scale") for name in tensors) else "published"
+        "compressing or monotone" if any(name.endswith("attn.log_scale") for name in tensors) else "published"
         for tensors in (found, wanted)
         if any("attn.subspaces.weight" in name for name in tensors)
     ]
@@ -278,7 +278,7 @@ def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
         return ""
     return (
         f"holds the weights of {kinds[0]} layers, but {CONFIG_FILE} and the settings describe {kinds[1]} ones.\n"
-        f'The two compute different functions: load it with layer="{kinds[0]}", or train a model of {kinds[1]} layers.'
+        "The two compute different functions: the setting `layer` has to be that of the model which was trained."
     )
 
 

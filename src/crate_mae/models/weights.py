@@ -27,6 +27,8 @@ from crate_mae.models.config import (
     WEIGHTS_FILE,
     ClassifierConfig,
     Config,
+    CrateConfig,
+    Layer,
     config_from_settings,
     config_of,
     without_version,
@@ -211,7 +213,14 @@ def _download(repository: str) -> Path:
 
 def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     _refuse_damaged(folder)
-    config = read_config(folder).replace(**settings)
+    stored = read_config(folder)
+    config = stored.replace(**settings)
+    kept, asked = _layer_of(stored), _layer_of(config)
+    if kept != asked:
+        raise UserError(
+            f"{folder} holds {kept} layers; {asked} ones compute another function of their weights.\n"
+            f'Leave the setting layer, or train a model with layer="{asked}".'
+        )
     path = folder / WEIGHTS_FILE
     refuse_misfits(path, config, whole=True)
     model = initialised(config)
@@ -223,6 +232,12 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return model.eval()
+
+
+def _layer_of(config: Config) -> Layer | None:
+    """The kind of CRATE's layers that a model has; None for timm's blocks."""
+    encoder = config.encoder if isinstance(config, ClassifierConfig) else config
+    return encoder.layer if isinstance(encoder, CrateConfig) else None
 
 
 def _refuse_damaged(folder: Path) -> None:

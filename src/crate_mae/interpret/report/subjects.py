@@ -13,7 +13,7 @@ from crate_mae.errors import UserError
 from crate_mae.interpret.measure import Opened, open_measurable, untrained_twin
 from crate_mae.interpret.tokens import grid_size
 from crate_mae.models.autoencoder import MaskedAutoencoder
-from crate_mae.models.config import CrateConfig, ModelConfig
+from crate_mae.models.config import CrateConfig, Layer, ModelConfig
 from crate_mae.models.tracing import layers_of
 
 # What figures and tables call the subjects, in the order of columns and of colours.
@@ -201,11 +201,18 @@ def _of_autoencoder(net: MaskedAutoencoder) -> dict[str, str]:
     return lines | (_of_crate(c) if isinstance(c, CrateConfig) else {})
 
 
+_LAYERS: dict[Layer, str] = {
+    "published": "as published",
+    "compressing": "compressing: that attention compresses is a theorem",
+    "monotone": "monotone: that attention compresses, and sparse coding lowers its objective, are theorems",
+}
+
+
 def _of_crate(c: CrateConfig) -> dict[str, str]:
-    is_tied = c.layer == "monotone" or c.output_projection == "tied"
+    is_tied = c.layer != "published" or c.output_projection == "tied"
     start = "isometric" if c.init == "isometric" else "as in the official code"
     lines = {
-        "Layers": "monotone: that attention compresses is a theorem" if c.layer == "monotone" else "as published",
+        "Layers": _LAYERS[c.layer],
         "Output projection": "tied to the subspaces, W_k = U_k" if is_tied else "free, as in the official code",
         "Sparse coding": f"step size η = {c.step_size:g}, threshold λ = {c.threshold:g}",
         "Start of the weights": start,
