@@ -321,6 +321,8 @@ def test_gradients_reach_every_parameter_with_and_without_checkpointing(autoenco
     ("change", "words"),
     [
         ({"format_version": 9}, "format version 9.*knows versions up to 1"),
+        ({"format_version": 0}, "format version 0.*knows versions up to 1"),
+        ({"format_version": True}, "format version True.*knows versions up to 1"),
         ({"treshold": 0.3}, 'no setting "treshold". Did you mean "threshold"'),
         ({"patch_size": 4}, "do not divide images"),
     ],

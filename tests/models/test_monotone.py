@@ -259,6 +259,18 @@ def test_a_description_of_other_layers_than_the_weights_is_refused(tmp_path):
         crate_mae.load(tmp_path)
 
 
+@pytest.mark.parametrize("side", ["encoder", "decoder"])
+def test_a_step_size_that_is_not_finite_is_refused(tmp_path, side):
+    model = crate_mae.create_model(NANO, **TINY)
+    with torch.no_grad():
+        attn = getattr(model, side).blocks[0].attn
+        attn.get_parameter(attn.RATE)[1] = float("nan")
+    with pytest.raises(
+        UserError, match=rf"{side}\.blocks\.0\.attn\.(excess_logit|log_rate) has values that are not finite"
+    ):
+        check_monotone(model)
+
+
 def test_weights_of_earlier_monotone_layers_are_refused(tmp_path):
     saved(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")

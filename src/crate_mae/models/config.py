@@ -410,9 +410,9 @@ def without_version(values: Mapping[str, Any]) -> dict[str, Any]:
         UserError: if the version is not known here.
     """
     version = values.get("format_version", 1)
-    if not isinstance(version, int) or version > FORMAT_VERSION:
+    if not (_is_number(version, int) and 1 <= version <= FORMAT_VERSION):
         raise UserError(
-            f"It has format version {version}, and this {LIBRARY} knows versions up to {FORMAT_VERSION}.\n"
+            f"It has format version {version!r}, and this {LIBRARY} knows versions up to {FORMAT_VERSION}.\n"
             f"Get a newer version, and install it: {install_command()}"
         )
     return {key: value for key, value in values.items() if key != "format_version"}

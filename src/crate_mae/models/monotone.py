@@ -101,6 +101,11 @@ class OrthogonalSubspaces(nn.Module):
                 self._retract_if_changed()
             return self.weight
 
+    def train(self, mode: bool = True) -> "OrthogonalSubspaces":
+        """As PyTorch does; the polar factor that was kept in `eval()` is dropped."""
+        self._polar_factor.clear()
+        return super().train(mode)
+
     def polar_factor(self) -> Float[Tensor, "d d"]:
         """The orthogonal matrix nearest to `weight`."""
         if is_traced(self.weight):
@@ -295,6 +300,12 @@ class BoundedISTA(ISTA):
         """Orthogonal, scaled to eta ||D||_2^2 = 1."""
         _init_orthogonal(self.dictionary, gain=self.step_size**-0.5)
 
+    def train(self, mode: bool = True) -> "BoundedISTA":
+        """As ISTA's; the pair that was kept in `eval()` is dropped, too."""
+        self._pair.clear()
+        super().train(mode)
+        return self
+
     def operator(self) -> Float[Tensor, "d d"]:
         # type: () -> Tensor
         """Eta D', of which the code is relu(X (eta D') - eta lambda)."""
@@ -401,6 +412,10 @@ def check_monotone(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, Compression):
             continue
+        if not bool(module.get_parameter(module.RATE).isfinite().all()):
+            raise UserError(
+                f"{name}.{module.RATE} has values that are not finite: take an earlier checkpoint of the run."
+            )
         for what, key in (("an inverse temperature", "log_scale"), ("a step size", "log_rate")):
             value = getattr(module, key, None)
             if value is not None and not bool((value.detach().float() <= module.MOST_LOG_SCALE).all()):
