@@ -53,7 +53,8 @@ def classifier(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"output_projection": "tied"}, {"mask_tokens": "decoder"}, {"layer": "monotone"}]
+    "settings",
+    [{}, {"output_projection": "tied"}, {"mask_tokens": "decoder"}, {"layer": "compressing"}, {"layer": "monotone"}],
 )
 def test_a_folded_model_is_the_same_function(settings):
     torch.manual_seed(1)
@@ -65,12 +66,15 @@ def test_a_folded_model_is_the_same_function(settings):
     assert isinstance(net.encoder.blocks[0].ista, ISTA)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "timm", "pt2", "onnx"])
+@pytest.mark.parametrize(
+    ("kind", "layer"),
+    [*((kind, "monotone") for kind in ("safetensors", "timm", "pt2", "onnx")), ("onnx", "compressing")],
+)
 @EXPORTERS
-def test_monotone_layers_are_exported_and_verified(tmp_path, crate_mae_command, kind):
+def test_monotone_and_compressing_layers_are_exported_and_verified(tmp_path, crate_mae_command, kind, layer):
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
-    model = saved(tmp_path / "model", layer="monotone")
+    model = saved(tmp_path / "model", layer=layer)
     code, _, err = crate_mae_command("export", model, "--out", tmp_path / "x", "--format", kind, "--verify")
     assert code == 0, err
 

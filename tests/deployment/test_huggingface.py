@@ -28,6 +28,7 @@ IMAGES = torch.randn(2, 3, 6, 10, generator=torch.Generator().manual_seed(0))
 SETTINGS = {
     "encoder": {"ista_skip": True, "threshold": 0.2},
     "decoder": {"mask_tokens": "decoder", "norm_pix_loss": True},
+    "compressing": {"mask_tokens": "decoder", "layer": "compressing", "ista_skip": True},
     "monotone": {"mask_tokens": "decoder", "layer": "monotone"},
 }
 

@@ -103,7 +103,7 @@ def test_a_vit_has_heads_and_one_draw_has_no_spread():
         removals(net, IMAGES, MASKS, draws=1)
 
 
-@pytest.mark.parametrize("settings", [{}, {"output_projection": "tied"}, {"layer": "monotone"}])
+@pytest.mark.parametrize("settings", [{}, {"output_projection": "tied"}, {"layer": "compressing"}])
 def test_the_size_of_a_head_is_that_of_its_step(settings):
     net = build(**settings)
     if not settings:

@@ -13,6 +13,7 @@ TINY = {"in_chans": 1, "embed_dim": 24, "num_heads": 2, "depth": 2, "decoder_dep
 NAMES = (
     "crate_mae_nano_patch2_8",
     "crate_mae_nano_visible_patch2_8",
+    "crate_mae_nano_compressing_patch2_8",
     "crate_mae_nano_monotone_patch2_8",
     "vit_mae_nano_patch2_8",
 )

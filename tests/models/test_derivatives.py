@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated
 
 TINY = {"in_chans": 1, "embed_dim": 12, "num_heads": 3, "depth": 2}
 ENCODERS = ("crate_mae_nano_patch2_8", "crate_mae_nano_monotone_patch2_8")
-AUTOENCODERS = (*ENCODERS, "crate_mae_nano_visible_patch2_8")
+AUTOENCODERS = (*ENCODERS, "crate_mae_nano_visible_patch2_8", "crate_mae_nano_compressing_patch2_8")
 IMAGES = torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 

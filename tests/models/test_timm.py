@@ -76,7 +76,13 @@ def test_every_preset_and_trained_model_is_there():
 
 @pytest.mark.parametrize(
     "name",
-    [NANO, "crate_mae_nano_visible_patch2_8", "crate_mae_nano_monotone_patch2_8", "vit_mae_nano_matched_patch2_8"],
+    [
+        NANO,
+        "crate_mae_nano_visible_patch2_8",
+        "crate_mae_nano_compressing_patch2_8",
+        "crate_mae_nano_monotone_patch2_8",
+        "vit_mae_nano_matched_patch2_8",
+    ],
 )
 def test_timm_builds_the_encoder_of_the_preset(name):
     ours = crate_mae.create_model(name).encoder.eval()
