@@ -59,6 +59,9 @@ def test_the_score_in_a_card_is_that_of_the_weights(run):
     (run / "model.safetensors").rename(checkpoint / "model.safetensors")
     (checkpoint / "state.json").write_text("{}")
     assert "50.0% at step 40" in provenance(run)["Results"]
+    assert provenance(checkpoint) == provenance(run) | {
+        "Results": "- Accuracy on validation images: 10.0% at step 0, 50.0% at step 40."
+    }
 
 
 def test_a_card_is_no_reason_to_fail(run):

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crate_mae.data.documents import read_json, read_yaml
 from crate_mae.errors import UserError, install_command
-from crate_mae.models.checkpoints import newest_checkpoint, step_of
+from crate_mae.models.checkpoints import is_checkpoint, newest_checkpoint, step_of
 from crate_mae.models.config import CONFIG_FILE, ClassifierConfig, Config, encoder_config
 from crate_mae.models.presets import bundled_folder, list_bundled
 
@@ -75,20 +75,28 @@ def provenance(model: Any) -> dict[str, str]:
     """What is known about a model's training, by heading: data, recipe, results, environment.
 
     Args:
-        model: any form of MODEL. Only the folder of a run and a bundled model have such facts.
+        model: any form of MODEL. Only the folder of a run, one of its checkpoints and a bundled model have such facts.
     """
     if str(model) in list_bundled():
         text = (bundled_folder(str(model)) / "README.md").read_text(encoding="utf-8")
         about = text.partition("\n\n")[2].partition("\n\n")[2].strip()  # below its title and its code
         return {"Training": about, LICENSE: "mit"}
-    folder = Path(model) if isinstance(model, (str, Path)) else None
-    if folder is None or not (options := _mapping(folder / "config.yaml")):
+    if not isinstance(model, (str, Path)):
         return {}
+    folder = run = Path(model).absolute()
+    if is_checkpoint(folder):
+        run = folder.parent.parent
+    if not (options := _mapping(run / "config.yaml")):
+        return {}
+    if run == folder:
+        results = [*_measured(run, _exported_step(run, options)), *_probed(run)]
+    else:
+        results = [*_measured(run, step_of(folder))]
     facts = {
         "Data": _data(options),
         "Recipe": _recipe(options),
-        "Results": "\n".join(f"- {line}" for line in (*_measured(folder, options), *_probed(folder))),
-        "Environment": _environment(folder),
+        "Results": "\n".join(f"- {line}" for line in results),
+        "Environment": _environment(run),
     }
     return {heading: text for heading, text in facts.items() if text}
 
@@ -107,14 +115,13 @@ def _recipe(options: Mapping[str, Any]) -> str:
     return ", ".join([start, *(f"{key} {options[key]}" for key in _OPTIONS if options.get(key) is not None)]) + "."
 
 
-def _measured(folder: Path, options: Mapping[str, Any]) -> Iterator[str]:
-    """Results on held-out images, first and of the step whose weights are exported."""
+def _measured(folder: Path, step: int | None) -> Iterator[str]:
+    """Results on held-out images, first and of the step whose weights are exported (None: the last)."""
     try:
         with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
     except (OSError, csv.Error):
         return
-    step = _exported_step(folder, options)
     for column, (name, form) in _MEASURES.items():
         values = [(row["step"], float(row[column])) for row in rows if row.get(column)]
         kept = [(at, value) for at, value in values if step is None or int(at) <= step]
