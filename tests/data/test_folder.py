@@ -4,7 +4,6 @@ import pytest
 from PIL import Image
 
 from crate_mae.data import decode, open_source
-from crate_mae.data import folder as folder_module
 from crate_mae.errors import UserError
 
 
@@ -108,6 +107,6 @@ def test_a_folder_that_cannot_be_listed_is_named(make_folder, monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     root = make_folder({"a.png": 1})
-    monkeypatch.setattr(folder_module.os, "scandir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=r"Cannot read the folder .*images: permission denied"):
         open_source(root)

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from crate_mae.data import open_source, overlap, refuse_shared_images
+from crate_mae.data import facts, open_source, refuse_shared_images
 from crate_mae.errors import UserError
 from crate_mae.training.images import open_images
 
@@ -97,12 +97,12 @@ def test_copies_among_python_objects_are_named(caplog):
 
 
 def test_of_much_data_a_sample_is_searched_and_named(data, caplog, monkeypatch):
-    monkeypatch.setattr(overlap, "_MOST_COMPARED", 10 * overlap._LEAST_COMPARED)
+    monkeypatch.setattr(facts, "_MOST_COMPARED", 10 * facts._LEAST_COMPARED)
     sources = open_source(data / "photos"), open_source(data / "copy")
-    pairs, compared = overlap.find_copies(*sources)
+    pairs, compared = facts.find_copies(*sources)
     assert compared == (5, 5)
     assert all(sources[0].content(i) == sources[1].content(j) for i, j in pairs)
-    monkeypatch.setattr(overlap, "_MOST_COMPARED", 1)
+    monkeypatch.setattr(facts, "_MOST_COMPARED", 1)
     others = [(np.asarray(noise(i, 1)), 0) for i in range(12)]
     refuse_shared_images(open_source(ITEMS), open_source(others), "--train", "it is no test")
     assert "Copies were looked for among 1 of the 12 images of --train and 1 of the 12 of --val" in caplog.text

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, UnidentifiedImageError
 from torchvision.transforms.v2 import functional as tvf
 
 from crate_mae.data.decode import UnreadableImage, decode, to_channels, to_tensor, upright
-from crate_mae.data.named import DigitsSource
+from crate_mae.data.wrapped import DigitsSource
 from crate_mae.errors import UserError
 
 MAX_BYTES = 12 * 2**20

@@ -15,9 +15,9 @@ from crate_mae.data.decode import to_tensor as to_tensor
 from crate_mae.data.facts import channel_statistics as channel_statistics
 from crate_mae.data.facts import check as check
 from crate_mae.data.facts import describe_images as describe_images
+from crate_mae.data.facts import refuse_shared_images as refuse_shared_images
+from crate_mae.data.facts import same_images as same_images
 from crate_mae.data.facts import suggest_model as suggest_model
-from crate_mae.data.overlap import refuse_shared_images as refuse_shared_images
-from crate_mae.data.overlap import same_images as same_images
 from crate_mae.data.pictures import save_picture_grid as save_picture_grid
 from crate_mae.data.results import BadImage as BadImage
 from crate_mae.data.results import DataReport as DataReport

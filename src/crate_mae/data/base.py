@@ -26,8 +26,8 @@ LARGEST_LABEL = 2**63 - 1
 class ImageSource(ABC):
     """A fixed, numbered collection of images, with labels if there are any.
 
-    Of files, `EncodedSource.content` gives the bytes of an image, `picture` decodes them, and `read` also scales the
-    few images whose values have no bounds; `ImageDataset` gives what `read` returns to its transform.
+    A source of files gives the bytes of an image (`EncodedSource.content`), every source its pixels (`picture`); `read`
+    also scales the few images whose values have no bounds. `ImageDataset` gives what `read` returns to its transform.
 
     Sources can be pickled and used after a fork, so any number of `DataLoader` workers may share one.
 
@@ -55,8 +55,8 @@ class ImageSource(ABC):
         """Number of images, readable or not."""
 
     @abstractmethod
-    def read(self, i: int) -> Image.Image | Tensor:
-        """Read image i, upright and in its own mode, or a tensor c hh ww (uint8, or float in [0, 1]).
+    def picture(self, i: int) -> Image.Image | Tensor:
+        """Image i, upright and in its own mode, or a tensor c hh ww (uint8, or float in [0, 1]).
 
         Raises:
             UnreadableImage: if it cannot be decoded completely.
@@ -75,6 +75,15 @@ class ImageSource(ABC):
         """Label of image i; `NO_LABEL` (-1) without labels."""
         return NO_LABEL if self._labels is None else int(self._labels[i])
 
+    def read(self, i: int) -> Image.Image | Tensor:
+        """`picture`, but one of a mode without bounds is scaled to [0, 1] by the `value_range` of its source."""
+        picture = self.picture(i)
+        if isinstance(picture, Tensor) or picture.mode not in UNBOUNDED_MODES:
+            return picture
+        low, high = self.value_range(picture.mode)
+        # No image of the sample may have this mode.
+        return deep_to_unit(picture, (low, high) if low < high else None)
+
     def value_range(self, mode: str) -> tuple[float, float]:
         """The values that become 0 and 1 in all images of a mode without bounds: I (32 bits) or F (float).
 
@@ -90,19 +99,6 @@ class ImageSource(ABC):
                 picture = self.picture(i)
                 if isinstance(picture, Image.Image) and picture.mode == mode:
                     yield picture
-
-    def picture(self, i: int) -> Image.Image | Tensor:
-        """Read image i in its own mode, before one of mode I or F is scaled by the range of its source."""
-        return self.read(i)
-
-    def _in_range(self, picture: Image.Image | Tensor) -> Image.Image | Tensor:
-        """An image as `read` returns it: one of a mode without bounds is scaled by the range of its source."""
-        if isinstance(picture, Tensor) or picture.mode not in UNBOUNDED_MODES:
-            return picture
-        low, high = self.value_range(picture.mode)
-        if high <= low:  # no image of the sample has this mode
-            low, high = range_of([picture])
-        return deep_to_unit(picture, (low, high))
 
     def _check_names(self, labels: Int[np.ndarray, "n"] | None) -> None:
         if self.classes is None or labels is None or not len(labels) or labels.max() < len(self.classes):
@@ -140,12 +136,8 @@ class EncodedSource(ImageSource):
             UnreadableImage: if they cannot be read.
         """
 
-    def read(self, i: int) -> Image.Image | Tensor:
-        """Decode image i as `picture` does; one of mode I or F is scaled by `value_range`."""
-        return self._in_range(self.picture(i))
-
     def picture(self, i: int) -> Image.Image:
-        """Decode image i, upright and in its own mode."""
+        """Image i, decoded."""
         return decode(self.content(i), self.location(i))
 
 
@@ -175,12 +167,8 @@ class Part(ImageSource):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def read(self, i: int) -> Image.Image | Tensor:
-        """Image i of the part."""
-        return self._whole.read(int(self._indices[i]))
-
     def picture(self, i: int) -> Image.Image | Tensor:
-        """Image i of the part, in its own mode."""
+        """Image i of the part."""
         return self._whole.picture(int(self._indices[i]))
 
     def value_range(self, mode: str) -> tuple[float, float]:
@@ -272,17 +260,14 @@ class Labelled(Protocol):
     @property
     def name(self) -> str:
         """For messages."""
-        ...
 
     @property
     def labels(self) -> Int[np.ndarray, "n"] | None:
         """Numbers of classes, or None."""
-        ...
 
     @property
     def classes(self) -> list[str] | None:
         """Names of the classes, or None."""
-        ...
 
 
 def label_names(source: Labelled) -> list[str | None] | None:

@@ -1,15 +1,19 @@
-"""Facts about the images of a source: sizes, channels, mean and std from a fixed sample; and a check of all images."""
+"""What the images of a source are: their sizes, channels, mean and deviation; and which of them are copies of others.
+
+They are read in fixed samples, or all of them in a check.
+"""
 
 import hashlib
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample
+from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample, label_names, occurring_classes
+from crate_mae.data.dataset import default_generator_seeded, global_generators_seeded
 from crate_mae.data.decode import (
     DEEP_MODES,
     UNBOUNDED_MODES,
@@ -22,11 +26,18 @@ from crate_mae.data.decode import (
 from crate_mae.data.results import BadImage, DataReport, ImageFacts
 from crate_mae.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 # Limits `channel_statistics` to about 80 photographs of 12 megapixels, a few seconds.
 _MOST_PIXELS = 10**9
 _PROBE = 16
 _SMALLEST_STD = 1 / 255
 _GREY_STEP = 16  # pixels between those that are looked at first
+_SAMPLED = 16  # images of a source whose contents or sizes stand for those of all
+# Bytes that `find_copies` reads, in some seconds. Opening a small file takes as long as so many: 131,072 small images.
+_MOST_COMPARED = 2 * 2**30
+_LEAST_COMPARED = 16 * 2**10
+UNREADABLE = "unreadable"  # in place of the digest of an image
 
 
 def describe_images(source: ImageSource, sample: int = 64) -> ImageFacts:
@@ -49,15 +60,15 @@ def describe_images(source: ImageSource, sample: int = 64) -> ImageFacts:
         channels[channels_of(image)] += 1
     if not sizes:
         raise UserError(f"None of {len(indices)} images of {source.name} can be read. The first is\n{first_error}")
-    return _facts(sizes, channels, len(indices))
+    return _facts(sizes, channels)
 
 
-def _facts(sizes: list[tuple[int, int]], channels: Counter[int], sampled: int) -> ImageFacts:
+def _facts(sizes: list[tuple[int, int]], channels: Counter[int]) -> ImageFacts:
     height, width = np.median(np.array(sizes), axis=0)
     # Grey becomes colour without loss.
     others = {number: count for number, count in channels.items() if number != 1}
     prevalent = max(others, key=others.__getitem__) if others else 1
-    return ImageFacts(prevalent, int(height), int(width), len(sizes), sampled)
+    return ImageFacts(prevalent, int(height), int(width))
 
 
 def channel_statistics(
@@ -114,26 +125,34 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
     bad: list[BadImage] = []
     for i in indices:
         try:
-            image, digest = read_with_digest(source, i)
+            image, content = _read_with_content(source, i)
         except UnreadableImage as error:
             bad.append(BadImage(error.location, error.reason))
         else:
+            mode = _mode(image)
             sizes.append(size_of(image))
-            modes[_mode(image)] += 1
+            modes[mode] += 1
             formats[getattr(image, "format", None) or "no file"] += 1
             channels[channels_of(image)] += 1
             low, high = _extrema(image)
-            before = values.get(_mode(image), (low, high))
-            values[_mode(image)] = min(low, before[0]), max(high, before[1])
+            least, largest = values.get(mode, (low, high))
+            values[mode] = min(low, least), max(high, largest)
             grey_colour += _is_grey_colour(image)
-            same[digest].append(i)
+            same[hashlib.sha256(content).digest()].append(i)
         if on_image is not None:
             on_image()
+    facts = _facts(sizes, channels) if sizes else None
+    model, image_size = suggest_model(facts) if facts else (None, None)
+    # Images of several counts other than 1 have no common mean, and cannot be trained on.
+    is_one_kind = facts is not None and set(channels) <= {1, facts.channels}
+    mean, std = channel_statistics(source, facts.channels) if facts and is_one_kind else ((), ())
+    names = label_names(source)
+    per_class = Counter(names or ())
     return DataReport(
         name=source.name,
         images=len(source),
         checked=len(indices),
-        classes=_class_counts(source),
+        classes=None if names is None else {name: per_class[name] for name in occurring_classes(source)},
         heights=_spread([height for height, _ in sizes]),
         widths=_spread([width for _, width in sizes]),
         modes=dict(modes.most_common()),
@@ -144,7 +163,11 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
         grey_colour=grey_colour,
         ranges={mode: source.value_range(mode) for mode in sorted(UNBOUNDED_MODES & set(modes))},
         duplicates=tuple(tuple(map(source.location, group)) for group in same.values() if len(group) > 1),
-        **_suggestions(source, sizes, channels, len(indices)),
+        channels=facts.channels if facts else None,
+        mean=mean,
+        std=std,
+        suggested_model=model,
+        suggested_image_size=image_size,
     )
 
 
@@ -185,41 +208,6 @@ def _moments(image: Image.Image | Tensor) -> tuple[np.ndarray, np.ndarray]:
     return share @ levels, share @ levels**2
 
 
-def _suggestions(
-    source: ImageSource, sizes: list[tuple[int, int]], channels: Counter[int], sampled: int
-) -> dict[str, Any]:
-    """Return the fields of a `DataReport` that help to choose a model and to normalise images."""
-    if not sizes:
-        return {"channels": None, "mean": (), "std": (), "suggested_model": None, "suggested_image_size": None}
-    facts = _facts(sizes, channels, sampled)
-    model, image_size = suggest_model(facts)
-    # Images of several counts other than 1 have no common mean, and cannot be trained on.
-    is_one_kind = set(channels) <= {1, facts.channels}
-    mean, std = channel_statistics(source, facts.channels) if is_one_kind else ((), ())
-    return {
-        "channels": facts.channels,
-        "mean": mean,
-        "std": std,
-        "suggested_model": model,
-        "suggested_image_size": image_size,
-    }
-
-
-def read_with_digest(source: ImageSource, i: int) -> tuple[Image.Image | Tensor, bytes]:
-    """Read image i and a digest: two are equal only if the bytes (of files) or pixels (of others) are the same."""
-    if isinstance(source, EncodedSource):
-        content = source.content(i)
-        return decode(content, source.location(i)), hashlib.sha256(content).digest()
-    image = source.picture(i)
-    return image, hashlib.sha256(pixel_bytes(image)).digest()
-
-
-def pixel_bytes(image: Image.Image | Tensor) -> bytes:
-    """The pixels of an image, with their type and shape: equal only if the images are."""
-    pixels = np.asarray(image) if isinstance(image, Image.Image) else image.detach().cpu().numpy()
-    return f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()
-
-
 def _extrema(image: Image.Image | Tensor) -> tuple[float, float]:
     """The smallest and the largest value of an image as it is stored, over all channels."""
     if isinstance(image, Tensor):
@@ -250,17 +238,129 @@ def _mode(image: Image.Image | Tensor) -> str:
     return image.mode
 
 
-def _class_counts(source: ImageSource) -> dict[str, int] | None:
-    if source.labels is None:
-        return None
-    numbers, counts = np.unique(source.labels, return_counts=True)
-    names = source.classes or []
-    return {
-        names[number] if names else str(number): count
-        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True)
-        if number >= 0
-    }
-
-
 def _spread(values: list[int]) -> tuple[int, ...]:
     return (min(values), int(np.median(values)), max(values)) if values else ()
+
+
+def same_images(first: ImageSource, second: ImageSource) -> bool:
+    """Return whether two sources have the same images: the same files, or as many with the same contents in a sample.
+
+    Copies in another order are not recognised.
+    """
+    fingerprint = first.fingerprint()
+    if first is second or (fingerprint is not None and fingerprint == second.fingerprint()):
+        return True
+    return len(first) == len(second) and content_digests(first) == content_digests(second)
+
+
+def refuse_shared_images(train: ImageSource, val: ImageSource, option: str, consequence: str) -> None:
+    """Raise a `UserError` if images to measure on are among those that are learned from.
+
+    They are recognised where both are the same files, rows, shard members or items, whichever way they were opened.
+    Copies under other names are a warning: see `find_copies`.
+
+    Args:
+        train: learned from.
+        val: measured on.
+        option: how `train` is given.
+        consequence: of measuring on them, which completes the sentence "... are the same images, so ...".
+    """
+    remedy = "Give other images with --val."
+    if same_images(train, val):
+        raise UserError(f"{option} and --val are the same images ({train.name}), so {consequence}.\n{remedy}")
+    numbers = {origin: i for i, origin in enumerate(val.origins())}
+    shared = [numbers[origin] for origin in train.origins() if origin in numbers]
+    if shared:
+        raise UserError(
+            f"{len(shared):,} of {len(val):,} images of --val ({val.name}) are also in {option} ({train.name}), "
+            f"such as {val.location(shared[0])}, so {consequence}.\n{remedy}"
+        )
+    _warn_of_copies(train, val, option)
+
+
+def _warn_of_copies(train: ImageSource, val: ImageSource, option: str) -> None:
+    """Name the images of --val that are also in `train` under another name."""
+    pairs, compared = find_copies(train, val)
+    found = ""
+    if pairs:
+        first, second = pairs[0]
+        found = (
+            f"{len(pairs):,} of {compared[1]:,} images of --val ({val.name}) are also in {option} ({train.name}), e.g. "
+            f"{val.location(second)} = {train.location(first)}."
+        )
+    if 0 < sum(compared) < len(train) + len(val):
+        found += (
+            f" Copies were looked for among {compared[0]:,} of the {len(train):,} images of {option} and "
+            f"{compared[1]:,} of the {len(val):,} of --val, since reading all would take long."
+        )
+    if found:
+        logger.warning("%s", found.strip())
+
+
+def content_digests(source: ImageSource) -> list[str]:
+    """Digests of the contents of a fixed pseudo-random sample: of the bytes of files, of the pixels of others."""
+    found = []
+    for i in fixed_sample(len(source), _SAMPLED):
+        try:
+            found.append(hashlib.sha256(_read_with_content(source, i)[1]).hexdigest())
+        except UnreadableImage:
+            found.append(UNREADABLE)
+    return found
+
+
+def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """Find the images of one source that are also in another: equal bytes of files, or equal pixels of others.
+
+    Nothing is decoded, so a copy that was saved again is not found, nor one among Python objects of a file. If both
+    together have more than 2 GiB, or 131,072 images, a fixed pseudo-random sample of each is compared. The images of
+    CIFAR-10 take a second.
+
+    Returns:
+        pairs (number in `first`, number in `second`), one for each image of `second` that is found; and how many images
+        of each were compared.
+    """
+    if isinstance(first, EncodedSource) != isinstance(second, EncodedSource):
+        return [], (0, 0)
+    sizes = [_mean_bytes(source) for source in (first, second)]
+    needed = [size * len(source) for size, source in zip(sizes, (first, second), strict=True)]
+    of_second = min(needed[1], max(_MOST_COMPARED / 2, _MOST_COMPARED - needed[0]))  # finds most copies
+    limits = (_MOST_COMPARED - of_second, of_second)
+    samples = [
+        fixed_sample(len(source), max(1, int(limit / size)))
+        for source, limit, size in zip((first, second), limits, sizes, strict=True)
+    ]
+    known = {digest: i for i in reversed(samples[0]) if (digest := _digest(first, i))}
+    pairs = [(known[digest], i) for i in samples[1] if (digest := _digest(second, i)) in known]
+    return pairs, (len(samples[0]), len(samples[1]))
+
+
+def _mean_bytes(source: ImageSource) -> float:
+    """Bytes to read for one image, of the file or of its pixels: the mean of a few, and at least `_LEAST_COMPARED`."""
+    few = fixed_sample(len(source), _SAMPLED)
+    sizes = [len(content) for i in few if (content := _content(source, i)) is not None]
+    return max(_LEAST_COMPARED, sum(sizes) / max(1, len(sizes)))
+
+
+def _digest(source: ImageSource, i: int) -> bytes | None:
+    content = _content(source, i)
+    return None if content is None else hashlib.sha256(content).digest()
+
+
+def _content(source: ImageSource, i: int) -> bytes | None:
+    """The bytes of file i, which is not decoded, or the pixels of another image; None if they cannot be read."""
+    try:
+        return source.content(i) if isinstance(source, EncodedSource) else _read_with_content(source, i)[1]
+    except UnreadableImage:
+        return None
+
+
+def _read_with_content(source: ImageSource, i: int) -> tuple[Image.Image | Tensor, bytes]:
+    """Image i, and the bytes of its file; of an image without a file the pixels, with their type and shape."""
+    if isinstance(source, EncodedSource):
+        content = source.content(i)
+        return decode(content, source.location(i)), content
+    # A data set of Python may change its images at random.
+    with default_generator_seeded(0), global_generators_seeded(0):
+        image = source.picture(i)
+    pixels = np.asarray(image) if isinstance(image, Image.Image) else image.detach().cpu().numpy()
+    return image, f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()

@@ -232,7 +232,7 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def files_fingerprint(files: Iterable[tuple[str, Path]], blocks: int = 2) -> str | None:
+def files_fingerprint(files: Iterable[tuple[str, Path]], blocks: int = 64) -> str | None:
     """Digest names, sizes, modification times and some bytes of files; return None if a file is not accessible.
 
     Times alone would not do: some file systems have none, and copies may keep those of other files.

@@ -1,4 +1,7 @@
-"""Images in parquet files, in the layout of Hugging Face datasets or with a plain binary column."""
+"""Tables with a column of encoded images: parquet files, and data sets of the Hugging Face Hub or saved by its library.
+
+The columns are those of Hugging Face's layout, or plain ones: bytes, and numbers or names of classes.
+"""
 
 import bisect
 import logging
@@ -14,22 +17,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from crate_mae.data.base import EncodedSource, number_labels, printable
+from crate_mae.data.base import EncodedSource, number_labels, printable, read_file
 from crate_mae.data.decode import UnreadableImage
 from crate_mae.data.documents import parse_json
 from crate_mae.data.files import files_fingerprint
-from crate_mae.errors import UserError, first_line
+from crate_mae.errors import UserError, first_line, install_command
 
 logger = logging.getLogger(__name__)
 
 _IMAGE_NAMES = ("image", "img", "picture", "photo", "jpg", "png", "bytes")
 _LABEL_NAMES = ("label", "labels", "class", "target", "cls", "fine_label")
+_NO_IMAGE = "the row holds no image bytes"
 
 # Row groups of image files are mostly 1 to 50 MB: room for a few of them, or all of CIFAR-10.
 _CACHE_BYTES = 256 * 2**20
 _MOST_GROUP_BYTES = 2**31
 _ROWS_AT_ONCE = 16  # one at a time would take three times as long, many could take much memory
-_FINGERPRINT_BLOCKS = 64
 
 
 class ParquetSource(EncodedSource):
@@ -42,11 +45,10 @@ class ParquetSource(EncodedSource):
     def __init__(self, paths: Sequence[Path], name: str) -> None:
         self._paths = list(paths)
         files = [_File(path) for path in self._paths]
-        first = files[0]
-        self._column = first.image_column
+        self._column = files[0].image_column
         for file in files[1:]:
             if self._column not in file.schema.names:
-                raise UserError(f'{file.name} has no column "{self._column}", unlike {first.name}.')
+                raise UserError(f'{file.name} has no column "{self._column}", unlike {files[0].name}.')
         self._groups = [(number, group) for number, file in enumerate(files) for group in range(len(file.groups))]
         self._group_starts = [0, *accumulate(rows for file in files for rows in file.groups)]
         self._file_starts = [0, *accumulate(sum(file.groups) for file in files)]
@@ -64,17 +66,15 @@ class ParquetSource(EncodedSource):
     def content(self, i: int) -> bytes:
         """The encoded image of row i."""
         group = bisect.bisect_right(self._group_starts, i) - 1
-        rows = self._cache.get(group)
-        if rows is None:
-            rows = self._load(group, i)
-        else:
-            self._cache.move_to_end(group)
+        if group not in self._cache:
+            self._load(group, i)
+        self._cache.move_to_end(group)
         try:
-            content = rows[i - self._group_starts[group]].as_py()
+            content = self._cache[group][i - self._group_starts[group]].as_py()
         except Exception as error:  # fewer rows than the file said, or values that its type cannot have
             raise UnreadableImage(self.location(i), f"the row cannot be read ({first_line(error)})") from error
         if not isinstance(content, bytes):
-            raise UnreadableImage(self.location(i), "the row holds no image bytes")
+            raise UnreadableImage(self.location(i), _NO_IMAGE)
         return content
 
     def location(self, i: int) -> str:
@@ -90,30 +90,26 @@ class ParquetSource(EncodedSource):
 
     def fingerprint(self) -> str | None:
         """Of the files."""
-        return files_fingerprint(((path.name, path) for path in self._paths), _FINGERPRINT_BLOCKS)
+        return files_fingerprint((path.name, path) for path in self._paths)
 
-    def _load(self, group: int, i: int) -> pa.Array | pa.ChunkedArray:
+    def _load(self, group: int, i: int) -> None:
+        """Read a row group, in which image i is, into the cache."""
         number, local = self._groups[group]
         try:
             # Opened each time, so that processes share no file position; single-threaded, since workers are parallel.
             with pq.ParquetFile(self._paths[number]) as file:
-                rows = _images_of(file, local, self._column)
+                self._cache[group] = _images_of(file, local, self._column)
         except Exception as error:  # pyarrow raises nearly any type on a damaged file
             raise UnreadableImage(self.location(i), f"its row group cannot be read ({first_line(error)})") from error
-        self._cache[group] = rows
         while len(self._cache) > 1 and sum(kept.nbytes for kept in self._cache.values()) > _CACHE_BYTES:
             self._cache.popitem(last=False)
-        return rows
 
 
 def _images_of(file: pq.ParquetFile, group: int, column: str) -> pa.Array | pa.ChunkedArray:
-    """The encoded images of a row group.
+    """The encoded images of a row group; a `ValueError` if they are larger than what is read at once.
 
     They are counted while they are read, since the sizes in the index of a file may be wrong, and a file of a few
     bytes may repeat a value of its dictionary in every row. The sizes in the pages themselves are checked by pyarrow.
-
-    Raises:
-        ValueError: if they are larger than what is read at once.
     """
     size = file.metadata.row_group(group).total_byte_size
     chunks: list[pa.Array] = []
@@ -128,18 +124,6 @@ def _images_of(file: pq.ParquetFile, group: int, column: str) -> pa.Array | pa.C
     if size > _MOST_GROUP_BYTES:
         raise ValueError(f"{size:,} bytes or more are more than the {_MOST_GROUP_BYTES:,} that are read at once")
     return pa.concat_arrays(chunks) if size <= _CACHE_BYTES else pa.chunked_array(chunks)
-
-
-def _values_of(column: pa.ChunkedArray) -> list[Any]:
-    """The values of a column as Python objects; one that is repeated by a dictionary is made once."""
-    values: list[Any] = []
-    for chunk in column.chunks:
-        if pa.types.is_dictionary(chunk.type):
-            known = [*chunk.dictionary.to_pylist(), None]
-            values += [known[-1 if i is None else i] for i in chunk.indices.to_pylist()]
-        else:
-            values += chunk.to_pylist()
-    return values
 
 
 class _File:
@@ -157,32 +141,107 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.name = printable(path)
+        self.labels: list[Any] = []
+        self.classes: list[str] | None = None
         try:
             if not path.is_file():
                 raise OSError("it is not a regular file")
             with pq.ParquetFile(path) as file:
                 self.schema = file.schema_arrow
                 self.groups = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-                features = _features(self.schema, self.name)
-                self.image_column = _image_column(self.schema, features, path)
-                self.label_column = _label_column(self.schema, features)
-                column = self.label_column
-            # As a dictionary, since a file of a few bytes may repeat a long name in every row.
-            with pq.ParquetFile(path, read_dictionary=[] if column is None else [column]) as file:
-                self.labels = [] if column is None else _values_of(file.read(columns=[column]).column(0))
+            features = self._features()
+            self.image_column = _image_column(self._image_columns(features))
+            able = [field.name for field in self.schema if _holds_labels(field.type)]
+            declared = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
+            self.label_column = column = _label_column(able, declared)
+            if column is not None:
+                # As a dictionary, since a file of a few bytes may repeat a long name in every row.
+                with pq.ParquetFile(path, read_dictionary=[column]) as file:
+                    self.labels = _values_of(file.read(columns=[column]).column(0))
+                self.classes = self._class_names(features.get(column, {}).get("names"))
         except UserError:
             raise
         except Exception as error:  # pyarrow raises nearly any type on a damaged file
             raise UserError(f"Cannot read {self.name} as a parquet file: {first_line(error)}") from error
-        self.classes = None if column is None else _class_names(features.get(column, {}), column, self.name)
+
+    def _features(self) -> dict[str, dict[str, Any]]:
+        """The column descriptions that the `datasets` library stores in a file; empty if there are none."""
+        stored = (self.schema.metadata or {}).get(b"huggingface")
+        if stored is None:
+            return {}
+        try:
+            features = parse_json(stored, f"{self.name}: its metadata")["info"]["features"]
+            return {column: feature for column, feature in features.items() if isinstance(feature, dict)}
+        except (UserError, KeyError, TypeError, AttributeError) as error:
+            reason = "%s: column types and class names in its metadata are not understood (%s)"
+            logger.warning(reason, self.name, error)
+            return {}
+
+    def _image_columns(self, features: dict[str, dict[str, Any]]) -> list[str]:
+        able = [field.name for field in self.schema if _holds_bytes(field.type)]
+        if not able:
+            columns = ", ".join(f"{field.name} ({field.type})" for field in self.schema)
+            raise UserError(
+                f"{self.name} has no column of encoded images: neither bytes nor a struct with bytes.\n"
+                f"Its columns: {columns}."
+            )
+        return [name for name in able if features.get(name, {}).get("_type") == "Image"] or able
+
+    def _class_names(self, names: Any) -> list[str] | None:
+        if names is None:
+            return None
+        if not isinstance(names, list) or not all(isinstance(known, (str, int)) for known in names):
+            raise UserError(
+                f'{self.name}: the class names of the column "{self.label_column}" in its metadata are not a list of '
+                f"names, but {str(names)[:60]}.\n"
+                "Write the file again, with ClassLabel(names=[...]) of the datasets library."
+            )
+        return [str(known) for known in names]
+
+    def described_labels(self) -> str:
+        """Where the labels are, for messages."""
+        if self.label_column is None:
+            return f"no column of labels in {self.name}"
+        return f'"{self.label_column}" {"without" if self.classes is None else "with"} class names in {self.name}'
+
+    def named_labels(self) -> list[str | None]:
+        """The class of each row by its name; None where a row has no label."""
+        classes = self.classes or []
+        if any(isinstance(label, int) and label >= len(classes) for label in self.labels):
+            raise UserError(f"{self.name} has the label {max(self.labels)}, but names for {len(classes)} classes only.")
+        return [classes[label] if isinstance(label, int) and label >= 0 else None for label in self.labels]
 
 
-def image_column(candidates: Sequence[str]) -> str:
+def _values_of(column: pa.ChunkedArray) -> list[Any]:
+    """The values of a column as Python objects; one that is repeated by a dictionary is made once."""
+    values: list[Any] = []
+    for chunk in column.chunks:
+        if pa.types.is_dictionary(chunk.type):
+            known = [*chunk.dictionary.to_pylist(), None]
+            values += [known[-1 if i is None else i] for i in chunk.indices.to_pylist()]
+        else:
+            values += chunk.to_pylist()
+    return values
+
+
+def _holds_bytes(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+        kind = kind.field("bytes").type
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _holds_labels(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):  # a categorical column of pandas
+        return _holds_labels(kind.value_type)
+    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _image_column(candidates: Sequence[str]) -> str:
     """The column of images among those that could be: one with a usual name, otherwise the first."""
     return next((name for name in _IMAGE_NAMES if name in candidates), candidates[0])
 
 
-def label_column(candidates: Sequence[str], declared: Sequence[str]) -> str | None:
+def _label_column(candidates: Sequence[str], declared: Sequence[str]) -> str | None:
     """The column of labels among those that could be: one that is declared as such or has a usual name, best both."""
     named = [name for name in _LABEL_NAMES if name in candidates]
     return next(iter([*(name for name in named if name in declared), *declared, *named]), None)
@@ -193,93 +252,83 @@ def _labels_of(files: Sequence[_File]) -> tuple[Int[np.ndarray, "n"] | None, lis
     first = files[0]
     for file in files:
         if file.label_column != first.label_column or (file.classes is None) != (first.classes is None):
-            described = [f"{_described(other)} in {other.name}" for other in (first, file)]
             raise UserError(
-                f"The files have different labels: {', '.join(described)}.\n"
+                f"The files have different labels: {first.described_labels()}, {file.described_labels()}.\n"
                 "Give all files the same columns and metadata, or open them one by one."
             )
-    if first.classes is None or all(file.classes == first.classes for file in files):
+    if all(file.classes == first.classes for file in files):
         labels, classes = number_labels([label for file in files for label in file.labels])
         return labels, classes if first.classes is None or labels is None else first.classes
-    named = [_names_of(file) for file in files]
-    labels, _ = number_labels([name for names in named for name in names])
-    if labels is None:
+    names = [name for file in files for name in file.named_labels()]
+    if not names or None in names:
         return None, None
-    classes = list(dict.fromkeys(known for file in files for known in file.classes or ()))
-    number = {name: i for i, name in enumerate(classes)}
-    return np.array([number[name] for names in named for name in names if name is not None], dtype=np.int64), classes
+    number = {name: i for i, name in enumerate(dict.fromkeys(known for file in files for known in file.classes or ()))}
+    return np.array([number[name] for name in names if name is not None], dtype=np.int64), list(number)
 
 
-def _names_of(file: _File) -> list[str | None]:
-    """The class of each row by its name; None where a row has no label."""
-    classes = file.classes or []
-    if any(isinstance(label, int) and label >= len(classes) for label in file.labels):
-        raise UserError(f"{file.name} has the label {max(file.labels)}, but names for {len(classes)} classes only.")
-    return [classes[label] if isinstance(label, int) and label >= 0 else None for label in file.labels]
+class HubSource(EncodedSource):
+    """One split of a data set of the `datasets` library (extra `hub`), as encoded bytes that are decoded here."""
+
+    def __init__(self, name: str, split: str | None) -> None:
+        full_name = f"hf:{name}{f':{split}' if split else ''}"
+        try:
+            import datasets
+        except ImportError as error:
+            raise UserError(
+                f"Data of the form hf:name needs the datasets library:\n    {install_command('hub')}"
+            ) from error
+        dataset = _load(datasets, name, split, full_name)
+        images = [column for column, feature in dataset.features.items() if isinstance(feature, datasets.Image)]
+        if not images:
+            raise UserError(f"{full_name} has no image column; its columns: {', '.join(dataset.column_names)}.")
+        self._column = _image_column(images)
+        self._rows = dataset.select_columns([self._column]).cast_column(self._column, datasets.Image(decode=False))
+        declared = [column for column, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)]
+        labels = classes = None
+        if (column := _label_column(dataset.column_names, declared)) is not None:
+            table = dataset.select_columns([column]).with_format("arrow")[:]
+            labels, classes = number_labels(table.column(column).to_pylist())
+            if labels is not None and column in declared:
+                classes = dataset.features[column].names
+        super().__init__(full_name, labels, classes)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def content(self, i: int) -> bytes:
+        """The encoded image of row i."""
+        item = self._rows[i][self._column] or {}
+        if item.get("bytes") is not None:
+            return item["bytes"]
+        if item.get("path"):
+            return read_file(Path(item["path"]), self.location(i))
+        raise UnreadableImage(self.location(i), _NO_IMAGE)
+
+    def location(self, i: int) -> str:
+        """Data set and row of image i."""
+        return f"{self.name} row {i}"
+
+    def origins(self) -> Iterator[str]:
+        """The rows of what the `datasets` library gives the same fingerprint."""
+        return (f"{self._rows._fingerprint} row {i}" for i in range(len(self)))
+
+    def fingerprint(self) -> str | None:
+        """The fingerprint of the `datasets` library: of its files and all operations on their rows."""
+        return f"{self.name} {self._rows._fingerprint}"
 
 
-def _described(file: _File) -> str:
-    if file.label_column is None:
-        return "no column of labels"
-    return f'"{file.label_column}" {"without" if file.classes is None else "with"} class names'
-
-
-def _features(schema: pa.Schema, name: str) -> dict[str, dict[str, Any]]:
-    """Return the column descriptions that the `datasets` library stores in a file; empty if there are none."""
-    stored = (schema.metadata or {}).get(b"huggingface")
-    if stored is None:
-        return {}
+def _load(datasets: Any, name: str, split: str | None, full_name: str) -> Any:
+    saved = any((Path(name) / file).is_file() for file in ("dataset_dict.json", "state.json"))
     try:
-        features = parse_json(stored, f"{name}: its metadata")["info"]["features"]
-        return {column: feature for column, feature in features.items() if isinstance(feature, dict)}
-    except (UserError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s: column types and class names in its metadata are not understood (%s)", name, error)
-        return {}
-
-
-def _class_names(feature: dict[str, Any], column: str, name: str) -> list[str] | None:
-    """Return the class names in the description of a column; None if there are none."""
-    names = feature.get("names")
-    if names is None:
-        return None
-    if not isinstance(names, list) or not all(isinstance(known, (str, int)) for known in names):
-        raise UserError(
-            f'{name}: the class names of the column "{column}" in its metadata are not a list of names, but '
-            f"{str(names)[:60]}.\nWrite the file again, with ClassLabel(names=[...]) of the datasets library."
-        )
-    return [str(known) for known in names]
-
-
-def _image_column(schema: pa.Schema, features: dict[str, dict[str, Any]], path: Path) -> str:
-    candidates = [field.name for field in schema if _holds_bytes(field.type)]
-    declared = [name for name in candidates if features.get(name, {}).get("_type") == "Image"]
-    candidates = declared or candidates
-    if not candidates:
-        columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise UserError(
-            f"{printable(path)} has no column of encoded images: neither bytes nor a struct with bytes.\n"
-            f"Its columns: {columns}."
-        )
-    return image_column(candidates)
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(field.name == "bytes" and _is_bytes(field.type) for field in kind)
-    return _is_bytes(kind)
-
-
-def _is_bytes(kind: pa.DataType) -> bool:
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
-
-
-def _label_column(schema: pa.Schema, features: dict[str, dict[str, Any]]) -> str | None:
-    able = [field.name for field in schema if _holds_labels(field.type)]
-    declared = [name for name in able if features.get(name, {}).get("_type") == "ClassLabel"]
-    return label_column(able, declared)
-
-
-def _holds_labels(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):  # a categorical column of pandas
-        return _holds_labels(kind.value_type)
-    return pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name)
+    except Exception as error:  # network, authorisation, unknown name, missing configuration
+        raise UserError(f"Cannot open {full_name}: {first_line(error)}") from error
+    if not isinstance(loaded, dict):
+        if split is not None:
+            raise UserError(f"{full_name} was saved as one split: use hf:{name}.")
+        return loaded
+    chosen = split or ("train" if "train" in loaded or len(loaded) > 1 else next(iter(loaded)))
+    if chosen not in loaded:
+        choices = ", ".join(f"hf:{name}:{known}" for known in loaded)
+        raise UserError(f'hf:{name} has no split "{chosen}": use {choices}.')
+    return loaded[chosen]

@@ -25,8 +25,8 @@ from crate_mae.data.base import EncodedSource, ImageSource, refuse_unreadable
 from crate_mae.data.dataset import default_workers, in_parallel
 from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_8_bits, to_channels
 from crate_mae.data.files import reason_of, whole_folder
-from crate_mae.data.folder import FolderSource
 from crate_mae.data.results import BadImage
+from crate_mae.data.sources import FolderSource
 from crate_mae.errors import UserError
 
 PARQUET_FILE = "images.parquet"

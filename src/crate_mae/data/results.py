@@ -12,21 +12,17 @@ class BadImage(NamedTuple):
 
 
 class ImageFacts(NamedTuple):
-    """Facts about a sample of a source.
+    """Facts about a sample of the images of a source that can be read.
 
     Attributes:
         channels: 1 if every image of the sample is grey, otherwise the most frequent count above that.
         height: median in pixels.
         width: median in pixels.
-        readable: number of images of the sample that could be read.
-        sampled: size of the sample.
     """
 
     channels: int
     height: int
     width: int
-    readable: int
-    sampled: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
 
 from crate_mae.data.base import NO_LABEL, EncodedSource, number_labels, printable
 from crate_mae.data.decode import MOST_BYTES, UnreadableImage, describe_unread, image_suffixes
@@ -25,29 +24,20 @@ _LABEL_KEYS = ("label", "cls", "class")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})")  # as a program writes it; 007 and ids of 30 digits are names
 _MOST_LABEL_BYTES = 2**20
 _MOST_HEADER_BYTES = 2**20
-_FINGERPRINT_BLOCKS = 64
 # Archives end with two blocks of zeros and are filled up to 10 KiB; what follows is another archive.
 _AFTER_END = 64 * 1024
 _LOST = "lost: "  # begins the problem of an image that a damaged shard likely held
 _MOST_LOST = 9  # images assumed lost in a damaged archive, per image that can be read
 
 
-class Member(NamedTuple):
-    """One image inside a shard.
-
-    Attributes:
-        shard: number of the shard.
-        name: in the shard.
-        offset: of its bytes.
-        size: of its bytes.
-        problem: why it cannot be read; empty if it can.
-    """
+class _Member(NamedTuple):
+    """One image inside a shard: the number of the shard, its name there, and where how many bytes of it are."""
 
     shard: int
     name: str
     offset: int
     size: int
-    problem: str = ""
+    problem: str  # why it cannot be read; empty if it can
 
 
 class ShardSource(EncodedSource):
@@ -62,21 +52,25 @@ class ShardSource(EncodedSource):
 
     def __init__(self, paths: Sequence[Path], name: str) -> None:
         self._paths = list(paths)
-        self._members: list[Member] = []
+        self._members: list[_Member] = []
         found: list[int | str | None] = []
         others: Counter[str] = Counter()
         for number, path in enumerate(self._paths):
             shard = _Shard(number, path)
             self._members += shard.images.values()
-            found += [shard.labels.get(_key(member.name)) for member in shard.images.values() if not _is_lost(member)]
+            found += [shard.labels.get(_key(name)) for name in shard.images]
             others += shard.others
         if not self._members:
             raise UserError(
                 f"Found 0 images in {len(self._paths)} shard(s) of {name}: looked for {' '.join(image_suffixes())}; "
                 f"{describe_unread(others) or 'saw no files at all'}."
             )
-        labels, classes = number_labels(found)
-        super().__init__(name, self._with_lost(labels), classes)
+        there = np.array([not member.problem.startswith(_LOST) for member in self._members])
+        known, classes = number_labels([found[i] for i in np.flatnonzero(there)])
+        labels = None if known is None else np.full(len(there), NO_LABEL, dtype=np.int64)
+        if labels is not None:
+            labels[there] = known
+        super().__init__(name, labels, classes)
         self.left_out = dict(others.most_common())
 
     def __len__(self) -> int:
@@ -110,22 +104,14 @@ class ShardSource(EncodedSource):
 
     def fingerprint(self) -> str | None:
         """Of the shards."""
-        return files_fingerprint(((path.name, path) for path in self._paths), _FINGERPRINT_BLOCKS)
-
-    def _with_lost(self, labels: Int[np.ndarray, "n"] | None) -> Int[np.ndarray, "m"] | None:
-        """Labels of all members, of those of the lost ones too, which have none."""
-        if labels is None:
-            return None
-        whole = np.full(len(self._members), NO_LABEL, dtype=np.int64)
-        whole[[not _is_lost(member) for member in self._members]] = labels
-        return whole
+        return files_fingerprint((path.name, path) for path in self._paths)
 
 
 class _Shard:
     """What one shard holds. A name that comes again stands for its last member, as when the archive is unpacked."""
 
     def __init__(self, number: int, path: Path) -> None:
-        self.images: dict[str, Member] = {}
+        self.images: dict[str, _Member] = {}
         self.labels: dict[str, int | str] = {}
         self.others: Counter[str] = Counter()
         self._number = number
@@ -172,7 +158,7 @@ class _Shard:
             if info.name in self.images:
                 self._replaced.append(info.name)
                 del self.images[info.name]  # the last one keeps its own place
-            self.images[info.name] = Member(self._number, info.name, info.offset_data, info.size, _problem(info, size))
+            self.images[info.name] = _Member(self._number, info.name, info.offset_data, info.size, _problem(info, size))
         elif suffix in (".cls", ".json"):
             label = None
             if not _problem(info, size, _MOST_LABEL_BYTES):
@@ -192,7 +178,7 @@ class _Shard:
         problem = f"{_LOST}the shard is damaged after byte {end:,} ({damage})"
         for count in range(1, max(1, min(lost, _MOST_LOST * read)) + 1):
             name = f"(lost image {count})"
-            self.images[name] = Member(self._number, name, end, 0, problem)
+            self.images[name] = _Member(self._number, name, end, 0, problem)
 
     def _warn(self, shard: str) -> None:
         for names, what in (
@@ -210,17 +196,14 @@ class _Headers(io.BufferedIOBase):
         self._file = file
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """Read the blocks of a header."""
         if size is None or not 0 <= size <= _MOST_HEADER_BYTES:
             raise tarfile.ReadError(f"a header has {size} bytes")
         return self._file.read(size)
 
     def seek(self, offset: int, whence: int = 0, /) -> int:
-        """Go to the next header."""
         return self._file.seek(offset, whence)
 
     def tell(self) -> int:
-        """The position in the file."""
         return self._file.tell()
 
 
@@ -248,10 +231,6 @@ def _damage_at(file: io.BufferedReader, end: int) -> str:
     if rest.strip(b"\0"):
         return "another archive follows the end of the first"
     return ""
-
-
-def _is_lost(member: Member) -> bool:
-    return member.problem.startswith(_LOST)
 
 
 def _key(name: str) -> str:

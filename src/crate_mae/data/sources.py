@@ -1,22 +1,22 @@
-"""Open DATA: from what the user wrote to an image source."""
+"""Open DATA: from what the user wrote to an image source, of which a folder of images is the usual one."""
 
 import logging
 import math
 import os
 import re
+from collections import Counter
+from collections.abc import Iterator
 from itertools import product
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from torch.utils.data import Dataset, IterableDataset
 
-from crate_mae.data.base import ImageSource, printable
+from crate_mae.data.base import EncodedSource, ImageSource, number_labels, printable, read_file, text_of
 from crate_mae.data.decode import OPTIONAL, describe_unread, image_suffixes, may_be_image
-from crate_mae.data.files import path_of, reason_of
-from crate_mae.data.folder import SPLIT_NAMES, FolderSource, list_folder
-from crate_mae.data.named import DigitsSource, HubSource, open_torchvision
-from crate_mae.data.parquet import ParquetSource
+from crate_mae.data.files import files_fingerprint, path_of, reason_of
+from crate_mae.data.parquet import HubSource, ParquetSource
 from crate_mae.data.shards import ShardSource
-from crate_mae.data.wrapped import DatasetSource, Indexable
+from crate_mae.data.wrapped import DatasetSource, DigitsSource, Indexable, open_torchvision
 from crate_mae.errors import UserError, nearest
 
 logger = logging.getLogger(__name__)
@@ -26,6 +26,13 @@ FORMS = (
     "{000..009}), hf:name[:split], torchvision:CIFAR10[:split], digits, or from Python a torch.utils.data.Dataset."
 )
 _MOST_FILES = 1_000_000  # that a pattern may stand for
+_MOST_FOLDERS = 1_000_000  # links among folders can make far more of a few
+_SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
+# Made by file managers, operating systems and network drives; some hold small copies of the images.
+_SYSTEM_FOLDERS = frozenset(
+    {"@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
+)
+_FILE_BLOCKS = 2  # that a fingerprint reads of each image
 _PREFIXES = ("hf", "torchvision", "digits")
 _PATTERN = re.compile(r"[*?\[{]")
 
@@ -83,15 +90,12 @@ def full_name(data: str | Path) -> str:
 def _open_text(data: str) -> ImageSource:
     if not data.strip():
         raise UserError(f"The data has an empty name.\n{FORMS}")
-    prefix, *rest = data.split(":")
+    prefix, *rest = data.split(":", 2)
     if prefix == "digits" and len(rest) <= 1:
         return DigitsSource(*rest)
-    if prefix == "hf" and rest and rest[0]:
-        name, _, split = data.removeprefix("hf:").partition(":")
-        return HubSource(name, split or None)
-    if prefix == "torchvision" and rest and rest[0]:
-        name, _, split = data.removeprefix("torchvision:").partition(":")
-        return open_torchvision(name, split or None)
+    if prefix in ("hf", "torchvision") and rest and rest[0]:
+        name, split, *_ = (*rest, "")
+        return (HubSource if prefix == "hf" else open_torchvision)(name, split or None)
     try:
         path = Path(data).expanduser()
     except RuntimeError as error:
@@ -115,7 +119,7 @@ def _open_path(path: Path, name: str) -> ImageSource:
 
 
 def _open_folder(path: Path, name: str) -> ImageSource:
-    images, containers, others = list_folder(path)
+    images, containers, others = _list_folder(path)
     if images:
         source = FolderSource(path, images, name)
         source.left_out = others
@@ -159,7 +163,7 @@ def _open_files(paths: list[Path], name: str) -> ImageSource:
 def _training_part(paths: list[Path]) -> list[Path]:
     """Return the files of the split `train` if the file names contain several splits; otherwise all."""
     splits = [re.split(r"[-_.]", path.name.lower())[0] for path in paths]
-    if len(set(splits)) > 1 and "train" in splits and set(splits) <= SPLIT_NAMES:
+    if len(set(splits)) > 1 and "train" in splits and set(splits) <= _SPLITS:
         return [path for path, split in zip(paths, splits, strict=True) if split == "train"]
     return paths
 
@@ -214,3 +218,115 @@ def _not_found(path: Path, name: str) -> UserError:
         return UserError(f"{printable(path)} does not exist (nor does its folder; {printable(above)} does).\n{FORMS}")
     hint = f" Did you mean {printable(above / near)}?" if near else ""
     return UserError(f"{printable(path)} does not exist.{hint}\n{FORMS}")
+
+
+class FolderSource(EncodedSource):
+    """Image files of one folder, in the order of their POSIX paths.
+
+    Labels are the names of the top-level sub-folders, if every image is in one and there are at least two. Folders
+    named like splits ("train", "val") are not classes.
+
+    Attributes:
+        root: the folder.
+        images: paths of the files in it.
+    """
+
+    def __init__(self, root: Path, images: list[str], name: str) -> None:
+        tops = [image.split("/", 1)[0] for image in images]
+        in_folders = all("/" in image for image in images) and len(set(tops)) > 1
+        are_classes = in_folders and not {top.lower() for top in tops} <= _SPLITS
+        super().__init__(name, *(number_labels(tops) if are_classes else (None, None)))
+        self.root = root
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def content(self, i: int) -> bytes:
+        """The bytes of file i."""
+        return read_file(self.root / self.images[i], self.location(i))
+
+    def location(self, i: int) -> str:
+        """The path of file i."""
+        return printable(self.root / self.images[i])
+
+    def origins(self) -> Iterator[str]:
+        """The files, without links to their folder."""
+        root = os.path.realpath(self.root)
+        return (f"{root}/{image}" for image in self.images)
+
+    def fingerprint(self) -> str | None:
+        """Of all image files."""
+        return files_fingerprint(((image, self.root / image) for image in self.images), _FILE_BLOCKS)
+
+
+def _list_folder(root: Path) -> tuple[list[str], list[str], dict[str, int]]:
+    """Relative POSIX paths of the images and of the .parquet and .tar files below a folder; and counts of other files.
+
+    Those are counted by suffix, and folders of the system by name with "/".
+    """
+    images: list[str] = []
+    containers: list[str] = []
+    others: Counter[str] = Counter()
+    read = image_suffixes()
+    for name in _walk(root.absolute()):
+        suffix = PurePosixPath(name).suffix.lower()
+        if name.endswith("/"):
+            others[f"{PurePosixPath(name).name}/"] += 1
+        elif suffix in read:
+            images.append(name)
+        else:
+            others[suffix] += 1
+            if suffix in (".parquet", ".tar"):
+                containers.append(name)
+    counts = dict(sorted(others.items(), key=lambda item: (-item[1], item[0])))
+    return sorted(images), sorted(containers), counts
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Yield files below a folder, and folders of the system with "/" at the end.
+
+    Links are followed except into a folder that contains them. Without recursion, which ends at a thousand levels.
+    """
+    waiting: list[tuple[str, frozenset[tuple[int, int]]]] = [("", frozenset())]
+    visited = 0
+    while waiting:
+        below, above = waiting.pop()
+        folder = f"{root}/{below}"
+        visited += 1
+        if visited > _MOST_FOLDERS:
+            raise UserError(
+                f"{printable(root)} has more than {_MOST_FOLDERS:,} folders, such as {_shortened(folder)}.\n"
+                "Remove links to large folders from the data."
+            )
+        try:
+            status = os.stat(folder)  # noqa: PTH116  # paths as text are ten times as fast
+            identity = (status.st_dev, status.st_ino)
+            if identity in above:
+                continue
+            with os.scandir(folder) as entries:
+                found = [(below + entry.name, _is_folder(entry)) for entry in entries if not entry.name.startswith(".")]
+        except OSError as error:
+            raise UserError(
+                f"Cannot read the folder {_shortened(folder)}: {reason_of(error)}.\n"
+                "Allow it (chmod u+rx), or move it out of the data."
+            ) from error
+        for name, is_folder in found:
+            if not is_folder:
+                yield name
+            elif name.rpartition("/")[2].lower() in _SYSTEM_FOLDERS:
+                yield f"{name}/"
+            else:
+                waiting.append((f"{name}/", above | {identity}))
+
+
+def _shortened(path: str) -> str:
+    path = text_of(path.rstrip("/"))
+    return path if len(path) < 300 else f"{path[:150]}...{path[-100:]}"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False

@@ -1,21 +1,25 @@
-"""Any indexable data set, such as those of PyTorch."""
+"""Any indexable data set, such as those of PyTorch; those of torchvision, and the digits of scikit-learn, by name."""
 
 import contextlib
-from collections.abc import Iterator
+import inspect
+from collections.abc import Container, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+import torchvision
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor
 
 from crate_mae.data.base import LARGEST_LABEL, NO_LABEL, ImageSource, number_labels
 from crate_mae.data.decode import UnreadableImage, decode, upright
-from crate_mae.errors import UserError, first_line
+from crate_mae.data.files import cache_folder
+from crate_mae.errors import UserError, did_you_mean, first_line
 
 _IMAGE_KEYS = ("image", "img", "images", "pixel_values", "jpg", "png", "x")
 _LABEL_KEYS = ("label", "labels", "class", "target", "cls", "fine_label", "y")
+_TEST_DIGITS = 297
 
 
 @runtime_checkable
@@ -51,17 +55,13 @@ class DatasetSource(ImageSource):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_last": None}
 
-    def read(self, i: int) -> Image.Image | Tensor:
-        """The image of item i; a Pillow image of mode I or F is scaled by `value_range`."""
-        return self._in_range(self.picture(i))
-
     @property
     def check_command(self) -> str | None:
         """None for an object of Python, which no command can open."""
         return super().check_command if self.name.startswith("torchvision:") else None
 
     def picture(self, i: int) -> Image.Image | Tensor:
-        """The image of item i, a Pillow image in its own mode."""
+        """The image of item i."""
         image = _image_of(self._item(i))
         if isinstance(image, bytes):
             return decode(image, self.location(i))
@@ -117,7 +117,10 @@ class DatasetSource(ImageSource):
         if numbers is None:
             return None
         if classes is not None:
-            numbers, self.classes = _numbered_as(self.classes, numbers, classes)
+            known = self.classes
+            if known is not None and set(classes) <= set(known):  # numbered as the data set's own classes are
+                numbers, classes = np.array([known.index(name) for name in classes], dtype=np.int64)[numbers], known
+            self.classes = classes
         labels = np.full(len(self), NO_LABEL, dtype=np.int64)
         labels[list(found)] = numbers
         return labels
@@ -158,15 +161,6 @@ def _label_of(item: Any) -> int | str | None:
     return str(label) if isinstance(label, str) else None
 
 
-def _numbered_as(
-    known: list[str] | None, numbers: Int[np.ndarray, "n"], names: list[str]
-) -> tuple[Int[np.ndarray, "n"], list[str]]:
-    """Labels that are names, numbered as the data set's own classes are if all of them are among those."""
-    if known is None or not set(names) <= set(known):
-        return numbers, names
-    return np.array([known.index(name) for name in names], dtype=np.int64)[numbers], known
-
-
 def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
     """Return the data set's own list of labels, unless it transforms labels."""
     if getattr(dataset, "target_transform", None) is not None:
@@ -184,8 +178,6 @@ def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
 def _array_to_tensor(array: np.ndarray, location: str) -> Tensor:
     if array.dtype.kind not in "buif" or array.dtype.itemsize > 8:
         raise UserError(f"{location} has the type {array.dtype}; an image is uint8, uint16, or float in [0, 1].")
-    if array.dtype == np.uint16:
-        array = np.asarray(array / np.float32(65535), dtype=np.float32)
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     # PyTorch warns about arrays that are not writeable, such as the pixels of a Pillow image: those are copied.
     tensor = torch.from_numpy(np.ascontiguousarray(array) if array.flags.writeable else array.copy())
@@ -211,3 +203,87 @@ def _unit_tensor(image: Tensor, location: str) -> Tensor:
             )
         return image.to(torch.float32)
     raise UserError(f"{location} has the type {image.dtype}; an image is uint8, uint16, or float in [0, 1].")
+
+
+class DigitsSource(ImageSource):
+    """The 1,797 handwritten digits of scikit-learn, grey, 8 x 8; their values 0..16 are scaled to 0..255.
+
+    The splits are defined here: in the order of a permutation with seed 0 the last 297 digits are `test`, the 1,500
+    before them `train`. Without a split there are all 1,797, in scikit-learn's order.
+    """
+
+    def __init__(self, split: str | None = None) -> None:
+        from sklearn.datasets import load_digits  # takes over a second to import
+
+        digits: Any = load_digits()
+        order = np.random.default_rng(0).permutation(len(digits.target))
+        rows = {None: np.arange(len(order)), "train": order[:-_TEST_DIGITS], "test": order[-_TEST_DIGITS:]}
+        if split not in rows:
+            raise UserError(f'The digits have no split "{split}": use digits, digits:train or digits:test.')
+        self._rows = rows[split]
+        self._images = np.rint(digits.images[self._rows] * (255 / 16)).astype(np.uint8)
+        labels = digits.target[self._rows].astype(np.int64)
+        super().__init__("digits" if split is None else f"digits:{split}", labels, [str(i) for i in range(10)])
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def picture(self, i: int) -> Image.Image:
+        """Digit i in mode L."""
+        return Image.fromarray(self._images[i])
+
+    def location(self, i: int) -> str:
+        """The number of the digit in `load_digits`."""
+        return f"digits row {self._rows[i]}"
+
+    def origins(self) -> Iterator[str]:
+        """Their numbers in `load_digits`."""
+        return (self.location(i) for i in range(len(self)))
+
+    def fingerprint(self) -> str:
+        """The digits never change."""
+        return self.name
+
+
+def open_torchvision(name: str, split: str | None) -> DatasetSource:
+    """Open a data set of torchvision by its class name, downloaded at the first use into the user's cache folder.
+
+    Args:
+        name: class name, such as `CIFAR10`.
+        split: a split of the class; `train` or `test` if it only has the argument `train`. By default that of the
+            class, which nearly always is the training part.
+
+    Raises:
+        UserError: for an unknown name or split, or a failed download.
+    """
+    known = [entry for entry in torchvision.datasets.__all__ if isinstance(getattr(torchvision.datasets, entry), type)]
+    if name not in known:
+        hint = did_you_mean(name, known, "torchvision:{}") or f" It has: {', '.join(known)}."
+        raise UserError(f'torchvision has no data set "{name}".{hint}')
+    full_name = f"torchvision:{name}{f':{split}' if split else ''}"
+    kind = getattr(torchvision.datasets, name)
+    root = cache_folder() / "torchvision"
+    parameters = inspect.signature(kind).parameters
+    settings = _split_settings(name, split, parameters)
+    if "download" in parameters:
+        settings["download"] = True
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        dataset = kind(root=str(root), **settings)
+    except (OSError, RuntimeError, ValueError, TypeError, ImportError) as error:
+        raise UserError(
+            f"Cannot open {full_name}: {first_line(error)}\n"
+            f"It is downloaded into {root}: check the network, or put the files there by hand."
+        ) from error
+    return DatasetSource(dataset, full_name)
+
+
+def _split_settings(name: str, split: str | None, parameters: Container[str]) -> dict[str, Any]:
+    if split is None:
+        return {}
+    if "split" in parameters:
+        return {"split": split}
+    if "train" in parameters and split in ("train", "test"):
+        return {"train": split == "train"}
+    choice = f"torchvision:{name}:train or torchvision:{name}:test" if "train" in parameters else f"torchvision:{name}"
+    raise UserError(f'torchvision:{name} has no split "{split}": use {choice}.')

@@ -39,7 +39,7 @@ from crate_mae.data.base import (
     text_of,
 )
 from crate_mae.data.dataset import workers_errors_plain
-from crate_mae.data.overlap import UNREADABLE, content_digests
+from crate_mae.data.facts import UNREADABLE, content_digests
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, and_more
 from crate_mae.training.options import RunOptions
