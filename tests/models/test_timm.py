@@ -45,7 +45,7 @@ def in_a_new_process(program, warnings="error"):
     [
         "import crate_mae, sys; assert 'timm' not in sys.modules; import timm",
         "import timm; import crate_mae",
-        "from crate_mae.data.transforms import FitAndCentre; import timm",  # a file of ours that imports timm
+        "from crate_mae.data.transforms import Preparation; import timm",  # a file of ours that imports timm
         "import crate_mae.models.autoencoder, timm",
     ],
 )

@@ -94,7 +94,7 @@ class ImageSource(ABC):
         return self._ranges[mode]
 
     def _sample_of_mode(self, mode: str) -> Iterator[Image.Image]:
-        for i in fixed_sample(len(self), min(_RANGE_SAMPLE, len(self))):
+        for i in fixed_sample(len(self), _RANGE_SAMPLE):
             with contextlib.suppress(UnreadableImage):
                 picture = self.picture(i)
                 if isinstance(picture, Image.Image) and picture.mode == mode:
@@ -142,13 +142,9 @@ class EncodedSource(ImageSource):
 
 
 class Part(ImageSource):
-    """Some images of a source, as a source of their own.
+    """Some images of a source, by their numbers in it, as a source of their own.
 
-    Args:
-        whole: the source.
-        indices: numbers of the images in it.
-        labels: one per image of the part, in place of the source's; without them the part has none.
-        classes: names of the classes of these labels.
+    It has the labels that are given, one per image of the part, with their classes, and not those of the source.
     """
 
     def __init__(
@@ -248,9 +244,8 @@ def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, li
     if len(numbers) == len(found) and max(numbers) <= LARGEST_LABEL:
         return np.array(found, dtype=np.int64), None
     names = [text_of(str(label)) for label in found]
-    classes = sorted(set(names))
-    number = {name: i for i, name in enumerate(classes)}
-    return np.array([number[name] for name in names], dtype=np.int64), classes
+    number = {name: i for i, name in enumerate(sorted(set(names)))}
+    return np.array([number[name] for name in names], dtype=np.int64), list(number)
 
 
 @runtime_checkable
@@ -276,9 +271,7 @@ def label_names(source: Labelled) -> list[str | None] | None:
     The same number may stand for different classes in two sources, so sources are compared by names.
     """
     labels = source.labels
-    if labels is None:
-        return None
-    return [None if label < 0 else _name(source, int(label)) for label in labels]
+    return None if labels is None else [None if label < 0 else _name(source, int(label)) for label in labels]
 
 
 def occurring_classes(source: Labelled) -> list[str]:
@@ -290,12 +283,8 @@ def occurring_classes(source: Labelled) -> list[str]:
 def align_classes(train: Labelled, val: Labelled, *, same: bool = False) -> list[str]:
     """Return the classes of the training images, after checking that a classifier of them can be measured on `val`.
 
-    Classes are compared by name, or by number as text where they have no names.
-
-    Args:
-        train: training images.
-        val: validation images, which may only have classes of the training images.
-        same: whether the validation images must have all of these classes.
+    Classes are compared by name, or by number as text where they have no names. The validation images may only have
+    classes of the training images, and must have all of them if they are to have the `same`.
 
     Raises:
         UserError: if either has no labels, their classes differ, or there is only one class.
@@ -342,13 +331,9 @@ def most_bad(max_bad: float, seen: int) -> float:
 
 
 def refuse_unreadable(source: ImageSource, bad: Sequence[BadImage], max_bad: float, *, held_out: bool = False) -> None:
-    """Raise a `UserError` if more images of a source cannot be read than `max_bad` allows.
+    """Raise a `UserError` if more images of a source cannot be read (`bad`) than the share `max_bad` allows.
 
-    Args:
-        source: the images.
-        bad: those that cannot be read.
-        max_bad: largest share of unreadable images.
-        held_out: whether results are measured on the images, which then need at least one that can be read.
+    Of images that are `held_out`, to measure results on, at least one must be readable.
     """
     if len(bad) <= most_bad(max_bad, len(source)) and not (held_out and len(bad) == len(source)):
         return

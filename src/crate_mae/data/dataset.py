@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,14 +112,21 @@ class ImageDataset(Dataset[Sample]):
                 yield other
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack samples into a batch, for `DataLoader(collate_fn=collate)`."""
+def collate(attempts: Sequence[Sample | BadImage]) -> Batch:
+    """Stack samples into a batch, for `DataLoader(collate_fn=collate)`; images 0 0 0 0 if there are none."""
+    samples = [attempt for attempt in attempts if isinstance(attempt, Sample)]
+    bad = [attempt.bad if isinstance(attempt, Sample) else (attempt,) for attempt in attempts]
     return Batch(
-        torch.stack([sample.image for sample in samples]),
+        torch.stack([sample.image for sample in samples]) if samples else torch.empty(0, 0, 0, 0),
         torch.tensor([sample.label for sample in samples], dtype=torch.int64),
         torch.tensor([sample.index for sample in samples], dtype=torch.int64),
-        tuple(bad for sample in samples for bad in sample.bad),
+        tuple(chain.from_iterable(bad)),
     )
+
+
+def ignore_interrupts(_worker: int) -> None:
+    """Ignore Ctrl-C, which reaches every process, in loader processes: the main process ends them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def readable_batches(
@@ -127,7 +135,7 @@ def readable_batches(
     batch_size: int,
     *,
     workers: int = 0,
-    worker_init: Callable[[int], None] | None = None,
+    worker_init: Callable[[int], None] = ignore_interrupts,
 ) -> Generator[Batch]:
     """Yield all images of a source once, in order. Those that cannot be read are left out, and are in `Batch.bad`.
 
@@ -138,15 +146,14 @@ def readable_batches(
         transform: without randomness.
         batch_size: images per batch.
         workers: number of processes that load images.
-        worker_init: called first in each process; by default `ignore_interrupts`.
+        worker_init: called first in each process.
     """
-    prepared = _Attempts(len(source), partial(_prepared, source, transform))
-    yield from _batches_in_order(prepared, batch_size, _collate_readable, workers, worker_init or ignore_interrupts)
+    yield from _in_order(partial(_prepared, source, transform), len(source), batch_size, collate, workers, worker_init)
 
 
 def in_parallel(function: Callable[[int], Any], images: int, workers: int) -> Generator[Any]:
     """Yield `function(i)` for i = 0, 1, ..., computed by several processes; a `BadImage` for an `UnreadableImage`."""
-    for several in _batches_in_order(_Attempts(images, function), _AT_ONCE, list, workers, ignore_interrupts):
+    for several in _in_order(function, images, _AT_ONCE, list, workers):
         yield from several
 
 
@@ -171,15 +178,16 @@ def _prepared(source: ImageSource, transform: Callable[[Image.Image | Tensor], T
     return Sample(transform(source.read(index)), source.label(index), index, ())
 
 
-def _batches_in_order(
-    dataset: Dataset[Any],
+def _in_order(
+    function: Callable[[int], Any],
+    images: int,
     batch_size: int,
     collate: Callable[[list[Any]], Any],
     workers: int,
-    worker_init: Callable[[int], None],
+    worker_init: Callable[[int], None] = ignore_interrupts,
 ) -> Generator[Any]:
     loader = DataLoader(
-        dataset,
+        _Attempts(images, function),
         batch_size=batch_size,
         collate_fn=collate,
         num_workers=workers,
@@ -188,15 +196,6 @@ def _batches_in_order(
     )
     with workers_errors_plain():
         yield from loader
-
-
-def _collate_readable(attempts: Sequence[Sample | BadImage]) -> Batch:
-    samples = [attempt for attempt in attempts if isinstance(attempt, Sample)]
-    bad = tuple(attempt for attempt in attempts if isinstance(attempt, BadImage))
-    if not samples:
-        nothing = torch.empty(0, dtype=torch.int64)
-        return Batch(torch.empty(0, 0, 0, 0), nothing, nothing, bad)
-    return collate(samples)._replace(bad=bad)
 
 
 @contextmanager
@@ -267,11 +266,6 @@ def default_generator_seeded(seed: int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(state)
-
-
-def ignore_interrupts(_worker: int) -> None:
-    """Ignore Ctrl-C, which reaches every process, in loader processes: the main process ends them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def default_workers(processes: int = 1) -> int:

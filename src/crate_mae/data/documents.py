@@ -39,17 +39,13 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """The value of a JSON text.
-
-    Args:
-        text: as text, or in UTF-8.
-        name: of the text, for messages.
+    """The value of a JSON text, or of one in UTF-8; its name is for messages.
 
     Raises:
         UserError: if it is not JSON, or exceeds the limits above.
     """
     try:
-        value = json.loads(_decoded(text))
+        value = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))
         _check(value)
     except (ValueError, RecursionError) as error:
         raise _unreadable(name, "JSON", error) from error
@@ -59,7 +55,7 @@ def parse_json(text: str | bytes, name: str) -> Any:
 def parse_yaml(text: str | bytes, name: str) -> Any:
     """The value of a YAML text; see `parse_json`."""
     try:
-        loader = _PlainLoader(_decoded(text))
+        loader = _PlainLoader(text if isinstance(text, str) else text.decode("utf-8-sig"))
         node = loader.get_single_node()
         if node is None:
             return None
@@ -72,12 +68,9 @@ def parse_yaml(text: str | bytes, name: str) -> Any:
 
 
 def to_json(value: Any, indent: int | None = 2, *, ascii_only: bool = False) -> str:
-    """A value as JSON that every parser accepts: infinity and NaN, which JSON does not have, become null.
+    """Plain values as JSON that every parser accepts: infinity and NaN, which JSON does not have, become null.
 
-    Args:
-        value: of plain values.
-        indent: spaces a level.
-        ascii_only: whether other characters are written as escapes of JSON, for a terminal of any encoding.
+    With `ascii_only`, all other characters are written as escapes of JSON, for a terminal of any encoding.
     """
     text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
     # Bytes of a file name that are not UTF-8 are halves of surrogate pairs in Python; JSON writes them as this does.
@@ -98,10 +91,6 @@ def _read(path: Path, most: int) -> bytes:
         return read_regular(path, most)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {reason_of(error)}.") from error
-
-
-def _decoded(text: str | bytes) -> str:
-    return text if isinstance(text, str) else text.decode("utf-8-sig")
 
 
 def _measure(node: yaml.Node, known: dict[int, tuple[int, int]], level: int = 1) -> tuple[int, int]:
@@ -136,8 +125,7 @@ def _check(value: Any) -> None:
         elif isinstance(found, list):
             waiting += [(item, level + 1) for item in found]
         elif isinstance(found, str):
-            if not found.isascii():
-                found.encode()  # which a half of a surrogate pair cannot be
+            found.encode()  # which a half of a surrogate pair cannot be
         elif isinstance(found, int):
             if abs(found) >= _LARGEST:
                 raise ValueError(f"it has a whole number of {len(str(abs(found)))} digits")

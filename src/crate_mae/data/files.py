@@ -18,7 +18,6 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from crate_mae.errors import UserError
 
@@ -40,11 +39,7 @@ def cache_folder() -> Path:
 
 
 def path_of(what: str, value: str | Path) -> Path:
-    """The path that a user gave for an option, which need not exist.
-
-    Args:
-        what: the option, such as "--out", or what the path is of.
-        value: as given.
+    """The path, which need not exist, that a user gave for an option such as "--out".
 
     Raises:
         UserError: for an empty text, which would mean the current folder, or one that cannot be a path.
@@ -83,12 +78,8 @@ def reason_of(error: Exception) -> str:
 def read_regular(path: Path, most: int) -> bytes:
     """Read a regular file of limited size: a pipe would wait for its other end for ever, and a device never ends.
 
-    Args:
-        path: of the file, or of a link to it.
-        most: bytes.
-
     Raises:
-        OSError: if it is no regular file, larger, or cannot be read; the reason is in `strerror`.
+        OSError: if it is no regular file, has more than `most` bytes, or cannot be read; the reason is in `strerror`.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -125,13 +116,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 def write_whole(path: Path, content: bytes | str) -> None:
     r"""Write a file, completely or not at all; see `whole_file`.
 
-    Args:
-        path: of the file.
-        content: a text is written as UTF-8. Names of files in it may have bytes that are not: they become "\udcff".
+    A text is written as UTF-8. Names of files in it may have bytes that are not: they become "\udcff".
     """
-    encoded = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     with whole_file(path) as temporary, temporary.open("xb") as file:
-        file.write(encoded)
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)
 
 
 @contextlib.contextmanager
@@ -140,12 +128,8 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
 
     If the block fails, nothing is left of it.
 
-    Args:
-        path: of the folder.
-        replace: whether a folder already at `path` is replaced; otherwise it is left alone.
-
     Raises:
-        FileExistsError: if something is at `path` in the end, and is not to be replaced.
+        FileExistsError: if something is at `path` in the end, and is not to be replaced: then it is left alone.
     """
     # Two programs may fill the same new folder; a folder to replace belongs to one run.
     temporary = path.with_name(f".{path.name}.{'tmp' if replace else secrets.token_hex(4)}")
@@ -185,24 +169,17 @@ def flush_names(folder: Path) -> None:
             os.close(opened)
 
 
-def write_digests(folder: Path, names: Iterable[str], known: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Write SHA256SUMS with the digests of files of a folder.
-
-    Args:
-        folder: of the files.
-        names: of the files.
-        known: digests that need not be computed, by name.
-    """
-    lines = [f"{known.get(name) or file_digest(folder / name)}  {name}\n" for name in sorted(names)]
+def write_digests(folder: Path, names: Iterable[str], known: Mapping[str, str] | None = None) -> None:
+    """Write SHA256SUMS with the digests of files of a folder; those that are `known` by name are not computed again."""
+    lines = [f"{(known or {}).get(name) or file_digest(folder / name)}  {name}\n" for name in sorted(names)]
     write_whole(folder / DIGESTS_FILE, "".join(lines))
 
 
 def damage_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
     """What is damaged in a folder according to its SHA256SUMS, as the beginning of a sentence; None if nothing is.
 
-    Args:
-        folder: without SHA256SUMS nothing is known, and so nothing is damaged.
-        names: of the files to check; those that SHA256SUMS does not list are not checked. By default all that it lists.
+    Without SHA256SUMS nothing is known, and so nothing is damaged. Files that it does not list are not checked; of
+    those that it lists all are, or the ones with the given names.
     """
     path = folder / DIGESTS_FILE
     try:
@@ -210,8 +187,7 @@ def damage_of(folder: Path, names: Iterable[str] | None = None) -> str | None:
             return None
         with path.open("rb") as file:
             lines = file.read(_MOST_BYTES).decode("ascii").splitlines()
-        matches = [_LINE.fullmatch(line) for line in lines]
-        digests = {match[2]: match[1] for match in matches if match}
+        digests = {match[2]: match[1] for line in lines if (match := _LINE.fullmatch(line))}
         if len(digests) < len(lines) or not lines:
             return f"{DIGESTS_FILE} is damaged"
         for name in digests if names is None else [name for name in names if name in digests]:

@@ -26,13 +26,9 @@ def save_picture_grid(
     scale: int | None = None,
     captions: Sequence[str] | None = None,
 ) -> None:
-    """Save named rows of images as one picture, completely or not at all; see `picture_grid`.
+    """Save the `picture_grid` of named rows of images as a file, completely or not at all.
 
-    Args:
-        rows: name, drawn at the left, and images k c hh ww in [0, 1].
-        path: of the file; its suffix decides the format, mostly `.png`. Missing folders are created.
-        scale: how many pixels wide a pixel is drawn.
-        captions: one line under each column.
+    The suffix of the path decides the format, mostly `.png`. Missing folders are created.
 
     Raises:
         UserError: if the file cannot be written, or its suffix is not that of a picture format.

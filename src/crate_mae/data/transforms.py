@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -24,13 +25,7 @@ class Preparation:
     """Convert channels, then resize, then normalise: `(x - mean) / std` with x in [0, 1].
 
     8-bit images are resized as Pillow images, whose resampling is faster than that of tensors and rounds to 8 bits;
-    deeper ones as float tensors.
-
-    Args:
-        resize: resizes a Pillow image or a tensor c hh ww to the target size.
-        channels: number of channels of the result.
-        mean: per channel, in [0, 1].
-        std: per channel, in [0, 1].
+    deeper ones as float tensors c hh ww. Mean and std are per channel of the result, in [0, 1].
     """
 
     def __init__(self, resize: Resize, channels: int, *, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -61,37 +56,21 @@ class Preparation:
         return (unit - self.mean) / self.std
 
 
-class FitAndCentre:
-    """Scale an image, keeping its aspect, until it covers the target; crop the centre. No-op at the target size.
-
-    Args:
-        size: target (height, width).
-    """
-
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-        self._crop = v2.CenterCrop(size)
-
-    def __call__(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
-        """Resize one image to the target size."""
-        if size_of(image) == self.size:
-            return image
-        image = self._without_far_ends(image)
-        height, width = size_of(image)
-        scale = max(self.size[0] / height, self.size[1] / width)
-        covering = [max(self.size[0], round(height * scale)), max(self.size[1], round(width * scale))]
-        return self._crop(v2.Resize(covering, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(image))
-
-    def _without_far_ends(self, image: Image.Image | Tensor) -> Image.Image | Tensor:
-        """Cut off the ends of a thin image, of which only the middle is used: enlarged, they would fill the memory."""
-        height, width = size_of(image)
-        most = (
-            math.ceil(_MOST_COVERING * self.size[0] * width / self.size[1]),
-            math.ceil(_MOST_COVERING * self.size[1] * height / self.size[0]),
-        )
-        # By an even number of pixels, so that the middle stays where it is.
-        kept = [side - max(0, (side - limit) // 2 * 2) for side, limit in zip((height, width), most, strict=True)]
-        return image if kept == [height, width] else v2.CenterCrop(kept)(image)
+def fit_and_centre(image: Image.Image | Tensor, size: tuple[int, int]) -> Image.Image | Tensor:
+    """Scale an image, keeping its aspect, until it covers `size` (height, width); crop the centre."""
+    if size_of(image) == size:
+        return image
+    # Of a thin image only the middle is used: the ends, enlarged, would fill the memory. They are cut off by an even
+    # number of pixels, so that the middle stays where it is.
+    height, width = size_of(image)
+    most = math.ceil(_MOST_COVERING * size[0] * width / size[1]), math.ceil(_MOST_COVERING * size[1] * height / size[0])
+    kept = [side - max(0, (side - limit) // 2 * 2) for side, limit in zip((height, width), most, strict=True)]
+    if kept != [height, width]:
+        image = v2.CenterCrop(kept)(image)
+    scale = max(size[0] / kept[0], size[1] / kept[1])
+    covering = [max(target, round(side * scale)) for target, side in zip(size, kept, strict=True)]
+    covered = v2.Resize(covering, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)(image)
+    return v2.CenterCrop(size)(covered)
 
 
 _POLICY = re.compile(r"rand(-([mn]\d{1,3}|mmax\d{1,3}|inc[01]|(p|mstd)\d{1,3}(\.\d{0,9})?|t\w+))*")
@@ -175,16 +154,9 @@ def finetune_transform(
     flip: bool = True,
     rand_augment: str = "",
 ) -> Preparation:
-    """Return the augmentation for classification: that of `pretrain_transform`, then `RandAugment`.
+    """Return the augmentation for classification: that of `pretrain_transform`, whose arguments it has too.
 
-    Args:
-        image_size: (height, width) of the result.
-        channels: of the result; grey and colour are converted into each other.
-        mean: per channel, in [0, 1].
-        std: per channel, in [0, 1].
-        min_crop: smallest share of the image's area that a crop takes.
-        flip: whether half of the crops are mirrored.
-        rand_augment: timm's policy; "" leaves RandAugment out.
+    With a policy `rand_augment`, `RandAugment` follows.
     """
     resize = _crop_and_flip(image_size, min_crop, flip)
     if rand_augment:
@@ -197,13 +169,9 @@ def evaluation_transform(
 ) -> Preparation:
     """Return the preparation without randomness: scaled to cover the target, then centre-cropped.
 
-    Args:
-        image_size: (height, width) of the result.
-        channels: of the result; grey and colour are converted into each other.
-        mean: per channel, in [0, 1].
-        std: per channel, in [0, 1].
+    The arguments are those of `pretrain_transform`.
     """
-    return Preparation(FitAndCentre(image_size), channels, mean=mean, std=std)
+    return Preparation(partial(fit_and_centre, size=image_size), channels, mean=mean, std=std)
 
 
 def _crop_and_flip(image_size: tuple[int, int], min_crop: float, flip: bool) -> Resize:
