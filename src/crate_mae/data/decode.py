@@ -92,21 +92,18 @@ def may_be_image(suffix: str) -> bool:
 
 
 def describe_unread(counts: Mapping[str, int], most: int = 8) -> str:
-    """Describe files that are not read, images first; empty for none.
+    """Describe files that are not read, images first, in up to `most` kinds; empty for none.
 
-    Such as "12 files are not read: 9 .heic (pip install pillow-heif), 3 .cr2".
-
-    Args:
-        counts: files by suffix, and folders of the system by name with "/".
-        most: number of kinds to name.
+    Such as "12 files are not read: 9 .heic (pip install pillow-heif), 3 .cr2". They are counted by suffix, and folders
+    of the system by name with "/".
     """
     remedies = {suffix: f" ({remedy})" for suffixes, remedy in OPTIONAL.values() for suffix in suffixes}
     files = sorted((kind for kind in counts if not kind.endswith("/")), key=lambda kind: not may_be_image(kind))
-    kinds = [f"{counts[kind]:,} {kind or 'without a suffix'}{remedies.get(kind, '')}" for kind in files]
     folders = [f"{counts[kind]:,} {kind}" for kind in counts if kind.endswith("/")]
-    total = sum(counts[kind] for kind in files)
     found = []
-    if kinds:
+    if files:
+        total = sum(counts[kind] for kind in files)
+        kinds = [f"{counts[kind]:,} {kind or 'without a suffix'}{remedies.get(kind, '')}" for kind in files]
         found.append(f"{total:,} file{'s are' if total > 1 else ' is'} not read: {and_more(kinds, most)}")
     if folders:
         found.append(f"folders of the system are not read: {and_more(folders, most)}")
@@ -287,12 +284,10 @@ def to_8_bits(image: UInt8[Tensor, "c hh ww"] | Float[Tensor, "c hh ww"]) -> Ima
 
 
 def deep_to_unit(image: Image.Image, values: tuple[float, float] | None = None) -> Float[Tensor, "1 hh ww"]:
-    """Scale a grey image of more than 8 bits to [0, 1]; what lies outside is clamped.
+    """Scale a grey image of one of the `DEEP_MODES` to [0, 1]; what lies outside is clamped.
 
-    Args:
-        image: grey, of one of the `DEEP_MODES`.
-        values: what becomes 0 and 1. 16-bit modes always have 0 and 65535. An image of mode I (32 bits) or F (float)
-            shares the values of its source (`ImageSource.value_range`); without a source, they are its own.
+    In 16-bit modes 0 and 65535 become 0 and 1. An image of mode I (32 bits) or F (float) shares the values that do with
+    its source (`ImageSource.value_range`); without a source, they are its own.
     """
     if image.mode not in UNBOUNDED_MODES:
         values = 0.0, 65535.0

@@ -67,12 +67,12 @@ def parse_yaml(text: str | bytes, name: str) -> Any:
     return value
 
 
-def to_json(value: Any, indent: int | None = 2, *, ascii_only: bool = False) -> str:
+def to_json(value: Any, *, ascii_only: bool = False) -> str:
     """Plain values as JSON that every parser accepts: infinity and NaN, which JSON does not have, become null.
 
     With `ascii_only`, all other characters are written as escapes of JSON, for a terminal of any encoding.
     """
-    text = json.dumps(_finite(value), indent=indent, ensure_ascii=ascii_only, allow_nan=False)
+    text = json.dumps(_finite(value), indent=2, ensure_ascii=ascii_only, allow_nan=False)
     # Bytes of a file name that are not UTF-8 are halves of surrogate pairs in Python; JSON writes them as this does.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 

@@ -28,8 +28,8 @@ from crate_mae.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Limits `channel_statistics` to about 80 photographs of 12 megapixels, a few seconds.
-_MOST_PIXELS = 10**9
+_MEASURED = 2000  # images for `channel_statistics`
+_MOST_PIXELS = 10**9  # of these: about 80 photographs of 12 megapixels, a few seconds
 _PROBE = 16
 _SMALLEST_STD = 1 / 255
 _GREY_STEP = 16  # pixels between those that are looked at first
@@ -71,10 +71,8 @@ def _facts(sizes: list[tuple[int, int]], channels: Counter[int]) -> ImageFacts:
     return ImageFacts(prevalent, int(height), int(width))
 
 
-def channel_statistics(
-    source: ImageSource, channels: int, sample: int = 2000, seed: int = 0
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    r"""Measure mean and standard deviation of each channel, in [0, 1], of a fixed pseudo-random sample.
+def channel_statistics(source: ImageSource, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    r"""Measure mean and standard deviation of each channel, in [0, 1], of a fixed pseudo-random sample of 2,000 images.
 
     Each image has the same weight, whatever its size: with $m_i$ and $q_i$ the mean and mean square of image i,
     $\mu = \frac1N \sum_i m_i$ and $\sigma^2 = \frac1N \sum_i q_i - \mu^2$, in float64. For images of one size that is
@@ -89,7 +87,7 @@ def channel_statistics(
     """
     first, second = np.zeros(channels), np.zeros(channels)
     count = 0
-    for i in fixed_sample(len(source), _affordable(source, sample), seed):
+    for i in fixed_sample(len(source), _affordable(source)):
         try:
             moments = _moments(to_channels(source.read(i), channels))
         except UnreadableImage:
@@ -107,12 +105,9 @@ def channel_statistics(
 
 
 def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[[], None] | None = None) -> DataReport:
-    """Read every image of a source, or a fixed sample of them, and report.
+    """Read every image of a source, or a fixed sample of so many, and report.
 
-    Args:
-        source: the images.
-        sample: number of images to read; None for all.
-        on_image: called after each image, for a progress bar.
+    `on_image` is called after each image, for a progress bar.
     """
     indices = fixed_sample(len(source), sample)
     sizes: list[tuple[int, int]] = []
@@ -171,6 +166,18 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
     )
 
 
+def _read_with_content(source: ImageSource, i: int) -> tuple[Image.Image | Tensor, bytes]:
+    """Image i, and the bytes of its file; of an image without a file the pixels, with their type and shape."""
+    if isinstance(source, EncodedSource):
+        content = source.content(i)
+        return decode(content, source.location(i)), content
+    # A data set of Python may change its images at random.
+    with default_generator_seeded(0), global_generators_seeded(0):
+        image = source.picture(i)
+    pixels = np.asarray(image) if isinstance(image, Image.Image) else image.detach().cpu().numpy()
+    return image, f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()
+
+
 # (shorter side up to which, the preset, its image size)
 _SUGGESTIONS = (
     (12, "crate_mae_nano_patch2_8", 8),
@@ -188,13 +195,13 @@ def suggest_model(facts: ImageFacts) -> tuple[str, int]:
     return next(((name, size) for most, name, size in _SUGGESTIONS if side <= most), _LARGEST_SUGGESTION)
 
 
-def _affordable(source: ImageSource, sample: int) -> int:
-    """Reduce the sample if the images are so large that decoding it would take minutes."""
+def _affordable(source: ImageSource) -> int:
+    """The size of the sample, smaller if the images are so large that decoding it would take minutes."""
     try:
         facts = describe_images(source, _PROBE)
     except UserError:  # these few images may be bad while others are not
-        return sample
-    return min(sample, max(_PROBE, _MOST_PIXELS // (facts.height * facts.width)))
+        return _MEASURED
+    return min(_MEASURED, max(_PROBE, _MOST_PIXELS // (facts.height * facts.width)))
 
 
 def _moments(image: Image.Image | Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -321,17 +328,14 @@ def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int
     """
     if isinstance(first, EncodedSource) != isinstance(second, EncodedSource):
         return [], (0, 0)
-    sizes = [_mean_bytes(source) for source in (first, second)]
-    needed = [size * len(source) for size, source in zip(sizes, (first, second), strict=True)]
-    of_second = min(needed[1], max(_MOST_COMPARED / 2, _MOST_COMPARED - needed[0]))  # finds most copies
-    limits = (_MOST_COMPARED - of_second, of_second)
-    samples = [
-        fixed_sample(len(source), max(1, int(limit / size)))
-        for source, limit, size in zip((first, second), limits, sizes, strict=True)
-    ]
-    known = {digest: i for i in reversed(samples[0]) if (digest := _digest(first, i))}
-    pairs = [(known[digest], i) for i in samples[1] if (digest := _digest(second, i)) in known]
-    return pairs, (len(samples[0]), len(samples[1]))
+    size, second_size = _mean_bytes(first), _mean_bytes(second)
+    # Of `second` as much as finds most copies.
+    of_second = min(second_size * len(second), max(_MOST_COMPARED / 2, _MOST_COMPARED - size * len(first)))
+    sample = fixed_sample(len(first), max(1, int((_MOST_COMPARED - of_second) / size)))
+    second_sample = fixed_sample(len(second), max(1, int(of_second / second_size)))
+    known = {digest: i for i in reversed(sample) if (digest := _digest(first, i))}
+    pairs = [(known[digest], i) for i in second_sample if (digest := _digest(second, i)) in known]
+    return pairs, (len(sample), len(second_sample))
 
 
 def _mean_bytes(source: ImageSource) -> float:
@@ -352,15 +356,3 @@ def _content(source: ImageSource, i: int) -> bytes | None:
         return source.content(i) if isinstance(source, EncodedSource) else _read_with_content(source, i)[1]
     except UnreadableImage:
         return None
-
-
-def _read_with_content(source: ImageSource, i: int) -> tuple[Image.Image | Tensor, bytes]:
-    """Image i, and the bytes of its file; of an image without a file the pixels, with their type and shape."""
-    if isinstance(source, EncodedSource):
-        content = source.content(i)
-        return decode(content, source.location(i)), content
-    # A data set of Python may change its images at random.
-    with default_generator_seeded(0), global_generators_seeded(0):
-        image = source.picture(i)
-    pixels = np.asarray(image) if isinstance(image, Image.Image) else image.detach().cpu().numpy()
-    return image, f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()

@@ -51,26 +51,27 @@ def resize_images(
     The copy of a folder is a folder with the same sub-folders and file names, up to suffixes. Every other source is
     copied into one parquet file in the layout of Hugging Face, with its labels and the names of its classes.
 
-    Args:
-        source: the images.
-        out: new folder.
-        size: pixels.
-        workers: processes that read images; by default one less than there are cores, at most 8.
-        max_bad: largest share of images that cannot be read.
-        on_image: called after each image, for a progress bar.
+    Images are read by `workers` processes, by default one less than there are cores, at most 8. `on_image` is called
+    after each image, for a progress bar.
 
     Returns:
         the images that cannot be read, which are left out.
 
     Raises:
-        UserError: if `out` exists, lies in the folder of the images, or cannot be written; or if too many images cannot
-            be read.
+        UserError: if `out` exists, lies in the folder of the images, or cannot be written; or if more than the share
+            `max_bad` of the images cannot be read.
     """
-    _refuse(source, out)
+    if os.path.lexists(out):
+        raise UserError(f"{out} exists already, and is not overwritten: give a new folder.")
+    if isinstance(source, FolderSource) and out.resolve().is_relative_to(source.root.resolve()):
+        raise UserError(
+            f"{out} lies in the folder of the images ({source.root}), where the copies would be read as images too.\n"
+            "Give a folder outside of it."
+        )
     bad: list[BadImage] = []
+    processes = default_workers() if workers is None else workers
 
     def readable() -> _Files:
-        processes = default_workers() if workers is None else workers
         for i, found in enumerate(in_parallel(partial(resized, source, size=size), len(source), processes)):
             if isinstance(found, BadImage):
                 bad.append(found)
@@ -80,9 +81,7 @@ def resize_images(
             if on_image is not None:
                 on_image()
         if len(bad) == len(source):
-            raise UserError(
-                f"None of {len(source)} images can be read. The first is\n{bad[0].location}: {bad[0].reason}"
-            )
+            raise UserError(f"None of {len(bad)} images can be read. The first is\n{': '.join(bad[0])}")
 
     try:
         with whole_folder(out, replace=False) as folder:
@@ -134,25 +133,11 @@ def resized(source: ImageSource, i: int, size: int) -> tuple[bytes, str | None]:
 def lossless_size(image_size: tuple[int, int], min_crop: float) -> int:
     r"""The shorter side from which no crop of training is enlarged: $\max(h, w, \lceil\sqrt{4 h w / (3 s)}\rceil)$.
 
-    The smallest crop takes the share s of an image of at least this side squared, and its aspect is at most 4/3 times
-    narrower or wider than that of the target (`pretrain_transform`); so it is h pixels high and w wide. A crop of such
-    an aspect that does not fit into the image has its whole height or width.
-
-    Args:
-        image_size: (h, w) of the target.
-        min_crop: s, the smallest share of an image's area that a crop takes.
+    The smallest crop takes the share s (`min_crop`) of an image of at least this side squared, and its aspect is at
+    most 4/3 times narrower or wider than that of the target (`pretrain_transform`); so it is h pixels high and w wide.
+    A crop of such an aspect that does not fit into the image has its whole height or width.
     """
     return max(*image_size, math.ceil(math.sqrt(4 * image_size[0] * image_size[1] / (3 * min_crop))))
-
-
-def _refuse(source: ImageSource, out: Path) -> None:
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists already, and is not overwritten: give a new folder.")
-    if isinstance(source, FolderSource) and out.resolve().is_relative_to(source.root.resolve()):
-        raise UserError(
-            f"{out} lies in the folder of the images ({source.root}), where the copies would be read as images too.\n"
-            "Give a folder outside of it."
-        )
 
 
 def _to_pillow(image: Image.Image | Tensor) -> Image.Image:
