@@ -272,10 +272,7 @@ def to_channels(image: Image.Image | Tensor, channels: int) -> Image.Image | Ten
 
 def to_tensor(image: Image.Image | Tensor) -> UInt8[Tensor, "c hh ww"] | Float[Tensor, "c hh ww"]:
     """Convert an L or RGB image to a contiguous uint8 tensor; return tensors as they are."""
-    if isinstance(image, Tensor):
-        return image
-    array = torch.from_numpy(np.array(image))
-    return array[None] if array.ndim == 2 else array.permute(2, 0, 1).contiguous()
+    return image if isinstance(image, Tensor) else tvf.pil_to_tensor(image).contiguous()
 
 
 def to_8_bits(image: UInt8[Tensor, "c hh ww"] | Float[Tensor, "c hh ww"]) -> Image.Image:

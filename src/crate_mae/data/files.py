@@ -221,23 +221,18 @@ def files_fingerprint(files: Iterable[tuple[str, Path]], blocks: int = 64) -> st
     try:
         for name, path in files:
             status = path.stat()
-            digest.update(os.fsencode(name) + f"\0{status.st_size} {status.st_mtime_ns}\0".encode())
-            if stat.S_ISREG(status.st_mode):
-                digest.update(_some_bytes(path, status.st_size, blocks))
+            size = status.st_size
+            digest.update(os.fsencode(name) + f"\0{size} {status.st_mtime_ns}\0".encode())
+            if not stat.S_ISREG(status.st_mode):
+                continue
+            whole = size <= blocks * _BLOCK
+            with path.open("rb", buffering=0) as file:
+                for start in [0] if whole else [block * (size - _BLOCK) // (blocks - 1) for block in range(blocks)]:
+                    file.seek(start)
+                    digest.update(file.read(size if whole else _BLOCK))
     except OSError:
         return None
     return digest.hexdigest()
-
-
-def _some_bytes(path: Path, size: int, blocks: int) -> bytes:
-    with path.open("rb", buffering=0) as file:
-        if size <= blocks * _BLOCK:
-            return file.read(size)
-        found = []
-        for block in range(blocks):
-            file.seek(block * (size - _BLOCK) // (blocks - 1))
-            found.append(file.read(_BLOCK))
-        return b"".join(found)
 
 
 def refuse_used_folder(
@@ -257,8 +252,6 @@ def refuse_used_folder(
         other = f" and not {kind}, so nothing was written there" if kind else ""
         add = "" if overwrite is None else ", or add --overwrite"
         raise UserError(f"{path} exists already: it is not empty{other}.\nGive a new folder with --out{add}.")
-    above = path.absolute()
-    while not above.exists():
-        above = above.parent
+    above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"Cannot write into {above}. Give another folder with --out.")

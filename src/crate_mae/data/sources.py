@@ -64,7 +64,9 @@ def open_source(data: str | Path | Dataset | Indexable | ImageSource) -> ImageSo
     if isinstance(data, str | Path):
         path_of("DATA", data)
         source = _open_path(data, str(data)) if isinstance(data, Path) else _open_text(data)
-        _warn_of_images(source)
+        unread = {suffix: count for suffix, count in source.left_out.items() if may_be_image(suffix)}
+        if unread:
+            logger.warning("%s: %s.", source.name, describe_unread(unread))
         return source
     if isinstance(data, IterableDataset) or not isinstance(data, Indexable):
         raise UserError(
@@ -137,13 +139,6 @@ def _open_folder(path: Path, name: str) -> ImageSource:
     raise UserError(message)
 
 
-def _warn_of_images(source: ImageSource) -> None:
-    """Name what is left out although it may well be images."""
-    found = {suffix: count for suffix, count in source.left_out.items() if may_be_image(suffix)}
-    if found:
-        logger.warning("%s: %s.", source.name, describe_unread(found))
-
-
 def _open_files(paths: list[Path], name: str) -> ImageSource:
     suffixes = {path.suffix.lower() for path in paths}
     if suffixes == {".parquet"}:
@@ -209,14 +204,12 @@ def _not_found(path: Path, name: str) -> UserError:
         return UserError(f'"{name}" is neither a path nor a known form. Did you mean {near}{colon}{rest}?\n{FORMS}')
     if re.match(r"[A-Za-z][A-Za-z0-9+]+:", name):
         return UserError(f'"{name}" is neither a path nor a known form.\n{FORMS}')
-    above = path.parent
     try:
-        near = nearest(path.name, [entry.name for entry in above.iterdir()], similarity=0.7)
+        near = nearest(path.name, [entry.name for entry in path.parent.iterdir()], similarity=0.7)
     except OSError:
-        while not above.exists() and above != above.parent:
-            above = above.parent
+        above = next(folder for folder in path.parents if folder.exists())
         return UserError(f"{printable(path)} does not exist (nor does its folder; {printable(above)} does).\n{FORMS}")
-    hint = f" Did you mean {printable(above / near)}?" if near else ""
+    hint = f" Did you mean {printable(path.parent / near)}?" if near else ""
     return UserError(f"{printable(path)} does not exist.{hint}\n{FORMS}")
 
 
