@@ -268,4 +268,5 @@ def test_full_names_find_the_same_data_from_another_folder(tmp_path, monkeypatch
     (tmp_path / "saved").mkdir()
     assert full_name("hf:saved:train") == f"hf:{tmp_path.resolve() / 'saved'}:train"
     assert full_name("~nobody-at-all/photos") == "~nobody-at-all/photos"
+    assert full_name("hf:") == "hf:"  # and not the current folder
     assert full_name("nowhere") == "nowhere"

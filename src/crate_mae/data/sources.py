@@ -80,10 +80,11 @@ def full_name(data: str | Path) -> str:
     """Return a name by which `open_source` finds the same data from any folder: absolute paths, the rest unchanged."""
     text = str(data)
     path_of("DATA", data)
-    if isinstance(data, str) and text.partition(":")[0] in _PREFIXES:
-        kind, _, rest = text.partition(":")
+    kind, _, rest = text.partition(":")
+    if isinstance(data, str) and kind in _PREFIXES:
         folder, colon, split = rest.partition(":")
-        return f"hf:{Path(folder).resolve()}{colon}{split}" if kind == "hf" and Path(folder).is_dir() else text
+        is_folder = kind == "hf" and folder and Path(folder).is_dir()
+        return f"hf:{Path(folder).resolve()}{colon}{split}" if is_folder else text
     path = Path(os.path.expanduser(text))  # noqa: PTH111  # Path's own raises for a user who is not known
     # Path's own `exists` raises for a name that is too long.
     return str(path.resolve()) if os.path.exists(path) or _PATTERN.search(text) else text  # noqa: PTH110
