@@ -255,6 +255,7 @@ class Labelled(Protocol):
     @property
     def name(self) -> str:
         """For messages."""
+        ...
 
     @property
     def labels(self) -> Int[np.ndarray, "n"] | None:

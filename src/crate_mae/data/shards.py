@@ -67,8 +67,9 @@ class ShardSource(EncodedSource):
             )
         there = np.array([not member.problem.startswith(_LOST) for member in self._members])
         known, classes = number_labels([found[i] for i in np.flatnonzero(there)])
-        labels = None if known is None else np.full(len(there), NO_LABEL, dtype=np.int64)
-        if labels is not None:
+        labels = None
+        if known is not None:
+            labels = np.full(len(there), NO_LABEL, dtype=np.int64)
             labels[there] = known
         super().__init__(name, labels, classes)
         self.left_out = dict(others.most_common())
