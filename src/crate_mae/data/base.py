@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
@@ -117,12 +117,9 @@ class ImageSource(ABC):
         """The command that lists the images that cannot be read; None if no command can, as for Python objects."""
         return f"crate-mae data check {shlex.quote(self.name)}"
 
-    def origins(self) -> Iterable[str]:
-        """What each image is, in order, whichever way the source was opened, such as the real path of its file.
-
-        Empty if that is not known.
-        """
-        return ()
+    def origins(self) -> Iterator[str]:
+        """What each image is, in order, whichever way the source was opened, such as the real path of its file."""
+        return (self.location(i) for i in range(len(self)))
 
 
 class EncodedSource(ImageSource):
@@ -180,10 +177,10 @@ class Part(ImageSource):
         """That of the whole source."""
         return self._whole.check_command
 
-    def origins(self) -> Iterable[str]:
+    def origins(self) -> Iterator[str]:
         """Those of the whole source, at the images of the part."""
         origins = list(self._whole.origins())
-        return (origins[i] for i in self._indices) if origins else ()
+        return (origins[i] for i in self._indices)
 
 
 def read_file(path: Path, location: str) -> bytes:

@@ -236,10 +236,6 @@ class DigitsSource(ImageSource):
         """The number of the digit in `load_digits`."""
         return f"digits row {self._rows[i]}"
 
-    def origins(self) -> Iterator[str]:
-        """Their numbers in `load_digits`."""
-        return (self.location(i) for i in range(len(self)))
-
     def fingerprint(self) -> str:
         """The digits never change."""
         return self.name
