@@ -3,6 +3,7 @@ import logging
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,32 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
         raise RuntimeError
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "x").read_text() == "first"
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
+    with whole_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("first")
+    rename = Path.rename
+
+    def renamed(self, target):
+        if self.name.endswith(".tmp"):
+            raise PermissionError
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", renamed)
+    with pytest.raises(PermissionError), whole_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("second")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "x").read_text() == "first"
+
+
+def test_a_folder_comes_back_after_a_kill_while_it_was_replaced(tmp_path):
+    (tmp_path / ".a.former").mkdir()
+    (tmp_path / ".a.former" / "x").write_text("first")
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "a"):
+        raise RuntimeError
+    assert (tmp_path / "a" / "x").read_text() == "first"
+    with whole_folder(tmp_path / "a") as folder:
+        (folder / "x").write_text("second")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a" / "x").read_text() == "second"

@@ -133,7 +133,10 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     """
     # Two programs may fill the same new folder; a folder to replace belongs to one run.
     temporary = path.with_name(f".{path.name}.{'tmp' if replace else secrets.token_hex(4)}")
-    shutil.rmtree(temporary, ignore_errors=True)
+    former = path.with_name(f".{path.name}.former")
+    _bring_back(former, path)  # after a program that was killed while it replaced the folder
+    for leftover in (temporary, former):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         yield temporary
@@ -143,14 +146,22 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
             else:
                 flush_to_disk(entry)
         if replace and path.exists():
-            shutil.rmtree(path)
+            # Moved aside, not removed: however long that takes, one of the two is whole.
+            path.rename(former)
         elif os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, "something else has taken that name meanwhile", str(path))
         temporary.rename(path)
         flush_names(path.parent)
+        shutil.rmtree(former, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        _bring_back(former, path)
         raise
+
+
+def _bring_back(former: Path, path: Path) -> None:
+    if former.exists() and not path.exists():
+        former.rename(path)
 
 
 def flush_to_disk(file: Path) -> None:
