@@ -15,6 +15,7 @@ from crate_mae.models.weights import load_autoencoder
 # The results of the run that each trained model of the package is from.
 BUNDLED_RESULTS = {
     "crate_mae_micro_cifar10": "cifar10_small_color",
+    "crate_mae_micro_compressing_cifar10": "cifar10_compressing",
     "crate_mae_micro_monotone_cifar10": "cifar10_monotone",
 }
 

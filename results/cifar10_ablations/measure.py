@@ -106,8 +106,9 @@ def main(data: str, runs: str, *names: str) -> None:
 
 
 def recipe() -> dict[str, Any]:
-    """Options of the recipe that is varied."""
-    return yaml.safe_load(recipe_text("small_color"))
+    """Options of the recipe that is varied, as it was then: with published layers, and their learning rate."""
+    published = {"model": "crate_mae_micro_wide_patch4_32", "lr": 3.6e-3, "warmup_epochs": 0.5}
+    return yaml.safe_load(recipe_text("small_color")) | published
 
 
 def untrained(name: str) -> dict[str, Any]:

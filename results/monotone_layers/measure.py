@@ -44,6 +44,7 @@ SEEN, LABELLED, ASKED, AUDITED = 45_000, 10_000, 5_000, 64
 C = 0.01  # as in results/cifar10_ablations: of 0.001, 0.003, 0.01, 0.03 and 0.1 the best for the recipe
 HERE = Path(__file__).parent
 ALWAYS: dict[str, Any] = {
+    "model": "crate_mae_micro_wide_patch4_32",
     "batch_size": 64,
     "precision": "bfloat16",
     "threads": 1,

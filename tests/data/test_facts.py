@@ -120,7 +120,7 @@ def test_a_check_finds_what_is_there_and_what_is_wrong(flawed):
     assert (report.modes, report.formats) == ({"RGB": 3, "L": 1}, {"PNG": 3, "JPEG": 1})
     assert [bad.location[-9:] for bad in report.bad] == ["dog/2.png", "dog/3.png"]
     assert [[place[-9:] for place in group] for group in report.duplicates] == [["cat/1.png", "dog/1.png"]]
-    assert (report.channels, report.suggested_model) == (3, "crate_mae_nano_patch2_8")
+    assert (report.channels, report.suggested_model) == (3, "crate_mae_nano_isometric_patch2_8")
     assert report.mean == pytest.approx([(1 + 2 + 1 + 7) / 4 / 255] * 3)
 
 
@@ -143,7 +143,7 @@ def test_the_command_prints_a_table_and_lists_bad_files(flawed, tmp_path, capsys
     for words in (
         "cat 2, dog 4",
         "5 to 12, median 5",
-        "crate_mae_nano_patch2_8",
+        "crate_mae_nano_isometric_patch2_8",
         "2 unreadable and 1 duplicate images",
     ):
         assert words in printed

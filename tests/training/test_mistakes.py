@@ -144,7 +144,11 @@ def test_colour_images_of_another_size_get_a_model_that_fits_them(tiny_run, tmp_
         pixels = np.random.default_rng(i).integers(0, 256, (37, 41, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     config = tiny_run(data=folder, batch_size=None, steps=None, epochs=None, dry_run=True).config
-    assert (config.model, config.channels, config.image_size) == ("crate_mae_micro_wide_patch4_32", 3, (32, 32))
+    assert (config.model, config.channels, config.image_size) == (
+        "crate_mae_micro_wide_compressing_patch4_32",
+        3,
+        (32, 32),
+    )
     assert config.mean == pytest.approx((0.485, 0.456, 0.406))
     assert (config.batch_size, config.steps) == (2, 900)
 
@@ -158,17 +162,19 @@ def test_the_default_batch_leaves_enough_steps_to_an_epoch(count, share, expecte
 
 
 @pytest.mark.parametrize(
-    ("init", "width", "batch", "expected"),
+    ("init", "layer", "width", "batch", "expected"),
     [
-        ("official", 768, 256, 1.5e-4),
-        ("official", 192, 256, 6e-4),
-        ("official", 192, 64, 1.2e-3),
-        ("official", 768, 4096, 3.75e-5),
-        ("isometric", 512, 64, 3.6e-3),  # the recipe small_color
-        ("isometric", 96, 256, 1.8e-3),
-        ("isometric", 1024, 256, 9e-4),
+        ("official", "published", 768, 256, 1.5e-4),
+        ("official", "published", 192, 256, 6e-4),
+        ("official", "published", 192, 64, 1.2e-3),
+        ("official", "published", 768, 4096, 3.75e-5),
+        ("isometric", "published", 512, 64, 3.6e-3),
+        ("isometric", "published", 96, 256, 1.8e-3),
+        ("isometric", "published", 1024, 256, 9e-4),
+        ("isometric", "compressing", 512, 64, 1.08e-2),  # the recipe small_color
+        ("isometric", "monotone", 1024, 256, 2.7e-3),
     ],
 )
-def test_the_default_learning_rate_falls_with_width_and_batch(init, width, batch, expected):
-    model = preset("crate_mae_base_patch16_224").replace(init=init, embed_dim=width, num_heads=1)
+def test_the_default_learning_rate_falls_with_width_and_batch(init, layer, width, batch, expected):
+    model = preset("crate_mae_base_patch16_224").replace(init=init, layer=layer, embed_dim=width, num_heads=1)
     assert default_base_lr(model, batch) == pytest.approx(expected)

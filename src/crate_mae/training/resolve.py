@@ -133,7 +133,9 @@ def default_base_lr(model: ModelConfig, batch_size: int) -> float:
     The rate that a step has in the end grows with the root of the batch, as fits Adam.
 
     With the isometric initialisation c is 1.8e-3, and less for layers wider than 512. That is 9e-4 for a step of 64
-    images, which gave the lowest loss of three rates at width 512; 8e-4 was used at width 256.
+    images, which gave the lowest loss of three rates at width 512; 8e-4 was used at width 256. For compressing and
+    monotone layers c is three times that, which was the better of these two rates at width 512
+    (`results/monotone_layers`).
 
     With the official initialisation, with which gradients start small and uneven, and for ViT-MAE, c is
     1.5e-4 (768 / d): at width 768 MAE's 1.5e-4 for a batch of 256, and near the published CRATE-MAE's 3e-5 for one of
@@ -141,7 +143,7 @@ def default_base_lr(model: ModelConfig, batch_size: int) -> float:
     (`docs/log.md`).
     """
     if isinstance(model, CrateConfig) and model.init == "isometric":
-        c = 1.8e-3 * min(1.0, 512 / model.embed_dim)
+        c = (1.8e-3 if model.layer == "published" else 5.4e-3) * min(1.0, 512 / model.embed_dim)
     else:
         c = 1.5e-4 * (768 / model.embed_dim)
     return c * math.sqrt(256 / batch_size)
@@ -284,7 +286,7 @@ def _pretraining_model(options: PretrainOptions, start: ModelConfig | None, trai
     if taken := [key for key in options.model_settings if key in _MODEL_OPTIONS]:
         name = option_name(taken[0].replace("in_chans", "channels"))
         raise UserError(f"Give {name} instead of a model setting.")
-    channels, suggested, side = options.channels or 3, "crate_mae_micro_wide_patch4_32", 32
+    channels, suggested, side = options.channels or 3, "crate_mae_micro_wide_compressing_patch4_32", 32
     if train is not None:
         facts = describe_images(train)
         channels = options.channels or facts.channels
