@@ -16,6 +16,7 @@ from crate_mae.commands.train import finetune as finetune
 from crate_mae.commands.train import pretrain as pretrain
 from crate_mae.commands.train import resume as resume
 from crate_mae.commands.train import try_digits as try_digits
+from crate_mae.commands.viz import viz_atoms as viz_atoms
 from crate_mae.commands.viz import viz_attention as viz_attention
 from crate_mae.commands.viz import viz_layers as viz_layers
 from crate_mae.commands.viz import viz_pca as viz_pca

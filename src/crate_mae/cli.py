@@ -80,6 +80,10 @@ _GROUPS = {
             "attention": ("viz:viz_attention", "Show the attention of the class token."),
             "pca": ("viz:viz_pca", "Show tokens as colours by their principal components."),
             "layers": ("viz:viz_layers", "Plot subspace rate, sparsity and rank over the layers."),
+            "atoms": (
+                "viz:viz_atoms",
+                "Show what excites single atoms of a code, and what the decoder draws for them.",
+            ),
         },
     ),
 }

@@ -3,7 +3,7 @@
 The first of them, `viz reconstruction`, is the function of `crate-mae reconstruct`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -183,6 +183,63 @@ def viz_layers(
     figure = draw_layers(found.rows, beside)
     backbone = replace(opened.backbone, name=opened.name)
     return _save(figure, path, backbone, found.bad, [], note=f", of {found.images:,} images")
+
+
+@computes
+def viz_atoms(
+    model: Data,
+    data: Data,
+    *,
+    out: Annotated[Path | str, Parameter(alias="-o")],
+    layer: int = -1,
+    atoms: Annotated[Sequence[int] | None, Parameter(consume_multiple=True, negative=())] = None,
+    count: int = 256,
+    seed: int = 0,
+    overwrite: bool = False,
+) -> Picture:
+    """Show single atoms of a layer's sparse code: the patches that excite them, and what the decoder draws for them.
+
+    A row for each atom has the mean patch, weighted by the atom's activation; where on the image it is active; its
+    strongest patches in their surroundings, at most one of each image; and how the completion changes when it is raised
+    by one standard deviation in all visible patches, with 75% of the patches hidden.
+
+    If contributions of atoms simply added up, that change would be the linear response, and their cosine 1. It is
+    compared with the cosine in random directions of the code, in which the step is as long.
+
+    Args:
+        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or a model's name (random
+            initialisation); with a decoder.
+        data: Any form of data that `crate-mae pretrain` takes.
+        out: Picture to write, a .png or .pdf file.
+        layer: Layer of the encoder from 0, or negative from the end.
+        atoms: Numbers of atoms from 0; by default the four with the most energy, and four at random from the others.
+        count: Largest number of images to measure; of more images, a fixed sample is used.
+        seed: Seed of that sample, of random atoms, directions and masks, and of random initialisation.
+        overwrite: Replace an existing picture.
+
+    Returns:
+        The picture's path.
+
+    Raises:
+        UserError: for a mistake in the options, data or model, such as a layer or an atom that does not exist; no file
+            is written then.
+    """
+    path = new_file("--out", out, ".png", ".pdf", overwrite=overwrite)
+    check_seed(seed)
+    check_whole("--count", count)
+    from crate_mae.data import open_source
+    from crate_mae.data.base import fixed_sample
+    from crate_mae.evaluation.reconstruction import read_images
+    from crate_mae.interpret.atoms import measure_atoms
+    from crate_mae.interpret.measure import open_measurable
+    from crate_mae.interpret.pictures import draw_atoms
+
+    source, opened = open_source(data), open_measurable(model, seed)
+    read = read_images(source, opened.backbone.transform(), fixed_sample(len(source), count, seed), count)
+    with open_console().status("Measuring atoms"):
+        found = measure_atoms(opened.net, read.images, layer=layer, atoms=atoms, seed=seed)
+    backbone = replace(opened.backbone, name=opened.name)
+    return _save(draw_atoms(found), path, backbone, read.bad, [], note=f", of {len(read.images):,} images")
 
 
 def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, ReadImages]":

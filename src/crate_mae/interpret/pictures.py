@@ -1,4 +1,4 @@
-"""Figures of small pictures in rows: images, attention maps, foregrounds, tokens as colours."""
+"""Figures of small pictures in rows: images, attention maps, foregrounds, tokens as colours, atoms."""
 
 import math
 from collections.abc import Sequence
@@ -11,9 +11,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from crate_mae.drawing.style import GREY, new_figure, panels
+from crate_mae.drawing.text import percent
+from crate_mae.interpret.atoms import Atom, Gallery
 from crate_mae.interpret.foregrounds import FOREGROUND_MASS, mass_mask
 
-_CAPTION, _GAP, _TITLE_LINE, _HEADING = 0.2, 0.05, 0.22, 0.5  # inches
+_CAPTION, _GAP, _TITLE_LINE, _HEADING, _LABEL = 0.2, 0.05, 0.22, 0.5, 1.2  # inches
 _VEIL = np.array([0.0, 0.45, 0.7])  # the colour that lies over what is not foreground
 _VEILED = 0.8  # how much of it
 _FRAME = "#D55E00"
@@ -29,12 +31,14 @@ class Tile(NamedTuple):
         title: above it.
         caption: below it.
         box: left, top, width and height of a frame on it, in pixels.
+        label: at its left.
     """
 
     pixels: Float[np.ndarray, "hh ww 3"] | Float[np.ndarray, "gh gw"]
     title: str = ""
     caption: str = ""
     box: tuple[float, float, float, float] | None = None
+    label: str = ""
 
 
 Tiles = Sequence[Sequence[Tile | None]]  # rows, in which None keeps a place empty
@@ -61,7 +65,7 @@ def titled(columns: Sequence[str], rows: Sequence[Sequence[Tile]]) -> list[list[
 
 
 def draw_tiles(rows: Tiles, *, tile_width: float, heading: str = "") -> Figure:
-    """A figure of tiles, all of the shape of the first.
+    """A figure of tiles, none of them higher than the first.
 
     Args:
         rows: need not be of one length.
@@ -75,7 +79,8 @@ def draw_tiles(rows: Tiles, *, tile_width: float, heading: str = "") -> Figure:
     above = _TITLE_LINE * (1 + max(tile.title.count("\n") for tile in tiles))
     height = len(rows) * (tile_width * aspect + below) + above + (_HEADING if heading else 0)
     font_size = 10.5 if tile_width > _ROOMY else 9.0 if tile_width > _NARROW else 8.0
-    figure = new_figure(tile_width * columns, height)
+    beside = _LABEL if any(tile.label for tile in tiles) else 0
+    figure = new_figure(tile_width * columns + beside, height)
     axes = panels(figure, len(rows), columns)
     for place in axes.flat:
         place.set_box_aspect(aspect)
@@ -93,6 +98,9 @@ def _draw_tile(axes: Any, tile: Tile, font_size: float) -> None:
     colours = {"cmap": _HEAT, "vmin": 0.0, "vmax": float(tile.pixels.max()) or 1.0} if tile.pixels.ndim == 2 else {}
     axes.imshow(tile.pixels, interpolation="nearest", aspect="auto", **colours)
     axes.set_title(tile.title, fontsize=font_size, pad=3)
+    axes.set_box_aspect(tile.pixels.shape[0] / tile.pixels.shape[1])
+    if tile.label:
+        axes.text(-0.06, 0.5, tile.label, transform=axes.transAxes, ha="right", va="center", fontsize=font_size - 1)
     if tile.caption:
         axes.text(0.5, -0.03, tile.caption, transform=axes.transAxes, ha="center", va="top", fontsize=9, color=GREY)
     if tile.box is not None:
@@ -180,3 +188,75 @@ def _lines(tiles: Sequence[Tile]) -> list[list[Tile]]:
     """As few lines as are not too long, of about one length."""
     per_line = math.ceil(len(tiles) / math.ceil(len(tiles) / _MOST_IN_A_LINE))
     return [list(tiles[i : i + per_line]) for i in range(0, len(tiles), per_line)]
+
+
+_LEAST_WINDOW = 5  # patches along the shorter side of an image
+_LEAST_SHARE, _FEW = 0.001, 0.1
+_WHY = {"named": "", "matters": "matters", "energy": "most energy", "random": "at random"}
+
+
+def draw_atoms(gallery: Gallery) -> Figure:
+    """Draw what excites atoms, where, and what the decoder draws when they are raised, see `atom_tiles`."""
+    heading = (
+        f"Layer {gallery.atoms[0].layer}. Mean patch: weighted by activation, less the average patch. Drawn: "
+        "change of hidden pixels when the atom is raised by its\nstandard deviation; grey is no change. Linear: "
+        "cosine of that change with the linear response (in brackets: in random directions)"
+    )
+    return draw_tiles(atom_tiles(gallery), tile_width=_TILE, heading=heading)
+
+
+def atom_tiles(gallery: Gallery) -> list[list[Tile | None]]:
+    """A row for each atom: mean patch, where it is active, its strongest patches in their surroundings, what is drawn.
+
+    The mean patch is drawn as its difference from the average patch, on one scale for all atoms, and the drawing as the
+    change of hidden pixels, on a scale of its own; grey is no difference, and below stands the largest that fits.
+    """
+    most = max(map(len, gallery.strongest), default=0)
+    titles = ["mean patch", "where", *["strongest", *(f"no. {i + 2}" for i in range(most))][:most], "drawn"]
+    scale = float(np.abs(gallery.mean_patches).max())
+    rows: list[list[Tile | None]] = []
+    for place, atom in enumerate(gallery.atoms):
+        drawn = gallery.drawn[place]
+        strongest = [_in_surroundings(gallery, *found) for found in gallery.strongest[place]]
+        row = [
+            _difference(gallery.mean_patches[place], scale)._replace(label=_of_atom(atom)),
+            heat(gallery.places[place]),
+            *strongest,
+            *[None] * (most - len(strongest)),
+            _difference(drawn, float(np.abs(drawn).max())),
+        ]
+        if place == 0:
+            row = [tile and tile._replace(title=title) for tile, title in zip(row, titles, strict=True)]
+        rows.append(row)
+    return rows
+
+
+def _difference(pixels: Float[np.ndarray, "hh ww 3"], largest: float) -> Tile:
+    return Tile(0.5 + pixels / (2 * largest or 1.0), caption=f"±{largest:.2g}")
+
+
+def _of_atom(atom: Atom) -> str:
+    """The numbers of an atom in a few lines."""
+    share = percent(atom.share, 1) if atom.share >= _LEAST_SHARE else f"under {percent(_LEAST_SHARE, 1)}"
+    lines = [f"atom {atom.index}", _WHY[atom.chosen], f"{share} of energy"]
+    lines.append(f"active in {percent(atom.active, int(atom.active < _FEW))}" if atom.active else "never active")
+    if atom.cosine is not None:
+        random = "" if atom.random_cosine is None else f" ({atom.random_cosine:.3f})"
+        lines.append(f"linear {atom.cosine:.3f}{random}")
+    return "\n".join(filter(None, lines))
+
+
+def _in_surroundings(gallery: Gallery, image: int, patch: int, activation: float) -> Tile:
+    """The part of an image around a patch, which is framed, in the image's proportions."""
+    picture, grid = gallery.pictures[image], gallery.places.shape[1:]
+    size = picture.shape[:2]
+    share = min(1.0, _LEAST_WINDOW / min(grid))
+    side = [length // count for length, count in zip(size, grid, strict=True)]
+    corner = [at * length for at, length in zip(divmod(patch, grid[1]), side, strict=True)]
+    extent = [round(share * length) for length in size]
+    top, left = (
+        min(max(at + half // 2 - long // 2, 0), whole - long)
+        for at, half, long, whole in zip(corner, side, extent, size, strict=True)
+    )
+    window = picture[top : top + extent[0], left : left + extent[1]]
+    return Tile(window, caption=f"{activation:.2g}", box=(corner[1] - left, corner[0] - top, side[1], side[0]))

@@ -156,7 +156,7 @@ def removals(
     for name, share in shares.items():
         layer, _, kind = name.rpartition(".")
         in_encoder = place_of(layer)[0] == "encoder"
-        numbers = range(len(share)) if kind == "head_steps" else _chosen_atoms(share, atoms, generator)
+        numbers = range(len(share)) if kind == "head_steps" else chosen_atoms(share, atoms, generator)
         controls: list[_Measured] = []
         for number in numbers:
             if kind == "code" or not controls:  # the heads of a layer share their draws
@@ -236,7 +236,7 @@ def _other_atoms(share: Float[Tensor, "m"], atom: int, generator: torch.Generato
     return chosen
 
 
-def _chosen_atoms(share: Float[Tensor, "m"], count: int, generator: torch.Generator) -> list[int]:
+def chosen_atoms(share: Float[Tensor, "m"], count: int, generator: torch.Generator) -> list[int]:
     """Half of them the largest, half at random from the others."""
     order = share.argsort(descending=True)
     largest, others = order[: math.ceil(count / 2)], order[math.ceil(count / 2) :]
