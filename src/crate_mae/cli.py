@@ -82,7 +82,7 @@ _GROUPS = {
             "layers": ("viz:viz_layers", "Plot subspace rate, sparsity and rank over the layers."),
             "atoms": (
                 "viz:viz_atoms",
-                "Show what excites single atoms of a code, and what the decoder draws for them.",
+                "Show what excites single atoms of a sparse code, and what they draw.",
             ),
         },
     ),

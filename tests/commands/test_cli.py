@@ -26,6 +26,7 @@ FUNCTIONS = {
     "viz attention": crate_mae.viz_attention,
     "viz pca": crate_mae.viz_pca,
     "viz layers": crate_mae.viz_layers,
+    "viz atoms": crate_mae.viz_atoms,
     "compare": crate_mae.compare,
     "estimate": crate_mae.estimate,
     "theory": importlib.import_module("crate_mae.commands.reports").theory,

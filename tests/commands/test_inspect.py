@@ -31,7 +31,7 @@ def test_it_writes_a_page_numbers_and_figures(undrawn, crate_mae_command, tmp_pa
     assert code == 0, error
     assert "report.html" in text
     assert {path.name for path in out.iterdir()} == {
-        *("report.html", "measures.json", "measures.csv", "audit.csv", "attention.csv", "figures")
+        *("report.html", "measures.json", "measures.csv", "audit.csv", "attention.csv", "atoms.csv", "figures")
     }
     names = {path.stem for path in (out / "figures").iterdir()}
     assert {f"{name}.{kind}" for name in names for kind in ("png", "pdf")} == {

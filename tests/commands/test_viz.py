@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from PIL import Image
 
 import crate_mae
 
 MODEL = "crate_mae_nano_patch2_8"
-KINDS = ("attention", "pca", "layers")
+KINDS = ("attention", "pca", "layers", "atoms")
 NETWORKS = {
     "attention": "timm:test_vit:untrained",
     "pca": "timm:test_resnet:untrained",
@@ -25,7 +26,7 @@ def test_the_ending_says_the_format(photos, tmp_path, crate_mae_command, kind, s
     assert "random initialisation" in text and f"a[b]{suffix}" in "".join(text.split())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NETWORKS)
 def test_networks_of_timm_are_shown(photos, tmp_path, crate_mae_command, kind):
     code, _, error = crate_mae_command("viz", kind, NETWORKS[kind], photos, "--out", tmp_path / "x.png", "--count", 2)
     assert code == 0, error
@@ -39,6 +40,7 @@ def test_options_change_the_picture(photos, tmp_path):
         "attention": [{}, {"stride": 1}, {"layer": 0}, {"count": 2}],
         "pca": [{}, {"joint": True}, {"layer": 0}, {"count": 2}],
         "layers": [{}, {"control": "random"}, {"count": 2}],
+        "atoms": [{}, {"layer": 0}, {"atoms": (3, 17)}, {"count": 2}, {"seed": 1}],
     }
     for kind, options in calls.items():
         draw = getattr(crate_mae, f"viz_{kind}")
@@ -60,6 +62,17 @@ def test_modules_and_arrays_from_python_are_taken(tmp_path):
     images = [torch.rand(3, 9, 9, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     assert crate_mae.viz_attention(model, images, out=tmp_path / "a.png").path.exists()
     assert crate_mae.viz_layers(model, images, out=tmp_path / "b.png", control="random").path.exists()
+    assert crate_mae.viz_atoms(torch.compile(model), images, out=tmp_path / "c.png", atoms=[3]).path.exists()
+    model.encoder.blocks[0].compile()
+    with pytest.raises(crate_mae.UserError, match=r"before `torch\.compile`"):
+        crate_mae.viz_atoms(model, images, out=tmp_path / "d.png")
+
+
+def test_a_photograph_smaller_than_a_patch_is_scaled_up(tmp_path, crate_mae_command):
+    Image.new("RGB", (1, 1), "red").save(tmp_path / "small.png")
+    out = tmp_path / "x.png"
+    code, _, error = crate_mae_command("viz", "atoms", MODEL, tmp_path / "small.png", "--out", out, "--atoms", 3, 17)
+    assert code == 0 and out.exists(), error
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -84,6 +97,11 @@ def test_a_picture_that_is_there_stays(photos, tmp_path, crate_mae_command, kind
         (["layers", "timm:test_resnet:untrained", "--out", "x.png"], "not a Vision Transformer"),
         (["layers", MODEL, "--out", "x.png", "--control", "trained"], "--control"),
         *((["layers", MODEL, "--out", "x.png", "--seed", seed], f"--seed is {seed}") for seed in ("-1", "4294967296")),
+        (["atoms", MODEL, "--out", "x.png", "--layer", "4"], "There is no layer 4"),
+        (["atoms", MODEL, "--out", "x.png", "--atoms", "3", "999"], "There is no atom 999 in layer"),
+        (["atoms", MODEL, "--out", "x.png", "--count", "0"], "--count is 0"),
+        (["atoms", "timm:test_vit:untrained", "--out", "x.png"], "A VisionTransformer has no decoder"),
+        (["atoms", "vit_mae_nano_patch2_8", "--out", "x.png"], "vit_mae_nano_patch2_8 has no atoms: only the layers"),
         (["reconstruction", MODEL, "--out", "x.txt"], "must name a .png file"),
     ],
 )

@@ -21,7 +21,7 @@ from crate_mae.interpret.report.page import PAGE, report_files
 from crate_mae.interpret.report.subjects import Settings
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
-SECTIONS = {"model", "findings", "layers", "audit", "weights", "attention", "tokens", "left-out"}
+SECTIONS = {"model", "findings", "layers", "audit", "weights", "attention", "tokens", "atoms", "left-out"}
 FIGURES = {
     *(
         "completions",
@@ -34,7 +34,7 @@ FIGURES = {
         "information",
         "weights",
     ),
-    *("inverses", "heads", "saliency", "foregrounds", "token_colours", "neighbours"),
+    *("inverses", "heads", "saliency", "foregrounds", "token_colours", "neighbours", "atoms"),
 }
 
 
@@ -193,6 +193,12 @@ def test_the_model_without_mixing_is_in_the_files_and_on_the_page(inspection, fi
     ]
     assert (use[0].change, use[0].change_low) == (0, 0)
     assert all((u.accuracy is None) == (u.part == "decoder") for u in use)
+    atoms = list(csv.DictReader(io.StringIO(files["atoms.csv"])))
+    assert [(row["subject"], int(row["index"]), float(row["cosine"])) for row in atoms] == [
+        ("model", atom.index, atom.cosine) for atom in inspection.atoms.atoms
+    ]
+    mean = sum(float(row["cosine"]) for row in atoms) / len(atoms)
+    assert f"cosine of {mean:.3f} with the linear response (mean over {len(atoms)} atoms)" in page
     table = list(csv.DictReader(io.StringIO(files["attention.csv"])))
     assert [float(row["loss"]) for row in table] == [u.loss for u in use]
     assert json.loads(files["measures.json"])["attention_use"][1]["change"] == use[1].change

@@ -37,12 +37,12 @@ def inspect(
 
     Rates, sparsity, ranks, subspaces, dictionaries, inverses and the information that tokens retain are measured on
     images, every step of a layer is compared with controls (moves that need no derivation, and five untrained draws of
-    the network), and the model is measured with attention that mixes no tokens. The same is measured for the same
-    network with random initialisation, and for the controls that you name. What a model does not have is left out, and
-    the report gives the reason.
+    the network), the model is measured with attention that mixes no tokens, and some atoms of its last layer are shown.
+    The same is measured for the same network with random initialisation, and for the controls that you name. What a
+    model does not have is left out, and the report gives the reason.
 
     `out` then holds report.html, one file to read without a network; measures.json, measures.csv, audit.csv,
-    attention.csv and interventions.csv, with all numbers; and each figure as PNG and PDF.
+    attention.csv, atoms.csv and interventions.csv, with all numbers; and each figure as PNG and PDF.
 
     Args:
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random

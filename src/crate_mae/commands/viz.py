@@ -3,7 +3,7 @@
 The first of them, `viz reconstruction`, is the function of `crate-mae reconstruct`.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -192,7 +192,7 @@ def viz_atoms(
     *,
     out: Annotated[Path | str, Parameter(alias="-o")],
     layer: int = -1,
-    atoms: Annotated[Sequence[int] | None, Parameter(consume_multiple=True, negative=())] = None,
+    atoms: Annotated[tuple[int, ...] | None, Parameter(consume_multiple=True, negative=())] = None,
     count: int = 256,
     seed: int = 0,
     overwrite: bool = False,

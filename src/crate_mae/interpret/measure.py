@@ -35,7 +35,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.config import config_of
 from crate_mae.models.features import evaluating
 from crate_mae.models.tracing import layers_of
-from crate_mae.models.weights import UNTRAINED, initialised, is_untrained, load
+from crate_mae.models.weights import UNTRAINED, initialised, is_untrained, load, unwrapped
 
 Progress = Callable[[str], object]
 
@@ -164,6 +164,7 @@ def open_measurable(model: Any, seed: int) -> Opened:
     Raises:
         UserError: if there is no such model, or it is not a Vision Transformer.
     """
+    model = unwrapped(model)
     name = str(model) if isinstance(model, (str, Path)) else ""
     if name and not name.startswith("timm:") and not is_pixels(name):
         with default_generator_seeded(seed):

@@ -27,7 +27,7 @@ from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import fit_linear
 from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret.attention_use import image_losses
-from crate_mae.interpret.audit import p_value
+from crate_mae.interpret.audit import LARGEST_P, holm, p_value
 from crate_mae.interpret.information import PROBE_STRENGTHS, ProbeImages
 from crate_mae.interpret.statistics import Statistic, place_of, statistic
 from crate_mae.models.autoencoder import MaskedAutoencoder
@@ -166,6 +166,12 @@ def removals(
             kept = float(share[number])
             found.append(_removal(place_of(layer), kind, number, kept, intact, without, controls, probe))
     return found
+
+
+def mattering(found: Sequence[Removal]) -> list[Removal]:
+    """Those that cost more than one more random draw would, with p < 0.05 after Holm's correction over all."""
+    corrected = holm([each.p for each in found])
+    return [each for each, p in zip(found, corrected, strict=True) if each.beyond > 0 and p < LARGEST_P]
 
 
 # Losses of images, and whether those of the probe are classified right.

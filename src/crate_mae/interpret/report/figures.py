@@ -1,12 +1,16 @@
 """The figures of a report: which there are, in which section, and how each is read."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from matplotlib.figure import Figure
 
 from crate_mae.drawing.lines import draw_panels
+from crate_mae.drawing.text import number, plural
+from crate_mae.interpret.atoms import Atom
 from crate_mae.interpret.curves import POINTS, Curve, both_parts, layer_panel
 from crate_mae.interpret.foregrounds import KINDS
+from crate_mae.interpret.pictures import atom_tiles
 from crate_mae.interpret.registry import INVERSES, MEASURES
 from crate_mae.interpret.report.examples import PlannedFigure, draw_grid
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
@@ -130,6 +134,7 @@ def plan_figures(inspection: Inspection) -> Plan:
         ),
         "attention": [*examples.attention, *_planned(foreground_scores=_foregrounds(inspection))],
         "tokens": examples.tokens,
+        "atoms": _atoms(inspection),
     }
 
 
@@ -224,6 +229,41 @@ def _inverses(networks: Sequence[SubjectMeasures]) -> Panels:
         if found := [curve for curve in curves if curve.rows]:
             panels[MEASURES[measure].label] = found
     return panels
+
+
+def _atoms(inspection: Inspection) -> list[PlannedFigure]:
+    """The gallery of atoms; none if they were not measured."""
+    gallery = inspection.atoms
+    if gallery is None:
+        return []
+    caption = (
+        "From left to right: the mean patch, weighted by the atom’s activation, less the average patch; where on the "
+        "image the atom is active (below: largest value over mean); the patches that excite it most, framed, with "
+        "their activations; and the mean change of hidden pixels when it is raised by one standard deviation in all "
+        "visible patches. Grey is no difference. An atom that is active in one place whatever is there encodes "
+        "position; if the mean patch and what is drawn are alike, it stands for what excites it. “Linear” is the "
+        "cosine of the change with the linear response, in brackets in random directions. "
+        f"{_linearity(gallery.atoms)} Other layers: crate-mae viz atoms --layer."
+    )
+    title = f"Atoms of encoder layer {gallery.atoms[0].layer}"
+    return [PlannedFigure("atoms", title, caption, atom_tiles(gallery))]
+
+
+def _linearity(atoms: Sequence[Atom]) -> str:
+    """How far contributions of atoms add up, and those of random directions."""
+    pairs = [(a.cosine, a.random_cosine, a.random_cosine_low) for a in atoms]
+    known = [pair for pair in pairs if None not in pair]
+    if not known:
+        return "Raising them changes next to nothing."
+    own, random, lowest = zip(*known, strict=True)
+    change, at_random = number(fmean(a.change for a in atoms)), number(fmean(a.random_change for a in atoms))
+    below = sum(cosine < low for cosine, low in zip(own, lowest, strict=True))
+    return (
+        f"The change has a cosine of {fmean(own):.3f} with the linear response (mean over {plural(len(own), 'atom')}), "
+        f"that in random directions of the code, with steps as long, {fmean(random):.3f}; {below} of the atoms respond "
+        f"less linearly than all random directions. Hidden pixels in [0, 1] change by {change} (root mean square), in "
+        f"random directions by {at_random}."
+    )
 
 
 def _foregrounds(inspection: Inspection) -> Panels:

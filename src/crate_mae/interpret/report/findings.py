@@ -17,15 +17,13 @@ from crate_mae.interpret.audit import (
     COMPRESS,
     COMPRESS_NORMALISED,
     COMPRESS_UNIT,
-    LARGEST_P,
     SORT,
     SPARSITY,
     AuditRow,
     by_claim,
-    holm,
 )
 from crate_mae.interpret.registry import INVERSES, MEASURES
-from crate_mae.interpret.removals import Removal
+from crate_mae.interpret.removals import Removal, mattering
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
 from crate_mae.interpret.report.subjects import NETWORKS
 from crate_mae.interpret.statistics import Row, Trend, trend
@@ -467,12 +465,11 @@ def _claims_table(inspection: Inspection) -> Table:
 
 def removals_finding(removals: Sequence[Removal]) -> Finding:
     """Whether single heads and atoms matter, and more than random parts of the same size."""
-    corrected = dict(zip(removals, holm([each.p for each in removals]), strict=True))
-    mattering = [each for each in removals if each.beyond > 0 and corrected[each] < LARGEST_P]
+    matter = mattering(removals)
     statements = []
     for kind, control in (("head", "random subspaces do"), ("atom", "random sets of atoms do")):
         if asked := [each for each in removals if each.kind == kind]:
-            count = sum(each.kind == kind for each in mattering)
+            count = sum(each.kind == kind for each in matter)
             statements.append(f"{count} of {plural(len(asked), kind)} cost more than {control}")
     more = [
         "A head's step, or an atom's activations, is set to zero in every pass. The controls are random subspaces of a "

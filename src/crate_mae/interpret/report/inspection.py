@@ -18,6 +18,7 @@ from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
+from crate_mae.interpret.atoms import Atom, Gallery, measure_atoms
 from crate_mae.interpret.attention_use import AttentionUse, attention_use
 from crate_mae.interpret.audit import AuditRow
 from crate_mae.interpret.foregrounds import Drawings, read_drawings, read_drawn, score_foregrounds
@@ -29,7 +30,7 @@ from crate_mae.interpret.information import (
     split_probe_images,
 )
 from crate_mae.interpret.measure import Measurements, Opened, Progress, measure_layers
-from crate_mae.interpret.removals import Removal, fitted_probe, removals
+from crate_mae.interpret.removals import Removal, fitted_probe, mattering, removals
 from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples
 from crate_mae.interpret.report.subjects import (
     LABELS,
@@ -44,6 +45,7 @@ from crate_mae.interpret.report.subjects import (
 from crate_mae.interpret.statistics import Row, find
 from crate_mae.interpret.tokens import grid_size
 from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.tracing import layers_of
 
 _DRAWS = 5  # of untrained networks, for the audit
 
@@ -98,6 +100,7 @@ class Inspection:
         measured: the model first, then its controls.
         attention_use: what the model loses when its attention mixes no tokens; empty if it has no such attention.
         removals: what it loses without single heads and atoms; empty if that was not asked for.
+        atoms: some of the encoder's last layer; None for a model without a decoder or without codes.
         examples: what is drawn.
         left_out: what the report as a whole does not have, and why.
         notes: sentences on numbers that need caution.
@@ -110,6 +113,7 @@ class Inspection:
     measured: list[SubjectMeasures]
     attention_use: list[AttentionUse]
     removals: list[Removal]
+    atoms: Gallery | None
     examples: Examples
     left_out: dict[str, str]
     notes: list[str]
@@ -139,6 +143,7 @@ class Inspection:
             ],
             "attention_use": [asdict(found) for found in self.attention_use],
             "interventions": [asdict(found) for found in self.removals],
+            "atoms": [] if self.atoms is None else [asdict(atom) for atom in self.atoms.atoms],
             "completions": {"mask_ratio": examples.mask_ratio, "psnr": examples.psnr} if examples.psnr else None,
             "left_out": self.left_out,
             "notes": self.notes,
@@ -155,6 +160,8 @@ class Inspection:
         }
         if self.removals:
             tables["interventions.csv"] = _csv(Removal, {self.model.key: self.removals})
+        if self.atoms is not None:
+            tables["atoms.csv"] = _csv(Atom, {self.model.key: self.atoms.atoms})
         return tables
 
 
@@ -203,6 +210,8 @@ def inspect_model(
         measured.append(SubjectMeasures(key, opened.backbone.is_random, tokens_of(opened), measures))
     report("the model without mixing")
     use, removed = _without_parts(*subjects["model"], settings, hidden, images, left_out, report)
+    report("atoms")
+    atoms = _atoms(*subjects["model"], settings, hidden, removed, left_out)
     report("pictures")
     examples = collect_examples(subjects, count=settings.count, mask_ratio=hidden, seed=settings.seed)
     notes += _shortages(subjects, measured, settings)
@@ -213,6 +222,7 @@ def inspect_model(
         measured=measured,
         attention_use=use,
         removals=removed,
+        atoms=atoms,
         examples=examples,
         left_out=left_out | examples.left_out,
         notes=notes,
@@ -255,6 +265,26 @@ def _without_parts(
 
     classifier = None if images is None else fitted_probe(model.backbone, images)
     return use, removals(net, pixels, masks, probe=classifier, seed=settings.seed, on_start=announce)
+
+
+def _atoms(
+    model: Opened,
+    source: ImageSource,
+    settings: Settings,
+    hidden: float,
+    removed: Sequence[Removal],
+    left_out: dict[str, str],
+) -> Gallery | None:
+    """Atoms of the last layer of the encoder: those that matter first, if any were removed."""
+    last = len(layers_of(model.backbone.encoder)) - 1
+    first = {each.index for each in mattering(removed) if (each.kind, each.layer) == ("atom", last)}
+    chosen = fixed_sample(len(source), settings.count, settings.seed)
+    pixels = read_images(source, model.backbone.transform(), chosen, settings.count).images
+    try:
+        return measure_atoms(model.net, pixels, mattering=first, mask_ratio=hidden, seed=settings.seed)
+    except UserError as error:
+        left_out["atoms"] = str(error)
+        return None
 
 
 def _foreground_rows(
