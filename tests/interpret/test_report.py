@@ -193,16 +193,20 @@ def test_the_model_without_mixing_is_in_the_files_and_on_the_page(inspection, fi
     ]
     assert (use[0].change, use[0].change_low) == (0, 0)
     assert all((u.accuracy is None) == (u.part == "decoder") for u in use)
-    atoms = list(csv.DictReader(io.StringIO(files["atoms.csv"])))
-    assert [(row["subject"], int(row["index"]), float(row["cosine"])) for row in atoms] == [
-        ("model", atom.index, atom.cosine) for atom in inspection.atoms.atoms
-    ]
-    mean = sum(float(row["cosine"]) for row in atoms) / len(atoms)
-    assert f"cosine of {mean:.3f} with the linear response (mean over {len(atoms)} atoms)" in page
     table = list(csv.DictReader(io.StringIO(files["attention.csv"])))
     assert [float(row["loss"]) for row in table] == [u.loss for u in use]
     assert json.loads(files["measures.json"])["attention_use"][1]["change"] == use[1].change
     assert html(number(use[3].loss)) in page and "Without mixing in the encoder" in page
+
+
+def test_atoms_are_in_the_files_and_their_numbers_in_the_caption(inspection, files, page):
+    table = list(csv.DictReader(io.StringIO(files["atoms.csv"])))
+    assert [(row["subject"], int(row["index"]), row["chosen"], float(row["change"])) for row in table] == [
+        ("model", atom.index, atom.chosen, atom.change) for atom in inspection.atoms.atoms
+    ]
+    known = [float(row["cosine"]) for row in table if row["cosine"] and row["random_cosine"]]
+    assert known and all(-1 <= cosine <= 1 for cosine in known)
+    assert f"linear response is {sum(known) / len(known):.3f} (mean over {len(known)} atoms)" in page
 
 
 def test_a_black_box_baseline_is_drawn_and_told(inspection, page):

@@ -33,7 +33,7 @@ from crate_mae.models.masking import patchify, unpatchify
 from crate_mae.models.tracing import trace
 
 _STRONGEST = 6  # patches of each atom
-_MASKED_IMAGES = 16
+_MASKED_PATCHES = 1024  # in all images of which responses are measured
 _LEAST_CHANGE = 1e-4  # of pixels in [0, 1]; in smaller ones, rounding in float32 would look like a non-linear response
 
 Reason = Literal["named", "matters", "energy", "random"]
@@ -113,7 +113,7 @@ def measure_atoms(
 
     Args:
         net: an autoencoder with sparse codes.
-        images: normalised; the responses of the decoder are measured on the first 16.
+        images: normalised; the responses of the decoder are measured on the first of them, 1,024 patches in all.
         layer: of the encoder, from 0, or negative from the end.
         atoms: which; by default `count` of them: half of them those of `mattering` and then those with the most
             energy, half at random from the others.
@@ -141,7 +141,9 @@ def measure_atoms(
     chosen = dict.fromkeys(atoms or [], "named") or _chosen(share, mattering, count, generator)
     indices = list(chosen)
     values = torch.cat(_of_codes(net, name, images, batch_size, lambda code: code[..., indices].float()))
-    masks = nested_masks(min(len(images), _MASKED_IMAGES), net.num_patches, mask_ratio, seed)
+    masks = nested_masks(
+        min(len(images), math.ceil(_MASKED_PATCHES / net.num_patches)), net.num_patches, mask_ratio, seed
+    )
     response = _Response(net, images[: len(masks)], masks, name)
     directions = torch.nn.functional.normalize(torch.randn(draws, size, generator=generator))
     controls = [(direction, response.linear(direction)) for direction in directions]

@@ -236,33 +236,26 @@ def _atoms(inspection: Inspection) -> list[PlannedFigure]:
     gallery = inspection.atoms
     if gallery is None:
         return []
-    caption = (
-        "From left to right: the mean patch, weighted by the atom’s activation, less the average patch; where on the "
-        "image the atom is active (below: largest value over mean); the patches that excite it most, framed, with "
-        "their activations; and the mean change of hidden pixels when it is raised by one standard deviation in all "
-        "visible patches. Grey is no difference. An atom that is active in one place whatever is there encodes "
-        "position; if the mean patch and what is drawn are alike, it stands for what excites it. “Linear” is the "
-        "cosine of the change with the linear response, in brackets in random directions. "
-        f"{_linearity(gallery.atoms)} Other layers: crate-mae viz atoms --layer."
-    )
     title = f"Atoms of encoder layer {gallery.atoms[0].layer}"
-    return [PlannedFigure("atoms", title, caption, atom_tiles(gallery))]
+    return [PlannedFigure("atoms", title, _linearity(gallery.atoms), atom_tiles(gallery))]
 
 
 def _linearity(atoms: Sequence[Atom]) -> str:
-    """How far contributions of atoms add up, and those of random directions."""
+    """How much atoms change, and how far their contributions add up, beside random directions."""
+    change, at_random = number(fmean(a.change for a in atoms)), number(fmean(a.random_change for a in atoms))
+    text = (
+        f"Raised by a standard deviation, these atoms change hidden pixels in [0, 1] by {change} on average (root mean "
+        f"square), and random directions of the code, with steps as long, by {at_random}. "
+    )
     pairs = [(a.cosine, a.random_cosine, a.random_cosine_low) for a in atoms]
     known = [pair for pair in pairs if None not in pair]
     if not known:
-        return "Raising them changes next to nothing."
+        return text + "That is too little to compare with a linear response."
     own, random, lowest = zip(*known, strict=True)
-    change, at_random = number(fmean(a.change for a in atoms)), number(fmean(a.random_change for a in atoms))
     below = sum(cosine < low for cosine, low in zip(own, lowest, strict=True))
-    return (
-        f"The change has a cosine of {fmean(own):.3f} with the linear response (mean over {plural(len(own), 'atom')}), "
-        f"that in random directions of the code, with steps as long, {fmean(random):.3f}; {below} of the atoms respond "
-        f"less linearly than all random directions. Hidden pixels in [0, 1] change by {change} (root mean square), in "
-        f"random directions by {at_random}."
+    return text + (
+        f"The cosine with the linear response is {fmean(own):.3f} (mean over {plural(len(own), 'atom')}) and "
+        f"{fmean(random):.3f}, and {below} of these atoms respond less linearly than all random directions."
     )
 
 
