@@ -138,7 +138,8 @@ def measure_atoms(
     generator = torch.Generator().manual_seed(seed)
     energy = torch.stack(_of_codes(net, name, images, batch_size, lambda code: code.double().square().sum((0, 1))))
     share = energy.sum(0) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
-    chosen = dict.fromkeys(atoms or [], "named") or _chosen(share, mattering, count, generator)
+    named: dict[int, Reason] = dict.fromkeys(atoms or [], "named")
+    chosen = named or _chosen(share, mattering, count, generator)
     indices = list(chosen)
     values = torch.cat(_of_codes(net, name, images, batch_size, lambda code: code[..., indices].float()))
     masks = nested_masks(
@@ -185,8 +186,11 @@ def _chosen(
     rank = share.clone()
     rank[list(mattering)] += 1
     indices = chosen_atoms(rank, count, generator)
-    first = {index: "matters" if index in mattering else "energy" for index in indices[: math.ceil(count / 2)]}
-    return first | dict.fromkeys(indices[len(first) :], "random")
+    found: dict[int, Reason] = {}
+    for place, index in enumerate(indices):
+        is_first = place < math.ceil(count / 2)
+        found[index] = "random" if not is_first else "matters" if index in mattering else "energy"
+    return found
 
 
 def _of_codes(
@@ -232,7 +236,9 @@ class _Response:
             # PyTorch's forward mode compiles parts of itself at first use, which it tells others not to do.
             warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", FutureWarning)
             size = forward_ad.make_dual(torch.zeros(()), torch.ones(()))
-            return (forward_ad.unpack_dual(self._predicted(size * step)).tangent * self.scale)[self.masks]
+            tangent = forward_ad.unpack_dual(self._predicted(size * step)).tangent
+            assert tangent is not None, "the step is part of every prediction"
+            return (tangent * self.scale)[self.masks]
 
     def mean_picture(self, change: Float[Tensor, "hidden q"]) -> Float[np.ndarray, "1 hh ww 3"]:
         """The mean change of each place over the images in which it is hidden."""
@@ -255,8 +261,8 @@ def _raised(
     at_random = [(response.actual(std * each), std * linear) for each, linear in controls]
     random_change = fmean(_rms(each) for each, _ in at_random)
     cosines = [agreed for pair in at_random if (agreed := _agreement(*pair)[0]) is not None]
-    spread = (fmean(cosines), min(cosines), max(cosines)) if cosines else (None, None, None)
-    return (_rms(change), random_change, cosine, realised, *spread), response.mean_picture(change)
+    mean, low, high = (fmean(cosines), min(cosines), max(cosines)) if cosines else (None, None, None)
+    return (_rms(change), random_change, cosine, realised, mean, low, high), response.mean_picture(change)
 
 
 def _agreement(change: Tensor, linear: Tensor) -> tuple[float, float] | tuple[None, None]:
