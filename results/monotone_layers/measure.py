@@ -211,7 +211,7 @@ def write_tables(runs: Path) -> None:
     write_csv(
         "claims.csv",
         [
-            {"variant": each["variant"], "seed": each["seed"], **row}
+            {"variant": each["variant"], "seed": each["seed"], "lr": each["lr"], **row}
             for each, file in audited
             for row in json.loads(file.read_text())
         ],

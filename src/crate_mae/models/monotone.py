@@ -1,7 +1,9 @@
-"""Layers whose compression and sparse coding are theorems about the module, for every weight and every token.
+"""Layers whose compression and sparse coding are guaranteed, for all weights and all tokens.
 
     encoder layer    X = LN(Z)           Z_half = X + Compression(X)          Z_next = BoundedISTA(LN(Z_half)), or ISTA
     decoder layer    X = LN(LN(Y) E^T)   Y_next = X - Decompression(X)
+
+Compressing layers have the first guarantee, and the published ISTA; monotone layers have both.
 
 `Compression` is sum_k kappa_k (B_k W_k - W_k) U_k^T with W_k = X U_k, U = [U_1 .. U_h] orthogonal, ||B_k||_2 <= 1 and
 0 < kappa_k < 1, so that R^c(Z_half | U) <= R^c(X | U) (`theory.compression`). `BoundedISTA` is one proximal-gradient
@@ -60,8 +62,8 @@ class OrthogonalSubspaces(nn.Module):
     Attributes:
         weight: U^T before it is made orthogonal, d x d, as the weight of a linear map.
         retracts_itself: whether the forward pass in training re-orthogonalises the parameter. A training loop may
-            rather call `retract_` after every step of its optimizer, as ours does: a pass cannot write into a parameter
-            of which its process holds a share (FSDP), or which is compiled.
+            rather call `retract_` after every step of its optimizer, as ours does: a forward pass cannot write into a
+            parameter that is sharded (FSDP) or compiled.
         is_folded: whether `weight` is the polar factor itself, and is used as it is.
     """
 
@@ -333,7 +335,7 @@ class BoundedISTA(ISTA):
 
 
 class CompressingEncoderLayer(EncoderLayer):
-    """Compress, which cannot fail: X = LN(Z); Z_half = X + Compression(X); ISTA(LN(Z_half)).
+    """Compress, with a guarantee: X = LN(Z); Z_half = X + Compression(X); Z_next = ISTA(LN(Z_half)).
 
     With stochastic depth a layer's step is left out of some images and is not enlarged in the others, since kappa must
     stay below 1.
@@ -351,7 +353,7 @@ class CompressingEncoderLayer(EncoderLayer):
 
 
 class MonotoneEncoderLayer(CompressingEncoderLayer):
-    """Compress, then sparsify, and neither can fail: Z_half as `CompressingEncoderLayer`; BoundedISTA(LN(Z_half))."""
+    """Compress, then sparsify, both with a guarantee: Z_half as `CompressingEncoderLayer`; BoundedISTA(LN(Z_half))."""
 
     sparse_coding: ClassVar[Any] = BoundedISTA
     theorems: ClassVar[frozenset[str]] = CompressingEncoderLayer.theorems | {"lasso_zero"}
