@@ -73,32 +73,29 @@ FROM_0_TO_1 = Range(lambda x: 0 <= x <= 1, "from 0 to 1")
 SHARE = Range(lambda x: 0 < x <= 1, "more than 0 and at most 1")
 
 
-def option(default: Any, explanation: str, numbers: Range | None = None, **kind: bool) -> Any:
-    """A field for an option that may be left out.
+def option(
+    default: Any,
+    explanation: str,
+    numbers: Range | None = None,
+    *,
+    speed: bool = False,
+    saved: bool = True,
+    later: bool = False,
+    **field_options: bool,
+) -> Any:
+    """A field for an option.
 
     Args:
-        default: None leaves the option open.
-        explanation: its help.
-        numbers: that it takes.
-        kind: see `_described`.
-    """
-    return field(default=default, **_described(explanation, numbers, **kind))
-
-
-def _described(
-    explanation: str, numbers: Range | None = None, *, speed: bool = False, saved: bool = True, later: bool = False
-) -> dict[str, Any]:
-    """Arguments of `dataclasses.field` for an option.
-
-    Args:
+        default: None leaves the option open; `MISSING` has it given.
         explanation: its help.
         numbers: that it takes.
         speed: whether it changes speed, safety and logging only, so that a resumed run may change it.
         saved: whether it belongs to the run, and is saved in `config.yaml`, rather than to one call.
         later: whether it is younger than the first runs, whose `config.yaml` lacks it.
+        field_options: of `dataclasses.field`.
     """
     metadata = {"help": explanation, "numbers": numbers, "speed": speed, "saved": saved, "later": later}
-    return {"metadata": metadata, "compare": saved}
+    return field(default=default, metadata=metadata, compare=saved, **field_options)
 
 
 @no_type_check  # values come from users: `check` reports all wrong ones together
@@ -121,7 +118,7 @@ class RunOptions:
     usual_epochs: ClassVar[int]
     usual_warmup: ClassVar[float]
 
-    out: Path | str = field(**_described("The folder of the run.", saved=False))
+    out: Path | str = option(MISSING, "The folder of the run.", saved=False)
     epochs: int = option(
         None,
         "Passes over the training images. If neither --epochs nor --steps is given, 100 for pretraining and 50 for "
@@ -243,9 +240,8 @@ class PretrainOptions(RunOptions):
     usual_epochs: ClassVar[int] = 100
     usual_warmup: ClassVar[float] = 0.05
 
-    data: Data = field(
-        kw_only=False,
-        **_described("A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits."),
+    data: Data = option(
+        MISSING, "A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits.", kw_only=False
     )
     recipe: str | None = option(
         None,
@@ -289,21 +285,17 @@ class FinetuneOptions(RunOptions):
     usual_epochs: ClassVar[int] = 50
     usual_warmup: ClassVar[float] = 0.1
 
-    model: str | Path = field(
+    model: str | Path = option(
+        MISSING,
+        "A run folder, a folder with model.safetensors and config.json, hf:user/name, or a name from "
+        "`crate-mae models`, which means random initialisation.",
         kw_only=False,
-        **_described(
-            "A run folder, a folder with model.safetensors and config.json, hf:user/name, or a name from "
-            "`crate-mae models`, which means random initialisation."
-        ),
     )
-    train: Data = field(
-        **_described(
-            "Labelled images: a folder with a folder for each class, .parquet, .tar shards, hf:name, digits:train ..."
-        )
+    train: Data = option(
+        MISSING,
+        "Labelled images: a folder with a folder for each class, .parquet, .tar shards, hf:name, digits:train ...",
     )
-    val: Data = field(
-        **_described("Labelled images of the same classes, to measure on and to choose the best model by.")
-    )
+    val: Data = option(MISSING, "Labelled images of the same classes, to measure on and to choose the best model by.")
     labels: float = option(
         1.0, "Share of the training images to use, of each class alike; the seed chooses them.", SHARE
     )
