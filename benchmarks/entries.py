@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,7 +15,7 @@ from crate_mae.models.config import ModelConfig, config_from_dict
 from crate_mae.models.masking import random_mask, visible_indices
 from crate_mae.models.official import to_official
 from crate_mae.models.presets import preset
-from crate_mae.training.optimizer import BETAS, adamw, decay_groups
+from crate_mae.training.optimizer import BETAS, adamw
 
 MASK_RATIO = 0.75
 _WEIGHT_DECAY = 0.05
@@ -60,7 +61,7 @@ class Entry:
 
     def optimizer(self) -> Optimizer:
         """AdamW in one kernel, for all alike: what is compared is the models."""
-        return adamw(decay_groups(self.model.named_parameters(), _WEIGHT_DECAY), BETAS)
+        return adamw(param_groups_weight_decay(self.model, _WEIGHT_DECAY), BETAS)
 
 
 def sizes() -> dict[str, Size]:

@@ -150,8 +150,8 @@ def member() -> None:
         workers=0,
         trackers=(),
     )
-    resolved = resolve_pretraining(options, accelerator.num_processes)
-    task = resolved.build(resolved.config)
+    config, build_task = resolve_pretraining(options, accelerator.num_processes)
+    task = build_task(config)
     model_state = build_model_state(task, accelerator)
     share = size.batch // accelerator.num_processes
     generator = torch.Generator().manual_seed(accelerator.process_index)

@@ -19,7 +19,7 @@ from benchmarks.report import command_line, common_options, heading, result_path
 from benchmarks.worker import ask
 from crate_mae.data.files import write_whole
 from crate_mae.models.devices import fastest_device
-from crate_mae.training.precision import multiplies_in_bfloat16
+from crate_mae.training.preflight import multiplies_in_bfloat16
 
 
 class Memory(NamedTuple):

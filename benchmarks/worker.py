@@ -16,8 +16,7 @@ import torch
 from benchmarks.entries import ENTRIES, Entry, Size, sizes
 from crate_mae.costs.trial import flop_counter
 from crate_mae.models.devices import fastest_device
-from crate_mae.training.precision import autocast
-from crate_mae.training.preflight import peak_memory, restart_peak
+from crate_mae.training.preflight import autocast, peak_memory, restart_peak
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 _SETTLING_STEPS = 3  # in which the optimizer, and the C library's heap, take what they keep

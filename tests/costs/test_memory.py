@@ -9,7 +9,7 @@ from crate_mae.costs import memory
 from crate_mae.costs.memory import LIBRARY_BYTES, LiveTensors, memory_estimate, step_memory, two_steps
 from crate_mae.costs.trial import StepSettings, TrialStep
 from crate_mae.models import create_model
-from crate_mae.training.precision import multiplies_in_bfloat16
+from crate_mae.training.preflight import multiplies_in_bfloat16
 from tests.costs.models import EVERY_KIND
 
 CPU = torch.device("cpu")

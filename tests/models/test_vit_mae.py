@@ -10,7 +10,7 @@ import torch
 
 import crate_mae
 from crate_mae.costs.memory import LiveTensors
-from crate_mae.training.precision import autocast
+from crate_mae.training.preflight import autocast
 
 transformers = pytest.importorskip("transformers", reason="the transformers library (extra dev) is not installed")
 

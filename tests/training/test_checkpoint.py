@@ -18,7 +18,7 @@ STATE = TrainState(step=7, skipped=2, skipped_in_a_row=1, loss_sum=0.1 + 0.2, lo
 
 def model_state_of(model, ema=0.0):
     optimizer = build_optimizer(model, 0.05)
-    return ModelState(model, model, optimizer, optimizer, average_of(model, ema))
+    return ModelState(model, model, optimizer, average_of(model, ema))
 
 
 def train(model_state, steps):

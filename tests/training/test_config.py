@@ -3,17 +3,17 @@ import dataclasses
 import pytest
 
 from crate_mae.errors import UserError
-from crate_mae.training.config import differences, load_config, save_config, to_yaml
+from crate_mae.training.config import differences, load_config, to_yaml
 from crate_mae.training.options import FinetuneOptions
 
 
 def test_a_saved_configuration_is_read_back_equal(tmp_path, config):
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     assert load_config(tmp_path / "config.yaml") == config
 
 
 def test_a_file_names_its_command(tmp_path, finetune_config):
-    save_config(finetune_config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(to_yaml(finetune_config), encoding="utf-8")
     assert load_config(tmp_path / "config.yaml") == finetune_config
     assert isinstance(finetune_config, FinetuneOptions)
     assert "crate-mae finetune --config" in to_yaml(finetune_config)

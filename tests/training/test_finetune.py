@@ -85,8 +85,8 @@ def test_the_model_of_the_run_is_the_best_and_not_the_last(tiny_finetuning, monk
     scores = iter([0.9, 0.2, 0.5, 0.1, 0.5])  # of steps 0 (which nobody can keep), 5, 10, 15, 20
     measure = Finetuning.measure
 
-    def scored(task, model, step, directory):
-        return {**measure(task, model, step, directory), "val_accuracy": next(scores)}
+    def scored(task, model, step):
+        return {**measure(task, model, step), "val_accuracy": next(scores)}
 
     monkeypatch.setattr(Finetuning, "measure", scored)
     run = tiny_finetuning(monitor_steps=5)

@@ -16,7 +16,6 @@ from crate_mae.training import preflight
 from crate_mae.training.images import open_images
 from crate_mae.training.preflight import ProbeResult, probe
 from crate_mae.training.pretraining import Monitor, Pretraining
-from crate_mae.training.run_directory import RunDirectory
 
 IMAGES = torch.randn(37, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -62,7 +61,7 @@ def labelled(config, tiny_model, tmp_path):
     """`labelled(data, **options)`: the task of pretraining on digits."""
 
     def task(data="digits", val=None, **options):
-        options = {"image_size": (8, 8), "batch_size": 64, "monitor_steps": 100, **options}
+        options = {"out": tmp_path, "image_size": (8, 8), "batch_size": 64, "monitor_steps": 100, **options}
         return Pretraining(dataclasses.replace(config, **options), open_images(data, val), tiny_model.config)
 
     return task
@@ -72,7 +71,7 @@ def test_labels_are_measured_by_the_vote_of_eval_knn(labelled, tmp_path):
     (tmp_path / "pictures").mkdir()
     task = labelled()
     assert str(task.probe) == "k-NN accuracy of 89 held-out among 200 training images of 10 classes"
-    values = task.measure(task.model, 0, RunDirectory(tmp_path))
+    values = task.measure(task.model, 0)
     chosen, held_out = task.probe._train, task.images.held_out
     images = torch.stack([task.probe._transform(chosen.read(i)) for i in range(200)])
     encoder = task.model.eval().encoder

@@ -11,7 +11,7 @@ import pytest
 from crate_mae import cli
 from crate_mae.commands.train import finetune, pretrain
 from crate_mae.errors import UserError
-from crate_mae.training.config import save_config
+from crate_mae.training.config import to_yaml
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, saved_options
 from crate_mae.training.resolve import with_machine
 
@@ -49,7 +49,7 @@ def test_an_image_size_that_is_none_is_refused():
 
 
 def test_the_configuration_file_of_a_run_gives_the_same_options_again(config, tmp_path):
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     arguments = parse(["--out", "again"], tmp_path / "config.yaml")
     values = {key: getattr(config, key) for key in saved_options(PretrainOptions)}
     wanted = {key: value for key, value in values.items() if value is not None}
@@ -57,14 +57,14 @@ def test_the_configuration_file_of_a_run_gives_the_same_options_again(config, tm
 
 
 def test_so_does_that_of_fine_tuning(finetune_config, tmp_path):
-    save_config(finetune_config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(to_yaml(finetune_config), encoding="utf-8")
     arguments = parse(["--out", "again"], tmp_path / "config.yaml", command="finetune")
     wanted = {key: getattr(finetune_config, key) for key in saved_options(FinetuneOptions)}
     assert {key: arguments[key] for key in wanted} == wanted
 
 
 def test_the_configuration_file_of_another_command_is_refused(config, tmp_path):
-    save_config(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     with pytest.raises(UserError, match="options of `crate-mae pretrain`, not of `crate-mae finetune`"):
         parse(["--out", "again"], tmp_path / "config.yaml", command="finetune")
 

@@ -119,9 +119,9 @@ def clocked(tmp_path, monkeypatch, config, tiny_model):
 
     monkeypatch.setattr(report_module, "render_report", draw)
     monkeypatch.setattr(report_module.time, "monotonic", lambda: clock.now)
-    task = Pretraining(replace(config, image_size=(8, 8)), open_images("digits"), tiny_model.config)
+    task = Pretraining(replace(config, image_size=(8, 8), out=tmp_path), open_images("digits"), tiny_model.config)
     assert task.config.monitor_steps == 2
-    clock.report = lambda writes: RunReport(RunDirectory(tmp_path), task, {}, writes=writes)
+    clock.report = lambda writes: RunReport(task, {}, writes=writes)
     return clock
 
 

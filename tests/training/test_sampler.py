@@ -2,18 +2,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from crate_mae.training.images import StepSampler, epoch_order, micro_slices
+from crate_mae.training.images import epoch_order, micro_slices, step_batches
 from crate_mae.training.options import PretrainOptions
 from crate_mae.training.randomness import Purpose, derive_seed, seed_step, step_noise
 
 
-def sampler(start_step=0, *, accumulation=1, **place):
+def batches(start_step=0, *, accumulation=1, **place):
     config = PretrainOptions("images", out="run", batch_size=6, seed=5, steps=7, accumulation=accumulation)
-    return StepSampler(23, config, start_step, **place)
-
-
-def batches(**options):
-    return list(sampler(**options))
+    return list(step_batches(23, config, start_step, **place))
 
 
 def test_an_epoch_shows_distinct_images_and_drops_the_last_that_fill_no_batch():
@@ -46,10 +42,10 @@ def test_slices_of_all_processes_make_up_the_batch():
     assert micro_slices(12, rank=1, world_size=2, accumulation=3) == [slice(6, 8), slice(8, 10), slice(10, 12)]
 
 
-def test_a_loader_takes_the_sampler_and_never_restarts():
+def test_a_loader_takes_the_batches_and_never_restarts():
     images = {(i, epoch): i for i in range(23) for epoch in range(3)}
-    loader = DataLoader(images, batch_sampler=sampler(), collate_fn=list)
-    assert len(list(loader)) == len(loader) == 7
+    loader = DataLoader(images, batch_sampler=batches(), collate_fn=list)
+    assert len(list(loader)) == 7
 
 
 def test_seeds_differ_by_purpose_and_position_and_fit_into_63_bits():

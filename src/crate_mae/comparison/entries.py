@@ -10,8 +10,8 @@ import torch
 from crate_mae.comparison.options import Budget, CompareOptions
 from crate_mae.costs.memory import step_memory
 from crate_mae.costs.trial import StepSettings, TrialStep
-from crate_mae.data import BadImage, ImageSource, UnreadableImage, refuse_shared_images
-from crate_mae.data.base import align_classes, refuse_unreadable
+from crate_mae.data import ImageSource, refuse_shared_images
+from crate_mae.data.base import align_classes, read_all, refuse_unreadable
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
@@ -22,8 +22,7 @@ from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER
 from crate_mae.training.images import open_named
 from crate_mae.training.options import PretrainOptions
-from crate_mae.training.precision import WORTHWHILE, multiplies_in_bfloat16
-from crate_mae.training.preflight import loading_seconds
+from crate_mae.training.preflight import WORTHWHILE, loading_seconds, multiplies_in_bfloat16
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
 
@@ -97,21 +96,12 @@ def open_images(options: CompareOptions) -> Images:
     """
     (train, train_name), (val, val_name) = open_named(options.train), open_named(options.val)
     refuse_shared_images(train, val, "--train", "models would be measured on images that they were trained on")
-    _check_readable(val)
+    _, bad = read_all(val, range(len(val)), lambda _image: None)
+    refuse_unreadable(val, bad, Extraction().max_bad, held_out=True)
     unlabelled = [source.name for source in (train, val) if source.labels is None]
     classes = 0 if unlabelled else _check_classes(train, val)
     why = f"{' and '.join(unlabelled)} without labels: only completions are measured." if unlabelled else ""
     return Images(train=train, val=val, train_name=train_name, val_name=val_name, classes=classes, why_no_probes=why)
-
-
-def _check_readable(val: ImageSource) -> None:
-    bad = []
-    for i in range(len(val)):
-        try:
-            val.read(i)
-        except UnreadableImage as error:
-            bad.append(BadImage(error.location, error.reason))
-    refuse_unreadable(val, bad, Extraction().max_bad, held_out=True)
 
 
 def resolve_entries(options: CompareOptions, images: Images) -> list[Entry]:
@@ -122,9 +112,9 @@ def resolve_entries(options: CompareOptions, images: Images) -> list[Entry]:
     """
     entries = []
     for name in options.models:
-        resolved = resolve_pretraining(options.pretraining(name, steps=1), 1)
-        task = resolved.build(resolved.config)
-        entries.append(Entry(name, resolved.config, task.model.config, task.transform()))
+        config, build_task = resolve_pretraining(options.pretraining(name, steps=1), 1)
+        task = build_task(config)
+        entries.append(Entry(name, config, task.model.config, task.transform()))
     sizes = {entry.name: entry.model.image_size for entry in entries}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())

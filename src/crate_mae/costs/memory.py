@@ -33,8 +33,7 @@ from crate_mae.private_torch import (
     tree_leaves,
     unset_fake_temporarily,
 )
-from crate_mae.training.precision import autocast
-from crate_mae.training.preflight import peak_memory, restart_peak
+from crate_mae.training.preflight import autocast, peak_memory, restart_peak
 
 # Resident memory of a step of the smallest model beyond its tensors: kernels that oneDNN compiles, and pages of
 # libraries that are touched for the first time. Measured (docs/planning.md).

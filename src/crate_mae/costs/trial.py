@@ -19,7 +19,7 @@ from crate_mae.models.masking import random_mask
 from crate_mae.models.monotone import retract_
 from crate_mae.private_torch import attention_of_processors, attention_of_processors_backward
 from crate_mae.training.optimizer import build_optimizer
-from crate_mae.training.precision import autocast
+from crate_mae.training.preflight import autocast
 
 _CPU = torch.device("cpu")
 

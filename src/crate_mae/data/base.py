@@ -3,7 +3,7 @@
 import contextlib
 import shlex
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Protocol, runtime_checkable
 
@@ -141,7 +141,7 @@ class EncodedSource(ImageSource):
 class Part(ImageSource):
     """Some images of a source, by their numbers in it, as a source of their own.
 
-    It has the labels that are given, one per image of the part, with their classes, and not those of the source.
+    It has the labels and classes that are given, one label per image of the part; by default those of the source.
     """
 
     def __init__(
@@ -152,7 +152,9 @@ class Part(ImageSource):
         labels: Int[np.ndarray, "n"] | None = None,
         classes: Sequence[str] | None = None,
     ) -> None:
-        super().__init__(whole.name, labels, classes if labels is not None else whole.classes)
+        if labels is None:
+            labels, classes = None if whole.labels is None else whole.labels[indices], whole.classes
+        super().__init__(whole.name, labels, classes)
         self.left_out = whole.left_out
         self._whole = whole
         self._indices = indices
@@ -181,6 +183,22 @@ class Part(ImageSource):
         """Those of the whole source, at the images of the part."""
         origins = list(self._whole.origins())
         return (origins[i] for i in self._indices)
+
+
+def read_all(
+    source: ImageSource, indices: Iterable[int], prepare: Callable[[Image.Image | Tensor], Any], most: int | None = None
+) -> tuple[dict[int, Any], list[BadImage]]:
+    """Read and prepare images: by number those that can be read, up to so many; and those that cannot until then."""
+    read: dict[int, Any] = {}
+    bad: list[BadImage] = []
+    for i in indices:
+        if len(read) == most:
+            break
+        try:
+            read[i] = prepare(source.read(i))
+        except UnreadableImage as error:
+            bad.append(BadImage(error.location, error.reason))
+    return read, bad
 
 
 def read_file(path: Path, location: str) -> bytes:

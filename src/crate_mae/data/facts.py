@@ -333,8 +333,8 @@ def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int
     of_second = min(second_size * len(second), max(_MOST_COMPARED / 2, _MOST_COMPARED - size * len(first)))
     sample = fixed_sample(len(first), max(1, int((_MOST_COMPARED - of_second) / size)))
     second_sample = fixed_sample(len(second), max(1, int(of_second / second_size)))
-    known = {digest: i for i in reversed(sample) if (digest := _digest(first, i))}
-    pairs = [(known[digest], i) for i in second_sample if (digest := _digest(second, i)) in known]
+    known = {digest: i for i in reversed(sample) if (digest := image_digest(first, i))}
+    pairs = [(known[digest], i) for i in second_sample if (digest := image_digest(second, i)) in known]
     return pairs, (len(sample), len(second_sample))
 
 
@@ -345,9 +345,10 @@ def _mean_bytes(source: ImageSource) -> float:
     return max(_LEAST_COMPARED, sum(sizes) / max(1, len(sizes)))
 
 
-def _digest(source: ImageSource, i: int) -> bytes | None:
+def image_digest(source: ImageSource, i: int) -> str:
+    """A digest of the bytes of a file, without decoding it, or of the pixels of another image; "" if unreadable."""
     content = _content(source, i)
-    return None if content is None else hashlib.sha256(content).digest()
+    return "" if content is None else hashlib.sha256(content).hexdigest()
 
 
 def _content(source: ImageSource, i: int) -> bytes | None:

@@ -9,7 +9,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from crate_mae.data import BadImage, ImageSource, UnreadableImage
+from crate_mae.data import BadImage, ImageSource
+from crate_mae.data.base import read_all
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
@@ -41,20 +42,10 @@ def read_images(source: ImageSource, transform: Preparation, indices: Iterable[i
     Raises:
         UserError: if none can be read.
     """
-    images: list[Tensor] = []
-    locations: list[str] = []
-    bad: list[BadImage] = []
-    for i in indices:
-        if len(images) == count:
-            break
-        try:
-            images.append(transform(source.read(i)))
-            locations.append(source.location(i))
-        except UnreadableImage as error:
-            bad.append(BadImage(error.location, error.reason))
+    images, bad = read_all(source, indices, transform, count)
     if not images:
         raise UserError(f"No image of {source.name} can be read. The first is\n{bad[0].location}: {bad[0].reason}")
-    return ReadImages(torch.stack(images), locations, bad)
+    return ReadImages(torch.stack(list(images.values())), [source.location(i) for i in images], bad)
 
 
 @dataclass(frozen=True)

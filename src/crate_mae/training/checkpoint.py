@@ -154,9 +154,7 @@ def write(checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainSta
         save_config(config, temporary)
         for file, tensors in files.items():
             _write_tensors(tensors, temporary / file)
-        _write_state(temporary, groups, state)
-        _copy_tables(checkpoints.parent, temporary)
-        write_digests(temporary, [path.name for path in temporary.iterdir()])
+        _write_rest(temporary, groups, state)
     _name_last(folder, state)
     return folder
 
@@ -193,9 +191,7 @@ def write_parts(
         def complete() -> None:
             for file, holder in holders.items():
                 write_index(temporary / file, holder, processes)
-            _write_state(temporary, groups, state)
-            _copy_tables(checkpoints.parent, temporary)
-            write_digests(temporary, [path.name for path in temporary.iterdir()], known=known)
+            _write_rest(temporary, groups, state, known)
             stack.close()  # the folder takes its name
             _name_last(folder, state)
 
@@ -220,9 +216,15 @@ def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     shutil.copymode(path.with_name(CONFIG_FILE), path)  # safetensors makes files that only their owner can read
 
 
-def _write_state(folder: Path, groups: list[Any], state: TrainState) -> None:
+def _write_rest(folder: Path, groups: list[Any], state: TrainState, known: Mapping[str, str] | None = None) -> None:
+    """Write the state, the tables of the run, and digests of all files, as far as they are not known."""
     content = {"schema": SCHEMA, **dataclasses.asdict(state), "parameter_groups": groups}
     (folder / STATE_FILE).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    run = folder.parent.parent
+    for name in TABLES:
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+    write_digests(folder, [path.name for path in folder.iterdir()], known=known)
 
 
 def _name_last(folder: Path, state: TrainState) -> None:
@@ -236,12 +238,6 @@ def _name_last(folder: Path, state: TrainState) -> None:
         if other not in kept and (is_checkpoint(other) or _UNFINISHED.fullmatch(other.name)):
             shutil.rmtree(other)
     logger.info("Saved %s.", folder)
-
-
-def _copy_tables(run: Path, folder: Path) -> None:
-    for name in TABLES:
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
 
 
 def read(folder: Path, model_state: ModelState) -> TrainState:
@@ -304,12 +300,7 @@ def _all_finite(tensor: Tensor) -> bool:
 
 
 def diverged(run: Path, what: str) -> DivergedError:
-    """The error to raise when a run did not stay finite.
-
-    Args:
-        run: its folder.
-        what: was not finite, and when: the first sentence.
-    """
+    """The error to raise when a run did not stay finite; its first sentence says what did not, and when."""
     whole = (folder for folder in list_checkpoints(run) if damage_of_checkpoint(folder) is None)
     good = next(filter(_is_finite, whole), "none: the run had only begun")
     return DivergedError(
@@ -358,33 +349,24 @@ def write_index(path: Path, holder: Mapping[str, int], processes: int) -> None:
 
 
 class Saver:
-    """Writes checkpoints of one model, by the clock and by epochs.
+    """Writes checkpoints of one model, by the clock and by epochs."""
 
-    Args:
-        directory: of the run.
-        task: knows the length of an epoch.
-        model_state: is saved.
-        accelerator: connects the processes.
-    """
-
-    def __init__(
-        self, directory: RunDirectory, task: Task, *, model_state: ModelState, accelerator: Accelerator
-    ) -> None:
-        self.directory = directory
+    def __init__(self, task: Task, model_state: ModelState, accelerator: Accelerator) -> None:
         self.task = task
-        self.config = task.config
+        self.directory = task.directory
         self.model_state = model_state
         self.accelerator = accelerator
-        self.steps_between = task.config.checkpoint_epochs * task.steps_per_epoch
         self._saved_at = time.monotonic()
 
     def is_due_by_clock(self) -> bool:
         """Whether the last checkpoint is old; clocks differ, so the answer of the first process counts for all."""
-        return time.monotonic() - self._saved_at >= 60 * self.config.checkpoint_minutes
+        return time.monotonic() - self._saved_at >= 60 * self.task.config.checkpoint_minutes
 
     def is_due_by_epoch(self, state: TrainState) -> bool:
         """Whether this step ends an epoch after which to save, or the run."""
-        return state.step % self.steps_between == 0 or state.step == self.config.steps
+        config = self.task.config
+        is_end = state.step % (config.checkpoint_epochs * self.task.steps_per_epoch) == 0
+        return is_end or state.step == config.steps
 
     def save(self, state: TrainState) -> None:
         """Write a checkpoint. All processes must call this together.
@@ -444,14 +426,7 @@ def best_checkpoint(run: Path, state: TrainState) -> Path | None:
 def forget_damaged_best(
     run: Path, state: TrainState, report: Callable[[str], object], *, known: Path | None = None
 ) -> None:
-    """If the best checkpoint is damaged or missing, report that, and have the next score be the best.
-
-    Args:
-        run: the run's folder.
-        state: of the run.
-        report: is called with a line.
-        known: a checkpoint that is known to be whole.
-    """
+    """If the best checkpoint, unless it is `known` to be whole, is damaged or missing, report that and forget it."""
     best = best_checkpoint(run, state)
     if best is None or best == known:
         return

@@ -9,7 +9,6 @@ from typing import Any
 import yaml
 
 from crate_mae.data.documents import read_yaml
-from crate_mae.data.files import write_whole
 from crate_mae.errors import UserError
 from crate_mae.training.options import (
     LENGTHS,
@@ -47,24 +46,22 @@ def _source(config: RunOptions, key: str) -> str:
     return origin(config, source) or f" ({option_name(source)})"
 
 
-def plain_options(config: RunOptions) -> dict[str, Any]:
-    """All options of a run, as plain values."""
-    return {name: _plain(getattr(config, name)) for name in saved_options(type(config))}
+def plain_options(config: RunOptions, *, speed: bool | None = None) -> dict[str, Any]:
+    """The options of a run, or some of them (see `saved_options`), as plain values."""
+    return {name: _plain(getattr(config, name)) for name in saved_options(type(config), speed=speed)}
 
 
 def result_options(config: RunOptions) -> dict[str, Any]:
     """The options that decide the result, as plain values; where data is does not count, but what it is."""
     places = [item.name for item in dataclasses.fields(config) if item.type is Data]
-    names = [name for name in saved_options(type(config), speed=False) if name not in (*places, "model")]
-    return {name: _plain(getattr(config, name)) for name in names}
+    return {name: x for name, x in plain_options(config, speed=False).items() if name not in (*places, "model")}
 
 
 def to_yaml(config: RunOptions) -> str:
     """The command, and two sections: what decides the result, and the rest."""
 
     def section(*, speed: bool) -> str:
-        values = {key: _plain(getattr(config, key)) for key in saved_options(type(config), speed=speed)}
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        return yaml.safe_dump(plain_options(config, speed=speed), sort_keys=False, allow_unicode=True, width=120)
 
     return (
         "# The resolved options of this run. "
@@ -74,18 +71,15 @@ def to_yaml(config: RunOptions) -> str:
     )
 
 
-def save_config(config: RunOptions, path: Path) -> None:
-    """Write `to_yaml()` to a file, whole or not at all."""
-    write_whole(path, to_yaml(config))
-
-
 def load_config(path: Path) -> PretrainOptions | FinetuneOptions:
-    """Read a file that `save_config` wrote; `out` is the folder that it is in.
+    """Read a file of `to_yaml`; `out` is the folder that it is in.
 
     Raises:
         UserError: if it is no such file, with the options that are missing, unknown, or of a wrong type.
     """
-    values = _read(path)
+    values = read_yaml(path)
+    if not isinstance(values, dict):
+        raise UserError(f"{path} holds no options of a run.")
     kinds = {kind.command: kind for kind in (PretrainOptions, FinetuneOptions)}
     command = values.pop(
         _COMMAND, PretrainOptions.command
@@ -110,13 +104,6 @@ def load_config(path: Path) -> PretrainOptions | FinetuneOptions:
     options |= {key: float(options[key]) for key in known if hints[key] is float}
     origins = dict.fromkeys(options, f"{path}")
     return kind(out=path.parent, **options, origins=origins)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    values = read_yaml(path)
-    if not isinstance(values, dict):
-        raise UserError(f"{path} holds no options of a run.")
-    return values
 
 
 def _type_in_file(item: dataclasses.Field) -> Any:

@@ -43,68 +43,55 @@ _REMEDIES = {
 def explain_end(accelerator: Accelerator, directory: RunDirectory) -> Iterator[None]:
     """Turn errors from outside into a `UserError` that says what is saved of the run and how to go on.
 
-    These are errors in writing its files, the loss of another process, and the end of one that loads images.
+    These are the end of a process that loads images, the loss of another training process, and errors in writing files.
     """
-    with (
-        explain_failed_writing(directory),
-        _explain_lost_processes(accelerator, directory.resume_command),
-        _explain_lost_loader(directory),
-    ):
-        yield
-
-
-@contextmanager
-def _explain_lost_processes(accelerator: Accelerator, resume_command: str) -> Iterator[None]:
-    """Turn errors of communication with a process that has ended into a `UserError` that explains how to continue."""
-    try:
-        yield
-    except RuntimeError as error:
-        if accelerator.num_processes == 1 or not is_of_communication(error):
-            raise
-        raise UserError(
-            f"Process {accelerator.process_index} of {accelerator.num_processes} has lost another one, which was ended "
-            "or cannot be reached: see the output of the launcher and its log.\n"
-            f"The run is as it was at its last checkpoint. To continue: {resume_command}, launched as before or not"
-        ) from error
-
-
-@contextmanager
-def explain_failed_writing(directory: RunDirectory) -> Iterator[None]:
-    """Turn an error in writing the files of a run into a `UserError` that says what is saved and how to go on."""
     try:
         yield
     except Exception as error:
-        number = _error_number(error, directory.path)
-        if number is None:
-            raise
-        directory.check_present()
-        reason = _REASONS.get(number, os.strerror(number).lower())
-        raise UserError(
-            f"The files of the run in {directory.path} cannot be written: {reason}. The run has stopped. "
-            f"{_saved(directory)}\n{_REMEDIES[number]}, then: {directory.resume_command}"
-        ) from error
-
-
-@contextmanager
-def _explain_lost_loader(directory: RunDirectory) -> Iterator[None]:
-    """Add to the message about a loader process that was ended what is saved and how to go on.
-
-    PyTorch notices such an end by a signal, and so raises its error in whatever the main thread is doing.
-    """
-    try:
-        yield
-    except (RuntimeError, UserError) as error:
-        cause = error.__cause__
-        message = explain_lost(error) or (cause and explain_lost(cause))
-        if isinstance(cause, (EOFError, ConnectionError)):
-            message = str(error)
+        message = (
+            _lost_loader(error, directory)
+            or _lost_process(error, accelerator, directory)
+            or _failed_writing(error, directory)
+        )
         if not message:
             raise
-        raise UserError(f"{message}\n{_saved(directory)} To continue: {directory.resume_command}") from error
+        raise UserError(message) from error
+
+
+def _lost_loader(error: Exception, directory: RunDirectory) -> str | None:
+    """PyTorch notices such an end by a signal, and so raises its error in whatever the main thread is doing."""
+    if not isinstance(error, (RuntimeError, UserError)):
+        return None
+    cause = error.__cause__
+    message = explain_lost(error) or (explain_lost(cause) if cause else None)
+    if isinstance(cause, (EOFError, ConnectionError)):
+        message = str(error)
+    return f"{message}\n{_saved(directory)} To continue: {directory.resume_command}" if message else None
+
+
+def _lost_process(error: Exception, accelerator: Accelerator, directory: RunDirectory) -> str | None:
+    if accelerator.num_processes == 1 or not isinstance(error, RuntimeError) or not is_of_communication(error):
+        return None
+    return (
+        f"Process {accelerator.process_index} of {accelerator.num_processes} has lost another one, which was ended or "
+        "cannot be reached: see the output of the launcher and its log.\nThe run is as it was at its last checkpoint. "
+        f"To continue: {directory.resume_command}, launched as before or not"
+    )
+
+
+def _failed_writing(error: Exception, directory: RunDirectory) -> str | None:
+    number = _error_number(error, directory.path)
+    if number is None:
+        return None
+    directory.check_present()
+    reason = _REASONS.get(number, os.strerror(number).lower())
+    return (
+        f"The files of the run in {directory.path} cannot be written: {reason}. The run has stopped. "
+        f"{_saved(directory)}\n{_REMEDIES[number]}, then: {directory.resume_command}"
+    )
 
 
 def _saved(directory: RunDirectory) -> str:
-    """A sentence about what is saved of a run."""
     kept = list_checkpoints(directory.path)
     return f"Everything up to {kept[0].name} is saved." if kept else "It had no checkpoint yet."
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, ClassVar, final
 
 import numpy as np
@@ -30,7 +29,6 @@ from crate_mae.training.options import FinetuneOptions
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.progress import count
 from crate_mae.training.randomness import Purpose, derive_seed
-from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import StepLoss, Task, evaluating
 
 BETAS = (0.9, 0.999)  # those of MAE's fine-tuning
@@ -113,7 +111,7 @@ class Finetuning(Task[FinetuneOptions]):
 
         return loss
 
-    def measure(self, model: Any, step: int, directory: RunDirectory) -> dict[str, float]:  # noqa: ARG002  # as in `Task`
+    def measure(self, model: Any, step: int) -> dict[str, float]:  # noqa: ARG002  # as in `Task`
         """Measure loss and accuracy, in float32."""
         total, sums = len(self.validation), {"val_loss": 0.0, "val_accuracy": 0.0}
         if len(model.config.classes) > _TOP:
@@ -155,8 +153,9 @@ class Finetuning(Task[FinetuneOptions]):
             f"{best['step']:,.0f}, the best."
         )
 
-    def describe_use(self, run: Path) -> list[str]:
+    def describe_use(self) -> list[str]:
         """Describe which model was kept, and how to use it."""
+        run = self.directory.path
         images = "IMAGES" if self.config.val.startswith(PYTHON_OBJECT) else shlex.quote(self.config.val)
         return [
             f"{run} holds that best model. It was chosen by these images, so its accuracy on others may be less.",
@@ -172,9 +171,7 @@ class Finetuning(Task[FinetuneOptions]):
             indices += batch.indices.tolist()
             bad += batch.bad
         refuse_unreadable(source, bad, config.max_bad, held_out=True)
-        readable, labels = np.array(indices, dtype=np.int64), source.labels
-        assert labels is not None, "validation images have labels"
-        return Part(source, readable, labels=labels[readable], classes=source.classes), bad
+        return Part(source, np.array(indices, dtype=np.int64)), bad
 
     def _batches(self, source: ImageSource, workers: int) -> Any:
         m = self.model_config
@@ -192,20 +189,11 @@ class Mixing:
 
     timm mixes the first image of a batch with the last, the second with the last but one, and so on, which depends on
     where a batch is divided into micro-batches. Neighbours stay together as long as every micro-batch has an even
-    number of images. The share, and for CutMix the box, is drawn once a step.
-
-    Args:
-        mixup: parameter of the Beta distribution from which Mixup's share is drawn; 0 does without.
-        cutmix: that of CutMix; of both, each step uses one or the other.
-        label_smoothing: part of each target that is spread over all classes.
-        num_classes: k.
-        seed: of the run.
+    number of images. The share, and for CutMix the box, is drawn once a step. Arguments are those of `FinetuneOptions`.
     """
 
     def __init__(self, mixup: float, cutmix: float, *, label_smoothing: float, num_classes: int, seed: int) -> None:
         self.mixes = mixup > 0 or cutmix > 0
-        self.label_smoothing = label_smoothing
-        self.num_classes = num_classes
         self.seed = seed
         self._mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=num_classes)
 
@@ -214,7 +202,7 @@ class Mixing:
     ) -> tuple[Float[Tensor, "b c hh ww"], Float[Tensor, "b k"]]:
         """Mix images, which changes their order; the targets are the shares of the classes in each."""
         if not self.mixes:
-            return images, mixup_target(labels, self.num_classes, smoothing=self.label_smoothing)
+            return images, mixup_target(labels, self._mixup.num_classes, smoothing=self._mixup.label_smoothing)
         count = len(images)
         even = torch.arange(0, count, 2, device=images.device)
         order = torch.cat([even, even.flip(0) + 1])  # 0 2 4 5 3 1: timm then mixes 0 with 1, 2 with 3, 4 with 5

@@ -12,10 +12,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 
 from crate_mae.data import (
     BadImage,
@@ -23,24 +22,14 @@ from crate_mae.data import (
     ImageDataset,
     ImageSource,
     Part,
-    UnreadableImage,
     collate,
     full_name,
     open_source,
     refuse_shared_images,
 )
-from crate_mae.data.base import (
-    EncodedSource,
-    align_classes,
-    aligned_labels,
-    label_names,
-    most_bad,
-    refuse_unreadable,
-    text_of,
-)
+from crate_mae.data.base import align_classes, aligned_labels, label_names, most_bad, text_of
 from crate_mae.data.dataset import workers_errors_plain
-from crate_mae.data.facts import UNREADABLE, content_digests
-from crate_mae.data.transforms import Preparation
+from crate_mae.data.facts import UNREADABLE, content_digests, image_digest
 from crate_mae.errors import UserError, and_more
 from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import ignore_stop_requests
@@ -70,10 +59,6 @@ class RunImages:
     train_name: str
     held_out_name: str | None
     split: Callable[[], dict[str, Any]] | None = None
-
-    def locations(self) -> set[str]:
-        """Where all of them are."""
-        return {part.location(i) for part in (self.train, self.held_out) for i in range(len(part))}
 
 
 def open_named(data: Any) -> tuple[ImageSource, str]:
@@ -121,7 +106,7 @@ def open_images(
     if val is not None:
         other, other_name = open_named(val)
         refuse_shared_images(whole, other, "DATA", "the loss on them would not be one on held-out images")
-        return RunImages(whole, _part(other, _fixed_sample(other, MOST_HELD_OUT)), name, other_name)
+        return RunImages(whole, Part(other, _fixed_sample(other, MOST_HELD_OUT)), name, other_name)
     if len(whole) < 2:
         raise UserError(
             f"{whole.name} has {len(whole)} image, but pretraining needs at least 2: one to train on, one held out."
@@ -133,13 +118,7 @@ def open_images(
         held_out = np.array(record["held_out"], dtype=np.int64)
     train = np.setdiff1d(np.arange(len(whole)), held_out)
     split = partial(split_record, whole, held_out)
-    return RunImages(_part(whole, train), _part(whole, held_out), name, None, split)
-
-
-def _part(source: ImageSource, indices: np.ndarray) -> Part:
-    """Some images, with their labels, which are measured but not trained on."""
-    labels = None if source.labels is None else source.labels[indices]
-    return Part(source, indices, labels=labels, classes=source.classes)
+    return RunImages(Part(whole, train), Part(whole, held_out), name, None, split)
 
 
 def _fixed_sample(source: ImageSource, size: int) -> np.ndarray:
@@ -152,13 +131,13 @@ def split_record(whole: ImageSource, held_out: np.ndarray) -> dict[str, Any]:
     return {
         "images": len(whole),
         "held_out": held_out.tolist(),
-        "sha256": [_image_digest(whole, int(i)) for i in held_out],
+        "sha256": [image_digest(whole, int(i)) for i in held_out],
     }
 
 
 def _found_again(whole: ImageSource, record: Mapping[str, Any]) -> np.ndarray:
     known = set(record["sha256"]) - {"", UNREADABLE}
-    found = [i for i in range(len(whole)) if _image_digest(whole, i) in known]
+    found = [i for i in range(len(whole)) if image_digest(whole, i) in known]
     if not 0 < len(found) < len(whole):
         which = "None" if not found else "All"
         raise UserError(
@@ -168,24 +147,8 @@ def _found_again(whole: ImageSource, record: Mapping[str, Any]) -> np.ndarray:
     return np.array(found, dtype=np.int64)
 
 
-def _image_digest(source: ImageSource, i: int) -> str:
-    """A digest of the bytes of a file, without decoding it, or of the pixels of another image; "" if unreadable."""
-    try:
-        if isinstance(source, EncodedSource):
-            return hashlib.sha256(source.content(i)).hexdigest()
-        return content_digests(Part(source, np.array([i])))[0].replace(UNREADABLE, "")
-    except UnreadableImage:
-        return ""
-
-
 def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
-    """Open training and validation images, and give their classes the same numbers.
-
-    Args:
-        train: any form of DATA.
-        val: any other.
-        share: of the training images of each class, chosen by the seed.
-        seed: of the run.
+    """Open training and validation images, and give their classes the same numbers; see `stratified_share`.
 
     Raises:
         UserError: without labels, with one class only, with other classes in one than in the other, or if the share
@@ -216,9 +179,10 @@ def data_digests(train: ImageSource, held_out: ImageSource, *, with_labels: bool
     Of all images the names count, of a fixed sample the contents. Names are taken without what all have in common, so
     that data may move to another folder.
     """
-    found = {"training images": _images_digest(train), "held-out images": _images_digest(held_out)}
+    sources = {"training": train, "held-out": held_out}
+    found = {f"{name} images": _images_digest(source) for name, source in sources.items()}
     if with_labels:
-        found |= {"training labels": _labels_digest(train), "held-out labels": _labels_digest(held_out)}
+        found |= {f"{name} labels": _digest(map(str, label_names(source) or [])) for name, source in sources.items()}
     return found
 
 
@@ -226,10 +190,6 @@ def _images_digest(source: ImageSource) -> str:
     names = [source.location(i) for i in range(len(source))]
     common = len(os.path.commonprefix(names))  # noqa: RUF071  # names need not be paths
     return _digest([name[common:] for name in names] + content_digests(source))
-
-
-def _labels_digest(source: ImageSource) -> str:
-    return _digest([str(name) for name in label_names(source) or []])
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -260,24 +220,6 @@ def stratified_share(labels: np.ndarray, classes: list[str], share: float, seed:
     return np.sort(np.concatenate(chosen))
 
 
-def read_held_out(
-    source: ImageSource, transform: Preparation, max_bad: float
-) -> tuple[Float[Tensor, "b c hh ww"], list[BadImage]]:
-    """Read the held-out images, prepared without randomness; the second result lists those that cannot be read.
-
-    Raises:
-        UserError: if none can be read, or more cannot than `max_bad` allows.
-    """
-    images, bad = [], []
-    for i in range(len(source)):
-        try:
-            images.append(transform(source.read(i)))
-        except UnreadableImage as error:
-            bad.append(BadImage(error.location, error.reason))
-    refuse_unreadable(source, bad, max_bad, held_out=True)
-    return torch.stack(images), bad
-
-
 def epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
     """The order of the images in an epoch: a permutation that depends on (seed, epoch) only."""
     return np.random.default_rng(derive_seed(seed, Purpose.ORDER, epoch)).permutation(num_images)
@@ -295,43 +237,25 @@ def micro_slices(global_batch: int, rank: int, world_size: int, accumulation: in
     return [slice(i * micro, (i + 1) * micro) for i in range(first, first + accumulation)]
 
 
-class StepSampler(Sampler[list[tuple[int, int]]]):
+def step_batches(
+    num_images: int, config: RunOptions, start_step: int, *, rank: int = 0, world_size: int = 1
+) -> Iterator[list[tuple[int, int]]]:
     """The micro-batches of one process from `start_step` to the end of the run, as lists of (image, epoch) keys.
 
-    Pass it to a `DataLoader` as `batch_sampler`. It has no state but the step, so a resumed run continues with exactly
-    the images that come next; and it never ends at an epoch, so loading never stalls between two. The last images of an
-    epoch that fill no batch are left out; another permutation leaves out others.
-
-    Args:
-        num_images: images to train on.
-        config: of the run.
-        start_step: first step to yield.
-        rank: number of this process.
-        world_size: number of processes.
+    It has no state but the step, so a resumed run continues with exactly the images that come next; and it never ends
+    at an epoch, so loading never stalls between two. The last images of an epoch that fill no batch are left out;
+    another permutation leaves out others.
     """
-
-    def __init__(
-        self, num_images: int, config: RunOptions, start_step: int, *, rank: int = 0, world_size: int = 1
-    ) -> None:
-        self.num_images = num_images
-        self.config = config
-        self.start_step = start_step
-        self.slices = micro_slices(config.batch_size, rank, world_size, config.accumulation)
-
-    def __len__(self) -> int:
-        return (self.config.steps - self.start_step) * len(self.slices)
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        size, seed = self.config.batch_size, self.config.seed
-        steps_per_epoch = self.num_images // size
-        order, order_epoch = np.empty(0, dtype=np.int64), -1
-        for step in range(self.start_step, self.config.steps):
-            epoch, position = divmod(step, steps_per_epoch)
-            if epoch != order_epoch:
-                order, order_epoch = epoch_order(seed, epoch, self.num_images), epoch
-            batch = order[position * size : (position + 1) * size]
-            for part in self.slices:
-                yield [(int(index), epoch) for index in batch[part]]
+    size, seed = config.batch_size, config.seed
+    slices = micro_slices(size, rank, world_size, config.accumulation)
+    order, order_epoch = np.empty(0, dtype=np.int64), -1
+    for step in range(start_step, config.steps):
+        epoch, position = divmod(step, num_images // size)
+        if epoch != order_epoch:
+            order, order_epoch = epoch_order(seed, epoch, num_images), epoch
+        batch = order[position * size : (position + 1) * size]
+        for part in slices:
+            yield [(int(index), epoch) for index in batch[part]]
 
 
 def training_batches(
@@ -344,13 +268,10 @@ def training_batches(
     world_size: int,
     pin_memory: bool,
 ) -> Generator[Batch]:
-    """The micro-batches of one process from `start_step` to the end of the run.
-
-    Close the generator to end the loader's processes.
-    """
+    """The images of `step_batches`. Close the generator to end the loader's processes."""
     loader = DataLoader(
         ImageDataset(source, transform, config.seed),
-        batch_sampler=StepSampler(len(source), config, start_step, rank=rank, world_size=world_size),
+        batch_sampler=step_batches(len(source), config, start_step, rank=rank, world_size=world_size),
         collate_fn=collate,
         num_workers=config.workers,
         worker_init_fn=ignore_stop_requests,
@@ -366,11 +287,7 @@ class BadImages:
 
     A run may meet max_bad * max(seen, 100) of them, where `seen` is the number of distinct images it has asked for so
     far. The 100 keep one bad file at the very beginning from stopping a run; with `max_bad=0` the first one stops it.
-
-    Args:
-        table: the file bad_files.csv; what it lists is known already.
-        max_bad: largest share of unreadable images.
-        writes: whether this process writes the table.
+    What the table bad_files.csv lists is known already; one process writes new ones into it.
     """
 
     def __init__(self, table: CsvLog, max_bad: float, *, writes: bool = True) -> None:
@@ -399,14 +316,7 @@ class BadImages:
         return len(self) > most_bad(self.max_bad, seen)
 
     def error(self, seen: int, resume_without: str, *, check: str | None = None, origin: str = "") -> UserError:
-        """The error to raise when there are too many.
-
-        Args:
-            seen: images so far.
-            resume_without: the command to go on without them.
-            check: the command that lists those that the run has not met yet, too.
-            origin: of the limit; see `options.origin`.
-        """
+        """The error to raise when there are too many, with commands to list all and to go on without them."""
         first = "; ".join(f"{location} ({reason})" for location, reason in list(self.reasons.items())[:_MOST_LISTED])
         others = f"; {check} finds the others" if check else ""
         return UserError(

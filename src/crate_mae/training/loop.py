@@ -9,7 +9,6 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -26,18 +25,15 @@ from crate_mae.models.monotone import retract_
 from crate_mae.training.checkpoint import Saver, TrainState, diverged
 from crate_mae.training.failures import explain_end
 from crate_mae.training.images import BadImages, micro_slices, training_batches
-from crate_mae.training.logbook import Logbook, open_trackers
 from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
 from crate_mae.training.optimizer import scaled_lr, warmup_cosine
 from crate_mae.training.options import origin
-from crate_mae.training.precision import autocast
-from crate_mae.training.preflight import first_step, peak_on
+from crate_mae.training.preflight import autocast, first_step, peak_on
 from crate_mae.training.processes import Agreement, agree, first_decides, stop_requests
 from crate_mae.training.progress import Display, describe_end, plan_lines
 from crate_mae.training.randomness import seed_step
-from crate_mae.training.report import RunReport
+from crate_mae.training.report import Logbook, RunReport, open_trackers
 from crate_mae.training.resume import resume
-from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import Task
 
 MOST_SKIPPED_IN_A_ROW = 5
@@ -47,7 +43,6 @@ def train(
     task: Task,
     accelerator: Accelerator,
     *,
-    directory: RunDirectory,
     display: Display,
     plan: dict[str, str],
     newest: Path | None,
@@ -57,9 +52,8 @@ def train(
     """Train from the newest checkpoint, or from the beginning, to the end of the run.
 
     Args:
-        task: what to learn from which images, checked.
+        task: checked.
         accelerator: connects devices and processes.
-        directory: where everything is kept.
         display: prints the plan and the progress.
         plan: to print before the first step, and to keep in the log and the report.
         newest: the newest checkpoint of the run, which has been checked.
@@ -70,10 +64,11 @@ def train(
         UserError: for a reason to stop that the user can fix. What was saved stays whole.
         RunStopped: after SIGINT, SIGTERM or SIGHUP, when everything has been saved.
     """
+    directory = task.directory
     try:
         with ExitStack() as stack:
             first_decides(accelerator, lambda: stack.enter_context(directory.opened(task.config)))
-            report = RunReport(directory, task, plan, writes=accelerator.is_main_process)
+            report = RunReport(task, plan, writes=accelerator.is_main_process)
             stack.enter_context(report.to_the_end())
             stack.enter_context(explain_end(accelerator, directory))
             first_decides(accelerator, directory.log_start)
@@ -84,21 +79,15 @@ def train(
 
             # Resume.
             state = resume(
-                task,
-                accelerator,
-                directory,
-                model_state,
-                newest=newest,
-                report=display.warn,
-                data_changed=data_changed,
+                task, accelerator, model_state, newest=newest, report=display.warn, data_changed=data_changed
             )
             report.begin(state, started)
             stack.enter_context(open_trackers(accelerator, task.config, directory.path, state.step))
 
             # Closed with the run, so that no loader process outlives it, whatever ends it.
             batches = stack.enter_context(closing(_batches(task, accelerator, state.step)))
-            _learn(task, accelerator, model_state, state, batches, directory=directory, display=display, report=report)
-            lines = describe_end(task, directory, state, peak_on(accelerator.device), time.monotonic() - started)
+            _learn(task, accelerator, model_state, state, batches, display=display, report=report)
+            lines = describe_end(task, state, peak_on(accelerator.device), time.monotonic() - started)
             report.end = lines[0]
             report.close()
             first_decides(accelerator, directory.finish)  # last of all: until then, the run is to be finished again
@@ -115,16 +104,15 @@ def _learn(
     state: TrainState,
     batches: Iterator[Batch],
     *,
-    directory: RunDirectory,
     display: Display,
     report: RunReport,
 ) -> None:
     """From the state's step to the end of the run: step, log, save."""
-    config = task.config
+    config, directory = task.config, task.directory
     bad_images = BadImages(directory.bad_files, config.max_bad, writes=accelerator.is_main_process)
     bad_images.add(0, task.bad_held_out)
-    log = Logbook(directory, task, accelerator, report)
-    saver = Saver(directory, task, model_state=model_state, accelerator=accelerator)
+    log = Logbook(task, accelerator, report)
+    saver = Saver(task, model_state, accelerator)
 
     answers = accelerator.is_main_process and not config.quiet
     with stop_requests(answers=answers) as request, display.training(state.step, config.steps):
@@ -135,18 +123,20 @@ def _learn(
             # Step.
             due = saver.is_due_by_clock()
             with first_step(is_first=state.step == begun_at):
-                step = training_step(task, accelerator, model_state, batches, state.step, stop=request.signal, save=due)
-            agreed = step.agreed
+                agreed, lr, bad, waited = training_step(
+                    task, accelerator, model_state, batches, state.step, stop=request.signal, save=due
+                )
             state.count(agreed.loss, agreed.is_finite)
             if agreed.is_finite:
                 model_state.move_average(state.step)
 
             # Log.
             seen = task.images_seen(state.step)
-            too_many_bad = agreed.bad_images and _add_bad_images(bad_images, state.step, step.bad_images, seen)
-            row: dict[str, float] = {"lr": step.lr, "grad_norm": agreed.grad_norm}
+            met = gather_object(bad) if agreed.bad_images else []
+            too_many_bad = bad_images.add(state.step, met) and bad_images.too_many(seen)
+            row: dict[str, float] = {"lr": lr, "grad_norm": agreed.grad_norm}
             row |= {"skipped_steps": state.skipped, "bad_images": len(bad_images)}
-            is_best = log.record(model_state, state, row, waited=step.waited)
+            is_best = log.record(model_state, state, row, waited=waited)
             display.step(state.step, agreed.loss, log.images_per_second, log.data_wait)
 
             # Save.
@@ -165,22 +155,6 @@ def _learn(
         saver.save_model(state)
 
 
-class StepResult(NamedTuple):
-    """One step.
-
-    Attributes:
-        agreed: what all processes know together. If it is not finite, the weights have not been changed.
-        lr: learning rate.
-        bad_images: unreadable images that this process met.
-        waited: seconds that this process spent waiting for images.
-    """
-
-    agreed: Agreement
-    lr: float
-    bad_images: list[BadImage]
-    waited: float
-
-
 def training_step(
     task: Task,
     accelerator: Accelerator,
@@ -190,7 +164,7 @@ def training_step(
     *,
     stop: int,
     save: bool,
-) -> StepResult:
+) -> tuple[Agreement, float, list[BadImage], float]:
     """Take one optimizer step: a function of (weights, optimizer state, seed, step), and of nothing else.
 
     Args:
@@ -201,8 +175,12 @@ def training_step(
         step: number of steps before this one.
         stop: signal that this process received, or 0.
         save: whether this process finds a checkpoint due.
+
+    Returns:
+        what all processes know together; the learning rate; the unreadable images that this process met; and the
+        seconds that it spent waiting for images.
     """
-    optimizer = model_state.accelerated
+    optimizer = model_state.optimizer
     lr = _set_learning_rate(task, optimizer, step)
     loss, bad_images, waited = _compute_gradients(task, accelerator, model_state, batches, step)
     norm = _clip_gradients(model_state.model.parameters(), task.config.clip_grad)
@@ -211,7 +189,7 @@ def training_step(
         optimizer.step()
         retract_(model_state.plain)
     optimizer.zero_grad()
-    return StepResult(agreed, lr, bad_images, waited)
+    return agreed, lr, bad_images, waited
 
 
 def _set_learning_rate(task: Task, optimizer: Optimizer, step: int) -> float:
@@ -260,11 +238,6 @@ def _clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Float[Tens
     if max_norm:
         clip_grads_with_norm_(parameters, max_norm, norm)
     return whole_tensor(norm)
-
-
-def _add_bad_images(known: BadImages, step: int, found: list[BadImage], seen: int) -> bool:
-    """Write down the unreadable images of all processes; whether new ones make too many."""
-    return known.add(step, gather_object(found)) and known.too_many(seen)
 
 
 def _batches(task: Task, accelerator: Accelerator, start_step: int) -> Generator[Batch]:

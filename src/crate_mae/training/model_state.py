@@ -41,8 +41,7 @@ class ModelState:
     Attributes:
         model: as the accelerator prepared it, or sharded.
         plain: the model itself.
-        optimizer: torch's own, which is saved.
-        accelerated: the accelerator's wrapper of it, which steps.
+        optimizer: of the plain model's parameters.
         average: of the plain model's weights over the last steps; None if none is kept.
         whole: where the model is sharded, another one on the CPU of the first process, to put whole weights into.
     """
@@ -50,7 +49,6 @@ class ModelState:
     model: nn.Module
     plain: nn.Module
     optimizer: Optimizer
-    accelerated: Optimizer
     average: ModelEmaV3 | None = None
     whole: nn.Module | None = None
 
@@ -108,9 +106,7 @@ def build_model_state(task: Task, accelerator: Accelerator) -> ModelState:
             shard(each, accelerator, settings)
         model = plain
     retract_(plain)
-    optimizer = task.optimizer(plain)
-    accelerated = accelerator.prepare_optimizer(optimizer)
-    return ModelState(model, plain, optimizer, accelerated=accelerated, average=average, whole=whole)
+    return ModelState(model, plain, task.optimizer(plain), average, whole)
 
 
 def average_of(model: nn.Module, decay: float) -> ModelEmaV3 | None:
@@ -158,13 +154,7 @@ def sharding_of(accelerator: Accelerator) -> FullyShardedDataParallelPlugin | No
 
 
 def shard(model: Any, accelerator: Accelerator, settings: FullyShardedDataParallelPlugin) -> None:
-    """Shard a model among all processes, in place. Its tensors become `DTensor`s; it is called as before.
-
-    Args:
-        model: with `layers`; the same in all processes.
-        accelerator: of the processes.
-        settings: of the launcher.
-    """
+    """Shard a model with `layers` among all processes, in place: its tensors become `DTensor`s."""
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in model.layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=bool(settings.reshard_after_forward))

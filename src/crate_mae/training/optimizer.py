@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
 from typing import Any
 
-from torch import nn
+from timm.optim import param_groups_weight_decay
 from torch.optim import AdamW
 
 from crate_mae.models.autoencoder import MaskedAutoencoder
@@ -14,36 +13,13 @@ from crate_mae.models.autoencoder import MaskedAutoencoder
 BETAS = (0.9, 0.95)  # those of MAE and of the CRATE-MAE paper: with 0.999, masked training spikes
 
 
-def decay_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]],
-    weight_decay: float,
-    no_decay: Collection[str] = (),
-) -> list[dict[str, Any]]:
-    """Split parameters into a group with weight decay and one without.
+def build_optimizer(model: MaskedAutoencoder, weight_decay: float) -> AdamW:
+    """AdamW for masked training.
 
     Decay pulls a matrix towards zero. A bias, a norm's scale, a class token or a mask token has no reason to be near
-    zero: parameters of at most one dimension and those named in `no_decay` are left alone.
-
-    Args:
-        named_parameters: as `nn.Module.named_parameters` gives them. Frozen ones are left out.
-        weight_decay: of the first group.
-        no_decay: full names of further parameters without decay.
-
-    Returns:
-        Parameter groups for a torch optimizer: first decayed, then not decayed. Empty groups are left out.
+    zero: parameters of at most one dimension and those of `no_weight_decay` are left alone.
     """
-    decayed: list[nn.Parameter] = []
-    spared: list[nn.Parameter] = []
-    for name, parameter in named_parameters:
-        if parameter.requires_grad:
-            (spared if parameter.ndim <= 1 or name in no_decay else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(model: MaskedAutoencoder, weight_decay: float) -> AdamW:
-    """AdamW over `decay_groups` of the model, for masked training."""
-    return adamw(decay_groups(model.named_parameters(), weight_decay, model.no_weight_decay()), BETAS)
+    return adamw(param_groups_weight_decay(model, weight_decay, no_weight_decay_list=model.no_weight_decay()), BETAS)
 
 
 def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> AdamW:
@@ -55,9 +31,7 @@ def adamw(groups: list[dict[str, Any]], betas: tuple[float, float]) -> AdamW:
 def scaled_lr(base_lr: float, global_batch: int) -> float:
     """The linear scaling rule lr = base_lr * global_batch / 256 (Goyal et al. 2017, "Accurate, Large Minibatch SGD").
 
-    Args:
-        base_lr: learning rate for 256 images per step.
-        global_batch: images per step over all processes and accumulated micro-batches.
+    The global batch counts the images of all processes and accumulated micro-batches.
     """
     return base_lr * global_batch / 256
 
@@ -68,12 +42,7 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int, peak_lr: float
     - step < warmup_steps: peak_lr (step + 1) / warmup_steps, so that not even the first step is wasted on lr = 0;
     - after that: final_lr + (peak_lr - final_lr) (1 + cos(pi t)) / 2, with t = (step - warmup) / (total - warmup).
 
-    Args:
-        step: steps done so far, from 0 to total_steps - 1; `final_lr` would be reached at total_steps.
-        total_steps: steps of the whole run.
-        warmup_steps: steps of the warm-up, less than total_steps.
-        peak_lr: learning rate at the end of the warm-up.
-        final_lr: learning rate at the end of the run.
+    `step` counts the steps done so far, from 0 to total_steps - 1; `final_lr` would be reached at total_steps.
     """
     if step < warmup_steps:
         return peak_lr * (step + 1) / warmup_steps

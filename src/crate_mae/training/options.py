@@ -51,12 +51,7 @@ LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit int
 
 
 class Range(NamedTuple):
-    """The numbers that an option takes.
-
-    Attributes:
-        contains: whether a number is one of them.
-        text: completes the sentence "--lr is -1, but must be ...".
-    """
+    """The numbers that an option takes: `text` completes the sentence "--lr is -1, but must be ..."."""
 
     contains: Callable[[Any], bool]
     text: str
@@ -83,11 +78,11 @@ def option(
     later: bool = False,
     **field_options: bool,
 ) -> Any:
-    """A field for an option.
+    """A field for an option, with its help.
 
     Args:
         default: None leaves the option open; `MISSING` has it given.
-        explanation: its help.
+        explanation: the help.
         numbers: that it takes.
         speed: whether it changes speed, safety and logging only, so that a resumed run may change it.
         saved: whether it belongs to the run, and is saved in `config.yaml`, rather than to one call.
@@ -135,9 +130,7 @@ class RunOptions:
         saved=False,
     )
     batch_size: int = option(
-        None,
-        "Images per step, over all processes and micro-batches. By default 256, less for few images.",
-        AT_LEAST_1,
+        None, "Images per step, over all processes and micro-batches. By default 256, less for few images.", AT_LEAST_1
     )
     lr: float = option(None, "Learning rate per 256 images; it is scaled by batch_size / 256.", POSITIVE)
     min_lr: float = option(0.0, "Learning rate at the end of the cosine, per 256 images.", AT_LEAST_0)
@@ -188,9 +181,7 @@ class RunOptions:
         speed=True,
     )
     trackers: Names = option(
-        None,
-        "Such as tensorboard or wandb. By default TensorBoard if installed; --no-trackers for none.",
-        speed=True,
+        None, "Such as tensorboard or wandb. By default TensorBoard if installed; --no-trackers for none.", speed=True
     )
     dry_run: bool = option(False, "Only check, and print the plan.", saved=False)
     quiet: bool = option(False, "Print nothing.", saved=False)
@@ -244,9 +235,7 @@ class PretrainOptions(RunOptions):
         MISSING, "A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits.", kw_only=False
     )
     recipe: str | None = option(
-        None,
-        "A tested set of options, see `crate-mae recipes`; options on the command line override it.",
-        saved=False,
+        None, "A tested set of options, see `crate-mae recipes`; options on the command line override it.", saved=False
     )
     model: str = option(None, "A name from `crate-mae models`. By default the one made for images of this size.")
     lr: float = option(

@@ -1,4 +1,4 @@
-"""What is found out before the first step: whether it compiles, whether it fits in memory, and how fast it is."""
+"""What is found out before the first step: whether it compiles and fits in memory, how fast, and in which precision."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ import re
 import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import NamedTuple, cast
 
 import psutil
 import torch
@@ -29,12 +30,11 @@ from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, first_line
 from crate_mae.training.model_state import shard, sharding_of
 from crate_mae.training.options import RunOptions
-from crate_mae.training.precision import WORTHWHILE, autocast, multiplies_in_bfloat16
 from crate_mae.training.processes import first_decides, processes_here
 from crate_mae.training.task import Task
 
-Precision = Literal["float32", "bfloat16"]
-
+WORTHWHILE = 1.05  # a step in bfloat16 must be this much faster, since it costs digits
+_SIDE = 256  # of matrices whose product is timed
 _TIMED_STEPS = 3
 _FEW_TIMED_IMAGES = 8
 _LONG_STEP = 5.0  # seconds; a longer step is estimated from one with few images
@@ -51,10 +51,6 @@ _STATUS = Path("/proc/self/status")
 
 def check_compiler(device: torch.device, origin: str = "") -> None:
     """Compile something small, on the device of the run.
-
-    Args:
-        device: of the run.
-        origin: of the option; see `options.origin`.
 
     Raises:
         UserError: if that fails, for example without a C++ compiler (CPU) or without Triton (GPU).
@@ -86,11 +82,7 @@ def first_step(*, is_first: bool = True) -> Iterator[None]:
 
 
 def halved(config: RunOptions, processes: int) -> RunOptions:
-    """The configuration with half as many images at a time, and twice as many times; the steps are the same.
-
-    Args:
-        config: of a run whose first step did not fit.
-        processes: that share a batch.
+    """The configuration with half as many images at a time, and twice as many times.
 
     Raises:
         UserError: if a single process does not decide, or its images cannot be halved.
@@ -194,6 +186,33 @@ def _kept_per_image(task: Task) -> float:
     return per_image / (2 if precision == "auto" else 1)
 
 
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The context in which a forward pass runs: matrix products in bfloat16, or everything in float32.
+
+    Weights, gradients, optimizer and loss stay float32 in both. bfloat16 has the range of float32, so that no loss
+    scaling is needed.
+    """
+    return torch.autocast(device.type, dtype=torch.bfloat16) if precision == "bfloat16" else nullcontext()
+
+
+def multiplies_in_bfloat16(device: torch.device) -> bool:
+    """Whether a product of matrices is not slower in bfloat16 than in float32, so that whole steps are worth timing.
+
+    A CPU without instructions for bfloat16 takes up to 300 times as long, so that a single step would take minutes.
+    Other devices are not measured, and taken to be able.
+    """
+    if device.type != "cpu":
+        return True
+    seconds = {dtype: _seconds_per_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    return seconds[torch.bfloat16] <= seconds[torch.float32]
+
+
+def _seconds_per_product(dtype: torch.dtype) -> float:
+    """The best of a few, since whatever else the machine does only ever adds to one."""
+    matrix = torch.ones(_SIDE, _SIDE, dtype=dtype)
+    return min(timeit.repeat(lambda: torch.mm(matrix, matrix), number=1, repeat=4))
+
+
 class ProbeResult(NamedTuple):
     """The result of the probe.
 
@@ -207,7 +226,7 @@ class ProbeResult(NamedTuple):
             it; None where reading takes little of the time.
     """
 
-    precision: Precision
+    precision: str
     reason: str
     seconds: float
     loading: float
@@ -313,7 +332,7 @@ def _measured(task: Task, images: int, accelerator: Accelerator, precision: str,
             seconds = min(slow, fast) if precision == "bfloat16" else slow
     loading = loading_seconds(task.images.train, task.transform())
     memory = peak_on(device) if full_size else None
-    found = ProbeResult(cast(Precision, precision), reason, seconds, loading, memory)
+    found = ProbeResult(precision, reason, seconds, loading, memory)
     if task.images.train.check_command and found.waiting(task.config, accelerator.num_processes) > MUCH_WAITING:
         found = found._replace(reduced=_reduced_loading(task))
     return found

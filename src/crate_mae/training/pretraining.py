@@ -17,15 +17,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from crate_mae.data import (
-    ImageSource,
-    Part,
-    UnreadableImage,
-    evaluation_transform,
-    pretrain_transform,
-    save_picture_grid,
+from crate_mae.data import ImageSource, Part, evaluation_transform, pretrain_transform, save_picture_grid
+from crate_mae.data.base import (
+    aligned_labels,
+    evenly_spaced,
+    fixed_sample,
+    occurring_classes,
+    read_all,
+    refuse_unreadable,
 )
-from crate_mae.data.base import evenly_spaced, fixed_sample, label_names
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
@@ -38,12 +38,11 @@ from crate_mae.models.tracing import trace
 from crate_mae.models.transfer import start_from
 from crate_mae.theory.coding_rate import official_subspace_coding_rate
 from crate_mae.theory.measures import effective_rank, zero_fraction
-from crate_mae.training.images import PYTHON_OBJECT, RunImages, read_held_out
+from crate_mae.training.images import PYTHON_OBJECT, RunImages
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.options import PretrainOptions
 from crate_mae.training.progress import count
 from crate_mae.training.randomness import step_noise
-from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import StepLoss, Task, evaluating
 
 _SPARSE_CODES = "encoder.blocks.*.ista"
@@ -81,17 +80,16 @@ class Pretraining(Task[PretrainOptions]):
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         fixed = evaluation_transform(model.image_size, model.in_chans, model.mean, model.std)
-        held_out, bad = read_held_out(images.held_out, fixed, config.max_bad)
+        held_out, bad = read_all(images.held_out, range(len(images.held_out)), fixed)
+        refuse_unreadable(images.held_out, bad, config.max_bad, held_out=True)
         super().__init__(config, images, model=build(model), bad_held_out=bad)
         try:
             self.start = None if weights is None else start_from(self.model, weights)
         except UserError as error:
             raise UserError(f"--init-from {config.init_from}: {error}") from error
-        self.monitor = Monitor(held_out, self.model.num_patches, config.mask_ratio)
-        bad_locations = {image.location for image in bad}
-        readable = [i for i in range(len(images.held_out)) if images.held_out.location(i) not in bad_locations]
+        self.monitor = Monitor(torch.stack(list(held_out.values())), self.model.num_patches, config.mask_ratio)
         numbers = _measured_images(config, model, len(images.train))
-        self.probe = OnlineProbe.of(images, readable, fixed, numbers)
+        self.probe = OnlineProbe.of(images, list(held_out), fixed, numbers)
 
     def transform(self) -> Preparation:
         """Random crops and flips."""
@@ -115,7 +113,7 @@ class Pretraining(Task[PretrainOptions]):
 
         return loss
 
-    def measure(self, model: Any, step: int, directory: RunDirectory) -> dict[str, float]:
+    def measure(self, model: Any, step: int) -> dict[str, float]:
         """Measure loss and features; signals of the layers and completed pictures go into the folder.
 
         Of a collapse tell the effective rank of the features less their mean over images, which falls towards 1, and
@@ -129,8 +127,8 @@ class Pretraining(Task[PretrainOptions]):
         }
         if self.probe is not None:
             values["knn_accuracy"] = self.probe.accuracy(model, features)
-        directory.layers.append([{"step": step, **row} for row in layers])
-        self.monitor.picture(model, directory.picture(step))
+        self.directory.layers.append([{"step": step, **row} for row in layers])
+        self.monitor.picture(model, self.directory.picture(step))
         return values
 
     def describe(self) -> dict[str, str]:
@@ -156,7 +154,7 @@ class Pretraining(Task[PretrainOptions]):
             text += f" Of their classes, nearest neighbours find {scores[0]:.1%} and {scores[-1]:.1%}."
         return text
 
-    def shorter_commands(self, run: Path) -> list[str]:
+    def shorter_commands(self) -> list[str]:
         """Commands for a run of half an hour, with other weights to start from in the second."""
         if self.config.data.startswith(PYTHON_OBJECT):
             return []
@@ -164,27 +162,23 @@ class Pretraining(Task[PretrainOptions]):
         def command(out: str, *words: str) -> str:
             return shlex.join(["crate-mae", "pretrain", self.config.data, "--out", out, "--minutes", "30", *words])
 
+        run = self.directory.path
         plain = command(f"{run}-30min")
         return [plain] if self.config.init_from else [plain, command(f"{run}-30min-init", "--init-from", _BUNDLED)]
 
-    def describe_use(self, run: Path) -> list[str]:
+    def describe_use(self) -> list[str]:
         """Describe how to complete other images."""
+        run = self.directory.path
         images = "IMAGES" if self.config.data.startswith(PYTHON_OBJECT) else shlex.quote(self.config.data)
         return [
-            f"Curves, pictures: {RunDirectory(run).report}",
+            f"Curves, pictures: {self.directory.report}",
             f"Complete others:  crate-mae reconstruct {shlex.quote(str(run))} {images} --out picture.png",
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]
 
 
 class Monitor:
-    """Measures a model on fixed held-out images with fixed masks: nothing random, no state.
-
-    Args:
-        images: normalised held-out images.
-        num_patches: patches per image.
-        mask_ratio: share of hidden patches.
-    """
+    """Measures a model on fixed held-out images, normalised, with fixed masks: nothing random, no state."""
 
     def __init__(self, images: Float[Tensor, "b c hh ww"], num_patches: int, mask_ratio: float) -> None:
         self.images = images
@@ -241,39 +235,28 @@ class OnlineProbe:
 
     Args:
         train: labelled training images, whose features vote.
-        names: their classes.
-        held_out: classes of the images that the monitor measures; None where one is not known.
+        held_out: the images that the monitor measures; not all need labels.
         transform: prepares an image without randomness.
     """
 
-    def __init__(
-        self, train: ImageSource, names: Sequence[str], held_out: Sequence[str | None], transform: Preparation
-    ) -> None:
-        self.classes = sorted(set(names))
-        number = {name: i for i, name in enumerate(self.classes)}
-        self.neighbours = _VOTING if len(names) >= 20 * _VOTING else max(1, len(names) // 20)
+    def __init__(self, train: ImageSource, held_out: ImageSource, transform: Preparation) -> None:
+        self.classes = sorted(set(occurring_classes(train)))
+        self.neighbours = _VOTING if len(train) >= 20 * _VOTING else max(1, len(train) // 20)
         self._train, self._transform = train, transform
-        self._labels = torch.tensor([number[name] for name in names])
-        self._held_out = torch.tensor([number.get(name or "", -1) for name in held_out])
+        self._labels = torch.from_numpy(aligned_labels(train, self.classes))
+        self._held_out = torch.from_numpy(aligned_labels(held_out, self.classes))
         self._images: Float[Tensor, "n c hh ww"] | None = None
 
     @classmethod
     def of(cls, images: RunImages, readable: Sequence[int], transform: Preparation, size: int) -> OnlineProbe | None:
-        """The probe of a run with labels; None without, or with too few images or a single class.
-
-        Args:
-            images: of the run.
-            readable: the held-out images that can be read.
-            transform: prepares an image without randomness.
-            size: number of training images.
-        """
-        names, held_out = label_names(images.train), label_names(images.held_out)
-        if names is None or held_out is None or size < _FEWEST_LABELLED:
+        """The probe with so many training images; None without labels, or with too few images or a single class."""
+        labels = images.train.labels
+        if labels is None or images.held_out.labels is None or size < _FEWEST_LABELLED:
             return None
-        chosen = [i for i in fixed_sample(len(names), size) if names[i] is not None]
-        part = Part(images.train, np.array(chosen, dtype=np.int64))
-        known = [str(names[i]) for i in chosen]
-        return cls(part, known, [held_out[i] for i in readable], transform) if len(set(known)) > 1 else None
+        chosen = [i for i in fixed_sample(len(labels), size) if labels[i] >= 0]
+        train = Part(images.train, np.array(chosen, dtype=np.int64))
+        probe = cls(train, Part(images.held_out, np.array(readable)), transform)
+        return probe if len(probe.classes) > 1 else None
 
     def __str__(self) -> str:
         known = int((self._held_out >= 0).sum())
@@ -283,16 +266,12 @@ class OnlineProbe:
         )
 
     def accuracy(self, model: MaskedAutoencoder, held_out: Float[Tensor, "b d"]) -> float:
-        """The share of held-out images whose class wins the vote of their k nearest neighbours.
-
-        Args:
-            model: encodes the training images.
-            held_out: features of the held-out images.
-        """
-        if self._images is None:
-            self._images, self._labels = self._read()
-        if not len(self._images):
-            return math.nan
+        """The share of held-out images, of these features, whose class wins the vote of their nearest neighbours."""
+        if self._images is None:  # in half precision; unreadable ones are left out
+            read, _ = read_all(self._train, range(len(self._train)), lambda image: self._transform(image).half())
+            if not read:
+                return math.nan
+            self._images, self._labels = torch.stack(list(read.values())), self._labels[list(read)]
         with evaluating(model):
             batches = (batch.to(held_out.device, torch.float32) for batch in self._images.split(_BATCH))
             train = torch.cat([_pooled(model, model.encoder.forward_features(batch)) for batch in batches])
@@ -302,17 +281,6 @@ class OnlineProbe:
         votes = torch.zeros(len(val), len(self.classes), device=val.device)
         votes.scatter_add_(1, self._labels.to(val.device)[nearest], (similarity / _TEMPERATURE).exp())
         return float((votes.argmax(dim=1).cpu() == self._held_out)[self._held_out >= 0].float().mean())
-
-    def _read(self) -> tuple[Float[Tensor, "n c hh ww"], Int[Tensor, "n"]]:
-        """Read the training images, in half precision, and their labels; unreadable ones are left out."""
-        images, labels = [], []
-        for i, label in enumerate(self._labels):
-            try:
-                images.append(self._transform(self._train.read(i)).half())
-            except UnreadableImage:
-                continue
-            labels.append(label)
-        return (torch.stack(images), torch.stack(labels)) if images else (torch.empty(0), torch.empty(0))
 
 
 def _measured_images(config: PretrainOptions, model: ModelConfig, train: int) -> int:

@@ -88,15 +88,8 @@ def agree(
 ) -> Agreement:
     """Combine the results of all processes in one exchange: the mean of the losses, the sum or any of the rest.
 
-    A step waits for the device here, and nowhere else.
-
-    Args:
-        accelerator: of the processes.
-        loss: of this process's images.
-        grad_norm: the same in all processes.
-        bad_images: that this process met.
-        stop: signal that this process received, or 0.
-        save: whether this process finds a checkpoint due.
+    A step waits for the device here, and nowhere else. `grad_norm` is the same in all processes; what else is given is
+    what this process has found.
     """
     first = accelerator.is_main_process
     flags = torch.tensor([bad_images, save and first, *(stop == number for number in STOPPING)])
@@ -161,10 +154,7 @@ def stop_requests(*, answers: bool = False) -> Iterator[StopRequest]:
 
     A later signal has its usual effect at once. One that follows within moments does not: launchers pass on to their
     processes what a terminal or SLURM has sent to all of them already. Outside the main thread, Python does not allow
-    handling of signals, and nothing is changed.
-
-    Args:
-        answers: whether to say on the standard error what a signal does.
+    handling of signals, and nothing is changed. With `answers`, the standard error says what a signal does.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -20,7 +20,7 @@ from crate_mae.training.model_state import sharding_of
 from crate_mae.training.optimizer import scaled_lr
 from crate_mae.training.preflight import MUCH_WAITING, ProbeResult, micro_batch
 from crate_mae.training.resume import describe_data_change
-from crate_mae.training.run_directory import RunDirectory, numbers
+from crate_mae.training.run_directory import numbers
 from crate_mae.training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -30,12 +30,9 @@ _SECONDS_BETWEEN_LINES = 30.0
 _MUCH_FASTER = 0.7  # share of the time without the copy
 
 
-def describe_plan(
-    task: Task, accelerator: Accelerator, probe: ProbeResult, directory: RunDirectory, start_step: int
-) -> dict[str, str]:
+def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, start_step: int) -> dict[str, str]:
     """Describe what a run will do: one entry for each question that should have an answer before a long run."""
-    config = task.config
-    processes = accelerator.num_processes
+    config, directory, processes = task.config, task.directory, accelerator.num_processes
     warmup = round(config.warmup_epochs * task.steps_per_epoch)
     lr, final = scaled_lr(config.lr, config.batch_size), scaled_lr(config.min_lr, config.batch_size)
     not_read = describe_unread(task.images.train.left_out)
@@ -60,23 +57,14 @@ def describe_plan(
         rows["read faster"] = faster
     seconds = probe.seconds_per_step(config, processes) * config.steps
     if accelerator.device.type == "cpu" and seconds > _LONG_RUN and not start_step:
-        rows |= {f"in 30 min {n}": command for n, command in enumerate(task.shorter_commands(directory.path), start=1)}
+        rows |= {f"in 30 min {n}": command for n, command in enumerate(task.shorter_commands(), start=1)}
     if start_step:
         rows["resuming"] = f"at step {start_step:,}"
     return rows
 
 
-def plan_values(
-    task: Task, accelerator: Accelerator, probe: ProbeResult, directory: RunDirectory, plan: Mapping[str, str]
-) -> dict[str, Any]:
-    """A plan for programs.
-
-    Args:
-        task: of the run.
-        accelerator: of the run.
-        probe: what was measured.
-        directory: of the run.
-        plan: the same for readers.
+def plan_values(task: Task, accelerator: Accelerator, probe: ProbeResult, plan: Mapping[str, str]) -> dict[str, Any]:
+    """A plan for programs, from that for readers.
 
     Returns:
         `command`; `out`; `options`, all of them by the names in config.yaml; `parameters`; `train_images` and
@@ -88,7 +76,7 @@ def plan_values(
     per_step = probe.seconds_per_step(config, processes)
     return {
         "command": config.command,
-        "out": str(directory.path),
+        "out": str(task.directory.path),
         "options": plain_options(config),
         "parameters": task.num_parameters,
         "train_images": len(task.images.train),
@@ -108,18 +96,9 @@ def plan_lines(plan: Mapping[str, str]) -> list[str]:
     return [f"{key:<14} {value}" for key, value in plan.items()]
 
 
-def describe_end(
-    task: Task, directory: RunDirectory, state: TrainState, memory: int | None, seconds: float
-) -> list[str]:
-    """Describe the result of a run, and what to type next.
-
-    Args:
-        task: of the run.
-        directory: of the run.
-        state: at its last step.
-        memory: bytes at the peak.
-        seconds: since this start of the run.
-    """
+def describe_end(task: Task, state: TrainState, memory: int | None, seconds: float) -> list[str]:
+    """Describe the result of a run, its peak of memory in bytes, and what to type next."""
+    directory = task.directory
     rows = numbers(directory.metrics())
     waits = [row["data_wait"] for row in rows if row["data_wait"] is not None]
     in_all = f" ({duration(state.seconds)} over all its starts)" if state.seconds > seconds + 1 else ""
@@ -129,7 +108,7 @@ def describe_end(
         finished += f" {count(bad, 'image')} could not be read: bad_files.csv."
     for change in directory.data_changes.read():
         finished += f" {describe_data_change(change)}"
-    lines = [f"{finished} {task.describe_result(rows)}", *task.describe_use(directory.path)]
+    lines = [f"{finished} {task.describe_result(rows)}", *task.describe_use()]
     if waits and (share := sum(waits) / len(waits)) > MUCH_WAITING:
         lines.append(f"{share:.0%} of the time was spent waiting for images: more --workers may help.")
     return lines
@@ -172,11 +151,7 @@ def _faster_reading(task: Task, probe: ProbeResult, processes: int) -> str:
 
 
 class LastingStream:
-    """A stream whose other end may go away, such as a closed terminal; what is written then is lost, not an error.
-
-    Args:
-        stream: to write to.
-    """
+    """A stream whose other end may go away, such as a closed terminal; what is written then is lost, not an error."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

@@ -1,23 +1,32 @@
-"""The report of a run, `report.html`: its progress, results on held-out images, and what it is."""
+"""What a run writes down about itself: rows of metrics.csv, the same for trackers like TensorBoard, and its report."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import statistics
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from math import ceil, isfinite
+from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, Any
+
+from accelerate import Accelerator
+from accelerate.utils import LoggerType
 
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.page import render
-from crate_mae.errors import RunStopped, first_line
-from crate_mae.training.checkpoint import TrainState
+from crate_mae.errors import RunStopped, UserError, first_line, install_command
+from crate_mae.training.checkpoint import TrainState, check_state
+from crate_mae.training.model_state import ModelState
+from crate_mae.training.options import RunOptions
 from crate_mae.training.preflight import StepTooLargeError
+from crate_mae.training.processes import first_decides
 from crate_mae.training.progress import duration
 from crate_mae.training.resume import describe_data_change
 from crate_mae.training.run_directory import END, RunDirectory, numbers
@@ -33,7 +42,139 @@ _SHARE_OF_TIME = 0.01
 _RECENT_ROWS = 5  # whose speed gives the time that is left
 _MOST_TICKS = 12
 
+BEST = "best_score"  # the column with the best score so far
 Row = Mapping[str, float | None]  # of metrics.csv
+
+
+class Logbook:
+    """Writes rows of metrics.csv at their steps.
+
+    A row holds the mean loss since the row before. The first process measures and writes; all keep the running mean.
+
+    Attributes:
+        images_per_second: speed since the last row, over all processes.
+        data_wait: share of the time since the last row that was spent waiting for images.
+    """
+
+    def __init__(self, task: Task, accelerator: Accelerator, report: RunReport) -> None:
+        self.report = report
+        self.table = task.directory.metrics(task.measures)
+        self.task = task
+        self.accelerator = accelerator
+        if accelerator.is_main_process:
+            self.table.widen()
+        self.images_per_second = self.data_wait = 0.0
+        self._restart_clock()
+
+    def record(self, model_state: ModelState, state: TrainState, row: dict[str, float], *, waited: float) -> bool:
+        """Note one step: its speed always, a row and a measurement on held-out images when they are due.
+
+        Args:
+            model_state: to measure.
+            state: after the step; its running mean of the loss is emptied into the row, and its best score noted.
+            row: what the row says of the step itself.
+            waited: seconds that this process spent waiting for images of the step.
+
+        Returns:
+            Whether the model has just been measured, and is the best so far.
+        """
+        config = self.task.config
+        self._steps += 1
+        self._waited += waited
+        seconds = time.perf_counter() - self._since
+        self.images_per_second = self._steps * config.batch_size / seconds
+        self.data_wait = self._waited / seconds
+        measures = state.step == config.steps or state.step % config.monitor_steps == 0
+        if not measures and state.step % config.log_steps:
+            return False
+        mean = {"loss": state.loss_sum / state.loss_count} if state.loss_count else {}
+        row = {
+            "step": state.step,
+            "epoch": round(state.step / self.task.steps_per_epoch, 4),
+            **mean,
+            **row,
+            "images_per_second": round(self.images_per_second, 1),
+            "data_wait": round(self.data_wait, 4),
+        }
+        state.loss_sum, state.loss_count = 0.0, 0
+        is_best = False
+        if measures:
+            measured = self._measure(model_state, state.step)
+            is_best = state.note_score(measured.get(self.task.score))
+            row |= measured
+            row |= {} if state.best_score is None else {BEST: state.best_score}
+        self._write(row)
+        self.report.update(state.step)
+        self._restart_clock()  # measuring and drawing do not count for the speed
+        return is_best
+
+    def begin(self, model_state: ModelState) -> None:
+        """Write the row of step 0, of the model before training; it is not saved, and cannot be the best."""
+        measured = self._measure(model_state, 0)
+        self._write({"step": 0, "epoch": 0.0, **measured})
+        self._restart_clock()
+
+    def _measure(self, model_state: ModelState, step: int) -> dict[str, float]:
+        """Measure on held-out images; all processes get the result, since it decides about checkpoints."""
+        check_state(self.accelerator, model_state, self.task.directory, step)
+        with model_state.measured(self.accelerator) as model:
+            return first_decides(self.accelerator, lambda: self.task.measure(model, step))
+
+    def _write(self, row: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.task.directory.check_present()
+            self.table.append([row])
+        values = {key: value for key, value in row.items() if key != "step"}
+        self.accelerator.log(values, step=int(row["step"]))
+
+    def _restart_clock(self) -> None:
+        self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+
+def choose_trackers(asked: str | Sequence[str] | None, origin: str = "") -> tuple[str, ...]:
+    """The trackers to use: those asked for; by default TensorBoard if it is installed.
+
+    Raises:
+        UserError: for a tracker that Accelerate does not know or that is not installed.
+    """
+    if asked is None:
+        return ("tensorboard",) if importlib.util.find_spec("tensorboard") else ()
+    asked = (asked,) if isinstance(asked, str) else tuple(asked)
+    known = [str(kind) for kind in LoggerType if kind != LoggerType.ALL]
+    for name in asked:
+        if name not in known:
+            raise UserError(f"Unknown tracker {name}{origin}: --trackers takes {', '.join(known)}.")
+        if importlib.util.find_spec(name) is None:
+            how = install_command(name) if name in ("tensorboard", "wandb") else f"pip install {name}"
+            raise UserError(f"The tracker {name}{origin} is not installed: {how}, or give --no-trackers.")
+    return asked
+
+
+@contextmanager
+def open_trackers(accelerator: Accelerator, config: RunOptions, run: Path, start_step: int) -> Iterator[None]:
+    """Start the trackers, have TensorBoard forget what came after `start_step`, and close them in the end.
+
+    A thread of TensorBoard that cannot write would print a traceback. Its error is raised again in this thread, by the
+    next row or by closing, and is explained there.
+    """
+    usual = threading.excepthook
+
+    def quiet(raised: threading.ExceptHookArgs) -> None:
+        if not (isinstance(raised.exc_value, OSError) and type(raised.thread).__module__.startswith("tensorboard.")):
+            usual(raised)
+
+    options = {"tensorboard": {"purge_step": start_step + 1}, "wandb": {"name": run.name}}
+    threading.excepthook = quiet
+    try:
+        if config.trackers:
+            accelerator.init_trackers("", init_kwargs={name: options.get(name, {}) for name in config.trackers})
+        try:
+            yield
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
+    finally:
+        threading.excepthook = usual
 
 
 class RunReport:
@@ -41,17 +182,10 @@ class RunReport:
 
     It is written when the model has been measured on held-out images, but at most every half minute and for at most a
     hundredth of the run's time; and once more when the run ends, however it ends. A report that cannot be written is a
-    warning in the log, and the run goes on.
-
-    Args:
-        directory: of the run.
-        task: describes the result.
-        plan: what was printed when the run started.
-        writes: whether this process writes the report, as only the first of them does.
+    warning in the log, and the run goes on. Of several processes the first `writes` it.
     """
 
-    def __init__(self, directory: RunDirectory, task: Task, plan: dict[str, str], *, writes: bool) -> None:
-        self.directory = directory
+    def __init__(self, task: Task, plan: dict[str, str], *, writes: bool) -> None:
         self.task = task
         self.plan = plan
         self.writes = writes
@@ -65,7 +199,7 @@ class RunReport:
         What other data it has gone on with is told beside the plan.
         """
         self._state, self._seconds_before, self._started = state, state.seconds, started
-        changes = self.directory.data_changes.read()
+        changes = self.task.directory.data_changes.read()
         self.plan |= {f"data {n}": describe_data_change(change) for n, change in enumerate(changes, start=1)}
 
     def seconds(self) -> float:
@@ -102,13 +236,14 @@ class RunReport:
         self._write()
 
     def _write(self) -> None:
-        if not self.writes or not self.directory.path.is_dir():  # the folder is gone: make no other
+        report = self.task.directory.report
+        if not self.writes or not report.parent.is_dir():  # the folder is gone: make no other
             return
         started = time.monotonic()
         try:
-            write_whole(self.directory.report, render_report(self.directory, self.task, self.plan, self.end))
+            write_whole(report, render_report(self.task, self.plan, self.end))
         except Exception:  # whatever it is, it is not worth a run
-            logger.warning("%s could not be written; the run goes on without it.", self.directory.report, exc_info=True)
+            logger.warning("%s could not be written; the run goes on without it.", report, exc_info=True)
         ended = time.monotonic()
         self._due = ended + max(_SECONDS_BETWEEN, (ended - started) / _SHARE_OF_TIME)
 
@@ -121,23 +256,17 @@ def _how_ended(error: BaseException) -> str:
     return f"failed: {first_line(error).rstrip('.')} ({type(error).__name__})"
 
 
-def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str], end: str = "") -> str:
-    """The report as HTML, from what the run has written down so far.
-
-    Args:
-        directory: of the run.
-        task: describes the result.
-        plan: see `RunReport`.
-        end: how the run has ended; empty while it goes on.
-    """
+def render_report(task: Task, plan: Mapping[str, str], end: str = "") -> str:
+    """The report as HTML, from what the run has written down so far; `end` is empty while it goes on."""
     from crate_mae.drawing.style import encode
 
+    directory = task.directory
     rows, layers = numbers(directory.metrics()), directory.layers.read()
     completed_step, picture = directory.newest_picture() or (0, None)
     return render(
         "training/report.html.j2",
         title=f"crate-mae {task.config.command}: {directory.path.resolve().name}",
-        progress=_progress(task, directory, rows, end),
+        progress=_progress(task, rows, end),
         written=datetime.now().isoformat(sep=" ", timespec="seconds"),
         end=end,
         is_finished=directory.is_finished,
@@ -152,18 +281,19 @@ def render_report(directory: RunDirectory, task: Task, plan: Mapping[str, str], 
     )
 
 
-def _progress(task: Task, directory: RunDirectory, rows: Sequence[Row], end: str) -> str:
+def _progress(task: Task, rows: Sequence[Row], end: str) -> str:
     """How far the run has come, and the newest result."""
-    if directory.is_finished and end:
+    is_finished = task.directory.is_finished
+    if is_finished and end:
         return end
     if not rows:
         return "Nothing has been measured yet."
     config = task.config
     step, speeds = int(rows[-1]["step"] or 0), curve(rows, "images_per_second")[1][-_RECENT_ROWS:]
-    text = f"Finished: {step:,} steps." if directory.is_finished else f"Step {step:,} of {config.steps:,}."
+    text = f"Finished: {step:,} steps." if is_finished else f"Step {step:,} of {config.steps:,}."
     if end:
         text += f" The run is not going on: {end}"
-    elif speeds and not directory.is_finished and (speed := statistics.median(speeds)) > 0:
+    elif speeds and not is_finished and (speed := statistics.median(speeds)) > 0:
         seconds = (config.steps - step) * config.batch_size / speed
         text += f" At {speed:,.0f} images per second, {duration(seconds)} are left."
     if curve(rows, task.measures[0])[0]:
@@ -200,11 +330,7 @@ def curve(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
 
 
 def draw_learning(rows: Sequence[Row]) -> Figure:
-    """Draw losses, learning rate, other measures of held-out images, and speed by step, as far as they were measured.
-
-    Args:
-        rows: of metrics.csv.
-    """
+    """Draw losses, learning rate, other measures of held-out images, and speed by step, as far as there are any."""
     from crate_mae.drawing.lines import Line, Panel, draw_panels
 
     drawn = []
@@ -220,11 +346,7 @@ def draw_learning(rows: Sequence[Row]) -> Figure:
 
 
 def draw_layer_signals(rows: Sequence[Mapping[str, str]]) -> Figure:
-    """Draw subspace rate and sparsity of every encoder layer by step: one line for each layer, from dark to light.
-
-    Args:
-        rows: of layers.csv.
-    """
+    """Draw subspace rate and sparsity of every encoder layer by step: one line for each layer, from dark to light."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import BoundaryNorm, ListedColormap

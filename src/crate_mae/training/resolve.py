@@ -19,7 +19,6 @@ from crate_mae.models.transfer import resized_config
 from crate_mae.models.weights import is_untrained, load, load_autoencoder, read_config
 from crate_mae.training.finetuning import Finetuning
 from crate_mae.training.images import open_images, open_labelled
-from crate_mae.training.logbook import choose_trackers
 from crate_mae.training.options import (
     LARGEST,
     FinetuneOptions,
@@ -33,22 +32,29 @@ from crate_mae.training.options import (
 )
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import processes_here
+from crate_mae.training.report import choose_trackers
 from crate_mae.training.run_directory import RunDirectory
-from crate_mae.training.task import Resolved
+from crate_mae.training.task import BuildTask
 
 UNKNOWN_STEPS = 10**6  # of a run whose length in minutes is not fitted to its speed yet
 _MODEL_OPTIONS = ("image_size", "in_chans", "mean", "std", "mask_tokens", "norm_pix_loss", "drop_path")
 _CONVERTIBLE = (1, 3)  # numbers of channels
 
 
-def resolve(options: RunOptions, processes: int, newest: Path | None, *, data_changed: bool = False) -> Resolved:
-    """Resolve the options of either command.
+def resolve(
+    options: RunOptions, processes: int, newest: Path | None, *, data_changed: bool = False
+) -> tuple[RunOptions, BuildTask]:
+    """Fill in every option of either command that is open, from the data and the machine.
 
     Args:
         options: of the run.
         processes: number of training processes.
         newest: the newest checkpoint of the run. A run that has one no longer needs the model that it began with.
         data_changed: see `images.open_images`.
+
+    Returns:
+        the options, in which only `precision` may still be "auto" and `checkpoint_epochs` 0, which the probe decides;
+        and what makes their task, with weights from torch's global generator.
 
     Raises:
         UserError: with all mistakes.
@@ -61,8 +67,8 @@ def resolve(options: RunOptions, processes: int, newest: Path | None, *, data_ch
 
 def resolve_pretraining(
     options: PretrainOptions, processes: int, newest: Path | None = None, *, data_changed: bool = False
-) -> Resolved[PretrainOptions]:
-    """Fill in every option that is open, from the data and the machine; see `resolve`."""
+) -> tuple[PretrainOptions, BuildTask]:
+    """See `resolve`."""
     # On the command line, words of a setting's name are joined by dashes like those of an option.
     settings = {key.replace("-", "_"): value for key, value in (options.model_settings or {}).items()}
     options, mistakes = _checked(replace(options, model_settings=settings))
@@ -98,11 +104,12 @@ def resolve_pretraining(
         monitor_steps=options.monitor_steps
         or max(options.steps // 20, min(len(images.train) // options.batch_size, 100)),
     )
-    return Resolved(config, lambda config: Pretraining(config, images, model, weights))
+    return config, lambda config: Pretraining(config, images, model, weights)
 
 
-def _resolve_finetuning(options: FinetuneOptions, processes: int, newest: Path | None) -> Resolved[FinetuneOptions]:
-    """Fill in every option that is open, from the model, the data and the machine; see `resolve`."""
+def _resolve_finetuning(
+    options: FinetuneOptions, processes: int, newest: Path | None
+) -> tuple[FinetuneOptions, BuildTask]:
     options, mistakes = _checked(options)
     images = model = weights = size = None
     with mistakes.collected():
@@ -122,9 +129,9 @@ def _resolve_finetuning(options: FinetuneOptions, processes: int, newest: Path |
         image_size=size,
         lr=options.lr or default_finetune_lr(options.batch_size),
         monitor_steps=options.monitor_steps
-        or _steps_between_validations(options.batch_size, images.train, images.held_out),
+        or math.ceil(len(images.held_out) / len(images.train)) * (len(images.train) // options.batch_size),
     )
-    return Resolved(config, lambda config: Finetuning(config, images, model, weights))
+    return config, lambda config: Finetuning(config, images, model, weights)
 
 
 def default_base_lr(model: ModelConfig, batch_size: int) -> float:
@@ -170,11 +177,8 @@ def _checked(options: OptionsT) -> tuple[OptionsT, Mistakes]:
 def default_batch_size(images: int, share: int) -> int:
     """The largest power of two up to 256 with at least 64 steps per epoch, but not below 32 while that leaves 8.
 
-    A hundred epochs of a few thousand images would be too few steps to learn from if each took 256.
-
-    Args:
-        images: training images.
-        share: processes times accumulated micro-batches, among which a batch must divide evenly.
+    A hundred epochs of a few thousand images would be too few steps to learn from if each took 256. A batch must divide
+    evenly by `share`: processes times accumulated micro-batches.
     """
     most = min(256, images // 8, max(32, images // 64))
     batch = 2 ** int(math.log2(max(1, most)))
@@ -184,14 +188,9 @@ def default_batch_size(images: int, share: int) -> int:
 def with_length(
     options: OptionsT, images: int, processes: int, mistakes: Mistakes, *, has_begun: bool = False
 ) -> OptionsT:
-    """Fill in batch size, number of steps and warm-up.
+    """Fill in batch size, number of steps and warm-up; with `mistakes`, old or new, the options stay as they are.
 
-    Args:
-        options: of the run.
-        images: training images.
-        processes: training processes.
-        mistakes: to add to; with any, the options stay as they are.
-        has_begun: whether the length of the warm-up has been checked, perhaps with epochs of another length.
+    Of a run that has begun, perhaps with epochs of another length, the length of the warm-up has been checked.
     """
     if mistakes.concern("batch_size", "accumulation"):
         return options
@@ -361,8 +360,3 @@ def _full_model_name(model: str | Path) -> str:
     name = str(model)
     is_name = name in (*list_models(), *list_bundled()) or name.startswith("hf:")
     return name if is_name else str(Path(name).expanduser().resolve())
-
-
-def _steps_between_validations(batch_size: int, train: ImageSource, val: ImageSource) -> int:
-    """An epoch, or as many as it takes to train on as many images as there are to validate on."""
-    return math.ceil(len(val) / len(train)) * (len(train) // batch_size)

@@ -55,7 +55,6 @@ def continued(task: Task, newest: Path, *, data_changed: bool) -> RunOptions:
 def resume(
     task: Task,
     accelerator: Accelerator,
-    directory: RunDirectory,
     model_state: ModelState,
     *,
     newest: Path | None,
@@ -70,7 +69,7 @@ def resume(
     Raises:
         UserError: if no checkpoint is whole, or the options or the data are not those that the run began with.
     """
-    train, held_out = task.images.train, task.images.held_out
+    directory, train, held_out = task.directory, task.images.train, task.images.held_out
     data = first_decides(accelerator, lambda: data_digests(train, held_out, with_labels=task.learns_labels))
     notes: list[str] = []
     change: dict[str, Any] | None = None
@@ -96,7 +95,7 @@ def resume(
             directory.cut_back(None)
         else:
             _go_back(directory, folder, state, report)
-        _note_data(task, directory, change, report)
+        _note_data(task, change, report)
     accelerator.wait_for_everyone()
     return state
 
@@ -166,20 +165,20 @@ def _go_back(directory: RunDirectory, folder: Path, state: TrainState, report: C
     checkpoint.forget_damaged_best(directory.path, state, report, known=folder)
 
 
-def _note_data(
-    task: Task, directory: RunDirectory, change: Mapping[str, Any] | None, report: Callable[[str], object]
-) -> None:
+def _note_data(task: Task, change: Mapping[str, Any] | None, report: Callable[[str], object]) -> None:
     """Write down which images are held out, and from which step the run goes on with other images than before.
 
     Of unreadable images, those that are no longer in the data do not count any more.
     """
-    record, is_known = task.images.split, directory.held_out_file.exists()
+    directory, record = task.directory, task.images.split
+    is_known = directory.held_out_file.exists()
     if change is not None:
         directory.data_changes.append([change])
         report(describe_data_change(change))
         if record is not None and not is_known:
             report("This run does not say which images it held out: some that are now were trained on before.")
-        present = task.images.locations()
+        parts = task.images.train, task.images.held_out
+        present = {part.location(i) for part in parts for i in range(len(part))}
         kept = [row for row in directory.bad_files.read() if row["location"] in present]
         directory.bad_files.cut_back(None)
         directory.bad_files.append(kept)

@@ -54,7 +54,7 @@ from crate_mae.data.files import DIGESTS_FILE, damage_of, path_of, refuse_used_f
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.checkpoints import list_checkpoints
 from crate_mae.terminal import CleanFormatter
-from crate_mae.training.config import load_config, save_config
+from crate_mae.training.config import load_config, to_yaml
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
 
 if TYPE_CHECKING:
@@ -65,9 +65,6 @@ logger = logging.getLogger(__name__)
 
 LEARNING = ("step", "epoch", "loss", "lr", "grad_norm", "skipped_steps", "bad_images")
 SPEED = ("images_per_second", "data_wait")
-LAYERS = ("step", "part", "layer", "measure", "value")
-BAD_FILES = ("step", "location", "reason")
-DATA_CHANGES = ("step", "images_before", "images", "changed")
 _PACKAGES = ("crate-mae", "torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors")
 TABLES = ("metrics.csv", "layers.csv", "bad_files.csv", "data_changes.csv")
 _FINAL = ("config.yaml", "environment.json", "model.safetensors", "config.json", "report.html", *TABLES)
@@ -79,48 +76,39 @@ START, END = "Start: ", "End: "  # of lines in the log
 LOCK_SECONDS = 10.0  # PyTorch's loader processes look every 5 s whether the process that started them is gone
 
 
-@dataclass(frozen=True)
 class RunDirectory:
-    """The paths of a run, and what is written there besides checkpoints."""
+    """The paths of a run, and what is written there besides checkpoints.
 
-    path: Path
+    Attributes:
+        config_file: the resolved options; a folder with this file is a run.
+        checkpoints: folder of the checkpoints.
+        report: the report of the run.
+        held_out_file: which images are held out; see `images.split_record`.
+        layers: one row per layer and measure.
+        bad_files: one row per unreadable image.
+        data_changes: one row per step from which the run went on with other images.
+        resume_command: continues the run,
+        resume_with_other_data: and on data that has changed.
+    """
 
-    @property
-    def config_file(self) -> Path:
-        """The resolved options; a folder with this file is a run."""
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
-        return self.path / "checkpoints"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.checkpoints = path / "checkpoints"
+        self.report = path / "report.html"
+        self.held_out_file = path / "held_out.json"
+        self.layers = CsvLog(path / "layers.csv", ("step", "part", "layer", "measure", "value"))
+        self.bad_files = CsvLog(path / "bad_files.csv", ("step", "location", "reason"))
+        self.data_changes = CsvLog(path / "data_changes.csv", ("step", "images_before", "images", "changed"))
+        self.resume_command = f"crate-mae resume {shlex.quote(str(path))}"
+        self.resume_with_other_data = f"{self.resume_command} --data-changed"
 
     def metrics(self, measures: Sequence[str] = ()) -> CsvLog:
         """One row per logged step; to write rows, give the measures of the task."""
         return CsvLog(self.path / "metrics.csv", (*LEARNING, *measures, *SPEED))
 
-    @property
-    def layers(self) -> CsvLog:
-        """One row per layer and measure."""
-        return CsvLog(self.path / "layers.csv", LAYERS)
-
-    @property
-    def bad_files(self) -> CsvLog:
-        """One row per unreadable image."""
-        return CsvLog(self.path / "bad_files.csv", BAD_FILES)
-
-    @property
-    def data_changes(self) -> CsvLog:
-        """One row per step from which the run went on with other images."""
-        return CsvLog(self.path / "data_changes.csv", DATA_CHANGES)
-
-    @property
-    def held_out_file(self) -> Path:
-        """Which images are held out; see `images.split_record`."""
-        return self.path / "held_out.json"
-
     def held_out(self) -> dict[str, Any] | None:
-        """The content of that file, if there is one.
+        """The content of `held_out_file`, if there is one.
 
         Raises:
             UserError: if it is damaged.
@@ -135,11 +123,6 @@ class RunDirectory:
     def picture(self, step: int) -> Path:
         """The picture of a step."""
         return self.path / "pictures" / f"step-{step}.png"
-
-    @property
-    def report(self) -> Path:
-        """The report of the run."""
-        return self.path / "report.html"
 
     def newest_picture(self) -> tuple[int, Path] | None:
         """The last picture, and its step; None if there is none."""
@@ -178,16 +161,6 @@ class RunDirectory:
                 "If it was moved, continue it in its new place: crate-mae resume NEW_PLACE"
             )
 
-    @property
-    def resume_command(self) -> str:
-        """The command that continues the run."""
-        return f"crate-mae resume {shlex.quote(str(self.path))}"
-
-    @property
-    def resume_with_other_data(self) -> str:
-        """The command that continues the run on data that has changed."""
-        return f"{self.resume_command} --data-changed"
-
     def existing_config(self) -> PretrainOptions | FinetuneOptions | None:
         """The configuration of the run that is already here; None if the folder is free to use.
 
@@ -209,8 +182,22 @@ class RunDirectory:
         is_new = not self.path.exists()
         with ExitStack() as stack:
             try:
-                stack.enter_context(self._begun(config))
+                self.path.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(_locked(self.path / ".lock"))
+                for path in self.path.iterdir():
+                    if _LEFT_BY_KILLED.fullmatch(path.name):
+                        if path.is_dir() and not path.is_symlink():
+                            shutil.rmtree(path, ignore_errors=True)
+                        else:
+                            path.unlink(missing_ok=True)
+                write_whole(self.config_file, to_yaml(config))
+                write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
+                with (self.path / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")
+                self.checkpoints.mkdir(exist_ok=True)
+                stack.enter_context(_logged_to(self.path / "log.txt"))
             except (OSError, UserError) as error:
+                stack.close()
                 if is_new:
                     shutil.rmtree(self.path, ignore_errors=True)
                 if isinstance(error, UserError):
@@ -219,21 +206,6 @@ class RunDirectory:
                     f"Cannot write into the folder {self.path}: {error.strerror}. Give another with --out."
                 ) from error
             yield
-
-    @contextmanager
-    def _begun(self, config: RunOptions) -> Iterator[None]:
-        self.path.mkdir(parents=True, exist_ok=True)
-        with _locked(self.path / ".lock"):
-            for path in self.path.iterdir():
-                if _LEFT_BY_KILLED.fullmatch(path.name):
-                    _remove(path)
-            save_config(config, self.config_file)
-            write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
-            with (self.path / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")
-            self.checkpoints.mkdir(exist_ok=True)
-            with _logged_to(self.path / "log.txt"):
-                yield
 
     def log_start(self) -> None:
         """Begin the log of a process, and end that of one before it which was killed and could not."""
@@ -251,21 +223,9 @@ class RunDirectory:
                 self.picture(pictured).unlink()
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 @dataclass(frozen=True)
 class Run:
-    """What `pretrain`, `finetune` and `resume` return.
-
-    Attributes:
-        path: the run's folder.
-        config: its resolved options.
-    """
+    """What `pretrain`, `finetune` and `resume` return: the run's folder, and its resolved options."""
 
     path: Path
     config: RunOptions
@@ -297,11 +257,8 @@ class CsvLog:
     """A table in a CSV file that grows by rows during a run.
 
     Rows are flushed as they come. The first column is the step: when a run resumes from a checkpoint, the rows
-    after its step are removed, and so is a row that was half written when the process died.
-
-    Args:
-        path: the file; it is created with the first row.
-        columns: names of the columns, the first being "step".
+    after its step are removed, and so is a row that was half written when the process died. The file is created with
+    the first row.
     """
 
     def __init__(self, path: Path, columns: Sequence[str]) -> None:

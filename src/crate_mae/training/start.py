@@ -43,7 +43,7 @@ from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve
 from crate_mae.training.resume import continued
 from crate_mae.training.run_directory import Run, RunDirectory
-from crate_mae.training.task import Resolved, Task
+from crate_mae.training.task import BuildTask, Task
 
 # For whole models: buffers are positions, the same in all processes and constant; gradients are kept once.
 WHOLE_MODELS = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -57,27 +57,21 @@ _SECONDS_PER_CHECKPOINT = 60  # by default, short epochs share a checkpoint
 def start(
     options: RunOptions, on_progress: Callable[[str], object] | None = None, *, data_changed: bool = False
 ) -> Run:
-    """Start a run, or continue the one in `options.out`; see `crate_mae.pretrain` and `crate_mae.finetune`.
-
-    Args:
-        options: of either command.
-        on_progress: see `Display`.
-        data_changed: see `crate_mae.resume`.
-    """
+    """Start a run, or continue the one in `options.out`; see `crate_mae.pretrain`, `finetune` and `resume`."""
     started = time.monotonic()
     if options.json and not options.dry_run:
         raise UserError("--json prints the plan of a run, and so belongs to --dry-run: give both or neither.")
     out = output_path("--out", options.out)
-    directory = RunDirectory(out)
+    options, directory = dataclasses.replace(options, out=out), RunDirectory(out)
     processes = _join_processes()
     display = _open_display(options, processes, on_progress)
     existing = directory.existing_config()
     if existing is not None:
         options = _continued_by(options, existing, directory)
     reason, newest = first_decides(processes, lambda: _found_in(directory))
-    resolved = resolve(options, processes.num_processes, newest, data_changed=data_changed)
+    config, build = resolve(options, processes.num_processes, newest, data_changed=data_changed)
     if existing is not None:
-        _refuse_differences(existing, resolved.config, directory)
+        _refuse_differences(existing, config, directory)
         if directory.is_finished and reason is None:
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
             return Run(out, existing)
@@ -86,23 +80,23 @@ def start(
         if directory.is_finished:
             display.warn(f"The run in {out} is finished once more: {reason}.")
 
-    with computing_threads(resolved.config.threads):
-        accelerator = _build_accelerator(resolved.config, processes, out)
-        run = partial(_run, accelerator, directory, display, newest=newest, started=started, data_changed=data_changed)
+    with computing_threads(config.threads):
+        accelerator = _build_accelerator(config, processes, out)
+        run = partial(_run, accelerator, display, newest=newest, started=started, data_changed=data_changed)
 
-        def attempt(tried: Resolved) -> Run:
+        def attempt(config: RunOptions) -> Run:
             if options.minutes is None:
-                return run(tried)
-            in_time = _fitted_to_time(options, tried, accelerator, started)
-            return run(resolve(in_time, processes.num_processes, newest))
+                return run(config, build)
+            in_time = _fitted_to_time(options, config, build, accelerator, started)
+            return run(*resolve(in_time, processes.num_processes, newest))
 
         with suppress(StepTooLargeError):
-            return attempt(resolved)
+            return attempt(config)
         accelerator.free_memory()
-        smaller = halved(resolved.config, processes.num_processes)
+        smaller = halved(config, processes.num_processes)
         display.lines([f"A step does not fit in memory: going on with --accumulation {smaller.accumulation}."])
         try:
-            return attempt(dataclasses.replace(resolved, config=smaller))
+            return attempt(smaller)
         except StepTooLargeError:
             raise too_large(smaller, processes.num_processes) from None
 
@@ -151,36 +145,27 @@ def _found_in(directory: RunDirectory) -> tuple[str | None, Path | None]:
 
 def _run(
     accelerator: Accelerator,
-    directory: RunDirectory,
     display: Display,
-    resolved: Resolved,
+    config: RunOptions,
+    build: BuildTask,
     *,
     newest: Path | None,
     started: float,
     data_changed: bool,
 ) -> Run:
     """Build the task, and run it to the end."""
-    task, found = _build_task(resolved, accelerator)
+    task, found = _build_task(config, build, accelerator)
     start_step = step_of(newest) if newest else 0
     if newest is not None and start_step:
         task.config = continued(task, newest, data_changed=data_changed)
-    plan = describe_plan(task, accelerator, found, directory, start_step)
+    plan = describe_plan(task, accelerator, found, start_step)
     if task.config.dry_run:
         if task.config.json and accelerator.is_main_process:
-            sys.stdout.write(to_json(plan_values(task, accelerator, found, directory, plan), ascii_only=True) + "\n")
+            sys.stdout.write(to_json(plan_values(task, accelerator, found, plan), ascii_only=True) + "\n")
         display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])
     else:
-        train(
-            task,
-            accelerator,
-            directory=directory,
-            display=display,
-            plan=plan,
-            newest=newest,
-            started=started,
-            data_changed=data_changed,
-        )
-    return Run(directory.path, task.config)
+        train(task, accelerator, display=display, plan=plan, newest=newest, started=started, data_changed=data_changed)
+    return Run(task.directory.path, task.config)
 
 
 def _build_accelerator(config: RunOptions, processes: PartialState, out: Path) -> Accelerator:
@@ -194,12 +179,11 @@ def _build_accelerator(config: RunOptions, processes: PartialState, out: Path) -
         )
 
 
-def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, ProbeResult]:
+def _build_task(config: RunOptions, build: BuildTask, accelerator: Accelerator) -> tuple[Task, ProbeResult]:
     """Build the task with its weights, and complete its configuration with the result of the probe."""
-    config = resolved.config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, Purpose.WEIGHTS))
-        task = resolved.build(config)
+        task = build(config)
     if config.compile:
         all_succeed(accelerator, lambda: check_compiler(accelerator.device, origin(config, "compile")))
     with first_step():
@@ -212,42 +196,41 @@ def _build_task(resolved: Resolved, accelerator: Accelerator) -> tuple[Task, Pro
     return task, found
 
 
-def _fitted_to_time(options: OptionsT, resolved: Resolved, accelerator: Accelerator, started: float) -> OptionsT:
+def _fitted_to_time(
+    options: OptionsT, config: RunOptions, build: BuildTask, accelerator: Accelerator, started: float
+) -> OptionsT:
     """The options with as many steps as fit into their minutes, at the speed of a few measured ones.
 
     Where the batch is open and few steps would fit, there are more steps of fewer images instead. These are measured
     too, if that takes little of the time; else they take as long per image.
     """
-    measured = partial(_measured, options, accelerator=accelerator, started=started, resolved_at=time.monotonic())
-    config, seconds, steps = measured(resolved)
+    resolved_at = time.monotonic()
+
+    def measured(config: RunOptions) -> tuple[float, int]:
+        """The seconds that a measurement took, and how many steps fit."""
+        before = time.monotonic()
+        task, found = _build_task(config, build, accelerator)
+        now = time.monotonic()
+        # The run itself will resolve its options, build its task and measure steps once more.
+        again = (resolved_at - started) + (now - before)
+        seconds, preparation = first_decides(accelerator, lambda: (now - before, now - started + again))
+        per_step = found.seconds_per_step(task.config, accelerator.num_processes)
+        steps = int((60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step)
+        if steps < 1:
+            raise UserError(
+                f"--minutes {options.minutes:g}{origin(options, 'minutes')} is too short: "
+                f"preparing the run takes {duration(preparation)}, and a step {per_step:.3g} s."
+            )
+        return seconds, steps
+
+    seconds, steps = measured(config)
     batch, share = config.batch_size, 2 * accelerator.num_processes * config.accumulation * config.inseparable
     while options.batch_size is None and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
         batch, steps = batch // 2, 2 * steps
     if batch < config.batch_size and seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
-        smaller = dataclasses.replace(resolved.config, batch_size=batch)
-        _, _, steps = measured(dataclasses.replace(resolved, config=smaller))
+        _, steps = measured(dataclasses.replace(config, batch_size=batch))
     fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
     return dataclasses.replace(options, minutes=None, **fitted)
-
-
-def _measured(
-    options: RunOptions, resolved: Resolved, *, accelerator: Accelerator, started: float, resolved_at: float
-) -> tuple[RunOptions, float, int]:
-    """The configuration as measured by a few steps, the seconds that took, and how many steps fit into the minutes."""
-    before = time.monotonic()
-    task, found = _build_task(resolved, accelerator)
-    now = time.monotonic()
-    # The run itself will resolve its options, build its task and measure steps once more.
-    again = (resolved_at - started) + (now - before)
-    seconds, preparation = first_decides(accelerator, lambda: (now - before, now - started + again))
-    per_step = found.seconds_per_step(task.config, accelerator.num_processes)
-    steps = int((60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step)
-    if steps < 1:
-        raise UserError(
-            f"--minutes {options.minutes:g}{origin(options, 'minutes')} is too short: "
-            f"preparing the run takes {duration(preparation)}, and a step {per_step:.3g} s."
-        )
-    return task.config, seconds, steps
 
 
 def _join_processes() -> PartialState:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic
 
@@ -22,19 +21,6 @@ from crate_mae.training.run_directory import RunDirectory
 
 # (model as the accelerator prepared it, images, labels, their place in the global batch) -> mean loss of the images
 StepLoss = Callable[[nn.Module, Float[Tensor, "b c hh ww"], Int[Tensor, "b"], slice], Float[Tensor, ""]]
-
-
-@dataclass(frozen=True)
-class Resolved(Generic[OptionsT]):
-    """Options that have been checked and filled in, and how to build their task.
-
-    Attributes:
-        config: the options; only `precision` may still be "auto" and `checkpoint_epochs` 0, which the probe decides.
-        build: makes the task of a configuration, with weights from torch's global generator.
-    """
-
-    config: OptionsT
-    build: Callable[[OptionsT], Task[OptionsT]]
 
 
 class Task(ABC, Generic[OptionsT]):
@@ -67,6 +53,11 @@ class Task(ABC, Generic[OptionsT]):
         self.bad_held_out = bad_held_out
 
     @property
+    def directory(self) -> RunDirectory:
+        """Where the run keeps everything."""
+        return RunDirectory(Path(self.config.out))
+
+    @property
     def num_parameters(self) -> int:
         """Trained parameters."""
         return sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
@@ -97,8 +88,8 @@ class Task(ABC, Generic[OptionsT]):
         """The loss of one step: a function of (seed, step), however its images are divided among processes."""
 
     @abstractmethod
-    def measure(self, model: Any, step: int, directory: RunDirectory) -> dict[str, float]:
-        """Measure a model on all held-out images, without changing it; pictures and tables go into the folder.
+    def measure(self, model: Any, step: int) -> dict[str, float]:
+        """Measure a model on all held-out images, without changing it; pictures and tables go into the run.
 
         Returns:
             Values by the names of `measures`; what does not apply is missing.
@@ -112,13 +103,16 @@ class Task(ABC, Generic[OptionsT]):
     def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
         """Describe the newest result in one sentence, from the rows of metrics.csv."""
 
-    def shorter_commands(self, run: Path) -> list[str]:  # noqa: ARG002  # of the run's folder
+    def shorter_commands(self) -> list[str]:
         """Commands to print beside a plan that takes hours."""
         return []
 
     @abstractmethod
-    def describe_use(self, run: Path) -> list[str]:
+    def describe_use(self) -> list[str]:
         """Describe where results are and what to type next, in lines."""
+
+
+BuildTask = Callable[[Any], Task]  # of a configuration
 
 
 @contextmanager
