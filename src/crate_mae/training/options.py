@@ -76,7 +76,7 @@ def option(
     speed: bool = False,
     saved: bool = True,
     later: bool = False,
-    **field_options: bool,
+    kw_only: Any = MISSING,
 ) -> Any:
     """A field for an option, with its help.
 
@@ -87,10 +87,10 @@ def option(
         speed: whether it changes speed, safety and logging only, so that a resumed run may change it.
         saved: whether it belongs to the run, and is saved in `config.yaml`, rather than to one call.
         later: whether it is younger than the first runs, whose `config.yaml` lacks it.
-        field_options: of `dataclasses.field`.
+        kw_only: see `dataclasses.field`.
     """
     metadata = {"help": explanation, "numbers": numbers, "speed": speed, "saved": saved, "later": later}
-    return field(default=default, metadata=metadata, compare=saved, **field_options)
+    return field(default=default, metadata=metadata, compare=saved, kw_only=kw_only)
 
 
 @no_type_check  # values come from users: `check` reports all wrong ones together
