@@ -76,7 +76,6 @@ def option(
     speed: bool = False,
     saved: bool = True,
     later: bool = False,
-    kw_only: Any = MISSING,
 ) -> Any:
     """A field for an option, with its help.
 
@@ -87,10 +86,9 @@ def option(
         speed: whether it changes speed, safety and logging only, so that a resumed run may change it.
         saved: whether it belongs to the run, and is saved in `config.yaml`, rather than to one call.
         later: whether it is younger than the first runs, whose `config.yaml` lacks it.
-        kw_only: see `dataclasses.field`.
     """
     metadata = {"help": explanation, "numbers": numbers, "speed": speed, "saved": saved, "later": later}
-    return field(default=default, metadata=metadata, compare=saved, kw_only=kw_only)
+    return field(default=default, metadata=metadata, compare=saved)
 
 
 @no_type_check  # values come from users: `check` reports all wrong ones together
@@ -231,8 +229,11 @@ class PretrainOptions(RunOptions):
     usual_epochs: ClassVar[int] = 100
     usual_warmup: ClassVar[float] = 0.05
 
-    data: Data = option(
-        MISSING, "A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits.", kw_only=False
+    data: Data = field(  # not by `option`, of which type checkers do not know that it may be given by position
+        kw_only=False,
+        metadata=option(
+            MISSING, "A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits."
+        ).metadata,
     )
     recipe: str | None = option(
         None, "A tested set of options, see `crate-mae recipes`; options on the command line override it.", saved=False
@@ -274,11 +275,13 @@ class FinetuneOptions(RunOptions):
     usual_epochs: ClassVar[int] = 50
     usual_warmup: ClassVar[float] = 0.1
 
-    model: str | Path = option(
-        MISSING,
-        "A run folder, a folder with model.safetensors and config.json, hf:user/name, or a name from "
-        "`crate-mae models`, which means random initialisation.",
+    model: str | Path = field(
         kw_only=False,
+        metadata=option(
+            MISSING,
+            "A run folder, a folder with model.safetensors and config.json, hf:user/name, or a name from "
+            "`crate-mae models`, which means random initialisation.",
+        ).metadata,
     )
     train: Data = option(
         MISSING,
