@@ -172,7 +172,7 @@ def test_the_same_command_resumes_and_a_finished_run_is_left_alone(tiny_run, mon
 
 
 def test_another_configuration_is_refused_with_the_differing_options(tiny_run, tmp_path):
-    run = tiny_run(steps=2)
+    run = tiny_run(steps=2, model="crate_mae_nano_patch2_8")
     with pytest.raises(UserError) as refused:
         pretrain("digits:test", out=run.path, epochs=1, seed=3, recipe="digits", min_crop=0.2, quiet=True)
     assert str(refused.value).splitlines() == [

@@ -45,7 +45,12 @@ def test_a_finished_run_has_a_page_with_everything_inside(tiny_run):
     text = text_of(page)
     assert "crate-mae pretrain: a &amp; b" in text
     assert re.search(r"Finished step 20 after \d+ s, with at most .* of memory. Loss on held-out images:", text)
-    for fact in ("283 of digits:test", "crate_mae_nano_patch2_8, 0.01 M parameters", "24 = 24 x 1", "mask_ratio: 0.75"):
+    for fact in (
+        "283 of digits:test",
+        "crate_mae_nano_isometric_patch2_8, 0.01 M parameters",
+        "24 = 24 x 1",
+        "mask_ratio: 0.75",
+    ):
         assert fact in text
     assert page.count('src="data:image/png;base64,') == page.count("<img") == 3  # learning, layers, completed images
     assert "<script" not in page and "http" not in page
