@@ -124,9 +124,7 @@ def split_probe_images(source: ImageSource, most: int, seed: int) -> ProbeImages
     chosen = _labelled(source, most, seed)
     order = np.random.default_rng(seed).permutation(len(chosen))
     halves = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
-    labels = chosen.labels
-    assert labels is not None, "a choice of labelled images"
-    train, test = (Part(chosen, half, labels=labels[half], classes=source.classes) for half in halves)
+    train, test = (Part(chosen, half) for half in halves)
     if unknown := set(occurring_classes(test)) - set(occurring_classes(train)):
         raise UserError(f"Class {min(unknown)} of {source.name} has too few images for a probe.")
     return _numbered_alike(train, test)
@@ -212,7 +210,7 @@ def _labelled(source: ImageSource, most: int, seed: int) -> Part:
         raise UserError(f"{source.name} has no labels, and a linear probe needs them.")
     if len(known) > most:
         known = np.sort(np.random.default_rng(seed).choice(known, most, replace=False))
-    return Part(source, known, labels=labels[known], classes=source.classes)
+    return Part(source, known)
 
 
 def _numbered_alike(train: Part, test: Part) -> ProbeImages:

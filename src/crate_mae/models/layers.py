@@ -14,7 +14,7 @@ alone is computed.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Final, Literal
+from typing import Any, ClassVar, Final, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -113,7 +113,18 @@ class MSSA(SubspaceAttention):
         return F.linear(heads, self.subspaces.weight.t()) if self.proj is None else self.proj(heads)
 
 
-class ISTA(nn.Module):
+class KeepsValues(nn.Module):
+    """A module with `KeptValue`s, which are for `eval()`: in training weights change with every step."""
+
+    def train(self, mode: bool = True) -> Self:
+        """As PyTorch does; what was kept is dropped."""
+        for value in vars(self).values():
+            if isinstance(value, KeptValue):
+                value.clear()
+        return super().train(mode)
+
+
+class ISTA(KeepsValues):
     """One proximal-gradient step towards the sparse code of the tokens in a learned dictionary.
 
     ISTA(X | D) = relu(X + eta (X D - X D^T D) - eta lambda), computed as `theory.sparse_coding.ista_step` does, by one
@@ -164,11 +175,6 @@ class ISTA(nn.Module):
     def lasso_dictionary(self) -> Float[Tensor, "d d"]:
         """The dictionary of the lasso that the step is about: D."""
         return self.dictionary
-
-    def train(self, mode: bool = True) -> "ISTA":
-        """As PyTorch does; the operator that was kept in `eval()` is dropped."""
-        self._kept.clear()
-        return super().train(mode)
 
     @torch.no_grad()
     def folded(self) -> nn.Module:

@@ -37,6 +37,7 @@ from crate_mae.models.layers import (
     ISTA,
     DecoderLayer,
     EncoderLayer,
+    KeepsValues,
     KeptValue,
     SubspaceAttention,
     as_one_step,
@@ -50,7 +51,7 @@ from crate_mae.theory.sparse_coding import SingularPair, bounded_dictionary, top
 from crate_mae.theory.subspaces import nearest_orthogonal, newton_schulz
 
 
-class OrthogonalSubspaces(nn.Module):
+class OrthogonalSubspaces(KeepsValues):
     """A square orthogonal matrix U = [U_1 .. U_h]: the bases of subspaces that are orthogonal to each other.
 
     The loss does not see how far `weight` is from orthogonal, only the orthogonal matrix near it. Its gradient is that
@@ -102,11 +103,6 @@ class OrthogonalSubspaces(nn.Module):
             if self.retracts_itself:
                 self._retract_if_changed()
             return self.weight
-
-    def train(self, mode: bool = True) -> "OrthogonalSubspaces":
-        """As PyTorch does; the polar factor that was kept in `eval()` is dropped."""
-        self._polar_factor.clear()
-        return super().train(mode)
 
     def polar_factor(self) -> Float[Tensor, "d d"]:
         """The orthogonal matrix nearest to `weight`."""
@@ -301,12 +297,6 @@ class BoundedISTA(ISTA):
     def reset_parameters(self) -> None:
         """Orthogonal, scaled to eta ||D||_2^2 = 1."""
         _init_orthogonal(self.dictionary, gain=self.step_size**-0.5)
-
-    def train(self, mode: bool = True) -> "BoundedISTA":
-        """As ISTA's; the pair that was kept in `eval()` is dropped, too."""
-        self._pair.clear()
-        super().train(mode)
-        return self
 
     def operator(self) -> Float[Tensor, "d d"]:
         # type: () -> Tensor

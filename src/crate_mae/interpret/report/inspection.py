@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from crate_mae.data import ImageSource
 from crate_mae.data.base import fixed_sample
 from crate_mae.drawing.text import plural
@@ -209,9 +211,12 @@ def inspect_model(
         measures = replace(measures, rows=[*measures.rows, *more])
         measured.append(SubjectMeasures(key, opened.backbone.is_random, tokens_of(opened), measures))
     report("the model without mixing")
-    use, removed = _without_parts(*subjects["model"], settings, hidden, images, left_out, report)
+    model, source = subjects["model"]
+    chosen = fixed_sample(len(source), settings.count, settings.seed)
+    pixels = read_images(source, model.backbone.transform(), chosen, settings.count).images
+    use, removed = _without_parts(model, source, pixels, settings, hidden, images, left_out, report)
     report("atoms")
-    atoms = _atoms(*subjects["model"], settings, hidden, removed, left_out)
+    atoms = _atoms(model, pixels, settings, hidden, removed, left_out)
     report("pictures")
     examples = collect_examples(subjects, count=settings.count, mask_ratio=hidden, seed=settings.seed)
     notes += _shortages(subjects, measured, settings)
@@ -233,6 +238,7 @@ def inspect_model(
 def _without_parts(
     model: Opened,
     source: ImageSource,
+    pixels: Tensor,
     settings: Settings,
     hidden: float,
     images: ProbeImages | None,
@@ -249,8 +255,6 @@ def _without_parts(
             images = split_probe_images(source, settings.probe_images, settings.seed)
         except UserError as error:
             left_out["linear probe without mixing"] = str(error)
-    chosen = fixed_sample(len(source), settings.count, settings.seed)
-    pixels = read_images(source, model.backbone.transform(), chosen, settings.count).images
     masks = nested_masks(len(pixels), net.num_patches, hidden, settings.seed)
     probe = None if images is None else partial(last_layer_score, model.backbone, images)
     use = attention_use(net, pixels, masks, probe=probe)
@@ -269,7 +273,7 @@ def _without_parts(
 
 def _atoms(
     model: Opened,
-    source: ImageSource,
+    pixels: Tensor,
     settings: Settings,
     hidden: float,
     removed: Sequence[Removal],
@@ -278,8 +282,6 @@ def _atoms(
     """Atoms of the last layer of the encoder: those that matter first, if any were removed."""
     last = len(layers_of(model.backbone.encoder)) - 1
     first = {each.index for each in mattering(removed) if (each.kind, each.layer) == ("atom", last)}
-    chosen = fixed_sample(len(source), settings.count, settings.seed)
-    pixels = read_images(source, model.backbone.transform(), chosen, settings.count).images
     try:
         return measure_atoms(model.net, pixels, mattering=first, mask_ratio=hidden, seed=settings.seed)
     except UserError as error:
