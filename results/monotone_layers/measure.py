@@ -7,7 +7,8 @@ made again. Every variant searches its learning rate alike, with seed 0: at the 
 lowest held-out loss is run with the other seeds. "NAME, 6500 steps" is a variant at that rate for 6,500 steps, the full
 length of the recipe. Labels of the first 10,000 images are for the probes, and they are evaluated on the
 last 5,000 training images, the audit on the first 64 of these. No test image has a part in it. Results: trials.csv, one
-line a run, and claims.csv, one line for each claim about each layer of the runs at the chosen rate.
+line a run, and claims.csv, one line for each claim about each layer of the runs at the chosen rate. Lines of runs that are
+not in RUNS stay as they are.
 
 The rule, written before the runs: a variant is better or worse than another if the means over seeds of its linear probe
 at the last layer differ by more than twice the standard error of that difference, with the pooled deviation of seeds.
@@ -70,6 +71,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
     "monotone, softmax": ({}, FIXED._replace(membership="softmax")),
     "monotone, symmetric": ({}, FIXED._replace(membership="symmetric")),
     "monotone, no mixing": ({}, FIXED._replace(membership="none")),
+    "compressing, no mixing": ({}, FIXED._replace(membership="none", dictionary="published")),
     "published, no mixing": ({}, PUBLISHED._replace(membership="none")),
     "encoder: kappa > 0": ({"layer": "monotone"}, Pieces(encoder_rate="above 0", sides="encoder")),
     "decoder: kappa < 1": ({"layer": "monotone"}, Pieces(decoder_rate="below 1", sides="decoder")),
@@ -92,8 +94,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
     "monotone, threshold 2": ({"layer": "monotone", "threshold": 2.0}, None),
     "monotone, 3 x 608": ({"layer": "monotone", "embed_dim": 608}, None),
     "monotone, 4 x 512": ({"layer": "monotone", "depth": 4}, None),
-    "monotone, 6 x 384": ({"layer": "monotone", "depth": 6, "embed_dim": 384, "num_heads": 6}, None),
-    "monotone, 12 x 256": ({"layer": "monotone", "depth": 12, "embed_dim": 256, "num_heads": 4}, None),
+    "compressing, 6 x 384": ({"layer": "compressing", "depth": 6, "embed_dim": 384, "num_heads": 6}, None),
+    "compressing, 12 x 256": ({"layer": "compressing", "depth": 12, "embed_dim": 256, "num_heads": 4}, None),
 }
 # "+ balanced" is also ISTA as published, and "+ bounded D" the step from X, where dictionaries are compared.
 
@@ -206,7 +208,7 @@ def write_tables(runs: Path) -> None:
         }
         for each in found
     ]
-    write_csv("trials.csv", rows)
+    write_csv("trials.csv", rows, order)
     audited = [(each, file) for each in found if (file := folder_of(runs, **each) / "claims.json").exists()]
     write_csv(
         "claims.csv",
@@ -215,15 +217,24 @@ def write_tables(runs: Path) -> None:
             for each, file in audited
             for row in json.loads(file.read_text())
         ],
+        order,
     )
 
 
-def write_csv(name: str, rows: list[dict[str, Any]]) -> None:
-    """A table beside this file."""
-    with (HERE / name).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+def write_csv(name: str, rows: list[dict[str, Any]], order: list[str]) -> None:
+    """Put the lines of runs into a table beside this file, in place of their former ones."""
+
+    def run_of(row: dict[str, Any]) -> tuple[int, float, int]:
+        return order.index(row["variant"]), float(row["lr"]), int(row["seed"])
+
+    file = HERE / name
+    found = {run_of(row) for row in rows}
+    with file.open(newline="", encoding="utf-8") as former:
+        kept = [row for row in csv.DictReader(former) if run_of(row) not in found]
+    with file.open("w", newline="", encoding="utf-8") as table:
+        writer = csv.DictWriter(table, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows(sorted([*kept, *rows], key=run_of))
 
 
 if __name__ == "__main__":
