@@ -7,8 +7,8 @@ made again. Every variant searches its learning rate alike, with seed 0: at the 
 lowest held-out loss is run with the other seeds. "NAME, 6500 steps" is a variant at that rate for 6,500 steps, the full
 length of the recipe. Labels of the first 10,000 images are for the probes, and they are evaluated on the
 last 5,000 training images, the audit on the first 64 of these. No test image has a part in it. Results: trials.csv, one
-line a run, and claims.csv, one line for each claim about each layer of the runs at the chosen rate. Lines of runs that are
-not in RUNS stay as they are.
+line a run, and claims.csv, one line for each claim about each layer of the runs at the chosen rate. Lines of runs that
+are not in RUNS stay as they are.
 
 The rule, written before the runs: a variant is better or worse than another if the means over seeds of its linear probe
 at the last layer differ by more than twice the standard error of that difference, with the pooled deviation of seeds.

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crate_mae.cli import main
 from crate_mae.commands.train import pretrain, resume
 from crate_mae.data import open_source
 from crate_mae.errors import RunStopped, UserError
@@ -438,9 +440,17 @@ def test_a_long_plan_names_shorter_commands_that_work(tiny_run, speed, tmp_path,
     tiny_run(dry_run=True, quiet=False)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("in 30 min")]
     commands = [line.split("  ", 1)[1].strip() for line in lines]
-    assert commands[0] == f"crate-mae pretrain digits:test --out {tmp_path / 'run'}-30min --minutes 30"
-    start = "--minutes 30 --init-from crate_mae_micro_cifar10"
-    assert commands[1] == f"crate-mae pretrain digits:test --out {tmp_path / 'run'}-30min-init {start}"
+    given = "--batch-size 24 --precision float32 --workers 0 --threads 1 --log-steps 3 --no-trackers"
+    assert commands == [
+        f"crate-mae pretrain digits:test --out {tmp_path / 'run'}-30min --minutes 30 --model-settings.embed_dim 24 "
+        "--model-settings.num_heads 2 --model-settings.depth 2 --model-settings.decoder_depth 2 --batch-size 24 "
+        f"--lr 0.005 {given.removeprefix('--batch-size 24 ')}",
+        f"crate-mae pretrain digits:test --out {tmp_path / 'run'}-30min-init --minutes 30 {given} "
+        "--init-from crate_mae_micro_compressing_cifar10",
+    ]
+    for command in commands:
+        main([*shlex.split(command)[1:], "--dry-run"])
+    assert "(from the images' median of 8 x 8)" in capsys.readouterr().out
     speed(1.0)
     tiny_run(dry_run=True, quiet=False)
     assert "in 30 min" not in capsys.readouterr().out

@@ -181,7 +181,7 @@ def _read_with_content(source: ImageSource, i: int) -> tuple[Image.Image | Tenso
 # (shorter side up to which, the preset, its image size)
 _SUGGESTIONS = (
     (12, "crate_mae_nano_isometric_patch2_8", 8),
-    (48, "crate_mae_micro_wide_compressing_patch4_32", 32),
+    (44, "crate_mae_micro_wide_compressing_patch4_32", 32),
     (80, "crate_mae_micro_wide_compressing_patch8_64", 64),
     (112, "crate_mae_micro_wide_compressing_patch12_96", 96),
     (176, "crate_mae_micro_wide_compressing_patch16_128", 128),

@@ -25,7 +25,7 @@ from crate_mae.models.classifier import Classifier
 from crate_mae.models.config import ClassifierConfig, ModelConfig
 from crate_mae.training.images import PYTHON_OBJECT, RunImages
 from crate_mae.training.optimizer import adamw
-from crate_mae.training.options import FinetuneOptions
+from crate_mae.training.options import OF_ONE_LENGTH, FinetuneOptions, given_words
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.progress import count
 from crate_mae.training.randomness import Purpose, derive_seed
@@ -152,6 +152,14 @@ class Finetuning(Task[FinetuneOptions]):
             f"Accuracy on validation images: {last['val_accuracy']:.2%} now; {best['val_accuracy']:.2%} at step "
             f"{best['step']:,.0f}, the best."
         )
+
+    def shorter_commands(self) -> list[str]:
+        """The command for a run of half an hour."""
+        c, run = self.config, self.directory.path
+        if c.train.startswith(PYTHON_OBJECT) or c.val.startswith(PYTHON_OBJECT):
+            return []
+        given = given_words(c, {"model", *OF_ONE_LENGTH})
+        return [shlex.join(["crate-mae", "finetune", c.model, "--out", f"{run}-30min", "--minutes", "30", *given])]
 
     def describe_use(self) -> list[str]:
         """Describe which model was kept, and how to use it."""

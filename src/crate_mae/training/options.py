@@ -7,7 +7,7 @@ None is open: `resolve` fills it in from the data and the machine, and in a run 
 import dataclasses
 import math
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
@@ -47,6 +47,8 @@ Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 
 GIVEN = ""  # of an option: by the user
 LENGTHS = ("epochs", "steps", "minutes")  # each sets the length of a run
+# What fits a run of one length and folder, and the call that began it, but not another run of the same kind.
+OF_ONE_LENGTH = (*LENGTHS, "out", "warmup_epochs", "monitor_steps", "checkpoint_epochs", "dry_run", "quiet", "json")
 LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
 
 
@@ -343,6 +345,24 @@ def origin(options: Any, name: str) -> str:
     if origins is None or origins.get(name) == GIVEN:
         return ""
     return f" (from {origins[name]})" if name in origins else " (by default)"
+
+
+def given_words(options: RunOptions, without: Collection[str]) -> list[str]:
+    """The options that were given on the command line, as words of another command line, without some of them."""
+    words: list[str] = []
+    for name, where in (options.origins or {}).items():
+        value: Any = getattr(options, name)
+        if where != GIVEN or name in without:
+            continue
+        if isinstance(value, bool):
+            words.append(option_name(name) if value else f"--no-{option_name(name)[2:]}")
+        elif value == ():
+            words.append(f"--no-{option_name(name)[2:]}")
+        elif isinstance(value, dict):
+            words += [word for key, each in value.items() for word in (f"{option_name(name)}.{key}", str(each))]
+        else:
+            words += [option_name(name), *map(str, value if isinstance(value, (tuple, list)) else [value])]
+    return words
 
 
 def own_first(kind: Any) -> list[dataclasses.Field]:

@@ -6,7 +6,7 @@ import fnmatch
 import math
 import shlex
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -40,7 +40,7 @@ from crate_mae.theory.coding_rate import official_subspace_coding_rate
 from crate_mae.theory.measures import effective_rank, zero_fraction
 from crate_mae.training.images import PYTHON_OBJECT, RunImages
 from crate_mae.training.optimizer import build_optimizer
-from crate_mae.training.options import PretrainOptions
+from crate_mae.training.options import OF_ONE_LENGTH, PretrainOptions, given_words, origin
 from crate_mae.training.progress import count
 from crate_mae.training.randomness import step_noise
 from crate_mae.training.task import StepLoss, Task, evaluating
@@ -53,7 +53,8 @@ _PICTURED = 8
 _MOST_LABELLED, _FEWEST_LABELLED = 2000, 50
 _MOST_BYTES = 2**28  # of their pixels
 _VOTING, _TEMPERATURE = 20, 0.07  # as in `crate-mae eval knn`
-_BUNDLED = "crate_mae_micro_cifar10"
+_BUNDLED, _SMALL = "crate_mae_micro_compressing_cifar10", 64  # a model to start from, and pixels to have many steps
+_OF_ONE_MODEL = ("recipe", "model", "model_settings", "image_size", "mask_tokens", "norm_pix_loss", "lr")
 
 
 @final
@@ -135,13 +136,13 @@ class Pretraining(Task[PretrainOptions]):
         """Images, model and input."""
         c, model, images = self.config, self.model, self.images
         source = f"split off {c.data}" if c.val is None else f"from {c.val}"
-        height, width = model.config.image_size
+        (height, width), patch = model.config.image_size, model.config.patch_size
         start = {} if self.start is None else {"starts from": f"{c.init_from}: {self.start}"}
         return {
             "images": f"{len(images.train):,} of {c.data}; {len(images.held_out):,} held out, {source}",
             "model": f"{c.model}, {self.num_parameters / 1e6:.2f} M parameters",
-            "input": f"{height} x {width} pixels, {count(c.channels, 'channel')}, {model.num_patches} patches of "
-            f"{model.config.patch_size} x {model.config.patch_size}, {c.mask_ratio:.0%} hidden",
+            "input": f"{height} x {width} pixels{origin(c, 'image_size')}, {count(c.channels, 'channel')}, "
+            f"{model.num_patches} patches of {patch} x {patch}, {c.mask_ratio:.0%} hidden",
             **start,
             **({} if self.probe is None else {"labels": f"not trained on, but measured: {self.probe}"}),
         }
@@ -155,16 +156,21 @@ class Pretraining(Task[PretrainOptions]):
         return text
 
     def shorter_commands(self) -> list[str]:
-        """Commands for a run of half an hour, with other weights to start from in the second."""
-        if self.config.data.startswith(PYTHON_OBJECT):
+        """Commands for a run of half an hour: of the same model, and of a small one that has been trained before."""
+        c, run = self.config, self.directory.path
+        if c.data.startswith(PYTHON_OBJECT) or (c.val or "").startswith(PYTHON_OBJECT):
             return []
 
-        def command(out: str, *words: str) -> str:
-            return shlex.join(["crate-mae", "pretrain", self.config.data, "--out", out, "--minutes", "30", *words])
+        def command(out: str, without: Collection[str], *words: str) -> str:
+            given = [*given_words(c, {"data", *without}), *words]
+            return shlex.join(["crate-mae", "pretrain", c.data, "--out", out, "--minutes", "30", *given])
 
-        run = self.directory.path
-        plain = command(f"{run}-30min")
-        return [plain] if self.config.init_from else [plain, command(f"{run}-30min-init", "--init-from", _BUNDLED)]
+        plain = command(f"{run}-30min", OF_ONE_LENGTH)
+        if c.init_from:
+            return [plain]
+        size = ["--image-size", str(_SMALL)] if min(self.model.config.image_size) > _SMALL else []
+        start = ["--init-from", _BUNDLED, *size]
+        return [plain, command(f"{run}-30min-init", {*OF_ONE_LENGTH, *_OF_ONE_MODEL}, *start)]
 
     def describe_use(self) -> list[str]:
         """Describe how to complete other images."""

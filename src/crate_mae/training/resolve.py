@@ -9,7 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from crate_mae.data import ImageSource, channel_statistics, describe_images, finetune_transform, suggest_model
+from crate_mae.data import (
+    ImageFacts,
+    ImageSource,
+    channel_statistics,
+    describe_images,
+    finetune_transform,
+    suggest_model,
+)
 from crate_mae.data.dataset import default_workers
 from crate_mae.errors import UserError
 from crate_mae.models.config import ClassifierConfig, CrateConfig, ModelConfig
@@ -74,21 +81,25 @@ def resolve_pretraining(
     options, mistakes = _checked(replace(options, model_settings=settings))
     if (options.mean is None) != (options.std is None):
         mistakes.append("--mean and --std belong together: give both or neither.")
-    images = model = weights = None
+    images = facts = model = weights = None
     with mistakes.collected():
         record = RunDirectory(Path(options.out)).held_out()
         images = open_images(options.data, options.val, record, data_changed=data_changed)
         options = with_length(options, len(images.train), processes, mistakes, has_begun=newest is not None)
+        facts = None if mistakes else describe_images(images.train)
     with mistakes.collected():
         start, weights = _start(options, newest)
-        model = _pretraining_model(options, start, images.train if images and not mistakes else None)
+        model = _pretraining_model(options, start, images.train if images and facts else None, facts)
         if not mistakes.concern("mask_ratio"):
             check_mask_ratio(options.mask_ratio, math.prod(model.grid_size))
     mistakes.raise_if_any()
-    assert images is not None and model is not None
+    assert images is not None and facts is not None and model is not None
 
+    is_models = options.model is not None and (start is None or options.model != start.name)
+    size_from = "the model" if is_models else f"the images' median of {facts.height} x {facts.width}"
     config = replace(
         with_machine(options, processes),
+        origins={"image_size": size_from} | (options.origins or {}),
         data=images.train_name,
         init_from=None if options.init_from is None else _full_model_name(options.init_from),
         val=images.held_out_name,
@@ -280,14 +291,15 @@ def _start(
     return model.config, model.state_dict()
 
 
-def _pretraining_model(options: PretrainOptions, start: ModelConfig | None, train: ImageSource | None) -> ModelConfig:
+def _pretraining_model(
+    options: PretrainOptions, start: ModelConfig | None, train: ImageSource | None, facts: ImageFacts | None
+) -> ModelConfig:
     """The model's configuration; without images (because of other mistakes) it is only checked for mistakes."""
     if taken := [key for key in options.model_settings if key in _MODEL_OPTIONS]:
         name = option_name(taken[0].replace("in_chans", "channels"))
         raise UserError(f"Give {name} instead of a model setting.")
     channels, suggested, side = options.channels or 3, "crate_mae_micro_wide_compressing_patch4_32", 32
-    if train is not None:
-        facts = describe_images(train)
+    if facts is not None:
         channels = options.channels or facts.channels
         suggested, side = suggest_model(facts)
     if start is not None and options.model in (None, start.name):

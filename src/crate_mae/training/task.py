@@ -103,9 +103,9 @@ class Task(ABC, Generic[OptionsT]):
     def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
         """Describe the newest result in one sentence, from the rows of metrics.csv."""
 
+    @abstractmethod
     def shorter_commands(self) -> list[str]:
         """Commands to print beside a plan that takes hours."""
-        return []
 
     @abstractmethod
     def describe_use(self) -> list[str]:
