@@ -34,7 +34,7 @@ class Served:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory):
-    pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'crate-mae[app]'")
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install '.[app]'")
     folder = tmp_path_factory.mktemp("served")
     log, output = folder / "noted.txt", folder / "output.txt"
     log.touch()

@@ -14,7 +14,7 @@ from crate_mae.app.compute import complete_picture, mask_text, seeded_mask
 from crate_mae.app.pictures import to_png, to_uri
 from crate_mae.app.responses import completion_component
 
-httpx = pytest.importorskip("httpx", reason="comes with Gradio: pip install 'crate-mae[app]'")
+httpx = pytest.importorskip("httpx", reason="comes with Gradio: pip install '.[app]'")
 BUNDLED = "crate_mae_micro_monotone_cifar10"
 CONTROLS = ["picture", "model", "beside", "mask", "mask_ratio", "seed", "layer", "patch"]  # in their order
 CHOICES = [BUNDLED, "no other model"]

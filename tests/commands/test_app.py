@@ -27,7 +27,7 @@ def test_without_gradio_the_install_line_is_named(crate_mae_command, monkeypatch
     ],
 )
 def test_a_mistake_is_explained(options, words, crate_mae_command):
-    pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'crate-mae[app]'")
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install '.[app]'")
     code, _, error = crate_mae_command("app", *options)
     assert code == 2
     assert words in error
@@ -35,7 +35,7 @@ def test_a_mistake_is_explained(options, words, crate_mae_command):
 
 
 def test_a_port_that_is_taken_is_named(crate_mae_command):
-    pytest.importorskip("gradio", reason="the app needs Gradio: pip install 'crate-mae[app]'")
+    pytest.importorskip("gradio", reason="the app needs Gradio: pip install '.[app]'")
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
