@@ -92,7 +92,6 @@ class Claim(NamedTuple):
 
     Attributes:
         text: in words.
-        part: of the network.
         sign: +1 if the step is to raise the value, -1 if it is to lower it.
         value: what is measured.
         controls: a theorem is about the first.
@@ -101,7 +100,6 @@ class Claim(NamedTuple):
     """
 
     text: str
-    part: Part
     sign: Literal[1, -1]
     value: str
     controls: tuple[str, ...]
@@ -111,59 +109,38 @@ class Claim(NamedTuple):
 
 SYMBOLS: dict[Status, str] = {"theorem": "∎", "holds": "✓", "does not hold": "✗", "contradiction": "‼"}
 CLAIMS: dict[str, Claim] = {
-    COMPRESS: Claim("Attention lowers R^c of tokens as they are", "encoder", -1, "R^c, nats", _MOVES),
-    COMPRESS_NORMALISED: Claim("Attention lowers R^c of normalised tokens", "encoder", -1, "R^c, nats", _MOVES),
-    COMPRESS_UNIT: Claim("Attention lowers R^c of unit-length projections", "encoder", -1, "R^c, nats", _MOVES),
+    COMPRESS: Claim("Attention lowers R^c of tokens as they are", -1, "R^c, nats", _MOVES),
+    COMPRESS_NORMALISED: Claim("Attention lowers R^c of normalised tokens", -1, "R^c, nats", _MOVES),
+    COMPRESS_UNIT: Claim("Attention lowers R^c of unit-length projections", -1, "R^c, nats", _MOVES),
     SORT: Claim(
         "Attention sorts: R falls less than at an equal fall of R^c by uniform attention or shrinking",
-        "encoder",
         1,
         "R of all images, nats",
         (NO_CHANGE, UNIFORM, SHRINKING),
         pooled=True,
     ),
-    EXPAND: Claim("ISTA raises R of tokens of equal length", "encoder", 1, "R, nats", (NO_CHANGE, RELU)),
-    EXPAND_LAYER: Claim("The layer raises R of tokens of equal length", "encoder", 1, "R, nats", (NO_CHANGE, RELU)),
+    EXPAND: Claim("ISTA raises R of tokens of equal length", 1, "R, nats", (NO_CHANGE, RELU)),
+    EXPAND_LAYER: Claim("The layer raises R of tokens of equal length", 1, "R, nats", (NO_CHANGE, RELU)),
     EXPAND_REDUCTION: Claim(
-        "ISTA raises R - R^c of all images",
-        "encoder",
-        1,
-        "R - R^c of all images, nats",
-        (NO_CHANGE, RELU),
-        pooled=True,
+        "ISTA raises R - R^c of all images", 1, "R - R^c of all images, nats", (NO_CHANGE, RELU), pooled=True
     ),
     EXPAND_REDUCTION_LAYER: Claim(
-        "The layer raises R - R^c of all images",
-        "encoder",
-        1,
-        "R - R^c of all images, nats",
-        (NO_CHANGE, RELU),
-        pooled=True,
+        "The layer raises R - R^c of all images", 1, "R - R^c of all images, nats", (NO_CHANGE, RELU), pooled=True
     ),
     LASSO: Claim(
         "The code has a lower lasso objective than relu(x) and than the all-zero code",
-        "encoder",
         -1,
         "lasso objective",
         (RELU, ZERO),
         is_learned=False,
     ),
     LASSO_ZERO: Claim(
-        "The code has a lower lasso objective than the all-zero code",
-        "encoder",
-        -1,
-        "lasso objective",
-        (ZERO,),
-        is_learned=False,
+        "The code has a lower lasso objective than the all-zero code", -1, "lasso objective", (ZERO,), is_learned=False
     ),
-    SPARSITY: Claim("ISTA makes more exact zeros than relu(x)", "encoder", 1, "share of exact zeros", (RELU,)),
-    DECOMPRESS: Claim("The decoder's step raises R^c of tokens as they are", "decoder", 1, "R^c, nats", _REVERSES),
-    DECOMPRESS_NORMALISED: Claim(
-        "The decoder's step raises R^c of normalised tokens", "decoder", 1, "R^c, nats", _REVERSES
-    ),
-    DECOMPRESS_UNIT: Claim(
-        "The decoder's step raises R^c of unit-length projections", "decoder", 1, "R^c, nats", _REVERSES
-    ),
+    SPARSITY: Claim("ISTA makes more exact zeros than relu(x)", 1, "share of exact zeros", (RELU,)),
+    DECOMPRESS: Claim("The decoder's step raises R^c of tokens as they are", 1, "R^c, nats", _REVERSES),
+    DECOMPRESS_NORMALISED: Claim("The decoder's step raises R^c of normalised tokens", 1, "R^c, nats", _REVERSES),
+    DECOMPRESS_UNIT: Claim("The decoder's step raises R^c of unit-length projections", 1, "R^c, nats", _REVERSES),
 }
 
 LEAST_SHARE_OF_IMAGES = 0.95

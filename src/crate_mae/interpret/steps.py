@@ -43,15 +43,10 @@ from crate_mae.theory.subspaces import orthonormal_bases, orthonormalised
 
 GROUPS = 10  # of images, for the jackknife of pooled claims
 # Claims by the measure that they are about.
-_COMPRESS = {
-    "subspace_rate": claims.COMPRESS,
-    "subspace_rate_normalised": claims.COMPRESS_NORMALISED,
-    "subspace_rate_unit": claims.COMPRESS_UNIT,
-}
-_DECOMPRESS = {
-    "subspace_rate": claims.DECOMPRESS,
-    "subspace_rate_normalised": claims.DECOMPRESS_NORMALISED,
-    "subspace_rate_unit": claims.DECOMPRESS_UNIT,
+_RATES = {  # claims of the encoder and of the decoder
+    "subspace_rate": (claims.COMPRESS, claims.DECOMPRESS),
+    "subspace_rate_normalised": (claims.COMPRESS_NORMALISED, claims.DECOMPRESS_NORMALISED),
+    "subspace_rate_unit": (claims.COMPRESS_UNIT, claims.DECOMPRESS_UNIT),
 }
 _BEFORE, _AFTER, _MEANS = "before", "after", "means"
 _DOUBLINGS, _HALVINGS = 40, 26  # of a bisection: to 1e-8 of the factor
@@ -158,8 +153,8 @@ def measure_layer(
             for claim, of_claim in of_images.items():
                 _append(values.setdefault(claim, {}), of_claim)
         if pools and not is_decoder:
-            _append(sums, _sums_of_attention(controls[claims.NO_CHANGE], points[after]))
-            _append(sums, _sums_of_sparse_coding(layer, points) if has_codes else {})
+            expansions = _expansions(layer, points) if has_codes else {}
+            _append(sums, _sums(controls[claims.NO_CHANGE], points[after], expansions))
         outputs.append(points["z_next"])
     found = {claim: _per_image(claim, of_claim) for claim, of_claim in values.items()}
     counts = torch.tensor([len(group) * group.shape[1] for group in groups], dtype=torch.float64, device=z.device)
@@ -229,11 +224,11 @@ def _entrances(net: nn.Module, batches: Sequence[Any], forward: Forward) -> Iter
 
 def _subspace_rates(layer: nn.Module, after: Tensor, controls: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     """R^c of each image in its three forms, before the step, after it, and after its controls, by claim."""
-    u, keys = bases(layer), _DECOMPRESS if isinstance(layer, DecoderLayer) else _COMPRESS
-    found: dict[str, dict[str, Tensor]] = {key: {} for key in keys.values()}
+    u, is_decoder = bases(layer), isinstance(layer, DecoderLayer)
+    found: dict[str, dict[str, Tensor]] = {}
     for name, tokens in {_AFTER: after, **controls}.items():
         for measure, rates in rates_in_subspaces(layer, tokens, u).items():
-            found[keys[measure]][name] = rates
+            found.setdefault(_RATES[measure][is_decoder], {})[name] = rates
     for of_claim in found.values():
         of_claim[_BEFORE] = of_claim[claims.NO_CHANGE]
     return found
@@ -274,20 +269,13 @@ def _expansions(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[str, dic
     return {claims.EXPAND: ista, claims.EXPAND_LAYER: whole}
 
 
-def _sums_of_attention(start: Tensor, after: Tensor) -> dict[_Sum, Tensor]:
-    return {
-        (claims.SORT, _BEFORE): token_sum(start),
-        (claims.SORT, _MEANS): mean_sum(start),
-        (claims.SORT, _AFTER): token_sum(after),
-    }
-
-
-def _sums_of_sparse_coding(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[_Sum, Tensor]:
-    return {
-        (claim, name): token_sum(equal_lengths(tokens))
-        for claim, found in _expansions(layer, points).items()
-        for name, tokens in found.items()
-    }
+def _sums(start: Tensor, after: Tensor, expansions: Mapping[str, Mapping[str, Tensor]]) -> dict[_Sum, Tensor]:
+    """Sums over the tokens of some images, for what is pooled over all."""
+    found = {(claims.SORT, _BEFORE): token_sum(start), (claims.SORT, _AFTER): token_sum(after)}
+    found[claims.SORT, _MEANS] = mean_sum(start)
+    for claim, of_claim in expansions.items():
+        found |= {(claim, name): token_sum(equal_lengths(tokens)) for name, tokens in of_claim.items()}
+    return found
 
 
 def _pooled(layer: nn.Module, sums: Mapping[_Sum, list[Tensor]], counts: Float[Tensor, "g"]) -> dict[str, Measured]:
@@ -300,7 +288,7 @@ def _pooled(layer: nn.Module, sums: Mapping[_Sum, list[Tensor]], counts: Float[T
     pairs = {claims.EXPAND: claims.EXPAND_REDUCTION, claims.EXPAND_LAYER: claims.EXPAND_REDUCTION_LAYER}
     for expansion, claim in pairs.items():
         if (expansion, _BEFORE) in pools:
-            before, after = (pools[expansion, name] for name in (_BEFORE, _AFTER))
+            before, after = pools[expansion, _BEFORE], pools[expansion, _AFTER]
             found[claim] = reduction(before, after, pools.get((expansion, claims.RELU)))
     return found
 
