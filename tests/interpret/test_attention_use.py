@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from crate_mae.evaluation.probes import Score
-from crate_mae.interpret.attention_use import attention_use, without_mixing
+from crate_mae.interpret.removals import attention_use, without_mixing
 
 
 def test_tokens_are_not_mixed_and_the_layer_is_as_it_was(build, images):

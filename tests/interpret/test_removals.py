@@ -5,8 +5,7 @@ import torch
 
 import crate_mae
 from crate_mae.evaluation.reconstruction import nested_masks
-from crate_mae.interpret.attention_use import image_losses
-from crate_mae.interpret.removals import Probe, _other_atoms, removals
+from crate_mae.interpret.removals import Probe, _other_atoms, image_losses, removals
 
 IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 MASKS = nested_masks(6, 16, 0.75, 0)

@@ -7,8 +7,7 @@ import torch
 
 import crate_mae
 from crate_mae.drawing.text import html, listed, mathtext, number, percent, plural, raised, signed
-from crate_mae.interpret.attention_use import AttentionUse
-from crate_mae.interpret.removals import Removal
+from crate_mae.interpret.removals import AttentionUse, Removal
 from crate_mae.interpret.report.findings import (
     STAND_IN_LIMITS,
     attention_finding,

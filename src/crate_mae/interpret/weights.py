@@ -5,6 +5,7 @@ Values are of heads or of pairs of heads or layers, and their spread is over the
 
 from collections.abc import Callable, Iterator, Mapping
 from itertools import product
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from crate_mae.interpret.layer_measures import LayerMeasure, Values, bases, has_subspaces
 from crate_mae.interpret.statistics import Row, not_finite, place_of, rows_of
-from crate_mae.models.layers import ISTA, MSSA, Dictionary, OvercompleteISTA
+from crate_mae.models.layers import ISTA, Dictionary, OvercompleteISTA
 from crate_mae.models.tracing import layers_of
 from crate_mae.theory.measures import isometry_error, mutual_coherence
 from crate_mae.theory.subspaces import affinity, match_up_to_scale, orthonormality_error, principal_cosines
@@ -63,9 +64,9 @@ def _measure_layer(name: str, layer: nn.Module) -> Iterator[Row]:
 
 
 def output_projections(layer: nn.Module) -> Float[Tensor, "h d p"] | None:
-    """The free output projections W_k of MSSA(Z) = sum_k SSA(Z | U_k) W_k^T; None where they are tied to the U_k."""
-    attn = layer.get_submodule("attn")
-    if not isinstance(attn, MSSA) or attn.proj is None:
+    """The free output projections W_k of sum_k (step of head k) W_k^T; None where they are tied to subspaces U_k."""
+    attn: Any = layer.get_submodule("attn")
+    if getattr(attn, "proj", None) is None:
         return None
     return attn.proj.weight.detach().unflatten(1, (attn.num_heads, -1)).transpose(0, 1)
 

@@ -12,7 +12,6 @@ from statistics import fmean
 from typing import NamedTuple
 
 from crate_mae.drawing.text import listed, number, percent, plural, signed
-from crate_mae.interpret.attention_use import AttentionUse
 from crate_mae.interpret.audit import (
     COMPRESS,
     COMPRESS_NORMALISED,
@@ -23,7 +22,7 @@ from crate_mae.interpret.audit import (
     by_claim,
 )
 from crate_mae.interpret.registry import INVERSES, MEASURES
-from crate_mae.interpret.removals import Removal, mattering
+from crate_mae.interpret.removals import AttentionUse, Removal, mattering
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
 from crate_mae.interpret.report.subjects import NETWORKS
 from crate_mae.interpret.statistics import Row, Trend, trend

@@ -21,7 +21,6 @@ from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
 from crate_mae.interpret.atoms import Atom, Gallery, measure_atoms
-from crate_mae.interpret.attention_use import AttentionUse, attention_use
 from crate_mae.interpret.audit import AuditRow
 from crate_mae.interpret.foregrounds import Drawings, read_drawings, read_drawn, score_foregrounds
 from crate_mae.interpret.information import (
@@ -32,7 +31,7 @@ from crate_mae.interpret.information import (
     split_probe_images,
 )
 from crate_mae.interpret.measure import Measurements, Opened, Progress, measure_layers
-from crate_mae.interpret.removals import Removal, fitted_probe, mattering, removals
+from crate_mae.interpret.removals import AttentionUse, Removal, attention_use, fitted_probe, mattering, removals
 from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples
 from crate_mae.interpret.report.subjects import (
     LABELS,
