@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -38,7 +38,6 @@ _MASKED_PATCHES = 1024  # in all images of which responses are measured
 _LEAST_CHANGE = 1e-4  # of pixels in [0, 1]; in smaller ones, rounding in float32 would look like a non-linear response
 
 Reason = Literal["named", "matters", "energy", "random"]
-_Numbers = tuple[float, float, float | None, float | None, float | None, float | None, float | None]
 
 
 @dataclass(frozen=True)
@@ -150,11 +149,10 @@ def measure_atoms(
     directions = torch.nn.functional.normalize(torch.randn(draws, size, generator=generator))
     controls = [(direction, response.linear(direction)) for direction in directions]
     found, drawn = [], []
-    for place, (index, why) in enumerate(chosen.items()):
-        std = float(values[..., place].double().std())
+    for (index, why), activation in zip(chosen.items(), values.unbind(-1), strict=True):
+        std, active = float(activation.double().std()), float((activation > 0).float().mean())
         numbers, picture = _raised(response, std, torch.eye(size)[index], controls)
-        active = float((values[..., place] > 0).float().mean())
-        found.append(Atom(number, index, why, float(share[index]), active, std, *numbers))
+        found.append(Atom(number, index, why, float(share[index]), active, std, **numbers))
         drawn.append(picture)
     c, patches = net.config, patchify(images, net.config.patch_size)
     weights = values / values.sum((0, 1)).clamp_min(torch.finfo(values.dtype).tiny)
@@ -162,7 +160,7 @@ def measure_atoms(
     return Gallery(
         atoms=found,
         pictures=shown_images(images, c.mean, c.std),
-        strongest=[_strongest(values[..., place]) for place in range(len(indices))],
+        strongest=[_strongest(activation) for activation in values.unbind(-1)],
         mean_patches=_differences(unpatchify(means[:, None], c.patch_size, (1, 1))),
         places=values.mean(0).T.unflatten(1, net.grid_size).numpy(),
         drawn=np.concatenate(drawn),
@@ -255,15 +253,22 @@ class _Response:
 
 def _raised(
     response: _Response, std: float, direction: Float[Tensor, "m"], controls: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[_Numbers, Float[np.ndarray, "1 hh ww 3"]]:
+) -> tuple[dict[str, Any], Float[np.ndarray, "1 hh ww 3"]]:
     """An atom's numbers from `change` on, beside random directions and their linear responses; and what is drawn."""
     change = response.actual(std * direction)
     cosine, realised = _agreement(change, std * response.linear(direction))
     at_random = [(response.actual(std * each), std * linear) for each, linear in controls]
-    random_change = fmean(_rms(each) for each, _ in at_random)
     cosines = [agreed for pair in at_random if (agreed := _agreement(*pair)[0]) is not None]
-    mean, low, high = (fmean(cosines), min(cosines), max(cosines)) if cosines else (None, None, None)
-    return (_rms(change), random_change, cosine, realised, mean, low, high), response.mean_picture(change)
+    numbers = {
+        "change": _rms(change),
+        "random_change": fmean(_rms(each) for each, _ in at_random),
+        "cosine": cosine,
+        "realised": realised,
+        "random_cosine": fmean(cosines) if cosines else None,
+        "random_cosine_low": min(cosines, default=None),
+        "random_cosine_high": max(cosines, default=None),
+    }
+    return numbers, response.mean_picture(change)
 
 
 def _agreement(change: Tensor, linear: Tensor) -> tuple[float, float] | tuple[None, None]:

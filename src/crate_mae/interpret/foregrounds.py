@@ -16,8 +16,8 @@ from scipy import ndimage
 from torch import Tensor, nn
 
 from crate_mae.data import BadImage, ImageSource
-from crate_mae.data.base import most_bad, printable, read_file
-from crate_mae.data.decode import UnreadableImage, decode
+from crate_mae.data.base import most_bad, printable, read_all, read_file
+from crate_mae.data.decode import UnreadableImage, decode, size_of
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.interpret.attention import class_attention
@@ -72,22 +72,18 @@ def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], 
     Raises:
         UserError: if no image has one, a mask has another size than its image, or too many masks cannot be read.
     """
-    images, masks, boxes, bad = [], [], [], []
-    for i in indices:
-        name = Path(source.location(i)).stem
-        if name not in drawings:
-            continue
+    transform, images, masks, boxes, bad = backbone.transform(), [], [], [], []
+    drawn = {i: drawings[name] for i in indices if (name := Path(source.location(i)).stem) in drawings}
+    # Images that cannot be read are reported where images are measured.
+    read, _ = read_all(source, drawn, lambda picture: (transform(picture), size_of(picture)))
+    for i, (image, size) in read.items():
         try:
-            picture = source.read(i)
-        except UnreadableImage:
-            continue  # reported where images are measured
-        try:
-            parts = _parts(drawings[name], _size(picture))
+            parts = _parts(drawn[i], size)
         except UnreadableImage as error:
             bad.append(BadImage(error.location, error.reason))
             continue
         prepared = torch.stack([_prepared(part, backbone) for part in parts])
-        images.append(backbone.transform()(picture))
+        images.append(image)
         masks.append(prepared.any(0))
         boxes.append(largest_boxes(prepared))
     total = len(images) + len(bad)
@@ -232,17 +228,12 @@ def _boxes_of(path: Path) -> dict[str, list[Box]]:
     return found
 
 
-def _size(picture: Image.Image | Tensor) -> tuple[int, int]:
-    """Width and height."""
-    return picture.size if isinstance(picture, Image.Image) else (int(picture.shape[-1]), int(picture.shape[-2]))
-
-
 def _parts(drawing: Path | list[Box], size: tuple[int, int]) -> list[Bool[np.ndarray, "hh ww"]]:
     """The drawn foreground of an image: its mask, or a mask of each box."""
-    width, height = size
+    height, width = size
     if isinstance(drawing, Path):
         picture = decode(read_file(drawing, printable(drawing)), printable(drawing))
-        if picture.size != size:
+        if picture.size != (width, height):
             raise UserError(f"{drawing} has {picture.width} x {picture.height} pixels, its image {width} x {height}.")
         values = np.asarray(picture.convert("RGB") if len(picture.getbands()) > 1 else picture)
         return [values != 0 if values.ndim == 2 else (values != 0).any(-1)]
