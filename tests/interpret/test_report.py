@@ -14,10 +14,9 @@ import crate_mae
 from crate_mae.drawing.text import html, number, percent, signed
 from crate_mae.interpret.audit import SYMBOLS
 from crate_mae.interpret.report import inspection as inspection_module
-from crate_mae.interpret.report.figures import plan_figures
 from crate_mae.interpret.report.findings import STAND_IN_LIMITS
 from crate_mae.interpret.report.inspection import Training, inspect_model
-from crate_mae.interpret.report.page import PAGE, report_files
+from crate_mae.interpret.report.page import PAGE, plan_figures, report_files
 from crate_mae.interpret.report.subjects import Settings
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}

@@ -11,9 +11,8 @@ import crate_mae
 from crate_mae.errors import UserError
 from crate_mae.interpret.report import inspection as inspection_module
 from crate_mae.interpret.report.examples import draw_grid
-from crate_mae.interpret.report.figures import plan_figures
 from crate_mae.interpret.report.inspection import inspect_model
-from crate_mae.interpret.report.page import write_page
+from crate_mae.interpret.report.page import plan_figures, write_page
 from crate_mae.interpret.report.subjects import Settings
 
 

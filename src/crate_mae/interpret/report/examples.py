@@ -65,17 +65,14 @@ class Examples:
     """What is shown of a few images.
 
     Attributes:
-        completions: a figure of completed images; none for a model without a decoder.
-        attention: figures of what class tokens attend to, and of foregrounds.
-        tokens: figures of tokens as colours, and with their neighbours.
+        figures: by the report's section: "model" with completed images, which a model without a decoder does not have;
+            "attention" of class tokens, and foregrounds; "tokens" as colours, and with their neighbours.
         mask_ratio: share of patches that was hidden for the completions.
         psnr: of the hidden patches of each completed image, in decibels.
         left_out: what is missing, and why.
     """
 
-    completions: list[PlannedFigure]
-    attention: list[PlannedFigure]
-    tokens: list[PlannedFigure]
+    figures: dict[str, list[PlannedFigure]]
     mask_ratio: float
     psnr: list[float]
     left_out: dict[str, str]
@@ -143,14 +140,8 @@ def collect_examples(subjects: Subjects, *, count: int, mask_ratio: float, seed:
             tokens.append(_neighbours(model.backbone, images, own))
         else:
             left_out["neighbours of tokens"] = "they are searched in other images, and there is only one"
-    return Examples(
-        completions=completions,
-        attention=attention,
-        tokens=tokens,
-        mask_ratio=mask_ratio,
-        psnr=psnr,
-        left_out=left_out,
-    )
+    figures = {"model": completions, "attention": attention, "tokens": tokens}
+    return Examples(figures=figures, mask_ratio=mask_ratio, psnr=psnr, left_out=left_out)
 
 
 def draw_grid(rows: Tiles) -> Figure:

@@ -184,9 +184,7 @@ def inspect_model(
     drawings = None if settings.foregrounds is None else read_drawings(Path(settings.foregrounds))
     if drawings is None:
         left_out["scores of foregrounds"] = "no masks or boxes were given with --foregrounds"
-    images, why_not = _probe_images(subjects, settings)
-    if images is None:
-        left_out["linear probes"] = why_not
+    images = _probe_images(subjects, settings, left_out)
     notes: list[str] = []
     measured = []
     hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
@@ -310,17 +308,19 @@ def _probe_rows(label: str, network: Opened, images: ProbeImages, notes: list[st
     return rows
 
 
-def _probe_images(subjects: Subjects, settings: Settings) -> tuple[ProbeImages | None, str]:
-    """The images of the probes, or why there are none."""
+def _probe_images(subjects: Subjects, settings: Settings, left_out: dict[str, str]) -> ProbeImages | None:
+    """The images of the probes, if there are any."""
     if not settings.probe_images:
-        return None, "--probe-images is 0"
-    if "train" not in subjects:
-        return None, "they need labelled training images, given with --train-data"
-    try:
-        (_, train), (_, test) = subjects["train"], subjects["model"]
-        return probe_images(train, test, settings.probe_images, settings.seed), ""
-    except UserError as error:
-        return None, str(error)
+        left_out["linear probes"] = "--probe-images is 0"
+    elif "train" not in subjects:
+        left_out["linear probes"] = "they need labelled training images, given with --train-data"
+    else:
+        try:
+            (_, train), (_, test) = subjects["train"], subjects["model"]
+            return probe_images(train, test, settings.probe_images, settings.seed)
+        except UserError as error:
+            left_out["linear probes"] = str(error)
+    return None
 
 
 def _shortages(subjects: Subjects, measured: Sequence[SubjectMeasures], settings: Settings) -> list[str]:

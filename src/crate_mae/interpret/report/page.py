@@ -1,19 +1,27 @@
-"""The files of a report: the page, its figures, and all numbers."""
+"""The page of a report: which figures there are, in which section, how each is read, and the files with all numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
+from matplotlib.figure import Figure
+
+from crate_mae.drawing.lines import draw_panels
 from crate_mae.drawing.page import render
 from crate_mae.drawing.style import encode
-from crate_mae.drawing.text import plural
+from crate_mae.drawing.text import number, plural
+from crate_mae.interpret.atoms import Atom
 from crate_mae.interpret.audit import CLAIMS, CONTROLS, LEAST_MARGIN_SHARE, LEAST_SHARE_OF_IMAGES, AuditRow, by_claim
+from crate_mae.interpret.curves import POINTS, Curve, both_parts, layer_panel
+from crate_mae.interpret.foregrounds import KINDS
 from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT
-from crate_mae.interpret.registry import MEASURES
-from crate_mae.interpret.report.figures import Plan, draw_figures, plan_figures
+from crate_mae.interpret.pictures import atom_tiles
+from crate_mae.interpret.registry import INVERSES, MEASURES
+from crate_mae.interpret.report.examples import PlannedFigure, draw_grid
 from crate_mae.interpret.report.findings import VERDICT_RULE, verdict_sentence, write_findings
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
-from crate_mae.interpret.report.subjects import name_of
+from crate_mae.interpret.report.subjects import LABELS, NETWORKS, name_of
 
 PAGE = "report.html"
 
@@ -21,6 +29,89 @@ _TOKENS = {
     "all": "All tokens: nothing is hidden",
     "visible": "As in training: the encoder sees the visible patches alone, the decoder fills in the hidden ones",
 }
+_WIDTH, _PANEL_HEIGHT = 11.0, 3.2  # inches
+_MORE_ROOM = 4  # as many panels are drawn in two columns
+_COLOUR_OF = {key: number for number, key in enumerate(LABELS)}
+_CONTROL = len(LABELS)  # colour of a control that is not a network
+_TEXTS = {  # of each figure over the layers: its title, and two sentences on how to read it
+    "subspace_rates": (
+        "The subspace rate, layer by layer",
+        "Each line is R^c between the two steps of a layer (after the attention step in the encoder), and on the right "
+        "R^c of the projections in its attention, where the official code takes it, as mean over images with its 95% "
+        "interval; a dashed line is the stand-in of a network without subspaces. The derivation predicts lines that "
+        "fall from left to right through the encoder (E) and rise through the decoder (D), and predicts nothing about "
+        "dashed ones.",
+    ),
+    "within_layers": (
+        "R^c before, between and after the steps of a layer",
+        "For the model alone, R^c of the same images at three points of each layer, measured with that layer’s own "
+        "subspaces: its input (circles), after its first step (squares), its output (triangles). ",
+    ),
+    "mixing": (
+        "How much attention mixes",
+        "On the left, the share of its attention that a token gives to itself, mean over tokens and heads: at 1 no "
+        "token reads any other, and the dashed line is uniform attention. On the right, what the "
+        "attention step does to the length of tokens: below 1 they shrink, which lowers R^c as it is without sorting "
+        "anything.",
+    ),
+    "rates": (
+        "Coding rate, rate reduction, number of non-zeros",
+        "Each line is a measure of the layers’ outputs: R counts the nats to code all tokens of an image, as they are "
+        "and with all tokens of equal length, R - R^c of the tokens of all images is how many nats are "
+        "saved by coding each subspace separately, and λ‖Z‖_0 is the third term of the objective. In an encoder that "
+        "optimises its objective, R - R^c rises and λ‖Z‖_0 falls from left to right.",
+    ),
+    "sparsity": (
+        "Sparsity",
+        "Each line shows how sparse the layers’ outputs are by a measure, of which only the first counts exact zeros; "
+        "a small l1/l2 and a large Gini index mean sparse. If depth makes representations sparser, the left and "
+        "right panels rise through the encoder and the middle one falls.",
+    ),
+    "ranks": (
+        "Directions in use",
+        "Effective rank and participation ratio count the directions that an image’s tokens use (weak ones count less "
+        "in the latter); the other panels show the shares of the tokens’ energy in their best subspaces and in the "
+        "differences between tokens of one image. Ranks near 1 and differences near 0 mean that tokens have become "
+        "similar, which makes every rate small without any structure.",
+    ),
+    "information": (
+        "Information kept, and idle coordinates",
+        "How well a linear map recovers the pixels of a patch from its token (1 is perfect), in how many directions "
+        "images differ, the share of coordinates that are zero for every token of every image, and the accuracy of a "
+        "linear classifier on each layer. Higher is better, except for the share of dead coordinates.",
+    ),
+    "weights": (
+        "Subspaces, output projections, dictionaries",
+        "Each line is a measure of the weights alone, averaged over heads or pairs of heads; the derivation assumes "
+        "bases that are orthonormal (error 0), heads that are incoherent (cosine 0), output projections equal to the "
+        "bases (cosine 1) and dictionaries near an isometry (error 0). The line of random initialisation shows what "
+        "chance gives in these dimensions: only the difference from it was learned.",
+    ),
+    "inverses": (
+        "Does a decoder layer invert its encoder layer?",
+        "For each encoder layer: how closely its decoder layer recovers its input, on tokens (cosine and error of the "
+        "input) and by weights (the others). Dashed lines are each network’s own control, which is "
+        "doing nothing on tokens and all other decoder layers for weights: only what is better than the dashed line "
+        "of its colour is an inverse.",
+    ),
+    "foreground_scores": (
+        "How well foregrounds are found",
+        "Each line shows how well the foregrounds found by a layer agree with those drawn by hand: the overlap "
+        "of masks, and the share of images in which the box of the largest part overlaps a true one by more "
+        "than a half. Only what lies above random initialisation and above the dashed line, which takes all of the "
+        "image for foreground, was learned.",
+    ),
+}
+_STEPS_OF_A_STAND_IN = (
+    "The model has no subspaces, so these are of its stand-in, and nothing predicts where squares should lie."
+)
+_STEPS_OF_A_LAYER = (
+    "In the encoder the first step is attention, so squares should lie below circles; in the decoder the second step "
+    "is attention with a minus sign, so triangles should lie above squares."
+)
+
+Panels = dict[str, list[Curve]]  # by their titles
+Plan = Mapping[str, Sequence[PlannedFigure]]  # from a section's anchor to its figures
 
 
 def report_files(inspection: Inspection) -> dict[str, bytes | str]:
@@ -96,3 +187,174 @@ def _left_out(inspection: Inspection) -> list[tuple[str, str]]:
         missing += [(f"{what}, {found.label}", why) for what, why in found.measures.left_out.items()]
     bad = {image.location: image.reason for found in inspection.measured for image in found.measures.bad}
     return missing + [(location, f"cannot be read: {reason}") for location, reason in bad.items()]
+
+
+def plan_figures(inspection: Inspection) -> Plan:
+    """The figures of each section, without those that there is nothing for."""
+    examples, measured = inspection.examples.figures, inspection.measured
+    networks = [found for found in measured if found.key in NETWORKS]
+    return {
+        "model": examples["model"],
+        "layers": _planned(
+            subspace_rates=_by_subject(measured, "subspace_rate", "subspace_rate_normalised", "subspace_rate_official"),
+            within_layers=_within_layers(inspection.model),
+            mixing=_mixing(inspection),
+            rates=_by_subject(
+                measured, "coding_rate", "coding_rate_normalised", "pooled_rate_reduction", "sparsity_penalty"
+            ),
+            sparsity=_sparsity(inspection),
+            ranks=_by_subject(
+                measured, "effective_rank", "participation_ratio", "best_subspace_energy", "token_diversity"
+            ),
+            information=_by_subject(measured, "pixel_r2", "feature_rank", "dead_coordinates", "probe_accuracy"),
+        ),
+        "weights": _planned(
+            weights=_by_subject(
+                networks,
+                "orthonormality_error_scaled",
+                "head_coherence",
+                "head_affinity",
+                "output_cosine",
+                "dictionary_isometry_error_scaled",
+                "dictionary_coherence",
+            ),
+            inverses=_inverses(networks),
+        ),
+        "attention": [*examples["attention"], *_planned(foreground_scores=_foregrounds(inspection))],
+        "tokens": examples["tokens"],
+        "atoms": _atoms(inspection),
+    }
+
+
+def draw_figures(plan: Plan) -> dict[str, Figure]:
+    """Draw every figure; by the names of their files."""
+    figures = [figure for section in plan.values() for figure in section]
+    return {f.name: _draw(f.content) if isinstance(f.content, dict) else draw_grid(f.content) for f in figures}
+
+
+def _draw(curves: Panels) -> Figure:
+    columns = 2 if len(curves) == _MORE_ROOM else min(3, len(curves))
+    panels = [layer_panel(title, found) for title, found in curves.items()]
+    return draw_panels(panels, columns=columns, width=_WIDTH / columns, height=_PANEL_HEIGHT)
+
+
+def _planned(**figures: Panels) -> list[PlannedFigure]:
+    """Figures by their names, without those that have no panels."""
+    planned = []
+    for name, panels in figures.items():
+        title, caption = _TEXTS[name]
+        if name == "within_layers":
+            is_stand_in = any(curve.dashed for curves in panels.values() for curve in curves)
+            caption += _STEPS_OF_A_STAND_IN if is_stand_in else _STEPS_OF_A_LAYER
+        if panels:
+            planned.append(PlannedFigure(name, title, caption, panels))
+    return planned
+
+
+def _by_subject(subjects: Sequence[SubjectMeasures], *measures: str) -> Panels:
+    """A panel for each measure that any subject has, with a curve for each subject that has it."""
+    panels = {}
+    for name in measures:
+        curves = [_curve(subject, name, MEASURES[name].point) for subject in subjects]
+        if found := [curve for curve in curves if curve is not None]:
+            panels[MEASURES[name].label] = found
+    return panels
+
+
+def _curve(subject: SubjectMeasures, measure: str, point: str) -> Curve | None:
+    """A subject's curve; its stand-in for R^c of unit-length projections, if it has no subspaces."""
+    if rows := both_parts(subject.measures.rows, measure, point):
+        return Curve(subject.label, _COLOUR_OF[subject.key], rows)
+    is_unit = measure in ("subspace_rate_unit", "subspace_rate_official")
+    if is_unit and (rows := both_parts(subject.measures.rows, "value_rate_official", point)):
+        return Curve(f"{subject.label} (stand-in)", _COLOUR_OF[subject.key], rows, dashed=True)
+    return None
+
+
+def _within_layers(model: SubjectMeasures) -> Panels:
+    panels = {}
+    for measure in ("subspace_rate", "subspace_rate_normalised", "subspace_rate_unit"):
+        curves = [
+            curve._replace(label=label, number=number)
+            for number, (point, label) in enumerate(POINTS.items())
+            if (curve := _curve(model, measure, point))
+        ]
+        if curves:
+            panels[MEASURES[measure].label] = curves
+    return panels
+
+
+def _mixing(inspection: Inspection) -> Panels:
+    panels = _by_subject(inspection.measured, "self_attention", "length_ratio")
+    own = MEASURES["self_attention"]
+    if own.label in panels:
+        uniform = both_parts(inspection.model.measures.rows, own.control)
+        panels[own.label].append(Curve(MEASURES[own.control].title, _CONTROL, uniform, dashed=True))
+    return panels
+
+
+def _sparsity(inspection: Inspection) -> Panels:
+    measures = ("zero_fraction", "l1_to_l2", "gini")
+    panels = _by_subject(inspection.measured, *measures)
+    for measure in measures:
+        codes, tokens = (inspection.model.find(measure, point) for point in ("code", "z_next"))
+        # Codes are the layer's output, except with a skip connection or a separate dictionary.
+        if [row.mean for row in codes] != [row.mean for row in tokens] and codes:
+            panels[MEASURES[measure].label].append(Curve("the model’s codes", _CONTROL, codes, dashed=True))
+    return panels
+
+
+def _inverses(networks: Sequence[SubjectMeasures]) -> Panels:
+    panels = {}
+    for measure in INVERSES:
+        curves = []
+        for subject in networks:
+            number, control = _COLOUR_OF[subject.key], MEASURES[measure].control
+            curves += [
+                Curve(subject.label, number, subject.find(measure)),
+                Curve(f"{subject.label}: its control", number, subject.find(control), dashed=True),
+            ]
+        if found := [curve for curve in curves if curve.rows]:
+            panels[MEASURES[measure].label] = found
+    return panels
+
+
+def _atoms(inspection: Inspection) -> list[PlannedFigure]:
+    """The gallery of atoms; none if they were not measured."""
+    gallery = inspection.atoms
+    if gallery is None:
+        return []
+    title = f"Atoms of encoder layer {gallery.atoms[0].layer}"
+    return [PlannedFigure("atoms", title, _linearity(gallery.atoms), atom_tiles(gallery))]
+
+
+def _linearity(atoms: Sequence[Atom]) -> str:
+    """How much atoms change, and how far their contributions add up, beside random directions."""
+    change, at_random = number(fmean(a.change for a in atoms)), number(fmean(a.random_change for a in atoms))
+    text = (
+        f"Raised by a standard deviation, these atoms change hidden pixels in [0, 1] by {change} on average (root mean "
+        f"square), and random directions of the code, with steps as long, by {at_random}. "
+    )
+    pairs = [(a.cosine, a.random_cosine, a.random_cosine_low) for a in atoms]
+    known = [pair for pair in pairs if None not in pair]
+    if not known:
+        return text + "That is too little to compare with a linear response."
+    own, random, lowest = zip(*known, strict=True)
+    below = sum(cosine < low for cosine, low in zip(own, lowest, strict=True))
+    return text + (
+        f"The cosine with the linear response is {fmean(own):.3f} (mean over {plural(len(own), 'atom')}) and "
+        f"{fmean(random):.3f}, and {below} of these atoms respond less linearly than all random directions."
+    )
+
+
+def _foregrounds(inspection: Inspection) -> Panels:
+    """Foregrounds against those that were drawn; without panels if none were."""
+    panels = {}
+    for measure in ("foreground_iou", "correct_localisation"):
+        everything = Curve("all of the image", _CONTROL, inspection.model.find(measure, KINDS[-1]), dashed=True)
+        for kind in KINDS[:-1]:
+            curves = [_curve(subject, measure, kind) for subject in inspection.measured]
+            if found := [curve for curve in curves if curve is not None]:
+                title = f"{MEASURES[measure].title}, by {kind} ({MEASURES[measure].unit})"
+                panels[title] = [*found, everything]
+    return panels
