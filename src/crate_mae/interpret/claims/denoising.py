@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,7 @@ from crate_mae.theory import (
 NOISE = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 DIMENSIONS = (32, 48, 64, 96, 128)
 SUBSPACES = (2, 4, 8, 16)
+_P, _TOKENS = 8, 256
 SAME_DIRECTION = 0.9  # cosine from which the page speaks of nearly the same direction
 STEP_NAMES = {
     "token": "gradient, each token alone",
@@ -75,26 +77,21 @@ def measure(
     subspaces: Sequence[int] = SUBSPACES,
 ) -> Denoising:
     """Vary the noise (subspaces fill the space), the dimension (they do not), and the number of subspaces (they do)."""
-
-    def point(noise_std: float, d: int, h: int) -> DenoisingPoint:
-        return _measure_point(seed, draws, noise_std=noise_std, d=d, h=h)
-
+    point = partial(_measure_point, seed, draws)
     return Denoising(
         draws=draws,
         by_noise=tuple(point(sigma, 32, 4) for sigma in noise),
         by_dimension=tuple(point(0.2, d, 4) for d in dimensions),
-        by_subspaces=tuple(point(0.2, 8 * h, h) for h in subspaces),
+        by_subspaces=tuple(point(0.2, _P * h, h) for h in subspaces),
     )
 
 
-def _measure_point(
-    seed: int, draws: int, *, noise_std: float, d: int, h: int, p: int = 8, tokens: int = 256
-) -> DenoisingPoint:
+def _measure_point(seed: int, draws: int, noise_std: float, d: int, h: int) -> DenoisingPoint:
     cosines, errors = [], []
     for draw in range(draws):
         source = generator(seed, draw)
-        u = orthonormal_bases(h, d, p, source)
-        sample = sample_mixture(tokens, u, noise_std, source)
+        u = orthonormal_bases(h, d, _P, source)
+        sample = sample_mixture(_TOKENS, u, noise_std, source)
         denoised = mixture_denoiser(sample.tokens, u, noise_std)
         after = _steps(sample, u, noise_std)
         displacement = denoised - sample.tokens
@@ -102,7 +99,7 @@ def _measure_point(
         states = {"noisy": sample.tokens, "denoiser": denoised, **after}
         errors.append({name: _outside(z, u, sample.labels) for name, z in states.items()})
     return DenoisingPoint(
-        noise_std=noise_std, d=d, h=h, p=p, tokens=tokens, cosine=spreads(cosines), error=spreads(errors)
+        noise_std=noise_std, d=d, h=h, p=_P, tokens=_TOKENS, cosine=spreads(cosines), error=spreads(errors)
     )
 
 

@@ -16,7 +16,6 @@ from crate_mae.drawing.page import table
 from crate_mae.drawing.style import GREY, colour, legend_above, marker, new_figure, panels
 from crate_mae.interpret.claims.common import Section, Spread, generator, span, spreads_by_step
 from crate_mae.theory import (
-    MixtureSample,
     attention_membership,
     orthonormal_bases,
     project,
@@ -36,6 +35,7 @@ OPERATORS: dict[Operator, tuple[str, str]] = {
     "network": ("softmax, s = p$^{-1/2}$ (the network's)", "softmax, s = p<sup>−1/2</sup>"),
 }
 _D, _H, _P, _TOKENS = 128, 4, 32, 160
+_STEP_SIZE, _THRESHOLD = 0.5, 0.6  # eta, tau
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,18 +82,6 @@ def measure(seed: int = 0, draws: int = 5, *, noise: Sequence[float] = NOISE, la
     If phi gives every token tau on itself in its own subspace and nothing elsewhere, the part inside the token's own
     subspace grows by 1 + eta tau and the part outside stays. That is the theorem's argument, and its factor.
     """
-    step_size, threshold = 0.5, 0.6
-    curves = []
-    for operator in OPERATORS:
-        predicted = 1 + step_size * (threshold if operator in ("threshold", "normalised") else 1.0)
-        for noise_std in noise:
-            runs = []
-            for draw in range(draws):
-                source = generator(seed, draw)
-                u = orthonormal_bases(_H, _D, _P, source)
-                sample = sample_mixture(_TOKENS, u, noise_std, source)
-                runs.append(_ratios(sample, u, operator, layers, step_size, threshold))
-            curves.append(_curve(operator, noise_std, predicted, runs))
     return SignalToNoise(
         draws=draws,
         d=_D,
@@ -101,9 +89,9 @@ def measure(seed: int = 0, draws: int = 5, *, noise: Sequence[float] = NOISE, la
         p=_P,
         tokens=_TOKENS,
         layers=layers,
-        step_size=step_size,
-        threshold=threshold,
-        curves=tuple(curves),
+        step_size=_STEP_SIZE,
+        threshold=_THRESHOLD,
+        curves=tuple(_curve(seed, draws, layers, operator, noise_std) for operator in OPERATORS for noise_std in noise),
     )
 
 
@@ -124,30 +112,18 @@ def attention_layer(
     return z + step_size * unproject(membership @ w, u)
 
 
-def _ratios(
-    sample: MixtureSample,
-    u: Float[Tensor, "h d p"],
-    operator: Operator,
-    layers: int,
-    step_size: float,
-    threshold: float,
-) -> list[float]:
-    """The ratio before the first layer and after each, averaged over the clusters that have tokens."""
-    z = sample.tokens
-    ratios = [_ratio(z, sample.labels, u)]
-    for _ in range(layers):
-        z = attention_layer(z, u, operator, step_size, threshold)
-        ratios.append(_ratio(z, sample.labels, u))
-    return ratios
-
-
-def _ratio(z: Float[Tensor, "n d"], labels: Int[Tensor, " n"], u: Float[Tensor, "h d p"]) -> float:
-    each = [signal_to_noise(z[labels == k], u)[k] for k in labels.unique()]
-    return torch.stack(each).mean().item()
-
-
-def _curve(operator: Operator, noise_std: float, predicted: float, runs: list[list[float]]) -> SignalToNoiseCurve:
+def _curve(seed: int, draws: int, layers: int, operator: Operator, noise_std: float) -> SignalToNoiseCurve:
+    runs = []
+    for draw in range(draws):
+        source = generator(seed, draw)
+        u = orthonormal_bases(_H, _D, _P, source)
+        sample = sample_mixture(_TOKENS, u, noise_std, source)
+        states = [sample.tokens]
+        for _ in range(layers):
+            states.append(attention_layer(states[-1], u, operator, _STEP_SIZE, _THRESHOLD))
+        runs.append([_ratio(z, sample.labels, u) for z in states])
     factor = spreads_by_step([[after / before for before, after in pairwise(run)] for run in runs])
+    predicted = 1 + _STEP_SIZE * (_THRESHOLD if operator in ("threshold", "normalised") else 1.0)
     return SignalToNoiseCurve(
         operator=operator,
         noise_std=noise_std,
@@ -157,6 +133,12 @@ def _curve(operator: Operator, noise_std: float, predicted: float, runs: list[li
         layers_held=_count_leading(abs(layer.mean / predicted - 1) <= HOLDS_WITHIN for layer in factor),
         layers_grown=_count_leading(layer.mean > 1 for layer in factor),
     )
+
+
+def _ratio(z: Float[Tensor, "n d"], labels: Int[Tensor, " n"], u: Float[Tensor, "h d p"]) -> float:
+    """The ratio, averaged over the clusters that have tokens."""
+    each = [signal_to_noise(z[labels == k], u)[k] for k in labels.unique()]
+    return torch.stack(each).mean().item()
 
 
 def _count_leading(values: Iterable[bool]) -> int:
