@@ -1,7 +1,7 @@
 """How much information about an image is left after each layer: dead coordinates, ranks, pixels, linear probes."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,10 +32,8 @@ def dead_coordinates(model: nn.Module, batches: Sequence[Any], forward: Forward 
     names = [name for name, layer in layers_of(model).items() if "code" in taps_of(layer)]
     alive: dict[str, Tensor] = {}
     for batch in batches if names else []:
-        with trace(model, [f"{name}.code" for name in names]) as record:
-            forward(model, batch)
-        for name in names:
-            active = (record[f"{name}.code"][0] != 0).flatten(0, -2).any(0)
+        for name, code in _at_point(model, names, "code", batch, forward).items():
+            active = (code != 0).flatten(0, -2).any(0)
             alive[name] = alive.get(name, torch.zeros_like(active)) | active
     return [
         row(place_of(name), "dead_coordinates", Statistic(1 - float(found.float().mean()), None, 1), over="layer")
@@ -51,10 +49,8 @@ def feature_ranks(model: nn.Module, batches: Sequence[Any], forward: Forward = d
     """
     features: dict[str, list[Tensor]] = {name: [] for name in layers_of(model)}
     for batch in batches if features else []:
-        with trace(model, [f"{name}.z_next" for name in features]) as record:
-            forward(model, batch)
-        for name, found in features.items():
-            found.append(record[f"{name}.z_next"][0].float().mean(1))
+        for name, tokens in _at_point(model, features, "z_next", batch, forward).items():
+            features[name].append(tokens.float().mean(1))
     rows = []
     for name, found in features.items():
         z = torch.cat(found)
@@ -177,16 +173,21 @@ def probe_rows(backbone: Backbone, images: ProbeImages) -> tuple[list[Row], bool
     return rows, all(probe.converged for probe in probes.values())
 
 
+def _at_point(model: nn.Module, names: Collection[str], point: str, batch: Any, forward: Forward) -> dict[str, Tensor]:
+    """What the layers have at a point in one pass."""
+    with trace(model, [f"{name}.{point}" for name in names]) as record:
+        forward(model, batch)
+    return {name: record[f"{name}.{point}"][0] for name in names}
+
+
 def _tokens_and_pixels(
     encoder: nn.Module, names: list[str], images: Tensor, patch_size: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each layer the patches' tokens, and the pixels of the same patches, in float64."""
     images = images.to(next(encoder.parameters()).device)
-    with trace(encoder, [f"{name}.z_next" for name in names]) as record:
-        default_pass(encoder, images)
     y = patchify(images.double(), patch_size)
-    found = {name: record[f"{name}.z_next"][0].double() for name in names}
-    return {name: (tokens[:, -y.shape[1] :], y) for name, tokens in found.items()}
+    found = _at_point(encoder, names, "z_next", images, default_pass)
+    return {name: (tokens.double()[:, -y.shape[1] :], y) for name, tokens in found.items()}
 
 
 def _ridge(sums: Float[Tensor, "s s"], q: int, place: tuple[str, int]) -> tuple[Tensor, Tensor, Tensor]:

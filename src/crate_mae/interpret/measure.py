@@ -211,7 +211,7 @@ def _measure(
         rows += stream(net, batches, layer_measures(), forward=_forward)
         left_out |= _why_not(net)
         on_stage("inverses")
-        if isinstance(net, MaskedAutoencoder) and layer_pairs(net):
+        if layer_pairs(net):
             rows += measure_inverse_weights(net)
             rows += stream(net, batches, inverse_measures(net), forward=_forward)
         else:

@@ -3,7 +3,7 @@
 Values are of heads or of pairs of heads or layers, and their spread is over these.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import Any
 
@@ -147,12 +147,10 @@ def measure_inverse_weights(model: nn.Module) -> list[Row]:
             ("inverse_operator_cosine", _operator_cosine),
             ("inverse_subspace_affinity", _subspace_affinity),
         ):
-            found = _likenesses(likeness, layers[name], [partner])
-            if found is not None:
-                values[measure] = found
-                control = _likenesses(likeness, layers[name], others)
-                if control is not None:
-                    values[f"{measure}_control"] = control
+            for named, compared in ((measure, [partner]), (f"{measure}_control", others)):
+                found = [value for other in compared if (value := likeness(layers[name], other)) is not None]
+                if found:
+                    values[named] = torch.stack(found)
         rows += rows_of(place_of(name), values, "pairs")
     return rows
 
@@ -182,13 +180,6 @@ def _undone(partner: nn.Module, z: Float[Tensor, "b n d"], z_next: Float[Tensor,
         found[f"inverse_error{suffix}", ""] = torch.linalg.matrix_norm(z - guess) / torch.where(norm == 0, 1, norm)
         found[f"inverse_error_scaled{suffix}", ""] = match.error
     return found
-
-
-def _likenesses(
-    likeness: Callable[[nn.Module, nn.Module], Tensor | None], layer: nn.Module, others: list[nn.Module]
-) -> Float[Tensor, "k"] | None:
-    found = [value for other in others if (value := likeness(layer, other)) is not None]
-    return torch.stack(found) if found else None
 
 
 def _dictionary_cosine(layer: nn.Module, other: nn.Module) -> Float[Tensor, ""] | None:
