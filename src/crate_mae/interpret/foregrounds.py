@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from scipy import ndimage
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from crate_mae.data import BadImage, ImageSource
 from crate_mae.data.base import most_bad, printable, read_all, read_file
@@ -161,7 +162,7 @@ def _found(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], layer: int) -
 def _localised(mask: Bool[Tensor, "b hh ww"], boxes: Sequence[Int[Tensor, "k 4"]]) -> Float[Tensor, "b"]:
     """1 for each image whose box is right, else 0."""
     found = largest_boxes(mask)
-    overlaps = [box_overlap(box.expand(len(true), 4), true).max() for box, true in zip(found, boxes, strict=True)]
+    overlaps = [box_iou(box[None], true).max() for box, true in zip(found, boxes, strict=True)]
     return (torch.stack(overlaps) > CORRECT_IOU).float()
 
 
@@ -187,15 +188,6 @@ def largest_boxes(mask: Bool[Tensor, "b gh gw"]) -> Int[Tensor, "b 4"]:
         rows, columns = np.nonzero(parts == largest)
         boxes.append([rows.min(), columns.min(), rows.max() + 1, columns.max() + 1])
     return torch.tensor(np.array(boxes, dtype=np.int64))
-
-
-def box_overlap(boxes: Int[Tensor, "b 4"], truth: Int[Tensor, "b 4"]) -> Float[Tensor, "b"]:
-    """Intersection over union of boxes; 0 where both are empty."""
-    top_left = torch.maximum(boxes[:, :2], truth[:, :2])
-    bottom_right = torch.minimum(boxes[:, 2:], truth[:, 2:])
-    shared = (bottom_right - top_left).clamp_min(0).prod(1)
-    areas = [(box[:, 2:] - box[:, :2]).prod(1) for box in (boxes, truth)]
-    return shared / (areas[0] + areas[1] - shared).clamp_min(1)
 
 
 def _mask_files(folder: Path) -> dict[str, Path]:
