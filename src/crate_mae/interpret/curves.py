@@ -66,7 +66,7 @@ def layer_panel(
 
     Args:
         title: see `registry.Measure.label`.
-        curves: with at least one row together.
+        curves: at least one of them has a row.
         band: half width of the band around a row's mean.
         scale: of the vertical axis.
     """

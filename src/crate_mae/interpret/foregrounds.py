@@ -132,8 +132,8 @@ def principal_mask(patches: Float[Tensor, "b n d"], grid_size: tuple[int, int]) 
 def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
     """Score the foregrounds that each layer finds, by attention and by the first component of the tokens.
 
-    A network without a class token has no foreground by attention. Taking everything for foreground is the control,
-    which a large thing in the middle makes a strong one.
+    A network without a class token has no foreground by attention. The control takes the whole image for foreground,
+    which is hard to beat where a large object is in the middle.
     """
     rows = []
     for layer in range(len(layers_of(encoder))):

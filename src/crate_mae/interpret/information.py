@@ -64,10 +64,10 @@ def feature_ranks(model: nn.Module, batches: Sequence[Any], forward: Forward = d
 def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], patch_size: int) -> list[Row]:
     """How much of a patch its own token retains in a linear way: R^2 of ridge regression, after each layer.
 
-    Regressed is from the tokens of whole images to their own pixels. Hidden patches would need tokens in their places,
-    which an encoder that sees visible patches alone does not have, and would measure guessing rather than keeping. The
-    maps are fitted on the first half of the images and judged on the second: 1 is everything, 0 no more than the mean
-    patch (and less than 0 worse than that). Sums are kept, not tokens.
+    The regression maps the tokens of whole images to their own pixels. Hidden patches would need tokens in their
+    places, which an encoder that sees visible patches alone does not have, and would measure guessing rather than
+    keeping. The maps are fitted on the first half of the images and judged on the second: 1 is everything, 0 no more
+    than the mean patch, and less than 0 is worse than that. Sums are kept, not tokens.
 
     Raises:
         UserError: for fewer than two images, or tokens that are not finite.
@@ -174,7 +174,7 @@ def probe_rows(backbone: Backbone, images: ProbeImages) -> tuple[list[Row], bool
 
 
 def _at_point(model: nn.Module, names: Collection[str], point: str, batch: Any, forward: Forward) -> dict[str, Tensor]:
-    """What the layers have at a point in one pass."""
+    """The tokens, or codes, of each layer at a point, from one pass."""
     with trace(model, [f"{name}.{point}" for name in names]) as record:
         forward(model, batch)
     return {name: record[f"{name}.{point}"][0] for name in names}

@@ -45,7 +45,7 @@ Tiles = Sequence[Sequence[Tile | None]]  # rows, in which None keeps a place emp
 
 
 def heat(values: Float[np.ndarray, "gh gw"], title: str = "") -> Tile:
-    """A map of attention; below it its largest value over its mean, 1 for even attention."""
+    """A map of attention; the caption is its largest value divided by its mean, which is 1 for even attention."""
     largest, mean = float(values.max()), float(values.mean())
     return Tile(values, title, f"{largest / mean:.1f}" if mean else "none")
 

@@ -238,7 +238,7 @@ def removals(
         draws: random subspaces of each layer with heads, random sets of atoms for each atom; at least two.
         seed: of the atoms and of the draws.
         batch_size: images that go through the model at once.
-        on_start: called with the seconds that all will take, judged by one pass.
+        on_start: called with the estimated time of everything in seconds, from that of one pass.
 
     Raises:
         UserError: for fewer than two draws, which have no spread, or a negative number of atoms.

@@ -190,7 +190,7 @@ def _left_out(inspection: Inspection) -> list[tuple[str, str]]:
 
 
 def plan_figures(inspection: Inspection) -> Plan:
-    """The figures of each section, without those that there is nothing for."""
+    """The figures of each section, without empty ones."""
     examples, measured = inspection.examples.figures, inspection.measured
     networks = [found for found in measured if found.key in NETWORKS]
     return {
