@@ -8,6 +8,7 @@ import torch
 
 import crate_mae
 from crate_mae.models import preset
+from crate_mae.models.masking import visible_indices
 
 SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 3, "decoder_depth": 2}
 VARIANTS = [
@@ -274,6 +275,24 @@ def test_derived_settings_follow_what_they_derive_from():
     assert (config.decoder_embed_dim, config.mean) == (96, (0.5,))
     kept = preset("vit_mae_small_published_patch16_224").replace(embed_dim=192)
     assert kept.decoder_embed_dim == 512
+
+
+def test_a_decoder_width_that_was_given_stays_also_if_it_is_the_encoders():
+    given = preset("crate_mae_micro_patch4_32").replace(decoder_embed_dim=192, decoder_num_heads=6)
+    assert given == preset("crate_mae_micro_patch4_32")
+    kept = given.replace(norm_pix_loss=True).replace(embed_dim=96, num_heads=3)
+    assert (kept.decoder_embed_dim, kept.decoder_num_heads) == (192, 6)
+    assert kept.replace(decoder_embed_dim=0, decoder_num_heads=0).decoder_embed_dim == 96
+    assert preset("vit_mae_base_published_patch16_224").replace(embed_dim=384).decoder_embed_dim == 768
+
+
+def test_visible_patches_without_a_mask_are_the_ones_that_the_loss_leaves_out():
+    visible = torch.tensor([[0, 5, 11], [2, 3, 15], [1, 8, 9], [4, 6, 7], [0, 1, 2]])
+    for mask_tokens in ("encoder", "decoder"):
+        model = crate_mae.create_model("vit_mae_nano_patch2_8", **SMALL, mask_tokens=mask_tokens).eval()
+        output = model(images_for(model), visible=visible)
+        assert torch.equal(visible_indices(output.mask), visible)
+        assert torch.equal(output.loss, model(images_for(model), mask=output.mask).loss)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -10,6 +10,7 @@ import crate_mae
 from crate_mae.models import weights
 from crate_mae.models.autoencoder import build
 from crate_mae.models.presets import bundled_folder, list_bundled
+from crate_mae.models.timm_models import write_encoder
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 1}
 
@@ -60,6 +61,27 @@ def test_weights_that_are_not_finite_are_refused(folder, value):
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(crate_mae.UserError, match=r"not finite, in 1 tensor\(s\) such as decoder\.norm\.weight"):
         crate_mae.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "key"),
+    [
+        ("crate_mae_nano_patch2_8", "encoder.blocks.1.ista", "step_size"),
+        ("crate_mae_nano_monotone_patch2_8", "encoder.blocks.0.ista", "threshold"),
+        ("crate_mae_nano_compressing_patch2_8", "encoder.blocks.0", "ista_skip"),
+        ("crate_mae_nano_patch2_8", "decoder.blocks.0.attn", "num_heads"),
+        ("vit_mae_nano_patch2_8", "encoder.blocks.0.attn", "scale"),
+        ("vit_mae_nano_patch2_8", "decoder.norm", "eps"),
+    ],
+)
+def test_a_layer_that_computes_with_another_number_than_its_config_says_is_not_written(tmp_path, name, part, key):
+    model = crate_mae.create_model(name)
+    setattr(model.get_submodule(part), key, 2)
+    writers = [crate_mae.save, write_encoder, lambda model, _folder: crate_mae.to_official(model)]
+    for write in writers:
+        with pytest.raises(crate_mae.UserError, match=rf"{part}\.{key} of this model is 2, but its config describes"):
+            write(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_settings_can_be_changed_on_loading_if_the_tensors_still_fit(folder):

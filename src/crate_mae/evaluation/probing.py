@@ -18,9 +18,10 @@ from crate_mae.evaluation.backbones import PIXELS, Backbone, RawPixels, open_bac
 from crate_mae.evaluation.embeddings import describe_alike
 from crate_mae.evaluation.extract import AFFORDABLE, Extraction, Features, extract
 from crate_mae.evaluation.probes import Score, wilson_interval
+from crate_mae.models.classifier import initialised
 from crate_mae.models.config import ClassifierConfig, ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER, depth
-from crate_mae.models.weights import UNTRAINED, initialised, unwrapped
+from crate_mae.models.weights import UNTRAINED, unwrapped
 
 # (training features, validation features, names of the classes) to results
 Probe = Callable[[Features, Features, list[str]], Sequence[Any]]

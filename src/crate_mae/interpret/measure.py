@@ -32,10 +32,11 @@ from crate_mae.interpret.statistics import Row, place_of
 from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.weights import inverse_measures, layer_pairs, measure_inverse_weights, measure_weights
 from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.classifier import initialised
 from crate_mae.models.config import config_of
 from crate_mae.models.features import evaluating
 from crate_mae.models.tracing import layers_of
-from crate_mae.models.weights import UNTRAINED, initialised, is_untrained, load, unwrapped
+from crate_mae.models.weights import UNTRAINED, is_untrained, load, unwrapped
 
 Progress = Callable[[str], object]
 

@@ -16,7 +16,7 @@ from crate_mae.models.decoder import Decoder, build_decoder
 from crate_mae.models.devices import send, without_memory
 from crate_mae.models.encoder import MaskedEncoder, build_encoder
 from crate_mae.models.features import DEFAULT_LAYER, OneImage, Pooling, embed_images
-from crate_mae.models.masking import patch_statistics, patchify, random_mask, visible_indices
+from crate_mae.models.masking import hide_all_but, patch_statistics, patchify, random_mask, visible_indices
 from crate_mae.models.monotone import orthogonal_parameters
 
 
@@ -100,7 +100,8 @@ class MaskedAutoencoder(nn.Module):
             mask: true = hidden.
             generator: draws the mask. None takes torch's global generator in training; in `eval()` nothing is
                 random, so None then hides the same patches at every call.
-            visible: `masking.visible_indices(mask)` if it is known already; a compiled model cannot count them.
+            visible: positions of the patches that stay visible, from which the mask is made if there is none; or
+                `masking.visible_indices(mask)` if it is known already; a compiled model cannot count them.
 
         Returns:
             Named loss, prediction, mask and latent. Without any hidden patch the loss is 0.
@@ -109,7 +110,9 @@ class MaskedAutoencoder(nn.Module):
             UserError: for images or a mask of another size than the model's, or a mask ratio outside [0, 1).
         """
         check_images(images, self.config)
-        if mask is None:
+        if mask is None and visible is not None:
+            mask = hide_all_but(visible, self.num_patches)
+        elif mask is None:
             if generator is None and not self.training:
                 generator = torch.Generator().manual_seed(0)
             mask = random_mask(images.shape[0], self.num_patches, mask_ratio, generator)

@@ -7,8 +7,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crate_mae.data.transforms import evaluation_transform
-from crate_mae.models.autoencoder import build, check_images
-from crate_mae.models.config import ClassifierConfig
+from crate_mae.models.autoencoder import MaskedAutoencoder, build, check_images
+from crate_mae.models.config import ClassifierConfig, Config
 from crate_mae.models.encoder import MaskedEncoder
 from crate_mae.models.features import OneImage, apply_to_images, pool
 
@@ -108,3 +108,8 @@ class Classifier(nn.Module):
 def build_classifier(config: ClassifierConfig) -> Classifier:
     """Build the classifier that a configuration describes, with random weights."""
     return Classifier(build(config.encoder).encoder, config)
+
+
+def initialised(config: Config) -> MaskedAutoencoder | Classifier:
+    """An autoencoder or a classifier with random initialisation, from torch's global generator."""
+    return build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)

@@ -76,6 +76,7 @@ class ModelConfig:
     """
 
     architecture: ClassVar[str]
+    _derived: ClassVar[tuple[str, ...]]  # of each configuration: the settings that were not given; no field of its own
 
     name: str = "custom"
     image_size: tuple[int, int] = (224, 224)
@@ -99,13 +100,14 @@ class ModelConfig:
         if mistakes := list(_too_large(self)):
             raise UserError(f"Model {self.name}: " + "\n".join(mistakes))
         rgb = self.in_chans == 3
-        resolved = {
-            "decoder_embed_dim": self.decoder_embed_dim or self.embed_dim,
-            "decoder_num_heads": self.decoder_num_heads or self.num_heads,
-            "mean": self.mean or (IMAGENET_MEAN if rgb else (0.5,) * self.in_chans),
-            "std": self.std or (IMAGENET_STD if rgb else (0.5,) * self.in_chans),
+        derived = {
+            "decoder_embed_dim": self.embed_dim,
+            "decoder_num_heads": self.num_heads,
+            "mean": IMAGENET_MEAN if rgb else (0.5,) * self.in_chans,
+            "std": IMAGENET_STD if rgb else (0.5,) * self.in_chans,
         }
-        for key, value in resolved.items():
+        derived = {key: value for key, value in derived.items() if not getattr(self, key)}
+        for key, value in {**derived, "_derived": tuple(derived)}.items():
             object.__setattr__(self, key, value)  # the way into a frozen dataclass
         if mistakes := list(self._mistakes()):
             raise UserError(f"Model {self.name}: " + "\n".join(mistakes))
@@ -164,7 +166,10 @@ class ModelConfig:
         return {"architecture": self.architecture, **dataclasses.asdict(self)}
 
     def replace(self, **settings: Any) -> ModelConfig:
-        """A copy with other settings; what was derived from a changed setting is derived again.
+        """A copy with other settings; what was not given, but derived from other settings, is derived again.
+
+        A decoder's width or heads that were given stay, also if they are the encoder's. Statistics of channels are
+        derived again whenever the number of channels changes.
 
         `image_size` may be one number for a square, and sequences may be lists.
 
@@ -173,20 +178,10 @@ class ModelConfig:
         """
         settings = _tuples(settings)
         check_settings(type(self), settings)
-        derived = {
-            "embed_dim": ("decoder_embed_dim",),
-            "num_heads": ("decoder_num_heads",),
-            "in_chans": ("mean", "std"),
-        }
-        for source, targets in derived.items():
-            for target in targets:
-                follows = source == "in_chans" or getattr(self, target) == getattr(self, source)
-                if settings.get(source, getattr(self, source)) != getattr(self, source) and follows:
-                    settings.setdefault(target, _DEFAULTS[target])
-        return dataclasses.replace(self, **settings)
-
-
-_DEFAULTS = {field.name: field.default for field in dataclasses.fields(ModelConfig)}
+        again = {key: getattr(type(self), key) for key in self._derived}  # their defaults, which mean "not given"
+        if settings.get("in_chans", self.in_chans) != self.in_chans:
+            again |= {"mean": (), "std": ()}
+        return dataclasses.replace(self, **again | settings)
 
 
 @dataclass(frozen=True, kw_only=True)

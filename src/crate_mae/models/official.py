@@ -26,7 +26,14 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, build, build_without
 from crate_mae.models.config import CrateConfig, ModelConfig, config_from_dict
 from crate_mae.models.devices import without_memory
 from crate_mae.models.encoder import build_encoder
-from crate_mae.models.tensors import misfits, read_tensors, refuse_broken, refuse_other_types, without_prefixes
+from crate_mae.models.tensors import (
+    misfits,
+    read_tensors,
+    refuse_broken,
+    refuse_other_numbers,
+    refuse_other_types,
+    without_prefixes,
+)
 from crate_mae.models.timm_models import write_timm_folder
 from crate_mae.models.weights import load, save
 
@@ -141,8 +148,9 @@ def to_official(model: MaskedAutoencoder) -> dict[str, Float[Tensor, "..."]]:
     The layer that the official forward pass never calls is that of the file the model came from, or the identity.
 
     Raises:
-        UserError: for a model with settings that the official code does not have.
+        UserError: for a model with settings that the official code does not have, or with layers that were changed.
     """
+    refuse_other_numbers(model)
     c = model.config
     official = c.replace(**OFFICIAL_SETTINGS) if isinstance(c, CrateConfig) else None
     one_shape = (c.embed_dim, c.num_heads) == (c.decoder_embed_dim, c.decoder_num_heads)

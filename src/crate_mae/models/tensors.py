@@ -19,8 +19,8 @@ from torch import Tensor
 
 from crate_mae.data.documents import read_json
 from crate_mae.errors import UserError, and_more
-from crate_mae.models.autoencoder import build
-from crate_mae.models.classifier import build_classifier
+from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.classifier import Classifier, initialised
 from crate_mae.models.config import CONFIG_FILE, WEIGHTS_FILE, Config, ModelConfig, encoder_config
 from crate_mae.models.devices import without_memory
 from crate_mae.models.encoder import build_encoder
@@ -29,6 +29,7 @@ from crate_mae.models.timm_models import CONFIGS
 
 _FLOATS = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 _PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of trainers, of torch.compile
+_NUMBERS = ("num_heads", "scale", "eps", "step_size", "threshold", "ista_skip")  # what layers compute with, and tensors
 _MOST_LAYERS, _LARGEST_ARGUMENT = 200, 2**16  # of networks of timm
 
 
@@ -246,8 +247,23 @@ def _other_sizes(found: Mapping[str, Tensor], c: ModelConfig, encoder: str = "en
 def tensors_of(config: Config) -> dict[str, Tensor]:
     """The names and shapes of a model's tensors, without memory."""
     with without_memory():
-        model = build(config) if isinstance(config, ModelConfig) else build_classifier(config)
-    return model.state_dict()
+        return initialised(config).state_dict()
+
+
+def refuse_other_numbers(model: MaskedAutoencoder | Classifier) -> None:
+    """Raise a `UserError` if a layer was changed to compute with other numbers than the model's configuration says."""
+    parts = {name.replace("_orig_mod.", ""): part for name, part in model.named_modules()}
+    with without_memory():
+        described = initialised(model.config)
+    for name, part in described.named_modules():
+        for key in _NUMBERS:
+            wanted, found = getattr(part, key, None), getattr(parts.get(name), key, None)
+            if isinstance(wanted, int | float) and found != wanted:  # the scale of compressing layers is a method
+                raise UserError(
+                    f"{name}.{key} of this model is {found}, but its config describes {wanted}: a copy would compute "
+                    "another function.\nChange it back, or build the model with the setting changed, as in "
+                    f"crate_mae.load(MODEL, {key}=...)."
+                )
 
 
 def refuse_other_tensors(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str, whose: str) -> None:

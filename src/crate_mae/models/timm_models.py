@@ -65,7 +65,13 @@ def write_encoder(model: Any, folder: Path) -> None:
 
     timm.create_model("local-dir:FOLDER", pretrained=True)          # after `import crate_mae`
     transformers.AutoModel.from_pretrained("FOLDER")                # the same, in timm's wrapper
+
+    Raises:
+        UserError: if layers were changed so that the model's configuration no longer describes them.
     """
+    from crate_mae.models.tensors import refuse_other_numbers  # it imports this file
+
+    refuse_other_numbers(model)
     write_timm_folder(encoder_config(model.config), model.encoder.state_dict(), folder)
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from crate_mae.data.documents import read_json, to_json
 from crate_mae.data.files import DIGESTS_FILE, damage_of, flush_names, flush_to_disk, path_of
 from crate_mae.errors import UserError, first_line
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.checkpoints import newest_checkpoint
-from crate_mae.models.classifier import Classifier, build_classifier
+from crate_mae.models.classifier import Classifier, initialised
 from crate_mae.models.config import (
     CONFIG_FILE,
     DEFAULT_HEAD_POOLING,
@@ -27,10 +27,9 @@ from crate_mae.models.config import (
     WEIGHTS_FILE,
     ClassifierConfig,
     Config,
-    CrateConfig,
-    Layer,
     config_from_settings,
     config_of,
+    encoder_config,
     without_version,
 )
 from crate_mae.models.monotone import check_monotone
@@ -40,6 +39,7 @@ from crate_mae.models.tensors import (
     read_tensors,
     refuse_broken,
     refuse_misfits,
+    refuse_other_numbers,
     refuse_other_tensors,
     tensors_of,
 )
@@ -72,6 +72,7 @@ def save(model: Model | nn.Module, folder: str | Path) -> None:
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     refuse_other_tensors(tensors, tensors_of(model.config), "This model", "its config describes")
+    refuse_other_numbers(model)
     refuse_broken(tensors, "This model")
     save_tensors(tensors, model.config, folder)
 
@@ -215,7 +216,7 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     _refuse_damaged(folder)
     stored = read_config(folder)
     config = stored.replace(**settings)
-    kept, asked = _layer_of(stored), _layer_of(config)
+    kept, asked = (getattr(encoder_config(each), "layer", None) for each in (stored, config))  # None: blocks of timm
     if kept != asked:
         raise UserError(
             f"{folder} holds {kept} layers; {asked} ones compute another function of their weights.\n"
@@ -232,12 +233,6 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     return model.eval()
-
-
-def _layer_of(config: Config) -> Layer | None:
-    """The kind of CRATE's layers that a model has; None for timm's blocks."""
-    encoder = config.encoder if isinstance(config, ClassifierConfig) else config
-    return encoder.layer if isinstance(encoder, CrateConfig) else None
 
 
 def _refuse_damaged(folder: Path) -> None:
@@ -314,11 +309,6 @@ def description_in(folder: Path) -> Any:
         return read_json(folder / CONFIG_FILE)
     except UserError:
         return None
-
-
-def initialised(config: Config) -> Model:
-    """An autoencoder or a classifier with random initialisation, from torch's global generator."""
-    return build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
 
 
 def load_autoencoder(model: str | Path | nn.Module, **settings: Any) -> MaskedAutoencoder:
