@@ -58,7 +58,7 @@ def folder(saved, tmp_path):
 def test_a_configuration_of_another_model_is_refused_before_it_is_built(key, value, folder, monkeypatch):
     values = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**values, key: value}))
-    monkeypatch.setattr("crate_mae.models.weights.build", pytest.fail)
+    monkeypatch.setattr("crate_mae.models.weights.initialised", pytest.fail)
     with pytest.raises(crate_mae.UserError):
         crate_mae.load(folder)
 

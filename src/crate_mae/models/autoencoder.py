@@ -1,23 +1,102 @@
-"""The masked autoencoder: hide patches, encode, decode, compare."""
+"""The masked autoencoder: hide patches, encode, decode, compare. The decoder is here, the encoder in `encoder`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from timm.layers import Attention
+from timm.models import checkpoint_seq
+from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
-from crate_mae.models.config import ModelConfig
-from crate_mae.models.decoder import Decoder, build_decoder
+from crate_mae.models.config import CrateConfig, Initialization, ModelConfig, ViTConfig
 from crate_mae.models.devices import send, without_memory
 from crate_mae.models.encoder import MaskedEncoder, build_encoder
-from crate_mae.models.features import DEFAULT_LAYER, OneImage, Pooling, embed_images
+from crate_mae.models.features import DEFAULT_LAYER, OneImage, Pooling, apply_to_images, encode
+from crate_mae.models.initialization import initialize, sincos_positions
+from crate_mae.models.layers import DecoderLayer
 from crate_mae.models.masking import hide_all_but, patch_statistics, patchify, random_mask, visible_indices
-from crate_mae.models.monotone import orthogonal_parameters
+from crate_mae.models.monotone import MonotoneDecoderLayer, orthogonal_parameters
+
+
+class Decoder(nn.Module):
+    """Layers that predict each patch's pixels from latent tokens.
+
+    Args:
+        block: builds one layer.
+        depth: number of layers.
+        encoder_dim: width of the latent tokens.
+        embed_dim: width of the decoder's layers.
+        patch_pixels: q, predicted numbers per patch (patch_size^2 x channels).
+        grid_size: rows and columns of patches.
+        fills_in: whether the decoder gets visible tokens only and fills in mask tokens itself (MAE), instead of all
+            tokens (the official CRATE-MAE).
+        init: the initialisation, see `models.initialization`.
+
+    Attributes:
+        embed: linear map from the encoder's width. The identity if all tokens have the right width already: the
+            official code has a linear map there, and never calls it.
+        grad_checkpointing: whether layers are computed again in the backward pass, instead of what they would save.
+    """
+
+    pos_embed: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        block: Callable[[], nn.Module],
+        depth: int,
+        encoder_dim: int,
+        embed_dim: int,
+        patch_pixels: int,
+        grid_size: tuple[int, int],
+        fills_in: bool,
+        init: Initialization = "official",
+    ) -> None:
+        super().__init__()
+        needs_embed = fills_in or encoder_dim != embed_dim
+        self.embed = nn.Linear(encoder_dim, embed_dim) if needs_embed else nn.Identity()
+        self.register_buffer("pos_embed", sincos_positions(embed_dim, grid_size)[None] if fills_in else None)
+        self.blocks = nn.Sequential(*[block() for _ in range(depth)])
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.pred = nn.Linear(embed_dim, patch_pixels)
+        self.grad_checkpointing = False
+        initialize(self, init)
+
+    def forward(self, latent: Float[Tensor, "b n_plus_1 d"]) -> Float[Tensor, "b n q"]:
+        """Predict from all tokens, class token first."""
+        return self._predict(self.embed(latent))
+
+    def forward_visible(
+        self,
+        latent: Float[Tensor, "b keep_plus_1 d"],
+        visible: Int[Tensor, "b keep"],
+        mask_token: Float[Tensor, "1 1 e"],
+    ) -> Float[Tensor, "b n q"]:
+        """Predict from the class token and the visible patches, with a mask token in each hidden place.
+
+        Positions are added after that, as in MAE.
+        """
+        assert self.pos_embed is not None, "a decoder that gets all tokens fills nothing in"
+        tokens = self.embed(latent)
+        b, _, width = tokens.shape
+        everywhere = mask_token.to(tokens.dtype).expand(b, self.pos_embed.shape[1] - 1, width)
+        patches = everywhere.scatter(1, visible[..., None].expand(-1, -1, width), tokens[:, 1:])
+        return self._predict(torch.cat([tokens[:, :1], patches], dim=1) + self.pos_embed)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Compute layers again in the backward pass, as timm's method of this name makes an encoder do."""
+        self.grad_checkpointing = enable
+
+    def _predict(self, tokens: Tensor) -> Tensor:
+        checkpoints = self.grad_checkpointing and self.training
+        tokens = checkpoint_seq(self.blocks, tokens) if checkpoints else self.blocks(tokens)
+        return self.pred(self.norm(tokens)[:, 1:])
 
 
 class MAEOutput(NamedTuple):
@@ -128,16 +207,7 @@ class MaskedAutoencoder(nn.Module):
             visible = send(visible_indices(mask) if visible is None else visible, images.device)
         mask = send(mask, images.device)
         latent, prediction = predict(self, images, **({"mask": mask} if at_encoder else {"visible": visible}))
-        return MAEOutput(self.loss(images, prediction, mask), prediction, mask, latent)
-
-    def loss(
-        self,
-        images: Float[Tensor, "b c hh ww"],
-        prediction: Float[Tensor, "b n q"],
-        mask: Bool[Tensor, "b n"],
-    ) -> Float[Tensor, ""]:
-        """Mean squared error on hidden patches; see `masked_loss`."""
-        return masked_loss(self.config, images, prediction, mask)
+        return MAEOutput(masked_loss(self.config, images, prediction, mask), prediction, mask, latent)
 
     def embed(
         self,
@@ -167,7 +237,8 @@ class MaskedAutoencoder(nn.Module):
         """
         c = self.config
         transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
-        return embed_images(self.encoder, transform, images, layer=layer, pooling=pooling, batch_size=batch_size)
+        function = partial(encode, self.encoder, layer=layer, pooling=pooling)
+        return apply_to_images(function, self.encoder, transform, images, batch_size)
 
 
 def predict(
@@ -223,6 +294,34 @@ def check_images(images: Tensor, config: Any) -> None:
     expected = (config.in_chans, *config.image_size)
     if tuple(images.shape[1:]) != expected:
         raise UserError(f"Images are {_times(images.shape[1:])}, but this model takes {_times(expected)}.")
+
+
+def build_decoder(config: ModelConfig) -> Decoder:
+    """The decoder that a configuration describes, with random weights."""
+    c = config
+    width, heads = c.decoder_embed_dim, c.decoder_num_heads
+    init: Initialization = "official"
+    block: Callable[[], nn.Module]
+    if isinstance(c, CrateConfig):
+        init = c.init
+        if c.layer == "published":
+            block = partial(DecoderLayer, width, heads, output_projection=c.output_projection)
+        else:
+            block = partial(MonotoneDecoderLayer, width, heads)
+    else:
+        assert isinstance(c, ViTConfig)
+        norm_layer: Any = partial(nn.LayerNorm, eps=1e-6)  # timm annotates a class, and calls it as a function
+        block = partial(Block, width, heads, mlp_ratio=c.mlp_ratio, qkv_bias=True, norm_layer=norm_layer)  # MAE's
+    return Decoder(
+        block=block,
+        depth=c.decoder_depth,
+        encoder_dim=c.embed_dim,
+        embed_dim=width,
+        patch_pixels=c.patch_size**2 * c.in_chans,
+        grid_size=c.grid_size,
+        fills_in=c.mask_tokens == "decoder",
+        init=init,
+    )
 
 
 def build(config: ModelConfig) -> MaskedAutoencoder:

@@ -1,14 +1,13 @@
 """Features of whole images: which tokens of which layer, made into one vector an image, for any timm backbone.
 
-`pool` is tokens to features, `encode_layers` a batch to features, and `embed_images` whatever a Python program holds
-(paths, Pillow images, arrays, tensors) to features.
+`pool` is tokens to features, `encode_layers` a batch to features, and `apply_to_images` applies either, or any function
+of a batch, to whatever a Python program holds: paths, Pillow images, arrays, tensors.
 """
 
 import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -158,32 +157,6 @@ def evaluating(encoder: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def embed_images(
-    encoder: nn.Module,
-    transform: Preparation,
-    images: OneImage | Sequence[OneImage],
-    *,
-    layer: int = DEFAULT_LAYER,
-    pooling: Pooling | None = None,
-    batch_size: int = 64,
-) -> Float[Tensor, "b f"] | Float[Tensor, "b n d"]:
-    """Features of images in memory or in files, in float32 on the CPU.
-
-    Args:
-        encoder: a timm backbone.
-        transform: prepares one image for it.
-        images: see `MaskedAutoencoder.embed`.
-        layer: see `encode_layers`.
-        pooling: see `pool`.
-        batch_size: images that are encoded at once.
-
-    Raises:
-        UserError: for no images, an image that cannot be read (named), or an item that is not an image.
-    """
-    function = partial(encode, encoder, layer=layer, pooling=pooling)
-    return apply_to_images(function, encoder, transform, images, batch_size)
-
-
 def apply_to_images(
     function: Callable[[Float[Tensor, "b c hh ww"]], Float[Tensor, "b ..."]],
     module: nn.Module,
@@ -201,7 +174,7 @@ def apply_to_images(
         batch_size: images that go through at once.
 
     Raises:
-        UserError: as `embed_images`.
+        UserError: for no images, an image that cannot be read (named), or an item that is not an image.
     """
     if batch_size < 1:
         raise UserError(f"batch_size is {batch_size}, but must be at least 1.")

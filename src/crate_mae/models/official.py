@@ -37,57 +37,55 @@ from crate_mae.models.tensors import (
 from crate_mae.models.timm_models import write_timm_folder
 from crate_mae.models.weights import load, save
 
+
+def _with_weights_and_biases(names: dict[str, str], modules: dict[str, str]) -> dict[str, str]:
+    """Names of tensors, and those of the weight and the bias of modules, from official ones to ours."""
+    kinds = ("weight", "bias")
+    return names | {f"{official}.{kind}": f"{ours}.{kind}" for official, ours in modules.items() for kind in kinds}
+
+
 # Official name -> ours; $ is a layer's number.
-_NAMES = {
-    "cls_token": "encoder.cls_token",
-    "mask_token": "mask_token",
-    "decoder_pos_embed": "encoder.pos_embed",  # the table that the official encoder adds
-    "patch_embed.proj.weight": "encoder.patch_embed.proj.weight",
-    "patch_embed.proj.bias": "encoder.patch_embed.proj.bias",
-    "blocks.$.layers.0.0.norm.weight": "encoder.blocks.$.norm1.weight",
-    "blocks.$.layers.0.0.norm.bias": "encoder.blocks.$.norm1.bias",
-    "blocks.$.layers.0.0.fn.qkv.weight": "encoder.blocks.$.attn.subspaces.weight",
-    "blocks.$.layers.0.0.fn.to_out.0.weight": "encoder.blocks.$.attn.proj.weight",
-    "blocks.$.layers.0.0.fn.to_out.0.bias": "encoder.blocks.$.attn.proj.bias",
-    "blocks.$.layers.0.1.norm.weight": "encoder.blocks.$.norm2.weight",
-    "blocks.$.layers.0.1.norm.bias": "encoder.blocks.$.norm2.bias",
-    "blocks.$.layers.0.1.fn.weight": "encoder.blocks.$.ista.dictionary",
-    "norm.weight": "encoder.norm.weight",
-    "norm.bias": "encoder.norm.bias",
-    "decoder_blocks.$.layers.0.0.norm.weight": "decoder.blocks.$.norm1.weight",
-    "decoder_blocks.$.layers.0.0.norm.bias": "decoder.blocks.$.norm1.bias",
-    "decoder_blocks.$.layers.0.0.fn.weight": "decoder.blocks.$.dictionary.weight",
-    "decoder_blocks.$.layers.0.1.norm.weight": "decoder.blocks.$.norm2.weight",
-    "decoder_blocks.$.layers.0.1.norm.bias": "decoder.blocks.$.norm2.bias",
-    "decoder_blocks.$.layers.0.1.fn.qkv.weight": "decoder.blocks.$.attn.subspaces.weight",
-    "decoder_blocks.$.layers.0.1.fn.to_out.0.weight": "decoder.blocks.$.attn.proj.weight",
-    "decoder_blocks.$.layers.0.1.fn.to_out.0.bias": "decoder.blocks.$.attn.proj.bias",
-    "decoder_norm.weight": "decoder.norm.weight",
-    "decoder_norm.bias": "decoder.norm.bias",
-    "decoder_pred.weight": "decoder.pred.weight",
-    "decoder_pred.bias": "decoder.pred.bias",
-}
+_NAMES = _with_weights_and_biases(
+    {
+        "cls_token": "encoder.cls_token",
+        "mask_token": "mask_token",
+        "decoder_pos_embed": "encoder.pos_embed",  # the table that the official encoder adds
+        "blocks.$.layers.0.0.fn.qkv.weight": "encoder.blocks.$.attn.subspaces.weight",
+        "blocks.$.layers.0.1.fn.weight": "encoder.blocks.$.ista.dictionary",
+        "decoder_blocks.$.layers.0.0.fn.weight": "decoder.blocks.$.dictionary.weight",
+        "decoder_blocks.$.layers.0.1.fn.qkv.weight": "decoder.blocks.$.attn.subspaces.weight",
+    },
+    {
+        "patch_embed.proj": "encoder.patch_embed.proj",
+        "blocks.$.layers.0.0.norm": "encoder.blocks.$.norm1",
+        "blocks.$.layers.0.0.fn.to_out.0": "encoder.blocks.$.attn.proj",
+        "blocks.$.layers.0.1.norm": "encoder.blocks.$.norm2",
+        "norm": "encoder.norm",
+        "decoder_blocks.$.layers.0.0.norm": "decoder.blocks.$.norm1",
+        "decoder_blocks.$.layers.0.1.norm": "decoder.blocks.$.norm2",
+        "decoder_blocks.$.layers.0.1.fn.to_out.0": "decoder.blocks.$.attn.proj",
+        "decoder_norm": "decoder.norm",
+        "decoder_pred": "decoder.pred",
+    },
+)
 _OURS = {ours: official for official, ours in _NAMES.items()}
-_CLASSIFIER_NAMES = {
-    "cls_token": "cls_token",
-    "pos_embedding": "pos_embed",
-    "to_patch_embedding.1.weight": "patch_embed.pixel_norm.weight",
-    "to_patch_embedding.1.bias": "patch_embed.pixel_norm.bias",
-    "to_patch_embedding.2.weight": "patch_embed.proj.weight",
-    "to_patch_embedding.2.bias": "patch_embed.proj.bias",
-    "to_patch_embedding.3.weight": "patch_embed.norm.weight",
-    "to_patch_embedding.3.bias": "patch_embed.norm.bias",
-    "transformer.layers.$.0.norm.weight": "blocks.$.norm1.weight",
-    "transformer.layers.$.0.norm.bias": "blocks.$.norm1.bias",
-    "transformer.layers.$.0.fn.qkv.weight": "blocks.$.attn.subspaces.weight",
-    "transformer.layers.$.0.fn.to_out.0.weight": "blocks.$.attn.proj.weight",
-    "transformer.layers.$.0.fn.to_out.0.bias": "blocks.$.attn.proj.bias",
-    "transformer.layers.$.1.norm.weight": "blocks.$.norm2.weight",
-    "transformer.layers.$.1.norm.bias": "blocks.$.norm2.bias",
-    "transformer.layers.$.1.fn.weight": "blocks.$.ista.dictionary",
-    "mlp_head.0.weight": "norm.weight",
-    "mlp_head.0.bias": "norm.bias",
-}
+_CLASSIFIER_NAMES = _with_weights_and_biases(
+    {
+        "cls_token": "cls_token",
+        "pos_embedding": "pos_embed",
+        "transformer.layers.$.0.fn.qkv.weight": "blocks.$.attn.subspaces.weight",
+        "transformer.layers.$.1.fn.weight": "blocks.$.ista.dictionary",
+    },
+    {
+        "to_patch_embedding.1": "patch_embed.pixel_norm",
+        "to_patch_embedding.2": "patch_embed.proj",
+        "to_patch_embedding.3": "patch_embed.norm",
+        "transformer.layers.$.0.norm": "blocks.$.norm1",
+        "transformer.layers.$.0.fn.to_out.0": "blocks.$.attn.proj",
+        "transformer.layers.$.1.norm": "blocks.$.norm2",
+        "mlp_head.0": "norm",
+    },
+)
 _CLASSIFIER_HEAD = ("mlp_head.1.weight", "mlp_head.1.bias")
 _CLASSIFIER_THRESHOLD = 0.1
 # Settings that the official classes have no arguments for, or that are not in the weights.

@@ -11,6 +11,7 @@ import struct
 import tarfile
 import tempfile
 import zlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from crate_mae.data import UnreadableImage, check, evaluation_transform, open_so
 from crate_mae.data.decode import optional_formats
 from crate_mae.data.resize import resize_images
 from crate_mae.evaluation.backbones import RawPixels
-from crate_mae.models.features import embed_images
+from crate_mae.models.features import apply_to_images, encode
 from tests.faults.fuzz import Kind
 
 FORMS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *optional_formats())
@@ -386,7 +387,8 @@ def embed_items(items: Any) -> None:
     """The items, or the images at a path, as `embed` of a model takes them."""
     encoder = RawPixels()
     encoder.register_parameter("unused", torch.nn.Parameter(torch.zeros(1)))  # tells the device
-    embed_images(encoder, evaluation_transform((4, 4), 3, (0.5,) * 3, (0.5,) * 3), items, pooling="mean")
+    transform = evaluation_transform((4, 4), 3, (0.5,) * 3, (0.5,) * 3)
+    apply_to_images(partial(encode, encoder, pooling="mean"), encoder, transform, items, 64)
 
 
 KINDS = [
