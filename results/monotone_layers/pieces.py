@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from crate_mae.models import decoder, encoder
+from crate_mae.models import autoencoder, encoder
 from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer, SubspaceAttention
 from crate_mae.models.monotone import BoundedISTA, Decompression, OrthogonalSubspaces, rate_from_half
 from crate_mae.theory.attention import attention_membership
@@ -200,13 +200,20 @@ def installed(pieces: Pieces | None) -> Iterator[None]:
 
         return build
 
-    def decoder_block(dim: int, num_heads: int, **_settings: Any) -> Any:
+    usual_decoder = autoencoder.build_decoder
+
+    def build_decoder(config: Any) -> Any:
         side: list[OrthogonalSubspaces] = []
-        return lambda: PiecesDecoderLayer(dim, num_heads, pieces, side)
+
+        def layer(dim: int, num_heads: int, **_settings: Any) -> nn.Module:
+            return PiecesDecoderLayer(dim, num_heads, pieces, side)
+
+        with mock.patch.multiple(autoencoder, DecoderLayer=layer, MonotoneDecoderLayer=layer):
+            return usual_decoder(config)
 
     with ExitStack() as patched:
         if pieces.sides != "encoder":
-            patched.enter_context(mock.patch.object(decoder, "crate_decoder_block", decoder_block))
+            patched.enter_context(mock.patch.object(autoencoder, "build_decoder", build_decoder))
         if pieces.sides != "decoder":
             patched.enter_context(mock.patch.object(encoder, "crate_block", encoder_block))
         yield
