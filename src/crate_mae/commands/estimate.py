@@ -1,58 +1,18 @@
 """`crate-mae estimate`: what a pretraining run needs, before there is a machine to run it on."""
 
-import math
-from typing import TYPE_CHECKING, Any, Literal
-
-from crate_mae.commands.console import computes, print_json
-from crate_mae.errors import UserError
+from crate_mae.commands.console import computes, print_json, takes
+from crate_mae.costs.estimate import Estimate, EstimateOptions, Load, estimate_run
 from crate_mae.terminal import open_console
-from crate_mae.training.options import ImageSize
-
-if TYPE_CHECKING:
-    from crate_mae.costs.estimate import Estimate, Load
-else:
-    Estimate = Load = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
-
-IMAGENET_1K = 1_281_167
-PUBLISHED_EPOCHS = 800
 
 
 @computes
-def estimate(
-    *,
-    model: str,
-    batch_size: int,
-    image_size: ImageSize = None,
-    channels: int | None = None,
-    mask_ratio: float = 0.75,
-    precision: Literal["float32", "bfloat16"] = "bfloat16",
-    devices: int = 1,
-    flops_per_s: float | None = None,
-    link_bytes_per_s: float | None = None,
-    images: int = IMAGENET_1K,
-    epochs: int = PUBLISHED_EPOCHS,
-    json: bool = False,
-) -> Estimate:
+@takes(EstimateOptions)
+def estimate(options: EstimateOptions) -> Estimate:
     """Estimate what a pretraining run needs: parameters, operations, memory, bytes to send, and time.
 
     Nothing is measured: a step is simulated on tensors without values, which takes seconds and little memory for any
     size of model and number of devices. The assumptions are printed with the numbers; docs/planning.md explains them
     and compares the estimates with measurements.
-
-    Args:
-        model: A name from `crate-mae models`.
-        batch_size: Images per step, over all devices.
-        image_size: Pixels, or HEIGHTxWIDTH; by default the model's.
-        channels: Channels of the images; by default 3.
-        mask_ratio: Share of hidden patches.
-        precision: Precision of matrix products.
-        devices: Number of GPUs, or processes, that share each batch.
-        flops_per_s: Operations per second that one device reaches in training, such as 60e12. Without it no times are
-            estimated.
-        link_bytes_per_s: Bytes per second that one device sends to the others, such as 100e9.
-        images: Number of images in an epoch; by default that of ImageNet-1K.
-        epochs: Number of epochs; by default that of the CRATE-MAE paper.
-        json: Print one JSON object on the standard output, and everything else on the standard error.
 
     Returns:
         The numbers, by name: `.parameters`, `.training_flops`, `.copies.memory_cuda`, `.sharded`, `.assumptions`, ...
@@ -60,34 +20,8 @@ def estimate(
     Raises:
         UserError: that lists all mistakes in the options.
     """
-    from crate_mae.costs.estimate import Circumstances, estimate_run
-    from crate_mae.models.masking import check_mask_ratio
-    from crate_mae.models.presets import preset
-
-    circumstances = Circumstances(
-        batch_size=batch_size,
-        mask_ratio=mask_ratio,
-        precision=precision,
-        devices=devices,
-        flops_per_s=flops_per_s,
-        link_bytes_per_s=link_bytes_per_s,
-        images=images,
-        epochs=epochs,
-    )
-    mistakes = list(circumstances.mistakes())
-    config = None
-    try:
-        changed = {"image_size": image_size, "in_chans": channels}
-        config = preset(model).replace(**{key: value for key, value in changed.items() if value is not None})
-        if 0 < mask_ratio < 1:  # others have been noted
-            check_mask_ratio(mask_ratio, math.prod(config.grid_size))
-    except UserError as error:
-        mistakes.append(str(error))
-    if mistakes or config is None:
-        raise UserError("\n".join(mistakes))
-
-    found = estimate_run(config, circumstances)
-    if json:
+    found = estimate_run(options)
+    if options.json:
         print_json(found.to_dict())
         return found
     console = open_console()

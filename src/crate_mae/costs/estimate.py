@@ -1,69 +1,83 @@
-"""Estimate what a pretraining run needs on any number of devices: counted, not measured."""
+"""Estimate what a pretraining run needs on any number of devices: counted, not measured.
+
+Imports PyTorch when something is estimated, so that the command line can use these types.
+"""
 
 import dataclasses
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import MISSING, dataclass
+from typing import TYPE_CHECKING, Any, Literal, no_type_check
 
-from torch import nn
-
-from crate_mae.costs.memory import memory_estimate
-from crate_mae.costs.trial import StepSettings, step_flops
-from crate_mae.models.autoencoder import MaskedAutoencoder, build_without_memory
 from crate_mae.models.config import ModelConfig
-from crate_mae.models.masking import visible_patches
-from crate_mae.training.options import LARGEST, option_name
+from crate_mae.models.presets import preset
+from crate_mae.training.options import BETWEEN_0_AND_1, LARGEST, Pixels, Range, check_ranges, option
 
-_MOST_AT_ONCE = 10_000_000  # images and devices: tensors of more have more numbers than PyTorch counts
+if TYPE_CHECKING:
+    from torch import nn
+
+    from crate_mae.costs.trial import StepSettings
+    from crate_mae.models.autoencoder import MaskedAutoencoder
+
 _FLOAT = 4  # bytes; weights, gradients and moments are float32 in either precision
 _NUMBERS = 4  # per weight: the weight, its gradient, and AdamW's two moments
 _AT_THE_PEAK = 3  # of them, when the backward pass begins: gradients replace activations
 _SIZES = {"float32": 4, "bfloat16": 2}
+_IMAGENET_1K = 1_281_167
+_PUBLISHED_EPOCHS = 800
+# Tensors of more images have more numbers than PyTorch counts.
+_TO_TEN_MILLION = Range(lambda x: 1 <= x <= 10_000_000, "a whole number from 1 to 10,000,000")
+_COUNTED = Range(lambda x: 1 <= x <= LARGEST, f"a whole number from 1 to {LARGEST:,}")
+_SPEED = Range(lambda x: x > 0, "more than 0, and finite")
+_NO_CIRCUMSTANCES = ("model", "image_size", "channels", "json")  # options that an `Estimate` has itself, or not at all
 
 
+@no_type_check  # values come from users: `checked_config` reports all wrong ones together
 @dataclass(frozen=True, kw_only=True)
-class Circumstances:
-    """What the cost of a run depends on beside its model.
+class EstimateOptions:
+    """The options of `crate_mae.estimate`."""
 
-    Attributes:
-        batch_size: images per step, over all devices.
-        mask_ratio: share of hidden patches.
-        precision: float32 or bfloat16.
-        devices: number of devices that share the batch.
-        flops_per_s: speed of one device in training; None if unknown.
-        link_bytes_per_s: speed at which one device sends to the others; None if unknown.
-        images: in an epoch.
-        epochs: of the run.
-    """
+    model: str = option(MISSING, "A name from `crate-mae models`.")
+    batch_size: int = option(MISSING, "Images per step, over all devices.", _TO_TEN_MILLION)
+    image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH; by default the model's.")
+    channels: int = option(None, "Channels of the images; by default 3.")
+    mask_ratio: float = option(0.75, "Share of hidden patches.", BETWEEN_0_AND_1)
+    precision: Literal["float32", "bfloat16"] = option("bfloat16", "Precision of matrix products.")
+    devices: int = option(1, "Number of GPUs, or processes, that share each batch.", _TO_TEN_MILLION)
+    flops_per_s: float = option(
+        None,
+        "Operations per second that one device reaches in training, such as 60e12. Without it no times are estimated.",
+        _SPEED,
+    )
+    link_bytes_per_s: float = option(
+        None, "Bytes per second that one device sends to the others, such as 100e9.", _SPEED
+    )
+    images: int = option(_IMAGENET_1K, "Number of images in an epoch; by default that of ImageNet-1K.", _COUNTED)
+    epochs: int = option(_PUBLISHED_EPOCHS, "Number of epochs; by default that of the CRATE-MAE paper.", _COUNTED)
+    json: bool = option(
+        False, "Print one JSON object on the standard output, and everything else on the standard error."
+    )
 
-    batch_size: int
-    mask_ratio: float
-    precision: str
-    devices: int
-    flops_per_s: float | None
-    link_bytes_per_s: float | None
-    images: int
-    epochs: int
+    def checked_config(self) -> ModelConfig:
+        """The configuration of the model.
 
-    def mistakes(self) -> Iterator[str]:
-        """Describe each invalid value in a sentence."""
-        wrong = []
-        for key in ("batch_size", "devices", "images", "epochs"):
-            value = getattr(self, key)
-            most = _MOST_AT_ONCE if key in ("batch_size", "devices") else LARGEST
-            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-                wrong.append(key)
-                yield f"{option_name(key)} is {value}, but must be a whole number from 1 to {most:,}."
-        for key in ("flops_per_s", "link_bytes_per_s"):
-            if (value := getattr(self, key)) is not None and not 0 < value < math.inf:
-                yield f"{option_name(key)} is {value}, but must be more than 0, and finite."
-        if not 0 < self.mask_ratio < 1:
-            yield f"--mask-ratio is {self.mask_ratio}, but must be between 0 and 1."
-        if self.precision not in _SIZES:
-            yield f"--precision is {self.precision}, but must be one of {', '.join(_SIZES)}."
-        if wrong:
-            return
+        Raises:
+            UserError: for all mistakes in the options.
+        """
+        from crate_mae.models.masking import check_mask_ratio
+
+        mistakes = check_ranges(self)
+        if not mistakes.concern("batch_size", "devices", "images", "epochs"):
+            mistakes += self._contradictions()
+        with mistakes.collected():
+            changed = {"image_size": self.image_size, "in_chans": self.channels}
+            config = preset(self.model).replace(**{key: value for key, value in changed.items() if value is not None})
+            if not mistakes.concern("mask_ratio"):
+                check_mask_ratio(self.mask_ratio, math.prod(config.grid_size))
+        mistakes.raise_if_any()
+        return config
+
+    def _contradictions(self) -> Iterator[str]:
         if self.batch_size % self.devices:
             nearest = max(1, round(self.batch_size / self.devices)) * self.devices
             yield (
@@ -111,7 +125,7 @@ class Estimate:
     Attributes:
         model: its name.
         image_size: height and width in pixels.
-        circumstances: what the estimate was made for.
+        circumstances: the options that the estimate was made for.
         parameters: number of trained parameters, of encoder and decoder.
         encoder_parameters: those of the encoder.
         decoder_parameters: all others, including the mask token.
@@ -129,7 +143,7 @@ class Estimate:
 
     model: str
     image_size: tuple[int, int]
-    circumstances: Circumstances
+    circumstances: EstimateOptions
     parameters: int
     encoder_parameters: int
     decoder_parameters: int
@@ -153,20 +167,25 @@ class Estimate:
     def to_dict(self) -> dict[str, Any]:
         """Convert to what JSON can hold, including the times of the whole run."""
         values = dataclasses.asdict(self)
+        for name in _NO_CIRCUMSTANCES:
+            del values["circumstances"][name]
         for way in ("copies", "sharded"):
             load = getattr(self, way)
             values[way] |= {"step_seconds": load.step_seconds, "run_seconds": self.run_seconds(load)}
         return values
 
 
-def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
+def estimate_run(options: EstimateOptions) -> Estimate:
     """Estimate what a run needs.
 
-    Args:
-        config: of the model.
-        circumstances: for which `mistakes` finds none.
+    Raises:
+        UserError: for all mistakes in the options.
     """
-    c = circumstances
+    from crate_mae.costs.memory import memory_estimate
+    from crate_mae.costs.trial import StepSettings, step_flops
+    from crate_mae.models.autoencoder import build_without_memory
+
+    c, config = options, options.checked_config()
     share = c.batch_size // c.devices
     settings = StepSettings(
         batch_size=share, mask_ratio=c.mask_ratio, weight_decay=0.05, clip_grad=1.0, precision=c.precision
@@ -213,8 +232,10 @@ def estimate_run(config: ModelConfig, circumstances: Circumstances) -> Estimate:
     )
 
 
-def attention_bytes(config: ModelConfig, settings: StepSettings) -> int:
+def attention_bytes(config: ModelConfig, settings: "StepSettings") -> int:
     """Bytes of n x n attention matrices saved on a CPU: one per image, head and layer; none if attention is fused."""
+    from crate_mae.models.masking import visible_patches
+
     if settings.precision == "float32":  # fused: see `theory.attention.ssa`; timm's attention is set to do the same
         return 0
     patches = config.grid_size[0] * config.grid_size[1]
@@ -224,7 +245,7 @@ def attention_bytes(config: ModelConfig, settings: StepSettings) -> int:
     return settings.batch_size * numbers * _SIZES[settings.precision]
 
 
-def _times(c: Circumstances, flops: int, exchanged_bytes: int) -> dict[str, Any]:
+def _times(c: EstimateOptions, flops: int, exchanged_bytes: int) -> dict[str, Any]:
     """Bytes that a device sends, and seconds of computing and of sending, in a step."""
     sync = exchanged_bytes * (c.devices - 1) // c.devices
     compute = None if c.flops_per_s is None else flops / c.flops_per_s
@@ -232,7 +253,7 @@ def _times(c: Circumstances, flops: int, exchanged_bytes: int) -> dict[str, Any]
     return {"sync_bytes": sync, "compute_seconds": compute, "sync_seconds": sending}
 
 
-def _more_on_shards(c: Circumstances, parameters: int, model: MaskedAutoencoder) -> int:
+def _more_on_shards(c: EstimateOptions, parameters: int, model: "MaskedAutoencoder") -> int:
     """Bytes that FSDP adds: fewer for what is sharded, more for two layers that are gathered at a time."""
     if c.devices == 1:
         return 0
@@ -240,11 +261,11 @@ def _more_on_shards(c: Circumstances, parameters: int, model: MaskedAutoencoder)
     return 2 * largest * _FLOAT - _AT_THE_PEAK * parameters * _FLOAT * (c.devices - 1) // c.devices
 
 
-def _numbers(part: nn.Module) -> int:
+def _numbers(part: "nn.Module") -> int:
     return sum(parameter.numel() for parameter in part.parameters())
 
 
-def _assumptions(c: Circumstances) -> Iterator[str]:
+def _assumptions(c: EstimateOptions) -> Iterator[str]:
     yield "Operations are those of matrix products alone; a multiplication with its addition is 2."
     yield "Weights, gradients and both moments of AdamW are float32, in either precision."
     yield (
