@@ -1,7 +1,5 @@
 """`crate-mae data`: check images before training on them, and make a copy of them that is faster to read."""
 
-import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from crate_mae.commands.console import print_bad, print_json, progress
+from crate_mae.data.documents import to_csv
 from crate_mae.data.files import output_path, write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.data.results import DataReport
@@ -49,18 +48,13 @@ def check(
         report = check(source, sample, on_image=advance)
     copies = [(copy, f"duplicate of {first}") for first, *others in report.duplicates for copy in others]
     if out is not None:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("location", "reason"))
-        writer.writerows([*report.bad, *copies])
-        write_whole(out, text.getvalue())
+        write_whole(out, to_csv(["location", "reason"], [*report.bad, *copies]))
     if json:
         print_json(report.to_dict())
         return report
     console.print(_table(report))
     if out is not None:
-        listed = f"{len(report.bad):,} unreadable and {len(copies):,} duplicate images are listed in {out}"
-        console.say(listed)
+        console.say(f"{len(report.bad):,} unreadable and {len(copies):,} duplicate images are listed in {out}")
     return report
 
 

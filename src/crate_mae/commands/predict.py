@@ -1,7 +1,5 @@
 """`crate-mae predict`: classify images with a model that `crate-mae finetune` trained."""
 
-import csv
-import io
 from dataclasses import dataclass
 from operator import eq
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from crate_mae.commands.console import computes, new_file, print_bad
+from crate_mae.data.documents import to_csv
 from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.data.results import BadImage
@@ -95,7 +94,14 @@ def predict(
     files = [source.location(i) for i in indices]
     names = label_names(source)
     truth = None if names is None else [names[i] for i in indices]
-    write_whole(out, _as_csv(files, predicted, truth, probabilities, classes))
+    label = [] if truth is None else ["label"]
+    rows = []
+    for i, values in enumerate(probabilities.tolist()):
+        true_class = [] if truth is None else [truth[i]]
+        numbers = [f"{value:.6g}" for value in values]
+        rows.append([files[i], predicted[i], f"{max(values):.6g}", *true_class, *numbers])
+    columns = ["file", "prediction", "probability", *label, *(f"p_{name}" for name in classes)]
+    write_whole(out, to_csv(columns, rows))
 
     console, accuracy = open_console(), None
     print_bad(console, bad)
@@ -128,21 +134,3 @@ def _classify(
                 rows.append(model(batch.images.to(place.device, place.dtype)).float().softmax(dim=1).cpu())
                 indices += batch.indices.tolist()
     return torch.cat(rows) if rows else torch.empty(0, len(c.classes)), indices, bad
-
-
-def _as_csv(
-    files: list[str],
-    predicted: list[str],
-    truth: list[str | None] | None,
-    probabilities: "Tensor",
-    classes: tuple[str, ...],
-) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    label = [] if truth is None else ["label"]
-    writer.writerow(["file", "prediction", "probability", *label, *(f"p_{name}" for name in classes)])
-    for i, values in enumerate(probabilities.tolist()):
-        label = [] if truth is None else [truth[i] or ""]
-        numbers = [f"{value:.6g}" for value in values]
-        writer.writerow([files[i], predicted[i], f"{max(values):.6g}", *label, *numbers])
-    return text.getvalue()

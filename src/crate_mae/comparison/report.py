@@ -1,24 +1,13 @@
 """The table of a comparison, as Markdown and as CSV, and notes on how to read it."""
 
-import csv
-import io
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from crate_mae.comparison.entries import Images
 from crate_mae.comparison.options import Budget, CompareOptions, parse_budget
-from crate_mae.comparison.results import (
-    MASK_RATIO,
-    PROBES,
-    SCORES,
-    EntryResult,
-    Scores,
-    Spread,
-    difference,
-    spread,
-)
-from crate_mae.data.documents import read_json
+from crate_mae.comparison.results import MASK_RATIO, EntryResult, Scores, Spread, difference, spread
+from crate_mae.data.documents import read_json, to_csv
 
 RULE = (
     "Two entries differ in a score if 0 is outside the 95% interval of their difference over seeds, paired, widened by "
@@ -27,26 +16,43 @@ RULE = (
 _NORMAL_QUANTILE = 1.96  # two-sided, 95%
 _MUCH_LONGER = 1.15  # than the budget in minutes
 _LEAST_DIFFERENCE = 0.02  # of a cost, relative, to be mentioned
-_TITLES = {
-    "linear": "linear probe, top-1",
-    "knn": "k-NN, top-1",
-    "psnr": "completion: PSNR of hidden patches",
-    "ssim": "completion: SSIM",
-    "mse": "completion: squared error, normalised pixels",
-}
-_UNITS = {  # factor, digits, unit
-    "linear": (100, 2, "%"),
-    "knn": (100, 2, "%"),
-    "psnr": (1, 2, " dB"),
-    "ssim": (1, 3, ""),
-    "mse": (1, 4, ""),
-}
-_NAMES = {
-    "linear": "the linear probe",
-    "knn": "k-NN",
-    "psnr": "the PSNR of completions",
-    "ssim": "the SSIM of completions",
-    "mse": "the squared error of completions",
+
+
+class Score(NamedTuple):
+    """The names of a score, and how it is written.
+
+    Attributes:
+        title: of its line in the table.
+        name: in a sentence.
+        scale: factor to write it with.
+        digits: after the point.
+        unit: written after it.
+        is_probe: whether it is a share of the validation images, and is also measured of untrained models.
+        more_is_better: whether a larger value is better.
+    """
+
+    title: str
+    name: str
+    scale: int
+    digits: int
+    unit: str
+    is_probe: bool = False
+    more_is_better: bool = True
+
+
+SCORES = {
+    "linear": Score("linear probe, top-1", "the linear probe", 100, 2, "%", is_probe=True),
+    "knn": Score("k-NN, top-1", "k-NN", 100, 2, "%", is_probe=True),
+    "psnr": Score("completion: PSNR of hidden patches", "the PSNR of completions", 1, 2, " dB"),
+    "ssim": Score("completion: SSIM", "the SSIM of completions", 1, 3, ""),
+    "mse": Score(
+        "completion: squared error, normalised pixels",
+        "the squared error of completions",
+        1,
+        4,
+        "",
+        more_is_better=False,
+    ),
 }
 
 
@@ -73,12 +79,12 @@ def table_rows(results: Sequence[EntryResult], pixels: dict[str, float]) -> list
         line("training FLOPs used, both", lambda r: _scaled(r.training_flops)),
         line("learning rate chosen, per 256 images", lambda r: f"{r.trained.rate:.3g}"),
     ]
-    for name, title in _TITLES.items():
-        title = title if name in PROBES else title + mark
+    for name, kind in SCORES.items():
+        title = kind.title if kind.is_probe else kind.title + mark
         if any(spread(result.scores.values(), name) for result in results):
             of_pixels = score_text(name, spread([pixels], name)) if pixels else ""
             rows.append(line(title, lambda r, name=name: score_text(name, spread(r.scores.values(), name)), of_pixels))
-        if name in PROBES and any(spread(result.random.values(), name) for result in results):
+        if kind.is_probe and any(spread(result.random.values(), name) for result in results):
             title = f"{title}, random initialisation"
             rows.append(line(title, lambda r, name=name: score_text(name, spread(r.random.values(), name))))
     return rows
@@ -92,7 +98,7 @@ def verdict(results: Sequence[EntryResult], pixels: dict[str, float]) -> str:
     known = [f"{label} {score_text(name, score, with_range=False)}" for label, score in controls if score]
     own = [(result.name, spread(result.scores.values(), name)) for result in results]
     found = [f"{label} {score_text(name, score, with_range=False)}" for label, score in own]
-    title = _NAMES[name]
+    title = SCORES[name].name
     return f"{title[0].upper()}{title[1:]}: {', '.join([*known, *found])}."
 
 
@@ -150,22 +156,19 @@ def seeds_text(results: Sequence[EntryResult]) -> str:
 
 
 def _csv(rows: Sequence[dict[str, Any]]) -> str:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
+    """Rows with the columns of the first."""
+    return to_csv(list(rows[0]), ([row.get(column) for column in rows[0]] for row in rows))
 
 
 def score_text(name: str, score: Spread | None, *, with_range: bool = True) -> str:
     """A score as text: the mean, and over several seeds the sample standard deviation and the range."""
     if score is None:
         return "-"
-    scale, digits, unit = _UNITS[name]
-    mean, low, high = (f"{scale * value:.{digits}f}" for value in (score.mean, score.low, score.high))
+    kind = SCORES[name]
+    mean, low, high = (f"{kind.scale * value:.{kind.digits}f}" for value in (score.mean, score.low, score.high))
     if score.std is None:
-        return mean + unit
-    text = f"{mean} ± {scale * score.std:.{digits}f}{unit}"
+        return mean + kind.unit
+    text = f"{mean} ± {kind.scale * score.std:.{kind.digits}f}{kind.unit}"
     return f"{text} ({low} to {high})" if with_range else text
 
 
@@ -221,15 +224,15 @@ def _standing(results: Sequence[EntryResult], images: Images) -> Iterator[str]:
     first, *others = results
     for other in others:
         behind, ahead = [], []
-        for name, title in _NAMES.items():
+        for name, kind in SCORES.items():
             mine, theirs = spread(first.scores.values(), name), spread(other.scores.values(), name)
             found = difference(first.scores, other.scores, name)
             if mine is None or theirs is None or found is None or found[0] == 0:
                 continue
-            is_better = (found[0] > 0) == SCORES[name]
+            is_better = (found[0] > 0) == kind.more_is_better
             text = " against ".join(score_text(name, score, with_range=False) for score in (mine, theirs))
             chance = ", may be chance" if may_be_chance(name, first.scores, other.scores, len(images.val)) else ""
-            text = f"{title} ({text}{_interval(name, *found)}{chance})"
+            text = f"{kind.name} ({text}{_interval(name, *found)}{chance})"
             (ahead if is_better else behind).append(text)
         costs = {
             "parameters": (first.costs.parameters, other.costs.parameters, False),
@@ -260,7 +263,7 @@ def may_be_chance(name: str, mine: Scores, theirs: Scores, val_images: int) -> b
     assert found is not None, "both have the score"
     mean, half = found
     squared = (half or 0.0) ** 2
-    if name in PROBES:
+    if SCORES[name].is_probe:
         shares = [spread(scores.values(), name) for scores in (mine, theirs)]
         squared += sum(_NORMAL_QUANTILE**2 * s.mean * (1 - s.mean) / val_images for s in shares if s is not None)
     return abs(mean) < math.sqrt(squared)
@@ -270,9 +273,10 @@ def _interval(name: str, difference: float, half: float | None) -> str:
     """A difference over several seeds, in the unit of the score."""
     if half is None:
         return ""
-    scale, digits, unit = _UNITS[name]
-    unit = " points" if unit == "%" else unit
-    mean, low, high = (f"{scale * value:+.{digits}f}" for value in (difference, difference - half, difference + half))
+    kind = SCORES[name]
+    unit = " points" if kind.unit == "%" else kind.unit
+    bounds = (difference, difference - half, difference + half)
+    mean, low, high = (f"{kind.scale * value:+.{kind.digits}f}" for value in bounds)
     return f": {mean}{unit}, {low} to {high}"
 
 

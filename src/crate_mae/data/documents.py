@@ -1,14 +1,16 @@
-"""JSON and YAML: one guard around their parsers for all files that the library reads, and JSON that is always valid.
+"""JSON, YAML and CSV: one guard around the parsers of all files that the library reads, and JSON that is always valid.
 
 Files come from downloads and from other programs. A few kilobytes can ask a parser for gigabytes (aliases of aliases in
 YAML), for more stack than there is (brackets in brackets), or for objects of Python. Here a document is plain values of
 bounded size, or a `UserError` says what is wrong with it.
 """
 
+import csv
+import io
 import json
 import math
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -75,6 +77,15 @@ def to_json(value: Any, *, ascii_only: bool = False) -> str:
     text = json.dumps(_finite(value), indent=2, ensure_ascii=ascii_only, allow_nan=False)
     # Bytes of a file name that are not UTF-8 are halves of surrogate pairs in Python; JSON writes them as this does.
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def to_csv(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as a table with a heading; None is an empty cell."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 class _PlainLoader(yaml.SafeLoader):
