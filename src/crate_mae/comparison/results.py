@@ -17,9 +17,6 @@ from crate_mae.evaluation.reconstruction import completion_scores, read_images
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.weights import load_autoencoder
 
-# whether a larger value is better, by score
-SCORES = {"linear": True, "knn": True, "psnr": True, "ssim": True, "mse": False}
-PROBES = ("linear", "knn")
 MASK_RATIO = 0.75
 _MOST_COMPLETED = 1000
 _PIXELS_SIDE = 32  # with larger images, a linear classifier of the pixels would take longer than the training
@@ -100,9 +97,9 @@ class EntryResult:
         return self.entry.config.batch_size
 
     @property
-    def steps(self) -> int:
-        """Steps of the search and one final run."""
-        return len(self.trained.search_losses) * self.plan.search_steps + self.plan.final_steps
+    def search_steps(self) -> int:
+        """Steps of the search, over all tries."""
+        return len(self.trained.search_losses) * self.plan.search_steps
 
     @property
     def final_minutes(self) -> float:
@@ -117,7 +114,7 @@ class EntryResult:
     @property
     def training_flops(self) -> float:
         """Training FLOPs of the search and one final run."""
-        return self.costs.training_flops * self.batch_size * self.steps
+        return self.costs.training_flops * self.batch_size * (self.search_steps + self.plan.final_steps)
 
     @property
     def images_per_second(self) -> float:
@@ -133,7 +130,7 @@ class EntryResult:
             "training_flops_per_image": self.costs.training_flops,
             "images_per_second": self.images_per_second,
             "peak_memory_bytes": self.costs.memory,
-            "steps_search": len(self.trained.search_losses) * self.plan.search_steps,
+            "steps_search": self.search_steps,
             "steps": self.plan.final_steps,
             "images_seen": self.plan.final_steps * self.batch_size,
             "minutes_search": self.trained.search_minutes,

@@ -29,6 +29,8 @@ from crate_mae.training.start import start
 
 logger = logging.getLogger(__name__)
 
+_PLAN_FILE = "comparison.yaml"  # a folder with this file is a comparison
+_SCORES_FILE = "scores.json"
 _HEADER = "# A comparison of crate-mae. The same command, given again, continues it.\n"
 _SEARCH_SEED = 0
 _RATE_FACTOR = 3.0  # between neighbouring learning rates, as long as the best is at the edge
@@ -47,16 +49,6 @@ class ComparisonDirectory:
     """The files of a comparison."""
 
     path: Path
-
-    @property
-    def plan_file(self) -> Path:
-        """The file of options, costs and plans; a folder with this file is a comparison."""
-        return self.path / "comparison.yaml"
-
-    @property
-    def scores_file(self) -> Path:
-        """The file of the scores that have been measured."""
-        return self.path / "scores.json"
 
     def search_run(self, entry: str, rate: float) -> Path:
         """The run that tries a learning rate."""
@@ -78,21 +70,20 @@ class ComparisonDirectory:
         Raises:
             UserError: if the folder holds something else, or a comparison with other options.
         """
-        if not path_of("--out", self.plan_file).exists():
-            refuse_used_folder(self.path, kind="a comparison", leftovers=(f".{self.plan_file.name}.",))
+        file = path_of("--out", self.path / _PLAN_FILE)
+        if not file.exists():
+            refuse_used_folder(self.path, kind="a comparison", leftovers=(f".{_PLAN_FILE}.",))
             return None
-        if damage := damage_of(self.path, [self.plan_file.name]):
+        if damage := damage_of(self.path, [_PLAN_FILE]):
             raise UserError(
                 f"The comparison in {self.path} is damaged: {damage}.\n"
                 "Put a copy of that file back, or give a new folder with --out."
             )
         try:
-            content = read_yaml(self.plan_file)
+            content = read_yaml(file)
             held = dict(content["options"])
         except (TypeError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{self.plan_file} cannot be read as a comparison. Give a new folder with --out."
-            ) from error
+            raise UserError(f"{file} cannot be read as a comparison. Give a new folder with --out.") from error
         keys = dict.fromkeys([*options, *held])
         changed = [f"{key}: {held.get(key)} -> {options.get(key)}" for key in keys if held.get(key) != options.get(key)]
         if changed:
@@ -105,16 +96,15 @@ class ComparisonDirectory:
     def save_plan(self, content: dict[str, Any]) -> None:
         """Write `comparison.yaml`."""
         text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=120)
-        write_whole(self.plan_file, _HEADER + text)
+        write_whole(self.path / _PLAN_FILE, _HEADER + text)
         self._write_digests()
 
     def _write_digests(self) -> None:
-        files = [path.name for path in (self.plan_file, self.scores_file) if path.exists()]
-        write_digests(self.path, files)
+        write_digests(self.path, [name for name in (_PLAN_FILE, _SCORES_FILE) if (self.path / name).exists()])
 
     def score(self, key: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The scores under a key of `scores.json`; measured now if they are not there."""
-        file = self.scores_file
+        file = self.path / _SCORES_FILE
         try:
             damage = damage_of(self.path, [file.name]) if file.exists() else None
             if damage:
