@@ -1,11 +1,11 @@
 from crate_mae.commands.about import doctor as doctor
 from crate_mae.commands.compare import compare as compare
-from crate_mae.commands.convert import convert as convert
 from crate_mae.commands.embed import embed as embed
 from crate_mae.commands.estimate import estimate as estimate
 from crate_mae.commands.evaluate import eval_fewshot as eval_fewshot
 from crate_mae.commands.evaluate import eval_knn as eval_knn
 from crate_mae.commands.evaluate import eval_linear as eval_linear
+from crate_mae.commands.export import convert as convert
 from crate_mae.commands.export import export as export
 from crate_mae.commands.export import push as push
 from crate_mae.commands.predict import predict as predict

@@ -38,7 +38,7 @@ _COMMANDS = {
     "reconstruct": ("reconstruct:reconstruct", "Mask images, complete them, and save a picture of the result."),
     "embed": ("embed:embed", "Save features of images."),
     "export": ("export:export", "Export a trained model to timm, Hugging Face, ONNX or torch.export."),
-    "convert": ("convert:convert", "Convert published weights of the official code to a model folder."),
+    "convert": ("export:convert", "Convert published weights of the official code to a model folder."),
     "push": ("export:push", "Upload a trained model to the Hugging Face Hub, with a card made from its run."),
     "compare": ("compare:compare", "Pretrain several models with the same budget, and compare them."),
     "inspect": ("reports:inspect", "Measure whether each layer does what it was derived to do, against controls."),

@@ -1,4 +1,4 @@
-"""`crate-mae export` and `crate-mae push`: a trained model in other formats, and on the Hugging Face Hub."""
+"""`crate-mae export`, `push` and `convert`: trained models to and from other formats, and to the Hugging Face Hub."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.console import computes
-from crate_mae.data.files import output_path, refuse_used_folder, whole_folder
+from crate_mae.data.files import output_path, path_of, refuse_used_folder, whole_folder
 from crate_mae.errors import UserError, install_command
 from crate_mae.terminal import CleanConsole, open_console
 
@@ -86,16 +86,13 @@ def export(
     refuse_used_folder(out)
     _check_options(format, part, int8=int8)
     from crate_mae.deployment import formats
-    from crate_mae.deployment.card import LICENSE, provenance
     from crate_mae.models.classifier import Classifier
-    from crate_mae.models.weights import load
 
-    net = model if hasattr(model, "encoder") else load(model)
+    net, facts = _opened(model, license)
     is_classifier = isinstance(net, Classifier)
     if part is None:
         has_all = format in ("safetensors", "hf") or (is_classifier and format != "timm" and not int8)
         part = "full" if has_all else "encoder"
-    facts = provenance(model) | ({LICENSE: license} if license else {})
     difference = None
     with whole_folder(out) as folder:
         size = formats.write(net, folder, format, part, int8=int8, facts=facts)
@@ -148,13 +145,10 @@ def push(
     # Checked before anything is loaded; the Hub checks again.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
         raise UserError(f"{repository} is not the name of a Hub repository: it must look like user/name.")
-    from crate_mae.deployment.card import LICENSE, provenance
     from crate_mae.deployment.formats import write
     from crate_mae.deployment.hub import upload
-    from crate_mae.models.weights import load
 
-    net = model if hasattr(model, "encoder") else load(model)
-    facts = provenance(model) | ({LICENSE: license} if license else {})
+    net, facts = _opened(model, license)
     with tempfile.TemporaryDirectory() as scratch:
         write(net, Path(scratch), format, part, facts=facts)
         address = upload(Path(scratch), repository, private=private, revision=revision)
@@ -162,6 +156,15 @@ def push(
     console.say(f"Uploaded {net.config.name}: {address}")
     _print_without_head(console, net, part)
     return address
+
+
+def _opened(model: Any, license: str | None) -> tuple[Any, dict[str, str]]:  # noqa: A002
+    """A model, and what its card says of its training and licence."""
+    from crate_mae.deployment.card import LICENSE, provenance
+    from crate_mae.models.weights import load
+
+    net = model if hasattr(model, "encoder") else load(model)
+    return net, provenance(model) | ({LICENSE: license} if license else {})
 
 
 def _print_without_head(console: CleanConsole, model: Any, part: str) -> None:
@@ -180,3 +183,76 @@ def _check_options(format: Format, part: str | None, *, int8: bool = False) -> N
         raise UserError("--int8 is for encoders in ONNX: --format onnx --part encoder.")
     if missing := [name for name in _PACKAGES.get(format, ()) if importlib.util.find_spec(name) is None]:
         raise UserError(f"--format {format} needs {' and '.join(missing)}: {install_command(format)}")
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Result of `convert`.
+
+    Attributes:
+        path: of the folder.
+        found: description of the file.
+        notes: what was removed, assumed or left out, and why.
+    """
+
+    path: Path
+    found: str
+    notes: list[str]
+
+
+@computes
+def convert(
+    file: Path | str,
+    *,
+    out: Annotated[Path | str, Parameter(alias="-o")],
+    num_heads: int | None = None,
+    image_size: tuple[int, int] | None = None,
+    threshold: float | None = None,
+    norm_pix_loss: bool | None = None,
+    mean: tuple[float, ...] | None = None,
+    std: tuple[float, ...] | None = None,
+) -> Converted:
+    """Convert published weights to a model folder that every command accepts.
+
+    - Files of the official CRATE-MAE (.pth, .pt, .safetensors), with or without the prefixes and wrappers of training,
+      become a folder with model.safetensors and config.json.
+    - Files of the official CRATE classifiers become their encoder in the layout of timm, for embed, eval and timm.
+    - Folders of this library and of transformers become a folder of this library.
+
+    Names and shapes of all tensors are checked. The command prints what it found, assumed and left out. Pickles are
+    opened so that they cannot run code. The folder is written completely or not at all.
+
+    Args:
+        file: File or folder to convert.
+        out: New or empty folder for the model.
+        num_heads: Heads of the encoder and decoder, which official files do not contain; by default those of the
+            published model of the same width.
+        image_size: Height and width of the model's images; by default a square, from the position embeddings.
+        threshold: lambda of the ISTA step; by default that of the official code: 0.5, and 0.1 for classifiers.
+        norm_pix_loss: Whether the targets were normalised patches; by default no.
+        mean: Mean that was subtracted from each channel; by default that of ImageNet.
+        std: Standard deviation by which each channel was divided; by default that of ImageNet.
+
+    Returns:
+        The folder, a description of the file, and notes on the conversion.
+
+    Raises:
+        UserError: for a file that is damaged, unknown or does not fit, or a folder that is not empty.
+    """
+    from crate_mae.models.official import understand
+
+    file, out = path_of("FILE", file), output_path("--out", out)
+    refuse_used_folder(out)
+    if not file.exists():
+        raise UserError(f"{file} does not exist.")
+    given: dict[str, Any] = {"image_size": image_size, "threshold": threshold, "norm_pix_loss": norm_pix_loss}
+    given |= {"mean": mean, "std": std}
+    conversion = understand(file, num_heads, **{key: value for key, value in given.items() if value is not None})
+    with whole_folder(out) as folder:
+        conversion.write(folder)
+    console = open_console()
+    console.say(f"Found {conversion.found}.")
+    for note in conversion.notes:
+        console.say(f"  {note}")
+    console.say(f"Saved {out}.")
+    return Converted(out, conversion.found, conversion.notes)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from crate_mae.errors import UserError, first_line
 
-_CLIENTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}
+_CLIENTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}  # any that huggingface_hub uses
 _LOGIN = "Log in with `hf auth login`, with a token that may write."
 _OFFLINE = "Nothing was uploaded. `crate-mae export MODEL --format hf --out FOLDER` writes the same files here."
 
@@ -50,11 +50,6 @@ def upload(
         hint = _LOGIN if getattr(error.response, "status_code", None) in (401, 403) else _OFFLINE
         raise UserError(f"The Hugging Face Hub refused {repo_id}: {first_line(error)}\n{hint}") from error
     except Exception as error:  # network errors have a class in every HTTP library
-        if not is_of_the_network(error):
+        if not isinstance(error, OSError) and type(error).__module__.partition(".")[0] not in _CLIENTS:
             raise
         raise UserError(f"{repo_id}: the Hugging Face Hub cannot be reached.\n{_OFFLINE}") from error
-
-
-def is_of_the_network(error: BaseException) -> bool:
-    """Whether an exception means that a server cannot be reached, for any HTTP client that huggingface_hub uses."""
-    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _CLIENTS
