@@ -1,38 +1,67 @@
 """`crate-mae inspect` and `crate-mae theory`: what each layer does, and whether the theory holds, as pages to read."""
 
 from collections.abc import Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import check_seed, computes
+from crate_mae.commands.console import check_seed, computes, takes
 from crate_mae.data.files import output_path, path_of, refuse_used_folder, write_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data
+from crate_mae.training.options import Data, option
 
 if TYPE_CHECKING:
     from crate_mae.interpret.report.inspection import Training
 
 
+@dataclass(frozen=True)
+class InspectOptions:
+    """The options of `inspect`."""
+
+    model: Data = option(
+        MISSING,
+        "A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random "
+        "initialisation), or timm:NAME of a Vision Transformer.",
+    )
+    data: Data = option(MISSING, "Images that it was not trained on, in any form that `crate-mae pretrain` takes.")
+    _: KW_ONLY
+    out: Annotated[Path | str, Parameter(alias="-o")] = option(MISSING, "New or empty folder for the report.")
+    baseline: Data = option(
+        None, "Another model to measure on the same images, such as a run of a ViT-MAE, or timm:NAME."
+    )
+    other_data: Data = option(None, "Images of another kind, such as photographs.")
+    train_data: Data = option(
+        None,
+        "Images that the model was trained on; if they and DATA have labels, a linear probe is fitted to them for each "
+        "layer.",
+    )
+    foregrounds: Path | str | None = option(
+        None,
+        "A folder of masks named like their images, in which 0 is background, or a .csv file of boxes "
+        "(image,left,top,right,bottom); foregrounds that each layer finds are compared with them.",
+    )
+    count: int = option(256, "Largest number of images of each kind.")
+    mask_ratio: float | None = option(None, "Share of patches to hide while layers are measured; by default none.")
+    probe_images: int = option(
+        2000,
+        "Largest number of images to fit a probe to, and to measure it on; 0 for no probes. Without train_data, the "
+        "model without mixing is probed on halves of that many images of DATA, if they have labels.",
+    )
+    interventions: bool = option(
+        False,
+        "Also remove each head, and 16 atoms of each layer's code, one at a time, and compare what is lost with "
+        "removing something random of the same size. This takes minutes; how many is printed first.",
+    )
+    seed: int = option(0, "Seed of the sample of images, of masks, and of random initialisation.")
+    quiet: bool = option(False, "Print nothing.")
+
+
 @computes
-def inspect(
-    model: Data,
-    data: Data,
-    *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
-    baseline: Data = None,
-    other_data: Data = None,
-    train_data: Data = None,
-    foregrounds: Path | str | None = None,
-    count: int = 256,
-    mask_ratio: float | None = None,
-    probe_images: int = 2000,
-    interventions: bool = False,
-    seed: int = 0,
-    quiet: bool = False,
-) -> Path:
+@takes(InspectOptions)
+def inspect(options: InspectOptions) -> Path:
     """Measure a model layer by layer, next to controls, and explain the results in a report.
 
     Rates, sparsity, ranks, subspaces, dictionaries, inverses and the information that tokens retain are measured on
@@ -44,55 +73,25 @@ def inspect(
     `out` then holds report.html, one file to read without a network; measures.json, measures.csv, audit.csv,
     attention.csv, atoms.csv and interventions.csv, with all numbers; and each figure as PNG and PDF.
 
-    Args:
-        model: A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random
-            initialisation), or timm:NAME of a Vision Transformer.
-        data: Images that it was not trained on, in any form that `crate-mae pretrain` takes.
-        out: New or empty folder for the report.
-        baseline: Another model to measure on the same images, such as a run of a ViT-MAE, or timm:NAME.
-        other_data: Images of another kind, such as photographs.
-        train_data: Images that the model was trained on; if they and DATA have labels, a linear probe is fitted to
-            them for each layer.
-        foregrounds: A folder of masks named like their images, in which 0 is background, or a .csv file of boxes
-            (image,left,top,right,bottom); foregrounds that each layer finds are compared with them.
-        count: Largest number of images of each kind.
-        mask_ratio: Share of patches to hide while layers are measured; by default none.
-        probe_images: Largest number of images to fit a probe to, and to measure it on; 0 for no probes. Without
-            train_data, the model without mixing is probed on halves of that many images of DATA, if they have labels.
-        interventions: Also remove each head, and 16 atoms of each layer's code, one at a time, and compare what is lost
-            with removing something random of the same size. This takes minutes; how many is printed first.
-        seed: Seed of the sample of images, of masks, and of random initialisation.
-        quiet: Print nothing.
-
     Returns:
         The path of the report, `out`/report.html.
 
     Raises:
         UserError: for a mistake in the options, the models or the data; no file is written then.
     """
-    folder = output_path("--out", out)
+    folder = output_path("--out", options.out)
     refuse_used_folder(folder)
     from crate_mae.interpret.report.inspection import inspect_model
     from crate_mae.interpret.report.page import PAGE, report_files
     from crate_mae.interpret.report.subjects import Settings
 
-    settings = Settings(
-        model=model,
-        data=data,
-        baseline=baseline,
-        other_data=other_data,
-        train_data=train_data,
-        foregrounds=foregrounds,
-        count=count,
-        mask_ratio=mask_ratio,
-        probe_images=probe_images,
-        interventions=interventions,
-        seed=seed,
-    )
-    console = open_console(quiet=quiet)
+    settings = Settings(**{name: value for name, value in vars(options).items() if name not in ("out", "quiet")})
+    console = open_console(quiet=options.quiet)
     with console.status("Opening ...") as status:
         inspection = inspect_model(
-            settings, training=_training(model), on_stage=lambda stage: status.update(f"Measuring {stage} ...")
+            settings,
+            training=_training(options.model),
+            on_stage=lambda stage: status.update(f"Measuring {stage} ..."),
         )
         status.update("Drawing ...")
         files = report_files(inspection)
