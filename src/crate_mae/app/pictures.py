@@ -10,9 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, UnidentifiedImageError
-from torchvision.transforms.v2 import functional as tvf
 
-from crate_mae.data.decode import UnreadableImage, decode, to_channels, to_tensor, upright
+from crate_mae.data.decode import UnreadableImage, decode, to_8_bits, to_channels, upright
 from crate_mae.data.wrapped import DigitsSource
 from crate_mae.errors import UserError
 
@@ -64,7 +63,7 @@ def read_upload(content: bytes, side: int) -> Image.Image:
         image = to_channels(_decode(content, _OVERSAMPLING * side), 3)
     except UnreadableImage as error:
         raise UserError(f"This picture is damaged and cannot be read completely ({error.reason}).") from error
-    small = shrink(_to_pillow(image), side)
+    small = shrink(image if isinstance(image, Image.Image) else to_8_bits(image), side)
     return Image.fromarray(np.asarray(small))  # without metadata of the file
 
 
@@ -138,13 +137,6 @@ def _decode(content: bytes, side: int) -> Image.Image:
         return decode(content, "file")
     image.draft(None, (side, side))
     return upright(image, "file")
-
-
-def _to_pillow(image: Image.Image | object) -> Image.Image:
-    """Convert to 8 bits; pictures with more bits arrive as tensors."""
-    if isinstance(image, Image.Image):
-        return image
-    return tvf.to_pil_image((to_tensor(image) * 255).round().byte())  # pyright: ignore[reportArgumentType]
 
 
 class Example(NamedTuple):

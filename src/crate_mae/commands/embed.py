@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from crate_mae.commands.console import (
     check_seed,
     computes,
+    new_file,
     print_bad,
     print_random_initialisation,
     progress,
@@ -167,9 +168,7 @@ def extract_with_progress(
 
 def _whitening_file(path: Path | str, pooling: str | None) -> Path:
     """Check the path of a transform, before anything is computed."""
-    path = output_path("--whiten", path)
-    if path.suffix.lower() != ".safetensors":
-        raise UserError(f"--whiten {path} must name a .safetensors file.")
+    path = new_file("--whiten", path, ".safetensors", overwrite=True)  # one that exists is applied
     if pooling == "tokens":
         raise UserError("--whiten is for one vector per image, not for --pooling tokens.")
     return path
