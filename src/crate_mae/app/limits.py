@@ -110,7 +110,7 @@ class RequestLimits:
         """Read the whole body of a request; the rest of one that is refused is read too, and dropped."""
         body, size, more = bytearray(), 0, True
         refused: _RefusedError | None = None
-        is_counted = False
+        is_counted = False  # as a large one
         try:
             async with asyncio.timeout(SECONDS_TO_SEND):
                 while more and size <= _MOST_DISCARDED:
@@ -119,9 +119,16 @@ class RequestLimits:
                         raise _RefusedError(400, "The request ended before it was complete.")
                     part, more = message.get("body", b""), message.get("more_body", False)
                     size += len(part)
+                    if refused is None and size > MAX_BODY:
+                        most = MAX_BODY // 2**20
+                        refused = _RefusedError(413, f"This is larger than the {most} MB that the app accepts.")
+                    elif refused is None and size > SMALL_BODY and not is_counted:
+                        is_counted = await self._large.wait()
+                        if not is_counted:
+                            sentence = "The app is busy with other pictures: try again in a few seconds."
+                            refused = _RefusedError(429, sentence)
                     if refused is None:
                         body += part
-                        refused, is_counted = await self._limited(size, is_counted=is_counted)
                     else:
                         body.clear()
             if refused is not None:
@@ -133,18 +140,6 @@ class RequestLimits:
                 raise
             raise _RefusedError(408, f"This took longer than {SECONDS_TO_SEND:.0f} seconds to arrive.") from error
         return bytes(body)
-
-    async def _limited(self, size: int, *, is_counted: bool) -> tuple["_RefusedError | None", bool]:
-        """Whether a request that has grown to this size is refused, and whether it is counted as a large one."""
-        if size > MAX_BODY:
-            return _RefusedError(
-                413, f"This is larger than the {MAX_BODY // 2**20} MB that the app accepts."
-            ), is_counted
-        if size <= SMALL_BODY or is_counted:
-            return None, is_counted
-        if not await self._large.wait():
-            return _RefusedError(429, "The app is busy with other pictures: try again in a few seconds."), False
-        return None, True
 
     def _check_call(self, body: bytes) -> None:
         """Refuse what is not a call of one of the app's functions."""
