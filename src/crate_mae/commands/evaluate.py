@@ -198,7 +198,10 @@ def _evaluate(kind: str, run: "Probe", options: ProbeOptions, **settings: int) -
     )
     verdict = _verdict(probed) if probed.controls else None
     report = {"probe": kind, **probed.report(seed=options.seed, **settings), "verdict": verdict}
-    console.say(_title(report))
+    console.say(
+        f"{kind} probe of {report['model']}, {report['pooling']} features: {report['train_images']:,} training and "
+        f"{report['val_images']:,} validation images of {len(report['classes'])} classes"
+    )
     console.print(_table(probed))
     if verdict is not None:
         console.say(verdict)
@@ -220,13 +223,6 @@ def write_report(console: CleanConsole, report: dict[str, Any], out: Path | None
         console.say(f"Saved {out}")
     if json:
         print_json(report)
-
-
-def _title(report: dict[str, Any]) -> str:
-    return (
-        f"{report['probe']} probe of {report['model']}, {report['pooling']} features: {report['train_images']:,} "
-        f"training and {report['val_images']:,} validation images of {len(report['classes'])} classes"
-    )
 
 
 def _table(probed: "Probed") -> Table:

@@ -53,7 +53,10 @@ def compare(options: CompareOptions, *, report: Report) -> Comparison:
         options: of the comparison.
         report: called with each line of progress.
     """
-    _refuse_launcher()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "A comparison runs in one process, so that its times are those of one machine: start it without a launcher."
+        )
     images = open_images(options)
     out = output_path("--out", options.out)
     saved = options.saved(images.train_name, images.val_name)
@@ -148,10 +151,3 @@ def _plan_lines(options: CompareOptions, planned: Sequence[Planned]) -> Iterator
     if options.seeds > 1:
         yield RULE
     yield f"Training takes about {duration(total)} in all, one run after another; measuring comes on top."
-
-
-def _refuse_launcher() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "A comparison runs in one process, so that its times are those of one machine: start it without a launcher."
-        )

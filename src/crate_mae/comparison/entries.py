@@ -123,8 +123,11 @@ def resolve_entries(options: CompareOptions, images: Images) -> list[Entry]:
             "Give one size for all with --image-size."
         )
     if images.classes:
+        wanted = extraction(options)
         for entry in entries:
-            _check_features(entry, extraction(options))
+            backbone = open_backbone(entry.build(0))
+            wanted.layer_numbers(backbone)  # both raise for a layer or pooling that the encoder does not have
+            wanted.pooling_of(backbone)
     return entries
 
 
@@ -132,13 +135,6 @@ def extraction(options: CompareOptions) -> Extraction:
     """The settings of feature extraction for the probes."""
     layer = DEFAULT_LAYER if options.probe_layer is None else options.probe_layer
     return Extraction(layers=(layer,), pooling=options.pooling, workers=options.workers)
-
-
-def _check_features(entry: Entry, wanted: Extraction) -> None:
-    """Raise a `UserError` for a layer or pooling that the encoder does not have."""
-    backbone = open_backbone(entry.build(0))
-    wanted.layer_numbers(backbone)
-    wanted.pooling_of(backbone)
 
 
 def _check_classes(train: ImageSource, val: ImageSource) -> int:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
@@ -54,7 +53,7 @@ def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: 
         at = (0.5, of_pixels.mean)
         _write(all_axes[0], "raw pixels", at, (0.0, 3.0), color=GREY, xycoords=("axes fraction", "data"), ha="center")
         figure.suptitle("filled: trained; hollow: the same network with random initialisation", fontsize=10, color=GREY)
-    _save(figure, path)
+    write_whole(path, encode(figure, "png"))
 
 
 def draw_curves(results: Sequence[EntryResult], path: Path) -> None:
@@ -81,7 +80,7 @@ def draw_curves(results: Sequence[EntryResult], path: Path) -> None:
     ends = [(0.0, statistics.fmean(curve[-1].held_out_loss for curve in result.trained.curves)) for result in results]
     for axes in all_axes:
         _label(axes, short_names(results), ends, at_margin=True)
-    _save(figure, path)
+    write_whole(path, encode(figure, "png"))
 
 
 def short_names(results: Sequence[EntryResult]) -> list[str]:
@@ -130,7 +129,3 @@ def _write(axes: Any, text: str, at: tuple[float, float], offset: tuple[float, f
 def _known(score: Spread | None) -> Spread:
     assert score is not None, "every final run was measured"
     return score
-
-
-def _save(figure: Figure, path: Path) -> None:
-    write_whole(path, encode(figure, "png"))

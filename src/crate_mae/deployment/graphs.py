@@ -168,8 +168,9 @@ def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
             _write_onnx(graph, inputs, shapes, path)
         else:
             program = torch.export.export(graph, (), dict(inputs), dynamic_shapes=shapes)
-            for node in (node for module in program.graph_module.modules() for node in _nodes(module)):
-                node.meta.pop("stack_trace", None)  # paths of this machine
+            for module in program.graph_module.modules():
+                for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                    node.meta.pop("stack_trace", None)  # paths of this machine
             torch.export.save(program, path)
     except UserError:
         raise
@@ -180,10 +181,6 @@ def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
             "--format safetensors or hf writes its weights as they are."
         ) from error
     return path
-
-
-def _nodes(module: nn.Module) -> list[Any]:
-    return list(module.graph.nodes) if isinstance(module, torch.fx.GraphModule) else []
 
 
 def _write_onnx(graph: Any, inputs: Mapping[str, Tensor], shapes: dict[str, Any], path: Path) -> None:
