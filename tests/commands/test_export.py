@@ -211,7 +211,7 @@ def test_timm_opens_the_folder_and_our_commands_too(tmp_path):
 @pytest.mark.parametrize(
     ("tokens", "words"),
     [
-        (["--format", "timm", "--part", "full"], "timm knows encoders alone"),
+        (["--format", "timm", "--part", "full"], "timm takes encoders only"),
         (["--format", "pt2", "--int8"], "--int8 is for encoders in ONNX"),
         (["--format", "tflite"], "tflite"),
     ],
@@ -267,7 +267,7 @@ def test_what_only_a_running_program_can_do_is_refused(model, tmp_path, monkeypa
 
     monkeypatch.setattr("crate_mae.deployment.graphs.EncoderGraph.forward", forward)
     with pytest.raises(
-        crate_mae.UserError, match=f"cannot be written as {kind}: it does what only a running program can"
+        crate_mae.UserError, match=f"cannot be written as {kind}: a graph cannot express what it does"
     ) as told:
         crate_mae.export(model, out=tmp_path / "x", format=kind)
     assert str(told.value).count("\n") == 1 and "--format safetensors or hf" in str(told.value)

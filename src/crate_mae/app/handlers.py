@@ -229,7 +229,7 @@ class Handlers:
 
 
 def refusing(handler: Callable[..., Any]) -> Callable[..., Any]:
-    """A handler whose failure is told to the visitor, and to the log in one line."""
+    """Wrap a handler: the visitor gets a message if it fails, and the log a line."""
 
     @functools.wraps(handler)
     def handle(*arguments: Any) -> Any:

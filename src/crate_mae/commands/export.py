@@ -178,7 +178,7 @@ def _print_without_head(console: CleanConsole, model: Any, part: str) -> None:
 def _check_options(format: Format, part: str | None, *, int8: bool = False) -> None:  # noqa: A002
     """Raise a `UserError` for options that exclude each other, or a missing package."""
     if format == "timm" and part == "full":
-        raise UserError("timm knows encoders alone: take --part encoder, or --format hf for all of the model.")
+        raise UserError("timm takes encoders only: use --part encoder, or --format hf for the whole model.")
     if int8 and (format != "onnx" or part == "full"):
         raise UserError("--int8 is for encoders in ONNX: --format onnx --part encoder.")
     if missing := [name for name in _PACKAGES.get(format, ()) if importlib.util.find_spec(name) is None]:

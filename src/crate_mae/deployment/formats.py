@@ -72,7 +72,7 @@ def write(
 
 
 def runner(model: Model, folder: Path, kind: Format, part: Part) -> Callable[[dict[str, Tensor]], Outputs]:
-    """What runs an exported folder, with the program it is for: from inputs by name to outputs by name."""
+    """A function that runs an exported folder in the program it is for, from inputs to outputs by name."""
     if kind == "onnx":
         return onnx_runner(folder)
     if kind == "pt2":

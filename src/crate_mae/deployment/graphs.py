@@ -177,7 +177,7 @@ def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
     except Exception as error:  # the exporters have exceptions of many kinds, with pages of text
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"{model.config.name} cannot be written as {kind}: it does what only a running program can. {reason}\n"
+            f"{model.config.name} cannot be written as {kind}: a graph cannot express what it does. {reason}\n"
             "--format safetensors or hf writes its weights as they are."
         ) from error
     return path

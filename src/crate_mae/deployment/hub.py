@@ -5,7 +5,7 @@ from pathlib import Path
 from crate_mae.errors import UserError, first_line
 
 _CLIENTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}  # any that huggingface_hub uses
-_LOGIN = "Log in with `hf auth login`, with a token that may write."
+_LOGIN = "Log in with `hf auth login`, using a token with write access."
 _OFFLINE = "Nothing was uploaded. `crate-mae export MODEL --format hf --out FOLDER` writes the same files here."
 
 
