@@ -160,9 +160,8 @@ class Estimate:
 
     def run_seconds(self, load: Load) -> float | None:
         """Time of all epochs if the run is divided in one of the two ways."""
-        return (
-            None if load.step_seconds is None else load.step_seconds * self.steps_per_epoch * self.circumstances.epochs
-        )
+        seconds = load.step_seconds
+        return None if seconds is None else seconds * self.steps_per_epoch * self.circumstances.epochs
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to what JSON can hold, including the times of the whole run."""
@@ -196,22 +195,7 @@ def estimate_run(options: EstimateOptions) -> Estimate:
     memory = memory_estimate(config, settings)
     attention = attention_bytes(config, settings)
     cuda = memory.tensors - attention
-    copies = parameters * _FLOAT if c.devices > 1 else 0  # DDP's buffers for gradients, kept between steps
-    sharded = _more_on_shards(c, parameters, model)
-    loads = (
-        Load(
-            state_bytes=_NUMBERS * parameters * _FLOAT,
-            memory_cpu=memory.resident + copies,
-            memory_cuda=cuda + copies,
-            **_times(c, training_flops, 2 * parameters * _FLOAT),
-        ),
-        Load(
-            state_bytes=_NUMBERS * parameters * _FLOAT // c.devices,
-            memory_cpu=None,
-            memory_cuda=cuda + sharded,
-            **_times(c, training_flops, 3 * parameters * _FLOAT),
-        ),
-    )
+    buffers = parameters * _FLOAT if c.devices > 1 else 0  # of DDP for gradients, kept between steps
     return Estimate(
         model=config.name,
         image_size=config.image_size,
@@ -225,8 +209,18 @@ def estimate_run(options: EstimateOptions) -> Estimate:
         training_flops=training_flops / share,
         activation_bytes=memory.saved,
         attention_bytes=attention,
-        copies=loads[0],
-        sharded=loads[1],
+        copies=Load(
+            state_bytes=_NUMBERS * parameters * _FLOAT,
+            memory_cpu=memory.resident + buffers,
+            memory_cuda=cuda + buffers,
+            **_times(c, training_flops, 2 * parameters * _FLOAT),
+        ),
+        sharded=Load(
+            state_bytes=_NUMBERS * parameters * _FLOAT // c.devices,
+            memory_cpu=None,
+            memory_cuda=cuda + _more_on_shards(c, parameters, model),
+            **_times(c, training_flops, 3 * parameters * _FLOAT),
+        ),
         steps_per_epoch=c.images // c.batch_size,
         assumptions=tuple(_assumptions(c)),
     )
