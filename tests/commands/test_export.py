@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import crate_mae
 from crate_mae.deployment import formats
-from crate_mae.deployment.graphs import folded
+from crate_mae.deployment.formats import folded
 from crate_mae.errors import install_command
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import build_classifier
@@ -265,7 +265,7 @@ def test_what_only_a_running_program_can_do_is_refused(model, tmp_path, monkeypa
     def forward(self, images):
         return (images if images.mean() > 0 else -images), images
 
-    monkeypatch.setattr("crate_mae.deployment.graphs.EncoderGraph.forward", forward)
+    monkeypatch.setattr("crate_mae.deployment.formats.EncoderGraph.forward", forward)
     with pytest.raises(
         crate_mae.UserError, match=f"cannot be written as {kind}: a graph cannot express what it does"
     ) as told:
@@ -315,8 +315,8 @@ def test_an_export_is_verified_on_another_size_if_it_takes_any(model, tmp_path, 
 @pytest.mark.parametrize("fixed", ["encoder", "classifier"])
 @EXPORTERS
 def test_an_image_size_that_was_fixed_is_found(model, classifier, tmp_path, monkeypatch, crate_mae_command, fixed):
-    free = formats.graphs._free_dimensions
-    monkeypatch.setattr(formats.graphs, "_free_dimensions", lambda *args: {"images": {0: free(*args)["images"][0]}})
+    free = formats._free_dimensions
+    monkeypatch.setattr(formats, "_free_dimensions", lambda *args: {"images": {0: free(*args)["images"][0]}})
     net = {"encoder": model, "classifier": classifier}[fixed]
     code, _, err = crate_mae_command("export", net, "--out", tmp_path / "x", "--format", "pt2", "--verify")
     assert code == 2 and "does not run on 4 images of 8 x 14 pixels" in err and "Traceback" not in err

@@ -1,30 +1,60 @@
-"""The formats of `crate-mae export`: what is written into a folder, what runs it there, and whether both agree."""
+"""The formats of `crate-mae export`: what is written into a folder, what runs it there, and whether both agree.
+
+Graphs run without this library, as ONNX, in 8-bit integers too, or as PyTorch's own programs (`.pt2`):
+
+| graph of | inputs | outputs |
+|---|---|---|
+| an encoder | images b c hh ww | tokens b 1+n d; embedding b 2d: class token and mean of patches, as in `embed` |
+| a classifier | images b c hh ww | logits b k |
+| an autoencoder, mask tokens at the encoder | images b c hh ww, mask b n, true = hidden | prediction b n q |
+| an autoencoder, mask tokens at the decoder | images b c hh ww, visible b m: positions, int64 | prediction b n q |
+
+The batch is free everywhere, and the image size, in whole patches, of encoders and classifiers: positions are
+interpolated, as by timm's `dynamic_img_size`. How many patches are visible is free too.
+"""
+
+from __future__ import annotations
 
 import copy
+import logging
+import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import timm
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
+from torch.export import Dim
 
 from crate_mae.data import evaluation_transform
-from crate_mae.deployment import graphs
 from crate_mae.deployment.card import card
 from crate_mae.errors import UserError, first_line
+from crate_mae.models.autoencoder import MaskedAutoencoder, predict
 from crate_mae.models.classifier import Classifier
-from crate_mae.models.config import WEIGHTS_FILE
+from crate_mae.models.config import WEIGHTS_FILE, HeadPooling, encoder_config
+from crate_mae.models.encoder import build_encoder
 from crate_mae.models.features import evaluating, pool
-from crate_mae.models.masking import hide_all_but
+from crate_mae.models.layers import ISTA
+from crate_mae.models.masking import hide_all_but, random_mask, visible_indices
+from crate_mae.models.monotone import Compression
 from crate_mae.models.timm_models import write_encoder
 from crate_mae.models.weights import Model, load, save
 
 Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
 Part = Literal["encoder", "full"]
 Outputs = dict[str, Tensor]
+ONNX_FILE = "model.onnx"
+PT2_FILE = "model.pt2"
+INT8_NOTE = (
+    "Weights are 8-bit integers, and what goes into matrix products is rounded to 8 bits at run time. What that costs\n"
+    "a linear probe of one small model is measured in `results/export_int8` of the library's repository."
+)
+_LARGEST_BATCH = 65536
+_LARGEST_GRID = 1024
 _ANY_SIZE = ("hf", "onnx", "pt2")  # whose encoders and classifiers take images of any size in whole patches
 
 
@@ -47,7 +77,7 @@ def write(
     Raises:
         UserError: if the format cannot express what the model does.
     """
-    graph = graphs.graph_class(model, part)
+    graph = graph_class(model, part)
     if kind == "hf":
         from crate_mae.deployment.huggingface.modeling import pretrained
 
@@ -55,11 +85,11 @@ def write(
         return (folder / WEIGHTS_FILE).stat().st_size
     outputs, note, written = graph.outputs, "", WEIGHTS_FILE
     if kind in ("onnx", "pt2"):
-        path = graphs.write_graph(graph(model).eval(), model, folder, kind)
+        path = write_graph(graph(model).eval(), model, folder, kind)
         written = path.name
         if int8:
-            graphs.quantize(path)
-            note = graphs.INT8_NOTE
+            quantize(path)
+            note = INT8_NOTE
     elif part == "encoder":
         kind = "timm"
         write_encoder(model, folder)
@@ -71,12 +101,202 @@ def write(
     return (folder / written).stat().st_size
 
 
+class EncoderGraph(nn.Module):
+    """Images to tokens and their embedding."""
+
+    inputs: ClassVar = ("images",)
+    outputs: ClassVar = ("tokens", "embedding")
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.encoder: Any = folded(any_size(model))
+
+    def forward(self, images: Float[Tensor, "b c hh ww"]) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b f"]]:
+        """Normalised features of all tokens, class token first, and the embedding that `crate-mae embed` saves."""
+        tokens = self.encoder.forward_features(images)
+        return tokens, pool(tokens, self.encoder.num_prefix_tokens)
+
+
+class ClassifierGraph(nn.Module):
+    """Images to logits."""
+
+    inputs: ClassVar = ("images",)
+    outputs: ClassVar = ("logits",)
+
+    def __init__(self, model: Classifier) -> None:
+        super().__init__()
+        self.encoder: Any = folded(any_size(model))
+        self.norm, self.head = model.norm, model.head
+        self.pooling: HeadPooling = model.config.pooling
+
+    def forward(self, images: Float[Tensor, "b c hh ww"]) -> Float[Tensor, "b k"]:
+        """Logits of the classes."""
+        tokens = self.encoder.forward_features(images)
+        return self.head(self.norm(pool(tokens, self.encoder.num_prefix_tokens, self.pooling)))
+
+
+class MaskGraph(nn.Module):
+    """Images and a mask to predicted patches; mask tokens come in before the encoder."""
+
+    inputs: ClassVar = ("images", "mask")
+    outputs: ClassVar = ("prediction",)
+
+    def __init__(self, model: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.model = folded(model)
+
+    def forward(self, images: Float[Tensor, "b c hh ww"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b n q"]:
+        """Predicted pixels of every patch, in the normalisation of the targets."""
+        return predict(self.model, images, mask=mask)[1]
+
+
+class VisibleGraph(nn.Module):
+    """Images and their visible patches to predicted patches; mask tokens come in at the decoder.
+
+    The input is their positions, since a graph must know how many there are before it reads any value of a mask.
+    """
+
+    inputs: ClassVar = ("images", "visible")
+    outputs: ClassVar = ("prediction",)
+
+    def __init__(self, model: MaskedAutoencoder) -> None:
+        super().__init__()
+        self.model = folded(model)
+
+    def forward(self, images: Float[Tensor, "b c hh ww"], visible: Int[Tensor, "b m"]) -> Float[Tensor, "b n q"]:
+        """Predicted pixels of every patch, in the normalisation of the targets."""
+        return predict(self.model, images, visible=visible)[1]
+
+
+def any_size(model: Model) -> nn.Module:
+    """The encoder of a model, for images of any size in whole patches."""
+    encoder = build_encoder(encoder_config(model.config), dynamic_img_size=True)
+    encoder.load_state_dict(model.encoder.state_dict())
+    return encoder.eval()
+
+
+def folded(model: nn.Module) -> Any:
+    """A copy of a model for inference, in `eval()`, that computes the same: see `folded()` of `ISTA` and `Compression`.
+
+    In other layers nothing is the same at every call; they stay as they are.
+    """
+    model = copy.deepcopy(model).eval()
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, ISTA | Compression):
+                setattr(parent, name, child.folded())
+    return model.requires_grad_(False)
+
+
+def graph_class(model: Model, part: str) -> Any:
+    """The kind of graph that part of a model makes: its encoder, or all of it."""
+    if part == "encoder":
+        return EncoderGraph
+    if isinstance(model, Classifier):
+        return ClassifierGraph
+    return MaskGraph if model.config.mask_tokens == "encoder" else VisibleGraph
+
+
+def example_inputs(graph: Any, model: Model, images: Float[Tensor, "b c hh ww"]) -> dict[str, Tensor]:
+    """Inputs of a graph, or of its class, by name: images and, for an autoencoder, which patches are hidden."""
+    if len(graph.inputs) == 1:
+        return {"images": images}
+    assert isinstance(model, MaskedAutoencoder)
+    mask = random_mask(len(images), model.num_patches, 0.75, torch.Generator().manual_seed(0))
+    return {"images": images, graph.inputs[1]: mask if graph.inputs[1] == "mask" else visible_indices(mask)}
+
+
+def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
+    """Write a graph as ONNX ("onnx") or as an exported program ("pt2").
+
+    Raises:
+        UserError: if the format cannot express what the model does.
+    """
+    size = model.config.image_size
+    images = torch.randn(2, model.config.in_chans, *size, generator=torch.Generator().manual_seed(0))
+    inputs = example_inputs(graph, model, images)
+    shapes = _free_dimensions(graph, model)
+    path = folder / (ONNX_FILE if kind == "onnx" else PT2_FILE)
+    try:
+        if kind == "onnx":
+            _write_onnx(graph, inputs, shapes, path)
+        else:
+            program = torch.export.export(graph, (), dict(inputs), dynamic_shapes=shapes)
+            for module in program.graph_module.modules():
+                for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+                    node.meta.pop("stack_trace", None)  # paths of this machine
+            torch.export.save(program, path)
+    except UserError:
+        raise
+    except Exception as error:  # the exporters have exceptions of many kinds, with pages of text
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"{model.config.name} cannot be written as {kind}: a graph cannot express what it does. {reason}\n"
+            "--format safetensors or hf writes its weights as they are."
+        ) from error
+    return path
+
+
+def _write_onnx(graph: Any, inputs: Mapping[str, Tensor], shapes: dict[str, Any], path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's, about itself
+        program: Any = torch.onnx.export(
+            graph,
+            (),
+            kwargs=dict(inputs),
+            input_names=list(graph.inputs),
+            output_names=list(graph.outputs),
+            dynamo=True,
+            dynamic_shapes=shapes,
+            verbose=False,
+        )
+    for node in program.model.graph.all_nodes():
+        node.metadata_props.pop("pkg.torch.onnx.stack_trace", None)  # paths of this machine
+    program.save(path, external_data=False)
+
+
+def _free_dimensions(graph: Any, model: Model) -> dict[str, Any]:
+    batch = Dim("batch", min=1, max=_LARGEST_BATCH)
+    images: dict[int, Any] = {0: batch}
+    if isinstance(graph, EncoderGraph | ClassifierGraph):
+        patch = encoder_config(model.config).patch_size
+        images |= {i: patch * Dim(name, min=1, max=_LARGEST_GRID) for i, name in ((2, "rows"), (3, "columns"))}
+    shapes: dict[str, Any] = {"images": images}
+    if "mask" in graph.inputs:
+        shapes["mask"] = {0: batch}
+    if "visible" in graph.inputs:
+        assert isinstance(model, MaskedAutoencoder)
+        shapes["visible"] = {0: batch, 1: Dim("left", min=1, max=model.num_patches - 1)}
+    return shapes
+
+
+def quantize(path: Path) -> None:
+    """Replace an ONNX file by one with the weights of its matrix products as 8-bit integers, channel by channel.
+
+    They are unsigned: on processors without VNNI, products of signed weights saturate. With a trained model on AVX2
+    the largest difference of its tokens was 0.33 with unsigned weights, 0.51 with signed ones, and 0.94 with signed
+    ones of 7 bits, which do not saturate; all three files are of one size.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        whole = path.rename(Path(scratch) / path.name)
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # it would advise a step that changes nothing here
+        try:
+            quantize_dynamic(
+                whole, path, weight_type=QuantType.QUInt8, per_channel=True, op_types_to_quantize=["MatMul"]
+            )
+        finally:
+            logging.disable(before)
+
+
 def runner(model: Model, folder: Path, kind: Format, part: Part) -> Callable[[dict[str, Tensor]], Outputs]:
     """A function that runs an exported folder in the program it is for, from inputs to outputs by name."""
     if kind == "onnx":
         return onnx_runner(folder)
     if kind == "pt2":
-        return _pt2_runner(folder, graphs.graph_class(model, part).outputs)
+        return _pt2_runner(folder, graph_class(model, part).outputs)
     if kind == "hf":
         return _transformers_runner(model, folder, part)
     if part == "encoder":
@@ -106,7 +326,7 @@ def largest_difference(model: Model, folder: Path, kind: Format, part: Part) -> 
     Raises:
         UserError: if it does not run.
     """
-    graph, run = graphs.graph_class(model, part), runner(model, folder, kind, part)
+    graph, run = graph_class(model, part), runner(model, folder, kind, part)
     images = sample_images(model.config)
     cases = [(model, images), (model, images[-1:])]
     if kind in _ANY_SIZE and graph.inputs == ("images",):
@@ -114,7 +334,7 @@ def largest_difference(model: Model, folder: Path, kind: Format, part: Part) -> 
         cases.append((other, sample_images(other.config)))
     largest = 0.0
     for ours, batch in cases:
-        inputs = graphs.example_inputs(graph, ours, batch)
+        inputs = example_inputs(graph, ours, batch)
         try:
             found = run(inputs)
         except Exception as error:  # each program has exceptions of its own, some with pages of text
@@ -151,7 +371,7 @@ def reference(model: Model, part: str, inputs: dict[str, Tensor]) -> Outputs:
         return {"prediction": model(images, mask=_mask(model, inputs)).prediction}
 
 
-def onnx_runner(folder: Path, file: str = graphs.ONNX_FILE) -> Callable[[dict[str, Tensor]], Outputs]:
+def onnx_runner(folder: Path, file: str = ONNX_FILE) -> Callable[[dict[str, Tensor]], Outputs]:
     """Run an ONNX file with onnxruntime, on the CPU."""
     import onnxruntime
 
@@ -169,7 +389,7 @@ def onnx_runner(folder: Path, file: str = graphs.ONNX_FILE) -> Callable[[dict[st
 
 def _pt2_runner(folder: Path, outputs: tuple[str, ...]) -> Callable[[dict[str, Tensor]], Outputs]:
     """Run an exported program with PyTorch alone."""
-    program = torch.export.load(folder / graphs.PT2_FILE).module()
+    program = torch.export.load(folder / PT2_FILE).module()
 
     def run(inputs: dict[str, Tensor]) -> Outputs:
         values = program(**inputs)
