@@ -161,21 +161,21 @@ class Trained:
 Report = Callable[[str], object]  # called with each line of progress
 
 
+@dataclass(frozen=True)
 class Trainer:
     """Trains entries one after another: two at a time would slow each other down.
 
     A finished run is used as it is, and an unfinished one is resumed, so training again costs nothing.
 
-    Args:
+    Attributes:
         options: of the comparison.
         directory: of the comparison.
         report: called with each line of progress.
     """
 
-    def __init__(self, options: CompareOptions, directory: ComparisonDirectory, report: Report) -> None:
-        self.options = options
-        self.directory = directory
-        self.report = report
+    options: CompareOptions
+    directory: ComparisonDirectory
+    report: Report
 
     def train_all(self, planned: Sequence[Planned]) -> list[Trained]:
         """Search for every entry, then train all of them with the first seed, then with the next.
