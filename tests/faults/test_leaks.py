@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from crate_mae.data import facts, open_source, refuse_shared_images
 from crate_mae.errors import UserError
@@ -94,6 +95,13 @@ def test_copies_among_python_objects_are_named(caplog):
     others = [(np.asarray(noise(i)), 0) for i in (30, 7, 31)]
     refuse_shared_images(open_source(ITEMS), open_source(others), "--train", "it is no test")
     assert "1 of 3 images of --val (list) are also in --train (list), e.g. list[1] = list[7]." in caplog.text
+
+
+def test_copies_among_files_and_python_objects_are_named(data, caplog):
+    for items in ([np.asarray(noise(7))], [noise(7)], [pil_to_tensor(noise(7))]):
+        caplog.clear()
+        refuse_shared_images(open_source(data / "photos"), open_source(items), "--train", "it is no test")
+        assert "1 of 1 images of --val (list) are also in --train" in caplog.text
 
 
 def test_of_much_data_a_sample_is_searched_and_named(data, caplog, monkeypatch):

@@ -8,6 +8,7 @@ import timm
 import torch
 
 import crate_mae
+from crate_mae.data import open_source
 from crate_mae.errors import UserError
 from crate_mae.interpret.report import inspection as inspection_module
 from crate_mae.interpret.report.examples import draw_grid
@@ -185,6 +186,14 @@ def test_probes_that_cannot_be_fitted_are_left_out(build, train, reason):
 def test_mistakes_are_sentences(build, options, words):
     with pytest.raises(UserError, match=words):
         report(**({"model": build()} | options))
+
+
+def test_copies_among_the_images_of_a_control_are_named(build, tmp_path, caplog):
+    (tmp_path / "train").mkdir()
+    for i in (3, 5):
+        open_source("digits:test").picture(i).save(tmp_path / "train" / f"{i}.png")
+    report(model=build(), train_data=tmp_path / "train")
+    assert "2 of 297 images of DATA (digits:test) are also in --train-data" in caplog.text
 
 
 def test_drawn_foregrounds_are_scored_for_every_network(build, tmp_path):

@@ -22,6 +22,7 @@ from crate_mae.data.decode import (
     decode,
     size_of,
     to_channels,
+    to_tensor,
 )
 from crate_mae.data.results import BadImage, DataReport, ImageFacts
 from crate_mae.errors import UserError
@@ -282,23 +283,24 @@ def refuse_shared_images(train: ImageSource, val: ImageSource, option: str, cons
             f"{len(shared):,} of {len(val):,} images of --val ({val.name}) are also in {option} ({train.name}), "
             f"such as {val.location(shared[0])}, so {consequence}.\n{remedy}"
         )
-    _warn_of_copies(train, val, option)
+    warn_of_copies(train, val, option, "--val")
 
 
-def _warn_of_copies(train: ImageSource, val: ImageSource, option: str) -> None:
-    """Name the images of --val that are also in `train` under another name."""
+def warn_of_copies(train: ImageSource, val: ImageSource, option: str, val_option: str) -> None:
+    """Name the images of `val` that are also in `train` under another name, both by the options that gave them."""
     pairs, compared = find_copies(train, val)
     found = ""
     if pairs:
         first, second = pairs[0]
         found = (
-            f"{len(pairs):,} of {compared[1]:,} images of --val ({val.name}) are also in {option} ({train.name}), e.g. "
+            f"{len(pairs):,} of {compared[1]:,} images of {val_option} ({val.name}) are also in {option} "
+            f"({train.name}), e.g. "
             f"{val.location(second)} = {train.location(first)}."
         )
     if 0 < sum(compared) < len(train) + len(val):
         found += (
             f" Copies were looked for among {compared[0]:,} of the {len(train):,} images of {option} and "
-            f"{compared[1]:,} of the {len(val):,} of --val, since reading all would take long."
+            f"{compared[1]:,} of the {len(val):,} of {val_option}, since reading all would take long."
         )
     if found:
         logger.warning("%s", found.strip())
@@ -316,44 +318,48 @@ def content_digests(source: ImageSource) -> list[str]:
 
 
 def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """Find the images of one source that are also in another: equal bytes of files, or equal pixels of others.
+    """Find the images of one source that are also in another: equal bytes of files, or equal pixels.
 
-    Nothing is decoded, so a copy that was saved again is not found, nor one among Python objects of a file. If both
-    together have more than 2 GiB, or 131,072 images, a fixed pseudo-random sample of each is compared. The images of
-    CIFAR-10 take a second.
+    Files are compared with files without decoding them, so a copy that was saved again is not found; with Python
+    objects they are compared by pixels. If both sources together have more than 2 GiB, or 131,072 images, a fixed
+    pseudo-random sample of each is compared. The images of CIFAR-10 take a second.
 
     Returns:
         pairs (number in `first`, number in `second`), one for each image of `second` that is found; and how many images
         of each were compared.
     """
-    if isinstance(first, EncodedSource) != isinstance(second, EncodedSource):
-        return [], (0, 0)
-    size, second_size = _mean_bytes(first), _mean_bytes(second)
+    decoded = isinstance(first, EncodedSource) != isinstance(second, EncodedSource)
+    size, second_size = _mean_bytes(first, decoded), _mean_bytes(second, decoded)
     # Of `second` as much as finds most copies.
     of_second = min(second_size * len(second), max(_MOST_COMPARED / 2, _MOST_COMPARED - size * len(first)))
     sample = fixed_sample(len(first), max(1, int((_MOST_COMPARED - of_second) / size)))
     second_sample = fixed_sample(len(second), max(1, int(of_second / second_size)))
-    known = {digest: i for i in reversed(sample) if (digest := image_digest(first, i))}
-    pairs = [(known[digest], i) for i in second_sample if (digest := image_digest(second, i)) in known]
+    known = {digest: i for i in reversed(sample) if (digest := image_digest(first, i, decoded=decoded))}
+    pairs = [(known[digest], i) for i in second_sample if (digest := image_digest(second, i, decoded=decoded)) in known]
     return pairs, (len(sample), len(second_sample))
 
 
-def _mean_bytes(source: ImageSource) -> float:
+def _mean_bytes(source: ImageSource, decoded: bool) -> float:
     """Bytes to read for one image, of the file or of its pixels: the mean of a few, and at least `_LEAST_COMPARED`."""
     few = fixed_sample(len(source), _SAMPLED)
-    sizes = [len(content) for i in few if (content := _content(source, i)) is not None]
+    sizes = [len(content) for i in few if (content := _content(source, i, decoded)) is not None]
     return max(_LEAST_COMPARED, sum(sizes) / max(1, len(sizes)))
 
 
-def image_digest(source: ImageSource, i: int) -> str:
-    """A digest of the bytes of a file, without decoding it, or of the pixels of another image; "" if unreadable."""
-    content = _content(source, i)
+def image_digest(source: ImageSource, i: int, *, decoded: bool = False) -> str:
+    """A digest of the bytes of a file, or of the pixels of another or `decoded` image; "" if unreadable."""
+    content = _content(source, i, decoded)
     return "" if content is None else hashlib.sha256(content).hexdigest()
 
 
-def _content(source: ImageSource, i: int) -> bytes | None:
-    """The bytes of file i, which is not decoded, or the pixels of another image; None if they cannot be read."""
+def _content(source: ImageSource, i: int, decoded: bool) -> bytes | None:
+    """The bytes of file i, or the pixels of another or `decoded` image; None if they cannot be read."""
     try:
-        return source.content(i) if isinstance(source, EncodedSource) else _read_with_content(source, i)[1]
+        if not decoded:
+            return source.content(i) if isinstance(source, EncodedSource) else _read_with_content(source, i)[1]
+        with default_generator_seeded(0), global_generators_seeded(0):
+            image = source.picture(i)
+        pixels = np.asarray(to_tensor(image) if getattr(image, "mode", None) in ("L", "RGB") else image)
+        return f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()
     except UnreadableImage:
         return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from crate_mae.data import ImageSource, open_source, same_images
+from crate_mae.data.facts import warn_of_copies
 from crate_mae.data.numbers import LARGEST_SEED, describe_not_whole
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
@@ -137,7 +138,7 @@ def _add_twin(found: Subjects, key: str, network: Opened, seed: int, left_out: d
 
 
 def _refuse_same(found: Subjects) -> None:
-    """Raise a `UserError` if the images of a control are those of the model."""
+    """Raise a `UserError` if the images of a control are those of the model; warn of those that are copies."""
     _, data = found["model"]
     for key in ("other", "train"):
         if key in found and same_images(data, found[key][1]):
@@ -145,6 +146,8 @@ def _refuse_same(found: Subjects) -> None:
                 f"--{key}-data are the same images as DATA ({data.name}), so there is nothing to compare.\n"
                 f"Give other images with --{key}-data, or leave it out."
             )
+        if key in found:
+            warn_of_copies(found[key][1], data, f"--{key}-data", "DATA")
 
 
 def _refuse_unfit(model: Opened, mask_ratio: float | None) -> None:
