@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 import crate_mae
 from crate_mae.deployment import formats
 from crate_mae.deployment.formats import folded
-from crate_mae.errors import install_command
+from crate_mae.errors import UserError, install_command
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import build_classifier
 from crate_mae.models.config import ClassifierConfig
@@ -127,6 +127,17 @@ def test_onnx_takes_any_batch_and_image_size(model, tmp_path, monkeypatch):
     assert found["embedding"].shape == (5, 48)
     names = run_card(tmp_path / "x", monkeypatch, images=images.numpy())
     assert names["tokens"].shape == (5, 29, 24)
+    for rows, columns in ((9, 14), (8, 13)):  # patches are of 2 x 2
+        with pytest.raises(Exception, match="reshape"):
+            formats.onnx_runner(tmp_path / "x")({"images": torch.randn(5, 3, rows, columns)})
+
+
+@pytest.mark.parametrize("kind", ["hf", "timm", "onnx"])
+def test_a_layer_that_computes_otherwise_than_described_is_not_exported(model, tmp_path, kind):
+    changed = crate_mae.load(model)
+    changed.encoder.blocks[1].ista.step_size = 9.0
+    with pytest.raises(UserError, match=r"encoder.blocks.1.ista.step_size of this model is 9.0"):
+        formats.write(changed, tmp_path, kind, "encoder")
 
 
 @EXPORTERS
@@ -182,10 +193,11 @@ def test_nothing_that_is_exported_names_a_folder_of_this_machine(tmp_path, kind)
             assert private not in found
 
 
-def test_exported_files_have_the_usual_mode(model, tmp_path):
+@pytest.mark.parametrize("form", ["safetensors", "timm", "hf"])
+def test_exported_files_have_the_usual_mode(model, tmp_path, form):
     before = os.umask(0o027)
     try:
-        crate_mae.export(model, out=tmp_path / "x")
+        crate_mae.export(model, out=tmp_path / "x", format=form)
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o750

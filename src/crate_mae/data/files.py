@@ -103,6 +103,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        set_usual_mode(temporary, path.parent)
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_names(path.parent)
@@ -111,6 +112,15 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def set_usual_mode(path: Path, folder: Path) -> None:
+    """Give a file the mode of a new one in a folder: safetensors makes files that only their owner can read."""
+    new = folder / f".mode.{secrets.token_hex(4)}"
+    with contextlib.suppress(OSError):  # some file systems have no modes
+        new.touch(exist_ok=False)
+        path.chmod(stat.S_IMODE(new.stat().st_mode))
+    new.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -144,6 +154,7 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
             if entry.is_dir():
                 flush_names(entry)
             else:
+                set_usual_mode(entry, temporary)
                 flush_to_disk(entry)
         if replace and path.exists():
             # Moved aside, not removed: however long that takes, one of the two is whole.

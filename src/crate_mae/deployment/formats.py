@@ -41,6 +41,7 @@ from crate_mae.models.features import evaluating, pool
 from crate_mae.models.layers import ISTA
 from crate_mae.models.masking import hide_all_but, random_mask, visible_indices
 from crate_mae.models.monotone import Compression
+from crate_mae.models.tensors import refuse_other_numbers
 from crate_mae.models.timm_models import write_encoder
 from crate_mae.models.weights import Model, load, save
 
@@ -77,6 +78,7 @@ def write(
     Raises:
         UserError: if the format cannot express what the model does.
     """
+    refuse_other_numbers(model)
     graph = graph_class(model, part)
     if kind == "hf":
         from crate_mae.deployment.huggingface.modeling import pretrained
@@ -110,10 +112,11 @@ class EncoderGraph(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.encoder: Any = folded(any_size(model))
+        self.patch_size = encoder_config(model.config).patch_size
 
     def forward(self, images: Float[Tensor, "b c hh ww"]) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "b f"]]:
         """Normalised features of all tokens, class token first, and the embedding that `crate-mae embed` saves."""
-        tokens = self.encoder.forward_features(images)
+        tokens = self.encoder.forward_features(in_whole_patches(images, self.patch_size))
         return tokens, pool(tokens, self.encoder.num_prefix_tokens)
 
 
@@ -126,12 +129,13 @@ class ClassifierGraph(nn.Module):
     def __init__(self, model: Classifier) -> None:
         super().__init__()
         self.encoder: Any = folded(any_size(model))
+        self.patch_size = model.config.encoder.patch_size
         self.norm, self.head = model.norm, model.head
         self.pooling: HeadPooling = model.config.pooling
 
     def forward(self, images: Float[Tensor, "b c hh ww"]) -> Float[Tensor, "b k"]:
         """Logits of the classes."""
-        tokens = self.encoder.forward_features(images)
+        tokens = self.encoder.forward_features(in_whole_patches(images, self.patch_size))
         return self.head(self.norm(pool(tokens, self.encoder.num_prefix_tokens, self.pooling)))
 
 
@@ -166,6 +170,16 @@ class VisibleGraph(nn.Module):
     def forward(self, images: Float[Tensor, "b c hh ww"], visible: Int[Tensor, "b m"]) -> Float[Tensor, "b n q"]:
         """Predicted pixels of every patch, in the normalisation of the targets."""
         return predict(self.model, images, visible=visible)[1]
+
+
+def in_whole_patches(images: Float[Tensor, "b c hh ww"], patch_size: int) -> Float[Tensor, "b c hh ww"]:
+    """The same images; of another size than whole patches, a graph cannot cut them into patches, and ends in an error.
+
+    Without this, the graph's convolution would leave out the rows and columns that are no whole patch, without a word.
+    """
+    b, c, hh, ww = images.shape
+    cut = images.reshape(b, c, hh // patch_size, patch_size, ww // patch_size, patch_size)
+    return cut.reshape(b, c, hh, ww)
 
 
 def any_size(model: Model) -> nn.Module:

@@ -3,7 +3,6 @@
 import logging
 import os
 import shlex
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crate_mae.data.documents import read_json, to_json
-from crate_mae.data.files import DIGESTS_FILE, damage_of, flush_names, flush_to_disk, path_of
+from crate_mae.data.files import DIGESTS_FILE, damage_of, flush_names, flush_to_disk, path_of, set_usual_mode
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.checkpoints import newest_checkpoint
@@ -95,8 +94,7 @@ def save_tensors(tensors: dict[str, Tensor], config: Config, folder: str | Path)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
         save_config(config, Path(scratch))
         save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
-        # safetensors makes files that only their owner can read; take the user's own permissions instead.
-        shutil.copymode(Path(scratch) / CONFIG_FILE, Path(scratch) / WEIGHTS_FILE)
+        set_usual_mode(Path(scratch) / WEIGHTS_FILE, Path(scratch))
         (folder / DIGESTS_FILE).unlink(missing_ok=True)  # of the files that are replaced
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             flush_to_disk(Path(scratch) / name)

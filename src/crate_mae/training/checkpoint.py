@@ -41,7 +41,14 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from crate_mae.data.documents import read_json
-from crate_mae.data.files import file_digest, flush_to_disk, whole_folder, write_digests, write_whole
+from crate_mae.data.files import (
+    file_digest,
+    flush_to_disk,
+    set_usual_mode,
+    whole_folder,
+    write_digests,
+    write_whole,
+)
 from crate_mae.errors import DivergedError, UserError
 from crate_mae.models.checkpoints import (
     STATE_FILE,
@@ -153,7 +160,7 @@ def write(checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainSta
     with whole_folder(folder) as temporary:
         save_config(config, temporary)
         for file, tensors in files.items():
-            _write_tensors(tensors, temporary / file)
+            save_file(tensors, temporary / file, metadata={"format": "pt"})
         _write_rest(temporary, groups, state)
     _name_last(folder, state)
     return folder
@@ -184,7 +191,8 @@ def write_parts(
                 raise UserError(f"{checkpoints} is not the same folder on all machines: give an --out that they share.")
             for file, tensors in own.items():
                 path = part_file(temporary / file, rank, processes)
-                _write_tensors(tensors, path)
+                save_file(tensors, path, metadata={"format": "pt"})
+                set_usual_mode(path, temporary)  # by its owner
                 flush_to_disk(path)
                 digests[path.name] = file_digest(path)
 
@@ -209,11 +217,6 @@ def _own_tensors(tensors: Mapping[str, Tensor], holder: Mapping[str, int], rank:
         if holder[name] == rank:
             own[name] = whole.cpu().contiguous()
     return own
-
-
-def _write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    save_file(tensors, path, metadata={"format": "pt"})
-    shutil.copymode(path.with_name(CONFIG_FILE), path)  # safetensors makes files that only their owner can read
 
 
 def _write_rest(folder: Path, groups: list[Any], state: TrainState, known: Mapping[str, str] | None = None) -> None:
