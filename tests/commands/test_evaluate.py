@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import crate_mae
+from crate_mae.evaluation.reconstruction import nested_masks
 from crate_mae.models.weights import save_tensors
 
 MODEL = "crate_mae_nano_patch2_8"
@@ -335,6 +336,28 @@ def test_the_errors_are_the_losses_of_training(norm_pix_loss, tmp_path):
     with torch.no_grad():
         loss = net(batch, mask_ratio=0.6, generator=torch.Generator().manual_seed(3)).loss
     assert report["results"][0]["normalised_mse" if norm_pix_loss else "mse"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_completions_are_compared_with_an_untrained_network_and_with_flat_patches(capsys):
+    """A flat patch has the mean of all visible pixels."""
+    model = crate_mae.create_model(MODEL, in_chans=1, mean=(0.5,), std=(0.5,)).eval()
+    images = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    report = crate_mae.eval_reconstruction(model, images, mask_ratios=(0.5, 0.75), seed=1).report
+    untrained, flat = report["controls"]
+    assert [each["model"] for each in (untrained, flat)] == ["MaskedAutoencoder:untrained", "flat patches"]
+    assert untrained["results"][0]["mse"] != report["results"][0]["mse"]
+    for result in flat["results"]:
+        masks = nested_masks(3, 16, result["mask_ratio"], 1)
+        errors = []
+        for image, mask in zip(images, masks, strict=True):
+            hidden = mask.reshape(4, 4).repeat_interleave(2, 0).repeat_interleave(2, 1)
+            pixels = 2 * image[0] - 1
+            errors.append((pixels[hidden] - pixels[~hidden].mean()).square().mean())
+        assert result["mse"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
+    assert report["verdict"].startswith("With 75% hidden, completions of MaskedAutoencoder (")
+    assert "no better than untrained (+" in report["verdict"] and "no better than flat patches (-" in report["verdict"]
+    alone = crate_mae.eval_reconstruction(model, images, mask_ratios=(0.5,), seed=1, controls=False).report
+    assert alone["results"] == report["results"][:1] and alone["controls"] == [] and alone["verdict"] is None
 
 
 def test_scores_do_not_depend_on_the_batch_and_repeat(tmp_path):

@@ -44,7 +44,7 @@ class Evaluation:
             reasons), `classes`, `image_size`, `pooling`, `seed` and other settings, `results` (one per layer or number
             of shots; scores have `value`, `low` and `high`), `chance`, `controls`, `versions` and `verdict`. Of
             completions: `probe`, `model`, `fresh_weights`, `data`, `images`, `left_out`, `image_size`, `norm_pix_loss`,
-            `seed`, `results` (one per mask ratio) and `versions`.
+            `seed`, `results` (one per mask ratio), `controls`, `versions` and `verdict`.
         path: of the file, or None.
     """
 

@@ -1,6 +1,7 @@
 """`crate-mae reconstruct` and `crate-mae eval reconstruction`: completed images, as a picture and in numbers."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from crate_mae.models.autoencoder import MaskedAutoencoder
 
 _PICTURED = 8
+_USUAL_RATIO = 0.75
+_FLAT = "flat patches"
 _RATIOS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 
 
@@ -113,6 +116,7 @@ def eval_reconstruction(
     seed: int = 0,
     batch_size: int = 64,
     overwrite: bool = False,
+    controls: bool = True,
     json: bool = False,
 ) -> Evaluation:
     """Complete masked images at several mask ratios, and measure the quality of the completions.
@@ -121,7 +125,8 @@ def eval_reconstruction(
     error is that of hidden patches, in normalised pixels (the loss of ordinary training) and in units of each patch's
     standard deviation (the loss of --norm-pix-loss); PSNR is that of hidden patches, and SSIM that of the completed
     image. A model trained with --norm-pix-loss predicts patches without brightness and contrast:
-    both then come from the original, in all but the second measure, and the output notes it.
+    both then come from the original, in all but the second measure, and the output notes it. PSNR has Student's 95%
+    interval over images.
 
     Args:
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
@@ -134,6 +139,7 @@ def eval_reconstruction(
         seed: Seed of the masks, of that sample, and of random initialisation.
         batch_size: Images per batch.
         overwrite: Replace existing files.
+        controls: Also measure the same network with random initialisation, and flat patches of the mean visible colour.
         json: Print one JSON object on the standard output, and everything else on the standard error.
 
     Returns:
@@ -144,9 +150,9 @@ def eval_reconstruction(
     """
     from crate_mae.data.base import fixed_sample
     from crate_mae.evaluation.probing import data_name, versions
-    from crate_mae.evaluation.reconstruction import completion_scores
+    from crate_mae.evaluation.reconstruction import completion_scores, flat_patches, predicted_patches
     from crate_mae.models.masking import visible_patches
-    from crate_mae.models.weights import is_untrained, model_name
+    from crate_mae.models.weights import UNTRAINED, is_untrained, model_name
 
     check_seed(seed)
     out = None if out is None else new_file("--out", out, ".json", overwrite=overwrite)
@@ -158,9 +164,24 @@ def eval_reconstruction(
     net, source, read = _opened(model, data, lambda total: fixed_sample(total, count, seed), count, seed)
     ratios = mask_ratios or tuple(r for r in _RATIOS if visible_patches(net.num_patches, r) > 0)
     console, name = open_console(stderr=json), model_name(model)
-    with progress(console, "Completing images", len(ratios) * -(-len(read.images) // batch_size)) as advance:
-        scores = completion_scores(net, read.images, ratios, seed=seed, batch_size=batch_size, on_batch=advance)
-    _print_quality(console, _table_of_ratios(net, scores), net, name, read)
+    measured = {name: (net, predicted_patches)}
+    if controls and not is_untrained(name):
+        measured[f"{name}{UNTRAINED}"] = _untrained(net, seed), predicted_patches
+    if controls:
+        measured[_FLAT] = net, flat_patches
+    batches = len(measured) * len(ratios) * -(-len(read.images) // batch_size)
+    with progress(console, "Completing images", batches) as advance:
+        found = {
+            each: completion_scores(
+                own, read.images, ratios, seed=seed, batch_size=batch_size, predict=predict, on_batch=advance
+            )
+            for each, (own, predict) in measured.items()
+        }
+    scores = found.pop(name)
+    verdict = _verdict(name, scores, found) if found else None
+    _print_quality(console, _table_of_ratios(net, scores, found), net, name, read)
+    if verdict is not None:
+        console.say(verdict)
     report = {
         "probe": "reconstruction",
         "model": name,
@@ -172,13 +193,24 @@ def eval_reconstruction(
         "norm_pix_loss": net.config.norm_pix_loss,
         "seed": seed,
         "results": [asdict(score) for score in scores],
+        "controls": [{"model": each, "results": [asdict(score) for score in own]} for each, own in found.items()],
         "versions": versions(),
+        "verdict": verdict,
     }
     if picture is not None:
         _save_picture(net, read, scores, seed, picture)
         console.say(f"Saved {picture}")
     write_report(console, report, out, json=json)
     return Evaluation(report, out)
+
+
+def _untrained(net: "MaskedAutoencoder", seed: int) -> "MaskedAutoencoder":
+    """The same network with random initialisation."""
+    from crate_mae.data.dataset import default_generator_seeded
+    from crate_mae.models.autoencoder import build
+
+    with default_generator_seeded(seed):
+        return build(net.config).eval().to(net.mask_token)
 
 
 def _opened(
@@ -212,17 +244,37 @@ def _print_quality(
     print_bad(console, read.bad)
 
 
-def _table_of_ratios(net: "MaskedAutoencoder", scores: "list[CompletionScore]") -> Table:
-    table = Table("hidden", "error", "error, normalised patches", "PSNR", "SSIM", box=None)
-    for score in scores:
-        table.add_row(
-            f"{100 * score.mask_ratio:g}% ({score.hidden} of {net.num_patches} patches)",
-            f"{score.mse:.4g}",
-            f"{score.normalised_mse:.4g}",
-            f"{score.psnr:.2f} dB",
-            f"{score.ssim:.3f}",
-        )
+def _table_of_ratios(
+    net: "MaskedAutoencoder", scores: "list[CompletionScore]", controls: "Mapping[str, list[CompletionScore]]"
+) -> Table:
+    table = Table("hidden", "by", "error", "error, normalised patches", "PSNR (95%)", "SSIM", box=None)
+    for score, *others in zip(scores, *controls.values(), strict=True):
+        hidden = f"{100 * score.mask_ratio:g}% ({score.hidden} of {net.num_patches} patches)"
+        for name, each in zip(("the model", *map(_short, controls)), (score, *others), strict=True):
+            interval = "" if each.psnr_half_width is None else f" ± {each.psnr_half_width:.2f}"
+            psnr = f"{each.psnr:.2f}{interval} dB"
+            table.add_row(hidden, name, f"{each.mse:.4g}", f"{each.normalised_mse:.4g}", psnr, f"{each.ssim:.3f}")
+            hidden = ""
     return table
+
+
+def _verdict(name: str, scores: "list[CompletionScore]", controls: "Mapping[str, list[CompletionScore]]") -> str:
+    """Whether training has helped, at the ratio nearest to that of training: PSNR compared by its intervals."""
+    at = min(range(len(scores)), key=lambda i: abs(scores[i].mask_ratio - _USUAL_RATIO))
+    score, comparisons = scores[at], []
+    for control, others in controls.items():
+        points = score.psnr - others[at].psnr
+        overlap = abs(points) <= (score.psnr_half_width or math.inf) + (others[at].psnr_half_width or math.inf)
+        if overlap:
+            comparisons.append(f"no better than {_short(control)} ({points:+.2f} dB; the intervals overlap)")
+        else:
+            comparisons.append(f"{abs(points):.2f} dB {'better' if points > 0 else 'WORSE'} than {_short(control)}")
+    where = f"With {100 * score.mask_ratio:g}% hidden, completions of {name} ({score.psnr:.2f} dB) are "
+    return f"{where}{' and '.join(comparisons)}."
+
+
+def _short(control: str) -> str:
+    return control if control == _FLAT else "untrained"
 
 
 def _save_picture(

@@ -13,13 +13,17 @@ from crate_mae.data import BadImage, ImageSource
 from crate_mae.data.base import read_all
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
+from crate_mae.evaluation.probes import half_width
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.completion import Completion, complete, completion_of, predicted_patches
+from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import evaluating
 from crate_mae.models.masking import patch_statistics, patchify, random_mask
 
 # In decibels: a root mean squared error of 1e-5. That of an exact completion is infinite, and so would be every mean.
 LARGEST_PSNR = 100.0
+
+Predict = Callable[[MaskedAutoencoder, Float[Tensor, "b c hh ww"], Bool[Tensor, "b n"]], Float[Tensor, "b n q"]]
 
 
 class ReadImages(NamedTuple):
@@ -61,6 +65,7 @@ class CompletionScore:
             `norm_pix_loss`. Nearly flat patches have the largest weight in it.
         psnr: of the hidden patches, in decibels, that of no image more than `LARGEST_PSNR`.
         ssim: of the completed picture, at most 1.
+        psnr_half_width: half of the 95% interval of the mean of `psnr`; None for a single image.
     """
 
     mask_ratio: float
@@ -69,6 +74,7 @@ class CompletionScore:
     normalised_mse: float
     psnr: float
     ssim: float
+    psnr_half_width: float | None
 
 
 def completion_scores(
@@ -78,6 +84,7 @@ def completion_scores(
     *,
     seed: int = 0,
     batch_size: int = 64,
+    predict: Predict = predicted_patches,
     on_batch: Callable[[], object] | None = None,
 ) -> list[CompletionScore]:
     """Measure completions of the same images at several mask ratios.
@@ -91,6 +98,7 @@ def completion_scores(
         mask_ratios: in (0, 1).
         seed: of the masks.
         batch_size: number of images completed at once.
+        predict: what completes them; by default the model, and as a control `flat_patches`.
         on_batch: called after each batch, for a progress bar.
 
     Raises:
@@ -101,17 +109,36 @@ def completion_scores(
         masks = nested_masks(len(images), model.num_patches, ratio, seed)
         rows: list[Tensor] = []
         for batch, mask in zip(images.split(batch_size), masks.split(batch_size), strict=True):
-            rows.append(_scores_of_images(model, batch, mask))
+            with evaluating(model):
+                rows.append(_scores_of_images(model.config, batch, mask, predict(model, batch, mask)))
             if on_batch is not None:
                 on_batch()
-        means = torch.cat(rows).double().mean(dim=0)
+        of_images = torch.cat(rows).double()
+        means = of_images.mean(dim=0)
         if not means.isfinite().all():
             raise UserError(
                 "The model's completions are not finite numbers: its weights contain NaN, or values overflow.\n"
                 "Use an earlier checkpoint of the run."
             )
-        scores.append(CompletionScore(ratio, int(masks[0].sum()), *means.tolist()))
+        half = half_width(of_images[:, 2].tolist()) if len(of_images) > 1 else None
+        scores.append(CompletionScore(ratio, int(masks[0].sum()), *means.tolist(), psnr_half_width=half))
     return scores
+
+
+def flat_patches(
+    model: MaskedAutoencoder, images: Float[Tensor, "b c hh ww"], mask: Bool[Tensor, "b n"]
+) -> Float[Tensor, "b n q"]:
+    """The completion that needs no network: in every hidden patch the mean colour of the visible ones.
+
+    For a model with `norm_pix_loss` it is each patch's own mean, which such models get from the original, too.
+    """
+    patches = patchify(images, model.config.patch_size)
+    if model.config.norm_pix_loss:
+        return patch_statistics(patches)[0].expand_as(patches)
+    pixels = patches.unflatten(2, (-1, images.shape[1]))
+    visible = ~mask[..., None, None].to(images.device)
+    mean = (pixels * visible).sum((1, 2), keepdim=True) / visible.expand_as(pixels).sum((1, 2), keepdim=True)
+    return mean.expand_as(pixels).flatten(2)
 
 
 def nested_masks(images: int, num_patches: int, mask_ratio: float, seed: int) -> Bool[Tensor, "b n"]:
@@ -171,16 +198,16 @@ def completion_quality(completion: Completion, mask: Bool[Tensor, "b n"], patch_
 
 
 def _scores_of_images(
-    model: MaskedAutoencoder, images: Float[Tensor, "b c hh ww"], mask: Bool[Tensor, "b n"]
+    config: ModelConfig,
+    images: Float[Tensor, "b c hh ww"],
+    mask: Bool[Tensor, "b n"],
+    prediction: Float[Tensor, "b n q"],
 ) -> Float[Tensor, "b 4"]:
-    """The four measures of `CompletionScore` for each image."""
-    config = model.config
-    with evaluating(model):
-        prediction = predicted_patches(model, images, mask)
-        target = patchify(images, config.patch_size)
-        error = (prediction - target).square()
-        _, std = patch_statistics(target)
-        hidden = mask.to(error.dtype) / mask.sum(dim=1, keepdim=True)
-        mse, normalised_mse = ((each.mean(dim=-1) * hidden).sum(dim=1) for each in (error, error / std.square()))
-        quality = completion_quality(completion_of(config, images, mask, prediction), mask, config.patch_size)
+    """The first four measures of `CompletionScore` for each image."""
+    target = patchify(images, config.patch_size)
+    error = (prediction - target).square()
+    _, std = patch_statistics(target)
+    hidden = mask.to(error.dtype) / mask.sum(dim=1, keepdim=True)
+    mse, normalised_mse = ((each.mean(dim=-1) * hidden).sum(dim=1) for each in (error, error / std.square()))
+    quality = completion_quality(completion_of(config, images, mask, prediction), mask, config.patch_size)
     return torch.stack([mse, normalised_mse, quality.psnr, quality.ssim], dim=1)
