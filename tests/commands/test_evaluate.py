@@ -315,7 +315,7 @@ def test_reconstruction_is_measured_at_every_ratio(tmp_path, crate_mae_command, 
     assert [(row["mask_ratio"], row["hidden"]) for row in report["results"]] == [(0.5, 8), (0.75, 12)]
     for row in report["results"]:
         assert all(math.isfinite(row[key]) for key in ("mse", "normalised_mse", "psnr", "ssim"))
-        assert f"{row['psnr']:.2f} dB" in text
+        assert f"{row['psnr']:.2f} ± {row['psnr_half_width']:.2f} dB" in text
     with Image.open(picture) as image:
         assert image.height > 5 * 100  # the original, and two rows for each ratio
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.png"]

@@ -165,6 +165,11 @@ def test_a_classifier_without_its_head_is_said_to_be_none(classifier, tmp_path, 
     assert "image-feature-extraction" in (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
 
 
+def test_an_untrained_model_is_said_to_be_so(model, tmp_path, capsys):
+    crate_mae.export(f"{model}:untrained", out=tmp_path / "x")
+    assert f"{model}:untrained has a random initialisation" in capsys.readouterr().out
+
+
 def contents(folder):
     """The bytes of all files, and of those inside archives."""
     for file in folder.rglob("*"):

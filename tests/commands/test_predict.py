@@ -77,6 +77,11 @@ def test_predictions_are_those_of_the_model(model, tmp_path):
     assert result.probability[:7] == pytest.approx(probabilities.max(1).values.tolist(), rel=1e-5)
 
 
+def test_predictions_of_an_untrained_model_are_said_to_be_so(model, tmp_path, capsys):
+    crate_mae.predict(f"{model}:untrained", "digits:test", out=tmp_path / "p.csv")
+    assert f"{model}:untrained has a random initialisation" in capsys.readouterr().out
+
+
 def test_predicting_again_gives_the_same_bytes(model, tmp_path):
     for name in ("a.csv", "b.csv"):
         crate_mae.predict(model, "digits:test", out=tmp_path / name)

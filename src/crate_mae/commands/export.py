@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import computes
+from crate_mae.commands.console import computes, print_random_initialisation
 from crate_mae.data.files import output_path, path_of, refuse_used_folder, whole_folder
 from crate_mae.errors import UserError, install_command
 from crate_mae.terminal import CleanConsole, open_console
@@ -87,6 +87,7 @@ def export(
     _check_options(format, part, int8=int8)
     from crate_mae.deployment import formats
     from crate_mae.models.classifier import Classifier
+    from crate_mae.models.weights import is_untrained, model_name
 
     net, facts = _opened(model, license)
     is_classifier = isinstance(net, Classifier)
@@ -103,6 +104,8 @@ def export(
     console = open_console()
     console.say(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.")
     _print_without_head(console, net, part)
+    if is_untrained(model_name(model)):
+        print_random_initialisation(console, model_name(model))
     if difference is not None:
         console.say(f"Largest difference from the model: {difference:.2g}.")
     return Exported(out, format, part, size, difference)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import computes, new_file, print_bad
+from crate_mae.commands.console import computes, new_file, print_bad, print_random_initialisation
 from crate_mae.data.documents import to_csv
 from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
@@ -76,7 +76,7 @@ def predict(
     """
     from crate_mae.data import label_names, open_source
     from crate_mae.models.devices import fastest_device
-    from crate_mae.models.weights import load_classifier
+    from crate_mae.models.weights import is_untrained, load_classifier, model_name
 
     out = new_file("--out", out, ".csv", overwrite=overwrite)
     check_whole("--batch-size", batch_size)
@@ -110,6 +110,8 @@ def predict(
         console.say(f"Accuracy: {accuracy:.2%} of {len(files):,} images")
     elif truth is not None:
         console.say(f"{source.name} has labels of other classes than the model: no accuracy.")
+    if is_untrained(model_name(model)):
+        print_random_initialisation(console, model_name(model))
     console.say(f"Saved {len(files):,} predictions in {out}")
     return Predictions(out, files, predicted, best.values.tolist(), accuracy, bad)
 
