@@ -45,6 +45,7 @@ def test_a_finished_run_has_a_page_with_everything_inside(tiny_run):
     text = text_of(page)
     assert "crate-mae pretrain: a &amp; b" in text
     assert re.search(r"Finished step 20 after \d+ s, with at most .* of memory. Loss on held-out images:", text)
+    assert re.search(r"before training, [\d.]+ now, (less|NO LESS) than the [\d.]+ of flat patches\.", text)
     for fact in (
         "283 of digits:test",
         "crate_mae_nano_isometric_patch2_8, 0.01 M parameters",

@@ -150,7 +150,8 @@ def eval_reconstruction(
     """
     from crate_mae.data.base import fixed_sample
     from crate_mae.evaluation.probing import data_name, versions
-    from crate_mae.evaluation.reconstruction import completion_scores, flat_patches, predicted_patches
+    from crate_mae.evaluation.reconstruction import completion_scores
+    from crate_mae.models.completion import flat_patches, predicted_patches
     from crate_mae.models.masking import visible_patches
     from crate_mae.models.weights import UNTRAINED, is_untrained, model_name
 

@@ -98,7 +98,7 @@ def completion_scores(
         mask_ratios: in (0, 1).
         seed: of the masks.
         batch_size: number of images completed at once.
-        predict: what completes them; by default the model, and as a control `flat_patches`.
+        predict: what completes them; by default the model, and as a control `models.completion.flat_patches`.
         on_batch: called after each batch, for a progress bar.
 
     Raises:
@@ -123,22 +123,6 @@ def completion_scores(
         half = half_width(of_images[:, 2].tolist()) if len(of_images) > 1 else None
         scores.append(CompletionScore(ratio, int(masks[0].sum()), *means.tolist(), psnr_half_width=half))
     return scores
-
-
-def flat_patches(
-    model: MaskedAutoencoder, images: Float[Tensor, "b c hh ww"], mask: Bool[Tensor, "b n"]
-) -> Float[Tensor, "b n q"]:
-    """The completion that needs no network: in every hidden patch the mean colour of the visible ones.
-
-    For a model with `norm_pix_loss` it is each patch's own mean, which such models get from the original, too.
-    """
-    patches = patchify(images, model.config.patch_size)
-    if model.config.norm_pix_loss:
-        return patch_statistics(patches)[0].expand_as(patches)
-    pixels = patches.unflatten(2, (-1, images.shape[1]))
-    visible = ~mask[..., None, None].to(images.device)
-    mean = (pixels * visible).sum((1, 2), keepdim=True) / visible.expand_as(pixels).sum((1, 2), keepdim=True)
-    return mean.expand_as(pixels).flatten(2)
 
 
 def nested_masks(images: int, num_patches: int, mask_ratio: float, seed: int) -> Bool[Tensor, "b n"]:

@@ -58,6 +58,23 @@ def predicted_patches(
     return prediction * std + mean
 
 
+def flat_patches(
+    model: MaskedAutoencoder, images: Float[Tensor, "b c hh ww"], mask: Bool[Tensor, "b n"]
+) -> Float[Tensor, "b n q"]:
+    """The completion that needs no network: in every hidden patch the mean colour of the visible ones.
+
+    In the units of normalised images. For a model with `norm_pix_loss` it is each patch's own mean, which such models
+    get from the original, too.
+    """
+    patches = patchify(images, model.config.patch_size)
+    if model.config.norm_pix_loss:
+        return patch_statistics(patches)[0].expand_as(patches)
+    pixels = patches.unflatten(2, (-1, images.shape[1]))
+    visible = ~mask[..., None, None].to(images.device)
+    mean = (pixels * visible).sum((1, 2), keepdim=True) / visible.expand_as(pixels).sum((1, 2), keepdim=True)
+    return mean.expand_as(pixels).flatten(2)
+
+
 def completion_of(
     config: ModelConfig,
     images: Float[Tensor, "b c hh ww"],

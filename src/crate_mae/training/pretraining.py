@@ -28,8 +28,8 @@ from crate_mae.data.base import (
 )
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
-from crate_mae.models.completion import complete
+from crate_mae.models.autoencoder import MaskedAutoencoder, build, masked_loss
+from crate_mae.models.completion import complete, flat_patches
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.devices import send
 from crate_mae.models.features import mean_cosine
@@ -89,6 +89,7 @@ class Pretraining(Task[PretrainOptions]):
         except UserError as error:
             raise UserError(f"--init-from {config.init_from}: {error}") from error
         self.monitor = Monitor(torch.stack(list(held_out.values())), self.model.num_patches, config.mask_ratio)
+        self.flat_loss = self.monitor.flat_loss(self.model)
         numbers = _measured_images(config, model, len(images.train))
         self.probe = OnlineProbe.of(images, list(held_out), fixed, numbers)
 
@@ -150,7 +151,9 @@ class Pretraining(Task[PretrainOptions]):
     def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
         """Describe the loss on held-out images, first and last."""
         losses = [loss for row in rows if (loss := row["held_out_loss"]) is not None]
-        text = f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now."
+        flat = f"{self.flat_loss:.4f} of flat patches"
+        against = f"less than the {flat}" if losses[-1] < self.flat_loss else f"NO LESS than the {flat}"
+        text = f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now, {against}."
         if scores := [score for row in rows if (score := row.get("knn_accuracy")) is not None]:
             text += f" Of their classes, nearest neighbours find {scores[0]:.1%} and {scores[-1]:.1%}."
         return text
@@ -221,6 +224,12 @@ class Monitor:
             part, _, layer, *_ = name.split(".")  # such as encoder.blocks.3.ista
             layers.append({"part": part, "layer": int(layer), "measure": measure, "value": value})
         return loss, torch.cat(features), layers
+
+    def flat_loss(self, model: MaskedAutoencoder) -> float:
+        """The loss of `flat_patches`, which needs no network."""
+        flat = flat_patches(model, self.images, self.masks)
+        target = torch.zeros_like(flat) if model.config.norm_pix_loss else flat
+        return float(masked_loss(model.config, self.images, target, self.masks))
 
     def picture(self, model: MaskedAutoencoder, path: Path) -> None:
         """Write held-out images: original, masked, prediction of hidden patches, completed."""
