@@ -1,6 +1,7 @@
 """A comparison from end to end: its files, that it is fair, and that it continues after being stopped."""
 
 import csv
+import json
 import math
 import shutil
 from importlib.metadata import version
@@ -203,6 +204,17 @@ def test_a_dry_run_reports_the_plan_and_writes_nothing(compare, tmp_path, capsys
     assert "search 2 x 4 steps, final run 12 steps for each of 2 seeds" in text
     assert "nothing has been written" in text
     assert not (tmp_path / "dry").exists()
+
+
+def test_a_plan_as_json_is_what_comparison_yaml_would_hold(compare, tmp_path, capsys):
+    comparison = compare(tmp_path / "dry", budget="steps=20", quiet=False, dry_run=True, json=True)
+    captured = capsys.readouterr()
+    plan = json.loads(captured.out)
+    assert plan == json.loads(json.dumps(comparison.plan))
+    assert plan["contestants"][CRATE]["plan"]["final_steps"] == 12 and plan["options"]["budget"] == "steps=20"
+    assert "nothing has been written" in captured.err
+    with pytest.raises(UserError, match="--json prints the plan of a comparison"):
+        compare(tmp_path / "dry", json=True)
 
 
 def test_without_labels_completions_alone_are_measured(compare, tmp_path, capsys):

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from crate_mae.commands.console import computes, takes
+from crate_mae.commands.console import computes, print_json, takes
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.errors import RunStopped
 from crate_mae.terminal import CleanConsole, open_console
@@ -38,12 +38,14 @@ def compare(options: CompareOptions) -> Comparison:
     """
     from crate_mae.comparison.compare import compare as run
 
-    console = open_console(quiet=options.quiet)
+    console = open_console(quiet=options.quiet, stderr=options.json)
     try:
         comparison = run(options, report=console.say)
     except RunStopped:
         console.say("Stopped and saved. The same command, given again, continues.")
         raise
+    if options.json:
+        print_json(comparison.plan)
     if comparison.table:
         _print_comparison(console, comparison)
     return comparison

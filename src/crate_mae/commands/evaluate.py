@@ -87,7 +87,11 @@ class FewshotOptions(ProbeOptions):
         (1, 5, 10), "Numbers of images per class."
     )
     draws: int = option(20, "Number of draws.")
-    layer: int | None = option(None, "Layer of the encoder from 0, or negative from the end; by default -1.")
+    layer: int | Literal["all"] | None = option(
+        None,
+        "Layer of the encoder from 0, negative from the end, or all; by default -1. Of all layers the last is compared "
+        "with the controls: few labels leave none to choose a layer on.",
+    )
 
 
 @computes

@@ -38,12 +38,14 @@ class Comparison:
         table: the table as text: a heading, then a line per quantity with a cell per entry.
         notes: how to read it.
         results: everything in numbers, one per entry; empty after a dry run, like the two above.
+        plan: the content of comparison.yaml, which a dry run does not write.
     """
 
     path: Path
     table: list[list[str]]
     notes: list[str]
     results: list[EntryResult]
+    plan: dict[str, Any]
 
 
 def compare(options: CompareOptions, *, report: Report) -> Comparison:
@@ -73,18 +75,25 @@ def compare(options: CompareOptions, *, report: Report) -> Comparison:
             report(line)
         if images.why_no_probes:
             report(f"No probes: {images.why_no_probes}")
+        plan = existing or _plan_content(saved, planned)
         if options.dry_run:
             report("This was a dry run: nothing has been written.")
-            return Comparison(out, [], [], [])
+            return Comparison(out, [], [], [], plan)
         if existing is None:
-            directory.save_plan(_plan_content(saved, planned))
+            directory.save_plan(plan)
         trained = Trainer(options, directory, report).train_all(planned)
         results, pixels = measure_all(options, planned, trained, images=images, directory=directory, report=report)
-    return publish(out, results, pixels, options=options, images=images)
+    return publish(out, results, pixels, options=options, images=images, plan=plan)
 
 
 def publish(
-    out: Path, results: list[EntryResult], pixels: dict[str, float], *, options: CompareOptions, images: Images
+    out: Path,
+    results: list[EntryResult],
+    pixels: dict[str, float],
+    *,
+    options: CompareOptions,
+    images: Images,
+    plan: dict[str, Any],
 ) -> Comparison:
     """Write the tables and the figures."""
     rows = table_rows(results, pixels)
@@ -95,7 +104,7 @@ def publish(
     write_whole(out / "table.md", markdown(rows, notes, title, verdict(results, pixels)))
     draw_scores(results, pixels, out / "figure.png")
     draw_curves(results, out / "curves.png")
-    return Comparison(out, rows, notes, results)
+    return Comparison(out, rows, notes, results, plan)
 
 
 def _plan(options: CompareOptions, entries: Sequence[Entry], costs: Sequence[Costs]) -> list[Planned]:

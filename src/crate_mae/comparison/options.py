@@ -16,6 +16,7 @@ from crate_mae.training.options import (
     AT_LEAST_1,
     BETWEEN_0_AND_1,
     FROM_0_TO_1024,
+    PLAN_AS_JSON,
     SHARE,
     TO_1024,
     Data,
@@ -144,6 +145,7 @@ class CompareOptions:
     flip: bool = option(True, "Mirror half of the images; unsuitable for text.")
     dry_run: bool = option(False, "Only check, time, and print the plan.", saved=False)
     quiet: bool = option(False, "Print nothing.", saved=False)
+    json: bool = option(False, PLAN_AS_JSON, saved=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "models", tuple(self.models))
@@ -164,6 +166,10 @@ class CompareOptions:
         with mistakes.collected():
             parse_budget(self.budget)
         mistakes += check_ranges(self)
+        if self.json and not self.dry_run:
+            mistakes.append(
+                "--json prints the plan of a comparison, and so belongs to --dry-run: give both or neither."
+            )
         mistakes.raise_if_any()
 
     def saved(self, train: str, val: str) -> dict[str, Any]:

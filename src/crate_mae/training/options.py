@@ -49,6 +49,7 @@ GIVEN = ""  # of an option: by the user
 LENGTHS = ("epochs", "steps", "minutes")  # each sets the length of a run
 # What fits a run of one length and folder, and the call that began it, but not another run of the same kind.
 OF_ONE_LENGTH = (*LENGTHS, "out", "warmup_epochs", "monitor_steps", "checkpoint_epochs", "dry_run", "quiet", "json")
+PLAN_AS_JSON = "With --dry-run, print the plan as one JSON object, and everything else on the standard error."
 LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
 
 
@@ -185,12 +186,7 @@ class RunOptions:
     )
     dry_run: bool = option(False, "Only check, and print the plan.", saved=False)
     quiet: bool = option(False, "Print nothing.", saved=False)
-    json: bool = option(
-        False,
-        "With --dry-run, print the plan as one JSON object on the standard output, and everything else on the standard "
-        "error.",
-        saved=False,
-    )
+    json: bool = option(False, PLAN_AS_JSON, saved=False)
     origins: dict[str, str] | None = option(None, "", saved=False)
 
     @property
