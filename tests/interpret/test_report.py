@@ -22,6 +22,7 @@ from crate_mae.interpret.report.subjects import Settings
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
 SECTIONS = {"model", "findings", "layers", "audit", "weights", "attention", "tokens", "atoms", "left-out"}
 FIGURES = {
+    "glance",
     *(
         "completions",
         "subspace_rates",
@@ -174,6 +175,16 @@ def test_every_claim_about_every_layer_has_a_symbol_its_control_and_its_numbers(
     ]
     assert [cell[3] for cell in cells] == [row.closest_control for row in expected]
     assert all(html(f"{signed(row.margin_low)} to {signed(row.margin_high)}") in section for row in rows)
+
+
+def test_the_first_figure_has_the_two_steps_beside_their_best_controls(inspection, page):
+    (figure,) = plan_figures(inspection)["glance"]
+    encoder = [row for row in inspection.model.measures.audit if (row.tokens, row.part) == ("all", "encoder")]
+    for panel, claim in zip(figure.content, ("compress", "lasso"), strict=True):
+        rows, (best, own, *_) = [row for row in encoder if row.claim == claim], panel.lines
+        assert rows and own.y == [row.after for row in rows]
+        assert [y - row.after for y, row in zip(best.y, rows, strict=True)] == pytest.approx([r.margin for r in rows])
+    assert 0 < page.index("each step should lie below its best control") < page.index("At a glance")
 
 
 def test_untrained_networks_are_controls_of_the_trained_ones_alone(inspection):

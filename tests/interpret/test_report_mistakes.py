@@ -11,9 +11,8 @@ import crate_mae
 from crate_mae.data import open_source
 from crate_mae.errors import UserError
 from crate_mae.interpret.report import inspection as inspection_module
-from crate_mae.interpret.report.examples import draw_grid
 from crate_mae.interpret.report.inspection import inspect_model
-from crate_mae.interpret.report.page import plan_figures, write_page
+from crate_mae.interpret.report.page import draw_figures, plan_figures, write_page
 from crate_mae.interpret.report.subjects import Settings
 
 
@@ -61,8 +60,7 @@ def test_tokens_that_are_all_zero_make_a_report(build):
     inspection, plan, page = report(model=model)
     assert {row.mean for row in inspection.model.find("dead_coordinates")} == {1.0}
     assert "100%" in page
-    for tiles in (f.content for figures in plan.values() for f in figures if not isinstance(f.content, dict)):
-        draw_grid(tiles)
+    draw_figures(plan)
 
 
 @pytest.mark.parametrize("name", ["mask_token", "encoder.patch_embed.proj.weight", "decoder.pred.bias"])

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from crate_mae.data import ImageSource
 from crate_mae.data.base import fixed_sample
+from crate_mae.drawing.lines import Panel
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
@@ -51,13 +52,13 @@ class PlannedFigure(NamedTuple):
         name: of its files.
         title: as text.
         caption: two sentences on how to read it.
-        content: rows of small pictures, or panels of curves by their titles.
+        content: rows of small pictures, panels of curves by their titles, or panels of lines.
     """
 
     name: str
     title: str
     caption: str
-    content: Tiles | dict[str, list[Curve]]
+    content: Tiles | dict[str, list[Curve]] | Sequence[Panel]
 
 
 @dataclass(frozen=True, kw_only=True)

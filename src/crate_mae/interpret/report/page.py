@@ -7,16 +7,25 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
-from crate_mae.drawing.lines import draw_panels
+from crate_mae.drawing.lines import Line, Panel, draw_panels
 from crate_mae.drawing.page import render
 from crate_mae.drawing.style import encode
-from crate_mae.drawing.text import number, plural
+from crate_mae.drawing.text import listed, number, plural
 from crate_mae.interpret.atoms import Atom
-from crate_mae.interpret.audit import CLAIMS, CONTROLS, LEAST_MARGIN_SHARE, LEAST_SHARE_OF_IMAGES, AuditRow, by_claim
+from crate_mae.interpret.audit import (
+    CLAIMS,
+    COMPRESS,
+    CONTROLS,
+    LASSO,
+    LEAST_MARGIN_SHARE,
+    LEAST_SHARE_OF_IMAGES,
+    AuditRow,
+    by_claim,
+)
 from crate_mae.interpret.curves import POINTS, Curve, both_parts, layer_panel
 from crate_mae.interpret.foregrounds import KINDS
 from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT
-from crate_mae.interpret.pictures import atom_tiles
+from crate_mae.interpret.pictures import Tiles, atom_tiles
 from crate_mae.interpret.registry import INVERSES, MEASURES
 from crate_mae.interpret.report.examples import PlannedFigure, draw_grid
 from crate_mae.interpret.report.findings import VERDICT_RULE, verdict_sentence, write_findings
@@ -102,6 +111,10 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
         "image for foreground, was learned.",
     ),
 }
+_AT_A_GLANCE = (
+    (COMPRESS, "Attention should lower R^c", "R^c, nats"),
+    (LASSO, "Codes should lower the lasso objective", "lasso objective"),
+)
 _STEPS_OF_A_STAND_IN = (
     "The model has no subspaces, so these are of its stand-in, and nothing predicts where squares should lie."
 )
@@ -194,6 +207,7 @@ def plan_figures(inspection: Inspection) -> Plan:
     examples, measured = inspection.examples.figures, inspection.measured
     networks = [found for found in measured if found.key in NETWORKS]
     return {
+        "glance": _at_a_glance(inspection.model.measures.audit),
         "model": examples["model"],
         "layers": _planned(
             subspace_rates=_by_subject(measured, "subspace_rate", "subspace_rate_normalised", "subspace_rate_official"),
@@ -229,13 +243,42 @@ def plan_figures(inspection: Inspection) -> Plan:
 def draw_figures(plan: Plan) -> dict[str, Figure]:
     """Draw every figure; by the names of their files."""
     figures = [figure for section in plan.values() for figure in section]
-    return {f.name: _draw(f.content) if isinstance(f.content, dict) else draw_grid(f.content) for f in figures}
+    return {figure.name: _draw(figure.content) for figure in figures}
 
 
-def _draw(curves: Panels) -> Figure:
-    columns = 2 if len(curves) == _MORE_ROOM else min(3, len(curves))
-    panels = [layer_panel(title, found) for title, found in curves.items()]
+def _draw(content: Tiles | Panels | Sequence[Panel]) -> Figure:
+    if isinstance(content, dict):
+        panels = [layer_panel(title, curves) for title, curves in content.items()]
+    else:
+        panels = [panel for panel in content if isinstance(panel, Panel)]
+    if not panels:
+        return draw_grid(content)
+    columns = 2 if len(panels) == _MORE_ROOM else min(3, len(panels))
     return draw_panels(panels, columns=columns, width=_WIDTH / columns, height=_PANEL_HEIGHT)
+
+
+def _at_a_glance(audit: Sequence[AuditRow]) -> list[PlannedFigure]:
+    """What the two steps of an encoder layer do to what they are derived to lower, beside their best controls."""
+    panels, answers = [], []
+    for claim, title, ylabel in _AT_A_GLANCE:
+        rows = [row for row in audit if (row.tokens, row.part, row.claim) == ("all", "encoder", claim)]
+        if not rows:
+            return []
+        layers = [float(row.layer) for row in rows]
+        lines = [
+            Line("the best control", layers, [row.after + row.margin for row in rows], _CONTROL, dashed=True),
+            Line("the model", layers, [row.after for row in rows], 0),
+        ]
+        if claim == COMPRESS:
+            lines.append(Line("before attention", layers, [row.before for row in rows], None))
+        ticks = {float(row.layer): row.place for row in rows}
+        panels.append(Panel(lines, title, ylabel=ylabel, scale="from zero", ticks=ticks))
+        answers.append(listed([row.place for row in rows if row.margin > 0]) or "no layer")
+    caption = (
+        "Means over images; each step should lie below its best control. Attention lowers R^c by more than that in "
+        f"{answers[0]}; the code has a lower lasso objective in {answers[1]}."
+    )
+    return [PlannedFigure("glance", "The two steps of each encoder layer", caption, panels)]
 
 
 def _planned(**figures: Panels) -> list[PlannedFigure]:
