@@ -159,7 +159,7 @@ class Finetuning(Task[FinetuneOptions]):
         if c.train.startswith(PYTHON_OBJECT) or c.val.startswith(PYTHON_OBJECT):
             return []
         given = given_words(c, {"model", *OF_ONE_LENGTH})
-        return [shlex.join(["crate-mae", "finetune", c.model, "--out", f"{run}-30min", "--minutes", "30", *given])]
+        return [shlex.join(["crate-mae", "finetune", str(c.model), "--out", f"{run}-30min", "--minutes", "30", *given])]
 
     def describe_use(self) -> list[str]:
         """Describe which model was kept, and how to use it."""

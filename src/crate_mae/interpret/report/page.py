@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import cast
 
 from matplotlib.figure import Figure
 
@@ -252,7 +253,7 @@ def _draw(content: Tiles | Panels | Sequence[Panel]) -> Figure:
     else:
         panels = [panel for panel in content if isinstance(panel, Panel)]
     if not panels:
-        return draw_grid(content)
+        return draw_grid(cast("Tiles", content))
     columns = 2 if len(panels) == _MORE_ROOM else min(3, len(panels))
     return draw_panels(panels, columns=columns, width=_WIDTH / columns, height=_PANEL_HEIGHT)
 
