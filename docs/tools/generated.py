@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from crate_mae.errors import and_more
 from crate_mae.models.presets import create_model, list_models
 from crate_mae.models.weights import load_autoencoder
 
@@ -115,8 +116,7 @@ def _command(text: str) -> str:
 def _beside(folder: Path) -> str:
     """The tables and reports of a folder, a few by their names."""
     names = sorted(path.name for path in folder.rglob("*") if path.suffix in {".json", ".csv", ".yaml", ".html"})
-    shown = ", ".join(f"`{name}`" for name in names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"\nBeside it: {shown}." if names else ""
+    return f"\nBeside it: {and_more([f'`{name}`' for name in names], 6)}." if names else ""
 
 
 def minutes(root: Path) -> str:

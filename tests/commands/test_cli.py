@@ -84,7 +84,7 @@ def test_every_option_is_explained(command):
         (["resume", "nowhere"], "is not a run"),
         (["finetune", "nowhere", "--train", "digits", "--val", "digits", "--out", "x"], "A model is a run folder"),
         (["finetune", "nowhere", "--train", "digits", "--out", "x"], "--val"),
-        (["predict", "crate_mae_nano_patch2_8", "digits", "--out", "x.csv"], "knows no classes"),
+        (["predict", "crate_mae_nano_patch2_8", "digits", "--out", "x.csv"], "has no classes"),
         (["reconstruct", "nowhere", "digits", "--out", "x.png"], "A model is a run folder"),
     ],
 )

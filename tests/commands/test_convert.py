@@ -157,7 +157,7 @@ def _without(state, name):
         (lambda s: {"encoder.norm.weight": torch.zeros(2)}, "config.json is missing: name the folder"),
         (lambda s: classifier_state() | {"gate": torch.zeros(1)}, "gate is unknown"),
         (lambda s: _without(classifier_state(), "mlp_head.0.bias"), "norm.bias is missing"),
-        (lambda s: classifier_state() | {"pos_embedding": torch.zeros(1, 16, 20)}, "no square image"),
+        (lambda s: classifier_state() | {"pos_embedding": torch.zeros(1, 16, 20)}, "do not make a square image"),
     ],
 )
 def test_files_that_do_not_fit_are_told_and_nothing_is_made(official, tmp_path, crate_mae_command, change, words):

@@ -118,7 +118,7 @@ def test_mistakes_are_sentences_and_leave_no_file(model, pictures, tmp_path):
     for name in ("0", "1", "3", "4"):
         (pictures / f"{name}.png").write_bytes(b"")
     for arguments, words in (
-        (("crate_mae_nano_patch2_8", "digits:test"), "is an autoencoder and knows no classes"),
+        (("crate_mae_nano_patch2_8", "digits:test"), "is an autoencoder and has no classes"),
         ((model, pictures), "No image of .* can be read"),
         ((model, "nowhere"), "does not exist"),
         (("nowhere", "digits:test"), "A model is a run folder"),

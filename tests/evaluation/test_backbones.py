@@ -165,7 +165,7 @@ def test_any_form_of_model_has_an_untrained_one(tmp_path):
     [
         ("crate_mae_nano_patch2_8:untrained", "names a model without trained weights: leave :untrained out"),
         ("pixels:untrained", "raw pixels have no weights: leave :untrained out"),
-        ("missing:untrained", "missing does not exist and is no model's name"),
+        ("missing:untrained", "missing does not exist and is not the name of a model"),
     ],
 )
 def test_what_cannot_be_untrained_is_refused(model, words):

@@ -43,16 +43,14 @@ def test_batches_give_what_one_pass_gives(model, images):
         torch.testing.assert_close(part, expected, rtol=0, atol=1e-5)
 
 
-def test_scores_of_a_known_prediction(model, images, monkeypatch):
+def test_scores_of_a_known_prediction(model, images):
     """Predictions that are 0.1 too large everywhere have a squared error of 0.01, and 0.01 / std^2 in each patch."""
-    from crate_mae.evaluation import reconstruction
     from crate_mae.models.masking import patchify
 
     def too_large(model, images, mask):
         return patchify(images, 2) + 0.1
 
-    monkeypatch.setattr(reconstruction, "predicted_patches", too_large)
-    (score,) = completion_scores(model, images, [0.5], seed=2, batch_size=4)
+    (score,) = completion_scores(model, images, [0.5], seed=2, batch_size=4, predict=too_large)
     assert (score.mask_ratio, score.hidden) == (0.5, 8)
     assert score.mse == pytest.approx(0.01, rel=1e-4)
     hidden = patchify(images, 2)[nested_masks(7, 16, 0.5, seed=2)]

@@ -94,7 +94,7 @@ def test_a_classifier_and_an_autoencoder_are_not_taken_for_each_other(model, tmp
     crate_mae.save(model, tmp_path)
     with pytest.raises(crate_mae.UserError, match="is a classifier and has no decoder"):
         load_autoencoder(tmp_path)
-    with pytest.raises(crate_mae.UserError, match="is an autoencoder and knows no classes"):
+    with pytest.raises(crate_mae.UserError, match="is an autoencoder and has no classes"):
         load_classifier("crate_mae_nano_patch2_8")
     assert load_autoencoder("crate_mae_nano_patch2_8").decoder is not None
     assert load_classifier(tmp_path).config.classes == NAMES

@@ -245,7 +245,7 @@ MISTAKES = {
         {"batch_size": 50, "accumulation": 2},
         "Mixup (by default) and CutMix (by default) need: take --batch-size 48",
     ),
-    "no model": ({"model": "nowhere"}, "does not exist and is no model's name"),
+    "no model": ({"model": "nowhere"}, "does not exist and is not the name of a model"),
     "a model of timm": ({"model": "timm:vit_tiny_patch16_224"}, "cannot be fine-tuned here"),
     "no policy": ({"rand_augment": "strong"}, '--rand-augment "strong" is not understood'),
     "a size of no patches": ({"image_size": 9}, "do not divide images of 9 x 9"),

@@ -74,7 +74,7 @@ def test_an_interrupted_run_from_random_weights_is_explained(tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        ("nowhere", "nowhere does not exist and is no model's name"),
+        ("nowhere", "nowhere does not exist and is not the name of a model"),
         ("crate_mae_micro_cifar10", "--init-from crate_mae_micro_cifar10: no matrix of its encoder layers fits"),
         (NANO, f"--init-from {NANO} names a random initialisation"),
         ("crate_mae_micro_cifar10:untrained", "--init-from crate_mae_micro_cifar10:untrained names a random"),

@@ -325,13 +325,15 @@ def test_too_many_unreadable_images_stop_the_run_which_can_be_resumed(tiny_run, 
 @pytest.fixture
 def broken_steps(monkeypatch):
     """A set of steps, counted from 1, in which the loss is not a number."""
-    usual, broken, calls = MaskedAutoencoder.loss, set(), []
+    usual, broken, calls = MaskedAutoencoder.forward, set(), []
 
-    def loss(model, *arguments):
+    def forward(model, *arguments, **options):
         calls.append(model.training)
-        return usual(model, *arguments) * (float("nan") if model.training and sum(calls) in broken else 1.0)
+        output = usual(model, *arguments, **options)
+        is_broken = model.training and sum(calls) in broken
+        return output._replace(loss=output.loss * (float("nan") if is_broken else 1.0))
 
-    monkeypatch.setattr(MaskedAutoencoder, "loss", loss)
+    monkeypatch.setattr(MaskedAutoencoder, "forward", forward)
     monkeypatch.setattr("crate_mae.training.start.probe", lambda *_: ProbeResult("float32", "", 1.0, 0.0, None))
     monkeypatch.setattr("crate_mae.training.start.refuse_too_large", lambda *_: None)  # it computes losses, too
     return broken

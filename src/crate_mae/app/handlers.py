@@ -167,7 +167,7 @@ class Handlers:
         return displayed_picture(self._chosen(c)[0].net, _picture(c))
 
     def mistake(self, call: Any) -> str | None:
-        """Say what is wrong with a call of the page's script to Gradio; None if the script could have made it."""
+        """Describe what is wrong with a call of the page's script to Gradio; None if the script could have made it."""
         if not isinstance(call, dict) or not isinstance(call.get("data"), list):
             return FORGED
         session, values = call.get("session_hash"), call["data"]
@@ -216,7 +216,7 @@ class Handlers:
 
     @staticmethod
     def _wrong_number(c: Controls) -> str | None:
-        """Say what is wrong with the numbers of a random mask; None if nothing is."""
+        """Describe what is wrong with the numbers of a random mask; None if nothing is."""
         if not is_number(c.mask_ratio, LEAST_RATIO - 1e-9, MOST_RATIO + 1e-9):
             return f"The share to hide must be from {LEAST_RATIO} to {MOST_RATIO}."
         if not is_number(c.seed, 0, _MOST_SEED) or c.seed != int(c.seed):

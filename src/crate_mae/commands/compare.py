@@ -23,8 +23,8 @@ def compare(options: CompareOptions) -> Comparison:
     Steps are timed first, in turns, so that each entry gets a fixed number of steps and a full schedule. Then a
     learning rate is searched for each entry, by the loss on held-out training images, and the entry is trained with the
     best. Completions are measured on the validation images, which are used for no choice; with labels, also a k-NN and
-    a linear probe, and both for random weights and raw pixels as controls. With --budget minutes=N the time of a step
-    includes loading its images if that takes longer than computing, or if there are no loader processes.
+    a linear probe, and both for random initialisation and raw pixels as controls. With --budget minutes=N the time of a
+    step includes loading its images if that takes longer than computing, or if there are no loader processes.
 
     `out` then contains table.md, table.csv, seeds.csv, figure.png, curves.png, comparison.yaml, and all runs. The same
     command, given again, continues the comparison.

@@ -24,8 +24,6 @@ P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
 
-JSON_HELP = "Print one JSON object on the standard output, and everything else on the standard error."
-
 
 def computes(command: Callable[P, R]) -> Callable[P, R]:
     """Run a command under this library's own settings of PyTorch; see `models.devices.own_settings`."""

@@ -10,7 +10,6 @@ from cyclopts import Parameter
 from rich.table import Table
 
 from crate_mae.commands.console import (
-    JSON_HELP,
     check_seed,
     computes,
     new_file,
@@ -25,7 +24,7 @@ from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, option
+from crate_mae.training.options import JSON_HELP, Data, option
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.probes import Score

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -91,7 +92,7 @@ def reconstruct(
     mask = nested_masks(len(read.images), net.num_patches, mask_ratio, seed)
     completion = complete_in_batches(net, read.images, mask)
     quality = completion_quality(completion, mask, net.config.patch_size)
-    rows = list(zip(completion._fields, completion, strict=True))
+    rows = list(completion._asdict().items())
     save_picture_grid(rows, path, captions=[f"{psnr:.1f} dB" for psnr in quality.psnr])
 
     table = Table("image", "PSNR of hidden patches", "SSIM", box=None)
@@ -151,7 +152,7 @@ def eval_reconstruction(
     from crate_mae.data.base import fixed_sample
     from crate_mae.evaluation.probing import data_name, versions
     from crate_mae.evaluation.reconstruction import completion_scores
-    from crate_mae.models.completion import flat_patches, predicted_patches
+    from crate_mae.models.completion import flat_patches
     from crate_mae.models.masking import visible_patches
     from crate_mae.models.weights import UNTRAINED, is_untrained, model_name
 
@@ -165,20 +166,14 @@ def eval_reconstruction(
     net, source, read = _opened(model, data, lambda total: fixed_sample(total, count, seed), count, seed)
     ratios = mask_ratios or tuple(r for r in _RATIOS if visible_patches(net.num_patches, r) > 0)
     console, name = open_console(stderr=json), model_name(model)
-    measured = {name: (net, predicted_patches)}
-    if controls and not is_untrained(name):
-        measured[f"{name}{UNTRAINED}"] = _untrained(net, seed), predicted_patches
-    if controls:
-        measured[_FLAT] = net, flat_patches
-    batches = len(measured) * len(ratios) * -(-len(read.images) // batch_size)
+    has_twin = controls and not is_untrained(name)
+    batches = (1 + controls + has_twin) * len(ratios) * -(-len(read.images) // batch_size)
     with progress(console, "Completing images", batches) as advance:
-        found = {
-            each: completion_scores(
-                own, read.images, ratios, seed=seed, batch_size=batch_size, predict=predict, on_batch=advance
-            )
-            for each, (own, predict) in measured.items()
-        }
-    scores = found.pop(name)
+        settings = {"seed": seed, "batch_size": batch_size, "on_batch": advance}
+        score = partial(completion_scores, images=read.images, mask_ratios=ratios, **settings)
+        scores = score(net)
+        found = {f"{name}{UNTRAINED}": score(_untrained(net, seed))} if has_twin else {}
+        found |= {_FLAT: score(net, predict=flat_patches)} if controls else {}
     verdict = _verdict(name, scores, found) if found else None
     _print_quality(console, _table_of_ratios(net, scores, found), net, name, read)
     if verdict is not None:

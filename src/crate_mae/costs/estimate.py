@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, no_type_check
 
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.presets import preset
-from crate_mae.training.options import BETWEEN_0_AND_1, LARGEST, Pixels, Range, check_ranges, option
+from crate_mae.training.options import BETWEEN_0_AND_1, JSON_HELP, LARGEST, Pixels, Range, check_ranges, option
 
 if TYPE_CHECKING:
     from torch import nn
@@ -54,9 +54,7 @@ class EstimateOptions:
     )
     images: int = option(_IMAGENET_1K, "Number of images in an epoch; by default that of ImageNet-1K.", _COUNTED)
     epochs: int = option(_PUBLISHED_EPOCHS, "Number of epochs; by default that of the CRATE-MAE paper.", _COUNTED)
-    json: bool = option(
-        False, "Print one JSON object on the standard output, and everything else on the standard error."
-    )
+    json: bool = option(False, JSON_HELP)
 
     def checked_config(self) -> ModelConfig:
         """The configuration of the model.

@@ -349,7 +349,7 @@ def most_bad(max_bad: float, seen: int) -> float:
 def refuse_unreadable(source: ImageSource, bad: Sequence[BadImage], max_bad: float, *, held_out: bool = False) -> None:
     """Raise a `UserError` if more images of a source cannot be read (`bad`) than the share `max_bad` allows.
 
-    Of images that are `held_out`, to measure results on, at least one must be readable.
+    At least one image must be readable if they are `held_out`, to measure results on.
     """
     if len(bad) <= most_bad(max_bad, len(source)) and not (held_out and len(bad) == len(source)):
         return

@@ -7,7 +7,7 @@ Graphs run without this library, as ONNX, in 8-bit integers too, or as PyTorch's
 | an encoder | images b c hh ww | tokens b 1+n d; embedding b 2d: class token and mean of patches, as in `embed` |
 | a classifier | images b c hh ww | logits b k |
 | an autoencoder, mask tokens at the encoder | images b c hh ww, mask b n, true = hidden | prediction b n q |
-| an autoencoder, mask tokens at the decoder | images b c hh ww, visible b m: positions, int64 | prediction b n q |
+| an autoencoder, mask tokens at the decoder | images b c hh ww, visible b keep: positions, int64 | prediction b n q |
 
 The batch is free everywhere, and the image size, in whole patches, of encoders and classifiers: positions are
 interpolated, as by timm's `dynamic_img_size`. How many patches are visible is free too.
@@ -167,7 +167,7 @@ class VisibleGraph(nn.Module):
         super().__init__()
         self.model = folded(model)
 
-    def forward(self, images: Float[Tensor, "b c hh ww"], visible: Int[Tensor, "b m"]) -> Float[Tensor, "b n q"]:
+    def forward(self, images: Float[Tensor, "b c hh ww"], visible: Int[Tensor, "b keep"]) -> Float[Tensor, "b n q"]:
         """Predicted pixels of every patch, in the normalisation of the targets."""
         return predict(self.model, images, visible=visible)[1]
 
@@ -243,9 +243,9 @@ def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
     except UserError:
         raise
     except Exception as error:  # the exporters have exceptions of many kinds, with pages of text
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"{model.config.name} cannot be written as {kind}: a graph cannot express what it does. {reason}\n"
+            f"{model.config.name} cannot be written as {kind}: a graph cannot express what it does. "
+            f"{first_line(error)}\n"
             "--format safetensors or hf writes its weights as they are."
         ) from error
     return path

@@ -101,7 +101,7 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
 
     | MODEL | is |
     |---|---|
-    | any form that `crate_mae.load` takes | its encoder; for the name of a preset, with random weights |
+    | any form that `crate_mae.load` takes | its encoder; for the name of a preset, with random initialisation |
     | a folder with an encoder alone | as written by `crate-mae export --part encoder` and `crate-mae convert` |
     | `timm:NAME` | a network of timm with its published weights, downloaded at first use |
     | any of these, then `:untrained` | the same network with random initialisation, as a control |

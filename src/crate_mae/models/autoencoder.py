@@ -297,7 +297,7 @@ def check_images(images: Tensor, config: Any) -> None:
 
 
 def build_decoder(config: ModelConfig) -> Decoder:
-    """The decoder that a configuration describes, with random weights."""
+    """The decoder that a configuration describes, with random initialisation."""
     c = config
     width, heads = c.decoder_embed_dim, c.decoder_num_heads
     init: Initialization = "official"
@@ -325,7 +325,7 @@ def build_decoder(config: ModelConfig) -> Decoder:
 
 
 def build(config: ModelConfig) -> MaskedAutoencoder:
-    """Build the autoencoder that a configuration describes, with random weights."""
+    """Build the autoencoder that a configuration describes, with random initialisation."""
     model = MaskedAutoencoder(build_encoder(config), build_decoder(config), config)
     for part in model.modules():
         if isinstance(part, Attention):

@@ -106,7 +106,7 @@ class Classifier(nn.Module):
 
 
 def build_classifier(config: ClassifierConfig) -> Classifier:
-    """Build the classifier that a configuration describes, with random weights."""
+    """Build the classifier that a configuration describes, with random initialisation."""
     return Classifier(build(config.encoder).encoder, config)
 
 

@@ -155,12 +155,12 @@ class NormedPatchEmbed(PatchEmbed):
 
 
 def build_encoder(config: ModelConfig, **options: Any) -> MaskedEncoder:
-    """The encoder that a configuration describes, with random weights; `options` are more arguments of `encoder_of`."""
+    """The encoder that a configuration describes, with random initialisation; `options` are more for `encoder_of`."""
     return encoder_of(**(config.encoder_arguments() | options))
 
 
 def encoder_of(**arguments: Any) -> MaskedEncoder:
-    """An encoder with random weights from the arguments that it has in timm's `create_model`, too.
+    """An encoder with random initialisation from the arguments that it has in timm's `create_model`, too.
 
     Args:
         arguments: of timm's `VisionTransformer`; `init`; for timm's blocks their `mlp_ratio`, and for CRATE's the

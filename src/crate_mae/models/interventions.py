@@ -174,7 +174,7 @@ class _Hook:
 def _named(model: nn.Module, key: str, change: Change) -> Iterator[tuple[str, Place, int | None]]:
     """What a key names: full names with their places, and the index."""
     if isinstance(change, bool) or not (isinstance(change, Real | Tensor) or callable(change)):
-        raise UserError(f'"{key}": {change!r} is no number, tensor or function.')
+        raise UserError(f'"{key}": {change!r} is not a number, a tensor or a function.')
     if isinstance(change, Real) and not is_number(change, -_LARGEST, _LARGEST):
         raise UserError(f'"{key}": the number must be finite, and at most {_LARGEST:g}.')
     pattern, index = key, None

@@ -349,8 +349,8 @@ def _classifier_config(tensors: Mapping[str, Tensor], num_heads: int, **settings
     side = math.isqrt(tensors["pos_embedding"].shape[1] - 1)
     if patch * patch * channels != pixels or side * side != tensors["pos_embedding"].shape[1] - 1:
         raise UserError(
-            f"{pixels} numbers a patch and {tensors['pos_embedding'].shape[1] - 1} patches are no square image of "
-            f"{channels} channels in square patches."
+            f"{pixels} numbers a patch and {tensors['pos_embedding'].shape[1] - 1} patches do not make a square image "
+            f"of {channels} channels in square patches."
         )
     depth = len({name.split(".")[2] for name in tensors if name.startswith("transformer.layers.")})
     shape: dict[str, Any] = {"embed_dim": width, "depth": depth, "num_heads": num_heads, "patch_size": patch}

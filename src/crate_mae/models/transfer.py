@@ -9,7 +9,7 @@ from jaxtyping import Float
 from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 from crate_mae.models.config import ModelConfig
 
 _PATCH_WEIGHT = "encoder.patch_embed.proj.weight"
@@ -34,9 +34,8 @@ class Transfer(NamedTuple):
         total = len(self.taken) + len(self.initialised)
         if not self.initialised:
             return "all weights"
-        parts = sorted({_layer_of(name) for name in self.initialised})
-        more = f" and {len(parts) - 4} more" if len(parts) > 4 else ""
-        return f"{len(self.taken)} of {total} tensors; random initialisation: {', '.join(parts[:4])}{more}"
+        parts = and_more(sorted({_layer_of(name) for name in self.initialised}), 4)
+        return f"{len(self.taken)} of {total} tensors; random initialisation: {parts}"
 
 
 def resized_config(config: ModelConfig, image_size: tuple[int, int]) -> ModelConfig:

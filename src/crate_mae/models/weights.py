@@ -162,7 +162,9 @@ def _model_folder(name: str) -> Path:
     there = {WEIGHTS_FILE: has_tensors(folder / WEIGHTS_FILE), CONFIG_FILE: (folder / CONFIG_FILE).is_file()}
     missing = [file for file, is_there in there.items() if not is_there]
     if missing:
-        what = f"has no {' and no '.join(missing)}" if folder.is_dir() else "does not exist and is no model's name"
+        what = (
+            f"has no {' and no '.join(missing)}" if folder.is_dir() else "does not exist and is not the name of a model"
+        )
         raise UserError(
             f"{name} {what}.\nA model is a run folder, a folder with {WEIGHTS_FILE} and {CONFIG_FILE}, "
             "hf:user/name, or a name from `crate-mae models`."
@@ -206,7 +208,7 @@ def _download(repository: str) -> Path:
         ) from error
     except HfHubHTTPError as error:
         raise UserError(
-            f"hf:{repository} cannot be had from the Hugging Face Hub: {first_line(error)}\n{offline}"
+            f"hf:{repository} cannot be downloaded from the Hugging Face Hub: {first_line(error)}\n{offline}"
         ) from error
 
 
@@ -332,8 +334,7 @@ def load_classifier(model: str | Path | nn.Module) -> Classifier:
     loaded = _load_or_take(model)
     if isinstance(loaded, MaskedAutoencoder):
         raise UserError(
-            f"{model_name(model)} is an autoencoder and knows no classes: fine-tune it first, with "
-            "`crate-mae finetune`."
+            f"{model_name(model)} is an autoencoder and has no classes: fine-tune it first, with `crate-mae finetune`."
         )
     return loaded
 

@@ -29,7 +29,7 @@ from crate_mae.training.options import OF_ONE_LENGTH, FinetuneOptions, given_wor
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.progress import count
 from crate_mae.training.randomness import Purpose, derive_seed
-from crate_mae.training.task import StepLoss, Task, evaluating
+from crate_mae.training.task import StepLoss, Task, measuring
 
 BETAS = (0.9, 0.999)  # those of MAE's fine-tuning
 _VALIDATED_AT_ONCE = 64
@@ -117,7 +117,7 @@ class Finetuning(Task[FinetuneOptions]):
         if len(model.config.classes) > _TOP:
             sums["val_accuracy_top5"] = 0.0
         device = model.head.weight.device
-        with evaluating(model):
+        with measuring(model):
             for batch in self._batches(self.validation, self.config.workers):
                 if batch.bad:
                     raise UserError(f"A validation image can no longer be read: {batch.bad[0].location}.")

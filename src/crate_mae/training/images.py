@@ -106,12 +106,12 @@ def open_images(
     if val is not None:
         other, other_name = open_named(val)
         refuse_shared_images(whole, other, "DATA", "the loss on them would not be one on held-out images")
-        return RunImages(whole, Part(other, _fixed_sample(other, MOST_HELD_OUT)), name, other_name)
+        return RunImages(whole, Part(other, _held_out_sample(other, MOST_HELD_OUT)), name, other_name)
     if len(whole) < 2:
         raise UserError(
             f"{whole.name} has {len(whole)} image, but pretraining needs at least 2: one to train on, one held out."
         )
-    held_out = _fixed_sample(whole, max(1, min(MOST_HELD_OUT, len(whole) // 20)))
+    held_out = _held_out_sample(whole, max(1, min(MOST_HELD_OUT, len(whole) // 20)))
     if record is not None and data_changed:
         held_out = _found_again(whole, record)
     elif record is not None and record["images"] == len(whole):
@@ -121,7 +121,7 @@ def open_images(
     return RunImages(Part(whole, train), Part(whole, held_out), name, None, split)
 
 
-def _fixed_sample(source: ImageSource, size: int) -> np.ndarray:
+def _held_out_sample(source: ImageSource, size: int) -> np.ndarray:
     """Numbers of `size` pseudo-random images, always the same ones."""
     return np.sort(np.random.default_rng(0).permutation(len(source))[:size])
 

@@ -39,7 +39,6 @@ def _as_setting(_type: Any, tokens: Sequence[Token]) -> Any:
 # From Python, data may also be a torch.utils.data.Dataset: a type that only an import of torch could name.
 Data = Annotated[Any, Parameter(converter=_as_text, n_tokens=1)]
 Pixels = Annotated[int | tuple[int, int], Parameter(converter=_as_size, n_tokens=1, negative=())]
-ImageSize = Annotated[int | tuple[int, int] | None, Parameter(converter=_as_size, n_tokens=1, negative=())]
 Numbers = Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())]
 Names = Annotated[tuple[str, ...] | str, Parameter(consume_multiple=True, negative="--no-trackers")]
 Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
@@ -49,6 +48,7 @@ GIVEN = ""  # of an option: by the user
 LENGTHS = ("epochs", "steps", "minutes")  # each sets the length of a run
 # What fits a run of one length and folder, and the call that began it, but not another run of the same kind.
 OF_ONE_LENGTH = (*LENGTHS, "out", "warmup_epochs", "monitor_steps", "checkpoint_epochs", "dry_run", "quiet", "json")
+JSON_HELP = "Print one JSON object on the standard output, and everything else on the standard error."
 PLAN_AS_JSON = "With --dry-run, print the plan as one JSON object, and everything else on the standard error."
 LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
 

@@ -43,7 +43,7 @@ from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.options import OF_ONE_LENGTH, PretrainOptions, given_words, origin
 from crate_mae.training.progress import count
 from crate_mae.training.randomness import step_noise
-from crate_mae.training.task import StepLoss, Task, evaluating
+from crate_mae.training.task import StepLoss, Task, measuring
 
 _SPARSE_CODES = "encoder.blocks.*.ista"
 _PROJECTIONS = "encoder.blocks.*.attn.subspaces"
@@ -118,8 +118,8 @@ class Pretraining(Task[PretrainOptions]):
     def measure(self, model: Any, step: int) -> dict[str, float]:
         """Measure loss and features; signals of the layers and completed pictures go into the folder.
 
-        Of a collapse tell the effective rank of the features less their mean over images, which falls towards 1, and
-        the mean cosine between images.
+        Two measures show a collapse: the effective rank of the features less their mean over images falls towards 1,
+        and the mean cosine between images rises towards 1.
         """
         loss, features, layers = self.monitor.measure(model)
         values = {
@@ -208,7 +208,7 @@ class Monitor:
         device = model.mask_token.device
         loss, features = 0.0, []
         sums: dict[tuple[str, str], float] = defaultdict(float)
-        with evaluating(model):
+        with measuring(model):
             for images, masks in zip(self.images.split(_BATCH), self.masks.split(_BATCH), strict=True):
                 images = images.to(device)
                 share = len(images) / len(self.images)
@@ -236,7 +236,7 @@ class Monitor:
         device = model.mask_token.device
         chosen = evenly_spaced(len(self.images), _PICTURED)
         images, masks = self.images[chosen].to(device), self.masks[chosen]
-        with evaluating(model):
+        with measuring(model):
             completion = complete(model, images, masks)
         save_picture_grid([(name, pictures.cpu()) for name, pictures in completion._asdict().items()], path)
 
@@ -287,7 +287,7 @@ class OnlineProbe:
             if not read:
                 return math.nan
             self._images, self._labels = torch.stack(list(read.values())), self._labels[list(read)]
-        with evaluating(model):
+        with measuring(model):
             batches = (batch.to(held_out.device, torch.float32) for batch in self._images.split(_BATCH))
             train = torch.cat([_pooled(model, model.encoder.forward_features(batch)) for batch in batches])
         mean, std = train.mean(dim=0), train.std(dim=0, correction=0)

@@ -196,7 +196,7 @@ class RunReport:
     def begin(self, state: TrainState, started: float) -> None:
         """Take the state that the run goes on from, and the time at which this process started.
 
-        What other data it has gone on with is told beside the plan.
+        Other data that it has gone on with is described beside the plan.
         """
         self._state, self._seconds_before, self._started = state, state.seconds, started
         changes = self.task.directory.data_changes.read()

@@ -116,7 +116,7 @@ BuildTask = Callable[[Any], Task]  # of a configuration
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def measuring(model: nn.Module) -> Iterator[None]:
     """Evaluate in the block: no gradients, no stochastic depth, no compiled code (which would be compiled again)."""
     was_training = model.training
     model.eval()

@@ -113,8 +113,8 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     ),
 }
 _AT_A_GLANCE = (
-    (COMPRESS, "Attention should lower R^c", "R^c, nats"),
-    (LASSO, "Codes should lower the lasso objective", "lasso objective"),
+    (COMPRESS, "Attention should lower R^c"),
+    (LASSO, "Codes should lower the lasso objective"),
 )
 _STEPS_OF_A_STAND_IN = (
     "The model has no subspaces, so these are of its stand-in, and nothing predicts where squares should lie."
@@ -261,7 +261,7 @@ def _draw(content: Tiles | Panels | Sequence[Panel]) -> Figure:
 def _at_a_glance(audit: Sequence[AuditRow]) -> list[PlannedFigure]:
     """What the two steps of an encoder layer do to what they are derived to lower, beside their best controls."""
     panels, answers = [], []
-    for claim, title, ylabel in _AT_A_GLANCE:
+    for claim, title in _AT_A_GLANCE:
         rows = [row for row in audit if (row.tokens, row.part, row.claim) == ("all", "encoder", claim)]
         if not rows:
             return []
@@ -273,7 +273,7 @@ def _at_a_glance(audit: Sequence[AuditRow]) -> list[PlannedFigure]:
         if claim == COMPRESS:
             lines.append(Line("before attention", layers, [row.before for row in rows], None))
         ticks = {float(row.layer): row.place for row in rows}
-        panels.append(Panel(lines, title, ylabel=ylabel, scale="from zero", ticks=ticks))
+        panels.append(Panel(lines, title, ylabel=CLAIMS[claim].value, scale="from zero", ticks=ticks))
         answers.append(listed([row.place for row in rows if row.margin > 0]) or "no layer")
     caption = (
         "Means over images; each step should lie below its best control. Attention lowers R^c by more than that in "
