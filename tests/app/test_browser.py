@@ -159,9 +159,9 @@ def test_a_drawing_starts_with_nothing_hidden(visit):
     page.changes("#completed", lambda: page.tab.get_by_role("button", name="Show all").click())
     assert not page.mask().any()
     assert "Nothing is hidden" in page.tab.locator("#completed").inner_text()
-    page.changes("#completed", lambda: page.tab.mouse.click(*page.centre("#painter", 27)))
+    page.changes("#completed", lambda: page.tab.locator("#painter .cells button").nth(27).click())
     assert np.flatnonzero(page.mask().ravel()).tolist() == [27]
-    page.changes("#completed", lambda: page.tab.mouse.click(*page.centre("#painter", 27)))
+    page.changes("#completed", lambda: page.tab.locator("#painter .cells button").nth(27).click())
     assert not page.mask().any()
 
 
