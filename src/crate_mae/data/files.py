@@ -103,7 +103,7 @@ def whole_file(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        set_usual_mode(temporary, path.parent)
+        set_usual_mode(path.parent, temporary)
         flush_to_disk(temporary)
         temporary.replace(path)
         flush_names(path.parent)
@@ -114,12 +114,14 @@ def whole_file(path: Path) -> Iterator[Path]:
             temporary.unlink()
 
 
-def set_usual_mode(path: Path, folder: Path) -> None:
-    """Give a file the mode of a new one in a folder: safetensors makes files that only their owner can read."""
+def set_usual_mode(folder: Path, *paths: Path) -> None:
+    """Give files the mode of a new one in a folder: safetensors makes files that only their owner can read."""
     new = folder / f".mode.{secrets.token_hex(4)}"
     with contextlib.suppress(OSError):  # some file systems have no modes
         new.touch(exist_ok=False)
-        path.chmod(stat.S_IMODE(new.stat().st_mode))
+        mode = stat.S_IMODE(new.stat().st_mode)
+        for path in paths:
+            path.chmod(mode)
     new.unlink(missing_ok=True)
 
 
@@ -150,11 +152,12 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        for entry in [temporary, *temporary.rglob("*")]:
+        entries = [temporary, *temporary.rglob("*")]
+        set_usual_mode(temporary, *(entry for entry in entries if not entry.is_dir()))
+        for entry in entries:
             if entry.is_dir():
                 flush_names(entry)
             else:
-                set_usual_mode(entry, temporary)
                 flush_to_disk(entry)
         if replace and path.exists():
             # Moved aside, not removed: however long that takes, one of the two is whole.

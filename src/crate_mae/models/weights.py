@@ -94,7 +94,7 @@ def save_tensors(tensors: dict[str, Tensor], config: Config, folder: str | Path)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
         save_config(config, Path(scratch))
         save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
-        set_usual_mode(Path(scratch) / WEIGHTS_FILE, Path(scratch))
+        set_usual_mode(Path(scratch), Path(scratch) / WEIGHTS_FILE)
         (folder / DIGESTS_FILE).unlink(missing_ok=True)  # of the files that are replaced
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             flush_to_disk(Path(scratch) / name)

@@ -192,7 +192,7 @@ def write_parts(
             for file, tensors in own.items():
                 path = part_file(temporary / file, rank, processes)
                 save_file(tensors, path, metadata={"format": "pt"})
-                set_usual_mode(path, temporary)  # by its owner
+                set_usual_mode(temporary, path)  # by its owner
                 flush_to_disk(path)
                 digests[path.name] = file_digest(path)
 

@@ -227,9 +227,12 @@ class Monitor:
 
     def flat_loss(self, model: MaskedAutoencoder) -> float:
         """The loss of `flat_patches`, which needs no network."""
-        flat = flat_patches(model, self.images, self.masks)
-        target = torch.zeros_like(flat) if model.config.norm_pix_loss else flat
-        return float(masked_loss(model.config, self.images, target, self.masks))
+        loss = 0.0
+        for images, masks in zip(self.images.split(_BATCH), self.masks.split(_BATCH), strict=True):
+            flat = flat_patches(model, images, masks)
+            prediction = torch.zeros_like(flat) if model.config.norm_pix_loss else flat
+            loss += len(images) / len(self.images) * float(masked_loss(model.config, images, prediction, masks))
+        return loss
 
     def picture(self, model: MaskedAutoencoder, path: Path) -> None:
         """Write held-out images: original, masked, prediction of hidden patches, completed."""
