@@ -35,18 +35,19 @@ def test_networks_of_timm_are_shown(photos, tmp_path, crate_mae_command, kind):
 
 def test_options_change_the_picture(photos, tmp_path):
     model = tmp_path / "model"
-    crate_mae.save(crate_mae.create_model(MODEL), model)
+    crate_mae.save(crate_mae.create_model(MODEL, depth=2, decoder_depth=1), model)
     calls = {
-        "attention": [{}, {"stride": 1}, {"layer": 0}, {"count": 2}],
-        "pca": [{}, {"joint": True}, {"layer": 0}, {"count": 2}],
-        "layers": [{}, {"control": "random"}, {"count": 2}],
-        "atoms": [{}, {"layer": 0}, {"atoms": (3, 17)}, {"count": 2}, {"seed": 1}],
+        "attention": [{}, {"stride": 1}, {"layer": 0}, {"count": 1}],
+        "pca": [{}, {"joint": True}, {"layer": 0}, {"count": 1}],
+        "layers": [{}, {"control": "random"}, {"count": 1}],
+        "atoms": [{}, {"layer": 0}, {"atoms": (3, 17)}, {"count": 1}, {"seed": 1}],
     }
     for kind, options in calls.items():
         draw = getattr(crate_mae, f"viz_{kind}")
-        paths = [draw(model, photos, out=tmp_path / f"{kind}{i}.png", **each).path for i, each in enumerate(options)]
+        outs = [tmp_path / f"{kind}{i}.png" for i in range(len(options))]
+        paths = [draw(model, photos, out=o, **{"count": 2, **each}).path for o, each in zip(outs, options, strict=True)]
         assert len({path.read_bytes() for path in paths}) == len(paths), kind
-        again = draw(model, photos, out=tmp_path / "again.png", overwrite=True)
+        again = draw(model, photos, out=tmp_path / "again.png", count=2, overwrite=True)
         assert again.path.read_bytes() == paths[0].read_bytes()
 
 
