@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 PACKAGE = Path(__file__).resolve().parents[1] / "src" / "crate_mae"
-PRIVATE = re.compile(r"\btorch(\.\w+)*\._[a-z]\w*|storage\(?\)?\._[a-z]\w*")
+PRIVATE = re.compile(r"\btorch(\.\w+)*\._[a-z]\w*|storage\(?\)?\._[a-z]\w*|_orig_mod")
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +63,29 @@ def test_operations_inside_a_dispatch_mode_are_seen(private_torch):
         F.scaled_dot_product_attention(query, query, query).sum().backward()
     for name in ("attention_of_processors", "attention_of_processors_backward"):
         assert getattr(private_torch, name)() in seen, f"PyTorch computes attention on CPUs differently: adapt {name}"
+
+
+def test_what_compiling_puts_around_a_module_is_seen_and_taken_off(private_torch):
+    module = torch.nn.Sequential(torch.nn.Linear(2, 3))
+    assert not private_torch.is_compiled(module)
+    assert private_torch.uncompiled(module) is module
+    message = "PyTorch has changed how torch.compile wraps modules: adapt private_torch"
+    whole = torch.compile(module)
+    assert private_torch.is_compiled(whole) and private_torch.uncompiled(whole) is module, message
+    assert {private_torch.uncompiled_name(name) for name in whole.state_dict()} == set(module.state_dict()), message
+    module.compile()
+    assert private_torch.is_compiled(module), message
+
+
+def test_hooks_and_transforms_are_seen(private_torch):
+    module = torch.nn.Linear(2, 3)
+    hooks = [print, repr]
+    module.register_forward_pre_hook(hooks[0])
+    module.register_forward_hook(hooks[1])
+    assert private_torch.hooks_of(module) == hooks, "PyTorch keeps the hooks of modules elsewhere"
+    seen = []
+    torch.func.vmap(lambda x: seen.append(private_torch.is_transformed()) or x)(torch.zeros(2))
+    assert [*seen, private_torch.is_transformed()] == [True, False], "PyTorch tells transforms of torch.func otherwise"
 
 
 def test_leaves_of_nested_arguments_are_listed(private_torch):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "COMPILED",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
@@ -21,8 +22,12 @@ __all__ = [
     "softmax_backward",
     "storage_identity",
     "tree_leaves",
+    "uncompiled",
+    "uncompiled_name",
     "unset_fake_temporarily",
 ]
+
+COMPILED = "_orig_mod"  # the name of a module in what `torch.compile` made of it
 
 
 def softmax_backward(gradient: Tensor, probabilities: Tensor, dtype: torch.dtype) -> Tensor:
@@ -37,7 +42,17 @@ def is_transformed() -> bool:
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether calls of a module run what `torch.compile` made of it."""
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+    return COMPILED in module._modules or module._compiled_call_impl is not None
+
+
+def uncompiled(module: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` was called with; every other module as it is."""
+    return module._modules.get(COMPILED) or module
+
+
+def uncompiled_name(name: str) -> str:
+    """Return the name of a part or a tensor without what `torch.compile` of any part puts into it."""
+    return name.replace(f"{COMPILED}.", "")
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:

@@ -142,7 +142,7 @@ def test_nothing_that_exists_is_replaced(photos, tmp_path, existing):
     elif existing == "a lost link":
         out.symlink_to("nowhere")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="exists already, and is not overwritten"):
+    with pytest.raises(UserError, match="exists already and is not overwritten"):
         resize(photos, out, size=30, workers=0)
     assert sorted(tmp_path.rglob("*")) == before
 

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from crate_mae.data import ImageDataset, finetune_transform, open_source, readable_batches
-from crate_mae.data.dataset import workers_errors_plain
+from crate_mae.data.dataset import load
 from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
 
@@ -82,7 +82,16 @@ def test_readable_batches_leave_out_what_cannot_be_read(tmp_path, workers):
     assert [[bad.location[-5:] for bad in batch.bad] for batch in batches] == [["1.png"], [], ["4.png", "5.png"], []]
 
 
-def test_the_error_of_a_loader_process_loses_its_traceback():
-    with pytest.raises(UserError) as refused, workers_errors_plain():
-        raise UserError("Caught UserError in DataLoader worker\nTraceback\ncrate_mae.errors.UserError: Too deep.\n")
-    assert str(refused.value) == "Too deep."
+def refuse(key):
+    if key == 3:
+        raise UserError("Too deep.\nGive a UserError: text.")
+    return key
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_mistake_that_a_loader_process_meets_is_raised_with_its_own_message(workers):
+    loaded = load(refuse, [[0, 1], [2, 3]], list, workers=workers)
+    assert next(loaded) == [0, 1]
+    with pytest.raises(UserError) as refused:
+        next(loaded)
+    assert str(refused.value) == "Too deep.\nGive a UserError: text."

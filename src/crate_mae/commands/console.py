@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from crate_mae.data.documents import to_json
-from crate_mae.data.files import output_path
+from crate_mae.data.files import output_path, refuse_existing
 from crate_mae.data.numbers import LARGEST_SEED, check_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole
@@ -23,6 +23,7 @@ from crate_mae.training.options import GIVEN, RunOptions, own_first
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
+OR_OVERWRITE = "give another file, or add --overwrite"
 
 
 def computes(command: Callable[P, R]) -> Callable[P, R]:
@@ -113,14 +114,9 @@ def new_file(option: str, path: Path | str, *suffixes: str, overwrite: bool) -> 
     path = output_path(option, path)
     if path.suffix.lower() not in suffixes:
         raise UserError(f"{option} {path} must name a {' or '.join(suffixes)} file.")
-    refuse_existing(path, overwrite=overwrite)
+    if not overwrite:
+        refuse_existing(path, OR_OVERWRITE)
     return path
-
-
-def refuse_existing(path: Path, *, overwrite: bool) -> None:
-    """Raise a `UserError` for an existing file that may not be replaced."""
-    if path.exists() and not overwrite:
-        raise UserError(f"{path} exists already. Give another file, or add --overwrite.")
 
 
 def check_seed(seed: int) -> None:

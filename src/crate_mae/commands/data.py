@@ -8,7 +8,7 @@ from rich.text import Text
 
 from crate_mae.commands.console import print_bad, print_json, progress
 from crate_mae.data.documents import to_csv
-from crate_mae.data.files import output_path, write_whole
+from crate_mae.data.files import output_path, refuse_existing, write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.data.results import DataReport
 from crate_mae.errors import UserError
@@ -39,8 +39,8 @@ def check(
     from crate_mae.data import check, open_source
 
     out = None if out is None else output_path("--out", out)
-    if out is not None and out.exists():
-        raise UserError(f"{out} exists already and is not overwritten: give another name with --out.")
+    if out is not None:
+        refuse_existing(out, "give another name with --out")
     console = open_console(stderr=json)
     source = open_source(data)
     total = len(source) if sample is None else min(sample, len(source))

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.console import (
+    OR_OVERWRITE,
     check_seed,
     computes,
     new_file,
     print_bad,
     print_random_initialisation,
     progress,
-    refuse_existing,
     takes,
 )
-from crate_mae.data.files import output_path
+from crate_mae.data.files import output_path, refuse_existing
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import Data, option
@@ -133,7 +133,8 @@ def embed(options: EmbedOptions) -> Embedding:
     check_seed(options.seed)
     out = output_path("--out", options.out)
     check_feature_file(out, options.pooling)
-    refuse_existing(out, overwrite=options.overwrite)
+    if not options.overwrite:
+        refuse_existing(out, OR_OVERWRITE)
     extraction = options.extraction(DEFAULT_LAYER if options.layer is None else options.layer, options.pooling)
     transform = None if options.whiten is None else _whitening_file(options.whiten, options.pooling)
     source = open_source(options.data)

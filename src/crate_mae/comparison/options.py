@@ -15,16 +15,14 @@ from crate_mae.models.presets import preset
 from crate_mae.training.options import (
     AT_LEAST_1,
     BETWEEN_0_AND_1,
-    FROM_0_TO_1024,
     PLAN_AS_JSON,
-    SHARE,
-    TO_1024,
     Data,
     Mistakes,
     Pixels,
     PretrainOptions,
     check_ranges,
     option,
+    same_as,
 )
 
 Models = Annotated[tuple[str, ...], Parameter(negative=())]
@@ -110,9 +108,9 @@ class CompareOptions:
         "Budget of each entry, including the search: steps=N, minutes=N on this machine, or flops=N of training.",
     )
     out: Annotated[Path | str, Parameter(alias="-o")] = option(MISSING, "Folder of the comparison.", saved=False)
-    batch_size: int = option(None, "Images per step. By default 256, less for little data.", AT_LEAST_1)
-    mask_ratio: float = option(0.75, "Share of patches hidden in training.", BETWEEN_0_AND_1)
-    norm_pix_loss: bool = option(False, "Predict patches normalised by their own mean and standard deviation.")
+    batch_size: int = same_as(PretrainOptions, "batch_size")
+    mask_ratio: float = same_as(PretrainOptions, "mask_ratio")
+    norm_pix_loss: bool = same_as(PretrainOptions, "norm_pix_loss")
     seeds: int = option(
         1,
         "Number of final runs of each entry, all with the same steps; the budget is for the first.",
@@ -136,13 +134,11 @@ class CompareOptions:
     precision: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "By default whichever is measured to be faster here, for each entry."
     )
-    workers: int = option(
-        None, "Processes that load images. By default one less than there are cores, at most 8.", FROM_0_TO_1024
-    )
-    threads: int = option(None, "CPU threads. By default PyTorch's choice.", TO_1024)
+    workers: int = same_as(PretrainOptions, "workers")
+    threads: int = same_as(PretrainOptions, "threads")
     image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the models', if they agree.")
-    min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.", SHARE)
-    flip: bool = option(True, "Mirror half of the images; unsuitable for text.")
+    min_crop: float = same_as(PretrainOptions, "min_crop")
+    flip: bool = same_as(PretrainOptions, "flip")
     dry_run: bool = option(False, "Only check, time, and print the plan.", saved=False)
     quiet: bool = option(False, "Print nothing.", saved=False)
     json: bool = option(False, PLAN_AS_JSON, saved=False)

@@ -4,7 +4,7 @@ import os
 import random
 import re
 import signal
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from crate_mae.data.base import ImageSource
 from crate_mae.data.decode import UnreadableImage
@@ -148,66 +148,83 @@ def readable_batches(
         workers: number of processes that load images.
         worker_init: called first in each process.
     """
-    yield from _in_order(partial(_prepared, source, transform), len(source), batch_size, collate, workers, worker_init)
+    prepared = partial(_prepared, source, transform)
+    numbers = BatchSampler(range(len(source)), batch_size, drop_last=False)
+    yield from load(prepared, numbers, collate, workers=workers, worker_init=worker_init)
 
 
 def in_parallel(function: Callable[[int], Any], images: int, workers: int) -> Generator[Any]:
     """Yield `function(i)` for i = 0, 1, ..., computed by several processes; a `BadImage` for an `UnreadableImage`."""
-    for several in _in_order(function, images, _AT_ONCE, list, workers):
+    for several in load(function, BatchSampler(range(images), _AT_ONCE, drop_last=False), list, workers=workers):
         yield from several
-
-
-class _Attempts(Dataset[Any]):
-    """A function of the number of an image, or the reason why the image cannot be read."""
-
-    def __init__(self, images: int, function: Callable[[int], Any]) -> None:
-        self.images = images
-        self.function = function
-
-    def __len__(self) -> int:
-        return self.images
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self.function(index)
-        except UnreadableImage as error:
-            return BadImage(error.location, error.reason)
 
 
 def _prepared(source: ImageSource, transform: Callable[[Image.Image | Tensor], Tensor], index: int) -> Sample:
     return Sample(transform(source.read(index)), source.label(index), index, ())
 
 
-def _in_order(
-    function: Callable[[int], Any],
-    images: int,
-    batch_size: int,
+def load(
+    function: Callable[[Any], Any],
+    batches: Iterable[list[Any]],
     collate: Callable[[list[Any]], Any],
+    *,
     workers: int,
     worker_init: Callable[[int], None] = ignore_interrupts,
+    pin_memory: bool = False,
 ) -> Generator[Any]:
+    """Yield `collate([function(key), ...])` for the keys of each batch, computed by several processes.
+
+    Close the generator to end them. An `UnreadableImage` becomes a `BadImage` in the list. A `UserError` is raised here
+    with its own message: PyTorch would send it as the text of a traceback, so that it is sent as a value instead.
+
+    Args:
+        function: of an image's key.
+        batches: the keys of each batch.
+        collate: from what the function returned to a batch.
+        workers: number of processes; 0 for none but this one.
+        worker_init: called first in each process.
+        pin_memory: whether tensors are put where an accelerator copies them from fastest.
+    """
     loader = DataLoader(
-        _Attempts(images, function),
-        batch_size=batch_size,
-        collate_fn=collate,
+        _Attempts(function),
+        batch_sampler=batches,
+        collate_fn=partial(_collate_attempts, collate),
         num_workers=workers,
         worker_init_fn=worker_init,
-        generator=torch.Generator(),  # otherwise the loader would draw from the global one
+        pin_memory=pin_memory,
+        generator=torch.Generator(),  # or the loader would draw from the global one in the step in which it starts
     )
-    with workers_errors_plain():
-        yield from loader
+    with lost_processes_explained():
+        for batch in loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _Attempts(Dataset[Any]):
+    """A function of an image's key; its errors about the user's images are values."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.function = function
+
+    def __getitem__(self, key: Any) -> Any:
+        try:
+            return self.function(key)
+        except UnreadableImage as error:
+            return BadImage(error.location, error.reason)
+        except UserError as error:
+            return error
+
+
+def _collate_attempts(collate: Callable[[list[Any]], Any], attempts: list[Any]) -> Any:
+    return next((found for found in attempts if isinstance(found, UserError)), None) or collate(attempts)
 
 
 @contextmanager
-def workers_errors_plain() -> Iterator[None]:
-    """Raise a `UserError` of a loader process, which arrives with a traceback, with its message alone.
-
-    The error about a loader process that was ended from outside becomes a `UserError` as well.
-    """
+def lost_processes_explained() -> Iterator[None]:
+    """Raise PyTorch's error about a loader process that was ended from outside as a `UserError`."""
     try:
         yield
-    except UserError as error:
-        raise UserError(str(error).rpartition("UserError: ")[2].strip()) from error
     except (EOFError, ConnectionError) as error:  # it was ended while it sent a batch
         raise UserError(_lost("A process", "")) from error
     except RuntimeError as error:

@@ -70,6 +70,12 @@ def output_path(option: str, value: str | Path) -> Path:
     return path
 
 
+def refuse_existing(path: Path, advice: str) -> None:
+    """Raise a `UserError` if there is anything at a path that is to be written; `advice` says what to give instead."""
+    if os.path.lexists(path):
+        raise UserError(f"{path} exists already and is not overwritten: {advice}.")
+
+
 def reason_of(error: Exception) -> str:
     """The reason of an error of the operating system in its words, or the message of another error; in lower case."""
     return str(getattr(error, "strerror", None) or error).lower()
@@ -79,7 +85,7 @@ def read_regular(path: Path, most: int) -> bytes:
     """Read a regular file of limited size: a pipe would wait for its other end for ever, and a device never ends.
 
     Raises:
-        OSError: if it is no regular file, has more than `most` bytes, or cannot be read; the reason is in `strerror`.
+        OSError: if it is not a regular file, has more than `most` bytes, or cannot be read; `strerror` is the reason.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):

@@ -8,7 +8,6 @@ results of a run depend on the speed of the machine, and on whether the cache wa
 import io
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -24,7 +23,7 @@ from torchvision.transforms import v2
 from crate_mae.data.base import EncodedSource, ImageSource, refuse_unreadable
 from crate_mae.data.dataset import default_workers, in_parallel
 from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_8_bits, to_channels
-from crate_mae.data.files import reason_of, whole_folder
+from crate_mae.data.files import reason_of, refuse_existing, whole_folder
 from crate_mae.data.results import BadImage
 from crate_mae.data.sources import FolderSource
 from crate_mae.errors import UserError
@@ -61,8 +60,7 @@ def resize_images(
         UserError: if `out` exists, lies in the folder of the images, or cannot be written; or if more than the share
             `max_bad` of the images cannot be read.
     """
-    if os.path.lexists(out):
-        raise UserError(f"{out} exists already, and is not overwritten: give a new folder.")
+    refuse_existing(out, "give a new folder")
     if isinstance(source, FolderSource) and out.resolve().is_relative_to(source.root.resolve()):
         raise UserError(
             f"{out} lies in the folder of the images ({source.root}), where the copies would be read as images too.\n"

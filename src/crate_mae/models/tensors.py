@@ -26,9 +26,10 @@ from crate_mae.models.devices import without_memory
 from crate_mae.models.encoder import build_encoder
 from crate_mae.models.monotone import refuse_earlier_layers
 from crate_mae.models.timm_models import CONFIGS
+from crate_mae.private_torch import COMPILED, uncompiled_name
 
 _FLOATS = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
-_PREFIXES = ("module.", "model.", "_orig_mod.")  # of data parallelism, of trainers, of torch.compile
+_PREFIXES = ("module.", "model.", f"{COMPILED}.")  # of data parallelism, of trainers, of torch.compile
 _NUMBERS = ("num_heads", "scale", "eps", "step_size", "threshold", "ista_skip")  # what layers compute with, and tensors
 _MOST_LAYERS, _LARGEST_ARGUMENT = 200, 2**16  # of networks of timm
 
@@ -243,7 +244,7 @@ def tensors_of(config: Config) -> dict[str, Tensor]:
 
 def refuse_other_numbers(model: MaskedAutoencoder | Classifier) -> None:
     """Raise a `UserError` if a layer was changed to compute with other numbers than the model's configuration says."""
-    parts = {name.replace("_orig_mod.", ""): part for name, part in model.named_modules()}
+    parts = {uncompiled_name(name): part for name, part in model.named_modules()}
     with without_memory():
         described = initialised(model.config)
     for name, part in described.named_modules():

@@ -42,6 +42,7 @@ from crate_mae.models.tensors import (
     refuse_other_tensors,
     tensors_of,
 )
+from crate_mae.private_torch import uncompiled, uncompiled_name
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,7 @@ def save(model: Model | nn.Module, folder: str | Path) -> None:
         raise UserError(f"A {type(model).__name__} cannot be saved: only models of this library can.")
     if any(value.is_meta for value in model.state_dict().values()):
         raise UserError("This model is on the device meta: it has no weights to save.")
-    # A compiled layer keeps its own name and gets this one below it.
-    state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
+    state = {uncompiled_name(name): value for name, value in model.state_dict().items()}
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in state.items()}
     refuse_other_tensors(tensors, tensors_of(model.config), "This model", "its config describes")
     refuse_other_numbers(model)
@@ -81,8 +81,8 @@ def unwrapped(model: Any) -> Any:
     while True:
         if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
             model = model.module
-        elif isinstance(model, nn.Module) and "_orig_mod" in dict(model.named_children()):
-            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, nn.Module) and (inner := uncompiled(model)) is not model:
+            model = inner
         else:
             return model
 

@@ -75,7 +75,7 @@ def load_config(path: Path) -> PretrainOptions | FinetuneOptions:
     """Read a file of `to_yaml`; `out` is the folder that it is in.
 
     Raises:
-        UserError: if it is no such file, with the options that are missing, unknown, or of a wrong type.
+        UserError: if it is not such a file, with the options that are missing, unknown, or of a wrong type.
     """
     values = read_yaml(path)
     if not isinstance(values, dict):

@@ -11,10 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from crate_mae.data import (
     BadImage,
@@ -28,7 +26,7 @@ from crate_mae.data import (
     refuse_shared_images,
 )
 from crate_mae.data.base import align_classes, aligned_labels, label_names, most_bad, text_of
-from crate_mae.data.dataset import workers_errors_plain
+from crate_mae.data.dataset import load
 from crate_mae.data.facts import UNREADABLE, content_digests, image_digest
 from crate_mae.errors import UserError, and_more
 from crate_mae.training.options import RunOptions
@@ -269,17 +267,14 @@ def training_batches(
     pin_memory: bool,
 ) -> Generator[Batch]:
     """The images of `step_batches`. Close the generator to end the loader's processes."""
-    loader = DataLoader(
-        ImageDataset(source, transform, config.seed),
-        batch_sampler=step_batches(len(source), config, start_step, rank=rank, world_size=world_size),
-        collate_fn=collate,
-        num_workers=config.workers,
-        worker_init_fn=ignore_stop_requests,
+    yield from load(
+        ImageDataset(source, transform, config.seed).__getitem__,
+        step_batches(len(source), config, start_step, rank=rank, world_size=world_size),
+        collate,
+        workers=config.workers,
+        worker_init=ignore_stop_requests,
         pin_memory=pin_memory,
-        generator=torch.Generator(),  # or the loader would draw from the global one in the step in which it starts
     )
-    with workers_errors_plain():
-        yield from loader
 
 
 class BadImages:

@@ -94,6 +94,12 @@ def option(
     return field(default=default, metadata=metadata, compare=saved)
 
 
+def same_as(options: type, name: str) -> Any:
+    """A field like the one of that name in another class of options: the same default, help and range."""
+    (found,) = (each for each in dataclasses.fields(options) if each.name == name)
+    return field(default=found.default, metadata=found.metadata, compare=found.compare)
+
+
 @no_type_check  # values come from users: `check` reports all wrong ones together
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:

@@ -54,7 +54,7 @@ class CrateMAEImageProcessor(BaseImageProcessor):
             return_tensors: "pt", "np", or None.
 
         Raises:
-            UserError: for what is no image, or has other channels.
+            UserError: for anything but an image, or for other channels.
         """
         items = _items(images)
         source = DatasetSource(items, "images")
