@@ -42,6 +42,7 @@ LAYERS = {
     "Compression": lambda: Compression(6, 2),
     "Decompression": lambda: Decompression(6, 2),
     "BoundedISTA": lambda: BoundedISTA(5, step_size=0.3, threshold=0.1),
+    "BoundedISTA of one step": lambda: BoundedISTA(5, step_size=0.3, threshold=0.1, steps=1),
 }
 
 

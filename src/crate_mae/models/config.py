@@ -34,6 +34,7 @@ LARGEST = {
     "drop_path": 1,
     "step_size": 1_000_000,
     "threshold": 1_000_000,
+    "ista_steps": 100,
     "mean": 1_000_000,
     "std": 1_000_000,
 }
@@ -105,12 +106,17 @@ class ModelConfig:
             "decoder_num_heads": self.num_heads,
             "mean": IMAGENET_MEAN if rgb else (0.5,) * self.in_chans,
             "std": IMAGENET_STD if rgb else (0.5,) * self.in_chans,
+            **self._usual(),
         }
         derived = {key: value for key, value in derived.items() if not getattr(self, key)}
         for key, value in {**derived, "_derived": tuple(derived)}.items():
             object.__setattr__(self, key, value)  # the way into a frozen dataclass
         if mistakes := list(self._mistakes()):
             raise UserError(f"Model {self.name}: " + "\n".join(mistakes))
+
+    def _usual(self) -> dict[str, Any]:
+        """More settings that depend on others unless they are given."""
+        return {}
 
     def _mistakes(self) -> Iterator[str]:
         hh, ww = self.image_size
@@ -194,6 +200,8 @@ class CrateConfig(ModelConfig):
             objective, too, which have no `ista_skip` and `overcomplete` either.
         step_size: eta of the ISTA step.
         threshold: lambda of the ISTA step.
+        ista_steps: steps of sparse coding in monotone layers, which start from the all-zero code; 0 means the usual
+            two. All other layers take one, from the tokens themselves.
         output_projection: MSSA's output projection: a "free" one with bias as in the official code, or the subspaces
             themselves ("tied") as in the derivation.
         ista_skip: whether the sparse code is added to its input instead of replacing it (not so officially).
@@ -208,6 +216,7 @@ class CrateConfig(ModelConfig):
     layer: Layer = "published"
     step_size: float = 0.1
     threshold: float = 0.5
+    ista_steps: int = 0
     output_projection: Literal["free", "tied"] = "free"
     ista_skip: bool = False
     overcomplete: int = 1
@@ -217,12 +226,25 @@ class CrateConfig(ModelConfig):
         """Those of every encoder, and the settings of the layers."""
         return super().encoder_arguments() | {key: getattr(self, key) for key in (*LAYER_SETTINGS, "init")}
 
+    def replace(self, **settings: Any) -> ModelConfig:
+        """As `ModelConfig.replace`; another kind of layer takes its own usual number of steps, unless one is given."""
+        if settings.get("layer", self.layer) != self.layer:
+            settings = {"ista_steps": 0} | settings
+        return super().replace(**settings)
+
+    def _usual(self) -> dict[str, Any]:
+        return {"ista_steps": 2 if self.layer == "monotone" else 1}
+
     def _mistakes(self) -> Iterator[str]:
         yield from super()._mistakes()
         if self.step_size <= 0:
             yield f"step_size is {self.step_size}, but must be positive."
         if self.overcomplete < 1:
             yield f"overcomplete is {self.overcomplete}, but must be at least 1."
+        if self.ista_steps < 1:
+            yield f"ista_steps is {self.ista_steps}, but must be at least 1."
+        elif self.ista_steps > 1 and self.layer != "monotone":
+            yield f"ista_steps is {self.ista_steps}, but only monotone layers take more than one: leave it."
         if self.threshold < 0:
             yield f"threshold is {self.threshold}, but must not be negative."
         if self.output_projection not in ("free", "tied"):
@@ -230,7 +252,9 @@ class CrateConfig(ModelConfig):
         if self.layer not in SETTINGS_WITHOUT:
             yield f'layer is "{self.layer}", but must be "published", "compressing" or "monotone".'
         missing = [
-            key for key in SETTINGS_WITHOUT.get(self.layer, ()) if getattr(self, key) != getattr(CrateConfig, key)
+            key
+            for key in SETTINGS_WITHOUT.get(self.layer, ())
+            if key != "ista_steps" and getattr(self, key) != getattr(CrateConfig, key)
         ]
         if missing:
             yield f'{self.layer} layers have no {" and no ".join(missing)}: leave it, or set layer to "published".'
@@ -238,10 +262,10 @@ class CrateConfig(ModelConfig):
             yield f'init is "{self.init}", but must be "official" or "isometric".'
 
 
-LAYER_SETTINGS = ("layer", "step_size", "threshold", "output_projection", "ista_skip", "overcomplete")
+LAYER_SETTINGS = ("layer", "step_size", "threshold", "ista_steps", "output_projection", "ista_skip", "overcomplete")
 SETTINGS_WITHOUT: dict[str, tuple[str, ...]] = {  # layer: those of the settings that it does not have
-    "published": (),
-    "compressing": ("output_projection",),
+    "published": ("ista_steps",),
+    "compressing": ("ista_steps", "output_projection"),
     "monotone": ("output_projection", "ista_skip", "overcomplete"),
 }
 
@@ -378,6 +402,8 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
     if not isinstance(architecture, str) or architecture not in classes:
         raise UserError(f'Unknown architecture "{str(architecture)[:100]}": it must be one of {", ".join(classes)}.')
     check_settings(classes[architecture], settings)
+    if architecture == CrateConfig.architecture:
+        settings = {"ista_steps": 1, **settings}  # which the first versions took, and did not write down
     try:
         return classes[architecture](**settings)
     except TypeError as error:

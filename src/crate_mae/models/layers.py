@@ -14,7 +14,7 @@ alone is computed.
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Final, Literal, Self
+from typing import Any, ClassVar, Final, Literal, Self, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,9 @@ from torch import Tensor, fx, nn
 from crate_mae.errors import UserError
 from crate_mae.private_torch import FakeTensor, is_transformed
 from crate_mae.theory.attention import attention_membership, ssa
-from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, sparse_codes
+from crate_mae.theory.sparse_coding import apply_ista_operator, ista_operator, ista_preactivation, sparse_codes
 
+T = TypeVar("T")
 OutputProjection = Literal["free", "tied"]
 
 
@@ -165,12 +166,16 @@ class ISTA(KeepsValues):
         else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
             if isinstance(x, fx.Proxy):
                 return as_one_step(self, x)
-            return apply_ista_operator(x, self._operator_for(x), self.step_size * self.threshold)
+            return apply_ista_operator(x, self._formed(self.operator, x), self.step_size * self.threshold)
 
     def operator(self) -> Float[Tensor, "d d"]:
         # type: () -> Tensor
         """W = I + eta (D - D^T D), of which the code is relu(X W - eta lambda)."""
         return ista_operator(self.dictionary, self.step_size)
+
+    def preactivation(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What the code is the positive part of."""
+        return ista_preactivation(x, self.operator(), self.step_size * self.threshold)
 
     def lasso_dictionary(self) -> Float[Tensor, "d d"]:
         """The dictionary of the lasso that the step is about: D."""
@@ -186,13 +191,13 @@ class ISTA(KeepsValues):
         step.bias.fill_(-self.step_size * self.threshold)
         return nn.Sequential(step, nn.ReLU())
 
-    def _operator_for(self, x: Tensor) -> Float[Tensor, "d d"]:
-        """W; in `eval()` the kept one, unless the dictionary, the step size or the precision has changed."""
+    def _formed(self, form: Callable[[], T], x: Tensor) -> T:
+        """`form()`; in `eval()` what is kept of it, unless the dictionary, step size or precision has changed."""
         must_form = self.training or torch.is_grad_enabled() or x.device.type != "cpu"
         if must_form or is_traced(self.dictionary):
-            return self.operator()
+            return form()
         precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dictionary.dtype
-        return self._kept.of(self.dictionary, lambda _dictionary: self.operator(), (self.step_size, precision))
+        return self._kept.of(self.dictionary, lambda _dictionary: form(), (self.step_size, precision))
 
     def extra_repr(self) -> str:
         """Width, step size and threshold, for `print(model)`."""

@@ -6,10 +6,10 @@
 Compressing layers have the first guarantee, and the published ISTA; monotone layers have both.
 
 `Compression` is sum_k kappa_k (B_k W_k - W_k) U_k^T with W_k = X U_k, U = [U_1 .. U_h] orthogonal, ||B_k||_2 <= 1 and
-0 < kappa_k < 1, so that R^c(Z_half | U) <= R^c(X | U) (`theory.compression`). `BoundedISTA` is one proximal-gradient
-step from the all-zero code with eta ||D||_2^2 <= 1, so that its code never has a larger lasso objective than no code at
-all (`theory.sparse_coding`). `Decompression` is the same step, which the decoder takes with the opposite sign, so that
-no rate falls; there any kappa_k > 0 will do, and the decoder needs more than 1 (see the class).
+0 < kappa_k < 1, so that R^c(Z_half | U) <= R^c(X | U) (`theory.compression`). `BoundedISTA` is two proximal-gradient
+steps from the all-zero code with eta ||D||_2^2 <= 1, so that its code never has a larger lasso objective than no code
+at all (`theory.sparse_coding`). `Decompression` is the attention's step, which the decoder takes with the opposite
+sign, so that no rate falls; there any kappa_k > 0 will do, and the decoder needs more than 1 (see the class).
 
 What differs from the published layer: the step starts from X instead of Z and has its term -W_k; the output projection
 is U_k; the attention is balanced; the sizes kappa_k and inverse temperatures s_k are learned, one per head; sparse
@@ -47,7 +47,14 @@ from crate_mae.models.layers import (
 from crate_mae.private_torch import is_transformed
 from crate_mae.theory.compression import balanced_membership, balanced_ssa, plain_balanced_ssa
 from crate_mae.theory.derivatives import without_autocast
-from crate_mae.theory.sparse_coding import SingularPair, bounded_dictionary, top_singular_pair
+from crate_mae.theory.sparse_coding import (
+    SingularPair,
+    bounded_dictionary,
+    ista_from_zero,
+    ista_preactivation,
+    ista_remainder,
+    top_singular_pair,
+)
 from crate_mae.theory.subspaces import nearest_orthogonal, newton_schulz
 
 
@@ -272,35 +279,67 @@ MOST_SCALE = math.exp(Compression.MOST_LOG_SCALE)  # of the inverse temperature,
 
 
 class BoundedISTA(ISTA):
-    """One proximal-gradient step on the lasso from the all-zero code, in a dictionary of bounded norm.
+    """Proximal-gradient steps on the lasso from the all-zero code, in a dictionary of bounded norm.
 
-        A = relu(eta X D' - eta lambda),   D' = D / max(1, sqrt(eta) ||D||_2)
+        A_1 = relu(eta X D' - eta lambda)
+        A_2 = relu(A_1 + eta (X - A_1 D'^T) D' - eta lambda),   D' = D / max(1, sqrt(eta) ||D||_2)
 
-    F(A) <= F(0) for every X and D: `theory.sparse_coding.bounded_dictionary`. D starts orthogonal, at the bound, where
-    A is the exact minimum of the lasso over A >= 0. In `eval()` the norm is exact. In training it is an estimate from
-    below, by `POWER_ITERATIONS` steps of the power method: up to 7% too low for Gaussian D of widths 64 to 768. The
-    step descends while it is less than 29% too low (1 - 1/sqrt(2)), which a D whose top direction is orthogonal to the
-    method's start would not be.
+    F(A_2) <= F(A_1) <= F(0) for every X and D: `theory.sparse_coding.bounded_dictionary`. D starts orthogonal, at the
+    bound, where A_1 is the exact minimum of the lasso over A >= 0. In trained layers two steps take almost half off the
+    objective of no code, where one takes a fifth, and features are better (results/monotone_layers).
+
+    In `eval()` the norm is exact. In training it is an estimate from below, by `POWER_ITERATIONS` steps of the power
+    method: up to 7% too low for Gaussian D of widths 64 to 768. The steps descend while it is less than 29% too low
+    (1 - 1/sqrt(2)), which a D whose top direction is orthogonal to the method's start would not be.
 
     Attributes:
         dictionary: D, d x d, before it is scaled.
         step_size: eta.
         threshold: lambda, the weight of the l1 norm.
+        steps: how many, at least 1.
     """
 
     POWER_ITERATIONS: ClassVar[int] = 8
 
-    def __init__(self, embed_dim: int, **options: Any) -> None:
+    def __init__(self, embed_dim: int, *, steps: int = 2, **options: Any) -> None:
         super().__init__(embed_dim, **options)
+        self.steps = steps
         self._pair = KeptValue()  # the directions of the largest singular value
 
     def reset_parameters(self) -> None:
         """Orthogonal, scaled to eta ||D||_2^2 = 1."""
         _init_orthogonal(self.dictionary, gain=self.step_size**-0.5)
 
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        # type: (Tensor) -> Tensor
+        """The non-negative sparse code after `steps` steps."""
+        if torch.jit.is_scripting():
+            operator, remainder = self.matrices()
+        else:
+            if isinstance(x, fx.Proxy):
+                return as_one_step(self, x)
+            operator, remainder = self._formed(self.matrices, x)
+        return ista_from_zero(x, operator, remainder, self.step_size * self.threshold, self.steps)
+
+    def preactivation(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """What the code is the positive part of, in the last step."""
+        operator, remainder = self.matrices()
+        shift = self.step_size * self.threshold
+        correlation = ista_preactivation(x, operator, shift)
+        if remainder is None:
+            return correlation
+        return correlation + ista_from_zero(x, operator, remainder, shift, self.steps - 1) @ remainder
+
+    def matrices(self) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"] | None]:
+        # type: () -> tuple[Tensor, Tensor | None]
+        """Eta D' and, if there is more than one step, I - eta D'^T D'."""
+        dictionary = self.lasso_dictionary()
+        remainder = ista_remainder(dictionary, self.step_size) if self.steps > 1 else None
+        return self.step_size * dictionary, remainder
+
     def operator(self) -> Float[Tensor, "d d"]:
         # type: () -> Tensor
-        """Eta D', of which the code is relu(X (eta D') - eta lambda)."""
+        """Eta D', of which the first code is relu(X (eta D') - eta lambda)."""
         return self.step_size * self.lasso_dictionary()
 
     def lasso_dictionary(self) -> Float[Tensor, "d d"]:
@@ -313,6 +352,15 @@ class BoundedISTA(ISTA):
             u, v = self._top_singular_pair()
             return bounded_dictionary(self.dictionary, self.step_size, u @ (self.dictionary @ v))
 
+    @torch.no_grad()
+    def folded(self) -> nn.Module:
+        """The same function for inference, with its matrices as weights."""
+        return super().folded() if self.steps == 1 else FoldedISTA(self)
+
+    def extra_repr(self) -> str:
+        """Width, step size, threshold and steps, for `print(model)`."""
+        return f"{super().extra_repr()}, steps={self.steps}"
+
     def _top_singular_pair(self) -> SingularPair:
         dictionary = self.dictionary.detach()
         if self.training:
@@ -322,6 +370,34 @@ class BoundedISTA(ISTA):
         if is_traced(dictionary):
             return top_singular_pair(dictionary, 10 * self.POWER_ITERATIONS)
         return self._pair.of(self.dictionary, top_singular_pair)
+
+
+class FoldedISTA(nn.Module):
+    """Several steps of a `BoundedISTA` for inference: linear maps and ReLUs; see `theory.sparse_coding.ista_from_zero`.
+
+    Attributes:
+        step: X -> eta X D' - eta lambda.
+        remainder: A -> A - eta A D'^T D'.
+    """
+
+    def __init__(self, ista: BoundedISTA) -> None:
+        super().__init__()
+        operator, remainder = ista.matrices()
+        assert remainder is not None, "one step needs no module of its own"
+        self.steps, width = ista.steps, len(remainder)
+        self.step = nn.Linear(len(operator), width, device=operator.device, dtype=operator.dtype)
+        self.step.weight.copy_(operator.mT)
+        self.step.bias.fill_(-ista.step_size * ista.threshold)
+        self.remainder = nn.Linear(width, width, bias=False, device=operator.device, dtype=operator.dtype)
+        self.remainder.weight.copy_(remainder)
+
+    def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        """The code."""
+        correlation = self.step(x)
+        codes = F.relu(correlation)
+        for _ in range(self.steps - 1):
+            codes = F.relu(correlation + self.remainder(codes))
+        return codes
 
 
 class CompressingEncoderLayer(EncoderLayer):
@@ -347,6 +423,12 @@ class MonotoneEncoderLayer(CompressingEncoderLayer):
 
     sparse_coding: ClassVar[Any] = BoundedISTA
     theorems: ClassVar[frozenset[str]] = CompressingEncoderLayer.theorems | {"lasso_zero"}
+
+    def __init__(self, embed_dim: int, num_heads: int, *, ista_steps: int = 2, **options: Any) -> None:
+        """Build a layer; `options` are those of `EncoderLayer`."""
+        super().__init__(embed_dim, num_heads, **options)
+        assert isinstance(self.ista, BoundedISTA)
+        self.ista.steps = ista_steps
 
 
 class MonotoneDecoderLayer(DecoderLayer):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from crate_mae.errors import UserError
 from crate_mae.models.layers import ISTA, DecoderLayer, EncoderLayer, OvercompleteISTA, SubspaceAttention
 from crate_mae.theory.derivatives import without_autocast
-from crate_mae.theory.sparse_coding import ista_preactivation
 
 INTERMEDIATES = ("z", "z_half", "z_next", "projections", "attention", "head_steps", "preactivation", "code")
 
@@ -116,7 +115,7 @@ def taps_of(layer: nn.Module) -> dict[str, Tap]:
         taps["attention"] = (attn.qkv, lambda _z, qkv: _timm_attention(attn, qkv))
         taps["head_steps"] = (attn.proj, lambda heads, _out: heads.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2))
     if isinstance(ista, ISTA):
-        taps["preactivation"] = (ista, lambda x, _code: _preactivation(ista, x))
+        taps["preactivation"] = (ista, lambda x, _code: ista.preactivation(x))
         taps["code"] = (ista, _output)
     elif isinstance(ista, OvercompleteISTA):
         taps["code"] = (ista.readout, _input)
@@ -170,7 +169,3 @@ def _timm_attention(attn: Attention, qkv: Tensor) -> Tensor:
     # Their `forward`, not a call, so that other hooks of these modules do not run twice.
     q, k = attn.q_norm.forward(q), attn.k_norm.forward(k)
     return torch.softmax((q * attn.scale) @ k.mT, dim=-1)
-
-
-def _preactivation(ista: ISTA, x: Tensor) -> Tensor:
-    return ista_preactivation(x, ista.operator(), ista.step_size * ista.threshold)

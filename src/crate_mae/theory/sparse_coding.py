@@ -107,11 +107,11 @@ def apply_ista_operator(
 
 
 def ista_preactivation(
-    x: Float[Tensor, "*batch d"], operator: Float[Tensor, "d d"], shift: float
-) -> Float[Tensor, "*batch d"]:
+    x: Float[Tensor, "*batch d"], operator: Float[Tensor, "d m"], shift: float
+) -> Float[Tensor, "*batch m"]:
     # type: (Tensor, Tensor, float) -> Tensor
     r"""X W - eta lambda, of which `apply_ista_operator` takes the positive part."""
-    return F.linear(x, operator.t(), operator.new_full(operator.shape[:1], -shift))
+    return F.linear(x, operator.t(), operator.new_full(operator.shape[1:], -shift))
 
 
 def ista_step(
@@ -159,6 +159,43 @@ def sparse_codes(
         residual_correlation = correlation - codes @ dictionary.mT @ dictionary
         codes = F.relu(codes + step_size * residual_correlation - step_size * threshold)
     return codes
+
+
+def ista_from_zero(
+    x: Float[Tensor, "*batch d"],
+    operator: Float[Tensor, "d m"],
+    remainder: Float[Tensor, "m m"] | None,
+    shift: float,
+    steps: int,
+) -> Float[Tensor, "*batch m"]:
+    # type: (Tensor, Tensor, Tensor | None, float, int) -> Tensor
+    r"""`sparse_codes` from A = 0, with the products of dictionaries formed once for all tokens.
+
+        A_1 = relu(C),   A_t+1 = relu(C + A_t M),   C = X (eta D) - eta lambda,   M = I - eta D^T D.
+
+    One product of tokens a step instead of two. Unrolled like this, ISTA is a recurrent network (Gregor and LeCun,
+    "Learning Fast Approximations of Sparse Coding", ICML 2010), which learns M by itself; here it stays that of D.
+
+    Args:
+        x: tokens X.
+        operator: eta D.
+        remainder: M; None for a single step, which does not need it.
+        shift: eta lambda.
+        steps: number of iterations, at least 1.
+    """
+    correlation = ista_preactivation(x, operator, shift)
+    codes = F.relu(correlation)
+    if remainder is not None:
+        for _ in range(steps - 1):
+            codes = F.relu(correlation + codes @ remainder)
+    return codes
+
+
+def ista_remainder(dictionary: Float[Tensor, "d m"], step_size: float) -> Float[Tensor, "m m"]:
+    # type: (Tensor, float) -> Tensor
+    r"""M = I - eta D^T D: what an ISTA step leaves of a code, before it adds what the code does not explain."""
+    remainder = -step_size * (dictionary.t() @ dictionary)
+    return remainder + torch.eye(dictionary.shape[1], dtype=remainder.dtype, device=remainder.device)
 
 
 class SingularPair(NamedTuple):
