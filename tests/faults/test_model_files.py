@@ -26,6 +26,7 @@ HUGE = {
     "num_heads": [10**30, 5],
     "step_size": [float("inf"), 0],
     "threshold": [float("nan"), 10**30],
+    "ista_steps": [10**6, 2, -1],
     "drop_path": [float("nan"), 1.0],
     "mean": [[10**30], [float("nan")], [0.1] * 5],
     "std": [[0.0], [float("inf")]],

@@ -1,8 +1,10 @@
 """Monotone layers keep their guarantees with any weights, tokens and optimizer, or refuse the weights."""
 
 import copy
+import re
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -19,9 +21,10 @@ from crate_mae.models.monotone import (
     check_monotone,
     retract_,
 )
+from crate_mae.models.timm_models import write_encoder
 from crate_mae.theory.coding_rate import subspace_coding_rate
 from crate_mae.theory.compression import balanced_membership
-from crate_mae.theory.sparse_coding import lasso_objective
+from crate_mae.theory.sparse_coding import lasso_objective, sparse_codes
 from crate_mae.theory.subspaces import distance_from_orthogonal
 
 NANO = "crate_mae_nano_visible_patch2_8"
@@ -114,6 +117,23 @@ def test_no_code_is_worse_than_none(training, generator):
         assert 0.3 * torch.linalg.matrix_norm(d, ord=2) ** 2 <= bound**2
         for x_i, a_i in zip(x.flatten(0, 1), codes.flatten(0, 1), strict=True):
             assert lasso_objective(a_i, x_i, d, 0.2) <= lasso_objective(0 * a_i, x_i, d, 0.2) + 1e-12
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_steps_of_sparse_coding_are_those_of_the_theory_and_each_lowers_the_objective(steps, generator):
+    ista = anything(BoundedISTA(WIDTH, step_size=0.3, threshold=0.2, steps=steps).double(), generator).eval()
+    x, d = hostile_tokens(generator), ista.lasso_dictionary()
+    expected = sparse_codes(x, d, 0.3, 0.2, steps)
+    torch.testing.assert_close(ista(x), expected)
+    torch.testing.assert_close(ista.preactivation(x).relu(), expected)
+    torch.testing.assert_close(ista.folded()(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(ista(x), expected)  # with its matrices kept
+        ista.dictionary.mul_(0.5)
+        torch.testing.assert_close(ista(x), sparse_codes(x, ista.lasso_dictionary(), 0.3, 0.2, steps))
+    before = sparse_codes(x, d, 0.3, 0.2, steps - 1) if steps > 1 else torch.zeros_like(expected)
+    for x_i, a_i, b_i in zip(*(each.flatten(0, 1) for each in (x, expected, before)), strict=True):
+        assert lasso_objective(a_i, x_i, d, 0.2) <= lasso_objective(b_i, x_i, d, 0.2) + 1e-12
 
 
 def test_the_first_code_is_the_exact_minimum_of_its_lasso(generator):
@@ -280,6 +300,41 @@ def test_weights_of_earlier_monotone_layers_are_refused(tmp_path):
     )
     with pytest.raises(UserError, match="earlier version, which allowed kappa below 1/2"):
         crate_mae.load(tmp_path)
+
+
+def test_files_that_do_not_say_how_many_steps_they_take_take_one(tmp_path):
+    model = saved(tmp_path, ista_steps=1).eval()
+    timm_folder = tmp_path / "timm"
+    timm_folder.mkdir()
+    write_encoder(model, timm_folder)
+    images = torch.rand(2, 3, 8, 8)
+    expected = model.encoder.forward_features(images)
+    for folder in (tmp_path, timm_folder):
+        config = folder / "config.json"
+        text = config.read_text()
+        config.write_text(re.sub(r'\s*"ista_steps": 1,', "", text))
+        assert "ista_steps" in text and "ista_steps" not in config.read_text()
+    found = crate_mae.load(tmp_path).eval()
+    assert torch.equal(found.encoder.forward_features(images), expected)
+    assert torch.equal(crate_mae.load(tmp_path, ista_steps=1).eval().encoder.forward_features(images), expected)
+    theirs = timm.create_model(f"local-dir:{timm_folder}", pretrained=True).eval()
+    assert torch.equal(theirs.forward_features(images), expected)
+    assert not torch.equal(crate_mae.load(tmp_path, ista_steps=2).eval().encoder.forward_features(images), expected)
+
+
+def test_the_usual_number_of_steps_belongs_to_the_kind_of_layers(tmp_path):
+    config = crate_mae.create_model(NANO, **TINY).config
+    assert config.ista_steps == 2
+    assert [config.replace(layer=layer).ista_steps for layer in ("published", "compressing", "monotone")] == [1, 1, 2]
+    assert config.replace(layer="published").replace(layer="monotone", ista_steps=3).ista_steps == 3
+    with pytest.raises(UserError, match="ista_steps is 2, but only monotone layers take more than one"):
+        config.replace(layer="compressing", ista_steps=2)
+    with pytest.raises(UserError, match="ista_steps is -1, but must be at least 1"):
+        config.replace(ista_steps=-1)
+    model = crate_mae.create_model(NANO, **TINY)
+    model.encoder.blocks[0].ista.steps = 4
+    with pytest.raises(UserError, match=r"blocks\.0\.ista\.steps of this model is 4, but its config describes 2"):
+        crate_mae.save(model, tmp_path)
 
 
 def test_settings_that_do_not_fit_are_named():

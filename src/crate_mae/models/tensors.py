@@ -30,7 +30,7 @@ from crate_mae.private_torch import COMPILED, uncompiled_name
 
 _FLOATS = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 _PREFIXES = ("module.", "model.", f"{COMPILED}.")  # of data parallelism, of trainers, of torch.compile
-_NUMBERS = ("num_heads", "scale", "eps", "step_size", "threshold", "ista_skip")  # what layers compute with, and tensors
+_NUMBERS = ("num_heads", "scale", "eps", "step_size", "threshold", "steps", "ista_skip")  # that layers compute with
 _MOST_LAYERS, _LARGEST_ARGUMENT = 200, 2**16  # of networks of timm
 
 
