@@ -1,8 +1,11 @@
 """Exported models compute what the model does, in the programs they are for."""
 
+import ast
 import json
 import os
+import runpy
 import stat
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -14,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import crate_mae
-from crate_mae.deployment import formats
+from crate_mae.deployment import formats, plain_model
 from crate_mae.deployment.formats import folded
 from crate_mae.errors import UserError, install_command
 from crate_mae.evaluation.backbones import open_backbone
@@ -77,6 +80,76 @@ def test_monotone_and_compressing_layers_are_exported_and_verified(tmp_path, cra
     model = saved(tmp_path / "model", layer=layer)
     code, _, err = crate_mae_command("export", model, "--out", tmp_path / "x", "--format", kind, "--verify")
     assert code == 0, err
+
+
+PLAIN = """
+import sys
+
+for library in ("crate_mae", "timm", "torchvision", "transformers"):
+    sys.modules[library] = None  # as if it were not installed
+from model import load
+from safetensors.torch import load_file, save_file
+
+save_file({"found": load()(load_file("images.safetensors")["images"])}, "found.safetensors")
+"""
+
+
+def run_plain(folder, images):
+    """What model.py of a folder makes of images where PyTorch and safetensors alone are installed."""
+    save_file({"images": images}, folder / "images.safetensors")
+    subprocess.run([sys.executable, "-I", "-c", f"import sys; sys.path.insert(0, '.'){PLAIN}"], cwd=folder, check=True)
+    return load_file(folder / "found.safetensors")["found"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"output_projection": "tied", "threshold": 0.2, "step_size": 0.05},
+        {"overcomplete": 2, "ista_skip": True, "init": "official"},
+        {"layer": "compressing"},
+        {"layer": "monotone", "ista_steps": 3},
+    ],
+)
+def test_an_encoder_as_one_plain_file_is_the_same(tmp_path, settings):
+    model = saved(tmp_path / "model", **settings)
+    exported = crate_mae.export(model, out=tmp_path / "x", format="torch", verify=True)
+    assert exported.largest_difference < 1e-5
+    assert {path.name for path in (tmp_path / "x").iterdir()} == {
+        "model.py",
+        "model.safetensors",
+        "config.json",
+        "README.md",
+    }
+    net = runpy.run_path(str(tmp_path / "x" / "model.py"))["load"](tmp_path / "x")
+    with pytest.raises(ValueError, match="this model takes"):
+        net(torch.zeros(1, 3, 4, 4))
+
+
+def test_a_classifier_as_one_plain_file_runs_where_this_library_is_not(classifier, tmp_path):
+    crate_mae.export(classifier, out=tmp_path / "x", format="torch", verify=True)
+    card = (tmp_path / "x" / "README.md").read_text(encoding="utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    assert code.split("\n")[0].startswith("from model import load") and "logits = model(images)" in code
+    images, model = torch.randn(3, 3, 6, 10), crate_mae.load(classifier).eval()
+    torch.testing.assert_close(run_plain(tmp_path / "x", images), model(images), rtol=1e-4, atol=1e-5)
+    net = runpy.run_path(str(tmp_path / "x" / "model.py"))["load"](tmp_path / "x")
+    assert net.classes == ("ant", "bee", "cat")
+
+
+def test_the_plain_file_imports_nothing_else():
+    tree = ast.parse(Path(plain_model.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in imported} == {"json", "pathlib", "typing", "torch", "safetensors"}
+
+
+def test_what_has_no_plain_form_is_refused(tmp_path):
+    with pytest.raises(UserError, match="has no decoders"):
+        crate_mae.export(saved(tmp_path / "model"), out=tmp_path / "x", format="torch", part="full")
+    vit = crate_mae.create_model("vit_mae_nano_patch2_8")
+    with pytest.raises(UserError, match="which timm has: use --format timm"):
+        crate_mae.export(vit, out=tmp_path / "x", format="torch")
+    assert not (tmp_path / "x").exists()
 
 
 def run_card(folder, monkeypatch, **names):

@@ -14,7 +14,7 @@ from crate_mae.data.files import output_path, path_of, refuse_used_folder, whole
 from crate_mae.errors import UserError, install_command
 from crate_mae.terminal import CleanConsole, open_console
 
-Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
+Format = Literal["safetensors", "torch", "timm", "hf", "onnx", "pt2"]
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
 
 
@@ -52,6 +52,8 @@ def export(
     """Export a trained model to another format, and verify the export.
 
     - safetensors: the files of this library; the encoder alone has the layout of timm.
+    - torch: model.py, a single file of plain PyTorch with the whole forward pass, and its weights; it needs torch and
+      safetensors. For encoders and classifiers with CRATE's layers, at the image size of the model.
     - timm: the encoder, for `timm.create_model("local-dir:...")` and transformers' AutoModel, after `import crate_mae`.
     - hf: for transformers' AutoModel, AutoModelForPreTraining, AutoModelForImageClassification and AutoBackbone, after
       `import crate_mae` or, where this library is not installed, with `trust_remote_code=True`: the code is beside the
@@ -68,7 +70,7 @@ def export(
         out: New or empty folder for the files.
         format: Format of the files; see above.
         part: encoder, or full: with the decoder, or the head of a classifier. By default full for safetensors, hf and
-            graphs of classifiers, and encoder for the others; timm takes encoders only.
+            classifiers, and encoder for the others; timm takes encoders only, and torch no decoders.
         verify: Run the export with the program that it is for, on noise and on photographs, also of another size if it
             takes any, and print the largest difference from the model. If it exceeds the tolerance, the folder is
             removed.

@@ -44,7 +44,7 @@ def card(
 
     Args:
         config: of what was exported.
-        kind: the files: "safetensors", "timm", "hf", "onnx" or "pt2".
+        kind: the files: "safetensors", "torch", "timm", "hf", "onnx" or "pt2".
         part: "encoder" or "full".
         inputs: names of what goes in.
         outputs: names of what comes out.

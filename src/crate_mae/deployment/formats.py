@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import runpy
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,6 +33,7 @@ from torch.export import Dim
 
 from crate_mae.data import evaluation_transform
 from crate_mae.deployment.card import card
+from crate_mae.deployment.plain import CODE_FILE, write_plain
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.autoencoder import MaskedAutoencoder, predict
 from crate_mae.models.classifier import Classifier
@@ -45,7 +47,7 @@ from crate_mae.models.tensors import refuse_other_numbers
 from crate_mae.models.timm_models import write_encoder
 from crate_mae.models.weights import Model, load, save
 
-Format = Literal["safetensors", "timm", "hf", "onnx", "pt2"]
+Format = Literal["safetensors", "torch", "timm", "hf", "onnx", "pt2"]
 Part = Literal["encoder", "full"]
 Outputs = dict[str, Tensor]
 ONNX_FILE = "model.onnx"
@@ -92,6 +94,10 @@ def write(
         if int8:
             quantize(path)
             note = INT8_NOTE
+    elif kind == "torch":
+        with evaluating(model):
+            write_plain(model, folder, part)
+        outputs = outputs[:1]
     elif part == "encoder":
         kind = "timm"
         write_encoder(model, folder)
@@ -313,6 +319,8 @@ def runner(model: Model, folder: Path, kind: Format, part: Part) -> Callable[[di
         return _pt2_runner(folder, graph_class(model, part).outputs)
     if kind == "hf":
         return _transformers_runner(model, folder, part)
+    if kind == "torch":
+        return _plain_runner(folder, graph_class(model, part).outputs[0])
     if part == "encoder":
         encoder: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return lambda inputs: {"tokens": encoder.forward_features(inputs["images"])}
@@ -410,6 +418,13 @@ def _pt2_runner(folder: Path, outputs: tuple[str, ...]) -> Callable[[dict[str, T
         return dict(zip(outputs, values if isinstance(values, tuple) else (values,), strict=True))
 
     return run
+
+
+def _plain_runner(folder: Path, output: str) -> Callable[[dict[str, Tensor]], Outputs]:
+    """Run the file model.py of a folder, which is of PyTorch alone."""
+    code = runpy.run_path(str(folder / CODE_FILE))
+    net = code["load"](folder)
+    return lambda inputs: {output: net(inputs["images"])}
 
 
 def _transformers_runner(model: Model, folder: Path, part: Part) -> Callable[[dict[str, Tensor]], Outputs]:
