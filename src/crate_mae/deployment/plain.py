@@ -17,7 +17,7 @@ from crate_mae.models.config import CONFIG_FILE, WEIGHTS_FILE, CrateConfig, enco
 from crate_mae.models.layers import EncoderLayer, OvercompleteISTA
 from crate_mae.models.monotone import BoundedISTA, Compression
 from crate_mae.models.weights import Model
-from crate_mae.theory.sparse_coding import ista_remainder
+from crate_mae.theory.sparse_coding import scaled_gram
 
 CODE_FILE = "model.py"
 
@@ -96,12 +96,12 @@ def _sparse_coding(ista: Any) -> dict[str, Tensor]:
     if isinstance(ista, OvercompleteISTA):
         tensors = {
             "operator": ista.step_size * ista.dictionary,
-            "remainder": ista_remainder(ista.dictionary, ista.step_size),
+            "gram": scaled_gram(ista.dictionary, ista.step_size),
             "readout": ista.readout.weight.mT,
         }
     elif isinstance(ista, BoundedISTA):
-        operator, remainder = ista.matrices()
-        tensors = {"operator": operator} | ({} if remainder is None else {"remainder": remainder})
+        operator, gram = ista.matrices()
+        tensors = {"operator": operator} | ({} if gram is None else {"gram": gram})
     else:
         tensors = {"operator": ista.operator()}
     return tensors | {"shift": shift}

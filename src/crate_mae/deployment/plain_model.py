@@ -11,7 +11,7 @@ inference: what training keeps apart is multiplied out in the file. A layer maps
     X = LN(Z),   W_k = X U_k
     Z_half = Z + sum_k P_k W_k V_k^T + bias,                  P_k = softmax(s_k W_k W_k^T)        published layers
     Z_half = X + sum_k kappa_k (B_k W_k - W_k) U_k^T,         B_k = P_k diag(P_k^T 1)^-1/2        the other layers
-    Y = LN(Z_half),   C = Y D - shift,   A = relu(C),         then A <- relu(C + A M) where a layer has M
+    Y = LN(Z_half),   C = Y D - shift,   A = relu(C),         then A <- relu(C + A - A N) where it has N
     Z_next = A, or A G^T where it has G, or Z_half added to either in models with a skip
 
 "Masked Completion via Structured Diffusion with White-Box Transformers" (ICLR 2024, arXiv 2404.02446).
@@ -41,7 +41,7 @@ class Layer(nn.Module):
     norm2_bias: Tensor  # d
     operator: Tensor  # D, d x m
     shift: Tensor  # a number
-    remainder: Tensor  # M, m x m
+    gram: Tensor  # N, m x m
     readout: Tensor | None  # G^T, m x d
 
     def __init__(self, tensors: dict[str, Tensor], *, eps: float, ista_steps: int, skip: bool) -> None:
@@ -66,7 +66,7 @@ class Layer(nn.Module):
         c = y @ self.operator - self.shift
         a = torch.relu(c)
         for _ in range(self.ista_steps - 1):
-            a = torch.relu(c + a @ self.remainder)
+            a = torch.relu(c + a - a @ self.gram)
         code = a if self.readout is None else a @ self.readout
         return z_half + code if self.skip else code
 

@@ -52,7 +52,7 @@ from crate_mae.theory.sparse_coding import (
     bounded_dictionary,
     ista_from_zero,
     ista_preactivation,
-    ista_remainder,
+    scaled_gram,
     top_singular_pair,
 )
 from crate_mae.theory.subspaces import nearest_orthogonal, newton_schulz
@@ -314,28 +314,28 @@ class BoundedISTA(ISTA):
         # type: (Tensor) -> Tensor
         """The non-negative sparse code after `steps` steps."""
         if torch.jit.is_scripting():
-            operator, remainder = self.matrices()
+            operator, gram = self.matrices()
         else:
             if isinstance(x, fx.Proxy):
                 return as_one_step(self, x)
-            operator, remainder = self._formed(self.matrices, x)
-        return ista_from_zero(x, operator, remainder, self.step_size * self.threshold, self.steps)
+            operator, gram = self._formed(self.matrices, x)
+        return ista_from_zero(x, operator, gram, self.step_size * self.threshold, self.steps)
 
     def preactivation(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """What the code is the positive part of, in the last step."""
-        operator, remainder = self.matrices()
+        operator, gram = self.matrices()
         shift = self.step_size * self.threshold
         correlation = ista_preactivation(x, operator, shift)
-        if remainder is None:
+        if gram is None:
             return correlation
-        return correlation + ista_from_zero(x, operator, remainder, shift, self.steps - 1) @ remainder
+        codes = ista_from_zero(x, operator, gram, shift, self.steps - 1)
+        return correlation + codes - codes @ gram
 
     def matrices(self) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"] | None]:
         # type: () -> tuple[Tensor, Tensor | None]
-        """Eta D' and, if there is more than one step, I - eta D'^T D'."""
+        """Eta D' and, if there is more than one step, eta D'^T D'."""
         dictionary = self.lasso_dictionary()
-        remainder = ista_remainder(dictionary, self.step_size) if self.steps > 1 else None
-        return self.step_size * dictionary, remainder
+        return self.step_size * dictionary, scaled_gram(dictionary, self.step_size) if self.steps > 1 else None
 
     def operator(self) -> Float[Tensor, "d d"]:
         # type: () -> Tensor
@@ -377,26 +377,26 @@ class FoldedISTA(nn.Module):
 
     Attributes:
         step: X -> eta X D' - eta lambda.
-        remainder: A -> A - eta A D'^T D'.
+        gram: A -> eta A D'^T D'.
     """
 
     def __init__(self, ista: BoundedISTA) -> None:
         super().__init__()
-        operator, remainder = ista.matrices()
-        assert remainder is not None, "one step needs no module of its own"
-        self.steps, width = ista.steps, len(remainder)
+        operator, gram = ista.matrices()
+        assert gram is not None, "one step needs no module of its own"
+        self.steps, width = ista.steps, len(gram)
         self.step = nn.Linear(len(operator), width, device=operator.device, dtype=operator.dtype)
         self.step.weight.copy_(operator.mT)
         self.step.bias.fill_(-ista.step_size * ista.threshold)
-        self.remainder = nn.Linear(width, width, bias=False, device=operator.device, dtype=operator.dtype)
-        self.remainder.weight.copy_(remainder)
+        self.gram = nn.Linear(width, width, bias=False, device=operator.device, dtype=operator.dtype)
+        self.gram.weight.copy_(gram)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """The code."""
         correlation = self.step(x)
         codes = F.relu(correlation)
         for _ in range(self.steps - 1):
-            codes = F.relu(correlation + self.remainder(codes))
+            codes = F.relu(correlation + codes - self.gram(codes))
         return codes
 
 
