@@ -1,10 +1,12 @@
 """Shapes are checked at run time in every test, and the shared test data is optional."""
 
 import contextlib
+import functools
 import importlib
 import inspect
 import os
 import shutil
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -31,13 +33,25 @@ for library in ("beartype", "accelerate", "matplotlib.pyplot", "scipy.signal", "
 def jaxtyped_if_it_names_shapes(decorated=None, /, *, typechecker, jaxtyped=jaxtyping.jaxtyped):
     """`jaxtyping.jaxtyped`, but for functions without shapes: the type checker sees their types without running them.
 
-    With all functions checked, tests would take half as long again.
+    With all functions checked, tests would take half as long again. For the same reason only the first `MOST_CHECKS`
+    calls of a function are checked in each test: a loop calls it with the same shapes again and again.
     """
     if decorated is None:
         return partial(jaxtyped_if_it_names_shapes, typechecker=typechecker)
-    if inspect.isfunction(decorated) and not names_shapes(decorated):
+    if not inspect.isfunction(decorated):
+        return jaxtyped(decorated, typechecker=typechecker)
+    if not names_shapes(decorated):
         return decorated
-    return jaxtyped(decorated, typechecker=typechecker)
+    checked = jaxtyped(decorated, typechecker=typechecker)
+
+    @functools.wraps(checked)
+    def at_first(*args, **kwargs):
+        if CHECKS[decorated] == MOST_CHECKS:
+            return decorated(*args, **kwargs)
+        CHECKS[decorated] += 1
+        return checked(*args, **kwargs)
+
+    return at_first
 
 
 def names_shapes(function) -> bool:
@@ -49,6 +63,8 @@ def names_shapes(function) -> bool:
     return any(words in repr(annotations) for words in ("jaxtyping", "[Tensor", "[np.ndarray"))
 
 
+MOST_CHECKS = 20
+CHECKS: Counter[object] = Counter()  # by function, in the test that runs
 jaxtyping.jaxtyped = jaxtyped_if_it_names_shapes
 install_import_hook("crate_mae", "beartype.beartype")
 
@@ -66,6 +82,12 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip("the shared folder with real data and golden vectors is not beside the project")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def shapes_are_checked_again():
+    """Every test begins to count anew."""
+    CHECKS.clear()
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ def test_the_benchmark_writes_its_table(tmp_path):
     (path,) = tmp_path.glob("guarantees_here_*.md")
     row = path.read_text().splitlines()[-1]
     assert row.startswith("| nano | 4 | ")
-    assert row.count("**") == 4
+    assert row.count("**") == 6
 
 
 def test_unconstrained_layers_are_neither_re_orthogonalised_nor_bounded():

@@ -44,15 +44,16 @@ def test_layers_that_are_computed_again_give_the_same_gradients(name):
     assert len(calls) == 5 + 2 * 5 + 5
 
 
-# In a process of its own, since the shape checks of the tests are no part of the graph. A layer of each side will do:
-# others are traced alike, and tracing takes all the time.
+# In a process of its own, since the shape checks of the tests are no part of the graph. A layer of each side will do,
+# and one model of each kind of pass and of layer: others are traced alike, and tracing takes all the time.
+TRACED = (NAMES[0], *NAMES[3:])
 COMPILE = f"""
 import torch
 from crate_mae.models import create_model
 from crate_mae.models.masking import random_mask, visible_indices
 
 torch.manual_seed(0)
-for name in {NAMES}:
+for name in {TRACED}:
     size = {{"decoder_embed_dim": 24, "decoder_num_heads": 2}} if name.startswith("vit") else {{}}
     model = create_model(name, **{TINY | {"depth": 1, "decoder_depth": 1}}, **size).train()
     images, mask = torch.randn(5, 1, 8, 8), random_mask(5, 16, 0.75)
@@ -70,4 +71,4 @@ for name in {NAMES}:
 
 def test_the_forward_pass_of_pretraining_is_one_graph():
     done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=600)
-    assert done.stdout.split("\n")[:-1] == [f"agrees {name}" for name in NAMES], done.stderr[-2000:]
+    assert done.stdout.split("\n")[:-1] == [f"agrees {name}" for name in TRACED], done.stderr[-2000:]

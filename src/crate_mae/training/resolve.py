@@ -81,19 +81,17 @@ def resolve_pretraining(
     options, mistakes = _checked(replace(options, model_settings=settings))
     if (options.mean is None) != (options.std is None):
         mistakes.append("--mean and --std belong together: give both or neither.")
-    images = facts = model = start = weights = None
+    images = facts = model = weights = None
     with mistakes.collected():
         record = RunDirectory(Path(options.out)).held_out()
         images = open_images(options.data, options.val, record, data_changed=data_changed)
         options = with_length(options, len(images.train), processes, mistakes, has_begun=newest is not None)
         facts = None if mistakes else describe_images(images.train)
     with mistakes.collected():
-        if newest is None:
-            start, weights = _start(options)
-            model = _pretraining_model(options, start, images.train if images and facts else None, facts)
-        else:  # whatever another version would make of the options
-            model = read_config(newest)
-            assert isinstance(model, ModelConfig), "runs of pretraining have no classes"
+        start, weights = _start(options, newest)
+        model = _pretraining_model(options, start, images.train if images and facts else None, facts)
+        if newest is not None and (begun := _autoencoder_config(newest)).name == model.name:
+            model = begun  # whatever this version makes of the name
         if not mistakes.concern("mask_ratio"):
             check_mask_ratio(options.mask_ratio, math.prod(model.grid_size))
     mistakes.raise_if_any()
@@ -270,10 +268,14 @@ def with_machine(options: OptionsT, processes: int) -> OptionsT:
     return replace(options, workers=workers, threads=threads, checkpoint_epochs=options.checkpoint_epochs or 0)
 
 
-def _start(options: PretrainOptions) -> tuple[ModelConfig, dict[str, Tensor]] | tuple[None, None]:
-    """The model that `--init-from` names, and its weights."""
+def _start(
+    options: PretrainOptions, newest: Path | None
+) -> tuple[ModelConfig, dict[str, Tensor] | None] | tuple[None, None]:
+    """The model that `--init-from` names, and its weights until the run has its own: those of its newest checkpoint."""
     if options.init_from is None:
         return None, None
+    if newest is not None:
+        return _autoencoder_config(newest), None
     if is_untrained(str(options.init_from)):
         if (config := RunDirectory(Path(options.out)).config_file).exists():
             raise UserError(
@@ -287,6 +289,12 @@ def _start(options: PretrainOptions) -> tuple[ModelConfig, dict[str, Tensor]] | 
         )
     model = load_autoencoder(options.init_from)
     return model.config, model.state_dict()
+
+
+def _autoencoder_config(folder: Path) -> ModelConfig:
+    config = read_config(folder)
+    assert isinstance(config, ModelConfig), "runs of pretraining have no classes"
+    return config
 
 
 def _pretraining_model(
