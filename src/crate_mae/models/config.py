@@ -8,6 +8,7 @@ import math
 import reprlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar, Literal, get_args
 
 from crate_mae.errors import UserError, did_you_mean, install_command
@@ -46,6 +47,8 @@ CONFIG_FILE = "config.json"
 LIBRARY = "crate-mae"
 FORMAT_VERSION = 1  # a description without one is of version 1
 MODEL_TYPE = "crate_mae"  # in transformers
+MONOTONE_STEPS = 2  # of sparse coding, by default
+NOT_WRITTEN_DOWN = {"ista_steps": 1}  # settings of layers in descriptions that are older than these settings
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # as timm has them; this file imports nothing that takes time
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -78,6 +81,7 @@ class ModelConfig:
 
     architecture: ClassVar[str]
     _derived: ClassVar[tuple[str, ...]]  # of each configuration: the settings that were not given; no field of its own
+    _of: ClassVar[Mapping[str, tuple[str, ...]]] = {"in_chans": ("mean", "std")}  # what is derived anew with a setting
 
     name: str = "custom"
     image_size: tuple[int, int] = (224, 224)
@@ -175,7 +179,7 @@ class ModelConfig:
         """A copy with other settings; what was not given, but derived from other settings, is derived again.
 
         A decoder's width or heads that were given stay, also if they are the encoder's. Statistics of channels are
-        derived again whenever the number of channels changes.
+        derived again whenever the number of channels changes, and the number of ISTA steps with the kind of layers.
 
         `image_size` may be one number for a square, and sequences may be lists.
 
@@ -184,10 +188,12 @@ class ModelConfig:
         """
         settings = _tuples(settings)
         check_settings(type(self), settings)
-        again = {key: getattr(type(self), key) for key in self._derived}  # their defaults, which mean "not given"
-        if settings.get("in_chans", self.in_chans) != self.in_chans:
-            again |= {"mean": (), "std": ()}
-        return dataclasses.replace(self, **again | settings)
+        changed = [
+            names for key, names in self._of.items() if settings.get(key, getattr(self, key)) != getattr(self, key)
+        ]
+        again = {*self._derived, *chain.from_iterable(changed)}
+        defaults = {key: getattr(type(self), key) for key in again}  # which mean "not given"
+        return dataclasses.replace(self, **defaults | settings)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,6 +218,7 @@ class CrateConfig(ModelConfig):
     """
 
     architecture: ClassVar[str] = "crate"
+    _of: ClassVar[Mapping[str, tuple[str, ...]]] = {**ModelConfig._of, "layer": ("ista_steps",)}
 
     layer: Layer = "published"
     step_size: float = 0.1
@@ -226,14 +233,8 @@ class CrateConfig(ModelConfig):
         """Those of every encoder, and the settings of the layers."""
         return super().encoder_arguments() | {key: getattr(self, key) for key in (*LAYER_SETTINGS, "init")}
 
-    def replace(self, **settings: Any) -> ModelConfig:
-        """As `ModelConfig.replace`; another kind of layer takes its own usual number of steps, unless one is given."""
-        if settings.get("layer", self.layer) != self.layer:
-            settings = {"ista_steps": 0} | settings
-        return super().replace(**settings)
-
     def _usual(self) -> dict[str, Any]:
-        return {"ista_steps": 2 if self.layer == "monotone" else 1}
+        return {"ista_steps": MONOTONE_STEPS if self.layer == "monotone" else 1}
 
     def _mistakes(self) -> Iterator[str]:
         yield from super()._mistakes()
@@ -403,7 +404,7 @@ def config_from_dict(values: dict[str, Any]) -> ModelConfig:
         raise UserError(f'Unknown architecture "{str(architecture)[:100]}": it must be one of {", ".join(classes)}.')
     check_settings(classes[architecture], settings)
     if architecture == CrateConfig.architecture:
-        settings = {"ista_steps": 1, **settings}  # which the first versions took, and did not write down
+        settings = {**NOT_WRITTEN_DOWN, **settings}
     try:
         return classes[architecture](**settings)
     except TypeError as error:

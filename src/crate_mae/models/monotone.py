@@ -33,6 +33,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from crate_mae.errors import UserError
+from crate_mae.models.config import MONOTONE_STEPS
 from crate_mae.models.layers import (
     ISTA,
     DecoderLayer,
@@ -301,7 +302,7 @@ class BoundedISTA(ISTA):
 
     POWER_ITERATIONS: ClassVar[int] = 8
 
-    def __init__(self, embed_dim: int, *, steps: int = 2, **options: Any) -> None:
+    def __init__(self, embed_dim: int, *, steps: int = MONOTONE_STEPS, **options: Any) -> None:
         super().__init__(embed_dim, **options)
         self.steps = steps
         self._pair = KeptValue()  # the directions of the largest singular value
@@ -424,7 +425,7 @@ class MonotoneEncoderLayer(CompressingEncoderLayer):
     sparse_coding: ClassVar[Any] = BoundedISTA
     theorems: ClassVar[frozenset[str]] = CompressingEncoderLayer.theorems | {"lasso_zero"}
 
-    def __init__(self, embed_dim: int, num_heads: int, *, ista_steps: int = 2, **options: Any) -> None:
+    def __init__(self, embed_dim: int, num_heads: int, *, ista_steps: int = MONOTONE_STEPS, **options: Any) -> None:
         """Build a layer; `options` are those of `EncoderLayer`."""
         super().__init__(embed_dim, num_heads, **options)
         assert isinstance(self.ista, BoundedISTA)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from crate_mae.data.documents import read_json, to_json
 from crate_mae.models.config import (
     CONFIG_FILE,
+    NOT_WRITTEN_DOWN,
     WEIGHTS_FILE,
     CrateConfig,
     ModelConfig,
@@ -124,8 +125,8 @@ def _build(**arguments: Any) -> nn.Module:
 
 def _register(name: str, config: ModelConfig) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **options: Any) -> nn.Module:
-        if "layer" in options:  # a folder of ours; the first versions took one step, and did not write it down
-            options = {"ista_steps": 1, **options}
+        if "layer" in options:  # a folder of ours
+            options = {**NOT_WRITTEN_DOWN, **options}
         return build_model_with_cfg(
             _build,
             name,
