@@ -19,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 import crate_mae
@@ -30,7 +29,7 @@ from crate_mae.data.files import write_whole
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import knn_probe, linear_probe
-from crate_mae.training.recipes import recipe_text
+from crate_mae.training.recipes import read_recipe
 
 STEPS, BATCH = 1000, 64
 SEEN, LABELLED, ASKED = 45_000, 10_000, 5_000
@@ -108,7 +107,7 @@ def main(data: str, runs: str, *names: str) -> None:
 def recipe() -> dict[str, Any]:
     """Options of the recipe that is varied, as it was then: with published layers, and their learning rate."""
     published = {"model": "crate_mae_micro_wide_patch4_32", "lr": 3.6e-3, "warmup_epochs": 0.5}
-    return yaml.safe_load(recipe_text("small_color")) | published
+    return read_recipe("small_color").options | published
 
 
 def untrained(name: str) -> dict[str, Any]:

@@ -23,7 +23,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from pieces import Pieces, installed
 from torch import nn
 
@@ -37,7 +36,7 @@ from crate_mae.evaluation.probes import knn_probe, linear_probe
 from crate_mae.evaluation.reconstruction import read_images
 from crate_mae.interpret.audit import NO_CHANGE, Place, audit
 from crate_mae.interpret.steps import measure_claims
-from crate_mae.training.recipes import recipe_text
+from crate_mae.training.recipes import read_recipe
 
 STEPS, SEEDS, RATES = 1000, (0, 1, 2), (3.6e-3, 1.08e-2)
 LONG = ", 6500 steps"
@@ -139,7 +138,7 @@ def trial(source: ImageSource, runs: Path, name: str, seed: int, lr: float) -> d
 def trained(source: ImageSource, folder: Path, settings: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """A model by the options of the recipe and the given ones; its minutes and losses."""
     start = time.perf_counter()
-    options = {**yaml.safe_load(recipe_text("small_color")), **given}
+    options = {**read_recipe("small_color").options, **given}
     run = crate_mae.pretrain(Part(source, np.arange(SEEN)), out=folder, model_settings=settings, **options)
     minutes = (time.perf_counter() - start) / 60
     losses = [row["held_out_loss"] for row in run.metrics() if row["held_out_loss"] is not None]

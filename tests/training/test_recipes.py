@@ -1,22 +1,21 @@
 """Recipes are options of `pretrain` that fit it, and options given beside one win."""
 
 import pytest
-import yaml
 
 from crate_mae.commands.about import recipes
 from crate_mae.commands.train import pretrain
 from crate_mae.errors import UserError
 from crate_mae.training.options import PretrainOptions, saved_options
-from crate_mae.training.recipes import describe_recipe, list_recipes, recipe_text, with_recipe
+from crate_mae.training.recipes import list_recipes, read_recipe, recipe_text, with_recipe
 
 OPTIONS = {*saved_options(PretrainOptions), "epochs"}
 
 
 @pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_fits_pretrain_and_describes_itself(name):
-    options = yaml.safe_load(recipe_text(name))
+    description, options = read_recipe(name)
     assert options.keys() <= OPTIONS - {"data"}
-    assert describe_recipe(name).endswith(".")
+    assert description.endswith(".")
 
 
 @pytest.mark.parametrize("name", [name for name in list_recipes() if name != "imagenet"])
@@ -40,7 +39,8 @@ def test_options_beside_a_recipe_win():
 
 def test_settings_of_the_model_are_merged(monkeypatch):
     monkeypatch.setattr(
-        "crate_mae.training.recipes.recipe_text", lambda _: "model_settings: {threshold: 0.1, depth: 3}"
+        "crate_mae.training.recipes.recipe_text",
+        lambda _: "description: A test.\nmodel_settings: {threshold: 0.1, depth: 3}",
     )
     options = with_recipe(PretrainOptions("digits", out="run", recipe="any", model_settings={"depth": 2}))
     assert options.model_settings == {"threshold": 0.1, "depth": 2}
@@ -54,6 +54,6 @@ def test_an_unknown_recipe_is_refused_before_anything_is_written(tmp_path):
 
 def test_the_command_lists_and_shows(capsys):
     assert recipes() == list_recipes()
-    assert describe_recipe("digits") in capsys.readouterr().out
+    assert read_recipe("digits").description in capsys.readouterr().out
     recipes("digits")
     assert capsys.readouterr().out == recipe_text("digits")

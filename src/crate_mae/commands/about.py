@@ -62,7 +62,7 @@ def recipes(name: str | None = None) -> list[str]:
     Raises:
         UserError: for an unknown name.
     """
-    from crate_mae.training.recipes import describe_recipe, list_recipes, recipe_text
+    from crate_mae.training.recipes import list_recipes, read_recipe, recipe_text
 
     console = open_console()
     if name is not None:
@@ -70,7 +70,7 @@ def recipes(name: str | None = None) -> list[str]:
     else:
         table = Table("recipe", "for", box=None)
         for known in list_recipes():
-            table.add_row(known, describe_recipe(known))
+            table.add_row(known, read_recipe(known).description)
         console.print(table)
         console.say("Print one completely: crate-mae recipes NAME")
     return list_recipes()

@@ -184,7 +184,9 @@ class CompareOptions:
             settings: options that replace those of the comparison.
         """
         name, own = name_and_settings(model)
-        shared = ("batch_size", "mask_ratio", "norm_pix_loss", "precision", "workers", "threads", "image_size")
-        given = {key: getattr(self, key) for key in (*shared, "min_crop", "flip")}
+        shared = {item.name for item in dataclasses.fields(self) if item.metadata["saved"]} - {"train", "val"}
+        given = {
+            item.name: getattr(self, item.name) for item in dataclasses.fields(PretrainOptions) if item.name in shared
+        }
         fixed = {"out": "", "trackers": (), "quiet": True}
         return PretrainOptions(self.train, **{**fixed, **given, "model": name, "model_settings": own, **settings})

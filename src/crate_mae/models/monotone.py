@@ -374,31 +374,27 @@ class BoundedISTA(ISTA):
 
 
 class FoldedISTA(nn.Module):
-    """Several steps of a `BoundedISTA` for inference: linear maps and ReLUs; see `theory.sparse_coding.ista_from_zero`.
+    """Several steps of a `BoundedISTA` for inference.
 
     Attributes:
-        step: X -> eta X D' - eta lambda.
-        gram: A -> eta A D'^T D'.
+        operator: eta D'.
+        gram: eta D'^T D'.
+        shift: eta lambda.
+        steps: how many.
     """
+
+    gram: Tensor | None
 
     def __init__(self, ista: BoundedISTA) -> None:
         super().__init__()
         operator, gram = ista.matrices()
-        assert gram is not None, "one step needs no module of its own"
-        self.steps, width = ista.steps, len(gram)
-        self.step = nn.Linear(len(operator), width, device=operator.device, dtype=operator.dtype)
-        self.step.weight.copy_(operator.mT)
-        self.step.bias.fill_(-ista.step_size * ista.threshold)
-        self.gram = nn.Linear(width, width, bias=False, device=operator.device, dtype=operator.dtype)
-        self.gram.weight.copy_(gram)
+        self.register_buffer("operator", operator)
+        self.register_buffer("gram", gram)
+        self.shift, self.steps = ista.step_size * ista.threshold, ista.steps
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         """The code."""
-        correlation = self.step(x)
-        codes = F.relu(correlation)
-        for _ in range(self.steps - 1):
-            codes = F.relu(correlation + codes - self.gram(codes))
-        return codes
+        return ista_from_zero(x, self.operator, self.gram, self.shift, self.steps)
 
 
 class CompressingEncoderLayer(EncoderLayer):

@@ -1,14 +1,14 @@
 """Recipes: options of pretraining that were tried together, one YAML file each, with their results.
 
-The files are in the folder `recipes` beside this module. Their leading comment states on which images a recipe was
-tried, its result and how long it took.
+The files are in the folder `recipes` beside this module. `description` says what a recipe is for; the comment below it
+states on which images it was tried, its result and how long it took.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -35,9 +35,17 @@ def recipe_text(name: str) -> str:
     return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 
-def describe_recipe(name: str) -> str:
-    """The first sentence of a recipe's comment: what it is for."""
-    return recipe_text(name).splitlines()[0].removeprefix("#").strip()
+class Recipe(NamedTuple):
+    """A recipe: what it is for, in a sentence, and its options."""
+
+    description: str
+    options: dict[str, Any]
+
+
+def read_recipe(name: str) -> Recipe:
+    """A recipe, without its comments."""
+    options = yaml.safe_load(recipe_text(name))
+    return Recipe(options.pop("description"), options)
 
 
 def with_recipe(options: PretrainOptions) -> PretrainOptions:
@@ -48,7 +56,7 @@ def with_recipe(options: PretrainOptions) -> PretrainOptions:
     """
     if options.recipe is None:
         return options
-    recipe: dict[str, Any] = yaml.safe_load(recipe_text(options.recipe))
+    recipe = read_recipe(options.recipe).options
     given = options.given()
     if set(LENGTHS) & given.keys():
         recipe = {key: value for key, value in recipe.items() if key not in LENGTHS}
