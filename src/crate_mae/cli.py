@@ -59,11 +59,14 @@ _GROUPS = {
         },
     ),
     "eval": (
-        "Evaluate the features and the completions of a trained model.",
+        "Evaluate the features and completions of a trained model.",
         {
             "knn": ("evaluate:eval_knn", "Classify by nearest neighbours of frozen features."),
             "linear": ("evaluate:eval_linear", "Fit a linear classifier to frozen features."),
-            "fewshot": ("evaluate:eval_fewshot", "Fit a linear classifier to a few images of each class, many times."),
+            "fewshot": (
+                "evaluate:eval_fewshot",
+                "Fit a linear classifier to a few images of each class, averaged over many draws.",
+            ),
             "reconstruction": (
                 "reconstruct:eval_reconstruction",
                 "Measure the quality of completions at several mask ratios.",
@@ -71,7 +74,7 @@ _GROUPS = {
         },
     ),
     "viz": (
-        "Visualise the features of a trained model, and what its layers do.",
+        "Visualise the features and layers of a trained model.",
         {
             "reconstruction": (
                 "reconstruct:reconstruct",
@@ -82,7 +85,7 @@ _GROUPS = {
             "layers": ("viz:viz_layers", "Plot subspace rate, sparsity and rank over the layers."),
             "atoms": (
                 "viz:viz_atoms",
-                "Show what excites single atoms of a sparse code, and what they draw.",
+                "Show what activates individual atoms of a sparse code, and what they draw.",
             ),
         },
     ),

@@ -26,7 +26,7 @@ def app(
         models: Models to choose from, each in any form that `crate-mae reconstruct` takes; the second, if given, is
             shown beside the first.
         host: Name or address to listen on. By default only this machine can open the app; with 0.0.0.0, every machine
-            that can reach this one can, at its IP address. To have it opened under a name, give that name.
+            that can reach this one can, at its IP address. To open the app under a host name, give that name.
         port: Port to listen on; 0 for any free one.
 
     Raises:

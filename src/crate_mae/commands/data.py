@@ -26,8 +26,8 @@ def check(
 
     Args:
         data: A folder of images, a .parquet file, .tar shards, hf:name, torchvision:CIFAR10, digits, ...
-        sample: Number of images to read, a fixed pseudo-random sample; by default all.
-        out: New CSV file for the unreadable images with the reasons, and for exact duplicates of earlier images.
+        sample: Number of images to read (a fixed pseudo-random sample); by default, all.
+        out: New CSV file that lists unreadable images with the reasons, and exact duplicates of earlier images.
         json: Print one JSON object instead of a table; its keys are the attributes of `DataReport`.
 
     Returns:
@@ -67,11 +67,11 @@ def resize(data: str | Path, out: Path | str, *, size: int, workers: int | None 
 
     Args:
         data: A folder of images, a .parquet file, .tar shards, hf:name, torchvision:CIFAR10, digits, ...
-        out: New folder, outside of the images'.
-        size: Longest shorter side, in pixels. Random crops should not have to be enlarged: `crate-mae pretrain` prints
-            the size for its crops where reading takes much of the time.
-        workers: Processes that read images; by default one less than the number of cores, at most 8.
-        max_bad: Largest share of unreadable images, which are listed and left out.
+        out: New folder, outside the folder of the images.
+        size: Maximum length of the shorter side, in pixels. Random crops should not have to be enlarged: `crate-mae
+            pretrain` prints a suitable size if reading takes much of the time.
+        workers: Number of processes that read images; by default, one less than the number of cores, at most 8.
+        max_bad: Maximum share of unreadable images, which are listed and left out.
 
     Returns:
         The path of the copy.

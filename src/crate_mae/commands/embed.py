@@ -34,16 +34,16 @@ class FeatureOptions:
     model: Data = option(
         MISSING,
         "A run folder, a folder with model.safetensors and config.json, hf:user/name, the name of a model (random "
-        "initialisation), timm:NAME, or pixels; :untrained after it means random initialisation.",
+        "initialisation), timm:NAME, or pixels; append :untrained for random initialisation.",
     )
     _: KW_ONLY
     seed: int = option(0, "Seed of random initialisation.")
     batch_size: int = option(256, "Images per batch.")
     workers: int | None = option(
-        None, "Processes that load images; by default one less than the number of cores, at most 8."
+        None, "Number of processes that load images; by default, one less than the number of cores, at most 8."
     )
-    max_bad: float = option(0.01, "Largest share of unreadable images.")
-    cache: bool = option(True, "Keep features in the user's cache folder, and reuse them if nothing has changed.")
+    max_bad: float = option(0.01, "Maximum share of unreadable images.")
+    cache: bool = option(True, "Cache features in the user's cache folder and reuse them if nothing has changed.")
     overwrite: bool = option(False, "Replace an existing file.")
 
     def extraction(self, layers: Any, pooling: Any) -> "Extraction":

@@ -63,11 +63,11 @@ class ProbeOptions(FeatureOptions):
     )
     layer: int | Literal["all"] | None = option(
         None,
-        "Layer of the encoder from 0, negative from the end, or all; by default all where that takes minutes at most, "
-        "else -1.",
+        "Layer of the encoder from 0, negative from the end, or all; by default, all if that takes minutes at most, "
+        "otherwise -1.",
     )
-    controls: bool = option(True, "Probe the same architecture with random initialisation, and raw pixels, as well.")
-    seed: int = option(0, "Seed of random initialisation, and of what the probe draws.")
+    controls: bool = option(True, "Also probe the same architecture with random initialisation, and raw pixels.")
+    seed: int = option(0, "Seed for random initialisation and for the probe's random choices.")
     json: bool = option(False, JSON_HELP)
 
 
@@ -88,8 +88,8 @@ class FewshotOptions(ProbeOptions):
     draws: int = option(20, "Number of draws.")
     layer: int | Literal["all"] | None = option(
         None,
-        "Layer of the encoder from 0, negative from the end, or all; by default -1. Of all layers the last is compared "
-        "with the controls: few labels leave none to choose a layer on.",
+        "Layer of the encoder from 0, negative from the end, or all; by default -1. With all, the last layer is "
+        "compared with the controls, because there are too few labels to choose a layer on.",
     )
 
 

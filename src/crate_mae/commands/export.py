@@ -69,14 +69,14 @@ def export(
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
         out: New or empty folder for the files.
         format: Format of the files; see above.
-        part: encoder, or full: with the decoder, or the head of a classifier. By default full for safetensors, hf and
-            classifiers, and encoder for the others; timm takes encoders only, and torch no decoders.
-        verify: Run the export with the program that it is for, on noise and on photographs, also of another size if it
-            takes any, and print the largest difference from the model. If it exceeds the tolerance, the folder is
-            removed.
-        tolerance: Largest accepted absolute difference. Outputs have magnitudes of 1 to 20. Ignored with int8.
+        part: encoder, or full: with the decoder, or the head of a classifier. By default, full for safetensors, hf and
+            classifiers, and encoder for the others; timm supports only encoders, and torch does not support decoders.
+        verify: Run the export in its target program on noise and photographs (also of another size, if the export takes
+            any size), and print the largest difference from the model. If the difference exceeds the tolerance, the
+            folder is removed.
+        tolerance: Maximum accepted absolute difference; outputs have magnitudes of 1 to 20. Ignored with int8.
         int8: Store weights of an encoder in ONNX as 8-bit integers (dynamic quantisation): a quarter of the size.
-        license: Licence of the weights for the card, such as mit or cc-by-nc-4.0; by default none is named.
+        license: Licence of the weights for the model card, such as mit or cc-by-nc-4.0; by default, none.
 
     Returns:
         The folder, and the largest difference if it was measured.
@@ -134,10 +134,10 @@ def push(
         model: A run folder, a folder with model.safetensors and config.json, or the name of a model.
         repository: Name of the repository, user/name, created if necessary; files with the same names are replaced.
         format: Format of the files; see `crate-mae export`.
-        part: encoder, or full: with the decoder, or the head of a classifier; by default full, and encoder for timm.
-        private: Create the repository as a private one.
+        part: encoder, or full: with the decoder, or the head of a classifier; by default, full, or encoder for timm.
+        private: Create a private repository.
         revision: Branch to upload to.
-        license: Licence of the weights, such as mit or cc-by-nc-4.0; by default none is named.
+        license: Licence of the weights, such as mit or cc-by-nc-4.0; by default, none.
 
     Returns:
         The address of the upload.

@@ -65,7 +65,7 @@ def predict(
         images: An image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
         out: New .csv file for the predictions.
         batch_size: Images per batch.
-        workers: Processes that load images.
+        workers: Number of processes that load images.
         overwrite: Replace an existing file.
 
     Returns:

@@ -74,7 +74,7 @@ def reconstruct(
         out: New .png file for the picture.
         mask_ratio: Share of patches to hide.
         count: Number of images, evenly spaced among all.
-        seed: Seed of the masks and of random initialisation.
+        seed: Seed for the masks and random initialisation.
         overwrite: Replace an existing picture.
 
     Returns:
@@ -134,14 +134,14 @@ def eval_reconstruction(
         data: Images, in any form of data that `crate-mae pretrain` takes.
         out: New .json file for the scores.
         picture: New .png file for a picture of eight of the images at each ratio.
-        mask_ratios: Shares of patches to hide; by default 0.5, 0.6, 0.7, 0.75, 0.8, 0.9 and 0.95, as far as they leave
-            a patch visible.
-        count: Largest number of images to measure; of more images, a fixed pseudo-random sample is used.
-        seed: Seed of the masks, of that sample, and of random initialisation.
+        mask_ratios: Shares of patches to hide; by default, those of 0.5, 0.6, 0.7, 0.75, 0.8, 0.9 and 0.95 that leave a
+            patch visible.
+        count: Maximum number of images to measure; if there are more, a fixed pseudo-random sample is used.
+        seed: Seed for the masks, the sample and random initialisation.
         batch_size: Images per batch.
         overwrite: Replace existing files.
         controls: Also measure the same network with random initialisation, and flat patches of the mean visible colour.
-        json: Print one JSON object on the standard output, and everything else on the standard error.
+        json: Print one JSON object on standard output, and everything else on standard error.
 
     Returns:
         The scores, one row per ratio.

@@ -26,7 +26,9 @@ class InspectOptions:
         "A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random "
         "initialisation), or timm:NAME of a Vision Transformer.",
     )
-    data: Data = option(MISSING, "Images that it was not trained on, in any form that `crate-mae pretrain` takes.")
+    data: Data = option(
+        MISSING, "Images that the model was not trained on, in any form that `crate-mae pretrain` takes."
+    )
     _: KW_ONLY
     out: Annotated[Path | str, Parameter(alias="-o")] = option(MISSING, "New or empty folder for the report.")
     baseline: Data = option(
@@ -41,21 +43,22 @@ class InspectOptions:
     foregrounds: Path | str | None = option(
         None,
         "A folder of masks named like their images, in which 0 is background, or a .csv file of boxes "
-        "(image,left,top,right,bottom); foregrounds that each layer finds are compared with them.",
+        "(image,left,top,right,bottom); the foregrounds that each layer finds are compared with them.",
     )
-    count: int = option(256, "Largest number of images of each kind.")
-    mask_ratio: float | None = option(None, "Share of patches to hide while layers are measured; by default none.")
+    count: int = option(256, "Maximum number of images of each kind.")
+    mask_ratio: float | None = option(None, "Share of patches to hide while layers are measured; by default, none.")
     probe_images: int = option(
         2000,
-        "Largest number of images to fit a probe to, and to measure it on; 0 for no probes. Without train_data, the "
-        "model without mixing is probed on halves of that many images of DATA, if they have labels.",
+        "Maximum number of images to fit a probe to, and to measure it on; 0 for no probes. Without train_data, the "
+        "model without mixing is probed on DATA, if it has labels: one half of up to this many images to fit, the "
+        "other to measure.",
     )
     interventions: bool = option(
         False,
-        "Also remove each head, and 16 atoms of each layer's code, one at a time, and compare what is lost with "
-        "removing something random of the same size. This takes minutes; how many is printed first.",
+        "Also remove each head, and 16 atoms of each layer's code, one at a time, and compare the effect with that of "
+        "random removals of the same size. This takes minutes; the estimate is printed first.",
     )
-    seed: int = option(0, "Seed of the sample of images, of masks, and of random initialisation.")
+    seed: int = option(0, "Seed for the sample of images, the masks and random initialisation.")
     quiet: bool = option(False, "Print nothing.")
 
 
@@ -151,7 +154,7 @@ def theory(
 
     Args:
         out: Folder to write to.
-        seed: Seed of all randomness.
+        seed: Random seed.
         overwrite: Replace files of these names in a folder that is not empty.
         quiet: Print nothing.
 

@@ -73,7 +73,7 @@ def resume(run: Path | str, *, data_changed: bool = False, quiet: bool = False) 
 
     Args:
         run: The folder of the run.
-        data_changed: Go on although images were removed, added or repaired.
+        data_changed: Continue even if images were removed, added or repaired.
         quiet: Print nothing.
 
     Returns:

@@ -62,7 +62,7 @@ def viz_attention(
         images: An image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
         out: Picture to write, a .png or .pdf file.
         layer: Layer of the encoder from 0, or negative from the end.
-        stride: Distance of two values of the maps in pixels, a divisor of the patch size; by default that size.
+        stride: Distance in pixels between values of the maps, a divisor of the patch size; by default, the patch size.
         count: Number of images, evenly spaced among all.
         seed: Seed of random initialisation.
         overwrite: Replace an existing picture.
@@ -108,7 +108,7 @@ def viz_pca(
         images: An image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
         out: Picture to write, a .png or .pdf file.
         layer: Layer of the encoder from 0, or negative from the end. The final norm is applied to every layer.
-        joint: Use the same components for all images, so that a colour means the same in each.
+        joint: Use the same components for all images, so that a colour means the same in every image.
         count: Number of images, evenly spaced among all.
         seed: Seed of random initialisation.
         overwrite: Replace an existing picture.
@@ -155,9 +155,9 @@ def viz_layers(
             initialisation), or timm:NAME of a Vision Transformer.
         data: Any form of data that `crate-mae pretrain` takes.
         out: Picture to write, a .png or .pdf file.
-        control: Draw the same model with random initialisation beside it.
-        count: Largest number of images to measure; of more images, a fixed sample is used.
-        seed: Seed of that sample, and of random initialisation.
+        control: Also draw the same model with random initialisation.
+        count: Maximum number of images to measure; if there are more, a fixed sample is used.
+        seed: Seed for the sample and random initialisation.
         overwrite: Replace an existing picture.
 
     Returns:
@@ -197,7 +197,7 @@ def viz_atoms(
     seed: int = 0,
     overwrite: bool = False,
 ) -> Picture:
-    """Show single atoms of a layer's sparse code: the patches that excite them, and what the decoder draws for them.
+    """Show single atoms of a layer's sparse code: the patches that activate them, and what the decoder draws for them.
 
     A row for each atom has the mean patch, weighted by the atom's activation; where on the image it is active; its
     strongest patches in their surroundings, at most one of each image; and how the completion changes when it is raised
@@ -212,9 +212,9 @@ def viz_atoms(
         data: Any form of data that `crate-mae pretrain` takes.
         out: Picture to write, a .png or .pdf file.
         layer: Layer of the encoder from 0, or negative from the end.
-        atoms: Numbers of atoms from 0; by default the four with the most energy, and four at random from the others.
-        count: Largest number of images to measure; of more images, a fixed sample is used.
-        seed: Seed of that sample, of random atoms, directions and masks, and of random initialisation.
+        atoms: Indices of atoms, from 0; by default, the four with the most energy and four random others.
+        count: Maximum number of images to measure; if there are more, a fixed sample is used.
+        seed: Seed for the sample, random atoms, directions, masks and random initialisation.
         overwrite: Replace an existing picture.
 
     Returns:

@@ -96,7 +96,7 @@ class CompareOptions:
 
     models: Models = option(
         MISSING,
-        'Two or more names from `crate-mae models`; with settings of their own as in "NAME?depth=3&embed_dim=96".',
+        'Two or more names from `crate-mae models`; with individual settings as in "NAME?depth=3&embed_dim=96".',
     )
     _: KW_ONLY
     train: Data = option(
@@ -113,33 +113,36 @@ class CompareOptions:
     norm_pix_loss: bool = same_as(PretrainOptions, "norm_pix_loss")
     seeds: int = option(
         1,
-        "Number of final runs of each entry, all with the same steps; the budget is for the first.",
+        "Number of final runs of each entry, all with the same number of steps; the budget covers the first.",
         AT_LEAST_1,
     )
     lr_search: int = option(
         3,
-        "Number of learning rates to try, beginning with each model's default: three times the best so far, or a third "
-        "of it, in the direction in which the loss falls, then between the best and its neighbour; 1 skips the search.",
+        "Number of learning rates to try, starting with each model's default: then three times or a third of the best "
+        "so far, in the direction in which the loss falls, then between the best and its neighbour; 1 skips the "
+        "search.",
         AT_LEAST_1,
     )
     search_share: float = option(
         0.3, "Share of the budget for the search, divided equally among the tries.", BETWEEN_0_AND_1
     )
     probe_layer: int = option(
-        None, "Encoder layer of the features, from 0, or negative from the end. By default as `crate-mae eval`."
+        None, "Encoder layer of the features, from 0, or negative from the end. By default, as in `crate-mae eval`."
     )
     pooling: Literal["cls", "mean", "cls+mean"] = option(
-        None, "Class token, mean of patches, or both. By default as `crate-mae eval`."
+        None, "Class token, mean of patches, or both. By default, as in `crate-mae eval`."
     )
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "By default whichever is measured to be faster here, for each entry."
+        "auto", "By default, the faster of the two as measured on this machine, for each entry."
     )
     workers: int = same_as(PretrainOptions, "workers")
     threads: int = same_as(PretrainOptions, "threads")
-    image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the models', if they agree.")
+    image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default, the models', if they agree.")
     min_crop: float = same_as(PretrainOptions, "min_crop")
     flip: bool = same_as(PretrainOptions, "flip")
-    dry_run: bool = option(False, "Only check, time, and print the plan.", saved=False)
+    dry_run: bool = option(
+        False, "Check the options, time the models and print the plan, but do not train.", saved=False
+    )
     quiet: bool = option(False, "Print nothing.", saved=False)
     json: bool = option(False, PLAN_AS_JSON, saved=False)
 

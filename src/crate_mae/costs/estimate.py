@@ -41,12 +41,13 @@ class EstimateOptions:
     batch_size: int = option(MISSING, "Images per step, over all devices.", _TO_TEN_MILLION)
     image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH; by default the model's.")
     channels: int = option(None, "Channels of the images; by default 3.")
-    mask_ratio: float = option(0.75, "Share of hidden patches.", BETWEEN_0_AND_1)
+    mask_ratio: float = option(0.75, "Share of patches to hide.", BETWEEN_0_AND_1)
     precision: Literal["float32", "bfloat16"] = option("bfloat16", "Precision of matrix products.")
     devices: int = option(1, "Number of GPUs, or processes, that share each batch.", _TO_TEN_MILLION)
     flops_per_s: float = option(
         None,
-        "Operations per second that one device reaches in training, such as 60e12. Without it no times are estimated.",
+        "Operations per second that one device reaches in training, such as 60e12. Without it, times are not "
+        "estimated.",
         _SPEED,
     )
     link_bytes_per_s: float = option(

@@ -1,7 +1,7 @@
-"""Single atoms of a sparse code: what excites them, where, and what the decoder draws when one of them is raised.
+"""Single atoms of a sparse code: what activates them, where, and what the decoder draws when one of them is raised.
 
-An atom is one coordinate of a layer's code. On whole images, the patches that excite it most say what it stands for. On
-masked images, it is raised by one standard deviation of its own activation in all visible patches, and the change of
+An atom is one coordinate of a layer's code. On whole images, the patches that activate it most say what it stands for.
+On masked images, it is raised by one standard deviation of its own activation in all visible patches, and the change of
 the hidden pixels is what it contributes to the completion. If contributions simply added up, that change would be the
 linear response, the derivative times the step; both are compared, and so are those of random directions of the code,
 in which the step is as long. These directions are dense and have both signs, so they also leave the non-negative codes

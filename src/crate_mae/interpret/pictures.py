@@ -196,7 +196,7 @@ _WHY = {"named": "", "matters": "matters", "energy": "most energy", "random": "a
 
 
 def draw_atoms(gallery: Gallery) -> Figure:
-    """Draw what excites atoms, where, and what the decoder draws when they are raised, see `atom_tiles`."""
+    """Draw what activates atoms, where, and what the decoder draws when they are raised, see `atom_tiles`."""
     heading = (
         f"Layer {gallery.atoms[0].layer}. Mean patch: weighted by activation, less the average patch. Drawn: "
         "change of hidden pixels when the atom is raised by its\nstandard deviation; grey is no change. Linear: "

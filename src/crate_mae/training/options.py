@@ -48,8 +48,10 @@ GIVEN = ""  # of an option: by the user
 LENGTHS = ("epochs", "steps", "minutes")  # each sets the length of a run
 # What fits a run of one length and folder, and the call that began it, but not another run of the same kind.
 OF_ONE_LENGTH = (*LENGTHS, "out", "warmup_epochs", "monitor_steps", "checkpoint_epochs", "dry_run", "quiet", "json")
-JSON_HELP = "Print one JSON object on the standard output, and everything else on the standard error."
-PLAN_AS_JSON = "With --dry-run, print the plan as one JSON object, and everything else on the standard error."
+JSON_HELP = "Print one JSON object on standard output, and everything else on standard error."
+PLAN_AS_JSON = (
+    "With --dry-run, print the plan as one JSON object on standard output, and everything else on standard error."
+)
 LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
 
 
@@ -123,7 +125,7 @@ class RunOptions:
     out: Path | str = option(MISSING, "The folder of the run.", saved=False)
     epochs: int = option(
         None,
-        "Passes over the training images. If neither --epochs nor --steps is given, 100 for pretraining and 50 for "
+        "Passes over the training images. By default, without --steps or --minutes, 100 for pretraining and 50 for "
         "fine-tuning.",
         AT_LEAST_1,
         saved=False,
@@ -131,66 +133,75 @@ class RunOptions:
     steps: int = option(None, "Optimizer steps, instead of epochs.", AT_LEAST_1)
     minutes: float = option(
         None,
-        "Minutes that the run may take, instead of epochs: its steps, and by default their batch, are fitted to the "
-        "measured speed of this machine.",
+        "Minutes that the run may take, instead of epochs: the number of steps, and by default the batch size, are "
+        "chosen from the measured speed of this machine.",
         POSITIVE,
         saved=False,
     )
     batch_size: int = option(
-        None, "Images per step, over all processes and micro-batches. By default 256, less for few images.", AT_LEAST_1
+        None,
+        "Images per step, over all processes and micro-batches. By default, 256, or fewer for small data sets.",
+        AT_LEAST_1,
     )
     lr: float = option(None, "Learning rate per 256 images; it is scaled by batch_size / 256.", POSITIVE)
-    min_lr: float = option(0.0, "Learning rate at the end of the cosine, per 256 images.", AT_LEAST_0)
+    min_lr: float = option(0.0, "Final learning rate of the cosine schedule, per 256 images.", AT_LEAST_0)
     warmup_epochs: float = option(
-        None, "Epochs of linear warm-up. By default 5% of a run of pretraining, 10% of fine-tuning.", AT_LEAST_0
+        None, "Epochs of linear warm-up. By default, 5% of the run in pretraining and 10% in fine-tuning.", AT_LEAST_0
     )
     weight_decay: float = option(
-        0.05, "Decoupled weight decay of AdamW, except for norms, biases and tokens.", AT_LEAST_0
+        0.05, "Decoupled weight decay of AdamW; norms, biases and tokens are exempt.", AT_LEAST_0
     )
-    clip_grad: float = option(1.0, "Largest norm of the gradient; 0 does not clip.", AT_LEAST_0)
+    clip_grad: float = option(1.0, "Maximum gradient norm; 0 turns clipping off.", AT_LEAST_0)
     drop_path: float = option(0.0, "Stochastic depth of the encoder's last layer.", BELOW_1)
-    image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the model's.")
-    min_crop: float = option(0.2, "Smallest share of an image that a random crop takes.", SHARE)
-    flip: bool = option(True, "Mirror half of the images; unsuitable for text.")
-    seed: int = option(0, "Seed of the weights, the order, the crops and the masks.", AT_LEAST_0)
+    image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default, the model's.")
+    min_crop: float = option(0.2, "Smallest share of an image's area that a random crop covers.", SHARE)
+    flip: bool = option(True, "Mirror half of the images at random; turn off for images of text.")
+    seed: int = option(0, "Seed for weights, data order, crops and masks.", AT_LEAST_0)
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "By default whichever is faster here, as measured."
+        "auto", "By default, the faster of the two as measured on this machine."
     )
 
-    accumulation: int = option(1, "Micro-batches per step, to save memory.", AT_LEAST_1, speed=True)
+    accumulation: int = option(1, "Number of micro-batches per step, to save memory.", AT_LEAST_1, speed=True)
     compile: bool = option(False, "Compile the model with torch.compile.", speed=True)
     grad_checkpointing: bool = option(
-        False, "Compute layers again in the backward pass, to save memory.", speed=True, later=True
+        False, "Recompute layers in the backward pass, to save memory.", speed=True, later=True
     )
     workers: int = option(
         None,
-        "Processes that load images. By default one less than there are cores, at most 8.",
+        "Number of processes that load images. By default, one less than the number of cores, at most 8.",
         FROM_0_TO_1024,
         speed=True,
     )
-    threads: int = option(None, "CPU threads that compute. By default PyTorch's choice.", TO_1024, speed=True)
-    max_bad: float = option(0.01, "Largest share of unreadable images before the run stops.", FROM_0_TO_1, speed=True)
-    checkpoint_minutes: float = option(10.0, "Save at least this often.", POSITIVE, speed=True)
+    threads: int = option(
+        None, "Number of CPU threads for computation. By default, PyTorch's choice.", TO_1024, speed=True
+    )
+    max_bad: float = option(
+        0.01, "Maximum share of unreadable images; with more, the run stops.", FROM_0_TO_1, speed=True
+    )
+    checkpoint_minutes: float = option(10.0, "Maximum minutes between checkpoints.", POSITIVE, speed=True)
     checkpoint_epochs: int = option(
-        None, "Save every so many epochs. By default as many as take about a minute.", AT_LEAST_1, speed=True
+        None, "Epochs between checkpoints. By default, as many as take about a minute.", AT_LEAST_1, speed=True
     )
     log_steps: int = option(
         None,
-        "Steps between rows of metrics.csv. By default about 200 rows, and at most 50 steps.",
+        "Steps between rows of metrics.csv. By default, for about 200 rows, but at most 50 steps.",
         AT_LEAST_1,
         speed=True,
     )
     monitor_steps: int = option(
         None,
-        "Steps between measurements and pictures of held-out images. By default 20 times in a run, but not more than "
-        "once in an epoch or 100 steps.",
+        "Steps between measurements and pictures of held-out images. By default, 20 times per run, but at most once "
+        "per epoch or 100 steps.",
         AT_LEAST_1,
         speed=True,
     )
     trackers: Names = option(
-        None, "Such as tensorboard or wandb. By default TensorBoard if installed; --no-trackers for none.", speed=True
+        None,
+        "Experiment trackers, such as tensorboard or wandb. By default, TensorBoard if installed; --no-trackers for "
+        "none.",
+        speed=True,
     )
-    dry_run: bool = option(False, "Only check, and print the plan.", saved=False)
+    dry_run: bool = option(False, "Check the options and print the plan, but do not train.", saved=False)
     quiet: bool = option(False, "Print nothing.", saved=False)
     json: bool = option(False, PLAN_AS_JSON, saved=False)
     origins: dict[str, str] | None = option(None, "", saved=False)
@@ -240,32 +251,30 @@ class PretrainOptions(RunOptions):
         ).metadata,
     )
     recipe: str | None = option(
-        None, "A tested set of options, see `crate-mae recipes`; options on the command line override it.", saved=False
+        None, "A tested set of options (see `crate-mae recipes`); options on the command line override it.", saved=False
     )
-    model: str = option(None, "A name from `crate-mae models`. By default the one made for images of this size.")
+    model: str = option(None, "A name from `crate-mae models`. By default, the one for this image size.")
     lr: float = option(
         None,
-        "Learning rate per 256 images; it is scaled by batch_size / 256. By default from width and batch.",
+        "Learning rate per 256 images; it is scaled by batch_size / 256. By default, chosen from width and batch size.",
         POSITIVE,
     )
     init_from: str | Path | None = option(
         None,
-        "A trained model to start from: a run, a bundled model, hf:user/name ... Its weights are taken where they fit. "
-        "Without --model, or with its own name there, the new model has its settings, and patches for these images.",
+        "A trained model to start from: a run, a bundled model, hf:user/name ... Its weights are used where they fit. "
+        "Without --model, or if --model is its name, its settings are kept, with patches that fit these images.",
         later=True,
     )
-    val: Data = option(None, "Other data to measure on. By default 5% of the images, at most 512, are held out.")
-    model_settings: dict[str, Setting] = option(
-        None, "Any other setting of the model, such as --model-settings.threshold 0.1"
-    )
-    channels: int = option(None, "Channels to convert images to. By default those of the images.", AT_LEAST_1)
+    val: Data = option(None, "Other images to measure on. By default, 5% of the images, at most 512, are held out.")
+    model_settings: dict[str, Setting] = option(None, "Other model settings, such as --model-settings.threshold 0.1")
+    channels: int = option(None, "Number of channels to convert images to. By default, as in the images.", AT_LEAST_1)
     mean: Numbers = option(
-        None, "Per channel, of pixels in [0, 1]. By default ImageNet's for 3 channels, otherwise measured."
+        None, "Mean of each channel, for pixels in [0, 1]. By default, ImageNet's for 3 channels, otherwise measured."
     )
-    std: Numbers = option(None, "Per channel, likewise.")
-    mask_ratio: float = option(0.75, "Share of hidden patches.", BETWEEN_0_AND_1)
+    std: Numbers = option(None, "Standard deviation of each channel, likewise.")
+    mask_ratio: float = option(0.75, "Share of patches to hide.", BETWEEN_0_AND_1)
     mask_tokens: Literal["encoder", "decoder"] = option(
-        None, "Where mask tokens enter the model. By default as in the model of that name."
+        None, "Where mask tokens enter the model. By default, as in the named model."
     )
     norm_pix_loss: bool = option(False, "Predict patches normalised by their own mean and standard deviation.")
 
@@ -289,45 +298,41 @@ class FinetuneOptions(RunOptions):
     )
     train: Data = option(
         MISSING,
-        "Labelled images: a folder with a folder for each class, .parquet, .tar shards, hf:name, digits:train ...",
+        "Labelled images: a folder with a subfolder for each class, .parquet, .tar shards, hf:name, digits:train ...",
     )
-    val: Data = option(MISSING, "Labelled images of the same classes, to measure on and to choose the best model by.")
-    labels: float = option(
-        1.0, "Share of the training images to use, of each class alike; the seed chooses them.", SHARE
-    )
+    val: Data = option(MISSING, "Labelled images of the same classes, to measure on and to select the best model.")
+    labels: float = option(1.0, "Share of the training images of each class to use; the seed determines which.", SHARE)
     pooling: Literal["cls", "mean", "cls+mean"] = option(
-        "cls+mean", "What the head sees: the class token, the mean over patches, or both."
+        "cls+mean", "Input of the head: the class token, the mean over patches, or both."
     )
     lr: float = option(
         None,
-        "Learning rate of the head per 256 images; it is scaled by batch_size / 256. By default 1.5e-3, more for "
-        "batches of less than 256.",
+        "Learning rate of the head per 256 images; it is scaled by batch_size / 256. By default, 1.5e-3, or more for "
+        "batches smaller than 256.",
         POSITIVE,
     )
-    layer_decay: float = option(0.75, "The learning rate of each layer is that of the next, times this.", SHARE)
-    mixup: float = option(
-        0.8, "How much two images are mixed (the parameter of a Beta distribution); 0 for never.", AT_LEAST_0
+    layer_decay: float = option(
+        0.75, "Factor between the learning rate of each layer and that of the next layer.", SHARE
     )
-    cutmix: float = option(
-        1.0, "Likewise for a box cut out of one and pasted into the other; steps use one or the other.", AT_LEAST_0
-    )
-    rand_augment: str = option("rand-m9-mstd0.5-inc1", 'timm\'s RandAugment policy; "" for none.')
-    label_smoothing: float = option(0.1, "Part of each target that is spread over all classes.", BELOW_1)
+    mixup: float = option(0.8, "Strength of Mixup (the parameter of a Beta distribution); 0 turns it off.", AT_LEAST_0)
+    cutmix: float = option(1.0, "Strength of CutMix, likewise; each step uses either Mixup or CutMix.", AT_LEAST_0)
+    rand_augment: str = option("rand-m9-mstd0.5-inc1", 'timm\'s RandAugment policy; "" turns it off.')
+    label_smoothing: float = option(0.1, "Share of each target that is spread over all classes.", BELOW_1)
     ema: float = option(
         0.9999,
-        "Decay of a running average of the weights, which is what is measured and kept; it forgets faster at the "
-        "beginning. 0 for none.",
+        "Decay of the running average of the weights; the average is what is measured and saved. The decay is smaller "
+        "at the beginning; 0 turns averaging off.",
         BELOW_1,
     )
     drop_path: float = option(0.1, "Stochastic depth of the encoder's last layer.", BELOW_1)
-    image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default the model's; positions are interpolated.")
-    seed: int = option(
-        0, "Of the random initialisation, the choice of labels, the order and the augmentation.", AT_LEAST_0
+    image_size: Pixels = option(
+        None, "Pixels, or HEIGHTxWIDTH. By default, the model's; position embeddings are interpolated."
     )
+    seed: int = option(0, "Seed for random initialisation, choice of labels, data order and augmentation.", AT_LEAST_0)
     monitor_steps: int = option(
         None,
-        "Steps between validations. By default an epoch, or as many epochs as it takes to train on as many images as "
-        "are validated on.",
+        "Steps between validations. By default, one epoch, or as many epochs as it takes to train on as many images as "
+        "there are in --val.",
         AT_LEAST_1,
         speed=True,
     )
