@@ -60,8 +60,8 @@ def test_a_mistake_is_named_and_leaves_no_file(refused, options, expected):
 
 def test_an_option_that_the_user_did_not_give_is_named_with_its_origin(refused, tmp_path):
     """Of the whole kind: by default, from a recipe, from a stored run."""
-    message = refused(data=images(21), recipe="digits", batch_size=None, steps=None)
-    assert message.startswith("A batch of 50 (from the recipe digits) is larger than the 20 training images")
+    message = refused(data=images(90), recipe="digits", batch_size=None, steps=None, accumulation=3)
+    assert message.startswith("A batch of 50 (from the recipe digits) cannot be divided among 1 process(es) x 3")
     run = tmp_path / "stored"
     pretrain("digits:test", out=run, **{**TINY_RUN, "steps": 1})
     text = (run / "config.yaml").read_text()

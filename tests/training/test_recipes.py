@@ -18,7 +18,7 @@ def test_every_recipe_fits_pretrain_and_describes_itself(name):
     assert description.endswith(".")
 
 
-@pytest.mark.parametrize("name", [name for name in list_recipes() if name != "imagenet"])
+@pytest.mark.parametrize("name", list_recipes())
 def test_every_recipe_plans_a_run_on_digits(name, tmp_path, monkeypatch):
     """Their own images are larger; the settings still have to fit each other."""
     monkeypatch.setattr("crate_mae.training.preflight._seconds_per_step", lambda *_: (1.0, True))
@@ -29,6 +29,16 @@ def test_every_recipe_plans_a_run_on_digits(name, tmp_path, monkeypatch):
     run = pretrain("digits", out=tmp_path / "run", recipe=name, image_size=size, **short)
     assert run.config.steps == 9
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_for_more_images_than_there_are_gets_a_batch_that_fits_them(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("crate_mae.training.preflight._seconds_per_step", lambda *_: (1.0, True))
+    small = {"model": "crate_mae_nano_visible_patch2_8", "out": tmp_path / "run", "dry_run": True, "epochs": 1}
+    run = pretrain("digits:train", recipe="imagenet", **small)
+    assert (run.config.batch_size, run.config.steps) == (32, 44)
+    assert "32 (from 1,425 training images, fewer than the recipe's 4,096)" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(UserError, match="A batch of 4096 is larger than the 1425 training images"):
+        pretrain("digits:train", recipe="imagenet", batch_size=4096, **small)
 
 
 def test_options_beside_a_recipe_win():

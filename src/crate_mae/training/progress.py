@@ -18,6 +18,7 @@ from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import plain_options
 from crate_mae.training.model_state import sharding_of
 from crate_mae.training.optimizer import scaled_lr
+from crate_mae.training.options import origin
 from crate_mae.training.preflight import MUCH_WAITING, ProbeResult, micro_batch
 from crate_mae.training.resume import describe_data_change
 from crate_mae.training.run_directory import numbers
@@ -39,8 +40,8 @@ def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, star
     rows = {
         **task.describe(),
         **({"not read": not_read} if not_read else {}),
-        "batch": f"{config.batch_size} = {micro_batch(config, processes)} x {config.accumulation} accumulated x "
-        f"{count(processes, 'process')}",
+        "batch": f"{config.batch_size}{origin(config, 'batch_size')} = {micro_batch(config, processes)} x "
+        f"{config.accumulation} accumulated x {count(processes, 'process')}",
         "learning rate": f"{config.lr:.3g} x {config.batch_size}/256 = {lr:.3g} after {count(warmup, 'warm-up step')}"
         f", then by a cosine to {final:g}",
         "length": f"{count(config.steps, 'step')} = {config.steps / task.steps_per_epoch:.4g} epochs of "

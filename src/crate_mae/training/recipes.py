@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from crate_mae.errors import UserError, did_you_mean
-from crate_mae.training.options import LENGTHS, PretrainOptions
+from crate_mae.training.options import LENGTHS, PretrainOptions, RunOptions
 
 _FOLDER = Path(__file__).parent / "recipes"
 
@@ -48,6 +48,16 @@ def read_recipe(name: str) -> Recipe:
     return Recipe(options.pop("description"), options)
 
 
+def is_from_recipe(options: RunOptions, name: str) -> bool:
+    """Whether an option has its value from a recipe."""
+    recipe = getattr(options, "recipe", None)
+    return recipe is not None and (options.origins or {}).get(name) == _origin(recipe)
+
+
+def _origin(recipe: str) -> str:
+    return f"the recipe {recipe}"
+
+
 def with_recipe(options: PretrainOptions) -> PretrainOptions:
     """Options with those of their recipe, if they name one, in place of those that are not given.
 
@@ -62,5 +72,5 @@ def with_recipe(options: PretrainOptions) -> PretrainOptions:
         recipe = {key: value for key, value in recipe.items() if key not in LENGTHS}
     if "model_settings" in given and "model_settings" in recipe:
         given["model_settings"] = {**recipe["model_settings"], **given["model_settings"]}
-    origins = dict.fromkeys(recipe, f"the recipe {options.recipe}") | (options.origins or {})
+    origins = dict.fromkeys(recipe, _origin(options.recipe)) | (options.origins or {})
     return dataclasses.replace(options, **{**recipe, **given, "origins": origins})

@@ -39,6 +39,7 @@ from crate_mae.training.options import (
 )
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import processes_here
+from crate_mae.training.recipes import is_from_recipe
 from crate_mae.training.report import choose_trackers
 from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import BuildTask
@@ -210,6 +211,10 @@ def with_length(
     inseparable = 2 if mistakes.concern("mixup", "cutmix") else options.inseparable
     share = options.accumulation * processes * inseparable
     batch = options.batch_size or default_batch_size(images, share)
+    if batch > images >= share and is_from_recipe(options, "batch_size"):
+        fewer = f"{images:,} training images, fewer than the recipe's {batch:,}"
+        options = replace(options, origins={**(options.origins or {}), "batch_size": fewer})
+        batch = default_batch_size(images, share)
     if wrong := _batch_mistake(options, batch, images, processes, inseparable):
         mistakes.append(wrong)
     if mistakes:
