@@ -18,6 +18,7 @@ from crate_mae.models.presets import list_bundled, preset
 from crate_mae.models.timm_models import default_cfgs, timm_name
 
 NANO = "crate_mae_nano_patch2_8"
+MONOTONE = "crate_mae_nano_monotone_patch2_8"
 TRAINED = "crate_mae_micro_cifar10"
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -126,6 +127,32 @@ def test_arguments_describe_an_encoder_completely():
     torch.testing.assert_close(theirs.forward_features(IMAGES), ours.forward_features(IMAGES))
     with pytest.raises(TypeError, match="treshold"):
         timm.create_model(NANO, treshold=0.2)
+
+
+def test_settings_of_layers_make_the_layers_that_they_make_in_our_models():
+    for settings in ({"layer": "monotone"}, {"layer": "monotone", "ista_steps": 3}, {"layer": "compressing"}, {}):
+        torch.manual_seed(3)
+        ours = crate_mae.create_model(NANO, **settings).encoder.eval()
+        timms = timm.create_model(NANO, **settings).eval()
+        timms.load_state_dict(ours.state_dict())
+        assert timms.forward_features(IMAGES).equal(ours.forward_features(IMAGES))
+    of_a_file = {key: value for key, value in preset(MONOTONE).encoder_arguments().items() if key != "ista_steps"}
+    assert timm.create_model(MONOTONE).blocks[0].ista.steps == 2
+    assert timm.create_model(MONOTONE, **of_a_file).blocks[0].ista.steps == 1  # of the time when there was one
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"ista_steps": -1}, "ista_steps is -1, but must be at least 1"),
+        ({"ista_steps": 10**9}, "ista_steps is 1,000,000,000, but must be a number of at most 100"),
+        ({"overcomplete": 2}, "monotone layers have no overcomplete"),
+        ({"threshold": -1.0}, "threshold is -1.0, but must not be negative"),
+    ],
+)
+def test_settings_of_layers_are_checked(settings, words):
+    with pytest.raises(crate_mae.UserError, match=words):
+        timm.create_model(MONOTONE, **settings)
 
 
 def test_timm_prepares_images_as_we_do():

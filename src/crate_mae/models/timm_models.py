@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from crate_mae.data.documents import read_json, to_json
 from crate_mae.models.config import (
     CONFIG_FILE,
+    LAYER_SETTINGS,
     NOT_WRITTEN_DOWN,
     WEIGHTS_FILE,
     CrateConfig,
@@ -125,15 +126,18 @@ def _build(**arguments: Any) -> nn.Module:
 
 def _register(name: str, config: ModelConfig) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **options: Any) -> nn.Module:
-        if "layer" in options:  # a folder of ours
-            options = {**NOT_WRITTEN_DOWN, **options}
+        settings = {key: options[key] for key in LAYER_SETTINGS if key in options}
+        if {*LAYER_SETTINGS} <= {*settings, *NOT_WRITTEN_DOWN}:  # a folder of ours, which has all that there were
+            settings = {**NOT_WRITTEN_DOWN, **settings}
+        changed = config.replace(**settings)  # which checks them, and makes the layers of those of our `create_model`
+        options = {key: value for key, value in options.items() if key not in settings}
         return build_model_with_cfg(
             _build,
             name,
             pretrained,
             pretrained_filter_fn=encoder_tensors,
             feature_cfg={"out_indices": 3, "feature_cls": "getter"},
-            **(config.encoder_arguments() | options),
+            **(changed.encoder_arguments() | options),
         )
 
     entry.__name__ = entry.__qualname__ = name
