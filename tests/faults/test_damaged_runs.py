@@ -199,6 +199,23 @@ def test_options_changed_under_a_run_are_refused(killed):
         resume(killed, quiet=True)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        ("mask_tokens: encoder", "mask_tokens: decoder", "mask_tokens: encoder -> decoder"),
+        ("norm_pix_loss: false", "norm_pix_loss: true", "norm_pix_loss: False -> True"),
+        ("- 8\n- 8", "- 16\n- 16", r"image_size: \[8, 8\] -> \[16, 16\]"),
+    ],
+)
+def test_options_of_the_model_changed_under_a_run_are_refused(killed, before, after, told):
+    """As they are written now: the model itself comes from the checkpoint, and need not be that of the options."""
+    text = (killed / "config.yaml").read_text()
+    assert before in text
+    (killed / "config.yaml").write_text(text.replace(before, after))
+    with pytest.raises(UserError, match=rf"than the run began with:\n  {told}\n"):
+        resume(killed, quiet=True)
+
+
 @pytest.mark.parametrize("change", ["names", "contents"])
 def test_images_changed_under_a_run_are_refused_though_their_number_is_the_same(tmp_path, images, change):
     data = shutil.copytree(images, tmp_path / "data")

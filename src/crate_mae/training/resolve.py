@@ -92,7 +92,8 @@ def resolve_pretraining(
         start, weights = _start(options, newest)
         model = _pretraining_model(options, start, images.train if images and facts else None, facts)
         if newest is not None and (begun := _autoencoder_config(newest)).name == model.name:
-            model = begun  # whatever this version makes of the name
+            # Whatever this version makes of the name; options that were changed under the run are refused by name.
+            model = begun.replace(**{key: getattr(model, key) for key in _MODEL_OPTIONS})
         if not mistakes.concern("mask_ratio"):
             check_mask_ratio(options.mask_ratio, math.prod(model.grid_size))
     mistakes.raise_if_any()

@@ -77,8 +77,9 @@ def resume(
     if folder is None:
         state = TrainState()
     else:
+        # Before the weights are read, which need not fit the model of other options.
+        _refuse_other_options(checkpoint.read_state(folder / STATE_FILE)[0], task.config, data_changed=data_changed)
         state = checkpoint.read(folder, model_state)
-        _refuse_other_options(state, task.config, data_changed=data_changed)
         change = _data_change(state, task, data)
         if change and not data_changed:
             raise _changed_data_error(change, task.config, directory)
