@@ -121,8 +121,10 @@ def test_an_encoder_as_one_plain_file_is_the_same(tmp_path, settings):
         "README.md",
     }
     net = runpy.run_path(str(tmp_path / "x" / "model.py"))["load"](tmp_path / "x")
-    with pytest.raises(ValueError, match="this model takes"):
-        net(torch.zeros(1, 3, 4, 4))
+    own = (3, *SMALL["image_size"])
+    for shape in ((1, 3, 4, 4), (1, 1, *own[1:]), own):
+        with pytest.raises(ValueError, match="this model takes"):
+            net(torch.zeros(shape))
 
 
 def test_a_classifier_as_one_plain_file_runs_where_this_library_is_not(classifier, tmp_path):
@@ -185,6 +187,14 @@ def test_a_whole_model_as_a_graph(tmp_path, monkeypatch, settings):
     mask, visible = torch.ones(1, 15, dtype=torch.bool), torch.arange(4)[None]
     names = run_card(tmp_path / "x", monkeypatch, images=torch.randn(1, 3, 6, 10), mask=mask, visible=visible)
     assert names["prediction"].shape == (1, 15, 12)
+
+
+@pytest.mark.parametrize("size", [(2, 4), (2, 6), (4, 6)])
+@EXPORTERS
+def test_a_whole_model_of_few_patches_as_a_graph(tmp_path, size):
+    model = saved(tmp_path / "model", image_size=size, mask_tokens="decoder")
+    exported = crate_mae.export(model, out=tmp_path / "x", format="pt2", part="full", verify=True)
+    assert exported.largest_difference < 1e-5
 
 
 @EXPORTERS
@@ -320,6 +330,25 @@ def test_a_folder_that_is_there_is_left_alone(model, tmp_path, crate_mae_command
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["mine.txt"]
     (tmp_path / "x" / "mine.txt").unlink()
     assert crate_mae_command("export", model, "--out", tmp_path / "x")[0] == 0  # an empty folder may be filled
+
+
+def test_an_empty_folder_that_is_the_current_one_or_behind_a_link_is_filled(
+    model, tmp_path, crate_mae_command, monkeypatch
+):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    for out in (".", tmp_path / "link"):
+        assert crate_mae_command("export", model, "--out", out)[0] == 0
+        names = {path.name for path in (tmp_path / "here").iterdir()}
+        assert names == {"model.safetensors", "config.json", "README.md"}
+        for name in names:
+            (tmp_path / "here" / name).unlink()
+    assert {path.name for path in tmp_path.iterdir()} >= {"here", "link"}
+    assert (tmp_path / "link").is_symlink() and not list(tmp_path.glob(".*"))
+    (tmp_path / "nowhere").symlink_to("missing")
+    code, _, err = crate_mae_command("export", model, "--out", tmp_path / "nowhere")
+    assert code == 2 and "is a link to nothing" in err
 
 
 def test_a_missing_package_is_named(model, tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from crate_mae.data.files import whole_folder
+from crate_mae.data.files import filled_folder, whole_folder
 from crate_mae.errors import UserError
 from crate_mae.training import run_directory
 from crate_mae.training.run_directory import CsvLog, RunDirectory
@@ -158,3 +158,25 @@ def test_a_folder_comes_back_after_a_kill_while_it_was_replaced(tmp_path):
         (folder / "x").write_text("second")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a" / "x").read_text() == "second"
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_folder_is_filled_whole_or_not_at_all_and_nothing_of_others_is_lost(tmp_path, is_new):
+    out = tmp_path / "a"
+    if not is_new:
+        (out / ".writing-of-a-killed-program").mkdir(parents=True)
+    with pytest.raises(RuntimeError), filled_folder(out) as folder:
+        (folder / "x").write_text("first")
+        raise RuntimeError
+    assert out.exists() is not is_new and not list(tmp_path.rglob("*x*"))
+    with pytest.raises(UserError, match="exists already"), filled_folder(out) as folder:
+        (folder / "x").write_text("second")
+        out.mkdir(exist_ok=True)
+        (out / "mine").write_text("mine")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "mine"]
+    (out / "mine").unlink()
+    before = out.stat()
+    with filled_folder(out) as folder:
+        (folder / "x").write_text("third")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a", "x"]
+    assert out.stat().st_ino == before.st_ino

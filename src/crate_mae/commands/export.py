@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from cyclopts import Parameter
 
 from crate_mae.commands.console import computes, print_random_initialisation
-from crate_mae.data.files import output_path, path_of, refuse_used_folder, whole_folder
+from crate_mae.data.files import filled_folder, output_path, path_of, refuse_used_folder
 from crate_mae.errors import UserError, install_command
 from crate_mae.terminal import CleanConsole, open_console
 
@@ -97,7 +97,7 @@ def export(
         has_all = format in ("safetensors", "hf") or (is_classifier and format != "timm" and not int8)
         part = "full" if has_all else "encoder"
     difference = None
-    with whole_folder(out) as folder:
+    with filled_folder(out) as folder:
         size = formats.write(net, folder, format, part, int8=int8, facts=facts)
         if verify:
             difference = formats.largest_difference(net, folder, format, part)
@@ -253,7 +253,7 @@ def convert(
     given: dict[str, Any] = {"image_size": image_size, "threshold": threshold, "norm_pix_loss": norm_pix_loss}
     given |= {"mean": mean, "std": std}
     conversion = understand(file, num_heads, **{key: value for key, value in given.items() if value is not None})
-    with whole_folder(out) as folder:
+    with filled_folder(out) as folder:
         conversion.write(folder)
     console = open_console()
     console.say(f"Found {conversion.found}.")

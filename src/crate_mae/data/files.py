@@ -24,6 +24,7 @@ from crate_mae.errors import UserError
 DIGESTS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 _MOST_BYTES = 2**20  # of SHA256SUMS: ten thousand files
+UNFINISHED = ".writing-"  # how the names of folders in a folder begin that hold what is to be there
 _BLOCK = 4096  # bytes of a file that a fingerprint reads at one place
 
 
@@ -158,13 +159,7 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        entries = [temporary, *temporary.rglob("*")]
-        set_usual_mode(temporary, *(entry for entry in entries if not entry.is_dir()))
-        for entry in entries:
-            if entry.is_dir():
-                flush_names(entry)
-            else:
-                flush_to_disk(entry)
+        _flush_folder(temporary)
         if replace and path.exists():
             # Moved aside, not removed: however long that takes, one of the two is whole.
             path.rename(former)
@@ -177,6 +172,44 @@ def whole_folder(path: Path, *, replace: bool = True) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         _bring_back(former, path)
         raise
+
+
+@contextlib.contextmanager
+def filled_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder whose contents are in a new or empty folder when the block ends without an exception.
+
+    A new folder comes into being as by `whole_folder`. An empty one stays what it is: it may be the current folder,
+    the end of a link, or another disk, and its mode may be meant. If the block fails, it is empty again.
+
+    Raises:
+        UserError: as `refuse_used_folder`, also if the folder is used by something else in the end.
+    """
+    refuse_used_folder(path)
+    if not path.is_dir():
+        with whole_folder(path) as folder:
+            yield folder
+            refuse_used_folder(path)
+        return
+    for leftover in path.glob(f"{UNFINISHED}*"):  # of a program that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=path, ignore_cleanup_errors=True) as scratch:
+        yield Path(scratch)
+        _flush_folder(Path(scratch))
+        refuse_used_folder(path)
+        for entry in Path(scratch).iterdir():
+            entry.rename(path / entry.name)
+    flush_names(path)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Give the files below a folder the usual mode, and have them and their names written to disk."""
+    entries = [folder, *folder.rglob("*")]
+    set_usual_mode(folder, *(entry for entry in entries if not entry.is_dir()))
+    for entry in entries:
+        if entry.is_dir():
+            flush_names(entry)
+        else:
+            flush_to_disk(entry)
 
 
 def _bring_back(former: Path, path: Path) -> None:
@@ -267,7 +300,7 @@ def files_fingerprint(files: Iterable[tuple[str, Path]], blocks: int = 64) -> st
 
 
 def refuse_used_folder(
-    path: Path, *, kind: str = "", leftovers: tuple[str, ...] = (), overwrite: bool | None = None
+    path: Path, *, kind: str = "", leftovers: tuple[str, ...] = (UNFINISHED,), overwrite: bool | None = None
 ) -> None:
     """Raise a `UserError` for an output folder that holds other files, or that cannot be written to.
 
@@ -277,8 +310,9 @@ def refuse_used_folder(
         leftovers: prefixes of files that an interrupted start leaves behind, which are ignored.
         overwrite: whether the folder may hold files; None if the command has no option --overwrite.
     """
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{path} is a file. Give a new folder with --out.")
+    if os.path.lexists(path) and not path.is_dir():
+        what = "a file" if path.exists() else "a link to nothing"
+        raise UserError(f"{path} is {what}. Give a new folder with --out.")
     if not overwrite and path.exists() and any(not entry.name.startswith(leftovers) for entry in path.iterdir()):
         other = f" and not {kind}, so nothing was written there" if kind else ""
         add = "" if overwrite is None else ", or add --overwrite"

@@ -115,8 +115,9 @@ class Model(nn.Module):
 
     def tokens(self, images: Tensor) -> Tensor:
         """The normalised tokens of the last layer, b 1+n d."""
-        if tuple(images.shape[-2:]) != self.image_size:
-            raise ValueError(f"Images of {tuple(images.shape[-2:])} pixels: this model takes {self.image_size}.")
+        wanted = (self.patch_weight.shape[1], *self.image_size)
+        if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
+            raise ValueError(f"Images are {tuple(images.shape)}, but this model takes b x c x hh x ww of {wanted}.")
         patches = F.conv2d(images, self.patch_weight, self.patch_bias, stride=self.patch_size).flatten(2).mT
         z = torch.cat([self.class_token.expand(len(images), -1, -1), patches], dim=1) + self.positions
         z = self.blocks(z)

@@ -12,7 +12,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from crate_mae.data.documents import read_json, to_json
-from crate_mae.data.files import DIGESTS_FILE, damage_of, flush_names, flush_to_disk, path_of, set_usual_mode
+from crate_mae.data.files import (
+    DIGESTS_FILE,
+    UNFINISHED,
+    damage_of,
+    flush_names,
+    flush_to_disk,
+    path_of,
+    set_usual_mode,
+)
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.checkpoints import newest_checkpoint
@@ -91,7 +99,7 @@ def save_tensors(tensors: dict[str, Tensor], config: Config, folder: str | Path)
     """`save` for a state dict gathered elsewhere, such as from several processes."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(prefix=UNFINISHED, dir=folder) as scratch:
         save_config(config, Path(scratch))
         save_file(tensors, Path(scratch) / WEIGHTS_FILE, metadata={"format": "pt"})
         set_usual_mode(Path(scratch), Path(scratch) / WEIGHTS_FILE)
