@@ -223,6 +223,29 @@ def test_a_layer_that_computes_otherwise_than_described_is_not_exported(model, t
         formats.write(changed, tmp_path, kind, "encoder")
 
 
+@pytest.mark.parametrize(
+    ("part", "number", "value", "advice"),
+    [
+        ("encoder.blocks.1.ista", "steps", 5, r"load\(MODEL, ista_steps=...\)"),
+        ("decoder.norm", "eps", 0.5, r"Change it back\.$"),
+    ],
+)
+def test_the_advice_about_such_a_layer_can_be_followed(tmp_path, part, number, value, advice):
+    changed = crate_mae.load(saved(tmp_path / "model", layer="monotone"))
+    setattr(changed.get_submodule(part), number, value)
+    with pytest.raises(UserError, match=advice):
+        crate_mae.save(changed, tmp_path / "x")
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "torch", "timm", "hf", "onnx", "pt2"])
+def test_a_model_that_is_not_finite_is_not_exported(model, tmp_path, kind):
+    broken = crate_mae.load(model)
+    broken.encoder.cls_token.data[0, 0, 0] = torch.nan
+    with pytest.raises(UserError, match=r"not finite, in 1 tensor\(s\) such as encoder.cls_token"):
+        crate_mae.export(broken, out=tmp_path / "x", format=kind)
+    assert not (tmp_path / "x").exists()
+
+
 @EXPORTERS
 def test_int8_is_smaller_and_near(tmp_path):
     pytest.importorskip("onnxruntime")

@@ -43,7 +43,7 @@ from crate_mae.models.features import evaluating, pool
 from crate_mae.models.layers import ISTA
 from crate_mae.models.masking import hide_all_but, random_mask, visible_indices
 from crate_mae.models.monotone import Compression
-from crate_mae.models.tensors import refuse_other_numbers
+from crate_mae.models.tensors import refuse_broken, refuse_other_numbers
 from crate_mae.models.timm_models import write_encoder
 from crate_mae.models.weights import Model, load, save
 
@@ -78,9 +78,10 @@ def write(
         The size of the weights or graph in bytes.
 
     Raises:
-        UserError: if the format cannot express what the model does.
+        UserError: if the format cannot express what the model does, or the model holds numbers that are not finite.
     """
     refuse_other_numbers(model)
+    refuse_broken(model.state_dict(), "This model")
     graph = graph_class(model, part)
     if kind == "hf":
         from crate_mae.deployment.huggingface.modeling import pretrained
