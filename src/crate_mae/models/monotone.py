@@ -383,6 +383,7 @@ class FoldedISTA(nn.Module):
         steps: how many.
     """
 
+    operator: Tensor
     gram: Tensor | None
 
     def __init__(self, ista: BoundedISTA) -> None:
