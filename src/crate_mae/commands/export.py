@@ -11,10 +11,10 @@ from cyclopts import Parameter
 
 from crate_mae.commands.console import computes, print_random_initialisation
 from crate_mae.data.files import filled_folder, output_path, path_of, refuse_used_folder
+from crate_mae.deployment import Format
 from crate_mae.errors import UserError, install_command
 from crate_mae.terminal import CleanConsole, open_console
 
-Format = Literal["safetensors", "torch", "timm", "hf", "onnx", "pt2"]
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
 
 

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from crate_mae.data import evaluation_transform
+from crate_mae.deployment import Format
 from crate_mae.deployment.card import card
 from crate_mae.deployment.plain import CODE_FILE, write_plain
 from crate_mae.errors import UserError, first_line
@@ -47,7 +48,6 @@ from crate_mae.models.tensors import refuse_broken, refuse_other_numbers
 from crate_mae.models.timm_models import write_encoder
 from crate_mae.models.weights import Model, load, save
 
-Format = Literal["safetensors", "torch", "timm", "hf", "onnx", "pt2"]
 Part = Literal["encoder", "full"]
 Outputs = dict[str, Tensor]
 ONNX_FILE = "model.onnx"
