@@ -7,6 +7,7 @@ import runpy
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -353,6 +354,22 @@ def test_a_folder_that_is_there_is_left_alone(model, tmp_path, crate_mae_command
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["mine.txt"]
     (tmp_path / "x" / "mine.txt").unlink()
     assert crate_mae_command("export", model, "--out", tmp_path / "x")[0] == 0  # an empty folder may be filled
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root can become another user")
+def test_a_folder_of_another_user_is_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(formats, "write", lambda *_arguments, **_options: pytest.fail("has begun to write"))
+    model = crate_mae.create_model(NANO)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)  # anybody may look, and only we may write
+        users = os.getresuid()
+        os.setresuid(65534, 65534, 0)
+        try:
+            with pytest.raises(UserError, match=f"Cannot write into {folder}. Give another folder with --out."):
+                crate_mae.export(model, out=f"{folder}/exported")
+        finally:
+            os.setresuid(*users)
+        assert not list(Path(folder).iterdir())
 
 
 def test_an_empty_folder_that_is_the_current_one_or_behind_a_link_is_filled(

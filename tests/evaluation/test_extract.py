@@ -1,7 +1,9 @@
 """Features of whole data sources, unreadable images, and the cache."""
 
+import errno
 import functools
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -212,6 +214,27 @@ def test_a_cache_that_cannot_be_written_is_done_without(model, folder, own_cache
     (own_cache / "crate-mae").mkdir()
     (own_cache / "crate-mae" / "features").write_text("in the way")
     assert len(only(open_backbone(model), folder).values) == 12
+
+
+@pytest.mark.parametrize("is_full", [True, False])
+def test_a_cache_that_fills_up_or_is_deleted_meanwhile_is_done_without(
+    model, folder, own_cache, calls, monkeypatch, is_full
+):
+    save_file = extract_module.save_file
+
+    def interrupted(tensors, path, metadata):
+        save_file(tensors, path, metadata=metadata)
+        if is_full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        shutil.rmtree(own_cache / "crate-mae")
+
+    monkeypatch.setattr(extract_module, "save_file", interrupted)
+    first = only(open_backbone(model), folder)
+    assert not list(own_cache.rglob("*.safetensors*"))
+    monkeypatch.setattr(extract_module, "save_file", save_file)
+    assert np.array_equal(only(open_backbone(model), folder).values, first.values)
+    assert np.array_equal(only(open_backbone(model), folder).values, first.values)
+    assert calls == [12, 12]
 
 
 def test_the_cache_forgets_what_was_used_longest_ago(model, folder, own_cache, calls, monkeypatch):
