@@ -13,6 +13,7 @@ from crate_mae.data.decode import UnreadableImage as UnreadableImage
 from crate_mae.data.decode import to_channels as to_channels
 from crate_mae.data.decode import to_tensor as to_tensor
 from crate_mae.data.facts import channel_statistics as channel_statistics
+from crate_mae.data.facts import cheaper_model as cheaper_model
 from crate_mae.data.facts import check as check
 from crate_mae.data.facts import describe_images as describe_images
 from crate_mae.data.facts import refuse_shared_images as refuse_shared_images

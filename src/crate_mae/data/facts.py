@@ -182,18 +182,26 @@ def _read_with_content(source: ImageSource, i: int) -> tuple[Image.Image | Tenso
 # (shorter side up to which, the preset, its image size)
 _SUGGESTIONS = (
     (12, "crate_mae_nano_isometric_patch2_8", 8),
-    (44, "crate_mae_micro_wide_compressing_patch4_32", 32),
-    (80, "crate_mae_micro_wide_compressing_patch8_64", 64),
-    (112, "crate_mae_micro_wide_compressing_patch12_96", 96),
-    (176, "crate_mae_micro_wide_compressing_patch16_128", 128),
+    (44, "crate_mae_micro_wide_monotone_patch4_32", 32),
+    (80, "crate_mae_micro_wide_monotone_patch8_64", 64),
+    (112, "crate_mae_micro_wide_monotone_patch12_96", 96),
+    (176, "crate_mae_micro_wide_monotone_patch16_128", 128),
 )
-_LARGEST_SUGGESTION = ("crate_mae_tiny_compressing_patch16_224", 224)
+_LARGEST_SUGGESTION = ("crate_mae_tiny_monotone_patch16_224", 224)
 
 
-def suggest_model(facts: ImageFacts) -> tuple[str, int]:
-    """Return the preset for images of this size, and its image size: the one nearest to the median shorter side."""
-    side = min(facts.height, facts.width)
+def suggest_model(facts: ImageFacts | None) -> tuple[str, int]:
+    """Return the preset for images of this size, and its image size: the one nearest to the median shorter side.
+
+    Without facts, it is that for images of 32 pixels.
+    """
+    side = 32 if facts is None else min(facts.height, facts.width)
     return next(((name, size) for most, name, size in _SUGGESTIONS if side <= most), _LARGEST_SUGGESTION)
+
+
+def cheaper_model(name: str) -> tuple[str, int] | None:
+    """The preset, and its image size, that takes much less time than a suggested one; None if there is none."""
+    return _SUGGESTIONS[-1][1:] if name == _LARGEST_SUGGESTION[0] else None
 
 
 def _affordable(source: ImageSource) -> int:

@@ -53,7 +53,7 @@ _PICTURED = 8
 _MOST_LABELLED, _FEWEST_LABELLED = 2000, 50
 _MOST_BYTES = 2**28  # of their pixels
 _VOTING, _TEMPERATURE = 20, 0.07  # as in `crate-mae eval knn`
-_BUNDLED, _SMALL = "crate_mae_micro_compressing_cifar10", 64  # a model to start from, and pixels to have many steps
+_BUNDLED, _SMALL = "crate_mae_micro_monotone_cifar10", 64  # a model to start from, and pixels to have many steps
 _OF_ONE_MODEL = ("recipe", "model", "model_settings", "image_size", "mask_tokens", "norm_pix_loss", "lr")
 
 

@@ -13,6 +13,7 @@ from crate_mae.data import (
     ImageFacts,
     ImageSource,
     channel_statistics,
+    cheaper_model,
     describe_images,
     finetune_transform,
     suggest_model,
@@ -265,6 +266,25 @@ def _batch_mistake(options: RunOptions, batch: int, images: int, processes: int,
     return None
 
 
+def with_cheaper_model(options: OptionsT, config: RunOptions, why: str) -> OptionsT | None:
+    """Options with a model for smaller images; None if the model was not chosen by their size, or there is none.
+
+    Args:
+        options: as given.
+        config: the same, filled in.
+        why: what the plan names as the origin of the image size.
+    """
+    if not isinstance(options, PretrainOptions) or {"model", "model_settings", "init_from", "image_size"} & {
+        *options.given()
+    }:
+        return None
+    if (cheaper := cheaper_model(config.model)) is None:
+        return None
+    name, size = cheaper
+    origins = {**(options.origins or {}), "image_size": why}
+    return replace(options, model=name, image_size=size, origins=origins)
+
+
 def with_machine(options: OptionsT, processes: int) -> OptionsT:
     """Fill in how many processes load images and how many threads compute."""
     workers = options.workers
@@ -310,10 +330,8 @@ def _pretraining_model(
     if taken := [key for key in options.model_settings if key in _MODEL_OPTIONS]:
         name = option_name(taken[0].replace("in_chans", "channels"))
         raise UserError(f"Give {name} instead of a model setting.")
-    channels, suggested, side = options.channels or 3, "crate_mae_micro_wide_compressing_patch4_32", 32
-    if facts is not None:
-        channels = options.channels or facts.channels
-        suggested, side = suggest_model(facts)
+    channels = options.channels or (3 if facts is None else facts.channels)
+    suggested, side = suggest_model(facts)
     if start is not None and options.model in (None, start.name):
         size = options.image_size or side
         config = resized_config(start, (size, size) if isinstance(size, int) else size)
