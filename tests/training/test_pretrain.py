@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -13,7 +14,7 @@ from PIL import Image
 
 from crate_mae.cli import main
 from crate_mae.commands.train import pretrain, resume
-from crate_mae.data import open_source
+from crate_mae.data import ImageFacts, open_source, suggest_model
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.checkpoints import newest_checkpoint
@@ -429,6 +430,35 @@ def test_a_short_run_takes_smaller_steps_rather_than_few(tiny_run, speed, monkey
     assert (given.batch_size, given.steps in (93, 94)) == (32, True)
 
 
+def test_a_run_too_short_for_large_images_takes_the_model_for_smaller_ones(tiny_run, tmp_path, monkeypatch, capsys):
+    def probe(task, images, _accelerator):
+        return ProbeResult("float32", "", images * (1.0 if task.model.config.image_size[0] == 224 else 0.01), 0.0, None)
+
+    monkeypatch.setattr("crate_mae.training.start.probe", probe)
+    folder = tmp_path / "photographs"
+    folder.mkdir()
+    for i in range(40):
+        pixels = np.random.default_rng(i).integers(0, 256, (240, 300, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    options = {"data": folder, "steps": None, "batch_size": None, "model_settings": None, "lr": None, "dry_run": True}
+
+    def suggested(side):
+        name, size = suggest_model(ImageFacts(3, side, side))
+        return name, (size, size)
+
+    long = tiny_run(**options, minutes=300).config
+    assert (long.model, long.image_size) == suggested(224)
+    capsys.readouterr()
+    short = tiny_run(**options, minutes=30, quiet=False).config
+    assert (short.model, short.image_size) == suggested(128)
+    plan = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"128 x 128 pixels \(from --minutes 30, in which a model for larger images would take \d+ steps\)", plan
+    )
+    chosen = tiny_run(**options, minutes=30, image_size=224).config
+    assert chosen.image_size == (224, 224)
+
+
 def test_a_length_in_minutes_is_one_of_three(tiny_run, tmp_path):
     with pytest.raises(UserError, match="--steps and --minutes both set the length of the run"):
         tiny_run(minutes=3)
@@ -448,7 +478,7 @@ def test_a_long_plan_names_shorter_commands_that_work(tiny_run, speed, tmp_path,
         "--model-settings.num_heads 2 --model-settings.depth 2 --model-settings.decoder_depth 2 --batch-size 24 "
         f"--lr 0.005 {given.removeprefix('--batch-size 24 ')}",
         f"crate-mae pretrain digits:test --out {tmp_path / 'run'}-30min-init --minutes 30 {given} "
-        "--init-from crate_mae_micro_compressing_cifar10",
+        "--init-from crate_mae_micro_monotone_cifar10",
     ]
     for command in commands:
         main([*shlex.split(command)[1:], "--dry-run"])

@@ -133,8 +133,8 @@ class RunOptions:
     steps: int = option(None, "Optimizer steps, instead of epochs.", AT_LEAST_1)
     minutes: float = option(
         None,
-        "Minutes that the run may take, instead of epochs: the number of steps, and by default the batch size, are "
-        "chosen from the measured speed of this machine.",
+        "Minutes that the run may take, instead of epochs: the number of steps, and by default the batch size and (for "
+        "images of more than 176 pixels) the model, are chosen from the measured speed of this machine.",
         POSITIVE,
         saved=False,
     )

@@ -38,9 +38,9 @@ from crate_mae.training.preflight import (
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, first_decides, training_device
-from crate_mae.training.progress import Display, LastingStream, describe_plan, duration, plan_lines, plan_values
+from crate_mae.training.progress import Display, LastingStream, count, describe_plan, duration, plan_lines, plan_values
 from crate_mae.training.randomness import Purpose, derive_seed
-from crate_mae.training.resolve import resolve
+from crate_mae.training.resolve import resolve, with_cheaper_model
 from crate_mae.training.resume import continued
 from crate_mae.training.run_directory import Run, RunDirectory
 from crate_mae.training.task import BuildTask, Task
@@ -202,11 +202,12 @@ def _fitted_to_time(
     """The options with as many steps as fit into their minutes, at the speed of a few measured ones.
 
     Where the batch is open and few steps would fit, there are more steps of fewer images instead. These are measured
-    too, if that takes little of the time; else they take as long per image.
+    too, if that takes little of the time; else they take as long per image. Where even these would be few, and the
+    model was chosen by the size of the images, it is one for smaller images.
     """
     resolved_at = time.monotonic()
 
-    def measured(config: RunOptions) -> tuple[float, int]:
+    def measured(config: RunOptions, build: BuildTask) -> tuple[float, int]:
         """The seconds that a measurement took, and how many steps fit."""
         before = time.monotonic()
         task, found = _build_task(config, build, accelerator)
@@ -223,12 +224,19 @@ def _fitted_to_time(
             )
         return seconds, steps
 
-    seconds, steps = measured(config)
+    seconds, steps = measured(config, build)
+    most = steps if options.batch_size else max(steps, steps * config.batch_size // _SMALLEST_BATCH)
+    if most < _ENOUGH_STEPS:
+        why = f"--minutes {options.minutes:g}, in which a model for larger images would take {count(most, 'step')}"
+        if cheaper := with_cheaper_model(options, config, why):
+            options = cheaper
+            config, build = resolve(options, accelerator.num_processes, None)
+            seconds, steps = measured(config, build)
     batch, share = config.batch_size, 2 * accelerator.num_processes * config.accumulation * config.inseparable
     while options.batch_size is None and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
         batch, steps = batch // 2, 2 * steps
     if batch < config.batch_size and seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
-        _, steps = measured(dataclasses.replace(config, batch_size=batch))
+        _, steps = measured(dataclasses.replace(config, batch_size=batch), build)
     fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
     return dataclasses.replace(options, minutes=None, **fitted)
 
