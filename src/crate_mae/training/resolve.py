@@ -274,11 +274,8 @@ def with_cheaper_model(options: OptionsT, config: RunOptions, why: str) -> Optio
         config: the same, filled in.
         why: what the plan names as the origin of the image size.
     """
-    if not isinstance(options, PretrainOptions) or {"model", "model_settings", "init_from", "image_size"} & {
-        *options.given()
-    }:
-        return None
-    if (cheaper := cheaper_model(config.model)) is None:
+    chosen = {"model", "model_settings", "init_from", "image_size"} & options.given().keys()
+    if chosen or not isinstance(config, PretrainOptions) or (cheaper := cheaper_model(config.model)) is None:
         return None
     name, size = cheaper
     origins = {**(options.origins or {}), "image_size": why}
