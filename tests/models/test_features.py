@@ -223,5 +223,5 @@ def test_the_defaults_are_those_that_help_texts_name():
     for name in ("embed", "eval_knn", "eval_linear", "eval_fewshot"):
         text = " ".join(getattr(crate_mae, name).__doc__.split())
         assert f"by default {DEFAULT_POOLING}, or mean" in text, name
-        last = f"by default {DEFAULT_LAYER}." if name in ("embed", "eval_fewshot") else f"else {DEFAULT_LAYER}."
+        last = f"by default {DEFAULT_LAYER}." if name in ("embed", "eval_fewshot") else f"otherwise {DEFAULT_LAYER}."
         assert last in text, name
