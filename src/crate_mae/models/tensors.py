@@ -21,7 +21,7 @@ from crate_mae.data.documents import read_json
 from crate_mae.errors import UserError, and_more
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.classifier import Classifier, initialised
-from crate_mae.models.config import CONFIG_FILE, WEIGHTS_FILE, Config, ModelConfig, encoder_config
+from crate_mae.models.config import CONFIG_FILE, LAYER_SETTINGS, WEIGHTS_FILE, Config, ModelConfig, encoder_config
 from crate_mae.models.devices import without_memory
 from crate_mae.models.encoder import build_encoder
 from crate_mae.models.monotone import refuse_earlier_layers
@@ -31,12 +31,6 @@ from crate_mae.private_torch import COMPILED, uncompiled_name
 _FLOATS = {"F32": torch.float32, "F64": torch.float64, "F16": torch.float16, "BF16": torch.bfloat16}
 _PREFIXES = ("module.", "model.", f"{COMPILED}.")  # of data parallelism, of trainers, of torch.compile
 _NUMBERS = ("num_heads", "scale", "eps", "step_size", "threshold", "steps", "ista_skip")  # that layers compute with
-_SETTINGS = {
-    "step_size": "step_size",
-    "threshold": "threshold",
-    "steps": "ista_steps",
-    "ista_skip": "ista_skip",
-}  # theirs
 _MOST_LAYERS, _LARGEST_ARGUMENT = 200, 2**16  # of networks of timm
 
 
@@ -257,13 +251,12 @@ def refuse_other_numbers(model: MaskedAutoencoder | Classifier) -> None:
         for key in _NUMBERS:
             wanted, found = getattr(part, key, None), getattr(parts.get(name), key, None)
             if isinstance(wanted, int | float) and found != wanted:  # the scale of compressing layers is a method
-                setting = _SETTINGS.get(key)
-                or_set = (
-                    f", or load the model with this setting: crate_mae.load(MODEL, {setting}=...)" if setting else ""
-                )
+                setting = "ista_steps" if key == "steps" else key
+                load = f", or load the model with this setting: crate_mae.load(MODEL, {setting}=...)"
+                or_load = load if setting in LAYER_SETTINGS else ""
                 raise UserError(
                     f"{name}.{key} of this model is {found}, but its config describes {wanted}: a copy would compute "
-                    f"another function.\nChange it back{or_set}."
+                    f"another function.\nChange it back{or_load}."
                 )
 
 
