@@ -12,6 +12,7 @@ from crate_mae.theory import (
     ista_operator,
     ista_step,
     lasso_objective,
+    scaled_gram,
     sparse_codes,
     top_singular_pair,
 )
@@ -70,6 +71,16 @@ def test_operator_formed_once_gives_the_step(generator):
     x, dictionary = gaussian(5, 11, generator=generator), gaussian(11, 11, generator=generator)
     out = apply_ista_operator(x, ista_operator(dictionary, 0.1), 0.1 * 0.5)
     torch.testing.assert_close(out, ista_step(x, dictionary, 0.1, 0.5), rtol=0, atol=0)
+
+
+def test_scaled_gram_and_its_first_and_second_derivatives_for_any_number_of_atoms(generator):
+    dictionary = gaussian(4, 7, generator=generator).requires_grad_()
+    weights = gaussian(7, 7, generator=generator)  # not symmetric: the gradient takes both halves of it
+    gram = scaled_gram(dictionary, 0.1)
+    torch.testing.assert_close(gram, 0.1 * dictionary.T @ dictionary, rtol=1e-14, atol=1e-15)
+    (gradient,) = torch.autograd.grad((weights * gram).sum(), dictionary)
+    torch.testing.assert_close(gradient, 0.1 * dictionary @ (weights + weights.T), rtol=1e-14, atol=1e-14)
+    assert torch.autograd.gradgradcheck(lambda d: scaled_gram(d, 0.1), dictionary)
 
 
 def test_operator_under_autocast_errs_by_its_rounding_and_sends_gradients_in_float32(generator):

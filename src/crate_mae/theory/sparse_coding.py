@@ -196,7 +196,42 @@ def ista_from_zero(
 def scaled_gram(dictionary: Float[Tensor, "d m"], step_size: float) -> Float[Tensor, "m m"]:
     # type: (Tensor, float) -> Tensor
     r"""N = eta D^T D: by how much a step lowers each code for what the others, and itself, already explain."""
+    if torch.jit.is_scripting():
+        return _scaled_gram(dictionary, step_size)
+    else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
+        return with_all_derivatives(
+            partial(_fast_gram, step_size=step_size), partial(_scaled_gram, step_size=step_size), dictionary
+        )
+
+
+def _scaled_gram(dictionary: Float[Tensor, "d m"], step_size: float) -> Float[Tensor, "m m"]:
+    # type: (Tensor, float) -> Tensor
     return step_size * (dictionary.t() @ dictionary)
+
+
+def _fast_gram(dictionary: Float[Tensor, "d m"], step_size: float) -> Float[Tensor, "m m"]:
+    return _ScaledGram.apply(dictionary, step_size)
+
+
+class _ScaledGram(torch.autograd.Function):
+    r"""N = eta D^T D, with one product in its backward pass, eta D (G + G^T), where autograd takes two."""
+
+    @staticmethod
+    def forward(ctx: Any, dictionary: Float[Tensor, "d m"], step_size: float) -> Float[Tensor, "m m"]:
+        """The scaled Gram matrix."""
+        ctx.save_for_backward(dictionary)
+        ctx.step_size = step_size
+        return _scaled_gram(dictionary, step_size)
+
+    @staticmethod
+    @once_differentiable  # as above
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, *grad_outputs: Float[Tensor, "m m"]
+    ) -> tuple[Float[Tensor, "d m"], None]:
+        """The gradient, in the precision in which the matrix was formed."""
+        (grad,) = grad_outputs
+        (dictionary,) = ctx.saved_tensors
+        return ctx.step_size * (dictionary.to(grad.dtype) @ (grad + grad.mT)), None
 
 
 class SingularPair(NamedTuple):
@@ -246,4 +281,5 @@ def bounded_dictionary(
         step_size: eta.
         norm: ||D||_2, see `top_singular_pair`.
     """
-    return dictionary / (step_size**0.5 * norm).clamp(min=1)
+    # Not a division, whose derivative makes three more matrices of this size.
+    return dictionary * (step_size**0.5 * norm).clamp(min=1).reciprocal()

@@ -100,14 +100,22 @@ def verdict_sentence(inspection: Inspection) -> str:
     rows = inspection.model.measures.audit
     if not rows:
         return "The audit does not apply: this model has no attention in subspaces and no sparse coding."
-    theorems = sum(row.status == "theorem" for row in rows)
-    by_proof = f", {theorems} of them as theorems of the layer" if theorems else ""
-    held = sum(row.is_met for row in rows)
     return (
-        "Compared with the best of its controls (the step reversed, without mixing or in random subspaces; relu(x) or "
-        f"an all-zero code; untrained networks), {held} of {plural(len(rows), 'claim')} about what this model’s layers "
-        f"do hold{by_proof}."
+        f"{_count_of_claims(rows, 'what this model’s layers do')} Controls are the step reversed, without mixing or in "
+        "random subspaces, relu(x) or an all-zero code, and untrained networks."
     )
+
+
+def _count_of_claims(rows: Sequence[AuditRow], about: str) -> str:
+    """How many claims hold, and how many of these only as theorems, where a control does as well as the step."""
+    held = [row for row in rows if row.is_met]
+    better = sum(row.holds for row in held)
+    parts = []
+    if better:
+        parts.append(f"in {better}, the step does better than the best of its controls in nearly every image")
+    if len(held) > better:
+        parts.append(f"the layer guarantees {len(held) - better} in which a control does as well")
+    return f"Of {plural(len(rows), 'claim')} about {about}, {len(held)} hold{': ' if parts else ''}{'; '.join(parts)}."
 
 
 def rates_finding(inspection: Inspection) -> Finding:
@@ -171,9 +179,7 @@ def steps_finding(inspection: Inspection) -> Finding:
     return Finding(
         anchor,
         title,
-        f"Of {plural(len(rows), 'claim')} about single steps of single layers, "
-        f"{sum(row.is_met for row in rows)} hold: there the step beats the best of its controls in nearly every image, "
-        "by more than a negligible margin.",
+        _count_of_claims(rows, "single steps of single layers"),
         warning="Contradiction: an image contradicts a theorem, so a layer has a bug. " + "; ".join(broken) + "."
         if broken
         else "",
