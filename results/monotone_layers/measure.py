@@ -19,7 +19,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -58,22 +58,20 @@ PUBLISHED = Pieces("free", "published", "softmax", "fixed", dictionary="publishe
 FIXED = Pieces(temperature="fixed")
 ONE_STEP = {"layer": "monotone", "ista_steps": 1}  # as all monotone layers took before two were found to be better
 # name: settings of the model, and the pieces of its layers where these are none of the library's.
-VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
+VARIANTS: dict[str, tuple[dict[str, Any], Pieces | Literal["unmixed"] | None]] = {
     "published": ({}, None),
     "tied": ({"output_projection": "tied"}, None),
     "orthogonal U": ({}, PUBLISHED._replace(subspaces="orthogonal")),
     "+ descent from X": ({}, PUBLISHED._replace(subspaces="orthogonal", step="descent")),
     "+ balanced": ({}, FIXED._replace(dictionary="published")),
+    "+ symmetric": ({}, FIXED._replace(membership="symmetric", dictionary="published")),
     "+ bounded D": ({}, FIXED._replace(dictionary="bounded")),
     "+ from zero": ({}, FIXED),
     "compressing": ({"layer": "compressing"}, None),
     "monotone": ({"layer": "monotone"}, None),
     "monotone, one step": (ONE_STEP, None),
-    "monotone, softmax": ({}, FIXED._replace(membership="softmax")),
-    "monotone, symmetric": ({}, FIXED._replace(membership="symmetric")),
-    "monotone, no mixing": ({}, FIXED._replace(membership="none")),
-    "compressing, no mixing": ({}, FIXED._replace(membership="none", dictionary="published")),
-    "published, no mixing": ({}, PUBLISHED._replace(membership="none")),
+    "published, no mixing in the encoder": ({}, "unmixed"),
+    "monotone, no mixing in the encoder": ({"layer": "monotone"}, "unmixed"),
     "encoder: kappa > 0": (ONE_STEP, Pieces(encoder_rate="above 0", sides="encoder")),
     "decoder: kappa < 1": (ONE_STEP, Pieces(decoder_rate="below 1", sides="decoder")),
     "decoder: softmax": (ONE_STEP, Pieces(membership="softmax", sides="decoder")),
@@ -99,6 +97,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | None]] = {
     "compressing, 12 x 256": ({"layer": "compressing", "depth": 12, "embed_dim": 256, "num_heads": 4}, None),
 }
 # "+ balanced" is also ISTA as published, and "+ bounded D" the step from X, where dictionaries are compared.
+# "+ symmetric" stands in the place of "+ balanced".
 
 
 def main(data: str, runs: str, *names: str) -> None:

@@ -18,8 +18,15 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 
 from crate_mae.models import autoencoder, encoder
-from crate_mae.models.layers import ISTA, DecoderLayer, Dictionary, EncoderLayer, SubspaceAttention
-from crate_mae.models.monotone import BoundedISTA, Decompression, OrthogonalSubspaces, rate_from_half
+from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, Dictionary, EncoderLayer, SubspaceAttention
+from crate_mae.models.monotone import (
+    BoundedISTA,
+    Compression,
+    Decompression,
+    MonotoneEncoderLayer,
+    OrthogonalSubspaces,
+    rate_from_half,
+)
 from crate_mae.theory.attention import attention_membership
 from crate_mae.theory.compression import balanced_membership, symmetric_membership
 from crate_mae.theory.sparse_coding import sparse_codes
@@ -28,7 +35,6 @@ MEMBERSHIPS = {
     "softmax": attention_membership,
     "symmetric": symmetric_membership,
     "balanced": balanced_membership,
-    "none": lambda w, _scale: torch.eye(w.shape[-2], device=w.device, dtype=w.dtype),
 }
 
 
@@ -51,7 +57,7 @@ class Pieces(NamedTuple):
 
     subspaces: Literal["free", "orthogonal"] = "orthogonal"
     step: Literal["published", "descent"] = "descent"
-    membership: Literal["softmax", "symmetric", "balanced", "none"] = "balanced"
+    membership: Literal["softmax", "symmetric", "balanced"] = "balanced"
     temperature: Literal["fixed", "learned"] = "learned"
     shared: bool = False
     dictionary: Literal["published", "bounded", "relu", "zero", "zero two", "none"] = "zero"
@@ -185,11 +191,49 @@ class PiecesDecoderLayer(DecoderLayer):
         return y_half if self.pieces.step == "published" else x
 
 
+class UnmixedMSSA(MSSA):
+    """The published attention with P = I."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """sum_k X U_k W_k^T: a linear map of each token."""
+        w = self.project(x)
+        return self.step(w, w)
+
+
+class UnmixedCompression(Compression):
+    """The step of monotone layers with P = I, which is 0."""
+
+    def mix(self, w: Tensor) -> Tensor:
+        """W_k."""
+        return w
+
+
+class UnmixedEncoderLayer(EncoderLayer):
+    """A published layer without mixing."""
+
+    attention = UnmixedMSSA
+
+
+class UnmixedMonotoneEncoderLayer(MonotoneEncoderLayer):
+    """A monotone layer without mixing."""
+
+    attention = UnmixedCompression
+
+
 @contextmanager
-def installed(pieces: Pieces | None) -> Iterator[None]:
-    """While the block runs, CRATE's layers are built of these pieces; None leaves them as they are."""
+def installed(pieces: Pieces | Literal["unmixed"] | None) -> Iterator[None]:
+    """While the block runs, CRATE's layers are built of these pieces; None leaves them as they are.
+
+    "unmixed" leaves all but the encoder's attention, where P = I. The decoder needs attention: without it, a mask token
+    sees nothing of its image.
+    """
     if pieces is None:
         yield
+        return
+    if pieces == "unmixed":
+        layers = {"EncoderLayer": UnmixedEncoderLayer, "MonotoneEncoderLayer": UnmixedMonotoneEncoderLayer}
+        with mock.patch.multiple(encoder, **layers):
+            yield
         return
 
     def encoder_block(**_settings: Any) -> Any:
