@@ -183,6 +183,30 @@ def test_subspaces_stay_orthogonal_under_any_optimizer(optimizer):
     assert max(float(distance_from_orthogonal(m.matrix().detach())) for m in subspaces) < 1e-5
 
 
+@pytest.mark.parametrize("size", [0.003, 0.1, 1.0, 100.0])
+def test_no_rate_rises_in_training_after_a_step_of_any_size(size, generator):
+    layer = MonotoneEncoderLayer(WIDTH, HEADS).double().train()
+    for _ in range(5):
+        step = torch.randn(WIDTH, WIDTH, generator=generator, dtype=torch.float64).sign()
+        with torch.no_grad():
+            layer.attn.subspaces.weight.add_(step, alpha=size)
+        x = hostile_tokens(generator)
+        after = x + layer.attn(x)
+        assert distance_from_orthogonal(layer.attn.subspaces.weight.detach()) < 0.01
+        for eps in EPS:
+            change = subspace_coding_rate(after, layer.attn.bases(), eps) - subspace_coding_rate(
+                x, layer.attn.bases(), eps
+            )
+            assert (change <= 1e-9).all()
+
+
+def test_weights_that_are_not_finite_stay_so_in_training(generator):
+    layer = MonotoneEncoderLayer(WIDTH, HEADS).train()
+    with torch.no_grad():
+        layer.attn.subspaces.weight[0, 0] = torch.nan
+    assert layer(hostile_tokens(generator).float()).isnan().any()  # which a training loop sees in its loss
+
+
 def test_a_weight_is_re_orthogonalised_once_for_each_change(generator):
     subspaces = anything(OrthogonalSubspaces(WIDTH), generator)
     x = torch.randn(2, 3, WIDTH, generator=generator)

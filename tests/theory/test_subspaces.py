@@ -13,7 +13,9 @@ from crate_mae.theory import (
     newton_schulz,
     orthonormal_bases,
     orthonormality_error,
+    polar_factor,
     project,
+    retraction,
     signal_to_noise,
     unproject,
 )
@@ -155,6 +157,23 @@ def test_newton_schulz_converges_quadratically():
         after = torch.linalg.matrix_norm(u.mT @ u - identity, ord=2)
         assert after <= 3 / 4 * before**2 + 1 / 4 * before**3 + 1e-14
     assert torch.equal(newton_schulz(u, steps=2), newton_schulz(newton_schulz(u)))
+
+
+@pytest.mark.parametrize(
+    ("values", "is_one_step"),
+    [((1.1, 0.9, 1.0), True), ((1.0, 1.0, 0.7), False), ((4.0, 1.0, 0.1), False), ((1.0, 0.0, 0.0), False)],
+)
+def test_a_retraction_is_one_step_after_a_small_change_and_the_polar_factor_after_a_large_one(values, is_one_step):
+    u, polar = rotation_of(*values)
+    found = retraction(u)
+    if is_one_step:
+        assert torch.equal(found, newton_schulz(u))
+        assert torch.linalg.matrix_norm(found.mT @ found - torch.eye(3)) < 0.22
+    else:
+        torch.testing.assert_close(found.mT @ found, torch.eye(3, dtype=torch.float64))
+        if min(values) > 0:
+            torch.testing.assert_close(found, polar)
+            assert torch.equal(polar_factor(u), found)
 
 
 def test_the_nearest_orthogonal_matrix_is_the_polar_factor():

@@ -60,8 +60,26 @@ def newton_schulz(u: Float[Tensor, "d d"], steps: int = 1) -> Float[Tensor, "d d
     most 3/4 delta^2 + 1/4 delta^3. A step costs two products of d x d matrices.
     """
     for _ in range(steps):
-        u = torch.addmm(u, u, u.t() @ u, beta=1.5, alpha=-0.5)
+        u = _newton_schulz_step(u, u.t() @ u)
     return u
+
+
+def retraction(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    r"""Back towards the orthogonal matrices after a change of an orthogonal U, such as an optimizer's step.
+
+    One step of `newton_schulz` if ||U^T U - I||_F <= 1/2, which leaves at most 0.22 of it (3/4 of its square, and a
+    quarter of its cube); the `polar_factor` otherwise, since larger steps may be far outside the region in which
+    Newton-Schulz steps converge. For numbers that are not finite, the result is not finite either.
+    """
+    gram = u.t() @ u
+    if torch.dist(gram, torch.eye(len(u), dtype=u.dtype, device=u.device)) > _NEAR_ORTHOGONAL:
+        return polar_factor(u)
+    return _newton_schulz_step(u, gram)
+
+
+def _newton_schulz_step(u: Float[Tensor, "d d"], gram: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    # type: (Tensor, Tensor) -> Tensor
+    return torch.addmm(u, u, gram, beta=1.5, alpha=-0.5)
 
 
 def distance_from_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
@@ -71,26 +89,33 @@ def distance_from_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
     return torch.linalg.matrix_norm(gram) / len(u) ** 0.5
 
 
-def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    r"""The orthogonal matrix nearest to U, its polar factor U (U^T U)^-1/2.
+def polar_factor(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    r"""U (U^T U)^-1/2, the orthogonal matrix nearest to U; any of the nearest if U is singular.
 
     Computed in float64 and returned in the precision of U: by `newton_schulz` where ||U^T U - I||_F < 1, which puts all
     singular values between 0 and sqrt(2), and by a singular value decomposition elsewhere.
+    """
+    exact = _in_float64(u)
+    if float(distance_from_orthogonal(exact)) * len(u) ** 0.5 >= 1:
+        left, _, right = torch.linalg.svd(exact)
+        return (left @ right).to(u)
+    while float(distance_from_orthogonal(exact)) > _CONVERGED:
+        exact = newton_schulz(exact)
+    return exact.to(u)
+
+
+def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    r"""The `polar_factor` of a matrix of which it is meaningful: the orthogonal matrix that U was meant to be.
 
     Raises:
-        UserError: if U is so far from orthogonal that its polar factor is not meaningful: if `distance_from_orthogonal`
-            is more than `FAR_FROM_ORTHOGONAL`, or a singular value is below `_LEAST_SINGULAR_VALUE`.
+        UserError: if `distance_from_orthogonal` is more than `FAR_FROM_ORTHOGONAL`, or a singular value is below
+            `_LEAST_SINGULAR_VALUE`.
     """
-    exact = (u.cpu() if u.device.type == "mps" else u).double()  # Apple's GPUs have no float64
+    exact = _in_float64(u)
     distance = float(distance_from_orthogonal(exact))
-    if distance * len(u) ** 0.5 < 1:
-        while float(distance_from_orthogonal(exact)) > _CONVERGED:
-            exact = newton_schulz(exact)
-        return exact.to(u)
-    if distance <= FAR_FROM_ORTHOGONAL:
-        left, values, right = torch.linalg.svd(exact)
-        if float(values[-1]) >= _LEAST_SINGULAR_VALUE:
-            return (left @ right).to(u)
+    is_near = distance * len(u) ** 0.5 < 1
+    if is_near or (distance <= FAR_FROM_ORTHOGONAL and torch.linalg.svdvals(exact)[-1] >= _LEAST_SINGULAR_VALUE):
+        return polar_factor(u)
     raise UserError(
         f"A matrix of subspaces of size {len(u)} x {len(u)} is far from orthogonal: the root mean square of "
         f"sigma^2 - 1 over its singular values is {distance:.3g} and may be at most {FAR_FROM_ORTHOGONAL}, and no "
@@ -99,7 +124,12 @@ def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     )
 
 
+def _in_float64(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
+    return (u.cpu() if u.device.type == "mps" else u).double()  # Apple's GPUs have no float64
+
+
 FAR_FROM_ORTHOGONAL = 0.5  # Gaussian matrices with columns of unit length have 1
+_NEAR_ORTHOGONAL = 0.5
 _LEAST_SINGULAR_VALUE = 1e-3
 _CONVERGED = 1e-10
 
