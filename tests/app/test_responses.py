@@ -138,7 +138,8 @@ def test_statuses_of_the_claims_on_a_picture_name_the_closest_control(untrained,
     theorem = dataclasses.replace(audit[0], status="theorem")
     broken = dataclasses.replace(audit[1], status="contradiction")
     drawn = curves_component([("a", Curves([1.0], [2.0], [0.5], [theorem, broken]))], 0)
-    assert "∎ theorem" in drawn and "‼ contradiction" in drawn
+    assert "∎ theorem; " in drawn and "‼ contradiction; " in drawn
+    assert drawn.count(f"better than {theorem.closest_control}") == 2
 
 
 def test_the_effect_of_a_layer_is_described_with_its_direction():

@@ -300,11 +300,12 @@ def _audit(name: str, rows: Sequence[AuditRow]) -> str:
 
 def _status(row: AuditRow) -> str:
     """Describe the margin over the best control; one picture allows no statistical test."""
+    is_better = row.margin_share >= LEAST_MARGIN_SHARE
+    compared = f"by {share(row.margin_share)} better" if is_better else "no better"
+    compared += f" than {escape(row.closest_control)}"
     if row.status in ("theorem", "contradiction"):
-        return f"{SYMBOLS[row.status]} {row.status}"
-    if row.margin_share >= LEAST_MARGIN_SHARE:
-        return f"{SYMBOLS['holds']} by {share(row.margin_share)} better than {escape(row.closest_control)}"
-    return f"{SYMBOLS['does not hold']} no better than {escape(row.closest_control)}"
+        return f"{SYMBOLS[row.status]} {row.status}; {compared}"
+    return f"{SYMBOLS['holds' if is_better else 'does not hold']} {compared}"
 
 
 def _draw_rates(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
