@@ -4,14 +4,17 @@
 
 `crate-mae inspect` measures 256 images, and asks of a claim more than this page does: a mean margin, a correction for
 many claims, and untrained networks. Here a claim is only counted: in how many images the value changes in the claimed
-direction, and in how many the step beats all of its controls. Writes every_image.csv, after each model and set of
-images; pairs of a model and a set that are in it already are not measured again.
+direction, and in how many the step beats all of its controls. Models that were trained on visible patches are measured
+on all tokens and on those of the visible patches. Writes every_image.csv, after each model and set of images; what is
+in it already is not measured again.
 """
 
 import csv
+import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +24,26 @@ from crate_mae.data import open_source
 from crate_mae.data.files import write_whole
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.reconstruction import read_images
-from crate_mae.interpret.audit import NO_CHANGE, Measured, Place
+from crate_mae.interpret.audit import NO_CHANGE, Measured, Place, Tokens
+from crate_mae.interpret.measure import masked_pass, token_views
 from crate_mae.interpret.steps import measure_claims
 
 MODELS = ("crate_mae_micro_compressing_cifar10", "crate_mae_micro_monotone_cifar10", "crate_mae_micro_cifar10")
 AT_ONCE = 250  # images
-COLUMNS = ("model", "data", "images", "part", "layer", "claim", "before", "after", "as_claimed", "beats_controls")
+MASK_RATIO = 0.75  # of their training
+COLUMNS = (
+    "model",
+    "data",
+    "tokens",
+    "images",
+    "part",
+    "layer",
+    "claim",
+    "before",
+    "after",
+    "as_claimed",
+    "beats_controls",
+)
 FILE = Path(__file__).with_name("every_image.csv")
 Row = dict[str, object]
 
@@ -35,22 +52,25 @@ def main(*named: str) -> None:
     """Measure what is missing."""
     torch.set_num_threads(1)
     for name, _, data in (each.partition("=") for each in named):
-        for model in MODELS:
+        for model, tokens in itertools.product(MODELS, get_args(Tokens)):
+            key: Row = {"model": model, "data": name, "tokens": tokens}
             rows = read_rows()
-            if not any((row["model"], row["data"]) == (model, name) for row in rows):
-                rows += [{"model": model, "data": name, **row} for row in measure(model, data)]
-                write_rows(rows)
+            if not any(key.items() <= row.items() for row in rows):
+                write_rows([*rows, *(key | row for row in measure(model, data, tokens))])
 
 
-def measure(model: str, data: str) -> Iterator[Row]:
-    """Every claim about single images."""
+def measure(model: str, data: str, tokens: Tokens) -> Iterator[Row]:
+    """Every claim about single images on these tokens; nothing if the model was trained on all tokens."""
     net: nn.Module = crate_mae.load(model).eval()
     source, transform = open_source(data), open_backbone(net).transform()
     batches: list[dict[Place, dict[str, Tensor]]] = []
     for first in range(0, len(source), AT_ONCE):
         few = range(first, min(first + AT_ONCE, len(source)))
         images = read_images(source, transform, few, AT_ONCE).images
-        measured = measure_claims(net, {"all": [images]}, pools=False)
+        views = token_views(net, images, None, MASK_RATIO, seed=first, batch_size=AT_ONCE)
+        if tokens not in views:
+            return
+        measured = measure_claims(net, {tokens: views[tokens]}, masked_pass, pools=False)
         batches.append(
             {place: {key: numbers(each) for key, each in found.items()} for place, found in measured.items()}
         )

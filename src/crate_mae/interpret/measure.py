@@ -136,7 +136,7 @@ def measure_layers(
     judged: list[AuditRow] = []
     if audited:
         report("audit")
-        views = _views(opened.net, read.images, masks, training_mask_ratio, seed, batch_size)
+        views = token_views(opened.net, read.images, masks, training_mask_ratio, seed, batch_size)
         judged = _audit(opened, views, seed, untrained)
         if not judged:
             left_out["audit"] = "no layer has attention in subspaces, or sparse codes"
@@ -209,12 +209,12 @@ def _measure(
         if not any(row.measure == "dictionary_coherence" for row in rows):
             left_out["dictionaries"] = "no layer has any"
         on_stage("rates, sparsity, ranks")
-        rows += stream(net, batches, layer_measures(), forward=_forward)
+        rows += stream(net, batches, layer_measures(), forward=masked_pass)
         left_out |= _why_not(net)
         on_stage("inverses")
         if layer_pairs(net):
             rows += measure_inverse_weights(net)
-            rows += stream(net, batches, inverse_measures(net), forward=_forward)
+            rows += stream(net, batches, inverse_measures(net), forward=masked_pass)
         else:
             left_out["inverses"] = "there is no decoder of as many layers, of the same width"
         on_stage("information")
@@ -233,7 +233,7 @@ def _why_not(net: nn.Module) -> dict[str, str]:
     return reasons
 
 
-def _views(
+def token_views(
     net: nn.Module, images: Tensor, masks: Tensor | None, mask_ratio: float, seed: int, batch_size: int
 ) -> dict[Tokens, list[Any]]:
     """The batches of the audit: all tokens and, if the encoder is trained on visible patches alone, those."""
@@ -246,14 +246,14 @@ def _views(
 def _audit(model: Opened, views: dict[Tokens, list[Any]], seed: int, untrained: int) -> list[AuditRow]:
     """Every claim of the network on these views, next to untrained draws of it."""
     with evaluating(model.net):
-        found = measure_claims(model.net, views, _forward, seed=seed)
+        found = measure_claims(model.net, views, masked_pass, seed=seed)
     draws = []
     for draw in range(untrained if found else 0):
         twin = untrained_twin(model, seed + 1 + draw)
         if twin is not None:
             twin.net.to(next(model.net.parameters()).device)
             with evaluating(twin.net):
-                draws.append(measure_claims(twin.net, views, _forward, seed=seed, quick=True))
+                draws.append(measure_claims(twin.net, views, masked_pass, seed=seed, quick=True))
     return audit(found, draws)
 
 
@@ -267,13 +267,13 @@ def _pooled_rows(judged: list[AuditRow]) -> list[Row]:
 
 
 def _information(opened: Opened, images: Tensor, batches: list[Any], left_out: dict[str, str]) -> list[Row]:
-    dead = dead_coordinates(opened.net, batches, _forward)
+    dead = dead_coordinates(opened.net, batches, masked_pass)
     if not dead:
         left_out["dead coordinates"] = "no layer has sparse codes"
     if len(images) < 2:
         left_out["feature rank and pixels from layers"] = "they need at least 2 images"
         return dead
-    rows = dead + feature_ranks(opened.net, batches, _forward)
+    rows = dead + feature_ranks(opened.net, batches, masked_pass)
     encoder = opened.backbone.encoder
     size: Any = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
     if size is None or size[0] != size[1]:
@@ -288,7 +288,7 @@ def _batches(images: Tensor, masks: Tensor | None, batch_size: int) -> list[Any]
     return list(zip(parts, [None] * len(parts) if masks is None else masks.split(batch_size), strict=True))
 
 
-def _forward(net: nn.Module, batch: tuple[Tensor, Tensor | None]) -> object:
+def masked_pass(net: nn.Module, batch: tuple[Tensor, Tensor | None]) -> object:
     """A pass of the network on images and their masks, if they have any."""
     images, mask = batch
     images = images.to(next(net.parameters()).device)
