@@ -166,7 +166,7 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
     """The audit of a run's model, without untrained draws: made or read.
 
     "share" is that of images in which a claim beats all its controls, "change" that in which the value changes as is
-    claimed.
+    claimed; "before" and "after" are means over images.
     """
     file = folder / "claims.json"
     if not file.exists():
@@ -183,6 +183,8 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
                 {
                     "layer": row.place,
                     "claim": row.claim,
+                    "before": row.before,
+                    "after": row.after,
                     "change": None if changed is None else float(changed.double().mean()),
                     "share": row.share_of_images,
                     "margin": row.margin_share,
