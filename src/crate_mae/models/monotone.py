@@ -5,11 +5,12 @@
 
 Compressing layers have the first guarantee, and the published ISTA; monotone layers have both.
 
-`Compression` is sum_k kappa_k (B_k W_k - W_k) U_k^T with W_k = X U_k, U = [U_1 .. U_h] orthogonal, ||B_k||_2 <= 1 and
-0 < kappa_k < 1, so that R^c(Z_half | U) <= R^c(X | U) (`theory.compression`). `BoundedISTA` is two proximal-gradient
-steps from the all-zero code with eta ||D||_2^2 <= 1, so that its code never has a larger lasso objective than no code
-at all (`theory.sparse_coding`). `Decompression` is the attention's step, which the decoder takes with the opposite
-sign, so that no rate falls; there any kappa_k > 0 will do, and the decoder needs more than 1 (see the class).
+`Compression` is sum_k kappa_k (B_k W_k - W_k) U_k^T with W_k = X U_k, U = [U_1 .. U_h] orthogonal and ||B_k||_2 <= 1,
+so that R^c(Z_half | U) <= R^c(X | U) (`theory.compression`). The theorem holds for 0 <= kappa_k <= 1; the encoder keeps
+kappa_k between 1/2 and 1 (see the class). `BoundedISTA` is two proximal-gradient steps from the all-zero code with
+eta ||D||_2^2 <= 1, so that its code never has a larger lasso objective than the all-zero code
+(`theory.sparse_coding`). `Decompression` is the attention step, which the decoder takes with the opposite sign, so that
+no rate falls; this theorem holds for every kappa_k >= 0, and the decoder needs more than 1 (see the class).
 
 What differs from the published layer: the step starts from X instead of Z and has its term -W_k; the output projection
 is U_k; the attention is balanced; the sizes kappa_k and inverse temperatures s_k are learned, one per head; sparse
@@ -232,7 +233,7 @@ class Compression(SubspaceAttention):
 
     def rate(self) -> Float[Tensor, "h 1 1"]:
         # type: () -> Tensor
-        """kappa, from 1/2 to 1."""
+        """kappa, between 1/2 and 1."""
         return rate_from_half(self.excess_logit)[:, None, None]
 
     def scale(self) -> Float[Tensor, "h 1 1"]:

@@ -1,10 +1,14 @@
-r"""Attention derived: a step that compresses tokens against subspaces is attention in which query = key = value.
+r"""Attention derived: the mixing term of a step that compresses tokens is attention in which query = key = value.
 
-A gradient step on the subspace rate R^c, with the inverse in the gradient expanded to first order (see
-`coding_rate.subspace_coding_rate_gradient`), moves each token towards a sum of the others, weighted by how alike they
-are inside subspace k: (Z U_k)(Z U_k)^T Z U_k. That is `linear_ssa`. A softmax turns the weights into memberships, which
-asks not only how alike two tokens are but whether they belong to the same subspace. That is `ssa`; over all subspaces,
-one per head, it is `mssa`.
+A descent step on the subspace rate R^c, with the inverse in the gradient expanded to first order (see
+`coding_rate.subspace_coding_rate_gradient`), has two terms for each subspace k, with W_k = Z U_k. The first, -W_k,
+shrinks tokens. The second, (W_k W_k^T) W_k, moves each token towards a sum of the others, weighted by how similar they
+are inside the subspace. That is `linear_ssa`. A softmax turns the weights into memberships, which measure not only how
+similar two tokens are but whether they belong to the same subspace. That is `ssa`; over all subspaces, one per head, it
+is `mssa`.
+
+The published layer, Z + MSSA(LN(Z)), adds the second term and drops -W_k, so it is not a descent step on R^c
+(`docs/derivation.md`, section 2). `theory.compression` has a step with both terms, which never raises R^c.
 
 In this package, comments `# type:` are for TorchScript, which cannot read jaxtyping's annotations, and matrices are
 transposed by `transpose(-2, -1)` where PyTorch's TorchScript exporter to ONNX goes, which does not know `mT`.
@@ -93,8 +97,9 @@ def _symmetric_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -
 def mssa(z: Float[Tensor, "*batch n d"], subspaces: Float[Tensor, "h d p"]) -> Float[Tensor, "*batch n d"]:
     r"""MSSA(Z | U) = sum_k SSA(Z U_k) U_k^T, multi-head subspace self-attention with tied output projection.
 
-    Source: arXiv 2306.01129, section 2.3, without its constant factor p/(n eps^2), which the official code leaves to be
-    learned too: there a free matrix and bias stand in the place of the U_k^T.
+    Source: arXiv 2306.01129, section 2.3, without its constant factor p/(n eps^2), which the official code also leaves
+    to learning: it has a free matrix and a bias instead of the U_k^T. As published, this is the mixing term of the
+    gradient step alone, without -sum_k W_k U_k^T.
 
     Args:
         z: tokens Z.

@@ -1,4 +1,4 @@
-r"""The objective: coding rates of tokens, diffusion along their gradients, and the rate reduction that CRATE climbs.
+r"""The objective: coding rates of tokens, diffusion along their gradients, and the rate reduction to be maximised.
 
 A coding rate counts the nats needed to code the tokens up to a Gaussian distortion eps: many directions in use, large
 rate; few, small rate. A good representation has a large rate as a whole and a small one inside each of its subspaces.
@@ -84,7 +84,9 @@ def subspace_coding_rate_gradient(
 
         grad R^c(Z | U) ~ a sum_k (W_k - a W_k W_k^T W_k) U_k^T = a sum_k (W_k - linear_ssa(W_k, a)) U_k^T,
 
-    so that a descent step moves every token towards its attention output. Source: arXiv 2306.01129, section 2.3.
+    so that a descent step shrinks tokens, by -W_k, and adds attention. The published attention step keeps only the
+    attention. It drops -W_k, the larger term where the series converges, and is therefore not a descent step on R^c
+    (`docs/derivation.md`, section 2). Source: arXiv 2306.01129, section 2.3.
 
     Args:
         z: tokens Z.
@@ -130,7 +132,7 @@ def sparse_rate_reduction(
     sparsity_weight: float = 0.1,
     norm: Literal["l0", "l1"] = "l0",
 ) -> Float[Tensor, "*batch"]:
-    r"""Delta R(Z | U) - lambda ||Z||_0, the objective that the encoder climbs, layer by layer.
+    r"""Delta R(Z | U) - lambda ||Z||_0, the objective from which the layers of the encoder are derived.
 
     Source: arXiv 2306.01129, section 2.1.
 
