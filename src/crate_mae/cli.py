@@ -176,7 +176,7 @@ def _kinds(hint: Any) -> set[Any]:
 
 
 def _not_a_number_of(kinds: set[Any], word: str) -> str:
-    """What a word should have been, if it is a number of another kind; words that are none are Cyclopts' to refuse."""
+    """The kind of number that the option needs, if `word` is a number of another kind; the rest is left to Cyclopts."""
     try:
         value = float(word)
     except ValueError:

@@ -88,7 +88,7 @@ async def fails(scope, receive, send):
 @pytest.mark.parametrize("path", ["/config", "/gradio_api/cancel"])
 def test_what_the_application_cannot_handle_is_the_fault_of_the_request(path, caplog):
     status, _, body, _ = ask(path, b"{}", app=fails)
-    assert (status, body) == (400, b"The app cannot make sense of this request.")
+    assert (status, body) == (400, b"The app cannot process this request.")
     assert [(record.exc_info, "RuntimeError: no" in record.getMessage()) for record in caplog.records] == [(None, True)]
 
 

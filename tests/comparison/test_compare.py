@@ -170,7 +170,7 @@ def test_a_stopped_comparison_continues(compared, compare, tmp_path, monkeypatch
 def test_a_seed_that_does_not_stay_finite_is_left_out_and_named(compared, compare, tmp_path, monkeypatch):
     out = tmp_path / "copy"
     shutil.copytree(compared.path, out)
-    (out / "runs" / CRATE / "seed-0" / "environment.json").unlink()  # so that this run is finished once more, with
+    (out / "runs" / CRATE / "seed-0" / "environment.json").unlink()  # so that this run is finished again, with
     monkeypatch.setattr("crate_mae.training.run_directory._version", lambda _package: "2.6.0")
 
     def diverging(options, **progress):

@@ -99,7 +99,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed_and_the_one_before_is_taken(ki
         file.write_bytes(flipped(whole, chance))
         notes = []
         assert newest_checkpoint(killed, notes.append) == killed / "checkpoints" / "step-4"
-        assert len(notes) == 1 and "step-8 is damaged" in notes[0] and "Going on from step-4" in notes[0]
+        assert len(notes) == 1 and "step-8 is damaged" in notes[0] and "Continuing from step-4" in notes[0]
         assert f"{name} " in notes[0] or name == DIGESTS_FILE
 
 
@@ -122,7 +122,7 @@ def test_a_run_goes_on_from_the_newest_whole_checkpoint_says_so_and_ends_the_sam
     resume(killed, quiet=True)
     assert results(killed) == results(runs / "finished")
     (warning,) = (line for line in (killed / "log.txt").read_text().splitlines() if "WARNING" in line)
-    assert "Going on from step-" in warning
+    assert "Continuing from step-" in warning
     assert all(path.exists() for path in own)
 
 

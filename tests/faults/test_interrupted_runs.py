@@ -39,7 +39,7 @@ def failing(number):
     [
         (errno.ENOSPC, "the disk is full(.|\n)*Free some space"),
         (errno.EDQUOT, "quota(.|\n)*Free some space"),
-        (errno.EFBIG, "may not become so large(.|\n)*ulimit -f"),
+        (errno.EFBIG, "would exceed the size limit(.|\n)*ulimit -f"),
         (errno.EROFS, "read-only file system(.|\n)*mounted for writing"),
         (errno.EACCES, "permission denied(.|\n)*Allow writing"),
         (errno.EIO, "input/output error(.|\n)*Check the disk"),

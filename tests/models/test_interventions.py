@@ -259,7 +259,7 @@ def test_functions_may_write_in_place_and_numbers_may_be_of_numpy():
 def test_what_no_pass_comes_by_is_named(caplog):
     model = build()
     changed(model, {"encoder": 0, "encoder.blocks.0.code": 1})
-    assert "no pass has come by encoder." in caplog.text
+    assert "no forward pass reached encoder." in caplog.text
 
 
 def test_compiled_and_exported_models_are_refused():

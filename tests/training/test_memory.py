@@ -36,7 +36,7 @@ def test_a_step_that_does_not_fit_is_halved_once(tiny_run, limited, capsys, erro
     whole = tiny_run("whole", steps=3, accumulation=2)
     limited(12, error)
     halved = tiny_run("halved", steps=3, quiet=False)
-    assert "does not fit in memory: going on with --accumulation 2" in capsys.readouterr().out
+    assert "does not fit in memory: continuing with --accumulation 2" in capsys.readouterr().out
     assert load_config(halved.path / "config.yaml").accumulation == 2
     weights, expected = halved.model().state_dict(), whole.model().state_dict()
     assert all(torch.equal(weights[key], expected[key]) for key in expected)
@@ -45,7 +45,7 @@ def test_a_step_that_does_not_fit_is_halved_once(tiny_run, limited, capsys, erro
 def test_a_step_of_a_run_of_minutes_is_halved_too(tiny_run, limited, capsys):
     limited(12, OUT_OF_MEMORY)
     found = tiny_run(steps=None, minutes=1000, dry_run=True, quiet=False).config
-    assert "does not fit in memory: going on with --accumulation 2" in capsys.readouterr().out
+    assert "does not fit in memory: continuing with --accumulation 2" in capsys.readouterr().out
     assert found.accumulation == 2
     limited(16, OUT_OF_MEMORY)
     found = tiny_run("open", steps=None, batch_size=None, accumulation=1, minutes=1000, dry_run=True).config

@@ -187,7 +187,7 @@ def test_another_configuration_is_refused_with_the_differing_options(tiny_run, t
         "  lr: 0.005 in that run, 0.002715 now (from the recipe digits)",
         "  flip: True in that run, False now (from the recipe digits)",
         "  seed: 0 in that run, 3 now (--seed)",
-        f"To go on with that run as it is: crate-mae resume {run.path}. For a new run, give another --out.",
+        f"To continue that run as it is: crate-mae resume {run.path}. For a new run, give another --out.",
     ]
 
 

@@ -45,7 +45,7 @@ def test_a_finished_run_has_a_page_with_everything_inside(tiny_run):
     text = text_of(page)
     assert "crate-mae pretrain: a &amp; b" in text
     assert re.search(r"Finished step 20 after \d+ s, with at most .* of memory. Loss on held-out images:", text)
-    assert re.search(r"before training, [\d.]+ now, (less|NO LESS) than the [\d.]+ of flat patches\.", text)
+    assert re.search(r"before training, [\d.]+ now, (below|NOT below) [\d.]+ for flat patches\.", text)
     for fact in (
         "283 of digits:test",
         "crate_mae_nano_isometric_patch2_8, 0.01 M parameters",
@@ -76,7 +76,7 @@ def test_a_stopped_run_reports_its_progress_and_a_resumed_one_that_it_is_finishe
         patch.setattr(StopRequest, "signal", signal.SIGTERM)
         tiny_run(monitor_steps=1)
     stopped = text_of((tmp_path / "run" / "report.html").read_text(encoding="utf-8"))
-    assert "Step 1 of 20. The run is not going on: stopped by SIGTERM and saved after step 1. Loss" in stopped
+    assert "Step 1 of 20. The run has stopped: stopped by SIGTERM and saved after step 1. Loss" in stopped
     assert "Reload the page" not in stopped and f"crate-mae resume {tmp_path / 'run'}" in stopped
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.splitlines()[-1].endswith("End: stopped by SIGTERM and saved after step 1.")
@@ -96,7 +96,7 @@ def test_a_failed_run_says_with_what(tiny_run, tmp_path, monkeypatch):
         tiny_run(monitor_steps=1)
     run = tmp_path / "run"
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "The run is not going on: failed: odd (RuntimeError) after step 0." in text_of(page)
+    assert "The run has stopped: failed: odd (RuntimeError) after step 0." in text_of(page)
     assert "End: failed: odd (RuntimeError) after step 0." in (run / "log.txt").read_text()
 
 

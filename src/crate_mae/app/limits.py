@@ -45,13 +45,13 @@ _HEADERS = {
 class RequestLimits:
     """Accepts only the requests that the app itself makes, of limited size, number and time.
 
-    Gradio can also store files, serve files and fetch from other hosts. The app needs none of it. What it cannot make
-    sense of is answered with a status of 400 to 499 and a sentence.
+    Gradio can also store files, serve files and fetch from other hosts. The app needs none of it. It responds to
+    requests that it cannot process with a status of 400 to 499 and a sentence.
 
     Args:
         app: an ASGI application.
         mistake: says what is wrong with the values of a call, or None.
-        large: counts large requests; the handler that answers one takes it off.
+        large: counts large requests; the handler removes a request from the count after responding.
         host: the name or address that the server listens on, which a request may name; see `is_own_host`.
     """
 
@@ -167,7 +167,7 @@ class RequestLimits:
             logger.warning("A request to %r failed: %s", scope["path"], without_pictures(error))
             status = status or 500  # else the answer has begun
         if status >= 500:
-            raise _RefusedError(400, "The app cannot make sense of this request.")
+            raise _RefusedError(400, "The app cannot process this request.")
         return status
 
 

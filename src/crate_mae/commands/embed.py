@@ -185,7 +185,9 @@ def _whitened(console: CleanConsole, features: "Features", backbone: "Backbone",
         return whitened
     whitening = Whitening.fitted(features, backbone)
     whitening.save(transform)
-    console.say(f"Whitened, fitted on these images and saved: {transform}. Give it for queries too.")
+    console.say(
+        f"Fitted the whitening on these images and saved it: {transform}. Pass it with --whiten for queries, too."
+    )
     return whitening.of(features, backbone)
 
 

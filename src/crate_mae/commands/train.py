@@ -22,8 +22,8 @@ else:
 def pretrain(options: PretrainOptions) -> Run:
     """Train a masked autoencoder on images; labels are not needed.
 
-    Everything is checked before a file is written. If `out` is a run already, it is resumed where it stopped: options
-    that are not given are then taken from that run, and others must be the same.
+    Everything is checked before a file is written. If `out` is already a run, it is resumed where it stopped: options
+    that are not given are taken from that run, and the others must be the same.
 
     Returns:
         The run: `.path`, `.config`, `.model()`, `.metrics()`.
@@ -43,12 +43,12 @@ def pretrain(options: PretrainOptions) -> Run:
 def finetune(options: FinetuneOptions) -> Run:
     """Train a classifier on labelled images, from a pretrained encoder or from scratch.
 
-    All layers learn. The model is measured on all validation images as it learns, and in the end `out` holds the one
-    that did best. Since these images have chosen it, its accuracy on them is a little optimistic: for a number to
-    publish, measure it on a third set, or take the accuracy of the last row of metrics.csv.
+    All layers are trained. The model is evaluated on all validation images during training, and `out` ends up with the
+    best one. Because these images select the best model, its accuracy on them is slightly optimistic: for a number to
+    publish, evaluate it on a third set, or take the accuracy of the last row of metrics.csv.
 
-    Everything is checked before a file is written. If `out` is a run already, it is resumed where it stopped: options
-    that are not given are then taken from that run, and others must be the same.
+    Everything is checked before a file is written. If `out` is already a run, it is resumed where it stopped: options
+    that are not given are taken from that run, and the others must be the same.
 
     Returns:
         The run: `.path`, `.config`, `.model()` (the best one), `.metrics()`.
@@ -66,10 +66,10 @@ def finetune(options: FinetuneOptions) -> Run:
 def resume(run: Path | str, *, data_changed: bool = False, quiet: bool = False) -> Run:
     """Continue a run of pretraining or fine-tuning that was stopped, from its newest checkpoint.
 
-    On the same machine the weights will be those of a run that was never stopped; on a CPU, bit for bit. A run whose
-    images have changed is refused, unless that is meant: with --data-changed it goes on with the images as they are
-    now, fewer or more, for as many steps as planned. Held-out images are found again by their content, and new images
-    are trained on. From which step this was is noted in data_changes.csv, in the log and in the report.
+    On the same machine the weights will be those of a run that was never stopped; on a CPU, bit for bit. If the images
+    have changed, the run is refused unless you pass --data-changed; it then continues with the current images for the
+    planned number of steps. Held-out images are found again by their content, and new images are trained on. The step
+    of the change is recorded in data_changes.csv, the log and the report.
 
     Args:
         run: The folder of the run.

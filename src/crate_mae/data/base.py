@@ -188,7 +188,11 @@ class Part(ImageSource):
 def read_all(
     source: ImageSource, indices: Iterable[int], prepare: Callable[[Image.Image | Tensor], Any], most: int | None = None
 ) -> tuple[dict[int, Any], list[BadImage]]:
-    """Read and prepare images: by number those that can be read, up to so many; and those that cannot until then."""
+    """Read and prepare up to `most` images.
+
+    Returns:
+        the readable images by number, and the unreadable ones met on the way.
+    """
     read: dict[int, Any] = {}
     bad: list[BadImage] = []
     for i in indices:

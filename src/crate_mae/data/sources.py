@@ -1,4 +1,4 @@
-"""Open DATA: from what the user wrote to an image source, of which a folder of images is the usual one."""
+"""Open DATA: turn what the user wrote into an image source, most often a folder of images."""
 
 import logging
 import math

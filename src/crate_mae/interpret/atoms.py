@@ -77,7 +77,7 @@ class Atom:
 
 
 class Gallery(NamedTuple):
-    """Some atoms of a layer, and what there is to look at.
+    """Selected atoms of a layer, with pictures that illustrate them.
 
     Attributes:
         atoms: their numbers.

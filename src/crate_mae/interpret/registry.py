@@ -239,14 +239,14 @@ MEASURES: dict[str, Measure] = {
     ),
     "inverse_cosine": Measure(
         "recovered input",
-        "Cosine of an encoder layer’s input and what its decoder layer makes of its output.",
+        "Cosine between an encoder layer’s input and its decoder layer’s reconstruction of it.",
         unit="cosine",
         better="higher",
         control="inverse_cosine_identity",
     ),
     "inverse_error": Measure(
         "error of the recovered input",
-        "Relative error of what the decoder layer makes of an encoder layer’s output, against its input.",
+        "Relative error of the decoder layer’s reconstruction of an encoder layer’s input.",
         better="lower",
         control="inverse_error_identity",
     ),

@@ -177,7 +177,7 @@ class Removal:
         p: one-sided, that one more draw costs as much as the part.
         accuracy: change of the classifier's accuracy; None without labels, or in a decoder.
         random_accuracy: the same for the draws, mean over them.
-        worst_class: the class that loses most; the least of several numbers is low by chance, too.
+        worst_class: the class that loses most; the minimum of many values is low by chance.
         worst_class_accuracy: change of the accuracy on this class.
     """
 

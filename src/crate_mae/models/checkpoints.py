@@ -86,7 +86,7 @@ def newest_checkpoint(
         if damage is None:
             if damaged or named_checkpoint(run) is None:
                 why = "; ".join(damaged) or f"{folder / 'last'} is missing"
-                report(f"{why}. Going on from {checkpoint.name}, the newest checkpoint that is whole.")
+                report(f"{why}. Continuing from {checkpoint.name}, the newest checkpoint that is whole.")
             return checkpoint
         damaged.append(f"{checkpoint} is damaged: {damage}")
     if not damaged:

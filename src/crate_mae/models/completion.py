@@ -47,8 +47,8 @@ def predicted_patches(
     """The prediction for every patch, in the units of normalised images.
 
     Predictions of a model with `norm_pix_loss` are in units of each patch's own mean and standard deviation. These are
-    taken from the original, hidden patches included: such pictures know each patch's brightness and contrast from the
-    answer, and look better than the model alone could make them.
+    taken from the original, hidden patches included: these pictures therefore use each patch's true brightness and
+    contrast, and look better than the model's own output.
     """
     own = images.to(model.mask_token)  # a model from Python may be elsewhere, and in another precision
     prediction = model(own, mask=mask).prediction.to(images)

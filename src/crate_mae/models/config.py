@@ -1,4 +1,4 @@
-"""What a model is, in numbers: everything needed to build it again."""
+"""Model configurations: everything needed to rebuild a model."""
 
 from __future__ import annotations
 

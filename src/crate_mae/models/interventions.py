@@ -106,7 +106,7 @@ def intervene(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[
             handles.append(register(hook, prepend=not hook.place.is_input))  # before the hooks of an outer trace
         yield applied
         if idle := [name for name, count in applied.items() if not count]:
-            logger.warning("Nothing was changed: no pass has come by %s.", and_more(idle))
+            logger.warning("Nothing was changed: no forward pass reached %s.", and_more(idle))
     finally:
         for handle in handles:
             handle.remove()

@@ -170,7 +170,7 @@ class ISTA(KeepsValues):
 
     def operator(self) -> Float[Tensor, "d d"]:
         # type: () -> Tensor
-        """W = I + eta (D - D^T D), of which the code is relu(X W - eta lambda)."""
+        """W = I + eta (D - D^T D); the code is relu(X W - eta lambda)."""
         return ista_operator(self.dictionary, self.step_size)
 
     def preactivation(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -324,7 +324,7 @@ class EncoderLayer(nn.Module):
 
     def step_start(self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         # type: (Tensor, Tensor) -> Tensor
-        """What the attention step is added to, of the tokens Z and X = LN(Z): Z."""
+        """The tokens that the attention step is added to: Z, not X = LN(Z)."""
         del x
         return z
 
@@ -360,7 +360,7 @@ class DecoderLayer(nn.Module):
         return self.step_start(y_half, x) - self.attn(x)
 
     def step_start(self, y_half: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """What the attention step is taken from, of the tokens Y_half and X = LN(Y_half): Y_half."""
+        """The tokens that the attention step is subtracted from: Y_half, not X = LN(Y_half)."""
         del x
         return y_half
 

@@ -343,7 +343,7 @@ class BoundedISTA(ISTA):
 
     def operator(self) -> Float[Tensor, "d d"]:
         # type: () -> Tensor
-        """Eta D', of which the first code is relu(X (eta D') - eta lambda)."""
+        """Eta D'; the first code is relu(X (eta D') - eta lambda)."""
         return self.step_size * self.lasso_dictionary()
 
     def lasso_dictionary(self) -> Float[Tensor, "d d"]:
@@ -414,7 +414,7 @@ class CompressingEncoderLayer(EncoderLayer):
 
     def step_start(self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
         # type: (Tensor, Tensor) -> Tensor
-        """What the attention step is added to, of the tokens Z and X = LN(Z): X, of which it lowers R^c."""
+        """The tokens that the attention step is added to: X = LN(Z), whose R^c it lowers."""
         del z
         return x
 
@@ -439,7 +439,7 @@ class MonotoneDecoderLayer(DecoderLayer):
     theorems: ClassVar[frozenset[str]] = frozenset({"decompress"})
 
     def step_start(self, y_half: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """What the attention step is taken from, of the tokens Y_half and X = LN(Y_half): X."""
+        """The tokens that the attention step is subtracted from: X = LN(Y_half)."""
         del y_half
         return x
 

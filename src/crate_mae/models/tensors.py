@@ -77,7 +77,7 @@ def _refuse_packed(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             packed = [item.filename for item in archive.infolist() if item.compress_type != zipfile.ZIP_STORED]
-    except Exception:  # no archive: a file of an old PyTorch, or a damaged one, as is told when it is read
+    except Exception:  # not a zip archive: an old PyTorch file, or a damaged one, which is reported when it is read
         return
     if packed:
         raise UserError(f"{path} holds compressed files, which PyTorch does not write. Save it again with torch.save.")

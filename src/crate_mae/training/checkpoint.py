@@ -80,18 +80,18 @@ class TrainState:
     Attributes:
         step: optimizer steps so far, skipped ones included.
         skipped: steps skipped because of a loss or gradient that was not finite.
-        skipped_in_a_row: how many of them came last.
-        loss_sum: sum of the losses since the last row of metrics.csv,
-        loss_count: and their number.
-        images: training images, which must not change under a run,
-        data: and digests of these images, of those that are held out, and of their labels.
-        options: those that decide the result.
+        skipped_in_a_row: number of steps skipped since the last one that was not.
+        loss_sum: sum of the losses since the last row of metrics.csv.
+        loss_count: number of losses in `loss_sum`.
+        images: number of training images, which must not change during a run.
+        data: digests of the training images, the held-out images and the labels, which must not change either.
+        options: the options that determine the result.
         kept_step: the step of a checkpoint that is kept besides the usual ones: the one that the run went back to when
             others were damaged or missing. A disk that has damaged one may damage the next.
-        world_size: processes.
-        best_step: the step of the best model so far, where models are compared,
-        best_score: and its score.
-        seconds: that the run has taken up to its last checkpoint, over all its starts.
+        world_size: number of processes.
+        best_step: step of the best model so far; 0 if the run does not compare models.
+        best_score: score of the model of `best_step`; None if there is none.
+        seconds: time that the run took up to its last checkpoint, over all its starts.
     """
 
     step: int = 0

@@ -88,8 +88,8 @@ def load_config(path: Path) -> PretrainOptions | FinetuneOptions:
         raise UserError(f"{path} is of the command {command!r}, but a run is of {' or '.join(kinds)}.")
     kind = kinds[command]
     known = saved_options(kind)
-    later = {item.name: item.default for item in dataclasses.fields(kind) if item.metadata["later"]}
-    values = {**later, **values}
+    added = {item.name: item.default for item in dataclasses.fields(kind) if item.metadata["added_later"]}
+    values = {**added, **values}
     missing = [key for key in known if key not in values]
     unknown = [str(key) for key in values if key not in known]
     if missing or unknown:

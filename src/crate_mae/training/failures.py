@@ -1,6 +1,6 @@
-"""What ends a run from outside, explained: files that cannot be written any more, and processes that were ended.
+"""Errors that end a run from outside: files that can no longer be written, and processes that were ended.
 
-A run is at each moment as it was at its last checkpoint, so that each of these messages can say how to go on.
+A run can always be continued from its last checkpoint, so each message says how.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crate_mae.training.run_directory import RunDirectory
 _REASONS = {  # where the system's own words are not plain
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the quota of the disk is used up",
-    errno.EFBIG: "files may not become so large",
+    errno.EFBIG: "the file would exceed the size limit",
 }
 _REMEDIES = {
     errno.ENOSPC: "Free some space",
@@ -41,7 +41,7 @@ _REMEDIES = {
 
 @contextmanager
 def explain_end(accelerator: Accelerator, directory: RunDirectory) -> Iterator[None]:
-    """Turn errors from outside into a `UserError` that says what is saved of the run and how to go on.
+    """Turn errors from outside into a `UserError` that says what is saved of the run and how to continue.
 
     These are the end of a process that loads images, the loss of another training process, and errors in writing files.
     """

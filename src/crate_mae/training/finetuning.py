@@ -166,7 +166,7 @@ class Finetuning(Task[FinetuneOptions]):
         run = self.directory.path
         images = "IMAGES" if self.config.val.startswith(PYTHON_OBJECT) else shlex.quote(self.config.val)
         return [
-            f"{run} holds that best model. It was chosen by these images, so its accuracy on others may be less.",
+            f"{run} holds the best model. It was selected on these images, so its accuracy on others may be lower.",
             f"Predict others:   crate-mae predict {shlex.quote(str(run))} {images} --out predictions.csv",
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]

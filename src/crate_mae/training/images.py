@@ -140,7 +140,7 @@ def _found_again(whole: ImageSource, record: Mapping[str, Any]) -> np.ndarray:
         which = "None" if not found else "All"
         raise UserError(
             f"{which} of the images of {whole.name} are among those that this run holds out and measures on.\n"
-            "To go on, it needs some of them, and others to train on. Or start a new run with another --out."
+            "To continue, it needs some of them, and others to train on. Or start a new run with another --out."
         )
     return np.array(found, dtype=np.int64)
 
@@ -311,7 +311,7 @@ class BadImages:
         return len(self) > most_bad(self.max_bad, seen)
 
     def error(self, seen: int, resume_without: str, *, check: str | None = None, origin: str = "") -> UserError:
-        """The error to raise when there are too many, with commands to list all and to go on without them."""
+        """The error to raise when there are too many, with commands to list all and to continue without them."""
         first = "; ".join(f"{location} ({reason})" for location, reason in list(self.reasons.items())[:_MOST_LISTED])
         others = f"; {check} finds the others" if check else ""
         return UserError(

@@ -58,7 +58,7 @@ def train(
         plan: to print before the first step, and to keep in the log and the report.
         newest: the newest checkpoint of the run, which has been checked.
         started: when this process began the run.
-        data_changed: whether to go on with other images than before.
+        data_changed: whether to continue with other images than before.
 
     Raises:
         UserError: for a reason to stop that the user can fix. What was saved stays whole.

@@ -80,7 +80,7 @@ def option(
     *,
     speed: bool = False,
     saved: bool = True,
-    later: bool = False,
+    added_later: bool = False,
 ) -> Any:
     """A field for an option, with its help.
 
@@ -90,9 +90,9 @@ def option(
         numbers: that it takes.
         speed: whether it changes speed, safety and logging only, so that a resumed run may change it.
         saved: whether it belongs to the run, and is saved in `config.yaml`, rather than to one call.
-        later: whether it is younger than the first runs, whose `config.yaml` lacks it.
+        added_later: whether the `config.yaml` of early runs lacks it.
     """
-    metadata = {"help": explanation, "numbers": numbers, "speed": speed, "saved": saved, "later": later}
+    metadata = {"help": explanation, "numbers": numbers, "speed": speed, "saved": saved, "added_later": added_later}
     return field(default=default, metadata=metadata, compare=saved)
 
 
@@ -164,7 +164,7 @@ class RunOptions:
     accumulation: int = option(1, "Number of micro-batches per step, to save memory.", AT_LEAST_1, speed=True)
     compile: bool = option(False, "Compile the model with torch.compile.", speed=True)
     grad_checkpointing: bool = option(
-        False, "Recompute layers in the backward pass, to save memory.", speed=True, later=True
+        False, "Recompute layers in the backward pass, to save memory.", speed=True, added_later=True
     )
     workers: int = option(
         None,
@@ -208,7 +208,7 @@ class RunOptions:
 
     @property
     def inseparable(self) -> int:
-        """So many neighbours of a batch must be in one micro-batch."""
+        """Number of neighbouring images that must stay in one micro-batch."""
         return 1
 
     def given(self) -> dict[str, Any]:
@@ -244,7 +244,7 @@ class PretrainOptions(RunOptions):
     usual_epochs: ClassVar[int] = 100
     usual_warmup: ClassVar[float] = 0.05
 
-    data: Data = field(  # not by `option`, of which type checkers do not know that it may be given by position
+    data: Data = field(  # `field`, not `option`: type checkers would not see that it may be given by position
         kw_only=False,
         metadata=option(
             MISSING, "A folder of images, .parquet, .tar shards, hf:name, torchvision:CIFAR10, or digits."
@@ -263,7 +263,7 @@ class PretrainOptions(RunOptions):
         None,
         "A trained model to start from: a run, a bundled model, hf:user/name ... Its weights are used where they fit. "
         "Without --model, or if --model is its name, its settings are kept, with patches that fit these images.",
-        later=True,
+        added_later=True,
     )
     val: Data = option(None, "Other images to measure on. By default, 5% of the images, at most 512, are held out.")
     model_settings: dict[str, Setting] = option(None, "Other model settings, such as --model-settings.threshold 0.1")

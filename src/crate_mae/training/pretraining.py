@@ -151,11 +151,13 @@ class Pretraining(Task[PretrainOptions]):
     def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
         """Describe the loss on held-out images, first and last."""
         losses = [loss for row in rows if (loss := row["held_out_loss"]) is not None]
-        flat = f"{self.flat_loss:.4f} of flat patches"
-        against = f"less than the {flat}" if losses[-1] < self.flat_loss else f"NO LESS than the {flat}"
-        text = f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now, {against}."
+        relation = "below" if losses[-1] < self.flat_loss else "NOT below"
+        text = (
+            f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now, "
+            f"{relation} {self.flat_loss:.4f} for flat patches."
+        )
         if scores := [score for row in rows if (score := row.get("knn_accuracy")) is not None]:
-            text += f" Of their classes, nearest neighbours find {scores[0]:.1%} and {scores[-1]:.1%}."
+            text += f" k-NN accuracy on them: {scores[0]:.1%} before training, {scores[-1]:.1%} now."
         return text
 
     def shorter_commands(self) -> list[str]:

@@ -181,8 +181,8 @@ class RunReport:
     """Keeps the report of a run up to date, without holding up the run.
 
     It is written when the model has been measured on held-out images, but at most every half minute and for at most a
-    hundredth of the run's time; and once more when the run ends, however it ends. A report that cannot be written is a
-    warning in the log, and the run goes on. Of several processes the first `writes` it.
+    hundredth of the run's time; and once more when the run ends, however it ends. If it cannot be written, the log has
+    a warning, and the run continues. Only the first process writes it (`writes`).
     """
 
     def __init__(self, task: Task, plan: dict[str, str], *, writes: bool) -> None:
@@ -194,9 +194,9 @@ class RunReport:
         self._due = time.monotonic() + _SECONDS_BETWEEN
 
     def begin(self, state: TrainState, started: float) -> None:
-        """Take the state that the run goes on from, and the time at which this process started.
+        """Take the state that the run continues from, and the time at which this process started.
 
-        Other data that it has gone on with is described beside the plan.
+        Changes of the data are listed with the plan.
         """
         self._state, self._seconds_before, self._started = state, state.seconds, started
         changes = self.task.directory.data_changes.read()
@@ -243,7 +243,7 @@ class RunReport:
         try:
             write_whole(report, render_report(self.task, self.plan, self.end))
         except Exception:  # whatever it is, it is not worth a run
-            logger.warning("%s could not be written; the run goes on without it.", report, exc_info=True)
+            logger.warning("%s could not be written; the run continues without it.", report, exc_info=True)
         ended = time.monotonic()
         self._due = ended + max(_SECONDS_BETWEEN, (ended - started) / _SHARE_OF_TIME)
 
@@ -292,7 +292,7 @@ def _progress(task: Task, rows: Sequence[Row], end: str) -> str:
     step, speeds = int(rows[-1]["step"] or 0), curve(rows, "images_per_second")[1][-_RECENT_ROWS:]
     text = f"Finished: {step:,} steps." if is_finished else f"Step {step:,} of {config.steps:,}."
     if end:
-        text += f" The run is not going on: {end}"
+        text += f" The run has stopped: {end}"
     elif speeds and not is_finished and (speed := statistics.median(speeds)) > 0:
         seconds = (config.steps - step) * config.batch_size / speed
         text += f" At {speed:,.0f} images per second, {duration(seconds)} are left."

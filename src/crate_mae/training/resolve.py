@@ -63,7 +63,7 @@ def resolve(
 
     Returns:
         the options, in which only `precision` may still be "auto" and `checkpoint_epochs` 0, which the probe decides;
-        and what makes their task, with weights from torch's global generator.
+        and a function that builds the task, with weights from torch's global generator.
 
     Raises:
         UserError: with all mistakes.
@@ -93,7 +93,8 @@ def resolve_pretraining(
         start, weights = _start(options, newest)
         model = _pretraining_model(options, start, images.train if images and facts else None, facts)
         if newest is not None and (begun := _autoencoder_config(newest)).name == model.name:
-            # Whatever this version makes of the name; options that were changed under the run are refused by name.
+            # Use the checkpoint's architecture even if this version defines the preset differently; changed options
+            # are refused by name.
             model = begun.replace(**{key: getattr(model, key) for key in _MODEL_OPTIONS})
         if not mistakes.concern("mask_ratio"):
             check_mask_ratio(options.mask_ratio, math.prod(model.grid_size))

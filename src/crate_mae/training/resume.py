@@ -1,4 +1,4 @@
-"""Going on from a checkpoint: what may not change under a run, what may if the user says so, and what is put back."""
+"""Continue from a checkpoint: what may not change in a run, what may if the user allows it, and what is restored."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def continued(task: Task, newest: Path, *, data_changed: bool) -> RunOptions:
-    """The configuration of a run that goes on from a checkpoint; nothing has been written yet.
+    """The configuration of a run that continues from a checkpoint; nothing has been written yet.
 
     With other data epochs may have another length: the warm-up keeps its length in steps.
 
@@ -61,7 +61,7 @@ def resume(
     report: Callable[[str], object],
     data_changed: bool,
 ) -> TrainState:
-    """Read the state to go on from, if there is one, and put the files of the run back as they were then.
+    """Read the state to continue from, if there is one, and restore the files of the run to that state.
 
     Another run may have held the lock until now, so the newest checkpoint is looked for again. The data may be others
     than before if the user has said so.
@@ -144,10 +144,8 @@ def _changed_data_error(change: Mapping[str, Any], config: RunOptions, directory
             f"The {' and the '.join(change['changed'].split(', '))} are not those that this run began with, though "
             "their number is the same: other names, contents or classes."
         )
-    go_on = (
-        "" if is_python_object(config) else f"To go on with the data as it is now: {directory.resume_with_other_data}\n"
-    )
-    return UserError(f"{what}\n{go_on}Otherwise put the data back as it was, or start a new run with another --out.")
+    how = "" if is_python_object(config) else f"To continue with the current data: {directory.resume_with_other_data}\n"
+    return UserError(f"{what}\n{how}Otherwise put the data back as it was, or start a new run with another --out.")
 
 
 def _go_back(directory: RunDirectory, folder: Path, state: TrainState, report: Callable[[str], object]) -> None:
@@ -167,7 +165,7 @@ def _go_back(directory: RunDirectory, folder: Path, state: TrainState, report: C
 
 
 def _note_data(task: Task, change: Mapping[str, Any] | None, report: Callable[[str], object]) -> None:
-    """Write down which images are held out, and from which step the run goes on with other images than before.
+    """Record which images are held out, and from which step the run continues with other images than before.
 
     Of unreadable images, those that are no longer in the data do not count any more.
     """

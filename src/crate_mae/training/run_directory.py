@@ -140,7 +140,7 @@ class RunDirectory:
         return (self.path / "config.json").exists()
 
     def why_unfinished(self) -> str | None:
-        """Why a run that has its final model must be finished once more; None if it is complete.
+        """Why a run that has its final model must be finished again; None if it is complete.
 
         SHA256SUMS is written last. Runs from before there were digests are complete without it.
         """

@@ -78,7 +78,7 @@ def start(
         if directory.is_finished and newest is None:
             raise UserError(f"The finished run in {out} is damaged: {reason}.\nIt has no checkpoint to finish it from.")
         if directory.is_finished:
-            display.warn(f"The run in {out} is finished once more: {reason}.")
+            display.warn(f"Finishing the run in {out} again: {reason}.")
 
     with computing_threads(config.threads):
         accelerator = _build_accelerator(config, processes, out)
@@ -94,7 +94,7 @@ def start(
             return attempt(config)
         accelerator.free_memory()
         smaller = halved(config, processes.num_processes)
-        display.lines([f"A step does not fit in memory: going on with --accumulation {smaller.accumulation}."])
+        display.lines([f"A step does not fit in memory: continuing with --accumulation {smaller.accumulation}."])
         try:
             return attempt(smaller)
         except StepTooLargeError:
@@ -119,7 +119,7 @@ def _continued_by(options: OptionsT, existing: RunOptions, directory: RunDirecto
     if options.minutes is not None:
         raise UserError(
             f"{directory.path} already holds a run of {existing.steps:,} steps, whose length --minutes "
-            f"{options.minutes:g}{origin(options, 'minutes')} cannot set.\n{_how_to_go_on(directory)}"
+            f"{options.minutes:g}{origin(options, 'minutes')} cannot set.\n{_how_to_continue(directory)}"
         )
     return options.filled_from(existing)
 
@@ -129,12 +129,12 @@ def _refuse_differences(existing: RunOptions, config: RunOptions, directory: Run
         raise UserError(
             f"{directory.path} already holds a run of {existing.steps:,} steps with other options:\n  "
             + "\n  ".join(changed)
-            + f"\n{_how_to_go_on(directory)}"
+            + f"\n{_how_to_continue(directory)}"
         )
 
 
-def _how_to_go_on(directory: RunDirectory) -> str:
-    return f"To go on with that run as it is: {directory.resume_command}. For a new run, give another --out."
+def _how_to_continue(directory: RunDirectory) -> str:
+    return f"To continue that run as it is: {directory.resume_command}. For a new run, give another --out."
 
 
 def _found_in(directory: RunDirectory) -> tuple[str | None, Path | None]:

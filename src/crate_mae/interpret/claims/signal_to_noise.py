@@ -171,7 +171,7 @@ def draw(results: SignalToNoise) -> Figure:
 
 
 def explain(results: SignalToNoise) -> Section:
-    """Explain on the page whether every layer cleans by the same factor."""
+    """Describe whether every layer improves the signal-to-noise ratio by the same factor."""
 
     def curves(operator: Operator) -> list[SignalToNoiseCurve]:
         return [curve for curve in results.curves if curve.operator == operator]
@@ -185,7 +185,7 @@ def explain(results: SignalToNoise) -> Section:
         return f"at {len(levels)} noise levels (largest σ = {max(levels):g})" if levels else "at no noise level"
 
     return Section(
-        title="Every layer cleans by the same factor",
+        title="Every layer improves the signal-to-noise ratio by the same factor",
         claim="In a transformer with attention layers only, the ratio of signal to noise of a cluster's tokens is "
         "claimed to grow by one constant factor per layer "
         "(<a href='https://arxiv.org/abs/2506.03790'>arXiv 2506.03790</a>).",

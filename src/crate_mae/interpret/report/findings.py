@@ -490,7 +490,7 @@ def removals_finding(removals: Sequence[Removal]) -> Finding:
         more.append(
             f"The classifier, fitted once to the intact model, loses most when {_part(worst)} is removed: "
             f"{_points(worst.accuracy)} (controls: {_points(worst.random_accuracy)}); most of all on images of "
-            f"{worst.worst_class}: {_points(worst.worst_class_accuracy)}. The least of many is low by chance, too."
+            f"{worst.worst_class}: {_points(worst.worst_class_accuracy)}. The minimum of many values is low by chance."
         )
     answer = f"Removed one at a time, {listed(statements)}."
     return Finding(
