@@ -110,7 +110,7 @@ def test_what_cannot_be_drawn_is_a_warning_and_not_the_end_of_a_run(tiny_run, mo
     assert RunDirectory(run.path).is_finished
     assert not (run.path / "report.html").exists()
     log = (run.path / "log.txt").read_text()
-    assert "WARNING" in log and "report.html could not be written; the run goes on" in log and "no fonts" in log
+    assert "WARNING" in log and "report.html could not be written; the run continues" in log and "no fonts" in log
 
 
 @pytest.fixture
