@@ -1,4 +1,4 @@
-"""What the benchmarks have in common on the command line, and say of themselves in their results."""
+"""What the benchmarks have in common: their command line, and the heading of their results."""
 
 import argparse
 import datetime

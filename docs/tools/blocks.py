@@ -34,6 +34,6 @@ def split(page: str) -> list[Block]:
 
 
 def commands(bash: str) -> list[list[str]]:
-    """The command lines of a block, each as its words; a backslash at the end of a line goes on with the next."""
+    """The command lines of a block, each as its words; a backslash at the end of a line joins it with the next."""
     lines = bash.replace("\\\n", " ").splitlines()
     return [words for line in lines if (words := shlex.split(line, comments=True))]

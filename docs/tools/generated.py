@@ -1,4 +1,4 @@
-"""What pages say of the tree, read from the tree: results with their commands, and the reference, module by module."""
+"""Parts of pages that are generated from the tree: results with their commands, and the reference by module."""
 
 import csv
 import dataclasses

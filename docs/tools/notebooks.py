@@ -50,7 +50,7 @@ def write(names: tuple[str, ...] = TUTORIALS, folder: Path = BUILD, *, execute: 
     """Write the notebooks of tutorials into a folder, and run them there if asked to.
 
     Args:
-        names: tutorials, in the order in which they go on with each other.
+        names: tutorials, in the order in which they build on each other.
         folder: where to; it is emptied of what an earlier run left, if they are executed.
         execute: run every cell, and keep what it shows.
 

@@ -116,7 +116,7 @@ def test_a_request_that_breaks_off_or_takes_too_long_ends(monkeypatch):
 
 
 def test_few_large_requests_are_held_at_once(monkeypatch):
-    """Large requests stay counted until the handler of uploads has answered them; refused ones are not counted."""
+    """Large requests stay counted until the handler of uploads has responded to them; refused ones are not counted."""
     monkeypatch.setattr(limits, "SMALL_BODY", 10)
     monkeypatch.setattr(limits, "MAX_BODY", 1000)
     monkeypatch.setattr(limits, "SECONDS_TO_WAIT", 0.0)
@@ -139,10 +139,10 @@ def test_few_large_requests_are_held_at_once(monkeypatch):
     assert [join(body) for body in (forged, call, call, forged, call, call)] == [422, 200, 200, 422, 200, 200]
     assert join(call) == join(b"x" * 500, "/gradio_api/reset") == 429
     assert join(b'{"a": 1}') == 200
-    large.answered()
+    large.remove()
     assert join(b"x" * 500, "/gradio_api/reset") == 200
     assert [join(call), join(call)] == [200, 429]
-    monkeypatch.setattr(limits, "SECONDS_TO_ANSWER", -1.0)
+    monkeypatch.setattr(limits, "SECONDS_TO_RESPOND", -1.0)
     assert join(call) == 200
 
 
@@ -164,7 +164,7 @@ def test_a_large_request_waits_for_a_place(monkeypatch):
         waiting = asyncio.create_task(request)
         await asyncio.sleep(0)
         assert answers == []
-        large.answered()
+        large.remove()
         await waiting
 
     asyncio.run(free_a_place_while_it_waits())

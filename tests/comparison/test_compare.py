@@ -111,7 +111,7 @@ def test_the_notes_explain_where_the_first_is_behind_and_how_to_read_it(compared
         assert words in text
     first_line = text.splitlines()[2]
     assert first_line.startswith("**The linear probe: raw pixels ")
-    assert first_line.index(f"untrained {VIT} ") < first_line.rindex(f", {CRATE} ")
+    assert first_line.index(f"{VIT} with random initialisation ") < first_line.rindex(f", {CRATE} ")
     behind, ahead = compared.notes[:2]
     first, other = (result.scores for result in compared.results)
     first_psnr, other_psnr = (sum(score["psnr"] for score in scores.values()) for scores in (first, other))

@@ -7,7 +7,7 @@ import pytest
 from docs.tools.blocks import DOCS, TUTORIALS, tutorial
 from tests.docs.runner import run_page
 
-# What goes on with the folder and the run of the first tutorial, which is run once for all of them.
+# Those that continue with the folder and the run of the first tutorial, which is run once for all of them.
 FIRST, *OTHERS = TUTORIALS
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from crate_mae.commands.train import pretrain, resume
-from crate_mae.data.dataset import lost_processes_explained
+from crate_mae.data.dataset import explain_lost_processes
 from crate_mae.errors import RunStopped, UserError
 from crate_mae.training.failures import explain_end
 from crate_mae.training.options import PretrainOptions
@@ -119,11 +119,11 @@ def test_a_terminal_that_is_closed_is_written_to_no_more():
     ],
 )
 def test_a_loader_process_that_was_ended_is_explained(message, expected):
-    with pytest.raises(UserError, match=expected), lost_processes_explained():
+    with pytest.raises(UserError, match=expected), explain_lost_processes():
         raise RuntimeError(message)
-    with pytest.raises(UserError, match="A process, which loaded images"), lost_processes_explained():
+    with pytest.raises(UserError, match="A process, which loaded images"), explain_lost_processes():
         raise EOFError
-    with pytest.raises(RuntimeError, match="another"), lost_processes_explained():
+    with pytest.raises(RuntimeError, match="another"), explain_lost_processes():
         raise RuntimeError("another")
 
 

@@ -1,4 +1,4 @@
-"""Runs of monotone layers: their subspaces stay orthogonal, and a run of an earlier version goes on as it was."""
+"""Runs of monotone layers: their subspaces stay orthogonal, and a run of an earlier version continues as it was."""
 
 import pytest
 

@@ -13,7 +13,7 @@ from crate_mae.training.processes import stop_requests
 @pytest.mark.usefixtures("usual_signals")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_that_a_launcher_passes_on_is_no_second_one(number, monkeypatch, capfd):
-    with stop_requests(answers=True) as request:
+    with stop_requests(announce=True) as request:
         for _ in range(3):
             signal.raise_signal(number)
         assert request.signal == number

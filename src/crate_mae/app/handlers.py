@@ -64,16 +64,16 @@ class Handlers:
 
     Args:
         models: the models to choose from, by name.
-        answered: is called when an upload has been answered.
+        on_response: is called when an upload has its response.
 
     Attributes:
         models: as given.
         examples: pictures to start with.
     """
 
-    def __init__(self, models: dict[str, AppModel], answered: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, models: dict[str, AppModel], on_response: Callable[[], object] = lambda: None) -> None:
         self.models = models
-        self._answered = answered
+        self._on_response = on_response
         self.examples = examples()
         self._side = max(max(model.net.config.image_size) for model in models.values())
 
@@ -94,7 +94,7 @@ class Handlers:
         except UserError as error:
             return [gr.HTML(message=[_detail(event, "attempt"), str(error)]), *[gr.skip()] * 3]
         finally:
-            self._answered()
+            self._on_response()
         return self._show(event, to_uri(to_png(image)), Controls(*values))
 
     def select(self, event: gr.EventData, *values: Any) -> list[Any]:
@@ -167,7 +167,7 @@ class Handlers:
         return displayed_picture(self._chosen(c)[0].net, _picture(c))
 
     def mistake(self, call: Any) -> str | None:
-        """Describe what is wrong with a call of the page's script to Gradio; None if the script could have made it."""
+        """Describe what is wrong with a call of the app's script to Gradio; None if the script could have made it."""
         if not isinstance(call, dict) or not isinstance(call.get("data"), list):
             return FORGED
         session, values = call.get("session_hash"), call["data"]

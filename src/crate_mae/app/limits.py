@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 
 SMALL_BODY = 2**20  # holds a picture that was scaled down already
 MAX_BODY = 4 * MAX_BYTES // 3 + SMALL_BODY  # base64 text takes 4/3 of the size of a picture
-MOST_LARGE = 4  # larger requests at once, from their first megabyte until they are answered; others wait
+MOST_LARGE = 4  # larger requests at once, from their first megabyte until the response is sent; others wait
 SECONDS_TO_WAIT = 30.0  # for one of those places
 SECONDS_TO_SEND = 60.0  # for the body of a request
-SECONDS_TO_ANSWER = 60.0  # after which a large request is no longer counted
+SECONDS_TO_RESPOND = 60.0  # after which a large request is no longer counted
 MOST_CONNECTIONS = 256
-_MOST_DISCARDED = 8 * MAX_BODY  # of a request that is too large: a client reads its answer when it has sent all
+_MOST_DISCARDED = 8 * MAX_BODY  # of a request that is too large: a client reads the response when it has sent all
 _JOIN = "/gradio_api/queue/join"
 # The app, its scripts and styles; its requests and their responses; the heartbeat of open tabs, and what they ask after
 # the server has been away.
@@ -50,7 +50,7 @@ class RequestLimits:
 
     Args:
         app: an ASGI application.
-        mistake: says what is wrong with the values of a call, or None.
+        mistake: describes what is wrong with the values of a call; None if nothing is.
         large: counts large requests; the handler removes a request from the count after responding.
         host: the name or address that the server listens on, which a request may name; see `is_own_host`.
     """
@@ -91,7 +91,7 @@ class RequestLimits:
         return None
 
     async def _handle(self, scope: Any, receive: Any, send: Any) -> None:
-        """Read a request, check it, and let the application answer; large ones are counted meanwhile."""
+        """Read a request, check it, and let the application respond; large ones are counted meanwhile."""
         is_call = scope["path"] == _JOIN and scope.get("method", "POST") == "POST"
         is_large, is_waiting = False, False
         try:
@@ -99,12 +99,12 @@ class RequestLimits:
             is_large = len(body) > SMALL_BODY
             if is_call:
                 self._check_call(body)
-            is_waiting = await self._answer(scope, _replay(body, receive), send) < 400 and is_call
+            is_waiting = await self._respond(scope, _replay(body, receive), send) < 400 and is_call
         except _RefusedError as refused:
             await _refuse(send, refused.status, str(refused))
         finally:
-            if is_large and not is_waiting:  # else the handler of uploads takes it off
-                self._large.answered()
+            if is_large and not is_waiting:  # else the handler of uploads removes it
+                self._large.remove()
 
     async def _read(self, receive: Any) -> bytes:
         """Read the whole body of a request; the rest of one that is refused is read too, and dropped."""
@@ -135,7 +135,7 @@ class RequestLimits:
                 raise refused
         except (TimeoutError, _RefusedError) as error:
             if is_counted:
-                self._large.answered()
+                self._large.remove()
             if isinstance(error, _RefusedError):
                 raise
             raise _RefusedError(408, f"This took longer than {SECONDS_TO_SEND:.0f} seconds to arrive.") from error
@@ -150,8 +150,8 @@ class RequestLimits:
         if mistake := self._mistake(call):
             raise _RefusedError(422, mistake)
 
-    async def _answer(self, scope: Any, receive: Any, send: Any) -> int:
-        """Let the application answer, and return the status; one line of the log says why it failed."""
+    async def _respond(self, scope: Any, receive: Any, send: Any) -> int:
+        """Let the application respond, and return the status; if it fails, one line of the log gives the reason."""
         status = 0
 
         async def watched(message: Any) -> None:
@@ -165,7 +165,7 @@ class RequestLimits:
             await self._app(scope, receive, _with_headers(watched))
         except Exception as error:  # of any library on the way
             logger.warning("A request to %r failed: %s", scope["path"], without_pictures(error))
-            status = status or 500  # else the answer has begun
+            status = status or 500  # else the response has begun
         if status >= 500:
             raise _RefusedError(400, "The app cannot process this request.")
         return status
@@ -175,7 +175,7 @@ def is_own_host(url: str, listening: str) -> bool:
     """Whether a URL names this server by an IP address, or by a name that only this machine's owner can give it.
 
     Any other name may be one that a foreign site has pointed at this address, so that its pages are allowed to read the
-    answers (DNS rebinding).
+    responses (DNS rebinding).
 
     Args:
         url: with a host, such as "http://127.0.0.1:7860" or "//localhost".
@@ -207,8 +207,8 @@ class LargeRequests:
 
     def add(self) -> bool:
         """Count one more; return False if there are as many as may be."""
-        while self._begun and time.monotonic() - self._begun[0] > SECONDS_TO_ANSWER:
-            self._begun.popleft()  # whose answer failed, or was for another function
+        while self._begun and time.monotonic() - self._begun[0] > SECONDS_TO_RESPOND:
+            self._begun.popleft()  # whose response failed, or was for another function
         if len(self._begun) >= MOST_LARGE:
             return False
         self._begun.append(time.monotonic())
@@ -221,14 +221,14 @@ class LargeRequests:
             await asyncio.sleep(0.05)  # places are freed by threads
         return added
 
-    def answered(self) -> None:
+    def remove(self) -> None:
         """Count one less."""
         if self._begun:
             self._begun.popleft()
 
 
 class _RefusedError(Exception):
-    """A request that is answered with a status and a sentence."""
+    """A request that is refused with a status and a sentence."""
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)

@@ -1,4 +1,4 @@
-"""The page of the app, with the handler that each event calls, and the web server of it."""
+"""The interface of the app, with the handler that each event calls, and its web server."""
 
 import socket
 from collections.abc import Sequence
@@ -53,7 +53,7 @@ def build_server(models: dict[str, AppModel], host: str = "127.0.0.1") -> uvicor
     """Build the server of the app, for models by name; call its `run(sockets=[...])` with a socket of `listen`."""
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=("monospace",))
     large = LargeRequests()
-    handlers = Handlers(models, answered=large.answered)
+    handlers = Handlers(models, on_response=large.remove)
     blocks = build_page(handlers)
 
     def mistake(call: Any) -> str | None:

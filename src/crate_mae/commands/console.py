@@ -62,7 +62,7 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
         result = function.__annotations__["return"]
         command.__name__ = command.__qualname__ = function.__name__
         command.__module__ = function.__module__
-        command.__doc__ = _explained(function.__doc__ or "", kind)
+        command.__doc__ = _with_args(function.__doc__ or "", kind)
         command.__annotations__ = {**annotations, "return": result}
         command.__signature__ = signature.replace(return_annotation=result)  # pyright: ignore[reportFunctionMemberAccess]
         return command
@@ -89,7 +89,7 @@ def _or_none(hint: Any) -> Any:
     return Annotated[(inner if inner is Any else inner | None, *metadata)]
 
 
-def _explained(docstring: str, kind: Any) -> str:
+def _with_args(docstring: str, kind: Any) -> str:
     """A docstring with the section "Args" before that of what is returned."""
     explanations = [
         textwrap.fill(

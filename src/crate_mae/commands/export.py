@@ -164,7 +164,7 @@ def push(
 
 
 def _opened(model: Any, license: str | None) -> tuple[Any, dict[str, str]]:  # noqa: A002
-    """A model, and what its card says of its training and licence."""
+    """A model, and the facts for its card about training and licence."""
     from crate_mae.deployment.card import LICENSE, provenance
     from crate_mae.models.weights import load
 

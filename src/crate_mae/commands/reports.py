@@ -1,4 +1,4 @@
-"""`crate-mae inspect` and `crate-mae theory`: what each layer does, and whether the theory holds, as pages to read."""
+"""`crate-mae inspect` and `crate-mae theory`: what each layer does, and whether the theory holds, as HTML reports."""
 
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass
@@ -68,10 +68,10 @@ def inspect(options: InspectOptions) -> Path:
     """Measure a model layer by layer, next to controls, and explain the results in a report.
 
     Rates, sparsity, ranks, subspaces, dictionaries, inverses and the information that tokens retain are measured on
-    images, every step of a layer is compared with controls (moves that need no derivation, and five untrained draws of
-    the network), the model is measured with attention that mixes no tokens, and some atoms of its last layer are shown.
-    The same is measured for the same network with random initialisation, and for the controls that you name. What a
-    model does not have is left out, and the report gives the reason.
+    images, every step of a layer is compared with controls (moves that need no derivation, and five random
+    initialisations of the network), the model is measured with attention that mixes no tokens, and some atoms of its
+    last layer are shown. The same is measured for the same network with random initialisation, and for the controls
+    that you name. What a model does not have is left out, and the report gives the reason.
 
     `out` then holds report.html, one file to read without a network; measures.json, measures.csv, audit.csv,
     attention.csv, atoms.csv and interventions.csv, with all numbers; and each figure as PNG and PDF.
@@ -143,14 +143,14 @@ def theory(
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Path:
-    """Test the theory on data with known subspaces, and explain the results on a page.
+    """Test the theory on data with known subspaces, and explain the results in a report.
 
     Five claims are measured on noisy tokens from known subspaces: compressing is denoising; attention comes from a
     gradient step (and what the published layer leaves out of it); each layer raises the signal-to-noise ratio by a
     constant factor; the decoder's minus sign reverses the encoder's step; and a sparse-coding step approaches the
     solution of a lasso. This takes less than a minute on one CPU core, and gives the same numbers for the same seed.
 
-    `out` then contains the page theory.html, all numbers in theory.json, and each figure as PNG and PDF.
+    `out` then contains the report theory.html, all numbers in theory.json, and each figure as PNG and PDF.
 
     Args:
         out: Folder to write to.
@@ -159,7 +159,7 @@ def theory(
         quiet: Print nothing.
 
     Returns:
-        The path of the page, `out`/theory.html.
+        The path of the report, `out`/theory.html.
 
     Raises:
         UserError: if the folder is not empty or is a file, the seed is negative, or it cannot be written.
@@ -175,7 +175,7 @@ def theory(
 
 
 def _saved(console: CleanConsole, files: Mapping[str, bytes | str], folder: Path, page: str) -> Path:
-    """Write the files of a report, and return the path of its page."""
+    """Write the files of a report, and return the path of its HTML file."""
     for name, content in files.items():
         write_whole(folder / name, content)
     console.say(f"Saved {folder / page}, with its numbers and figures beside it")

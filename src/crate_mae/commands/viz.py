@@ -174,7 +174,7 @@ def viz_layers(
     opened = open_measurable(model, seed)
     twin = None
     if control is not None:
-        twin = untrained_twin(opened, seed + 1)  # other weights than those of an untrained model
+        twin = untrained_twin(opened, seed + 1)  # other weights than those of a model with random initialisation
         if twin is None:
             raise UserError(f"The configuration of a {opened.name} from Python is not known: leave out --control.")
     with open_console().status("Measuring the layers"):

@@ -94,7 +94,7 @@ def verdict(results: Sequence[EntryResult], pixels: dict[str, float]) -> str:
     """The linear probes, or without labels the completions, in one sentence that begins with the controls."""
     name = "linear" if all(spread(result.scores.values(), "linear") for result in results) else "psnr"
     controls = [("raw pixels", spread([pixels], name))] if pixels else []
-    controls += [(f"untrained {result.name}", spread(result.random.values(), name)) for result in results]
+    controls += [(f"{each.name} with random initialisation", spread(each.random.values(), name)) for each in results]
     known = [f"{label} {score_text(name, score, with_range=False)}" for label, score in controls if score]
     own = [(result.name, spread(result.scores.values(), name)) for result in results]
     found = [f"{label} {score_text(name, score, with_range=False)}" for label, score in own]
@@ -342,8 +342,8 @@ def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) ->
     else:
         yield (
             f"Probes: frozen features, {len(images.train):,} training and {len(images.val):,} validation images of "
-            f"{images.classes} classes. Random weights are those before the first step; a model that does not beat "
-            "them, or raw pixels, has learned nothing that helps with these labels."
+            f"{images.classes} classes. Random initialisation means the weights before the first step; a model that "
+            "does not beat them, or raw pixels, has learned nothing that helps with these labels."
         )
     if results[0].entry.config.norm_pix_loss:
         yield (

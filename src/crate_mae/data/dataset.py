@@ -194,7 +194,7 @@ def load(
         pin_memory=pin_memory,
         generator=torch.Generator(),  # or the loader would draw from the global one in the step in which it starts
     )
-    with lost_processes_explained():
+    with explain_lost_processes():
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -221,7 +221,7 @@ def _collate_attempts(collate: Callable[[list[Any]], Any], attempts: list[Any]) 
 
 
 @contextmanager
-def lost_processes_explained() -> Iterator[None]:
+def explain_lost_processes() -> Iterator[None]:
     """Raise PyTorch's error about a loader process that was ended from outside as a `UserError`."""
     try:
         yield

@@ -1,6 +1,6 @@
 """Decode image files, and convert images to a number of channels. Damaged files are refused.
 
-All images are opened here, with a fixed list of formats: Pillow knows others, of which EPS runs a program.
+All images are opened here, with a fixed list of formats: Pillow reads others, and one of them, EPS, runs a program.
 """
 
 import contextlib

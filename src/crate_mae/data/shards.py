@@ -184,14 +184,14 @@ class _Shard:
     def _warn(self, shard: str) -> None:
         for names, what in (
             (self._replaced, "image(s) have the name of a later one, which takes their place"),
-            (self._bad_labels, "label(s) cannot be read, and images of which any has no label have none"),
+            (self._bad_labels, "label(s) cannot be read; an image without all of its labels has none"),
         ):
             if names:
                 logger.warning("%s: %d %s: %s", shard, len(names), what, and_more(list(map(repr, names)), 3))
 
 
 class _Headers(io.BufferedIOBase):
-    """A file of which `tarfile` reads headers alone, of limited size."""
+    """A file from which `tarfile` reads only headers, of limited size."""
 
     def __init__(self, file: io.BufferedReader) -> None:
         self._file = file

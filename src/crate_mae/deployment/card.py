@@ -1,6 +1,6 @@
 """`README.md` of an exported folder: what goes in, what comes out, how to run it, and where it comes from.
 
-`card` fills in `card.md.j2`; `provenance` reads what it says about the training from the folder of a run.
+`card` fills in `card.md.j2`; `provenance` reads its facts about the training from the folder of a run.
 """
 
 import csv

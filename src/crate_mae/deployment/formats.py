@@ -345,7 +345,7 @@ def sample_images(c: Any) -> Float[Tensor, "b c hh ww"]:
 
 @torch.no_grad()
 def largest_difference(model: Model, folder: Path, kind: Format, part: Part) -> float:
-    """Largest absolute difference between our outputs and those of an exported folder, over all test images.
+    """Largest absolute difference between our outputs and those of an exported folder, over all sample images.
 
     It runs on all images at once, then on one and, if it takes images of any size, on higher and wider ones: a batch
     or image size that was fixed by mistake fails here.

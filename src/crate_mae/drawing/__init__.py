@@ -1,1 +1,1 @@
-"""Figures in one style, line charts, and HTML pages."""
+"""Figures in one style, line charts, and HTML reports."""

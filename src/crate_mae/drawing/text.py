@@ -1,6 +1,6 @@
 """How numbers, lists and formulas are written in reports and figures.
 
-Text is plain: "R^c", "U_k", "λ‖Z‖_0" and "1.0·10^−7" are typeset by `html` on a page, by `mathtext` in a figure of
+Text is plain: "R^c", "U_k", "λ‖Z‖_0" and "1.0·10^−7" are typeset by `html` in a report, by `mathtext` in a figure of
 matplotlib, and by `raised` where there are characters only.
 """
 

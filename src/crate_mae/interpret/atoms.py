@@ -34,7 +34,7 @@ from crate_mae.models.masking import patchify, unpatchify
 from crate_mae.models.tracing import trace
 
 _STRONGEST = 6  # patches of each atom
-_MASKED_PATCHES = 1024  # in all images of which responses are measured
+_MASKED_PATCHES = 1024  # whose responses are measured, in all images together
 _LEAST_CHANGE = 1e-4  # of pixels in [0, 1]; in smaller ones, rounding in float32 would look like a non-linear response
 
 Reason = Literal["named", "matters", "energy", "random"]

@@ -14,11 +14,11 @@ is claimed:
 2. its mean is at least 1% of the mean value before the step;
 3. the one-sided paired t-test of "the mean margin is positive" has p < 0.05 after Holm's correction over all claims
    and layers of the network on these tokens;
-4. it was learned: that share of the value before the step is larger than in each of several untrained draws of the
-   same network, on the same images (of claims about single images, the first of them). This is asked of all claims but
-   those about the lasso, since an objective is defined by the network's own dictionary, and the all-zero code and
-   relu(x) are all that it has to beat; and of no theorem, since a theorem holds for all weights, trained or not.
-   Without untrained draws it is not asked.
+4. it was learned: that share of the value before the step is larger than in each of several random initialisations of
+   the same network, on the same images (of claims about single images, the first of them). This condition does not
+   apply to claims about the lasso, since an objective is defined by the network's own dictionary, and the all-zero code
+   and relu(x) are all that it has to beat; nor to theorems, since a theorem holds for all weights, trained or not; nor
+   if no random initialisations were measured.
 
 Some claims are about all images at once (`Claim.pooled`). Their margin has no share of images; its spread is that of a
 jackknife over groups of images, and the t-test has one degree of freedom less than there are groups.
@@ -204,7 +204,7 @@ class AuditRow:
         share_of_images: in which the margin is positive; None of a pooled claim.
         n: number of images, or of groups of images of a pooled claim.
         p_holm: of the t-test, corrected for all claims and layers on these tokens.
-        untrained: largest margin share among the untrained draws; None without any.
+        untrained: largest margin share among the random initialisations; None without any.
         learned: whether the margin share is larger than theirs on the same images.
         holds: see the module's rule.
         status: "theorem", "holds" or "does not hold"; "contradiction" of a theorem that an image contradicts.
@@ -251,7 +251,7 @@ def audit(layers: Claims, untrained: Sequence[Claims] = ()) -> list[AuditRow]:
 
     Args:
         layers: what was measured of the network.
-        untrained: the same of untrained draws of it.
+        untrained: the same of random initialisations of it.
     """
     tested = [(place, key) for key in CLAIMS for place, found in layers.items() if key in found]
     p: dict[tuple[Place, str], float] = {}

@@ -97,8 +97,8 @@ def draw_layers(rows: Sequence[Row], control: Sequence[Row] = ()) -> Figure:
     """Draw subspace rate, sparsity and ranks of every layer, with a band of one standard deviation over images.
 
     In the encoder MSSA comes first and ISTA second; in the decoder first the dictionary, then MSSA with a minus sign.
-    The subspace rate of a Vision Transformer is a stand-in, see `layer_measures.value_rates`. A panel of which nothing
-    was measured is left out.
+    The subspace rate of a Vision Transformer is a stand-in, see `layer_measures.value_rates`. Panels without
+    measurements are left out.
 
     Args:
         rows: see `measure.measure_layers`.

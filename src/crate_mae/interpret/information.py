@@ -105,8 +105,8 @@ def probe_images(train: ImageSource, test: ImageSource, most: int, seed: int) ->
     """Choose at most `most` labelled images of each source, and number their classes alike.
 
     Raises:
-        UserError: without labels, with one class, with a class that only the test images have, or with a class of a
-            single training image.
+        UserError: without labels, with one class, with a class that only the images to measure on have, or with a
+            class of a single training image.
     """
     return _numbered_alike(*(_labelled(source, most, seed) for source in (train, test)))
 

@@ -113,7 +113,7 @@ def measure_layers(
         seed: of that choice, of the masks, and of random initialisation.
         batch_size: images that go through the model at once.
         audited: whether to judge each step against its controls, see `interpret.audit`.
-        untrained: number of untrained draws of the network among these controls, if its configuration is known.
+        untrained: number of random initialisations of the network among these controls, if its configuration is known.
         training_mask_ratio: share of patches that was hidden in training, for the audit of an encoder that sees
             visible patches alone.
         on_stage: called with the name of each stage.
@@ -244,7 +244,7 @@ def token_views(
 
 
 def _audit(model: Opened, views: dict[Tokens, list[Any]], seed: int, untrained: int) -> list[AuditRow]:
-    """Every claim of the network on these views, next to untrained draws of it."""
+    """Every claim of the network on these views, next to random initialisations of it."""
     with evaluating(model.net):
         found = measure_claims(model.net, views, masked_pass, seed=seed)
     draws = []

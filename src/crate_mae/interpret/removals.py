@@ -5,7 +5,7 @@ network runs, and two things are measured: the loss of masked completion, and th
 
 Attention without mixing is the step with P = I: every token attends to itself alone, and what is left is a map of each
 token by itself. If the masked loss and a linear probe are the same without mixing, a layer's attention does nothing
-for the task, whatever it does to R^c.
+for the task, regardless of its effect on R^c.
 
 A single subspace or atom is removed by `models.interventions`, and the classifier was fitted once, to features of the
 intact network.

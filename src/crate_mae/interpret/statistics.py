@@ -54,7 +54,7 @@ class Row:
         part: "encoder" or "decoder".
         layer: number of the layer, from 0.
         measure: a name of `registry.MEASURES`, or one of its controls.
-        point: of which tokens, see `models.tracing.trace`; empty if of weights, or of a whole layer.
+        point: the tokens that were measured, see `models.tracing.trace`; empty for weights, or for a whole layer.
         mean: over what `over` names.
         spread: standard deviation over the same; None for a single value.
         n: number of values.

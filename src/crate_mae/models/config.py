@@ -371,7 +371,7 @@ Config = ModelConfig | ClassifierConfig
 
 
 def encoder_config(config: Config) -> ModelConfig:
-    """The settings of which an autoencoder's or a classifier's encoder is built."""
+    """The settings from which an autoencoder's or a classifier's encoder is built."""
     return config.encoder if isinstance(config, ClassifierConfig) else config
 
 

@@ -35,7 +35,7 @@ def own_settings() -> Iterator[None]:
     """Compute as this library documents, whatever the program around it has set, and leave its settings as they were.
 
     Inside, new tensors are float32, gradients are recorded, and nothing runs in automatic mixed precision. Afterwards
-    PyTorch's default generator on the CPU, which training seeds in every step, goes on where it was.
+    PyTorch's default generator on the CPU, which training seeds in every step, continues where it was.
     """
     dtype, state = torch.get_default_dtype(), torch.get_rng_state()
     torch.set_default_dtype(torch.float32)
@@ -46,7 +46,7 @@ def own_settings() -> Iterator[None]:
             for kind in {"cpu", fastest_device().type}:
                 if torch.is_autocast_enabled(kind):
                     # Without its cache: what PyTorch keeps there of weights, it forgets only when the outermost block
-                    # ends, and steps inside would go on with the weights of the first one.
+                    # ends, and steps inside would continue with the weights of the first one.
                     stack.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
             yield
     finally:

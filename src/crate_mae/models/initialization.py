@@ -6,7 +6,7 @@ common part, attention averages it, the output projection adds as much again, an
 normalised sum. After the 6 + 6 layers of `crate_mae_micro_patch4_32`, 0.2% of the energy of CIFAR-10's tokens
 distinguishes the places of an image; the first several hundred steps of training go into undoing that (`docs/log.md`).
 
-The "isometric" initialisation takes a tenth of the output projection, so that Z + MSSA(Z) starts near Z, and orthogonal
+The "isometric" initialisation takes a tenth of the output projection, so that Z + MSSA(Z) is near Z, and orthogonal
 dictionaries E in the decoder, so that Y E^T keeps all angles. The encoder's dictionary stays as it is: I + eta (D -
 D^T D) is near the identity already. 29% of the energy is then left for places. The functions that can be learned are
 the same.
@@ -26,8 +26,8 @@ ISOMETRIC_GAIN = 0.1  # of MSSA's output projection, relative to Xavier's
 def initialize(module: nn.Module, init: Initialization = "official") -> None:
     """Initialise the linear maps and dictionaries of an encoder or decoder in place.
 
-    The patch embedding counts as a linear map of flattened patches. Biases start at zero. Layer norms, and dictionaries
-    if `init` is "official", initialise themselves.
+    The patch embedding counts as a linear map of flattened patches. Biases are initialised to zero. Layer norms, and
+    dictionaries if `init` is "official", initialise themselves.
 
     Args:
         module: any module with the layers of `models.layers` or of timm.

@@ -31,7 +31,7 @@ class Place(NamedTuple):
         module: the module that takes or returns it.
         is_input: whether it is the module's first input, or its output.
         axis: the one that an index counts along: tokens of `z`, heads of `head_steps`, atoms of `code`; None for the
-            output of a sub-module, of which there are no parts.
+            output of a sub-module, which has no parts.
         what: what the index counts.
         size: how many there are, if this does not depend on the images.
         heads: into how many heads the last axis is divided: the intermediate is b h n p, and passes as b n (h p).
@@ -61,12 +61,12 @@ def intervene(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[
     | `z`             | the layer's input                                 | token       |
     | `z_half`        | between its two steps                             | token       |
     | `z_next`        | the layer's output                                | token       |
-    | `projections`   | W_k, of which attention is computed, too          | subspace k  |
+    | `projections`   | W_k, which also determines the attention          | subspace k  |
     | `head_steps`    | a subspace's step: 0 removes it and nothing else  | subspace k  |
     | `code`          | the sparse code A                                 | atom        |
 
     Tokens are counted as the layer sees them, class token first: with visible patches only, as many as are visible.
-    Blocks of timm have `z`, `z_next` and `head_steps`, of which 0 removes a head.
+    Blocks of timm have `z`, `z_next` and `head_steps`, where 0 removes a head.
 
     A change is a number to multiply by (0 removes the part), a tensor to put in its place, of any shape that broadcasts
     to it (also a tensor of one number), or a function of the old value. An index leaves out its axis: `head_steps[3]`
@@ -79,7 +79,7 @@ def intervene(model: nn.Module, changes: Mapping[str, Change]) -> Iterator[dict[
 
     Args:
         model: any of ours, or one with blocks of timm.
-        changes: from names to what becomes of them.
+        changes: from the names of intermediates to their changes.
 
     Yields:
         A dictionary from each full name to how often it has been changed so far: 0 if nothing has passed there.

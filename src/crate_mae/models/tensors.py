@@ -50,7 +50,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise UserError(f"There is no weights file at {path}.")
     if path.suffix == ".safetensors":
-        with _damage_explained(path):
+        with _explain_damage(path):
             return load_file(path)
     _refuse_packed(path)
     try:
@@ -112,7 +112,7 @@ def described_tensors(path: Path) -> dict[str, Tensor]:
     """
     found: dict[str, Tensor] = {}
     for part in _parts_of(path):
-        with _damage_explained(part), safe_open(part, framework="pt") as file:
+        with _explain_damage(part), safe_open(part, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # no dictionary
                 described = file.get_slice(name)
                 if described.get_dtype() not in _FLOATS:
@@ -128,7 +128,7 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
         UserError: for a file or part that is missing or damaged.
     """
     for part in _parts_of(path):
-        with _damage_explained(part), safe_open(part, framework="pt") as file:
+        with _explain_damage(part), safe_open(part, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  # no dictionary
                 yield name, file.get_tensor(name)
 
@@ -165,7 +165,7 @@ def has_tensors(path: Path) -> bool:
 
 
 @contextmanager
-def _damage_explained(path: Path) -> Iterator[None]:
+def _explain_damage(path: Path) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:

@@ -110,7 +110,7 @@ def ista_preactivation(
     x: Float[Tensor, "*batch d"], operator: Float[Tensor, "d m"], shift: float
 ) -> Float[Tensor, "*batch m"]:
     # type: (Tensor, Tensor, float) -> Tensor
-    r"""X W - eta lambda, of which `apply_ista_operator` takes the positive part."""
+    r"""X W - eta lambda; `apply_ista_operator` returns its positive part."""
     return F.linear(x, operator.t(), operator.new_full(operator.shape[1:], -shift))
 
 

@@ -94,7 +94,7 @@ def open_images(
         data: to train on.
         val: to measure on.
         record: the `split_record` of a run that exists.
-        data_changed: whether to find the images of the record by their content, in data with others: the run goes on
+        data_changed: whether to find the images of the record by their content, in data with others: the run continues
             being measured on images that it has not been trained on.
 
     Raises:

@@ -114,8 +114,8 @@ def _learn(
     log = Logbook(task, accelerator, report)
     saver = Saver(task, model_state, accelerator)
 
-    answers = accelerator.is_main_process and not config.quiet
-    with stop_requests(answers=answers) as request, display.training(state.step, config.steps):
+    announce = accelerator.is_main_process and not config.quiet
+    with stop_requests(announce=announce) as request, display.training(state.step, config.steps):
         if state.step == 0:
             log.begin(model_state)
         begun_at = state.step

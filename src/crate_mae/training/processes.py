@@ -149,12 +149,13 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_requests(*, answers: bool = False) -> Iterator[StopRequest]:
+def stop_requests(*, announce: bool = False) -> Iterator[StopRequest]:
     """Note SIGINT, SIGTERM and SIGHUP instead of ending at once, so that a step can be finished and saved.
 
     A later signal has its usual effect at once. One that follows within moments does not: launchers pass on to their
     processes what a terminal or SLURM has sent to all of them already. Outside the main thread, Python does not allow
-    handling of signals, and nothing is changed. With `answers`, the standard error says what a signal does.
+    handling of signals, and nothing is changed. With `announce`, the effect of each signal is printed to the standard
+    error.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -170,10 +171,10 @@ def stop_requests(*, answers: bool = False) -> Iterator[StopRequest]:
         nonlocal asked_at
         if not request.signal:
             request.signal, asked_at = number, time.monotonic()
-            if answers:
+            if announce:
                 _write_at_once("Stopping after this step, and saving. Again: stop at once, and lose what is not saved.")
         elif time.monotonic() - asked_at > _ECHO_SECONDS:
-            if answers:
+            if announce:
                 _write_at_once("Stopped: the steps since the last checkpoint are lost.")
             signal.signal(number, usual[signal.Signals(number)])
             signal.raise_signal(number)

@@ -72,7 +72,7 @@ class Logbook:
         Args:
             model_state: to measure.
             state: after the step; its running mean of the loss is emptied into the row, and its best score noted.
-            row: what the row says of the step itself.
+            row: the values of the row for the step itself.
             waited: seconds that this process spent waiting for images of the step.
 
         Returns:
@@ -155,7 +155,7 @@ def open_trackers(accelerator: Accelerator, config: RunOptions, run: Path, start
     """Start the trackers, have TensorBoard forget what came after `start_step`, and close them in the end.
 
     A thread of TensorBoard that cannot write would print a traceback. Its error is raised again in this thread, by the
-    next row or by closing, and is explained there.
+    next row or by closing, where it is turned into a message.
     """
     usual = threading.excepthook
 
@@ -210,7 +210,7 @@ class RunReport:
     def to_the_end(self) -> Iterator[None]:
         """Write into the log and the report how the block ended, if by an exception.
 
-        A process that is killed writes nothing; the log of the next start says so.
+        A process that is killed writes nothing; the log of the next start records it.
         """
         try:
             yield
@@ -257,7 +257,7 @@ def _how_ended(error: BaseException) -> str:
 
 
 def render_report(task: Task, plan: Mapping[str, str], end: str = "") -> str:
-    """The report as HTML, from what the run has written down so far; `end` is empty while it goes on."""
+    """The report as HTML, from what the run has recorded so far; `end` is empty while the run continues."""
     from crate_mae.drawing.style import encode
 
     directory = task.directory

@@ -161,7 +161,7 @@ def default_base_lr(model: ModelConfig, batch_size: int) -> float:
     monotone layers c is three times that: the better of these two at width 512, 64 images a step and 1,000 steps
     (`results/monotone_layers`). No higher rate and no other width was tried.
 
-    With the official initialisation, with which gradients start small and uneven, and for ViT-MAE, c is
+    With the official initialisation, with which gradients are small and uneven at first, and for ViT-MAE, c is
     1.5e-4 (768 / d): at width 768 MAE's 1.5e-4 for a batch of 256, and near the published CRATE-MAE's 3e-5 for one of
     4096. At width 192 the rates for batches of 64 and 256 were tried, and four times the latter, which learns nothing
     (`docs/log.md`).

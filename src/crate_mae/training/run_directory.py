@@ -8,7 +8,7 @@ RUN/
     metrics.csv         loss, learning rate, speed and results on held-out images, by step
     layers.csv          of pretraining: sparsity and subspace rate of every layer: step, part, layer, measure, value
     bad_files.csv       unreadable images: step, location, reason
-    data_changes.csv    steps from which the run went on with other images (`resume --data-changed`)
+    data_changes.csv    steps from which the run continued with other images (`resume --data-changed`)
     held_out.json       which images pretraining holds out: numbers, and digests by which they are found again
     checkpoints/
         step-1200/      model.safetensors + config.json (a MODEL like any other)
@@ -86,7 +86,7 @@ class RunDirectory:
         held_out_file: which images are held out; see `images.split_record`.
         layers: one row per layer and measure.
         bad_files: one row per unreadable image.
-        data_changes: one row per step from which the run went on with other images.
+        data_changes: one row per step from which the run continued with other images.
         resume_command: continues the run,
         resume_with_other_data: and on data that has changed.
     """
@@ -394,7 +394,7 @@ class _LogFile(logging.FileHandler):
     """A log file. An error in writing is raised: it stops the run as one in writing any other file does."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: ARG002, N802  # logging's name
-        """Raise the error, where `logging` would print a traceback and go on."""
+        """Raise the error, where `logging` would print a traceback and continue."""
         raise  # `logging` calls this from its handler of exceptions
 
     def close(self) -> None:

@@ -39,7 +39,7 @@ RADII = (0.01, 0.03, 0.1, 0.3, 0.9, 3.0, 10.0)
 ORDERS = (0, 1, 2)
 SCALES = {"s = 1": 1.0, "s = p^-1/2": None}
 STEP_LENGTH = 0.1  # of the steps whose change of R^c is compared, relative to the norm of the tokens
-ACCURATE = 0.05  # relative error up to which the page calls an approximation accurate
+ACCURATE = 0.05  # relative error up to which the report calls an approximation accurate
 _D, _H, _P, _TOKENS, _NOISE = 32, 4, 8, 128, 0.2
 
 
@@ -201,7 +201,7 @@ def draw(results: Attention) -> Figure:
 
 
 def explain(results: Attention) -> Section:
-    """Explain on the page how attention comes from the gradient step, and what it leaves out."""
+    """Describe how attention comes from the gradient step, and what it leaves out."""
 
     def at(points: tuple[AttentionPoint, ...], radius: float) -> AttentionPoint:
         return min(points, key=lambda point: abs(point.radius - radius))

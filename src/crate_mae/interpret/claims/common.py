@@ -1,4 +1,4 @@
-"""What the five claims share: statistics over draws, how numbers are written, and a section of the page."""
+"""What the five claims share: statistics over draws, how numbers are written, and a section of the report."""
 
 import statistics
 from collections.abc import Sequence
@@ -59,7 +59,7 @@ def draw_spreads(
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One claim on the page; all texts but the title are HTML.
+    """One claim in the report; all texts but the title are HTML.
 
     Attributes:
         title: the claim in a few words.

@@ -26,7 +26,7 @@ NOISE = (0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
 DIMENSIONS = (32, 48, 64, 96, 128)
 SUBSPACES = (2, 4, 8, 16)
 _P, _TOKENS = 8, 256
-SAME_DIRECTION = 0.9  # cosine from which the page speaks of nearly the same direction
+SAME_DIRECTION = 0.9  # cosine from which the report speaks of nearly the same direction
 STEP_NAMES = {
     "token": "gradient, each token alone",
     "cluster": "gradient, one cluster's tokens",
@@ -166,7 +166,7 @@ def draw(results: Denoising) -> Figure:
 
 
 def explain(results: Denoising) -> Section:
-    """Explain on the page whether a gradient step denoises."""
+    """Describe whether a gradient step denoises."""
 
     def cosines(key: str) -> list[float]:
         return [point.cosine[key].mean for point in results.by_noise]
@@ -205,7 +205,7 @@ def explain(results: Denoising) -> Section:
             "The exact gradient over all tokens at once multiplies every token by the same matrix. With clusters of "
             "equal size this matrix is nearly a multiple of the identity on the subspaces, so it shrinks tokens "
             "instead of sorting them. Its cosine is high at strong noise only because the denoiser then mostly "
-            "shrinks, too. The clusters are told apart by the softmax (or by treating one token or one cluster at a "
+            "shrinks, too. The clusters are distinguished by the softmax (or by treating one token or one cluster at a "
             "time).",
             f"R<sup>c</sup> ignores directions outside all subspaces, so noise there stays: with d = {widest.d} the "
             f"gradient of each token alone leaves {errors(widest, 'token')} outside the own subspace "

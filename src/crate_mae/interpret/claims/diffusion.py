@@ -18,7 +18,7 @@ from crate_mae.theory import coherence, orthonormal_bases, project, sample_mixtu
 _NOISE = 0.2
 _EPS = 2**0.5 * _NOISE
 _STEPS = 40
-_CLOSER = 0.9  # of the angle before the first step: below it the page says that tokens came closer to a line
+_CLOSER = 0.9  # of the angle before the first step: below it the report says that tokens came closer to a line
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +204,7 @@ def _draw_paths(axes: Any, half: np.ndarray, run: DiffusionRun) -> None:
 
 
 def explain(results: Diffusion) -> Section:
-    """Explain on the page whether forward steps structure tokens, and whether reverse steps undo them."""
+    """Describe whether forward steps structure tokens, and whether reverse steps undo them."""
 
     def summary(run: DiffusionRun) -> str:
         return (

@@ -184,7 +184,7 @@ def draw(results: Ista) -> Figure:
 
 
 def explain(results: Ista) -> Section:
-    """Explain on the page how far sparse-coding steps get towards the minimum of a lasso."""
+    """Describe how far sparse-coding steps get towards the minimum of a lasso."""
 
     def curve(start: Start, step_size: float) -> IstaCurve:
         return next(c for c in results.curves if c.start == start and c.step_size == step_size)

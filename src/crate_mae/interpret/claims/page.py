@@ -1,4 +1,4 @@
-"""The page of the theory: all claims measured, and the files with their numbers, figures and explanations."""
+"""The report on the theory: all claims measured, and the files with their numbers, figures and explanations."""
 
 import json
 import platform
@@ -54,7 +54,7 @@ def measure_theory(seed: int = 0, draws: int = 5) -> TheoryResults:
 
 
 def theory_files(results: TheoryResults) -> dict[str, bytes | str]:
-    """The content of every file by its name: each figure as PNG and PDF, the numbers as JSON, and the page last."""
+    """The content of every file by its name: each figure as PNG and PDF, the numbers as JSON, and the report last."""
     figures = {name: claim.draw(results.claims[name]) for name, claim in CLAIMS.items()}
     pictures = {name: encode(figure, "png") for name, figure in figures.items()}
     files: dict[str, bytes | str] = {f"{name}.png": picture for name, picture in pictures.items()}
@@ -65,7 +65,7 @@ def theory_files(results: TheoryResults) -> dict[str, bytes | str]:
 
 
 def write_page(results: TheoryResults, pictures: Mapping[str, bytes]) -> str:
-    """The page as HTML, from the results and the PNG files of the figures by the names of the claims."""
+    """The report as HTML, from the results and the PNG files of the figures by the names of the claims."""
     return render(
         "interpret/claims/theory.html.j2",
         title="The theory of CRATE-MAE, checked",

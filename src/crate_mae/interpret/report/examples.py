@@ -146,7 +146,7 @@ def collect_examples(subjects: Subjects, *, count: int, mask_ratio: float, seed:
 
 
 def draw_grid(rows: Tiles) -> Figure:
-    """All tiles of a figure, on the width of the page."""
+    """All tiles of a figure, on the width of the report."""
     columns = max(_FEWEST_COLUMNS, *(len(row) for row in rows))
     return draw_tiles([[*row, *[None] * (columns - len(row))] for row in rows], tile_width=_WIDTH / columns)
 

@@ -102,7 +102,7 @@ def verdict_sentence(inspection: Inspection) -> str:
         return "The audit does not apply: this model has no attention in subspaces and no sparse coding."
     return (
         f"{_count_of_claims(rows, 'what this model’s layers do')} Controls are the step reversed, without mixing or in "
-        "random subspaces, relu(x) or an all-zero code, and untrained networks."
+        "random subspaces, relu(x) or an all-zero code, and networks with random initialisation."
     )
 
 
@@ -355,7 +355,7 @@ def _against_random(own: Mapping[str, Trend], random: Mapping[str, Trend] | None
     if is_random:
         lesson = "The model itself has random initialisation, so both show what chance gives."
     elif not falling:
-        lesson = "So the prediction does not hold, whatever random initialisation gives."
+        lesson = "So the prediction does not hold, regardless of random initialisation."
     elif not too:
         lesson = "So random initialisation does not make it fall where it falls here: training did."
     elif len(too) == len(falling):
@@ -464,7 +464,7 @@ def _claims_table(inspection: Inspection) -> Table:
         counted = [claims.get(key, []) for claims in columns.values()]
         counts = [f"{sum(row.is_met for row in found)} of {len(found)}" if found else "–" for found in counted]
         lines.append([rows[0].text, *counts])
-    caption = "Layers in which each claim holds. Untrained draws are a control on DATA alone"
+    caption = "Layers in which each claim holds. Random initialisations are a control on DATA alone"
     return Table(["claim", *columns], lines, caption)
 
 

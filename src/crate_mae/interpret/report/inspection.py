@@ -48,7 +48,7 @@ from crate_mae.interpret.tokens import grid_size
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.tracing import layers_of
 
-_DRAWS = 5  # of untrained networks, for the audit
+_DRAWS = 5  # of random initialisations, for the audit
 
 
 @dataclass(frozen=True)

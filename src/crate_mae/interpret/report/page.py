@@ -1,4 +1,4 @@
-"""The page of a report: which figures there are, in which section, how each is read, and the files with all numbers."""
+"""The HTML of a report: which figures there are, in which section, how to read them, and the files with all numbers."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     ),
     "sparsity": (
         "Sparsity",
-        "Each line shows how sparse the layers’ outputs are by a measure, of which only the first counts exact zeros; "
+        "Each panel shows how sparse the layers’ outputs are by one measure. Only the first counts exact zeros; "
         "a small l1/l2 and a large Gini index mean sparse. If depth makes representations sparser, the left and "
         "right panels rise through the encoder and the middle one falls.",
     ),
@@ -129,7 +129,7 @@ Plan = Mapping[str, Sequence[PlannedFigure]]  # from a section's anchor to its f
 
 
 def report_files(inspection: Inspection) -> dict[str, bytes | str]:
-    """The files of a report by their names in its folder; the page comes last, so that a folder with one is whole."""
+    """The files of a report by their names in its folder; the HTML comes last, so that a folder with it is complete."""
     plan = plan_figures(inspection)
     figures = draw_figures(plan)
     pictures = {name: encode(figure, "png") for name, figure in figures.items()}
@@ -142,7 +142,7 @@ def report_files(inspection: Inspection) -> dict[str, bytes | str]:
 
 
 def write_page(inspection: Inspection, plan: Plan, pictures: Mapping[str, bytes]) -> str:
-    """Write the page as HTML: what was found at a glance, then the sections.
+    """Write the report as HTML: the findings at a glance, then the sections.
 
     Args:
         inspection: what was measured.

@@ -213,12 +213,12 @@ _LAYERS: dict[Layer, str] = {
 
 def _of_crate(c: CrateConfig) -> dict[str, str]:
     is_tied = c.layer != "published" or c.output_projection == "tied"
-    start = "isometric" if c.init == "isometric" else "as in the official code"
+    initialisation = "isometric" if c.init == "isometric" else "as in the official code"
     lines = {
         "Layers": _LAYERS[c.layer],
         "Output projection": "tied to the subspaces, W_k = U_k" if is_tied else "free, as in the official code",
         "Sparse coding": f"step size η = {c.step_size:g}, threshold λ = {c.threshold:g}",
-        "Start of the weights": start,
+        "Initialisation": initialisation,
     }
     if c.ista_skip:
         lines["Sparse coding"] += ", with a skip connection"
