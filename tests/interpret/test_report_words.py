@@ -123,9 +123,7 @@ def test_a_black_box_is_told_by_its_stand_in_and_its_limits_are_said(inspection,
     rows = curve(means, measure="value_rate_official", point="projections")
     black_box = dataclasses.replace(random, key="baseline", measures=dataclasses.replace(random.measures, rows=rows))
     found = rates_finding(dataclasses.replace(inspection, measured=[*inspection.measured, black_box]))
-    assert (
-        f"Baseline, a black box, with value projections in the place of subspaces: {words} (1 of 1 step)." in found.more
-    )
+    assert f"Baseline, a black box, with value projections instead of subspaces: {words} (1 of 1 step)." in found.more
     assert found.more[-1] == STAND_IN_LIMITS
     assert "baseline\n(stand-in)" in [row[0] for row in found.table.rows]
     alone = rates_finding(dataclasses.replace(inspection, measured=[dataclasses.replace(black_box, key="model")]))

@@ -127,7 +127,7 @@ def _images_of(file: pq.ParquetFile, group: int, column: str) -> pa.Array | pa.C
 
 
 class _File:
-    """What the index of a parquet file says, and its column of labels.
+    """The index of a parquet file, and its column of labels.
 
     Attributes:
         name: for messages.

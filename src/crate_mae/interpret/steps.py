@@ -257,7 +257,7 @@ def _sparse_coding(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _expansions(layer: nn.Module, points: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tokens before and after ISTA and the whole layer, and with relu(x) in the place of ISTA."""
+    """Tokens before and after ISTA and the whole layer, and with relu(x) instead of ISTA."""
     x = layer.get_submodule("norm2")(points["z_half"])
     ista = {_BEFORE: x, _AFTER: points["code"]}
     whole = {_BEFORE: points["z"], _AFTER: points["z_next"]}

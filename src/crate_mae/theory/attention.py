@@ -1,11 +1,11 @@
 r"""Attention derived: the mixing term of a step that compresses tokens is attention in which query = key = value.
 
 A descent step on the subspace rate R^c, with the inverse in the gradient expanded to first order (see
-`coding_rate.subspace_coding_rate_gradient`), has two terms for each subspace k, with W_k = Z U_k. The first, -W_k,
-shrinks tokens. The second, (W_k W_k^T) W_k, moves each token towards a sum of the others, weighted by how similar they
-are inside the subspace. That is `linear_ssa`. A softmax turns the weights into memberships, which measure not only how
-similar two tokens are but whether they belong to the same subspace. That is `ssa`; over all subspaces, one per head, it
-is `mssa`.
+`coding_rate.subspace_coding_rate_gradient`), has two terms for each subspace k, up to constant factors, with
+W_k = Z U_k. The first, -W_k, shrinks tokens. The second, (W_k W_k^T) W_k, moves each token towards a sum of the others,
+weighted by how similar they are inside the subspace. That is `linear_ssa`. A softmax turns the weights into
+memberships, which measure not only how similar two tokens are but whether they belong to the same subspace. That is
+`ssa`; over all subspaces, one per head, it is `mssa`.
 
 The published layer, Z + MSSA(LN(Z)), adds the second term and drops -W_k, so it is not a descent step on R^c
 (`docs/derivation.md`, section 2). `theory.compression` has a step with both terms, which never raises R^c.

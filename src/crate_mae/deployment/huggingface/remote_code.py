@@ -21,7 +21,7 @@ Import = ast.ImportFrom
 
 
 def auto_map() -> dict[str, str]:
-    """What `config.json` says of the classes: for each of transformers' automatic classes, a file and a class in it."""
+    """Entry of `config.json`: for each of transformers' automatic classes, a file and a class in it."""
     modeling, processing = (_flat_name(f"{_HERE}.{name}") for name in ("modeling", "processing"))
     return {
         "AutoConfig": f"{_flat_name(f'{_HERE}.configuration')}.CrateMAEConfig",

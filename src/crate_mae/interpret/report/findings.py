@@ -130,7 +130,7 @@ def rates_finding(inspection: Inspection) -> Finding:
     else:
         answer = "This model’s attention is not MSSA: it has no subspaces, so R^c is not defined for it."
         if "model" in stand_ins:
-            answer += f" With value projections in the place of subspaces: {stand_ins['model']}."
+            answer += f" With value projections instead of subspaces: {stand_ins['model']}."
     return Finding(
         "compression",
         "Subspace rate through the encoder",
@@ -332,7 +332,7 @@ def _trends(inspection: Inspection, measures: Sequence[str]) -> dict[str, dict[s
 
 
 def _stand_ins(inspection: Inspection) -> dict[str, Trend]:
-    """The trend of each subject with value projections in the place of subspaces."""
+    """The trend of each subject with value projections instead of subspaces."""
     name = "value_rate_official"
     return {key: trends[name] for key, trends in _trends(inspection, (name,)).items()}
 
@@ -381,7 +381,7 @@ def _collapse(model: SubjectMeasures) -> list[str]:
 def _black_boxes(inspection: Inspection, stand_ins: Mapping[str, Trend]) -> list[str]:
     """What value projections show of the networks without subspaces, and what they do not."""
     found = [
-        f"{_capitalised(subject.label)}, a black box, with value projections in the place of subspaces: "
+        f"{_capitalised(subject.label)}, a black box, with value projections instead of subspaces: "
         f"{stand_ins[subject.key]}."
         for subject in inspection.measured[1:]
         if subject.key in stand_ins
