@@ -18,8 +18,9 @@ coding starts from 0 instead of X. There are two d x d matrices to a layer inste
 
 **How the guarantees are kept.** They belong to the module, not to an optimizer (a loop that compiles or shards layers
 calls `retract_` after each step, as ours does). U: in training, a parameter that has been changed is re-orthogonalised
-before it is used, in place; in `eval()` its exact polar factor is used. D: divided by its
-norm in the forward pass, where need be. kappa and s: sigmoids or exponentials of the parameters.
+before it is used, in place, up to the error of a retraction; in `eval()` its exact polar factor is used. D: divided by
+its norm in the forward pass, if necessary; the norm is estimated from below in training, and exact in `eval()`. kappa
+and s: sigmoids or exponentials of the parameters.
 """
 
 import copy
