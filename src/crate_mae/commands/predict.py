@@ -12,7 +12,6 @@ from crate_mae.data.documents import to_csv
 from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.data.results import BadImage
-from crate_mae.errors import UserError
 from crate_mae.terminal import open_console
 from crate_mae.training.options import Data
 
@@ -75,6 +74,7 @@ def predict(
         UserError: if the model is not a classifier, no image can be read, or `out` exists already.
     """
     from crate_mae.data import label_names, open_source
+    from crate_mae.data.base import none_readable
     from crate_mae.models.devices import fastest_device
     from crate_mae.models.weights import is_untrained, load_classifier, model_name
 
@@ -87,7 +87,7 @@ def predict(
         net.to(fastest_device())
     probabilities, indices, bad = _classify(net, source, batch_size, workers)
     if not indices:
-        raise UserError(f"No image of {source.name} can be read. The first is\n{bad[0].location}: {bad[0].reason}")
+        raise none_readable(f"No image of {source.name}", bad[0])
     classes = net.config.classes
     best = probabilities.max(dim=1)
     predicted = [classes[number] for number in best.indices.tolist()]

@@ -350,6 +350,11 @@ def most_bad(max_bad: float, seen: int) -> float:
     return max_bad * max(seen, _LEAST_SEEN)
 
 
+def none_readable(images: str, first: BadImage | UnreadableImage) -> UserError:
+    """The error that no image can be read: of which ones, such as "No image of photos", and the `first` of them."""
+    return UserError(f"{images} can be read. The first is\n{first.location}: {first.reason}")
+
+
 def refuse_unreadable(source: ImageSource, bad: Sequence[BadImage], max_bad: float, *, held_out: bool = False) -> None:
     """Raise a `UserError` if more images of a source cannot be read (`bad`) than the share `max_bad` allows.
 

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample, label_names, occurring_classes
+from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample, label_names, none_readable, occurring_classes
 from crate_mae.data.dataset import default_generator_seeded, global_generators_seeded
 from crate_mae.data.decode import (
     DEEP_MODES,
@@ -48,19 +48,19 @@ def describe_images(source: ImageSource, sample: int = 64) -> ImageFacts:
         UserError: if no image of the sample can be read.
     """
     indices = fixed_sample(len(source), sample)
-    first_error: UnreadableImage | None = None
+    bad: list[UnreadableImage] = []
     sizes: list[tuple[int, int]] = []
     channels: Counter[int] = Counter()
     for i in indices:
         try:
             image = source.read(i)
         except UnreadableImage as error:
-            first_error = first_error or error
+            bad.append(error)
             continue
         sizes.append(size_of(image))
         channels[channels_of(image)] += 1
     if not sizes:
-        raise UserError(f"None of {len(indices)} images of {source.name} can be read. The first is\n{first_error}")
+        raise none_readable(f"None of {len(indices)} images of {source.name}", bad[0])
     return _facts(sizes, channels)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from crate_mae.data.base import EncodedSource, ImageSource, refuse_unreadable
+from crate_mae.data.base import EncodedSource, ImageSource, none_readable, refuse_unreadable
 from crate_mae.data.dataset import default_workers, in_parallel
 from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_8_bits, to_channels
 from crate_mae.data.files import reason_of, refuse_existing, whole_folder
@@ -79,7 +79,7 @@ def resize_images(
             if on_image is not None:
                 on_image()
         if len(bad) == len(source):
-            raise UserError(f"None of {len(bad)} images can be read. The first is\n{': '.join(bad[0])}")
+            raise none_readable(f"None of {len(bad)} images", bad[0])
 
     try:
         with whole_folder(out, replace=False) as folder:

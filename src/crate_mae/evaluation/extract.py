@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from crate_mae.data import BadImage, ImageSource, readable_batches
-from crate_mae.data.base import refuse_unreadable
+from crate_mae.data.base import none_readable, refuse_unreadable
 from crate_mae.data.dataset import default_workers
 from crate_mae.data.files import cache_folder, whole_file
 from crate_mae.data.numbers import MOST_THREADS, describe_not_whole, is_number
@@ -199,7 +199,7 @@ def _extract(
         if extraction.on_images is not None:
             extraction.on_images(len(batch.indices) + len(batch.bad))
     if not stop:
-        raise UserError(f"None of {total} images can be read. The first is\n{bad[0].location}: {bad[0].reason}")
+        raise none_readable(f"None of {total} images", bad[0])
     return indices[:stop], [array[:stop] for array in arrays], bad
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from crate_mae.data import BadImage, ImageSource
-from crate_mae.data.base import read_all
+from crate_mae.data.base import none_readable, read_all
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.evaluation.probes import half_width
@@ -48,7 +48,7 @@ def read_images(source: ImageSource, transform: Preparation, indices: Iterable[i
     """
     images, bad = read_all(source, indices, transform, count)
     if not images:
-        raise UserError(f"No image of {source.name} can be read. The first is\n{bad[0].location}: {bad[0].reason}")
+        raise none_readable(f"No image of {source.name}", bad[0])
     return ReadImages(torch.stack(list(images.values())), [source.location(i) for i in images], bad)
 
 
