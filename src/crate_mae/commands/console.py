@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.progress import Progress
 
 from crate_mae.data.documents import to_json
-from crate_mae.data.files import output_path, refuse_existing
+from crate_mae.data.files import output_path, refuse_existing, refuse_used_folder
 from crate_mae.data.numbers import LARGEST_SEED, check_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole
@@ -116,6 +116,21 @@ def new_file(option: str, path: Path | str, *suffixes: str, overwrite: bool) -> 
         raise UserError(f"{option} {path} must name a {' or '.join(suffixes)} file.")
     if not overwrite:
         refuse_existing(path, OR_OVERWRITE)
+    return path
+
+
+def new_folder(path: Path | str, *, overwrite: bool | None = None) -> Path:
+    """Check the path of a folder to write, given with --out, and return it.
+
+    Args:
+        path: of the folder.
+        overwrite: see `refuse_used_folder`.
+
+    Raises:
+        UserError: if it is not a folder, has other files, or cannot be written to.
+    """
+    path = output_path("--out", path)
+    refuse_used_folder(path, overwrite=overwrite)
     return path
 
 

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import computes, print_random_initialisation
-from crate_mae.data.files import filled_folder, output_path, path_of, refuse_used_folder
+from crate_mae.commands.console import computes, new_folder, print_random_initialisation
+from crate_mae.data.files import filled_folder, path_of
 from crate_mae.deployment import Format
 from crate_mae.errors import UserError, install_command
 from crate_mae.terminal import CleanConsole, open_console
@@ -84,8 +84,7 @@ def export(
     Raises:
         UserError: for a mistake in the options or the model, an export that differs, or a missing package.
     """
-    out = output_path("--out", out)
-    refuse_used_folder(out)
+    out = new_folder(out)
     _check_options(format, part, int8=int8)
     from crate_mae.deployment import formats
     from crate_mae.models.classifier import Classifier
@@ -246,8 +245,7 @@ def convert(
     """
     from crate_mae.models.official import understand
 
-    file, out = path_of("FILE", file), output_path("--out", out)
-    refuse_used_folder(out)
+    file, out = path_of("FILE", file), new_folder(out)
     if not file.exists():
         raise UserError(f"{file} does not exist.")
     given: dict[str, Any] = {"image_size": image_size, "threshold": threshold, "norm_pix_loss": norm_pix_loss}

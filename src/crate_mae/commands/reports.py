@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import check_seed, computes, takes
-from crate_mae.data.files import output_path, path_of, refuse_used_folder, write_whole
+from crate_mae.commands.console import check_seed, computes, new_folder, takes
+from crate_mae.data.files import path_of, write_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import Data, option
@@ -82,8 +82,7 @@ def inspect(options: InspectOptions) -> Path:
     Raises:
         UserError: for a mistake in the options, the models or the data; no file is written then.
     """
-    folder = output_path("--out", options.out)
-    refuse_used_folder(folder)
+    folder = new_folder(options.out)
     from crate_mae.interpret.report.inspection import inspect_model
     from crate_mae.interpret.report.page import PAGE, report_files
     from crate_mae.interpret.report.subjects import Settings
@@ -164,9 +163,8 @@ def theory(
     Raises:
         UserError: if the folder is not empty or is a file, the seed is negative, or it cannot be written.
     """
-    folder = output_path("--out", out)
     check_seed(seed)
-    refuse_used_folder(folder, overwrite=overwrite)
+    folder = new_folder(out, overwrite=overwrite)
     from crate_mae.interpret.claims.page import PAGE, measure_theory, theory_files
 
     console = open_console(quiet=quiet)
