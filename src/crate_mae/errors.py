@@ -63,6 +63,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def not_a_repository(name: str, prefix: str = "") -> UserError:
+    """The error that a name cannot be that of a repository on the Hugging Face Hub, written with `prefix`."""
+    return UserError(f"{prefix}{name} is not the name of a Hub repository: it must look like {prefix}user/name.")
+
+
 def and_more(items: Sequence[str], most: int = 10, separator: str = ", ") -> str:
     """The first `most` items in one line, and how many more there are: "a, b and 3 more"."""
     return separator.join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")

@@ -12,7 +12,7 @@ from cyclopts import Parameter
 from crate_mae.commands.console import computes, new_folder, print_random_initialisation
 from crate_mae.data.files import filled_folder, path_of
 from crate_mae.deployment import Format
-from crate_mae.errors import UserError, install_command
+from crate_mae.errors import UserError, install_command, not_a_repository
 from crate_mae.terminal import CleanConsole, open_console
 
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
@@ -148,7 +148,7 @@ def push(
     _check_options(format, part)
     # Checked before anything is loaded; the Hub checks again.
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository):
-        raise UserError(f"{repository} is not the name of a Hub repository: it must look like user/name.")
+        raise not_a_repository(repository)
     from crate_mae.deployment.formats import write
     from crate_mae.deployment.hub import upload
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from crate_mae.errors import UserError, first_line
+from crate_mae.errors import UserError, first_line, not_a_repository
 
 _CLIENTS = {"httpx", "httpx2", "httpcore", "requests", "urllib3"}  # any that huggingface_hub uses
 _LOGIN = "Log in with `hf auth login`, using a token with write access."
@@ -43,7 +43,7 @@ def upload(
         commit = api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=commit_message)
         return str(commit)
     except HFValidationError as error:
-        raise UserError(f"{repo_id} is not the name of a Hub repository: it must look like user/name.") from error
+        raise not_a_repository(repo_id) from error
     except LocalTokenNotFoundError as error:
         raise UserError(f"{repo_id}: {_LOGIN}") from error
     except HfHubHTTPError as error:

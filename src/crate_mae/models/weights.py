@@ -21,7 +21,7 @@ from crate_mae.data.files import (
     path_of,
     set_usual_mode,
 )
-from crate_mae.errors import UserError, first_line
+from crate_mae.errors import UserError, first_line, not_a_repository
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.models.classifier import Classifier, initialised
@@ -202,9 +202,7 @@ def _download(repository: str) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=[*_FILES, "model-*.safetensors"]))
     except HFValidationError as error:
-        raise UserError(
-            f"hf:{repository} is not the name of a Hub repository: it must look like hf:user/name."
-        ) from error
+        raise not_a_repository(repository, "hf:") from error
     except LocalEntryNotFoundError as error:
         raise UserError(
             f"hf:{repository} is not on this machine, and the Hugging Face Hub cannot be reached.\n{offline}"
