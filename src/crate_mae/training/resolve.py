@@ -20,7 +20,7 @@ from crate_mae.data import (
 )
 from crate_mae.data.dataset import default_workers
 from crate_mae.errors import UserError
-from crate_mae.models.config import ClassifierConfig, CrateConfig, ModelConfig
+from crate_mae.models.config import CrateConfig, ModelConfig, encoder_config
 from crate_mae.models.masking import check_mask_ratio
 from crate_mae.models.presets import list_bundled, list_models, preset
 from crate_mae.models.transfer import resized_config
@@ -370,13 +370,13 @@ def _initialisation(
         )
     channels = 3 if train is None else describe_images(train).channels
     if newest is not None:
-        config = _encoder_config(read_config(newest))
+        config = encoder_config(read_config(newest))
     elif name in list_models():
         config = preset(name).replace(in_chans=channels)
         config = config if train is None else _with_measured_statistics(config, train)
     else:
         loaded = load(name)
-        config, weights = _encoder_config(loaded.config), loaded.encoder.state_dict()
+        config, weights = encoder_config(loaded.config), loaded.encoder.state_dict()
     if train is not None and channels != config.in_chans and not {channels, config.in_chans} <= set(_CONVERTIBLE):
         raise UserError(
             f"{name} takes images of {config.in_chans} channels, but those of {train.name} have {channels}.\n"
@@ -389,10 +389,6 @@ def _initialisation(
         config = resized
     finetune_transform(resized.image_size, config.in_chans, config.mean, config.std, rand_augment=options.rand_augment)
     return config, weights, resized.image_size
-
-
-def _encoder_config(config: ModelConfig | ClassifierConfig) -> ModelConfig:
-    return config.encoder if isinstance(config, ClassifierConfig) else config
 
 
 def _full_model_name(model: str | Path) -> str:
