@@ -22,7 +22,7 @@ from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER
 from crate_mae.training.images import open_named
 from crate_mae.training.options import PretrainOptions
-from crate_mae.training.preflight import WORTHWHILE, loading_seconds, multiplies_in_bfloat16
+from crate_mae.training.preflight import faster_precision, loading_seconds, multiplies_in_bfloat16, seconds_with_loading
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
 
@@ -172,10 +172,8 @@ class Costs:
     memory: int | None
 
     def seconds_per_step(self, workers: int) -> float:
-        """Seconds of a step with its images: the slower of both with loader processes, otherwise the sum."""
-        if workers == 0:
-            return self.step_seconds + self.loading_seconds
-        return max(self.step_seconds, self.loading_seconds)
+        """Seconds of a step with its images."""
+        return seconds_with_loading(self.step_seconds, self.loading_seconds, workers)
 
 
 def measure_costs(entries: Sequence[Entry], train: ImageSource, device: torch.device) -> list[Costs]:
@@ -196,9 +194,7 @@ def measure_costs(entries: Sequence[Entry], train: ImageSource, device: torch.de
     costs = []
     for entry, of_entry in zip(entries, trials, strict=True):
         times = dict(zip(tried, seconds, strict=False))
-        precision = tried[0]
-        if len(times) > 1 and times["float32"] / times["bfloat16"] > WORTHWHILE:
-            precision = "bfloat16"
+        precision = tried[0] if len(tried) == 1 else faster_precision(**times)
         memory = step_memory(entry.model, entry.step_settings(precision), device, entry.config.threads)
         batch, model = entry.config.batch_size, of_entry[0].model
         costs.append(

@@ -33,7 +33,7 @@ from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import first_decides, processes_here
 from crate_mae.training.task import Task
 
-WORTHWHILE = 1.05  # a step in bfloat16 must be this much faster, since it costs digits
+_WORTHWHILE = 1.05  # a step in bfloat16 must be this much faster, since it costs digits
 _SIDE = 256  # of matrices whose product is timed
 _TIMED_STEPS = 3
 _FEW_TIMED_IMAGES = 8
@@ -234,14 +234,19 @@ class ProbeResult(NamedTuple):
     reduced: tuple[int, float] | None = None
 
     def seconds_per_step(self, config: RunOptions, processes: int) -> float:
-        """Seconds of a step with its images: the slower of both with loader processes, otherwise the sum."""
+        """Seconds of a step with its images; see `seconds_with_loading`."""
         computing = self.seconds * config.accumulation
         loading = self.loading * config.batch_size / processes / max(1, config.workers)
-        return max(computing, loading) if config.workers else computing + loading
+        return seconds_with_loading(computing, loading, config.workers)
 
     def waiting(self, config: RunOptions, processes: int) -> float:
         """The share of a step that is spent waiting for its images."""
         return 1 - self.seconds * config.accumulation / self.seconds_per_step(config, processes)
+
+
+def seconds_with_loading(computing: float, loading: float, workers: int) -> float:
+    """Seconds of a step with its images: the slower of both with loader processes, otherwise the sum."""
+    return max(computing, loading) if workers else computing + loading
 
 
 def probe(task: Task, images: int, accelerator: Accelerator) -> ProbeResult:
@@ -281,6 +286,11 @@ def _choose_precision(asked: str, device: torch.device) -> tuple[str, str]:
     if asked == "bfloat16" and device.type == "cuda" and not has_bfloat16:
         raise UserError(f"{torch.cuda.get_device_name(device)} does not compute in bfloat16: give --precision float32.")
     return asked, ""
+
+
+def faster_precision(float32: float, bfloat16: float) -> str:
+    """The precision to use, from the seconds of a step in each."""
+    return "bfloat16" if float32 / bfloat16 > _WORTHWHILE else "float32"
 
 
 def loading_seconds(source: ImageSource, transform: Preparation) -> float:
@@ -327,9 +337,9 @@ def _measured(task: Task, images: int, accelerator: Accelerator, precision: str,
         else:
             slow, full_size = _seconds_per_step(task, images, "float32", accelerator)
             fast, _ = _seconds_per_step(task, images, "bfloat16", accelerator)
-            precision = "bfloat16" if slow / fast > WORTHWHILE else "float32"
+            precision = faster_precision(slow, fast)
             reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
-            seconds = min(slow, fast) if precision == "bfloat16" else slow
+            seconds = fast if precision == "bfloat16" else slow
     loading = loading_seconds(task.images.train, task.transform())
     memory = peak_on(device) if full_size else None
     found = ProbeResult(precision, reason, seconds, loading, memory)
