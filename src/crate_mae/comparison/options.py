@@ -132,8 +132,8 @@ class CompareOptions:
     pooling: Literal["cls", "mean", "cls+mean"] = option(
         None, "Class token, mean of patches, or both. By default, as in `crate-mae eval`."
     )
-    precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "By default, the faster of the two as measured on this machine, for each entry."
+    precision: Literal["auto", "float32", "bfloat16"] = same_as(
+        PretrainOptions, "precision", "By default, the faster of the two as measured on this machine, for each entry."
     )
     workers: int = same_as(PretrainOptions, "workers")
     threads: int = same_as(PretrainOptions, "threads")

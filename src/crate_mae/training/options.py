@@ -96,10 +96,18 @@ def option(
     return field(default=default, metadata=metadata, compare=saved)
 
 
-def same_as(options: type, name: str) -> Any:
-    """A field like the one of that name in another class of options: the same default, help and range."""
+def same_as(options: type, name: str, explanation: str = "", *, default: Any = ...) -> Any:
+    """A field like the one of that name in another class of options: the same default, help and range.
+
+    Args:
+        options: the other class.
+        name: of its field.
+        explanation: another help, if any.
+        default: another one, if any.
+    """
     (found,) = (each for each in dataclasses.fields(options) if each.name == name)
-    return field(default=found.default, metadata=found.metadata, compare=found.compare)
+    metadata = {**found.metadata, "help": explanation or found.metadata["help"]}
+    return field(default=found.default if default is ... else default, metadata=metadata, compare=found.compare)
 
 
 @no_type_check  # values come from users: `check` reports all wrong ones together
@@ -254,10 +262,10 @@ class PretrainOptions(RunOptions):
         None, "A tested set of options (see `crate-mae recipes`); options on the command line override it.", saved=False
     )
     model: str = option(None, "A name from `crate-mae models`. By default, the one for this image size.")
-    lr: float = option(
-        None,
+    lr: float = same_as(
+        RunOptions,
+        "lr",
         "Learning rate per 256 images; it is scaled by batch_size / 256. By default, chosen from width and batch size.",
-        POSITIVE,
     )
     init_from: str | Path | None = option(
         None,
@@ -305,11 +313,11 @@ class FinetuneOptions(RunOptions):
     pooling: Literal["cls", "mean", "cls+mean"] = option(
         "cls+mean", "Input of the head: the class token, the mean over patches, or both."
     )
-    lr: float = option(
-        None,
+    lr: float = same_as(
+        RunOptions,
+        "lr",
         "Learning rate of the head per 256 images; it is scaled by batch_size / 256. By default, 1.5e-3, or more for "
         "batches smaller than 256.",
-        POSITIVE,
     )
     layer_decay: float = option(
         0.75, "Factor between the learning rate of each layer and that of the next layer.", SHARE
@@ -324,17 +332,18 @@ class FinetuneOptions(RunOptions):
         "at the beginning; 0 turns averaging off.",
         BELOW_1,
     )
-    drop_path: float = option(0.1, "Stochastic depth of the encoder's last layer.", BELOW_1)
+    drop_path: float = same_as(RunOptions, "drop_path", default=0.1)
     image_size: Pixels = option(
         None, "Pixels, or HEIGHTxWIDTH. By default, the model's; position embeddings are interpolated."
     )
-    seed: int = option(0, "Seed for random initialisation, choice of labels, data order and augmentation.", AT_LEAST_0)
-    monitor_steps: int = option(
-        None,
+    seed: int = same_as(
+        RunOptions, "seed", "Seed for random initialisation, choice of labels, data order and augmentation."
+    )
+    monitor_steps: int = same_as(
+        RunOptions,
+        "monitor_steps",
         "Steps between validations. By default, one epoch, or as many epochs as it takes to train on as many images as "
         "there are in --val.",
-        AT_LEAST_1,
-        speed=True,
     )
 
     @property
