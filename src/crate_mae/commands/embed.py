@@ -2,7 +2,7 @@
 
 from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -18,8 +18,9 @@ from crate_mae.commands.console import (
 )
 from crate_mae.data.files import output_path, refuse_existing
 from crate_mae.errors import UserError
+from crate_mae.models.config import Pooling
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, option
+from crate_mae.training.options import Data, RunOptions, option, same_as
 
 if TYPE_CHECKING:
     from crate_mae.data import ImageSource
@@ -39,9 +40,7 @@ class FeatureOptions:
     _: KW_ONLY
     seed: int = option(0, "Seed of random initialisation.")
     batch_size: int = option(256, "Images per batch.")
-    workers: int | None = option(
-        None, "Number of processes that load images; by default, one less than the number of cores, at most 8."
-    )
+    workers: int | None = same_as(RunOptions, "workers")
     max_bad: float = option(0.01, "Maximum share of unreadable images.")
     cache: bool = option(True, "Cache features in the user's cache folder and reuse them if nothing has changed.")
     overwrite: bool = option(False, "Replace an existing file.")
@@ -69,7 +68,7 @@ class EmbedOptions(FeatureOptions):
     out: Annotated[Path | str, Parameter(alias="-o")] = option(
         MISSING, "File to write: .parquet, .npz, .npy, .csv or .safetensors."
     )
-    pooling: Literal["cls", "mean", "cls+mean", "tokens"] | None = option(
+    pooling: Pooling | None = option(
         None,
         "The class token, the mean of patches, both concatenated, or all patches; by default cls+mean, or mean for a "
         "network without a class token.",

@@ -23,6 +23,7 @@ from crate_mae.data.documents import to_json
 from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
+from crate_mae.models.config import HeadPooling
 from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import JSON_HELP, Data, option
 
@@ -58,7 +59,7 @@ class ProbeOptions(FeatureOptions):
     train: Data = option(MISSING, "Labelled images, in any form of data that `crate-mae pretrain` takes.")
     val: Data = option(MISSING, "Labelled images of the same classes to measure on.")
     out: Path | str | None = option(None, "New .json file for scores and settings.")
-    pooling: Literal["cls", "mean", "cls+mean"] | None = option(
+    pooling: HeadPooling | None = option(
         None, "The class token, the mean of patches, or both; by default cls+mean, or mean without a class token."
     )
     layer: int | Literal["all"] | None = option(

@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from crate_mae.data.documents import parse_yaml
 from crate_mae.errors import UserError
-from crate_mae.models.config import check_settings
+from crate_mae.models.config import HeadPooling, check_settings
 from crate_mae.models.presets import preset
 from crate_mae.training.options import (
     AT_LEAST_1,
@@ -129,9 +129,7 @@ class CompareOptions:
     probe_layer: int = option(
         None, "Encoder layer of the features, from 0, or negative from the end. By default, as in `crate-mae eval`."
     )
-    pooling: Literal["cls", "mean", "cls+mean"] = option(
-        None, "Class token, mean of patches, or both. By default, as in `crate-mae eval`."
-    )
+    pooling: HeadPooling = option(None, "Class token, mean of patches, or both. By default, as in `crate-mae eval`.")
     precision: Literal["auto", "float32", "bfloat16"] = same_as(
         PretrainOptions, "precision", "By default, the faster of the two as measured on this machine, for each entry."
     )

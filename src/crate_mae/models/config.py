@@ -16,6 +16,7 @@ from crate_mae.errors import UserError, did_you_mean, install_command
 Initialization = Literal["official", "isometric"]
 Layer = Literal["published", "compressing", "monotone"]
 HeadPooling = Literal["cls", "mean", "cls+mean"]
+Pooling = Literal[HeadPooling, "tokens"]
 
 DEFAULT_HEAD_POOLING: HeadPooling = "cls+mean"
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -23,12 +23,12 @@ from crate_mae.data.decode import UnreadableImage
 from crate_mae.data.transforms import Preparation
 from crate_mae.data.wrapped import DatasetSource
 from crate_mae.errors import UserError
+from crate_mae.models.config import DEFAULT_HEAD_POOLING, Pooling
 
-Pooling = Literal["cls", "mean", "cls+mean", "tokens"]
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 
 # The default of every command and method, chosen over 21 models: results/cifar10_ablations.
-DEFAULT_POOLING: Pooling = "cls+mean"
+DEFAULT_POOLING: Pooling = DEFAULT_HEAD_POOLING
 DEFAULT_LAYER = -1
 
 

@@ -18,6 +18,7 @@ from cyclopts import Parameter, Token
 from crate_mae.data.documents import parse_yaml
 from crate_mae.data.numbers import MOST_THREADS
 from crate_mae.errors import UserError
+from crate_mae.models.config import HeadPooling
 
 
 def _as_text(_type: Any, tokens: Sequence[Token]) -> str:
@@ -310,9 +311,7 @@ class FinetuneOptions(RunOptions):
     )
     val: Data = option(MISSING, "Labelled images of the same classes, to measure on and to select the best model.")
     labels: float = option(1.0, "Share of the training images of each class to use; the seed determines which.", SHARE)
-    pooling: Literal["cls", "mean", "cls+mean"] = option(
-        "cls+mean", "Input of the head: the class token, the mean over patches, or both."
-    )
+    pooling: HeadPooling = option("cls+mean", "Input of the head: the class token, the mean over patches, or both.")
     lr: float = same_as(
         RunOptions,
         "lr",
