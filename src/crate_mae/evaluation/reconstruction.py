@@ -1,5 +1,6 @@
 """How well a model completes images: masks, completions, and their quality at each mask ratio."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -107,21 +108,21 @@ def completion_scores(
     scores: list[CompletionScore] = []
     for ratio in mask_ratios:
         masks = nested_masks(len(images), model.num_patches, ratio, seed)
-        rows: list[Tensor] = []
+        batches: list[dict[str, Tensor]] = []
         for batch, mask in zip(images.split(batch_size), masks.split(batch_size), strict=True):
             with evaluating(model):
-                rows.append(_scores_of_images(model.config, batch, mask, predict(model, batch, mask)))
+                batches.append(_scores_of_images(model.config, batch, mask, predict(model, batch, mask)))
             if on_batch is not None:
                 on_batch()
-        of_images = torch.cat(rows).double()
-        means = of_images.mean(dim=0)
-        if not means.isfinite().all():
+        of_images = {name: torch.cat([batch[name] for batch in batches]).double() for name in batches[0]}
+        means = {name: values.mean().item() for name, values in of_images.items()}
+        if not all(map(math.isfinite, means.values())):
             raise UserError(
                 "The model's completions are not finite numbers: its weights contain NaN, or values overflow.\n"
                 "Use an earlier checkpoint of the run."
             )
-        half = half_width(of_images[:, 2].tolist()) if len(of_images) > 1 else None
-        scores.append(CompletionScore(ratio, int(masks[0].sum()), *means.tolist(), psnr_half_width=half))
+        half = half_width(of_images["psnr"].tolist()) if len(images) > 1 else None
+        scores.append(CompletionScore(ratio, int(masks[0].sum()), **means, psnr_half_width=half))
     return scores
 
 
@@ -186,12 +187,12 @@ def _scores_of_images(
     images: Float[Tensor, "b c hh ww"],
     mask: Bool[Tensor, "b n"],
     prediction: Float[Tensor, "b n q"],
-) -> Float[Tensor, "b 4"]:
-    """The first four measures of `CompletionScore` for each image."""
+) -> dict[str, Float[Tensor, " b"]]:
+    """The measures of `CompletionScore`, by their names, for each image."""
     target = patchify(images, config.patch_size)
     error = (prediction - target).square()
     _, std = patch_statistics(target)
     hidden = mask.to(error.dtype) / mask.sum(dim=1, keepdim=True)
     mse, normalised_mse = ((each.mean(dim=-1) * hidden).sum(dim=1) for each in (error, error / std.square()))
     quality = completion_quality(completion_of(config, images, mask, prediction), mask, config.patch_size)
-    return torch.stack([mse, normalised_mse, quality.psnr, quality.ssim], dim=1)
+    return {"mse": mse, "normalised_mse": normalised_mse, **quality._asdict()}

@@ -114,9 +114,16 @@ def _wide(presets: Mapping[str, ModelConfig]) -> Iterator[ModelConfig]:
 
 
 def _published_vits() -> Iterator[ModelConfig]:
-    names = ("embed_dim", "num_heads", "depth", "decoder_embed_dim", "decoder_num_heads", "decoder_depth")
-    for size, values in _PUBLISHED_VIT.items():
-        yield ViTConfig(name=f"vit_mae_{size}_published_patch16_224", **dict(zip(names, values, strict=True)))
+    for size, (width, heads, depth, decoder_width, decoder_heads, decoder_depth) in _PUBLISHED_VIT.items():
+        yield ViTConfig(
+            name=f"vit_mae_{size}_published_patch16_224",
+            embed_dim=width,
+            num_heads=heads,
+            depth=depth,
+            decoder_embed_dim=decoder_width,
+            decoder_num_heads=decoder_heads,
+            decoder_depth=decoder_depth,
+        )
 
 
 def list_models() -> list[str]:
