@@ -275,7 +275,7 @@ def test_a_step_from_normalised_tokens_is_measured_from_there(build, images):
     layer = model.encoder.blocks[0]
     with torch.no_grad():
         layer.norm1.weight.mul_(1.7)  # applied once, and not twice
-        layer.step_start = lambda _z, x: x
+        layer.starts_from_norm = True
         z = torch.randn(4, 9, 24, generator=torch.Generator().manual_seed(0))
         found, _ = measure_layer(layer, z)
         x = layer.norm1(z)

@@ -206,8 +206,7 @@ def step_start(layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor
         layer: with attention in subspaces.
         tokens: those that come to the normalisation in front of it.
     """
-    starting: Any = layer.step_start
-    return starting(tokens, normalised(attention_norm(layer), tokens))
+    return normalised(attention_norm(layer), tokens) if layer.starts_from_norm else tokens
 
 
 def seen(layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
@@ -216,10 +215,7 @@ def seen(layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n
     Where the step starts from normalised tokens already, they are scaled to equal lengths instead: the weights of the
     normalisation would be applied twice.
     """
-    starting: Any = layer.step_start
-    before, after = torch.empty(1, 1, 1), torch.empty(1, 1, 1)
-    is_normalised = starting(before, after) is after
-    return equal_lengths(tokens) if is_normalised else normalised(attention_norm(layer), tokens)
+    return equal_lengths(tokens) if layer.starts_from_norm else normalised(attention_norm(layer), tokens)
 
 
 def bases(layer: nn.Module) -> Float[Tensor, "h d p"]:

@@ -191,8 +191,7 @@ def attention_controls(
     """
     attn, sign = attention_of(layer), -1 if isinstance(layer, DecoderLayer) else 1
     x = attention_norm(layer)(z)
-    starting: Any = layer.step_start
-    start = starting(z, x)
+    start = x if layer.starts_from_norm else z
     step = after - start
     w, w_elsewhere = attn.project(x), attn.project(x @ rotation)
     elsewhere = attn.step(w_elsewhere, attn.membership(w_elsewhere) @ w_elsewhere) @ rotation.mT

@@ -279,6 +279,8 @@ class EncoderLayer(nn.Module):
     attention: ClassVar[Any] = MSSA
     sparse_coding: ClassVar[Any] = ISTA
     scale_drop_path: ClassVar[bool] = True
+    starts_from_norm: ClassVar[bool] = False  # whether the attention's step is added to LN(Z), not to Z
+    __constants__ = ("starts_from_norm",)  # for TorchScript
 
     def __init__(
         self,
@@ -318,15 +320,10 @@ class EncoderLayer(nn.Module):
         """
         refuse_mask(attn_mask, is_causal)
         x = self.norm1(z)
-        z_half = self.step_start(z, x) + self.drop_path(self.attn(x))
+        start = x if self.starts_from_norm else z
+        z_half = start + self.drop_path(self.attn(x))
         code = self.ista(self.norm2(z_half))
         return z_half + self.drop_path(code) if self.ista_skip else code
-
-    def step_start(self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        # type: (Tensor, Tensor) -> Tensor
-        """The tokens that the attention step is added to: Z, not X = LN(Z)."""
-        del x
-        return z
 
 
 @fx.wrap
@@ -344,6 +341,7 @@ class DecoderLayer(nn.Module):
     """
 
     attention: ClassVar[Any] = MSSA
+    starts_from_norm: ClassVar[bool] = False  # whether the attention's step is taken from LN(Y_half), not from Y_half
 
     def __init__(self, embed_dim: int, num_heads: int, **attention: Any) -> None:
         """Build a layer; `attention` are more options of its attention, such as MSSA's `output_projection`."""
@@ -357,12 +355,7 @@ class DecoderLayer(nn.Module):
         """One layer."""
         y_half = self.dictionary(self.norm1(y))
         x = self.norm2(y_half)
-        return self.step_start(y_half, x) - self.attn(x)
-
-    def step_start(self, y_half: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """The tokens that the attention step is subtracted from: Y_half, not X = LN(Y_half)."""
-        del x
-        return y_half
+        return (x if self.starts_from_norm else y_half) - self.attn(x)
 
 
 class KeptValue:

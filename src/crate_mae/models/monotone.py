@@ -412,13 +412,8 @@ class CompressingEncoderLayer(EncoderLayer):
 
     attention: ClassVar[Any] = Compression
     scale_drop_path: ClassVar[bool] = False
+    starts_from_norm: ClassVar[bool] = True  # X = LN(Z) is what the step lowers R^c of
     theorems: ClassVar[frozenset[str]] = frozenset({"compress"})
-
-    def step_start(self, z: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        # type: (Tensor, Tensor) -> Tensor
-        """The tokens that the attention step is added to: X = LN(Z), whose R^c it lowers."""
-        del z
-        return x
 
 
 class MonotoneEncoderLayer(CompressingEncoderLayer):
@@ -438,12 +433,8 @@ class MonotoneDecoderLayer(DecoderLayer):
     """The way back: X = LN(LN(Y) E^T); Y_next = X - Decompression(X), which lowers no rate."""
 
     attention: ClassVar[Any] = Decompression
+    starts_from_norm: ClassVar[bool] = True
     theorems: ClassVar[frozenset[str]] = frozenset({"decompress"})
-
-    def step_start(self, y_half: Float[Tensor, "b n d"], x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        """The tokens that the attention step is subtracted from: X = LN(Y_half)."""
-        del y_half
-        return x
 
 
 def _re_orthogonalised(weight: Tensor, function: Callable[[Tensor], Tensor] = retraction) -> Tensor:
