@@ -32,9 +32,9 @@ from crate_mae.interpret.statistics import find
 from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.tokens import token_colours
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
-from crate_mae.models.completion import Completion, complete, completion_of
+from crate_mae.models.completion import Completion, complete, completion_of, flat_patches
 from crate_mae.models.features import depth, encode, evaluating
-from crate_mae.models.masking import patch_statistics, patchify, random_mask, unpatchify
+from crate_mae.models.masking import random_mask
 from crate_mae.models.tracing import trace
 from crate_mae.models.weights import is_untrained, load_autoencoder
 
@@ -197,24 +197,6 @@ def complete_picture(model: MaskedAutoencoder, picture: Image.Image, mask: Bool[
         float(completion_quality(each, flat, model.config.patch_size).psnr[0]) for each in (found, plain)
     )
     return Completed(found, (int(mask.sum()), mask.numel()), psnr, flat_psnr)
-
-
-def flat_patches(
-    model: MaskedAutoencoder, image: Float[Tensor, "1 c hh ww"], mask: Bool[Tensor, "1 n"]
-) -> Float[Tensor, "1 n q"]:
-    """Return patches without a pattern, from what is known before anything is predicted.
-
-    That is the mean colour of the visible patches, or of the training images if none is visible; if the model's targets
-    are normalised, so that brightness is taken from the original, it is each patch's own mean.
-    """
-    patches = patchify(image, model.config.patch_size)
-    if model.config.norm_pix_loss:
-        return patch_statistics(patches)[0].expand_as(patches)
-    visible = unpatchify(
-        (~mask)[..., None].expand_as(patches).to(image.dtype), model.config.patch_size, model.grid_size
-    )
-    colour = (image * visible).sum((2, 3), keepdim=True) / visible.sum((2, 3), keepdim=True).clamp(min=1)
-    return patchify(colour.expand_as(image), model.config.patch_size)
 
 
 def look_inside(model: MaskedAutoencoder, picture: Image.Image, layer: int, patch: int) -> Inside:

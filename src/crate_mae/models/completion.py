@@ -63,15 +63,16 @@ def flat_patches(
 ) -> Float[Tensor, "b n q"]:
     """The completion that needs no network: in every hidden patch the mean colour of the visible ones.
 
-    In the units of normalised images. For a model with `norm_pix_loss` it is each patch's own mean, which such models
-    get from the original, too.
+    Where none is visible it is that of the training images, 0 in the units of normalised images. For a model with
+    `norm_pix_loss` it is each patch's own mean, which such models get from the original, too.
     """
     patches = patchify(images, model.config.patch_size)
     if model.config.norm_pix_loss:
         return patch_statistics(patches)[0].expand_as(patches)
     pixels = patches.unflatten(2, (-1, images.shape[1]))
     visible = ~mask[..., None, None].to(images.device)
-    mean = (pixels * visible).sum((1, 2), keepdim=True) / visible.expand_as(pixels).sum((1, 2), keepdim=True)
+    count = visible.expand_as(pixels).sum((1, 2), keepdim=True).clamp(min=1)
+    mean = (pixels * visible).sum((1, 2), keepdim=True) / count
     return mean.expand_as(pixels).flatten(2)
 
 
