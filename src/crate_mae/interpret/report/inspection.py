@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from crate_mae.data import ImageSource
 from crate_mae.data.base import fixed_sample
+from crate_mae.data.documents import to_csv
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
@@ -341,10 +340,8 @@ def _shortages(subjects: Subjects, measured: Sequence[SubjectMeasures], settings
 
 def _csv(kind: type, rows: Mapping[str, Sequence[Any]]) -> str:
     """Rows of several subjects as one table, whose first column names the subject."""
-    text = io.StringIO()
     names = [column.name for column in fields(kind)]
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["subject", *names])
-    for subject, found in rows.items():
-        writer.writerows([subject, *(getattr(row, name) for name in names)] for row in found)
-    return text.getvalue()
+    return to_csv(
+        ["subject", *names],
+        ([subject, *(getattr(row, name) for name in names)] for subject, found in rows.items() for row in found),
+    )
