@@ -158,6 +158,7 @@ def print_bad(console: CleanConsole, bad: Iterable[tuple[str, str]]) -> None:
         console.say(f"Left out: {location}: {reason}")
 
 
-def print_random_initialisation(console: CleanConsole, name: str) -> None:
-    """Print that a model has not been trained."""
-    console.say(f"{name} has a random initialisation: give a run to see what training achieves.")
+def print_if_random(console: CleanConsole, name: str, is_random: bool) -> None:
+    """Print that a model has not been trained, if its initialisation is random."""
+    if is_random:
+        console.say(f"{name} has a random initialisation: give a run to see what training achieves.")

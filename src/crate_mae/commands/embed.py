@@ -12,7 +12,7 @@ from crate_mae.commands.console import (
     computes,
     new_file,
     print_bad,
-    print_random_initialisation,
+    print_if_random,
     progress,
     takes,
 )
@@ -147,8 +147,7 @@ def embed(options: EmbedOptions) -> Embedding:
         features = replace(features, values=unit_length(features.values))
     write_features(features, out)
     print_bad(console, features.bad)
-    if backbone.is_random:
-        print_random_initialisation(console, backbone.name)
+    print_if_random(console, backbone.name, backbone.is_random)
     console.say(_summary(features, out))
     if hint:
         console.say(hint)

@@ -14,8 +14,8 @@ from crate_mae.commands.console import (
     computes,
     new_file,
     print_bad,
+    print_if_random,
     print_json,
-    print_random_initialisation,
     takes,
 )
 from crate_mae.commands.embed import FeatureOptions, extract_with_progress
@@ -214,8 +214,7 @@ def _evaluate(kind: str, run: "Probe", options: ProbeOptions, **settings: int) -
         console.say(f"{probed.hint} Probes standardise them.")
     for note in _notes(probed.rows):
         console.say(note)
-    if probed.backbone.is_random:
-        print_random_initialisation(console, probed.backbone.name)
+    print_if_random(console, probed.backbone.name, probed.backbone.is_random)
     write_report(console, report, out, json=options.json)
     return Evaluation(report, out)
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import computes, new_folder, print_random_initialisation
+from crate_mae.commands.console import computes, new_folder, print_if_random
 from crate_mae.data.files import filled_folder, path_of
 from crate_mae.deployment import Format
 from crate_mae.errors import UserError, install_command, not_a_repository
@@ -105,8 +105,7 @@ def export(
     console = open_console()
     console.say(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.")
     _print_without_head(console, net, part)
-    if is_untrained(model_name(model)):
-        print_random_initialisation(console, model_name(model))
+    print_if_random(console, model_name(model), is_untrained(model_name(model)))
     if difference is not None:
         console.say(f"Largest difference from the model: {difference:.2g}.")
     return Exported(out, format, part, size, difference)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import computes, new_file, print_bad, print_random_initialisation
+from crate_mae.commands.console import computes, new_file, print_bad, print_if_random
 from crate_mae.data.documents import to_csv
 from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
@@ -110,8 +110,7 @@ def predict(
         console.say(f"Accuracy: {accuracy:.2%} of {len(files):,} images")
     elif truth is not None:
         console.say(f"{source.name} has labels of other classes than the model: no accuracy.")
-    if is_untrained(model_name(model)):
-        print_random_initialisation(console, model_name(model))
+    print_if_random(console, model_name(model), is_untrained(model_name(model)))
     console.say(f"Saved {len(files):,} predictions in {out}")
     return Predictions(out, files, predicted, best.values.tolist(), accuracy, bad)
 

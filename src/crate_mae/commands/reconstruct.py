@@ -15,7 +15,7 @@ from crate_mae.commands.console import (
     computes,
     new_file,
     print_bad,
-    print_random_initialisation,
+    print_if_random,
     progress,
 )
 from crate_mae.commands.evaluate import Evaluation, write_report
@@ -235,8 +235,7 @@ def _print_quality(
     console.print(table)
     if net.config.norm_pix_loss:
         console.say("Brightness and contrast of each patch come from the original: targets were normalised.")
-    if is_untrained(name):
-        print_random_initialisation(console, name)
+    print_if_random(console, name, is_untrained(name))
     print_bad(console, read.bad)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from crate_mae.commands.console import check_seed, computes, new_file, print_bad, print_random_initialisation
+from crate_mae.commands.console import check_seed, computes, new_file, print_bad, print_if_random
 from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
 from crate_mae.data.results import BadImage
@@ -265,7 +265,6 @@ def _save(
     write_whole(path, encode(figure, "pdf" if path.suffix.lower() == ".pdf" else "png"))
     console = open_console()
     print_bad(console, bad)
-    if backbone.is_random:
-        print_random_initialisation(console, backbone.name)
+    print_if_random(console, backbone.name, backbone.is_random)
     console.say(f"Saved {path}{note}")
     return Picture(path, locations)
