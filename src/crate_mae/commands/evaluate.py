@@ -22,6 +22,7 @@ from crate_mae.commands.embed import FeatureOptions, extract_with_progress
 from crate_mae.data.documents import to_json
 from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
+from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.models.config import HeadPooling
 from crate_mae.terminal import CleanConsole, open_console
@@ -260,7 +261,7 @@ def _verdict(probed: "Probed") -> str:
     if isinstance(getattr(result, "chosen_on", None), float) and len(probed.rows) > 1:
         where += ", chosen on training images"
     if shots := getattr(result, "shots", None):
-        where += f" from {shots} labelled image{'s' * (shots > 1)} per class"
+        where += f" from {plural(shots, 'labelled image')} per class"
     comparisons = []
     for control in probed.controls:
         other = _score(control)

@@ -42,8 +42,8 @@ def listed(words: Sequence[str]) -> str:
 
 
 def plural(count: int, word: str) -> str:
-    """Such as "1 layer" and "6 layers"."""
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
+    """Such as "1 layer", "6 layers" and "1,200 processes"."""
+    return f"{count:,} {word}" + ("" if count == 1 else "es" if word.endswith("s") else "s")
 
 
 def html(text: str) -> Markup:

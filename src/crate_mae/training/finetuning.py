@@ -19,6 +19,7 @@ from crate_mae.data import BadImage, ImageSource, Part, evaluation_transform, fi
 from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.dataset import global_generators_seeded
 from crate_mae.data.transforms import Preparation
+from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build
 from crate_mae.models.classifier import Classifier
@@ -27,7 +28,6 @@ from crate_mae.training.images import PYTHON_OBJECT, RunImages
 from crate_mae.training.optimizer import adamw
 from crate_mae.training.options import OF_ONE_LENGTH, FinetuneOptions, given_words
 from crate_mae.training.processes import ignore_stop_requests
-from crate_mae.training.progress import count
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.task import StepLoss, Task, measuring
 
@@ -138,7 +138,7 @@ class Finetuning(Task[FinetuneOptions]):
             "validate on",
             "model": f"{c.model}, {self.num_parameters / 1e6:.2f} M parameters; {len(m.classes)} classes from "
             f"{c.pooling} tokens",
-            "input": f"{height} x {width} pixels, {count(m.in_chans, 'channel')}",
+            "input": f"{height} x {width} pixels, {plural(m.in_chans, 'channel')}",
             "augmentation": f"crops of {c.min_crop:.0%} or more{', flips' if c.flip else ''}, "
             f"{c.rand_augment or 'no RandAugment'}, Mixup {c.mixup:g}, CutMix {c.cutmix:g}",
             "layers": f"learning rate x {c.layer_decay:g} from each to the one before it",

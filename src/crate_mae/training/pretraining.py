@@ -27,6 +27,7 @@ from crate_mae.data.base import (
     refuse_unreadable,
 )
 from crate_mae.data.transforms import Preparation
+from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build, masked_loss
 from crate_mae.models.completion import complete, flat_patches
@@ -41,7 +42,6 @@ from crate_mae.theory.measures import effective_rank, zero_fraction
 from crate_mae.training.images import PYTHON_OBJECT, RunImages
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.options import OF_ONE_LENGTH, PretrainOptions, given_words, origin
-from crate_mae.training.progress import count
 from crate_mae.training.randomness import step_noise
 from crate_mae.training.task import StepLoss, Task, measuring
 
@@ -142,7 +142,7 @@ class Pretraining(Task[PretrainOptions]):
         return {
             "images": f"{len(images.train):,} of {c.data}; {len(images.held_out):,} held out, {source}",
             "model": f"{c.model}, {self.num_parameters / 1e6:.2f} M parameters",
-            "input": f"{height} x {width} pixels{origin(c, 'image_size')}, {count(c.channels, 'channel')}, "
+            "input": f"{height} x {width} pixels{origin(c, 'image_size')}, {plural(c.channels, 'channel')}, "
             f"{model.num_patches} patches of {patch} x {patch}, {c.mask_ratio:.0%} hidden",
             **start,
             **({} if self.probe is None else {"labels": f"not trained on, but measured: {self.probe}"}),

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crate_mae.data.decode import describe_unread
+from crate_mae.drawing.text import plural
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import plain_options
 from crate_mae.training.model_state import sharding_of
@@ -41,16 +42,16 @@ def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, star
         **task.describe(),
         **({"not read": not_read} if not_read else {}),
         "batch": f"{config.batch_size}{origin(config, 'batch_size')} = {micro_batch(config, processes)} x "
-        f"{config.accumulation} accumulated x {count(processes, 'process')}",
-        "learning rate": f"{config.lr:.3g} x {config.batch_size}/256 = {lr:.3g} after {count(warmup, 'warm-up step')}"
+        f"{config.accumulation} accumulated x {plural(processes, 'process')}",
+        "learning rate": f"{config.lr:.3g} x {config.batch_size}/256 = {lr:.3g} after {plural(warmup, 'warm-up step')}"
         f", then by a cosine to {final:g}",
-        "length": f"{count(config.steps, 'step')} = {config.steps / task.steps_per_epoch:.4g} epochs of "
+        "length": f"{plural(config.steps, 'step')} = {config.steps / task.steps_per_epoch:.4g} epochs of "
         f"{task.steps_per_epoch:,}",
         "precision": config.precision + (f" ({probe.reason})" if probe.reason else ""),
-        "device": f"{accelerator.device.type}, {count(config.threads, 'thread')}, "
-        f"{count(config.workers, 'loader process')}" + "".join(f", {name}" for name in _techniques(task, accelerator)),
+        "device": f"{accelerator.device.type}, {plural(config.threads, 'thread')}, "
+        f"{plural(config.workers, 'loader process')}" + "".join(f", {name}" for name in _techniques(task, accelerator)),
         "estimate": _estimate(task, probe, processes, start_step),
-        "folder": f"{directory.path}, with a checkpoint every {count(config.checkpoint_epochs, 'epoch')} and every "
+        "folder": f"{directory.path}, with a checkpoint every {plural(config.checkpoint_epochs, 'epoch')} and every "
         f"{config.checkpoint_minutes:g} min",
         "to resume": directory.resume_command + " (Ctrl-C stops and saves)",
     }
@@ -106,7 +107,7 @@ def describe_end(task: Task, state: TrainState, memory: int | None, seconds: flo
     peak = f", with at most {memory / 2**30:.1f} GiB of memory" if memory else ""
     finished = f"Finished step {task.config.steps:,} after {duration(seconds)}{in_all}{peak}."
     if bad := len(directory.bad_files.read()):
-        finished += f" {count(bad, 'image')} could not be read: bad_files.csv."
+        finished += f" {plural(bad, 'image')} could not be read: bad_files.csv."
     for change in directory.data_changes.read():
         finished += f" {describe_data_change(change)}"
     lines = [f"{finished} {task.describe_result(rows)}", *task.describe_use()]
@@ -232,12 +233,6 @@ class Display:
                 self.on_progress(line)
             if self._bar is None:
                 self._print(line)
-
-
-def count(number: int, noun: str) -> str:
-    """Format a number of things: "1 step", "1,200 steps", "2 processes"."""
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{number:,} {noun}" + ("" if number == 1 else plural)
 
 
 def duration(seconds: float) -> str:

@@ -19,6 +19,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from crate_mae.data.documents import to_json
 from crate_mae.data.files import output_path
+from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.terminal import open_console
@@ -38,7 +39,7 @@ from crate_mae.training.preflight import (
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, first_decides, training_device
-from crate_mae.training.progress import Display, LastingStream, count, describe_plan, duration, plan_lines, plan_values
+from crate_mae.training.progress import Display, LastingStream, describe_plan, duration, plan_lines, plan_values
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve, with_cheaper_model
 from crate_mae.training.resume import continued
@@ -227,7 +228,7 @@ def _fitted_to_time(
     seconds, steps = measured(config, build)
     most = steps if options.batch_size else max(steps, steps * config.batch_size // _SMALLEST_BATCH)
     if most < _ENOUGH_STEPS:
-        why = f"--minutes {options.minutes:g}, in which a model for larger images would take {count(most, 'step')}"
+        why = f"--minutes {options.minutes:g}, in which a model for larger images would take {plural(most, 'step')}"
         if cheaper := with_cheaper_model(options, config, why):
             options = cheaper
             config, build = resolve(options, accelerator.num_processes, None)

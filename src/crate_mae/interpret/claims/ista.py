@@ -13,6 +13,7 @@ from sklearn.linear_model import Lasso
 from torch import Tensor
 
 from crate_mae.drawing.style import colour, legend_above, marker, new_figure, panels
+from crate_mae.drawing.text import plural
 from crate_mae.interpret.claims.common import (
     Section,
     Spread,
@@ -191,7 +192,7 @@ def explain(results: Ista) -> Section:
 
     def progress(curve: IstaCurve) -> str:
         return "; ".join(
-            f"{steps} step{'s' if steps > 1 else ''}: gap {number(gap)}, agreement {support.mean:.2f}"
+            f"{plural(steps, 'step')}: gap {number(gap)}, agreement {support.mean:.2f}"
             for steps, gap, support in zip(results.steps, curve.gap, curve.support, strict=True)
             if steps in (1, 10, 100)
         )
