@@ -230,9 +230,9 @@ def _load_folder(folder: Path, settings: dict[str, Any]) -> Model:
         )
     path = folder / WEIGHTS_FILE
     refuse_misfits(path, config, whole=True)
-    model = initialised(config)
     tensors = read_tensors(path)
     refuse_broken(tensors, str(path))
+    model = initialised(config)
     model.load_state_dict(tensors)
     try:
         check_monotone(model)
