@@ -118,11 +118,11 @@ def _plan(options: CompareOptions, entries: Sequence[Entry], costs: Sequence[Cos
 def _plan_content(options: dict[str, Any], planned: Sequence[Planned]) -> dict[str, Any]:
     """The content of `comparison.yaml`, in which entries are called contestants."""
     plans = {}
-    for entry, costs, plan in planned:
-        c = entry.config
+    for each in planned:
+        entry, c = each.entry, each.entry.config
         plans[entry.name] = {
-            "costs": dataclasses.asdict(costs),
-            "plan": dataclasses.asdict(plan),
+            "costs": dataclasses.asdict(each.costs),
+            "plan": dataclasses.asdict(each.plan),
             "batch_size": c.batch_size,
             "workers": c.workers,
             "threads": c.threads,
@@ -147,7 +147,8 @@ def _read_plan(content: dict[str, Any], entries: Sequence[Entry], out: Path) -> 
 
 def _plan_lines(options: CompareOptions, planned: Sequence[Planned]) -> Iterator[str]:
     total = 0.0
-    for entry, costs, plan in planned:
+    for each in planned:
+        entry, costs, plan = each.entry, each.costs, each.plan
         seconds = costs.seconds_per_step(entry.config.workers)
         total += seconds * (plan.tries * plan.search_steps + options.seeds * plan.final_steps)
         search = f"search {plan.tries} x {plan.search_steps:,} steps, " if plan.tries else ""

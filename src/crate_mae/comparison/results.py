@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from crate_mae.comparison.entries import NEIGHBOURS, BudgetPlan, Costs, Entry, Images, extraction
+from crate_mae.comparison.entries import NEIGHBOURS, Images, extraction
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trained
 from crate_mae.data import evaluation_transform
@@ -67,21 +67,15 @@ def difference(mine: Scores, theirs: Scores, name: str) -> tuple[float, float | 
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntryResult:
+class EntryResult(Planned):
     """One entry, from its costs to its scores.
 
     Attributes:
-        entry: the model, as it was configured.
-        costs: measured before the training.
-        plan: how its budget was divided.
         trained: its runs.
         scores: of each seed's final run.
         random: of the same networks at their random initialisation; empty dictionaries without labels.
     """
 
-    entry: Entry
-    costs: Costs
-    plan: BudgetPlan
     trained: Trained
     scores: Scores
     random: Scores
@@ -173,7 +167,7 @@ def measure_all(
     ]
     pixels = score("pixels", probed, f"pixels:{min(_PIXELS_SIDE, *planned[0].entry.model.image_size)}")
     results = [
-        EntryResult(**each._asdict(), trained=of_entry, scores=own, random=control)
+        EntryResult(**vars(each), trained=of_entry, scores=own, random=control)
         for each, of_entry, own, control in zip(planned, trained, scores, random, strict=True)
     ]
     return results, pixels

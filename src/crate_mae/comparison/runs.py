@@ -15,7 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -36,7 +36,8 @@ _SEARCH_SEED = 0
 _RATE_FACTOR = 3.0  # between neighbouring learning rates, as long as the best is at the edge
 
 
-class Planned(NamedTuple):
+@dataclass(frozen=True)
+class Planned:
     """An entry, with its measured costs and the plan that follows from them."""
 
     entry: Entry
