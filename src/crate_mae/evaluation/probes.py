@@ -382,7 +382,12 @@ def mean_interval(values: Sequence[float]) -> Score:
 
 def half_width(values: Sequence[float]) -> float:
     """Half of Student's 95% interval of the mean of at least two values."""
-    return float(student_t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+    return student_half_width(float(np.std(values, ddof=1)), len(values))
+
+
+def student_half_width(std: float, n: int) -> float:
+    """Half of Student's 95% interval of a mean, from the standard deviation of its n values (divided by n - 1)."""
+    return float(student_t.ppf(0.975, n - 1)) * std / math.sqrt(n)
 
 
 def _split(labels: Int[np.ndarray, "n"], seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,11 +9,11 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from jaxtyping import Float
-from scipy.stats import t as student_t
 from torch import Tensor
 
 from crate_mae.drawing.text import number, plural
 from crate_mae.errors import UserError
+from crate_mae.evaluation.probes import student_half_width
 
 Part = Literal["encoder", "decoder"]
 Verdict = Literal["falls", "rises", "unclear"]
@@ -36,7 +36,7 @@ class Statistic(NamedTuple):
         """Student's 95% interval of the mean; without bounds for a single value."""
         if self.spread is None:
             return -math.inf, math.inf
-        half = float(student_t.ppf(0.975, self.n - 1)) * self.spread / math.sqrt(self.n)
+        half = student_half_width(self.spread, self.n)
         return self.mean - half, self.mean + half
 
 
