@@ -9,17 +9,18 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 
 from crate_mae.drawing import lines
+from crate_mae.evaluation.probes import student_half_width
 from crate_mae.interpret.registry import MEASURES
-from crate_mae.interpret.statistics import Row, Statistic, find
+from crate_mae.interpret.statistics import Row, find
 
-POINTS = {"z": "input", "z_half": "after the first step", "z_next": "output"}
+POINT_NAMES = {"z": "input", "z_half": "after the first step", "z_next": "output"}
 
 _MOST_TICKS = 14
 _PARTS = ("encoder", "decoder")
 # The measures of each panel of `draw_layers`, at which points.
 _LAYERS = (
-    ("subspace_rate_normalised", tuple(POINTS)),
-    ("value_rate_official", tuple(POINTS)),
+    ("subspace_rate_normalised", tuple(POINT_NAMES)),
+    ("value_rate_official", tuple(POINT_NAMES)),
     ("zero_fraction", ("code",)),
     ("effective_rank", ("z_next",)),
     ("feature_rank", ("z_next",)),
@@ -51,8 +52,7 @@ def interval_half_width(row: Row) -> float:
     """Half of the 95% interval of the mean over images; 0 for one image, and for what has no images."""
     if row.over != "images" or row.spread is None:
         return 0.0
-    low, high = Statistic(row.mean, row.spread, row.n).interval()
-    return (high - low) / 2
+    return student_half_width(row.spread, row.n)
 
 
 def layer_panel(
@@ -108,8 +108,8 @@ def draw_layers(rows: Sequence[Row], control: Sequence[Row] = ()) -> Figure:
     for measure, points in _LAYERS:
         curves = []
         for point in points:
-            label = POINTS.get(point, "output")  # a code is the output of its layer, but for a skip connection
-            number = list(POINTS.values()).index(label)
+            label = POINT_NAMES.get(point, "output")  # a code is the output of its layer, but for a skip connection
+            number = list(POINT_NAMES.values()).index(label)
             curves.append(Curve(label, number, both_parts(rows, measure, point)))
             curves.append(Curve(f"{label}, control", number, both_parts(control, measure, point), dashed=True))
         if any(curve.rows for curve in curves if not curve.dashed):

@@ -23,7 +23,7 @@ from crate_mae.interpret.audit import (
     AuditRow,
     by_claim,
 )
-from crate_mae.interpret.curves import POINTS, Curve, both_parts, layer_panel
+from crate_mae.interpret.curves import POINT_NAMES, Curve, both_parts, layer_panel
 from crate_mae.interpret.foregrounds import KINDS
 from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT
 from crate_mae.interpret.pictures import Tiles, atom_tiles
@@ -243,8 +243,7 @@ def plan_figures(inspection: Inspection) -> Plan:
 
 def draw_figures(plan: Plan) -> dict[str, Figure]:
     """Draw every figure; by the names of their files."""
-    figures = [figure for section in plan.values() for figure in section]
-    return {figure.name: _draw(figure.content) for figure in figures}
+    return {figure.name: _draw(figure.content) for section in plan.values() for figure in section}
 
 
 def _draw(content: Tiles | Panels | Sequence[Panel]) -> Figure:
@@ -320,7 +319,7 @@ def _within_layers(model: SubjectMeasures) -> Panels:
     for measure in ("subspace_rate", "subspace_rate_normalised", "subspace_rate_unit"):
         curves = [
             curve._replace(label=label, number=number)
-            for number, (point, label) in enumerate(POINTS.items())
+            for number, (point, label) in enumerate(POINT_NAMES.items())
             if (curve := _curve(model, measure, point))
         ]
         if curves:
