@@ -398,13 +398,13 @@ def reference(model: Model, part: str, inputs: dict[str, Tensor]) -> Outputs:
         return {"prediction": model(images, mask=_mask(model, inputs)).prediction}
 
 
-def onnx_runner(folder: Path, file: str = ONNX_FILE) -> Callable[[dict[str, Tensor]], Outputs]:
+def onnx_runner(folder: Path) -> Callable[[dict[str, Tensor]], Outputs]:
     """Run an ONNX file with onnxruntime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(folder / file), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(folder / ONNX_FILE), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
 
     def run(inputs: dict[str, Tensor]) -> Outputs:

@@ -292,7 +292,7 @@ def _other_layers(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
     )
 
 
-def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], most: int = 3) -> str:
+def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """Where two dictionaries of tensors differ in names or shapes, in words; empty if they do not."""
     problems = [f"{name} is missing" for name in wanted if name not in found]
     problems += [f"{name} is unknown" for name in found if name not in wanted]
@@ -301,7 +301,7 @@ def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], most: int
         for name, value in wanted.items()
         if name in found and found[name].shape != value.shape
     ]
-    return and_more(problems, most, "; ")
+    return and_more(problems, 3, "; ")
 
 
 def refuse_timm_misfits(folder: Path, description: Mapping[str, Any]) -> None:

@@ -77,7 +77,7 @@ class Ista:
     curves: tuple[IstaCurve, ...]
 
 
-def measure(seed: int = 0, draws: int = 3, *, tokens: int = 32, steps: Sequence[int] = STEPS) -> Ista:
+def measure(seed: int = 0, draws: int = 3, *, tokens: int = 32) -> Ista:
     """Run ISTA on tokens that are sparse combinations of the atoms of a random square dictionary, plus noise."""
     problems = [_problem(seed, draw, tokens) for draw in range(draws)]
     initial = {start: [_compare(_start(start, p[0]), p) for p in problems] for start in STARTS}
@@ -86,12 +86,12 @@ def measure(seed: int = 0, draws: int = 3, *, tokens: int = 32, steps: Sequence[
         d=_D,
         tokens=tokens,
         threshold=_THRESHOLD,
-        steps=tuple(steps),
+        steps=STEPS,
         active=Spread.of([(best > _ACTIVE).double().mean().item() for _, _, best in problems]),
         largest_eigenvalue=Spread.of([_largest(dictionary) for _, dictionary, _ in problems]),
         initial_gap={start: Spread.of([gap for gap, _ in rows]) for start, rows in initial.items()},
         initial_support={start: Spread.of([support for _, support in rows]) for start, rows in initial.items()},
-        curves=tuple(_curve(problems, start, eta, steps) for start in STARTS for eta in STEP_SIZES),
+        curves=tuple(_curve(problems, start, eta) for start in STARTS for eta in STEP_SIZES),
     )
 
 
@@ -120,13 +120,13 @@ def _problem(seed: int, draw: int, tokens: int) -> Problem:
     return x, dictionary, lasso_solution(x, dictionary, _THRESHOLD)
 
 
-def _curve(problems: Sequence[Problem], start: Start, relative_step: float, steps: Sequence[int]) -> IstaCurve:
+def _curve(problems: Sequence[Problem], start: Start, relative_step: float) -> IstaCurve:
     gaps, supports = [], []
     for problem in problems:
         x, dictionary, _ = problem
         eta = relative_step / _largest(dictionary)
         codes, row, before = _start(start, x), [], 0
-        for after in steps:
+        for after in STEPS:
             codes = sparse_codes(x, dictionary, eta, _THRESHOLD, after - before, start=codes)
             before = after
             row.append(_compare(codes, problem))
