@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from crate_mae.app.compute import AppModel, Curves, measure_curves, open_models
-from crate_mae.app.curves import MARKED, Line, draw_curves, tick_values
+from crate_mae.app.curves import MARKED, ChartLine, draw_curves, tick_values
 from crate_mae.app.responses import completion_response, curves_component, file_stem, fit_patch, inside_response, notice
 from crate_mae.models.presets import create_model
 
@@ -98,7 +98,7 @@ def test_the_current_layer_is_marked_on_both_curves():
 
 
 def test_curves_are_at_their_heights_and_can_be_saved():
-    line = Line([0.0, 4.0, 2.0], "#000", "nats & so on")
+    line = ChartLine([0.0, 4.0, 2.0], "#000", "nats & so on")
     drawn = draw_curves("title <1>", [line], [("a" * 99, line)], 7)
     ElementTree.fromstring(drawn)  # what a file must be
     heights = [float(y) for y in re.findall(r'cy="([\d.]+)"', drawn)][:3]

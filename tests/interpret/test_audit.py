@@ -15,7 +15,7 @@ from crate_mae.interpret.audit import (
     CLAIMS,
     CONTROLS,
     Measured,
-    Place,
+    MeasuredStep,
     audit,
     contradicts,
     holm,
@@ -29,7 +29,7 @@ from crate_mae.interpret.steps import mean_sum, measure_claims, measure_layer, p
 from crate_mae.models.features import evaluating
 from crate_mae.theory import coding_rate, lasso_objective, subspace_coding_rate
 
-E0 = Place("all", "encoder", 0)
+E0 = MeasuredStep("all", "encoder", 0)
 
 
 def measured(key, after, **controls):
@@ -90,7 +90,7 @@ def test_holms_correction_is_that_computed_by_hand():
 def test_claims_and_layers_are_corrected_together_and_kinds_of_tokens_apart():
     one = measured(claims.COMPRESS, [97.0, 90.0, 99.0], a=[100.0, 100.0, 100.0])
     layer = {claims.COMPRESS: one, claims.COMPRESS_UNIT: one}
-    places = [Place(tokens, "encoder", number) for tokens in ("all", "visible") for number in (0, 1, 2)]
+    places = [MeasuredStep(tokens, "encoder", number) for tokens in ("all", "visible") for number in (0, 1, 2)]
     (alone,) = audit({E0: {claims.COMPRESS: one}})
     rows = audit(dict.fromkeys(places, layer))
     assert len(rows) == 12

@@ -17,7 +17,7 @@ _LONGEST_NAME = 42  # characters
 Scale = Callable[[float], float]
 
 
-class Line(NamedTuple):
+class ChartLine(NamedTuple):
     """One line of a chart.
 
     Attributes:
@@ -36,7 +36,7 @@ class Line(NamedTuple):
 
 
 def draw_curves(
-    title: str, lines: Sequence[Line], keys: Sequence[tuple[str, Line]], layer: int, top: float | None = None
+    title: str, lines: Sequence[ChartLine], keys: Sequence[tuple[str, ChartLine]], layer: int, top: float | None = None
 ) -> str:
     """Draw lines over layers, with the current layer marked, as an SVG element that is also a valid file.
 
@@ -98,7 +98,7 @@ def _axes(x: Scale, y: Scale, ticks: Sequence[float], layers: int, layer: int) -
     return [*parts, *numbers, _text((left + right) / 2, floor + 37, "layer of the encoder", "middle")]
 
 
-def _drawn(x: Scale, y: Scale, line: Line) -> list[str]:
+def _drawn(x: Scale, y: Scale, line: ChartLine) -> list[str]:
     points = [(x(number), y(value)) for number, value in enumerate(line.values)]
     tips = [f"layer {number}: {value:.4g} {line.tip}" for number, value in enumerate(line.values)]
     path = "L".join(f"{left:.1f} {top:.1f}" for left, top in points)
@@ -106,17 +106,17 @@ def _drawn(x: Scale, y: Scale, line: Line) -> list[str]:
     return [_stroke(f"M{path}", line), *symbols]
 
 
-def _key(y: float, text: str, line: Line) -> list[str]:
+def _key(y: float, text: str, line: ChartLine) -> list[str]:
     short = text if len(text) <= _LONGEST_NAME else f"{text[:16]}…{text[17 - _LONGEST_NAME :]}"
     return [_stroke(f"M2 {y + 8:.1f}H34", line), _symbol(18, y + 8, line), _text(44, y + 12.5, short, "start")]
 
 
-def _stroke(path: str, line: Line) -> str:
+def _stroke(path: str, line: ChartLine) -> str:
     dots = ' stroke-dasharray="2 4"' if line.dotted else ""
     return f'<path d="{path}" fill="none" stroke="{line.colour}" stroke-width="2"{dots}/>'
 
 
-def _symbol(x: float, y: float, line: Line, tip: str = "") -> str:
+def _symbol(x: float, y: float, line: ChartLine, tip: str = "") -> str:
     fill = "#fff" if line.dotted else line.colour
     look = f'fill="{fill}" stroke="{line.colour}" stroke-width="2"><title>{escape(tip)}</title>'
     if line.square:

@@ -23,7 +23,7 @@ from crate_mae.app.compute import (
     measure_curves,
     prepare,
 )
-from crate_mae.app.curves import Line, draw_curves
+from crate_mae.app.curves import ChartLine, draw_curves
 from crate_mae.app.pictures import to_png, to_uri
 from crate_mae.data.pictures import picture_grid
 from crate_mae.drawing.style import GREY, colour
@@ -314,13 +314,13 @@ def _draw_rates(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
     for number, (name, found) in enumerate(curves):
         style = {"colour": colour(number), "square": number > 0}
         lines += [
-            Line(found.rate_before, tip=f"nats before compression ({name})", dotted=True, **style),
-            Line(found.rate_after, tip=f"nats after it ({name})", **style),
+            ChartLine(found.rate_before, tip=f"nats before compression ({name})", dotted=True, **style),
+            ChartLine(found.rate_after, tip=f"nats after it ({name})", **style),
         ]
         keys.append((name, lines[-1]))
     keys += [
-        ("hollow: before the layer's compression", Line([], GREY, "", dotted=True)),
-        ("filled: after it", Line([], GREY, "")),
+        ("hollow: before the layer's compression", ChartLine([], GREY, "", dotted=True)),
+        ("filled: after it", ChartLine([], GREY, "")),
     ]
     return draw_curves(raised(MEASURES["subspace_rate_normalised"].label), lines, keys, layer)
 
@@ -328,7 +328,7 @@ def _draw_rates(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
 def _draw_zeros(curves: Sequence[tuple[str, Curves]], layer: int) -> str:
     """Draw the sparsity of each layer's code."""
     lines = [
-        Line(found.zeros, colour(number), f"of the code is 0 ({name})", square=number > 0)
+        ChartLine(found.zeros, colour(number), f"of the code is 0 ({name})", square=number > 0)
         for number, (name, found) in enumerate(curves)
     ]
     keys = [(name, line) for (name, _), line in zip(curves, lines, strict=True)]

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from crate_mae.comparison.results import EntryResult, Spread, spread
+from crate_mae.comparison.results import EntryResult, SeedSpread, spread
 from crate_mae.comparison.runs import Moment
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.style import GREY, colour, encode, marker, new_figure, panels
@@ -94,7 +94,9 @@ def short_names(results: Sequence[EntryResult]) -> list[str]:
     ]
 
 
-def _draw_entry(axes: Any, number: int, trained: Spread, random: Spread | None, *, at: float, random_at: float) -> None:
+def _draw_entry(
+    axes: Any, number: int, trained: SeedSpread, random: SeedSpread | None, *, at: float, random_at: float
+) -> None:
     """Draw the point of an entry with an error bar, and the hollow one of its random initialisation."""
     style: dict[str, Any] = {"marker": marker(number), "color": colour(number), "markersize": 8}
     if random is not None:
@@ -126,6 +128,6 @@ def _write(axes: Any, text: str, at: tuple[float, float], offset: tuple[float, f
     axes.annotate(text, at, xytext=offset, textcoords="offset points", fontsize=9, path_effects=halo, **style)
 
 
-def _known(score: Spread | None) -> Spread:
+def _known(score: SeedSpread | None) -> SeedSpread:
     assert score is not None, "every final run was measured"
     return score

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from crate_mae.comparison.entries import Images
 from crate_mae.comparison.options import Budget, CompareOptions, parse_budget
-from crate_mae.comparison.results import MASK_RATIO, EntryResult, Scores, Spread, difference, spread
+from crate_mae.comparison.results import MASK_RATIO, EntryResult, Scores, SeedSpread, difference, spread
 from crate_mae.data.documents import read_json, to_csv
 
 RULE = (
@@ -18,7 +18,7 @@ _MUCH_LONGER = 1.15  # than the budget in minutes
 _LEAST_DIFFERENCE = 0.02  # of a cost, relative, to be mentioned
 
 
-class Score(NamedTuple):
+class ScoreKind(NamedTuple):
     """The names of a score, and how it is written.
 
     Attributes:
@@ -41,11 +41,11 @@ class Score(NamedTuple):
 
 
 SCORES = {
-    "linear": Score("linear probe, top-1", "the linear probe", 100, 2, "%", is_probe=True),
-    "knn": Score("k-NN, top-1", "k-NN", 100, 2, "%", is_probe=True),
-    "psnr": Score("completion: PSNR of hidden patches", "the PSNR of completions", 1, 2, " dB"),
-    "ssim": Score("completion: SSIM", "the SSIM of completions", 1, 3, ""),
-    "mse": Score(
+    "linear": ScoreKind("linear probe, top-1", "the linear probe", 100, 2, "%", is_probe=True),
+    "knn": ScoreKind("k-NN, top-1", "k-NN", 100, 2, "%", is_probe=True),
+    "psnr": ScoreKind("completion: PSNR of hidden patches", "the PSNR of completions", 1, 2, " dB"),
+    "ssim": ScoreKind("completion: SSIM", "the SSIM of completions", 1, 3, ""),
+    "mse": ScoreKind(
         "completion: squared error, normalised pixels",
         "the squared error of completions",
         1,
@@ -160,7 +160,7 @@ def _csv(rows: Sequence[dict[str, Any]]) -> str:
     return to_csv(list(rows[0]), ([row.get(column) for column in rows[0]] for row in rows))
 
 
-def score_text(name: str, score: Spread | None, *, with_range: bool = True) -> str:
+def score_text(name: str, score: SeedSpread | None, *, with_range: bool = True) -> str:
     """A score as text: the mean, and over several seeds the sample standard deviation and the range."""
     if score is None:
         return "-"

@@ -23,7 +23,7 @@ _PIXELS_SIDE = 32  # with larger images, a linear classifier of the pixels would
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedSpread:
     """One score over seeds.
 
     Attributes:
@@ -42,13 +42,13 @@ class Spread:
 Scores = Mapping[int, dict[str, float]]  # by seed
 
 
-def spread(scores: Iterable[dict[str, float]], name: str, scale: float = 1.0) -> Spread | None:
+def spread(scores: Iterable[dict[str, float]], name: str, scale: float = 1.0) -> SeedSpread | None:
     """One score over seeds, times a scale; None if it was not measured."""
     values = [scale * of_seed[name] for of_seed in scores if name in of_seed]
     if not values:
         return None
     std = statistics.stdev(values) if len(values) > 1 else None
-    return Spread(statistics.fmean(values), std, min(values), max(values))
+    return SeedSpread(statistics.fmean(values), std, min(values), max(values))
 
 
 def difference(mine: Scores, theirs: Scores, name: str) -> tuple[float, float | None] | None:

@@ -167,7 +167,7 @@ class Measured(NamedTuple):
     is_theorem: bool = False
 
 
-class Place(NamedTuple):
+class MeasuredStep(NamedTuple):
     """Which step was measured on what.
 
     Attributes:
@@ -181,7 +181,7 @@ class Place(NamedTuple):
     layer: int
 
 
-Claims = Mapping[Place, Mapping[str, Measured]]  # of each layer, by claim
+Claims = Mapping[MeasuredStep, Mapping[str, Measured]]  # of each layer, by claim
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ class AuditRow:
     """One claim about one layer.
 
     Attributes:
-        tokens: "all" or "visible", see `Place`.
+        tokens: "all" or "visible", see `MeasuredStep`.
         part: "encoder" or "decoder".
         layer: number of the layer, from 0.
         claim: its key in `CLAIMS`.
@@ -254,7 +254,7 @@ def audit(layers: Claims, untrained: Sequence[Claims] = ()) -> list[AuditRow]:
         untrained: the same of random initialisations of it.
     """
     tested = [(place, key) for key in CLAIMS for place, found in layers.items() if key in found]
-    p: dict[tuple[Place, str], float] = {}
+    p: dict[tuple[MeasuredStep, str], float] = {}
     for tokens in dict.fromkeys(place.tokens for place, _ in tested):
         family = [(place, key) for place, key in tested if place.tokens == tokens]
         p_values = [p_value(_best_margin(CLAIMS[key], layers[place][key])[1]) for place, key in family]
@@ -317,7 +317,7 @@ def contradicts(key: str, found: Measured) -> bool:
     return bool((margin < -_ROUNDING * found.scale.abs().clamp_min(1.0)).any())
 
 
-def _judge(place: Place, key: str, found: Measured, draws: Sequence[Measured], p_holm: float) -> AuditRow:
+def _judge(place: MeasuredStep, key: str, found: Measured, draws: Sequence[Measured], p_holm: float) -> AuditRow:
     claim = CLAIMS[key]
     best, margin = _best_margin(claim, found)
     low, high = margin.interval()

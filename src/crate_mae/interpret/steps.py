@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from crate_mae.interpret import audit as claims
-from crate_mae.interpret.audit import Measured, Place, Tokens, margins_over
+from crate_mae.interpret.audit import Measured, MeasuredStep, Tokens, margins_over
 from crate_mae.interpret.layer_measures import (
     EPS,
     Forward,
@@ -88,7 +88,7 @@ def measure_claims(
     seed: int = 0,
     quick: bool = False,
     pools: bool = True,
-) -> dict[Place, dict[str, Measured]]:
+) -> dict[MeasuredStep, dict[str, Measured]]:
     """Measure every claim about every layer with attention in subspaces.
 
     Args:
@@ -102,14 +102,14 @@ def measure_claims(
     Raises:
         UserError: if tokens are not finite.
     """
-    found: dict[Place, dict[str, Measured]] = {}
+    found: dict[MeasuredStep, dict[str, Measured]] = {}
     for tokens, batches in views.items():
         for names, z in _entrances(net, batches, forward):
             for name in names:
                 layer = net.get_submodule(name)
                 part, number = place_of(name)
                 measured, z = measure_layer(layer, z, name, seed=seed, quick=quick, pools=pools)
-                found[Place(tokens, part, number)] = measured
+                found[MeasuredStep(tokens, part, number)] = measured
     return found
 
 
