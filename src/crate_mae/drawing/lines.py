@@ -1,6 +1,8 @@
 """Line charts: panels of lines with symbols and bands, and one legend.
 
-Curves over layers, over steps of a run and over time are all drawn here.
+Curves over the layers of reports and over the steps of a run are drawn here. Three charts are drawn elsewhere, each for
+what no other has: names at the ends of lines (`comparison.figure`), a colour bar for layers (`training.report`), and a
+tooltip at every value, which only an SVG element of the app's page has (`app.curves`).
 """
 
 import math
