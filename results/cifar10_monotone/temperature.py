@@ -25,7 +25,7 @@ from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import linear_probe
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
-from crate_mae.interpret.audit import COMPRESS, Place
+from crate_mae.interpret.audit import COMPRESS, MeasuredStep
 from crate_mae.interpret.layer_measures import layer_measures, stream
 from crate_mae.interpret.steps import measure_claims
 
@@ -74,7 +74,7 @@ def measured(model: nn.Module, train: ImageSource, test: ImageSource) -> dict[st
         if (row.measure, row.part) == ("self_attention", "encoder")
     ]
     claims = measure_claims(model, {"all": list(images.split(50))}, pools=False)
-    falls = [claims[Place("all", "encoder", row.layer)][COMPRESS] for row in own]
+    falls = [claims[MeasuredStep("all", "encoder", row.layer)][COMPRESS] for row in own]
     return {
         "linear": f"{100 * accuracy:.1f}",
         "loss": f"{float(loss):.4f}",

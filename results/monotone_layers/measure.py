@@ -34,7 +34,7 @@ from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import knn_probe, linear_probe
 from crate_mae.evaluation.reconstruction import read_images
-from crate_mae.interpret.audit import NO_CHANGE, Place, audit
+from crate_mae.interpret.audit import MeasuredStep, audit
 from crate_mae.interpret.steps import measure_claims
 from crate_mae.training.recipes import read_recipe
 
@@ -177,8 +177,9 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
         measured = measure_claims(model, {"all": [images]})
         found = []
         for row in audit(measured):
-            margins = measured[Place("all", row.part, row.layer)][row.claim].margins
-            changed = margins[NO_CHANGE] > 0 if NO_CHANGE in margins and row.share_of_images is not None else None
+            changed = measured[MeasuredStep("all", row.part, row.layer)][row.claim].changes_as_claimed()
+            if row.share_of_images is None:  # a claim about all images at once
+                changed = None
             found.append(
                 {
                     "layer": row.place,

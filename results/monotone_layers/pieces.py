@@ -164,15 +164,12 @@ class PiecesEncoderLayer(EncoderLayer):
     ) -> None:
         nn.Module.__init__(self)
         self.pieces, self.ista_skip = pieces, False
+        self.starts_from_norm = pieces.step == "descent"
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         rate = rate_from_half if pieces.encoder_rate == "at least 1/2" else torch.sigmoid
         self.attn = Step(embed_dim, num_heads, pieces, side, rate)
         self.drop_path = DropPath(drop_path)
         self.ista = ISTA(embed_dim) if pieces.dictionary == "published" else Sparsify(embed_dim, pieces)
-
-    def step_start(self, z: Tensor, x: Tensor) -> Tensor:
-        """Z or X."""
-        return z if self.pieces.step == "published" else x
 
 
 class PiecesDecoderLayer(DecoderLayer):
@@ -180,15 +177,11 @@ class PiecesDecoderLayer(DecoderLayer):
 
     def __init__(self, embed_dim: int, num_heads: int, pieces: Pieces, side: list[OrthogonalSubspaces]) -> None:
         nn.Module.__init__(self)
-        self.pieces = pieces
+        self.pieces, self.starts_from_norm = pieces, pieces.step == "descent"
         self.norm1, self.norm2 = nn.LayerNorm(embed_dim), nn.LayerNorm(embed_dim)
         self.dictionary = Dictionary(embed_dim)
         rate = (torch.exp, Decompression.FIRST_RATE) if pieces.decoder_rate == "positive" else (torch.sigmoid, 0.0)
         self.attn = Step(embed_dim, num_heads, pieces, side, *rate)
-
-    def step_start(self, y_half: Tensor, x: Tensor) -> Tensor:
-        """Y_half or X."""
-        return y_half if self.pieces.step == "published" else x
 
 
 class UnmixedMSSA(MSSA):

@@ -24,7 +24,7 @@ from crate_mae.data import open_source
 from crate_mae.data.files import write_whole
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.reconstruction import read_images
-from crate_mae.interpret.audit import NO_CHANGE, Measured, Place, Tokens
+from crate_mae.interpret.audit import Measured, MeasuredStep, Tokens
 from crate_mae.interpret.measure import masked_pass, token_views
 from crate_mae.interpret.steps import measure_claims
 
@@ -63,7 +63,7 @@ def measure(model: str, data: str, tokens: Tokens) -> Iterator[Row]:
     """Every claim about single images on these tokens; nothing if the model was trained on all tokens."""
     net: nn.Module = crate_mae.load(model).eval()
     source, transform = open_source(data), open_backbone(net).transform()
-    batches: list[dict[Place, dict[str, Tensor]]] = []
+    batches: list[dict[MeasuredStep, dict[str, Tensor]]] = []
     for first in range(0, len(source), AT_ONCE):
         few = range(first, min(first + AT_ONCE, len(source)))
         images = read_images(source, transform, few, AT_ONCE).images
@@ -71,16 +71,14 @@ def measure(model: str, data: str, tokens: Tokens) -> Iterator[Row]:
         if tokens not in views:
             return
         measured = measure_claims(net, {tokens: views[tokens]}, masked_pass, pools=False)
-        batches.append(
-            {place: {key: numbers(each) for key, each in found.items()} for place, found in measured.items()}
-        )
-    for place, found in batches[0].items():
+        batches.append({step: {key: numbers(each) for key, each in found.items()} for step, found in measured.items()})
+    for step, found in batches[0].items():
         for claim in found:
-            before, after, as_claimed, beats = torch.cat([batch[place][claim] for batch in batches]).unbind(1)
+            before, after, as_claimed, beats = torch.cat([batch[step][claim] for batch in batches]).unbind(1)
             yield {
                 "images": len(before),
-                "part": place.part,
-                "layer": place.layer,
+                "part": step.part,
+                "layer": step.layer,
                 "claim": claim,
                 "before": f"{before.mean():.4g}",
                 "after": f"{after.mean():.4g}",
@@ -94,9 +92,10 @@ def numbers(measured: Measured) -> Tensor:
 
     Claims without the control "no change" have no change to count.
     """
-    margins = {name: margin.double() for name, margin in measured.margins.items()}
-    best = torch.stack(list(margins.values())).amin(0)
-    changes = margins[NO_CHANGE] > 0 if NO_CHANGE in margins else torch.full_like(best, torch.nan)
+    best = torch.stack(list(measured.margins.values())).amin(0)
+    changes = measured.changes_as_claimed()
+    if changes is None:
+        changes = torch.full_like(best, torch.nan)
     return torch.stack([measured.before.double(), measured.after.double(), changes.double(), (best > 0).double()], 1)
 
 

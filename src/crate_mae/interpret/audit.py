@@ -39,7 +39,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.stats import t as student_t
 from torch import Tensor
 
@@ -165,6 +165,10 @@ class Measured(NamedTuple):
     margins: Mapping[str, Float[Tensor, "r"]]
     scale: Float[Tensor, "r"]
     is_theorem: bool = False
+
+    def changes_as_claimed(self) -> Bool[Tensor, "r"] | None:
+        """In which images the value changes in the claimed direction; None without the control "no change"."""
+        return self.margins[NO_CHANGE] > 0 if NO_CHANGE in self.margins else None
 
 
 class MeasuredStep(NamedTuple):
