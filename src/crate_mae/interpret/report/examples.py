@@ -234,7 +234,7 @@ def _class_attention(visuals: Visuals) -> Iterable[PlannedFigure]:
         "saliency",
         "What the class token attends to, by layer",
         "The class token’s attention to patches, mean over heads, in layers of the encoder from the first to the last. "
-        "Look for the first layer in which bright patches follow objects rather than positions. The number below each "
+        "Look for the first layer in which bright patches follow objects rather than positions; the number below each "
         "map is its largest value over its mean, which is 1 for even attention.",
         titled(["image", *(f"layer {layer}" for layer in layers)], rows),
     )

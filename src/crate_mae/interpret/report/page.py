@@ -73,7 +73,7 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     ),
     "sparsity": (
         "Sparsity",
-        "Each panel shows how sparse the layers’ outputs are by one measure. Only the first counts exact zeros; "
+        "Each panel shows how sparse the layers’ outputs are by one measure: only the first counts exact zeros; "
         "a small l1/l2 and a large Gini index mean sparse. If depth makes representations sparser, the left and "
         "right panels rise through the encoder and the middle one falls.",
     ),
