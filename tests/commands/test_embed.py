@@ -83,7 +83,7 @@ def test_whitened_features_differ_and_queries_are_treated_alike(model, expected,
     assert code == 0 and "features point almost the same way" in text and "--whiten" in text
     transform = tmp_path / "w.safetensors"
     code, text, _ = crate_mae_command("embed", model, DATA, "--out", tmp_path / "b.npy", "--whiten", transform)
-    assert code == 0 and "fitted on these images" in text and "point almost" not in text
+    assert code == 0 and "Fitted the whitening on these images" in text and "point almost" not in text
     values = np.load(tmp_path / "b.npy").astype(np.float64)
     np.testing.assert_allclose(values.mean(axis=0), 0, atol=1e-3)
     plain = expected[0].astype(np.float64)

@@ -111,7 +111,7 @@ class OrthogonalSubspaces(KeepsValues):
             if not self.training or not self.weight.requires_grad:
                 return _straight_through(self.weight, self.polar_factor())
             if self.retracts_itself and is_traced(self.weight):
-                return _straight_through(self.weight, _re_orthogonalised(self.weight, newton_schulz))
+                return _straight_through(self.weight, _re_orthogonalised(self.weight))
             if self.retracts_itself:
                 self._retract_if_changed()
             return self.weight
@@ -437,8 +437,13 @@ class MonotoneDecoderLayer(DecoderLayer):
     theorems: ClassVar[frozenset[str]] = frozenset({"decompress"})
 
 
-def _re_orthogonalised(weight: Tensor, function: Callable[[Tensor], Tensor] = retraction) -> Tensor:
-    """The weight after a function of it, in its own precision also under autocast, without any derivative."""
+def _re_orthogonalised(weight: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """The weight after a function of it, in its own precision also under autocast, without any derivative.
+
+    By default its `retraction`; where numbers are not available, one Newton-Schulz step.
+    """
+    if function is None:
+        function = newton_schulz if is_traced(weight) else retraction
     with torch.no_grad(), without_autocast(weight.device):
         return function(weight.detach())
 
