@@ -431,8 +431,10 @@ def test_a_short_run_takes_smaller_steps_rather_than_few(tiny_run, speed, monkey
 
 
 def test_a_run_too_short_for_large_images_takes_the_model_for_smaller_ones(tiny_run, tmp_path, monkeypatch, capsys):
+    an_image = {224: 1.0, 128: 0.01}  # seconds
+
     def probe(task, images, _accelerator):
-        return ProbeResult("float32", "", images * (1.0 if task.model.config.image_size[0] == 224 else 0.01), 0.0, None)
+        return ProbeResult("float32", "", images * an_image[task.model.config.image_size[0]], 0.0, None)
 
     monkeypatch.setattr("crate_mae.training.start.probe", probe)
     folder = tmp_path / "photographs"
@@ -454,6 +456,10 @@ def test_a_run_too_short_for_large_images_takes_the_model_for_smaller_ones(tiny_
     )
     chosen = tiny_run(**options, minutes=30, image_size=224).config
     assert chosen.image_size == (224, 224)
+    an_image[224] = 300.0  # so that not one step fits
+    assert tiny_run(**options, minutes=30).config.image_size == (128, 128)
+    with pytest.raises(UserError, match="--minutes 30 is too short"):
+        tiny_run(**options | {"batch_size": 16}, minutes=30, image_size=224)
 
 
 def test_a_length_in_minutes_is_one_of_three(tiny_run, tmp_path):

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -208,8 +209,7 @@ def _fitted_to_time(
     """
     resolved_at = time.monotonic()
 
-    def measured(config: RunOptions, build: BuildTask) -> tuple[float, int]:
-        """The seconds that a measurement took, and how many steps fit."""
+    def measured(config: RunOptions, build: BuildTask) -> _Fit:
         before = time.monotonic()
         task, found = _build_task(config, build, accelerator)
         now = time.monotonic()
@@ -217,29 +217,48 @@ def _fitted_to_time(
         again = (resolved_at - started) + (now - before)
         seconds, preparation = first_decides(accelerator, lambda: (now - before, now - started + again))
         per_step = found.seconds_per_step(task.config, accelerator.num_processes)
-        steps = int((60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step)
-        if steps < 1:
-            raise UserError(
-                f"--minutes {options.minutes:g}{origin(options, 'minutes')} is too short: "
-                f"preparing the run takes {duration(preparation)}, and a step {per_step:.3g} s."
-            )
-        return seconds, steps
+        steps = (60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step
+        return _Fit(seconds, preparation, per_step, steps)
 
-    seconds, steps = measured(config, build)
-    most = steps if options.batch_size else max(steps, steps * config.batch_size // _SMALLEST_BATCH)
+    fit = measured(config, build)
+    most = fit.steps if options.batch_size else max(1, config.batch_size / _SMALLEST_BATCH) * fit.steps
     if most < _ENOUGH_STEPS:
-        why = f"--minutes {options.minutes:g}, in which a model for larger images would take {plural(most, 'step')}"
+        count = plural(max(0, int(most)), "step")
+        why = f"--minutes {options.minutes:g}, in which a model for larger images would take {count}"
         if cheaper := with_cheaper_model(options, config, why):
             options = cheaper
             config, build = resolve(options, accelerator.num_processes, None)
-            seconds, steps = measured(config, build)
-    batch, share = config.batch_size, 2 * accelerator.num_processes * config.accumulation * config.inseparable
+            fit = measured(config, build)
+    steps, batch = fit.steps, config.batch_size
+    share = 2 * accelerator.num_processes * config.accumulation * config.inseparable
     while options.batch_size is None and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
         batch, steps = batch // 2, 2 * steps
-    if batch < config.batch_size and seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
-        _, steps = measured(dataclasses.replace(config, batch_size=batch), build)
-    fitted = {"batch_size": batch, "steps": steps, "accumulation": config.accumulation}
+    if batch < config.batch_size and fit.seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
+        fit = measured(dataclasses.replace(config, batch_size=batch), build)
+        steps = fit.steps
+    if steps < 1:
+        raise UserError(
+            f"--minutes {options.minutes:g}{origin(options, 'minutes')} is too short: "
+            f"preparing the run takes {duration(fit.preparation)}, and a step {fit.per_step:.3g} s."
+        )
+    fitted = {"batch_size": batch, "steps": int(steps), "accumulation": config.accumulation}
     return dataclasses.replace(options, minutes=None, **fitted)
+
+
+class _Fit(NamedTuple):
+    """What a measurement found, in seconds.
+
+    Attributes:
+        seconds: that it took.
+        preparation: of the run, before its first step.
+        per_step: of a step.
+        steps: how many fit; a fraction, negative if not even the preparation fits.
+    """
+
+    seconds: float
+    preparation: float
+    per_step: float
+    steps: float
 
 
 def _join_processes() -> PartialState:
