@@ -97,7 +97,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | Literal["unmixed"] | None]] =
     "compressing, 12 x 256": ({"layer": "compressing", "depth": 12, "embed_dim": 256, "num_heads": 4}, None),
 }
 # "+ balanced" is also ISTA as published, and "+ bounded D" the step from X, where dictionaries are compared.
-# "+ symmetric" stands in the place of "+ balanced".
+# "+ symmetric" replaces "+ balanced".
 
 
 def main(data: str, runs: str, *names: str) -> None:

@@ -85,7 +85,7 @@ def test_the_verdict_counts_what_holds_against_the_controls(inspection):
     measures = dataclasses.replace(inspection.model.measures, audit=proven)
     model = dataclasses.replace(inspection.model, measures=measures)
     others = [found for found in inspection.measured if found is not inspection.model]
-    assert "1 hold: the layer guarantees 1 in which a control does as well." in verdict_sentence(
+    assert "1 hold: the layer guarantees 1 without a clear margin over the controls." in verdict_sentence(
         dataclasses.replace(inspection, measured=[model, *others])
     )
     measures = dataclasses.replace(inspection.model.measures, audit=[])

@@ -425,6 +425,8 @@ def test_a_short_run_takes_smaller_steps_rather_than_few(tiny_run, speed, monkey
         assert (sizes, round(found.steps, -1)) == ([32, 8, 8], 410)  # 95% of 60,000 s, by 140 s
     else:
         assert (sizes, round(found.steps, -1)) == ([32, 8], 600)  # by a quarter of 380 s, which may be too little
+    shortest = tiny_run(steps=None, batch_size=None, minutes=5, dry_run=True).config
+    assert (shortest.batch_size, shortest.steps in (1, 2)) == (8, True)  # not one step of 32 images fits
     speed(600.0)
     given = tiny_run(steps=None, batch_size=32, minutes=1000, dry_run=True).config
     assert (given.batch_size, given.steps in (93, 94)) == (32, True)

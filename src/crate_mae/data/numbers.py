@@ -1,5 +1,6 @@
-"""Limits of numbers that users give, and their check. Does not import PyTorch, so that commands can use it."""
+"""Limits of numbers that users give, their check, and the interval of a mean. Imports nothing that takes time."""
 
+import math
 from numbers import Integral, Real
 from typing import Any
 
@@ -29,3 +30,10 @@ def describe_not_whole(option: str, value: object, least: int = 1, most: int = M
         return f"{option} is {value!r}, but must be a whole number from {least} to {most:,}."
     text = "a number of more than 15 digits" if abs(int(value)) >= 10**15 else str(value)
     return f"{option} is {text}, but must be between {least} and {most:,}."
+
+
+def student_half_width(std: float, n: int) -> float:
+    """Half of Student's 95% interval of a mean, from the standard deviation of its n values (divided by n - 1)."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(n - 1, 0.975)) * std / math.sqrt(n)

@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import minimize
 from scipy.special import softmax
-from scipy.stats import t as student_t
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler, normalize
 from torch import Tensor
 
+from crate_mae.data.numbers import student_half_width
 from crate_mae.errors import UserError
 
 TEMPERATURE = 0.07
@@ -383,11 +383,6 @@ def mean_interval(values: Sequence[float]) -> Score:
 def half_width(values: Sequence[float]) -> float:
     """Half of Student's 95% interval of the mean of at least two values."""
     return student_half_width(float(np.std(values, ddof=1)), len(values))
-
-
-def student_half_width(std: float, n: int) -> float:
-    """Half of Student's 95% interval of a mean, from the standard deviation of its n values (divided by n - 1)."""
-    return float(student_t.ppf(0.975, n - 1)) * std / math.sqrt(n)
 
 
 def _split(labels: Int[np.ndarray, "n"], seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from matplotlib.figure import Figure
 
+from crate_mae.data.numbers import student_half_width
 from crate_mae.drawing import lines
-from crate_mae.evaluation.probes import student_half_width
 from crate_mae.interpret.registry import MEASURES
 from crate_mae.interpret.statistics import Row, find
 

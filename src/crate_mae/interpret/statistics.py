@@ -11,9 +11,9 @@ from typing import Literal, NamedTuple
 from jaxtyping import Float
 from torch import Tensor
 
+from crate_mae.data.numbers import student_half_width
 from crate_mae.drawing.text import number, plural
 from crate_mae.errors import UserError
-from crate_mae.evaluation.probes import student_half_width
 
 Part = Literal["encoder", "decoder"]
 Verdict = Literal["falls", "rises", "unclear"]

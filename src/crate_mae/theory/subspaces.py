@@ -1,5 +1,6 @@
 """Families of low-dimensional subspaces: project onto them, draw them, and measure how far apart they are."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crate_mae.errors import UserError
+from crate_mae.theory.sparse_coding import top_singular_pair
 
 
 def project(z: Float[Tensor, "*batch n d"], u: Float[Tensor, "h d p"]) -> Float[Tensor, "*batch h n p"]:
@@ -60,26 +62,26 @@ def newton_schulz(u: Float[Tensor, "d d"], steps: int = 1) -> Float[Tensor, "d d
     most 3/4 delta^2 + 1/4 delta^3. A step costs two products of d x d matrices.
     """
     for _ in range(steps):
-        u = _newton_schulz_step(u, u.t() @ u)
+        u = torch.addmm(u, u, u.t() @ u, beta=1.5, alpha=-0.5)
     return u
 
 
 def retraction(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     r"""Back towards the orthogonal matrices after a change of an orthogonal U, such as an optimizer's step.
 
-    One step of `newton_schulz` if ||U^T U - I||_F <= 1/2, which leaves at most 0.22 of it (3/4 of its square, and a
-    quarter of its cube); the `polar_factor` otherwise, since larger steps may be far outside the region in which
-    Newton-Schulz steps converge. For numbers that are not finite, the result is not finite either.
+    Steps of `newton_schulz` until ||U^T U - I||_2 is below 1/4; one suffices if it was below 1/2. If it was above 1,
+    beyond which Newton-Schulz steps may not converge, the `polar_factor`. The norm is estimated from below by the power
+    method, for signs and outer products of signs added to U by up to a sixth too low; it is compared with four fifths
+    of these limits. For numbers that are not finite, the result is not finite either.
     """
-    gram = u.t() @ u
-    if torch.dist(gram, torch.eye(len(u), dtype=u.dtype, device=u.device)) > _NEAR_ORTHOGONAL:
+    error = u.t() @ u
+    error.diagonal().sub_(1)
+    top = top_singular_pair(error, iterations=2)
+    distance = float(top.u @ (error @ top.v))
+    if _BEYOND_NEWTON_SCHULZ < distance < math.inf:
         return polar_factor(u)
-    return _newton_schulz_step(u, gram)
-
-
-def _newton_schulz_step(u: Float[Tensor, "d d"], gram: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    # type: (Tensor, Tensor) -> Tensor
-    return torch.addmm(u, u, gram, beta=1.5, alpha=-0.5)
+    stepped = torch.addmm(u, u, error, alpha=-0.5)  # as `newton_schulz`, of the matrix that is known already
+    return retraction(stepped) if _NEAR_ORTHOGONAL < distance < math.inf else stepped
 
 
 def distance_from_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
@@ -129,7 +131,8 @@ def _in_float64(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
 
 
 FAR_FROM_ORTHOGONAL = 0.5  # Gaussian matrices with columns of unit length have 1
-_NEAR_ORTHOGONAL = 0.5
+_NEAR_ORTHOGONAL = 0.4
+_BEYOND_NEWTON_SCHULZ = 0.8
 _LEAST_SINGULAR_VALUE = 1e-3
 _CONVERGED = 1e-10
 

@@ -231,7 +231,8 @@ def _fitted_to_time(
             fit = measured(config, build)
     steps, batch = fit.steps, config.batch_size
     share = 2 * accelerator.num_processes * config.accumulation * config.inseparable
-    while options.batch_size is None and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
+    is_open = options.batch_size is None and steps > 0
+    while is_open and steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
         batch, steps = batch // 2, 2 * steps
     if batch < config.batch_size and fit.seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
         fit = measured(dataclasses.replace(config, batch_size=batch), build)

@@ -96,7 +96,7 @@ def write_findings(inspection: Inspection) -> list[Finding]:
 
 
 def verdict_sentence(inspection: Inspection) -> str:
-    """The audit of the model in one sentence."""
+    """The audit of the model in a few words."""
     rows = inspection.model.measures.audit
     if not rows:
         return "The audit does not apply: this model has no attention in subspaces and no sparse coding."
@@ -107,14 +107,14 @@ def verdict_sentence(inspection: Inspection) -> str:
 
 
 def _count_of_claims(rows: Sequence[AuditRow], about: str) -> str:
-    """How many claims hold, and how many of these only as theorems, where a control does as well as the step."""
+    """How many claims hold, and how many of these only as theorems, without a clear margin over the controls."""
     held = [row for row in rows if row.is_met]
     better = sum(row.holds for row in held)
     parts = []
     if better:
         parts.append(f"in {better}, the step does better than the best of its controls in nearly every image")
     if len(held) > better:
-        parts.append(f"the layer guarantees {len(held) - better} in which a control does as well")
+        parts.append(f"the layer guarantees {len(held) - better} without a clear margin over the controls")
     return f"Of {plural(len(rows), 'claim')} about {about}, {len(held)} hold{': ' if parts else ''}{'; '.join(parts)}."
 
 
