@@ -9,6 +9,7 @@ import argparse
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Literal
 from unittest import mock
 
 import torch
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write a table."""
     parser = common_options(__doc__, rounds=15)
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["base", "base, all tokens", "wide micro"])
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     command = command_line("benchmarks.guarantees", arguments)
@@ -45,22 +47,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _table(options: argparse.Namespace) -> Iterator[str]:
-    yield "\nMilliseconds of a training step in float32, medians; ratios within a round, median (quartiles).\n"
+    yield f"\nMilliseconds of a training step in {options.precision}, medians; ratios within a round (quartiles).\n"
     yield (
         "| size | images | published | monotone | unconstrained | one step "
         "| monotone / unconstrained | monotone / published | monotone / one step |\n" + "|---" * 9 + "|"
     )
     for name in options.sizes:
-        seconds = _seconds(name, options.rounds, CLOCKS[options.clock])
+        seconds = _seconds(name, options.precision, options.rounds, CLOCKS[options.clock])
         medians = [f"{1000 * statistics.median(seconds[entry]):,.0f}" for entry in _ENTRIES]
         ratios = [_ratio(seconds["monotone"], seconds[other]) for other in _COMPARED]
         yield f"| {' | '.join([name, str(SIZES[name][2]), *medians, *ratios])} |"
 
 
-def _seconds(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, list[float]]:
+def _seconds(
+    name: str, precision: Literal["float32", "bfloat16"], rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """The times of each entry, round by round, after a round that is not counted."""
     published, monotone, images = SIZES[name]
-    settings = StepSettings(batch_size=images, mask_ratio=0.75, weight_decay=0.05, clip_grad=1.0, precision="float32")
+    settings = StepSettings(batch_size=images, mask_ratio=0.75, weight_decay=0.05, clip_grad=1.0, precision=precision)
     mask_tokens = "encoder" if name.endswith("all tokens") else "decoder"
     configs = {
         entry: preset(published if entry == "published" else monotone).replace(mask_tokens=mask_tokens)

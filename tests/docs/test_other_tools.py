@@ -13,7 +13,7 @@ from tests.docs.runner import _pattern
 PAGE = (DOCS / "other_tools.md").read_text(encoding="utf-8")
 INTRODUCTION, *SECTIONS = re.split(r"^## ", PAGE, flags=re.MULTILINE)
 TITLES = [section.splitlines()[0] for section in SECTIONS]
-NOT_FOR_DEVELOPMENT = {"peft", "captum", "pytorch_grad_cam", "nnsight"}
+NOT_FOR_DEVELOPMENT = {"pytorch_grad_cam"}  # it needs OpenCV
 
 # In one process of its own, without checks of shapes: what these add to a program cannot be traced.
 RUN = """

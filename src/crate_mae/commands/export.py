@@ -54,10 +54,11 @@ def export(
     - safetensors: the files of this library; the encoder alone has the layout of timm.
     - torch: model.py, a single file of plain PyTorch with the whole forward pass, and its weights; it needs torch and
       safetensors. For encoders and classifiers with CRATE's layers, at the image size of the model.
-    - timm: the encoder, for `timm.create_model("local-dir:...")` and transformers' AutoModel, after `import crate_mae`.
+    - timm: the encoder, for `timm.create_model("local-dir:...")` and transformers' AutoModel, after
+      `import crate_mae.timm`.
     - hf: for transformers' AutoModel, AutoModelForPreTraining, AutoModelForImageClassification and AutoBackbone, after
-      `import crate_mae` or, where this library is not installed, with `trust_remote_code=True`: the code is beside the
-      weights.
+      `import crate_mae.hf` or, where this library is not installed, with `trust_remote_code=True`: the code is beside
+      the weights.
     - onnx: a graph for onnxruntime and other programs, which needs no Python.
     - pt2: a graph for `torch.export.load`, which needs PyTorch only.
 

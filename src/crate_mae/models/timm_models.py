@@ -1,4 +1,4 @@
-"""Our encoders in timm's registry: `timm.create_model("crate_mae_base_patch16_224")` after `import crate_mae`.
+"""Our encoders in timm's registry: `timm.create_model("crate_mae_base_patch16_224")` after `import crate_mae.timm`.
 
 Every preset is there by its name, with random initialisation, and every trained model that comes with the library,
 whose weights `pretrained=True` loads without a network. Arguments are those of timm's `VisionTransformer`, and of
@@ -65,7 +65,7 @@ def timm_pretrained_cfg(config: ModelConfig, **more: Any) -> dict[str, Any]:
 def write_encoder(model: Any, folder: Path) -> None:
     """Write the encoder of a model as a folder that timm and transformers open: timm's layout of the same two files.
 
-    timm.create_model("local-dir:FOLDER", pretrained=True)          # after `import crate_mae`
+    timm.create_model("local-dir:FOLDER", pretrained=True)          # after `import crate_mae.timm`
     transformers.AutoModel.from_pretrained("FOLDER")                # the same, in timm's wrapper
 
     Raises:

@@ -1,5 +1,4 @@
-"""CRATE-MAE in transformers: `AutoModel.from_pretrained(FOLDER)` and its kin, after `import crate_mae`.
+"""CRATE-MAE in transformers: `AutoModel.from_pretrained(FOLDER)` and its kin, after `import crate_mae.hf`.
 
-Each file registers with one of transformers' automatic classes when it is imported, which `crate_mae.after_import` does
-as soon as transformers has loaded that class, and not before.
+Each file registers its classes with the automatic ones of transformers when it is imported.
 """
