@@ -79,18 +79,24 @@ def test_a_change_is_written_with_its_sign():
 
 def test_the_verdict_counts_what_holds_against_the_controls(inspection):
     rows = inspection.model.measures.audit
-    sentence = verdict_sentence(inspection)
-    assert sentence.startswith(f"Of {len(rows)} claims about what this model’s layers do, 0 hold. Controls are")
-    proven = [dataclasses.replace(rows[0], status="theorem", holds=False), *rows[1:]]
-    measures = dataclasses.replace(inspection.model.measures, audit=proven)
-    model = dataclasses.replace(inspection.model, measures=measures)
     others = [found for found in inspection.measured if found is not inspection.model]
-    assert "1 hold: the layer guarantees 1 without a clear margin over the controls." in verdict_sentence(
-        dataclasses.replace(inspection, measured=[model, *others])
+
+    def verdict_of(audit):
+        measures = dataclasses.replace(inspection.model.measures, audit=audit)
+        model = dataclasses.replace(inspection.model, measures=measures)
+        return verdict_sentence(dataclasses.replace(inspection, measured=[model, *others]))
+
+    held = [dataclasses.replace(row, status="holds", holds=True, learned=True) for row in rows[:2]]
+    as_random = dataclasses.replace(rows[2], status="theorem", holds=True, learned=False)
+    proven = dataclasses.replace(rows[3], status="theorem", holds=False)
+    start = f"Of {len(rows)} claims about what this model’s layers do, "
+    assert verdict_of(rows).startswith(f"{start}0 hold. Controls are")
+    assert verdict_of([*held, *rows[2:]]).startswith(f"{start}2 hold: 2 by a clear margin over the best control. ")
+    assert verdict_of([*held, as_random, proven, *rows[4:]]).startswith(
+        f"{start}4 hold: 3 by a clear margin over the best control, 1 of them by no more than with random "
+        "initialisation; 1 only as theorems of the layer. "
     )
-    measures = dataclasses.replace(inspection.model.measures, audit=[])
-    model = dataclasses.replace(inspection.model, measures=measures)
-    assert "does not apply" in verdict_sentence(dataclasses.replace(inspection, measured=[model, *others]))
+    assert "does not apply" in verdict_of([])
 
 
 def test_a_verdict_needs_a_paired_change_whose_interval_is_not_around_0():
@@ -183,7 +189,10 @@ def with_audit(inspection, status, share=1.0):
 
 def test_claims_are_counted(inspection):
     held = steps_finding(with_audit(inspection, "holds"))
-    assert "Of 28 claims about single steps of single layers, 28 hold: in 28, the step does better" in held.answer
+    assert (
+        "Of 28 claims about single steps of single layers, 28 hold: 28 by a clear margin over the best control"
+        in held.answer
+    )
     assert "ISTA makes more exact zeros than relu(x) (in every layer)" in held.more[0]
     failed = steps_finding(with_audit(inspection, "does not hold"))
     assert failed.answer == "Of 28 claims about single steps of single layers, 0 hold."

@@ -1,6 +1,7 @@
 """Monotone layers keep their guarantees with any weights, tokens and optimizer, or refuse the weights."""
 
 import copy
+import itertools
 import re
 
 import pytest
@@ -287,7 +288,7 @@ def test_a_temperature_beyond_computing_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("layer", "other"),
-    [("monotone", "published"), ("published", "compressing"), ("monotone", "compressing"), ("compressing", "monotone")],
+    list(itertools.permutations(("published", "compressing", "monotone"), 2)),
 )
 def test_weights_of_the_other_kind_of_layers_are_refused(tmp_path, layer, other):
     saved(tmp_path, layer=layer)

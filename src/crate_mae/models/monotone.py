@@ -21,6 +21,10 @@ calls `retract_` after each step, as ours does). U: in training, a parameter tha
 before it is used, in place, up to the error of a retraction; in `eval()` its exact polar factor is used. D: divided by
 its norm in the forward pass, if necessary; the norm is estimated from below in training, and exact in `eval()`. kappa
 and s: sigmoids or exponentials of the parameters.
+
+Where a graph is made of a model as it is (by a compiler, TorchScript or `torch.jit.trace`), numbers cannot decide: in
+`eval()`, U is then 20 Newton-Schulz steps from the parameter, and a compiler's norm of D is 80 steps of the power
+method. Exports are made of `folded()` layers, whose U and D are exact.
 """
 
 import copy

@@ -69,10 +69,11 @@ def newton_schulz(u: Float[Tensor, "d d"], steps: int = 1) -> Float[Tensor, "d d
 def retraction(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     r"""Back towards the orthogonal matrices after a change of an orthogonal U, such as an optimizer's step.
 
-    Steps of `newton_schulz` until ||U^T U - I||_2 is below 1/4; one suffices if it was below 1/2. If it was above 1,
-    beyond which Newton-Schulz steps may not converge, the `polar_factor`. The norm is estimated from below by the power
-    method, for signs and outer products of signs added to U by up to a sixth too low; it is compared with four fifths
-    of these limits. For numbers that are not finite, the result is not finite either.
+    Steps of `newton_schulz` until ||U^T U - I||_2 is about 1/4 or less; one suffices if it was below 1/2. If it was
+    above 1, beyond which Newton-Schulz steps may not converge, the `polar_factor`. The norm is an estimate from below,
+    by two iterations of the power method: for signs and outer products of signs added to U it is up to a sixth too low,
+    in general it has no bound. It is compared with four fifths of these limits. For numbers that are not finite, the
+    result is not finite either.
     """
     error = u.t() @ u
     error.diagonal().sub_(1)

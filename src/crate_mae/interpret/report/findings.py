@@ -102,19 +102,21 @@ def verdict_sentence(inspection: Inspection) -> str:
         return "The audit does not apply: this model has no attention in subspaces and no sparse coding."
     return (
         f"{_count_of_claims(rows, 'what this model’s layers do')} Controls are the step reversed, without mixing or in "
-        "random subspaces, relu(x) or an all-zero code, and networks with random initialisation."
+        "random subspaces, uniform attention, relu(x) and the all-zero code."
     )
 
 
 def _count_of_claims(rows: Sequence[AuditRow], about: str) -> str:
-    """How many claims hold, and how many of these only as theorems, without a clear margin over the controls."""
+    """How many claims hold, and how many of these no better than a random network or only as theorems."""
     held = [row for row in rows if row.is_met]
-    better = sum(row.holds for row in held)
+    better = [row for row in held if row.holds]
+    unlearned = sum(row.learned is False for row in better)
     parts = []
     if better:
-        parts.append(f"in {better}, the step does better than the best of its controls in nearly every image")
-    if len(held) > better:
-        parts.append(f"the layer guarantees {len(held) - better} without a clear margin over the controls")
+        part = f"{len(better)} by a clear margin over the best control"
+        parts.append(f"{part}, {unlearned} of them by no more than with random initialisation" if unlearned else part)
+    if len(held) > len(better):
+        parts.append(f"{len(held) - len(better)} only as theorems of the layer")
     return f"Of {plural(len(rows), 'claim')} about {about}, {len(held)} hold{': ' if parts else ''}{'; '.join(parts)}."
 
 
