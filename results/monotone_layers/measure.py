@@ -4,11 +4,11 @@
 
 Each trial is a run of `crate_mae.pretrain` in RUNS on the first 45,000 training images; one that has been probed is not
 made again. Every variant searches its learning rate alike, with seed 0: at the rates of `RATES`, and the one with the
-lowest held-out loss is run with the other seeds. "NAME, 6500 steps" is a variant at that rate for 6,500 steps, the full
-length of the recipe. Labels of the first 10,000 images are for the probes, and they are evaluated on the
-last 5,000 training images, the audit on the first 64 of these. No test image has a part in it. Results: trials.csv, one
-line a run, and claims.csv, one line for each claim about each layer of the runs at the chosen rate. Lines of runs that
-are not in RUNS stay as they are.
+lowest held-out loss is run with the other seeds (README.md names the variants for which this was not done).
+"NAME, 6500 steps" is a variant at that rate for 6,500 steps, the full length of the recipe. Labels of the first 10,000
+images are for the probes, and they are evaluated on the last 5,000 training images, the audit on the first 64 of these.
+No test image has a part in it. Results: trials.csv, one line a run; claims.csv, one line for each claim about each
+layer of the audited runs; summary.csv, both over seeds. Lines of runs that are not in RUNS stay as they are.
 
 The rule, written before the runs: a variant is better or worse than another if the means over seeds of its linear probe
 at the last layer differ by more than twice the standard error of that difference, with the pooled deviation of seeds.
@@ -16,8 +16,11 @@ at the last layer differ by more than twice the standard error of that differenc
 
 import csv
 import json
+import statistics
 import sys
 import time
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -89,10 +92,11 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | Literal["unmixed"] | None]] =
     "bounded D from relu(X)": ({}, FIXED._replace(dictionary="relu")),
     "two steps from zero": ({}, FIXED._replace(dictionary="zero two")),
     "learned threshold": ({}, FIXED._replace(threshold="learned")),
-    "monotone, threshold 1": (ONE_STEP | {"threshold": 1.0}, None),
-    "monotone, threshold 2": (ONE_STEP | {"threshold": 2.0}, None),
+    "monotone, threshold 2": ({"layer": "monotone", "threshold": 2.0}, None),
     "monotone, 3 x 608": (ONE_STEP | {"embed_dim": 608}, None),
     "monotone, 4 x 512": (ONE_STEP | {"depth": 4}, None),
+    "compressing, no mixing in the encoder": ({"layer": "compressing"}, "unmixed"),
+    "monotone, 6 x 384": ({"layer": "monotone", "depth": 6, "embed_dim": 384, "num_heads": 6}, None),
     "compressing, 6 x 384": ({"layer": "compressing", "depth": 6, "embed_dim": 384, "num_heads": 6}, None),
     "compressing, 12 x 256": ({"layer": "compressing", "depth": 12, "embed_dim": 256, "num_heads": 4}, None),
 }
@@ -198,14 +202,14 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
 
 
 def write_tables(runs: Path) -> None:
-    """trials.csv and claims.csv beside this file, in the order of `VARIANTS`."""
+    """trials.csv, claims.csv and summary.csv beside this file, in the order of `VARIANTS`."""
     found = [json.loads(path.read_text()) for path in runs.glob("*/scores.json")]
     order = [name + length for name in VARIANTS for length in ("", LONG)]
     found.sort(key=lambda each: (order.index(each["variant"]), each["lr"], each["seed"]))
     rows = [
         {
             **{key: each[key] for key in ("variant", "seed", "lr", "parameters")},
-            "minutes": f"{each['minutes']:.1f}",
+            "minutes": "" if each["minutes"] is None else f"{each['minutes']:.1f}",  # None: interrupted
             "loss": f"{each['loss']:.4f}",
             **{f"{p}_by_layer": " ".join(f"{100 * x[p]:.1f}" for x in each["probes"]) for p in ("linear", "knn")},
         }
@@ -222,6 +226,7 @@ def write_tables(runs: Path) -> None:
         ],
         order,
     )
+    write_summary()
 
 
 def write_csv(name: str, rows: list[dict[str, Any]], order: list[str]) -> None:
@@ -230,14 +235,72 @@ def write_csv(name: str, rows: list[dict[str, Any]], order: list[str]) -> None:
     def run_of(row: dict[str, Any]) -> tuple[int, float, int]:
         return order.index(row["variant"]), float(row["lr"]), int(row["seed"])
 
-    file = HERE / name
     found = {run_of(row) for row in rows}
-    with file.open(newline="", encoding="utf-8") as former:
-        kept = [row for row in csv.DictReader(former) if run_of(row) not in found]
-    with file.open("w", newline="", encoding="utf-8") as table:
-        writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+    kept = [row for row in read_csv(name) if run_of(row) not in found]
+    write_rows(name, sorted([*kept, *rows], key=run_of))
+
+
+def write_summary() -> None:
+    """summary.csv: means and sample deviations over the seeds of a variant, and the claims of its audits by layer.
+
+    For a claim about single images, the share of images in which it beats its controls, mean over seeds; for
+    one about all images together, in how many of the audited seeds it holds.
+    """
+    trials, claims = (
+        groupby(read_csv(name), key=lambda row: (row["variant"], row["lr"])) for name in ("trials.csv", "claims.csv")
+    )
+    audits = {variant: list(rows) for variant, rows in claims}
+    names = list(dict.fromkeys(row["claim"] for rows in audits.values() for row in rows))
+    table = []
+    for variant, group in trials:
+        rows, audited = list(group), audits.get(variant, [])
+        layers = {
+            key: zip(*(map(float, row[key].split()) for row in rows), strict=True)
+            for key in ("linear_by_layer", "knn_by_layer")
+        }
+        table.append(
+            {
+                "variant": variant[0],
+                "lr": variant[1],
+                "seeds": " ".join(row["seed"] for row in rows),
+                "parameters": rows[0]["parameters"],
+                "loss": _over_seeds([float(row["loss"]) for row in rows], 3),
+                **{key: ", ".join(_over_seeds(values, 1) for values in found) for key, found in layers.items()},
+                "audited": len({row["seed"] for row in audited}),
+                **{name: _by_layer([row for row in audited if row["claim"] == name]) for name in names},
+            }
+        )
+    write_rows("summary.csv", table)
+
+
+def _over_seeds(values: Sequence[float], digits: int) -> str:
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def _by_layer(rows: list[dict[str, str]]) -> str:
+    cells = []
+    for layer in sorted({row["layer"] for row in rows}, key=lambda name: (name[0], int(name[1:]))):
+        seeds = [row for row in rows if row["layer"] == layer]
+        if seeds[0]["share"]:
+            cells.append(f"{100 * statistics.mean(float(row['share']) for row in seeds):.0f}%")
+        else:
+            cells.append(f"{sum(row['holds'] == 'True' for row in seeds)} of {len(seeds)}")
+    return ", ".join(cells)
+
+
+def read_csv(name: str) -> list[dict[str, str]]:
+    """The lines of a table beside this file."""
+    with (HERE / name).open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(name: str, rows: list[dict[str, Any]]) -> None:
+    """Write a table beside this file."""
+    with (HERE / name).open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(sorted([*kept, *rows], key=run_of))
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":
