@@ -68,6 +68,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | Literal["unmixed"] | None]] =
     "+ descent from X": ({}, PUBLISHED._replace(subspaces="orthogonal", step="descent")),
     "+ balanced": ({}, FIXED._replace(dictionary="published")),
     "+ symmetric": ({}, FIXED._replace(membership="symmetric", dictionary="published")),
+    "+ symmetric, learned temperature": ({}, Pieces(membership="symmetric", dictionary="published")),
     "+ bounded D": ({}, FIXED._replace(dictionary="bounded")),
     "+ from zero": ({}, FIXED),
     "compressing": ({"layer": "compressing"}, None),
@@ -101,7 +102,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], Pieces | Literal["unmixed"] | None]] =
     "compressing, 12 x 256": ({"layer": "compressing", "depth": 12, "embed_dim": 256, "num_heads": 4}, None),
 }
 # "+ balanced" is also ISTA as published, and "+ bounded D" the step from X, where dictionaries are compared.
-# "+ symmetric" replaces "+ balanced".
+# "+ symmetric" replaces "+ balanced"; with a learned temperature, "compressing".
 
 
 def main(data: str, runs: str, *names: str) -> None:
