@@ -20,7 +20,7 @@ from crate_mae.training.options import PretrainOptions
 from crate_mae.training.processes import STOPPING
 from crate_mae.training.progress import LastingStream
 from crate_mae.training.report import open_trackers
-from crate_mae.training.run_directory import CsvLog, RunDirectory
+from crate_mae.training.run_directory import CsvLog
 from tests.training.conftest import TINY_RUN, at_step, cpu, no_report, usual_signals  # noqa: F401  # fixtures
 
 SHORT = {**TINY_RUN, "steps": 6, "batch_size": 64, "checkpoint_minutes": 1e-9, "log_steps": 1}
@@ -47,10 +47,13 @@ def failing(number):
 )
 def test_the_reason_why_a_file_of_a_run_cannot_be_written_comes_with_a_remedy(tmp_path, number, expected):
     (tmp_path / "config.yaml").write_text("")
-    explained = explain_end(Accelerator(cpu=True), RunDirectory(tmp_path))
+    explained = explain_end(Accelerator(cpu=True), PretrainOptions("digits", out=tmp_path))
     with pytest.raises(UserError, match=f"{expected}(.|\n)*crate-mae resume"), explained:
         failing(number)()
-    with pytest.raises(UserError, match=expected), explain_end(Accelerator(cpu=True), RunDirectory(tmp_path)):
+    with (
+        pytest.raises(UserError, match=expected),
+        explain_end(Accelerator(cpu=True), PretrainOptions("digits", out=tmp_path)),
+    ):
         try:
             failing(number)()
         except OSError as error:
@@ -58,7 +61,10 @@ def test_the_reason_why_a_file_of_a_run_cannot_be_written_comes_with_a_remedy(tm
 
 
 def test_other_errors_are_not_explained_as_ones_in_writing(tmp_path):
-    with pytest.raises(OSError, match="Permission"), explain_end(Accelerator(cpu=True), RunDirectory(tmp_path / "run")):
+    with (
+        pytest.raises(OSError, match="Permission"),
+        explain_end(Accelerator(cpu=True), PretrainOptions("digits", out=tmp_path / "run")),
+    ):
         raise OSError(errno.EACCES, "Permission denied", str(tmp_path / "image.png"))
 
 

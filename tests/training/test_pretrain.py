@@ -279,6 +279,19 @@ def test_a_python_data_set_is_resumed_from_python(tiny_run, tmp_path, monkeypatc
     assert tiny_run(data=dataset, batch_size=4).metrics()[-1]["step"] == 20
 
 
+@pytest.mark.usefixtures("usual_signals")
+def test_no_command_is_advised_for_a_run_whose_held_out_images_come_from_python(tiny_run, monkeypatch, capsys):
+    val = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(10)]
+    stopped_at(monkeypatch, 2, lambda: tiny_run(val=val, quiet=False))
+    output = capsys.readouterr().out
+    assert "To continue: the same call of crate_mae.pretrain from Python" in output
+    assert "crate-mae resume" not in output
+    with pytest.raises(UserError, match="The held-out images are not those that this run began with") as refused:
+        tiny_run(val=[1 - image for image in val])
+    assert "--data-changed" not in str(refused.value)
+    assert tiny_run(val=val).metrics()[-1]["step"] == 20
+
+
 def test_unreadable_images_are_listed_and_replaced(tiny_run, photos):
     run = tiny_run(data=photos(60, bad=1), batch_size=8, max_bad=0.5)
     (row,) = (run.path / "bad_files.csv").read_text().splitlines()[1:]

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from crate_mae.errors import UserError
 
+PYTHON_OBJECT = "python:"  # in a configuration, begins the name of data that has no path
 DIGESTS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64})  ([^/\\]+)")
 _MOST_BYTES = 2**20  # of SHA256SUMS: ten thousand files

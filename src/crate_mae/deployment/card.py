@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crate_mae.data.documents import read_json, read_yaml
+from crate_mae.data.files import PYTHON_OBJECT
 from crate_mae.errors import UserError, install_command
 from crate_mae.models.checkpoints import is_checkpoint, newest_checkpoint, step_of
 from crate_mae.models.config import CONFIG_FILE, ClassifierConfig, Config, encoder_config
@@ -26,7 +27,6 @@ _MEASURES = {
 }
 _OPTIONS = ("epochs", "steps", "batch_size", "lr", "weight_decay", "mask_ratio", "precision", "seed")
 _PACKAGES = ("crate-mae", "torch", "timm")
-_PYTHON_OBJECT = "python:"  # in a configuration; see `training.images`
 _PUBLIC = ("hf:", "torchvision:", "timm:")  # names that open the same everywhere
 
 
@@ -170,6 +170,6 @@ def _mapping(file: Path) -> dict[str, Any]:
 def _public(data: Any) -> str:
     """The name of data or of a model without its folders: a card is public, and they are private."""
     name = str(data)
-    if name.startswith(_PYTHON_OBJECT):
+    if name.startswith(PYTHON_OBJECT):
         return "images that were given as a Python object, which has no name"
     return name if name.startswith(_PUBLIC) else name.replace("\\", "/").rstrip("/").rpartition("/")[2]

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from crate_mae.data.dataset import explain_lost
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import list_checkpoints
+from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import is_of_communication
 from crate_mae.training.run_directory import RunDirectory
 
@@ -40,7 +41,7 @@ _REMEDIES = {
 
 
 @contextmanager
-def explain_end(accelerator: Accelerator, directory: RunDirectory) -> Iterator[None]:
+def explain_end(accelerator: Accelerator, config: RunOptions) -> Iterator[None]:
     """Turn errors from outside into a `UserError` that says what is saved of the run and how to continue.
 
     These are the end of a process that loads images, the loss of another training process, and errors in writing files.
@@ -49,16 +50,14 @@ def explain_end(accelerator: Accelerator, directory: RunDirectory) -> Iterator[N
         yield
     except Exception as error:
         message = (
-            _lost_loader(error, directory)
-            or _lost_process(error, accelerator, directory)
-            or _failed_writing(error, directory)
+            _lost_loader(error, config) or _lost_process(error, accelerator, config) or _failed_writing(error, config)
         )
         if not message:
             raise
         raise UserError(message) from error
 
 
-def _lost_loader(error: Exception, directory: RunDirectory) -> str | None:
+def _lost_loader(error: Exception, config: RunOptions) -> str | None:
     """PyTorch notices such an end by a signal, and so raises its error in whatever the main thread is doing."""
     if not isinstance(error, (RuntimeError, UserError)):
         return None
@@ -66,20 +65,21 @@ def _lost_loader(error: Exception, directory: RunDirectory) -> str | None:
     message = explain_lost(error) or (explain_lost(cause) if cause else None)
     if isinstance(cause, (EOFError, ConnectionError)):
         message = str(error)
-    return f"{message}\n{_saved(directory)} To continue: {directory.resume_command}" if message else None
+    return f"{message}\n{_saved(config)} To continue: {config.resume_command}" if message else None
 
 
-def _lost_process(error: Exception, accelerator: Accelerator, directory: RunDirectory) -> str | None:
+def _lost_process(error: Exception, accelerator: Accelerator, config: RunOptions) -> str | None:
     if accelerator.num_processes == 1 or not isinstance(error, RuntimeError) or not is_of_communication(error):
         return None
     return (
         f"Process {accelerator.process_index} of {accelerator.num_processes} has lost another one, which was ended or "
         "cannot be reached: see the output of the launcher and its log.\nThe run is as it was at its last checkpoint. "
-        f"To continue: {directory.resume_command}, launched as before or not"
+        f"To continue: {config.resume_command}, launched as before or not"
     )
 
 
-def _failed_writing(error: Exception, directory: RunDirectory) -> str | None:
+def _failed_writing(error: Exception, config: RunOptions) -> str | None:
+    directory = RunDirectory(Path(config.out))
     number = _error_number(error, directory.path)
     if number is None:
         return None
@@ -87,12 +87,12 @@ def _failed_writing(error: Exception, directory: RunDirectory) -> str | None:
     reason = _REASONS.get(number, os.strerror(number).lower())
     return (
         f"The files of the run in {directory.path} cannot be written: {reason}. The run has stopped. "
-        f"{_saved(directory)}\n{_REMEDIES[number]}, then: {directory.resume_command}"
+        f"{_saved(config)}\n{_REMEDIES[number]}, then: {config.resume_command}"
     )
 
 
-def _saved(directory: RunDirectory) -> str:
-    kept = list_checkpoints(directory.path)
+def _saved(config: RunOptions) -> str:
+    kept = list_checkpoints(Path(config.out))
     return f"Everything up to {kept[0].name} is saved." if kept else "It had no checkpoint yet."
 
 

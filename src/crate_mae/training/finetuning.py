@@ -24,7 +24,7 @@ from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build
 from crate_mae.models.classifier import Classifier
 from crate_mae.models.config import ClassifierConfig, ModelConfig
-from crate_mae.training.images import PYTHON_OBJECT, RunImages
+from crate_mae.training.images import RunImages
 from crate_mae.training.optimizer import adamw
 from crate_mae.training.options import OF_ONE_LENGTH, FinetuneOptions, given_words
 from crate_mae.training.processes import ignore_stop_requests
@@ -156,7 +156,7 @@ class Finetuning(Task[FinetuneOptions]):
     def shorter_commands(self) -> list[str]:
         """The command for a run of half an hour."""
         c, run = self.config, self.directory.path
-        if c.train.startswith(PYTHON_OBJECT) or c.val.startswith(PYTHON_OBJECT):
+        if c.is_from_python:
             return []
         given = given_words(c, {"model", *OF_ONE_LENGTH})
         return [shlex.join(["crate-mae", "finetune", str(c.model), "--out", f"{run}-30min", "--minutes", "30", *given])]
@@ -164,7 +164,7 @@ class Finetuning(Task[FinetuneOptions]):
     def describe_use(self) -> list[str]:
         """Describe which model was kept, and how to use it."""
         run = self.directory.path
-        images = "IMAGES" if self.config.val.startswith(PYTHON_OBJECT) else shlex.quote(self.config.val)
+        images = "IMAGES" if self.config.is_from_python else shlex.quote(self.config.val)
         return [
             f"{run} holds the best model. It was selected on these images, so its accuracy on others may be lower.",
             f"Predict others:   crate-mae predict {shlex.quote(str(run))} {images} --out predictions.csv",

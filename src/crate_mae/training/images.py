@@ -28,6 +28,7 @@ from crate_mae.data import (
 from crate_mae.data.base import align_classes, aligned_labels, label_names, most_bad, text_of
 from crate_mae.data.dataset import load
 from crate_mae.data.facts import UNREADABLE, content_digests, image_digest
+from crate_mae.data.files import PYTHON_OBJECT
 from crate_mae.errors import UserError, and_more
 from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import ignore_stop_requests
@@ -35,7 +36,6 @@ from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.run_directory import CsvLog
 
 MOST_HELD_OUT = 512
-PYTHON_OBJECT = "python:"
 _MOST_NAMED = 5  # classes in a message
 _MOST_LISTED = 3  # unreadable images in a message
 
@@ -70,7 +70,7 @@ def open_named(data: Any) -> tuple[ImageSource, str]:
         return source, PYTHON_OBJECT + source.name
     if isinstance(data, str) and data.startswith(PYTHON_OBJECT):
         raise UserError(
-            f"This run trains on a Python object ({data.removeprefix(PYTHON_OBJECT)}), which has no path.\n"
+            f"This run uses a Python object ({data.removeprefix(PYTHON_OBJECT)}), which has no path.\n"
             "Resume it from Python with the same call as before: crate_mae.pretrain(your_dataset, out=...) or the like."
         )
     name = full_name(data)
@@ -164,11 +164,6 @@ def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
         train_name,
         val_name,
     )
-
-
-def is_python_object(config: RunOptions) -> bool:
-    """Whether a run trains on a Python object, which only a call from Python can give to it again."""
-    return str(getattr(config, "data", None) or getattr(config, "train", "")).startswith(PYTHON_OBJECT)
 
 
 def data_digests(train: ImageSource, held_out: ImageSource, *, with_labels: bool) -> dict[str, str]:

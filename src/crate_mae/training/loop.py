@@ -70,7 +70,7 @@ def train(
             first_decides(accelerator, lambda: stack.enter_context(directory.opened(task.config)))
             report = RunReport(task, plan, writes=accelerator.is_main_process)
             stack.enter_context(report.to_the_end())
-            stack.enter_context(explain_end(accelerator, directory))
+            stack.enter_context(explain_end(accelerator, task.config))
             first_decides(accelerator, directory.log_start)
             display.lines(plan_lines(plan))
 
@@ -145,12 +145,12 @@ def _learn(
                 saver.save(state)
             if too_many_bad:
                 limit, check = origin(config, "max_bad"), task.images.train.check_command
-                raise bad_images.error(seen, directory.resume_with_other_data, check=check, origin=limit)
+                raise bad_images.error(seen, config.resume_with_other_data, check=check, origin=limit)
             if (skipped := state.skipped_in_a_row) >= min(MOST_SKIPPED_IN_A_ROW, config.steps):
                 what = f"Loss or gradients were not finite {skipped} steps in a row, up to step {state.step}."
                 raise diverged(directory.path, what)
             if agreed.stop and state.step < config.steps:
-                display.lines([f"Stopped and saved at step {state.step}. To continue: {directory.resume_command}"])
+                display.lines([f"Stopped and saved at step {state.step}. To continue: {config.resume_command}"])
                 raise RunStopped(agreed.stop)
         saver.save_model(state)
 

@@ -6,6 +6,7 @@ None is open: `resolve` fills it in from the data and the machine, and in a run 
 
 import dataclasses
 import math
+import shlex
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union
 from cyclopts import Parameter, Token
 
 from crate_mae.data.documents import parse_yaml
+from crate_mae.data.files import PYTHON_OBJECT
 from crate_mae.data.numbers import MOST_THREADS
 from crate_mae.errors import UserError
 from crate_mae.models.config import HeadPooling
@@ -219,6 +221,24 @@ class RunOptions:
     def inseparable(self) -> int:
         """Number of neighbouring images that must stay in one micro-batch."""
         return 1
+
+    @property
+    def is_from_python(self) -> bool:
+        """Whether some data of a run is a Python object, which only a call from Python can give to it again."""
+        data = [getattr(self, item.name) for item in dataclasses.fields(self) if item.type is Data]
+        return any(isinstance(name, str) and name.startswith(PYTHON_OBJECT) for name in data)
+
+    @property
+    def resume_command(self) -> str:
+        """What continues a run: a command, or the call from Python."""
+        if self.is_from_python:
+            return f"the same call of crate_mae.{self.command} from Python"
+        return f"crate-mae resume {shlex.quote(str(self.out))}"
+
+    @property
+    def resume_with_other_data(self) -> str:
+        """What continues a run on data that has changed, which no call from Python does."""
+        return "start a new run" if self.is_from_python else f"{self.resume_command} --data-changed"
 
     def given(self) -> dict[str, Any]:
         """The options that were given, or are not at their defaults. Data, any Python object, is not compared."""

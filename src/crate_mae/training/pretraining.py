@@ -39,7 +39,7 @@ from crate_mae.models.tracing import trace
 from crate_mae.models.transfer import start_from
 from crate_mae.theory.coding_rate import official_subspace_coding_rate
 from crate_mae.theory.measures import effective_rank, zero_fraction
-from crate_mae.training.images import PYTHON_OBJECT, RunImages
+from crate_mae.training.images import RunImages
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.options import OF_ONE_LENGTH, PretrainOptions, given_words, origin
 from crate_mae.training.randomness import step_noise
@@ -163,7 +163,7 @@ class Pretraining(Task[PretrainOptions]):
     def shorter_commands(self) -> list[str]:
         """Commands for a run of half an hour: of the same model, and of a small one that has been trained before."""
         c, run = self.config, self.directory.path
-        if c.data.startswith(PYTHON_OBJECT) or (c.val or "").startswith(PYTHON_OBJECT):
+        if c.is_from_python:
             return []
 
         def command(out: str, without: Collection[str], *words: str) -> str:
@@ -180,7 +180,7 @@ class Pretraining(Task[PretrainOptions]):
     def describe_use(self) -> list[str]:
         """Describe how to complete other images."""
         run = self.directory.path
-        images = "IMAGES" if self.config.data.startswith(PYTHON_OBJECT) else shlex.quote(self.config.data)
+        images = "IMAGES" if self.config.is_from_python else shlex.quote(self.config.data)
         return [
             f"Curves, pictures: {self.directory.report}",
             f"Complete others:  crate-mae reconstruct {shlex.quote(str(run))} {images} --out picture.png",

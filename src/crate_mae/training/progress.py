@@ -53,7 +53,7 @@ def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, star
         "estimate": _estimate(task, probe, processes, start_step),
         "folder": f"{directory.path}, with a checkpoint every {plural(config.checkpoint_epochs, 'epoch')} and every "
         f"{config.checkpoint_minutes:g} min",
-        "to resume": directory.resume_command + " (Ctrl-C stops and saves)",
+        "to resume": config.resume_command + " (Ctrl-C stops and saves)",
     }
     if not start_step and (faster := _faster_reading(task, probe, processes)):
         rows["read faster"] = faster

@@ -270,7 +270,7 @@ def render_report(task: Task, plan: Mapping[str, str], end: str = "") -> str:
         written=datetime.now().isoformat(sep=" ", timespec="seconds"),
         end=end,
         is_finished=directory.is_finished,
-        resume_command=directory.resume_command,
+        resume_command=task.config.resume_command,
         learning=encode(draw_learning(rows), "png") if rows else None,
         layers=encode(draw_layer_signals(layers), "png") if layers else None,
         completed=picture.read_bytes() if picture else None,

@@ -19,7 +19,7 @@ from crate_mae.models.weights import read_config
 from crate_mae.training import checkpoint
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import result_options
-from crate_mae.training.images import data_digests, is_python_object
+from crate_mae.training.images import data_digests
 from crate_mae.training.model_state import ModelState
 from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import first_decides
@@ -82,7 +82,7 @@ def resume(
         state = checkpoint.read(folder, model_state)
         change = _data_change(state, task, data)
         if change and not data_changed:
-            raise _changed_data_error(change, task.config, directory)
+            raise _changed_data_error(change, task.config)
         logger.info("Resuming from %s, which %d process(es) wrote.", folder, state.world_size)
     state.images, state.data, state.options = len(train), data, result_options(task.config)
     state.world_size = accelerator.num_processes
@@ -135,7 +135,7 @@ def describe_data_change(change: Mapping[str, Any]) -> str:
     )
 
 
-def _changed_data_error(change: Mapping[str, Any], config: RunOptions, directory: RunDirectory) -> UserError:
+def _changed_data_error(change: Mapping[str, Any], config: RunOptions) -> UserError:
     """The error to raise for data that has changed, if the user has not said that this is meant."""
     if change["images"] != change["images_before"]:
         what = f"This run trains on {change['images_before']:,} images, but its data now has {change['images']:,}."
@@ -144,7 +144,7 @@ def _changed_data_error(change: Mapping[str, Any], config: RunOptions, directory
             f"The {' and the '.join(change['changed'].split(', '))} are not those that this run began with, though "
             "their number is the same: other names, contents or classes."
         )
-    how = "" if is_python_object(config) else f"To continue with the current data: {directory.resume_with_other_data}\n"
+    how = "" if config.is_from_python else f"To continue with the current data: {config.resume_with_other_data}\n"
     return UserError(f"{what}\n{how}Otherwise put the data back as it was, or start a new run with another --out.")
 
 

@@ -87,8 +87,6 @@ class RunDirectory:
         layers: one row per layer and measure.
         bad_files: one row per unreadable image.
         data_changes: one row per step from which the run continued with other images.
-        resume_command: continues the run,
-        resume_with_other_data: and on data that has changed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,8 +98,6 @@ class RunDirectory:
         self.layers = CsvLog(path / "layers.csv", ("step", "part", "layer", "measure", "value"))
         self.bad_files = CsvLog(path / "bad_files.csv", ("step", "location", "reason"))
         self.data_changes = CsvLog(path / "data_changes.csv", ("step", "images_before", "images", "changed"))
-        self.resume_command = f"crate-mae resume {shlex.quote(str(path))}"
-        self.resume_with_other_data = f"{self.resume_command} --data-changed"
 
     def metrics(self, measures: Sequence[str] = ()) -> CsvLog:
         """One row per logged step; to write rows, give the measures of the task."""
@@ -246,10 +242,9 @@ class Run:
         Raises:
             UserError: if the file is damaged.
         """
-        directory = RunDirectory(self.path)
-        table = directory.metrics()
+        table = RunDirectory(self.path).metrics()
         if damage := damage_of(self.path, [table.path.name]):
-            raise UserError(f"{self.path}: {damage}.\nThis writes it again: {directory.resume_command}")
+            raise UserError(f"{self.path}: {damage}.\nThis writes it again: {self.config.resume_command}")
         return numbers(table)
 
 

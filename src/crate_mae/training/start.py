@@ -116,12 +116,12 @@ def _continued_by(options: OptionsT, existing: RunOptions, directory: RunDirecto
     if existing.command != options.command:
         raise UserError(
             f"{options.out} holds a run of `crate-mae {existing.command}`, not of `crate-mae {options.command}`.\n"
-            f"To continue it: crate-mae resume {options.out}. For a new run, give another --out."
+            f"{_how_to_continue(existing)}"
         )
     if options.minutes is not None:
         raise UserError(
             f"{directory.path} already holds a run of {existing.steps:,} steps, whose length --minutes "
-            f"{options.minutes:g}{origin(options, 'minutes')} cannot set.\n{_how_to_continue(directory)}"
+            f"{options.minutes:g}{origin(options, 'minutes')} cannot set.\n{_how_to_continue(existing)}"
         )
     return options.filled_from(existing)
 
@@ -131,12 +131,12 @@ def _refuse_differences(existing: RunOptions, config: RunOptions, directory: Run
         raise UserError(
             f"{directory.path} already holds a run of {existing.steps:,} steps with other options:\n  "
             + "\n  ".join(changed)
-            + f"\n{_how_to_continue(directory)}"
+            + f"\n{_how_to_continue(existing)}"
         )
 
 
-def _how_to_continue(directory: RunDirectory) -> str:
-    return f"To continue that run as it is: {directory.resume_command}. For a new run, give another --out."
+def _how_to_continue(existing: RunOptions) -> str:
+    return f"To continue that run as it is: {existing.resume_command}. For a new run, give another --out."
 
 
 def _found_in(directory: RunDirectory) -> tuple[str | None, Path | None]:
