@@ -89,7 +89,7 @@ def resume(
     for note in notes:
         report(note)
         state.kept_step = state.step
-    if change and "held-out" in change["changed"]:
+    if change and any(what.startswith("held-out") for what in change["changed"]):
         state.best_step, state.best_score = 0, None  # scores on other images do not compare
     if accelerator.is_main_process:
         if folder is None:
@@ -114,7 +114,7 @@ def _refuse_other_options(state: TrainState, config: RunOptions, *, data_changed
 
 
 def _data_change(state: TrainState, task: Task, data: Mapping[str, str]) -> dict[str, Any] | None:
-    """The row of data_changes.csv if images or labels, of these digests, are not those of a checkpoint; else None."""
+    """What data_changes.csv is to say if images or labels, of these digests, are not those of a checkpoint."""
     changed = [name for name, digest in data.items() if state.data.get(name, digest) != digest]
     images = len(task.images.train)
     if not changed and images == state.images:
@@ -123,7 +123,7 @@ def _data_change(state: TrainState, task: Task, data: Mapping[str, str]) -> dict
         "step": state.step,
         "images_before": state.images,
         "images": images,
-        "changed": ", ".join(changed) or "training images",
+        "changed": changed or ["training images"],
     }
 
 
@@ -141,7 +141,7 @@ def _changed_data_error(change: Mapping[str, Any], config: RunOptions) -> UserEr
         what = f"This run trains on {change['images_before']:,} images, but its data now has {change['images']:,}."
     else:
         what = (
-            f"The {' and the '.join(change['changed'].split(', '))} are not those that this run began with, though "
+            f"The {' and the '.join(change['changed'])} are not those that this run began with, though "
             "their number is the same: other names, contents or classes."
         )
     how = "" if config.is_from_python else f"To continue with the current data: {config.resume_with_other_data}\n"
@@ -172,8 +172,9 @@ def _note_data(task: Task, change: Mapping[str, Any] | None, report: Callable[[s
     directory, record = task.directory, task.images.split
     is_known = directory.held_out_file.exists()
     if change is not None:
-        directory.data_changes.append([change])
-        report(describe_data_change(change))
+        row = {**change, "changed": ", ".join(change["changed"])}
+        directory.data_changes.append([row])
+        report(describe_data_change(row))
         if record is not None and not is_known:
             report("This run does not say which images it held out: some that are now were trained on before.")
         parts = task.images.train, task.images.held_out
