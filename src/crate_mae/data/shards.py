@@ -26,7 +26,6 @@ _MOST_LABEL_BYTES = 2**20
 _MOST_HEADER_BYTES = 2**20
 # Archives end with two blocks of zeros and are filled up to 10 KiB; what follows is another archive.
 _AFTER_END = 64 * 1024
-_LOST = "lost: "  # begins the problem of an image that a damaged shard likely held
 _MOST_LOST = 9  # images assumed lost in a damaged archive, per image that can be read
 
 
@@ -38,6 +37,7 @@ class _Member(NamedTuple):
     offset: int
     size: int
     problem: str  # why it cannot be read; empty if it can
+    is_lost: bool = False  # whether a damaged shard likely held it
 
 
 class ShardSource(EncodedSource):
@@ -65,7 +65,7 @@ class ShardSource(EncodedSource):
                 f"Found 0 images in {len(self._paths)} shard(s) of {name}: looked for {' '.join(image_suffixes())}; "
                 f"{describe_unread(others) or 'saw no files at all'}."
             )
-        there = np.array([not member.problem.startswith(_LOST) for member in self._members])
+        there = np.array([not member.is_lost for member in self._members])
         known, classes = number_labels([found[i] for i in np.flatnonzero(there)])
         labels = None
         if known is not None:
@@ -176,10 +176,10 @@ class _Shard:
         """Add as many unreadable images as the rest of a damaged shard likely holds, judged by the images before it."""
         read = len(self.images)
         lost = round(read * max(size - end, 0) / max(end, 1))
-        problem = f"{_LOST}the shard is damaged after byte {end:,} ({damage})"
+        problem = f"lost: the shard is damaged after byte {end:,} ({damage})"
         for count in range(1, max(1, min(lost, _MOST_LOST * read)) + 1):
             name = f"(lost image {count})"
-            self.images[name] = _Member(self._number, name, end, 0, problem)
+            self.images[name] = _Member(self._number, name, end, 0, problem, is_lost=True)
 
     def _warn(self, shard: str) -> None:
         for names, what in (
