@@ -40,6 +40,7 @@ def test_a_bundled_model_is_trained_small_and_has_a_card(name):
     folder = bundled_folder(name)
     assert (folder / "model.safetensors").stat().st_size < 6e6
     assert name in (folder / "README.md").read_text(encoding="utf-8")
+    assert "Loss of normalised hidden patches" in (folder / "training.md").read_text(encoding="utf-8")
     model = crate_mae.load(name)
     assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
     trained, fresh = (each.encoder.blocks[0].ista.dictionary for each in (model, build(model.config)))

@@ -78,9 +78,8 @@ def provenance(model: Any) -> dict[str, str]:
         model: any form of MODEL. Only the folder of a run, one of its checkpoints and a bundled model have such facts.
     """
     if str(model) in list_bundled():
-        text = (bundled_folder(str(model)) / "README.md").read_text(encoding="utf-8")
-        about = text.partition("\n\n")[2].partition("\n\n")[2].strip()  # below its title and its code
-        return {"Training": about, LICENSE: "mit"}
+        about = (bundled_folder(str(model)) / "training.md").read_text(encoding="utf-8")
+        return {"Training": about.strip(), LICENSE: "mit"}
     if not isinstance(model, (str, Path)):
         return {}
     folder = run = Path(model).absolute()

@@ -132,7 +132,7 @@ def list_models() -> list[str]:
 
 
 def list_bundled() -> list[str]:
-    """Names of the trained models that come with the library, in half precision; each has a card, `README.md`."""
+    """Names of the trained models that come with the library, in half precision; see `training.md` in each folder."""
     return sorted(folder.name for folder in _BUNDLED.iterdir() if (folder / "config.json").is_file())
 
 
