@@ -47,7 +47,8 @@ def test_the_score_in_a_card_is_that_of_the_weights(run):
     """The best model of fine-tuning, of an unfinished run that of its newest checkpoint."""
     (run / "config.yaml").write_text("command: finetune\nmodel: /a/b/mine\ntrain: python:list\nval: hf:a/b\n")
     (run / "metrics.csv").write_text("step,val_accuracy\n0,0.1\n20,0.75\n40,0.5\n", encoding="utf-8")
-    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-20").mkdir(parents=True)
+    (run / "checkpoints" / "step-20" / "state.json").write_text("{}")
     (run / "checkpoints" / "best").write_text("step-20\n")
     facts = provenance(run)
     assert "Accuracy on validation images: 10.0% at step 0, 75.0% at step 20." in facts["Results"]
@@ -69,6 +70,10 @@ def test_a_card_is_no_reason_to_fail(run):
     assert provenance(run) == {}
     (run / "config.yaml").write_text("data: x", encoding="utf-8")
     (run / "linear.json").write_text("{", encoding="utf-8")
+    assert "held-out" in provenance(run)["Results"]
+    (run / "config.yaml").write_text("command: finetune", encoding="utf-8")
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "best").write_text("no checkpoint")
     assert "held-out" in provenance(run)["Results"]
 
 

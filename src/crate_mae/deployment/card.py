@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from crate_mae.data.documents import read_json, read_yaml
 from crate_mae.data.files import PYTHON_OBJECT
 from crate_mae.errors import UserError, install_command
-from crate_mae.models.checkpoints import is_checkpoint, newest_checkpoint, step_of
+from crate_mae.models.checkpoints import is_checkpoint, named_checkpoint, newest_checkpoint, step_of
 from crate_mae.models.config import CONFIG_FILE, ClassifierConfig, Config, encoder_config
 from crate_mae.models.presets import bundled_folder, list_bundled
 
@@ -134,10 +134,8 @@ def _exported_step(folder: Path, options: Mapping[str, Any]) -> int | None:
     if not (folder / CONFIG_FILE).exists():
         newest = newest_checkpoint(folder)
         return None if newest is None else step_of(newest)
-    best = folder / "checkpoints" / "best"
-    if options.get("command") == "finetune" and best.is_file():
-        return int(best.read_text(encoding="utf-8").strip().rpartition("-")[2])
-    return None
+    best = named_checkpoint(folder, "best") if options.get("command") == "finetune" else None
+    return None if best is None else step_of(best)
 
 
 def _probed(folder: Path) -> Iterator[str]:
