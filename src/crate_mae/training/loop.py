@@ -26,7 +26,7 @@ from crate_mae.training.checkpoint import Saver, TrainState, diverged
 from crate_mae.training.failures import explain_end
 from crate_mae.training.images import BadImages, micro_slices, training_batches
 from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
-from crate_mae.training.optimizer import scaled_lr, warmup_cosine
+from crate_mae.training.optimizer import warmup_cosine
 from crate_mae.training.options import origin
 from crate_mae.training.preflight import autocast, first_step, peak_on
 from crate_mae.training.processes import Agreement, agree, first_decides, stop_requests
@@ -194,10 +194,7 @@ def training_step(
 
 def _set_learning_rate(task: Task, optimizer: Optimizer, step: int) -> float:
     """Set the learning rate of a step, which every group gets times its own `lr_scale`, and return it."""
-    config = task.config
-    peak_lr, final_lr = scaled_lr(config.lr, config.batch_size), scaled_lr(config.min_lr, config.batch_size)
-    warmup_steps = round(config.warmup_epochs * task.steps_per_epoch)
-    lr = warmup_cosine(step, config.steps, warmup_steps, peak_lr, final_lr)
+    lr = warmup_cosine(step, task.config.steps, task.warmup_steps, *task.learning_rates)
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
     return lr

@@ -18,7 +18,6 @@ from crate_mae.drawing.text import plural
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import plain_options
 from crate_mae.training.model_state import sharding_of
-from crate_mae.training.optimizer import scaled_lr
 from crate_mae.training.options import origin
 from crate_mae.training.preflight import MUCH_WAITING, ProbeResult, micro_batch
 from crate_mae.training.resume import describe_data_change
@@ -35,16 +34,15 @@ _MUCH_FASTER = 0.7  # share of the time without the copy
 def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, start_step: int) -> dict[str, str]:
     """Describe what a run will do: one entry for each question that should have an answer before a long run."""
     config, directory, processes = task.config, task.directory, accelerator.num_processes
-    warmup = round(config.warmup_epochs * task.steps_per_epoch)
-    lr, final = scaled_lr(config.lr, config.batch_size), scaled_lr(config.min_lr, config.batch_size)
+    lr, final = task.learning_rates
     not_read = describe_unread(task.images.train.left_out)
     rows = {
         **task.describe(),
         **({"not read": not_read} if not_read else {}),
         "batch": f"{config.batch_size}{origin(config, 'batch_size')} = {micro_batch(config, processes)} x "
         f"{config.accumulation} accumulated x {plural(processes, 'process')}",
-        "learning rate": f"{config.lr:.3g} x {config.batch_size}/256 = {lr:.3g} after {plural(warmup, 'warm-up step')}"
-        f", then by a cosine to {final:g}",
+        "learning rate": f"{config.lr:.3g} x {config.batch_size}/256 = {lr:.3g} after "
+        f"{plural(task.warmup_steps, 'warm-up step')}, then by a cosine to {final:g}",
         "length": f"{plural(config.steps, 'step')} = {config.steps / task.steps_per_epoch:.4g} epochs of "
         f"{task.steps_per_epoch:,}",
         "precision": config.precision + (f" ({probe.reason})" if probe.reason else ""),

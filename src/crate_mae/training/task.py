@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from crate_mae.data import BadImage
 from crate_mae.data.transforms import Preparation
 from crate_mae.training.images import RunImages
+from crate_mae.training.optimizer import scaled_lr
 from crate_mae.training.options import OptionsT
 from crate_mae.training.run_directory import RunDirectory
 
@@ -66,6 +67,16 @@ class Task(ABC, Generic[OptionsT]):
     def steps_per_epoch(self) -> int:
         """Full batches in one pass over the training images."""
         return len(self.images.train) // self.config.batch_size
+
+    @property
+    def warmup_steps(self) -> int:
+        """Steps of linear warm-up."""
+        return round(self.config.warmup_epochs * self.steps_per_epoch)
+
+    @property
+    def learning_rates(self) -> tuple[float, float]:
+        """The highest learning rate, which follows the warm-up, and the final one."""
+        return scaled_lr(self.config.lr, self.config.batch_size), scaled_lr(self.config.min_lr, self.config.batch_size)
 
     def images_seen(self, steps: int) -> int:
         """Distinct images asked for in the first `steps` steps, the held-out ones included."""
