@@ -2,9 +2,7 @@
 
 from dataclasses import KW_ONLY, MISSING, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from crate_mae.commands.console import (
     OR_OVERWRITE,
@@ -20,7 +18,7 @@ from crate_mae.data.files import output_path, refuse_existing
 from crate_mae.errors import UserError
 from crate_mae.models.config import Pooling
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, RunOptions, option, same_as
+from crate_mae.training.options import Data, OutputPath, RunOptions, option, same_as
 
 if TYPE_CHECKING:
     from crate_mae.data import ImageSource
@@ -41,7 +39,7 @@ class FeatureOptions:
     seed: int = option(0, "Seed of random initialisation.")
     batch_size: int = option(256, "Images per batch.")
     workers: int | None = same_as(RunOptions, "workers")
-    max_bad: float = option(0.01, "Maximum share of unreadable images.")
+    max_bad: float = same_as(RunOptions, "max_bad", "Maximum share of unreadable images.")
     cache: bool = option(True, "Cache features in the user's cache folder and reuse them if nothing has changed.")
     overwrite: bool = option(False, "Replace an existing file.")
 
@@ -65,9 +63,7 @@ class EmbedOptions(FeatureOptions):
 
     data: Data = option(MISSING, "Any form of data that `crate-mae pretrain` takes.")
     _: KW_ONLY
-    out: Annotated[Path | str, Parameter(alias="-o")] = option(
-        MISSING, "File to write: .parquet, .npz, .npy, .csv or .safetensors."
-    )
+    out: OutputPath = option(MISSING, "File to write: .parquet, .npz, .npy, .csv or .safetensors.")
     pooling: Pooling | None = option(
         None,
         "The class token, the mean of patches, both concatenated, or all patches; by default cls+mean, or mean for a "

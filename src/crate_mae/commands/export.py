@@ -5,15 +5,14 @@ import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from cyclopts import Parameter
+from typing import Any, Literal
 
 from crate_mae.commands.console import computes, new_folder, print_if_random
 from crate_mae.data.files import filled_folder, path_of
 from crate_mae.deployment import Format
 from crate_mae.errors import UserError, install_command, not_a_repository
 from crate_mae.terminal import CleanConsole, open_console
+from crate_mae.training.options import OutputPath
 
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
 
@@ -41,7 +40,7 @@ class Exported:
 def export(
     model: Any,
     *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
+    out: OutputPath,
     format: Format = "safetensors",  # noqa: A002  # the usual name
     part: Literal["encoder", "full"] | None = None,
     verify: bool = False,
@@ -208,7 +207,7 @@ class Converted:
 def convert(
     file: Path | str,
     *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
+    out: OutputPath,
     num_heads: int | None = None,
     image_size: tuple[int, int] | None = None,
     threshold: float | None = None,

@@ -3,9 +3,7 @@
 from dataclasses import dataclass
 from operator import eq
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from crate_mae.commands.console import computes, new_file, print_bad, print_if_random
 from crate_mae.data.documents import to_csv
@@ -13,7 +11,7 @@ from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.data.results import BadImage
 from crate_mae.terminal import open_console
-from crate_mae.training.options import Data
+from crate_mae.training.options import Data, OutputPath
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +46,7 @@ def predict(
     model: Data,
     images: Data,
     *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
+    out: OutputPath,
     batch_size: int = 64,
     workers: int = 0,
     overwrite: bool = False,

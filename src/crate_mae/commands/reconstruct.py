@@ -5,9 +5,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
 from rich.table import Table
 
 from crate_mae.commands.console import (
@@ -22,7 +21,7 @@ from crate_mae.commands.evaluate import Evaluation, write_report
 from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, Numbers
+from crate_mae.training.options import Data, Numbers, OutputPath
 
 if TYPE_CHECKING:
     from crate_mae.data import ImageSource
@@ -57,7 +56,7 @@ def reconstruct(
     model: Data,
     images: Data,
     *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
+    out: OutputPath,
     mask_ratio: float = 0.75,
     count: int = 8,
     seed: int = 0,

@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING
 
 from crate_mae.commands.console import check_seed, computes, new_folder, takes
 from crate_mae.data.files import path_of, write_whole
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, option
+from crate_mae.training.options import Data, OutputPath, option
 
 if TYPE_CHECKING:
     from crate_mae.interpret.report.inspection import Training
@@ -30,7 +28,7 @@ class InspectOptions:
         MISSING, "Images that the model was not trained on, in any form that `crate-mae pretrain` takes."
     )
     _: KW_ONLY
-    out: Annotated[Path | str, Parameter(alias="-o")] = option(MISSING, "New or empty folder for the report.")
+    out: OutputPath = option(MISSING, "New or empty folder for the report.")
     baseline: Data = option(
         None, "Another model to measure on the same images, such as a run of a ViT-MAE, or timm:NAME."
     )
@@ -137,7 +135,7 @@ def _training(model: object) -> "Training":
 @computes
 def theory(
     *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
+    out: OutputPath,
     seed: int = 0,
     overwrite: bool = False,
     quiet: bool = False,

@@ -16,7 +16,7 @@ from crate_mae.data.numbers import check_whole
 from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
 from crate_mae.terminal import open_console
-from crate_mae.training.options import Data
+from crate_mae.training.options import Data, OutputPath
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.backbones import Backbone
@@ -41,7 +41,7 @@ def viz_attention(
     model: Data,
     images: Data,
     *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
+    out: OutputPath,
     layer: int = -1,
     stride: int | None = None,
     count: int = 8,
@@ -91,7 +91,7 @@ def viz_pca(
     model: Data,
     images: Data,
     *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
+    out: OutputPath,
     layer: int = -1,
     joint: bool = False,
     count: int = 8,
@@ -138,7 +138,7 @@ def viz_layers(
     model: Data,
     data: Data,
     *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
+    out: OutputPath,
     control: Literal["random"] | None = None,
     count: int = 256,
     seed: int = 0,
@@ -190,7 +190,7 @@ def viz_atoms(
     model: Data,
     data: Data,
     *,
-    out: Annotated[Path | str, Parameter(alias="-o")],
+    out: OutputPath,
     layer: int = -1,
     atoms: Annotated[tuple[int, ...] | None, Parameter(consume_multiple=True, negative=())] = None,
     count: int = 256,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, no_type_check
 
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.presets import preset
-from crate_mae.training.options import BETWEEN_0_AND_1, JSON_HELP, LARGEST, Pixels, Range, check_ranges, option
+from crate_mae.training.options import JSON_HELP, LARGEST, Pixels, PretrainOptions, Range, check_ranges, option, same_as
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,7 +41,7 @@ class EstimateOptions:
     batch_size: int = option(MISSING, "Images per step, over all devices.", _TO_TEN_MILLION)
     image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH; by default the model's.")
     channels: int = option(None, "Channels of the images; by default 3.")
-    mask_ratio: float = option(0.75, "Share of patches to hide.", BETWEEN_0_AND_1)
+    mask_ratio: float = same_as(PretrainOptions, "mask_ratio")
     precision: Literal["float32", "bfloat16"] = option("bfloat16", "Precision of matrix products.")
     devices: int = option(1, "Number of GPUs, or processes, that share each batch.", _TO_TEN_MILLION)
     flops_per_s: float = option(

@@ -41,6 +41,7 @@ def _as_setting(_type: Any, tokens: Sequence[Token]) -> Any:
 
 # From Python, data may also be a torch.utils.data.Dataset: a type that only an import of torch could name.
 Data = Annotated[Any, Parameter(converter=_as_text, n_tokens=1)]
+OutputPath = Annotated[Path | str, Parameter(alias="-o")]
 Pixels = Annotated[int | tuple[int, int], Parameter(converter=_as_size, n_tokens=1, negative=())]
 Numbers = Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())]
 Names = Annotated[tuple[str, ...] | str, Parameter(consume_multiple=True, negative="--no-trackers")]
