@@ -139,7 +139,7 @@ def test_a_run_that_loses_a_loader_says_what_is_saved_and_goes_on(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 4, killed)
-        with pytest.raises(UserError, match=r"Process 31(.|\n)*up to step-3 is saved(.|\n)*crate-mae resume"):
+        with pytest.raises(UserError, match=r"Process 31(.|\n)*up to step-3 is saved(.|\n)*crate_mae.pretrain"):
             pretrain(DATA, out=tmp_path / "run", **SHORT)
     with pytest.raises(UserError, match="Python object"):
         resume(tmp_path / "run", quiet=True)
