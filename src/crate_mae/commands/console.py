@@ -23,7 +23,6 @@ from crate_mae.training.options import GIVEN, RunOptions, own_first
 P = ParamSpec("P")
 R = TypeVar("R")
 T = TypeVar("T")
-OR_OVERWRITE = "give another file, or add --overwrite"
 
 
 def computes(command: Callable[P, R]) -> Callable[P, R]:
@@ -109,13 +108,13 @@ def new_file(option: str, path: Path | str, *suffixes: str, overwrite: bool) -> 
     """Check the path of a file to write, and return it.
 
     Raises:
-        UserError: if its suffix is wrong, or the file exists and may not be replaced.
+        UserError: if its suffix is not one of those given, or the file exists and may not be replaced.
     """
     path = output_path(option, path)
-    if path.suffix.lower() not in suffixes:
+    if suffixes and path.suffix.lower() not in suffixes:
         raise UserError(f"{option} {path} must name a {' or '.join(suffixes)} file.")
     if not overwrite:
-        refuse_existing(path, OR_OVERWRITE)
+        refuse_existing(path, "give another file, or add --overwrite")
     return path
 
 

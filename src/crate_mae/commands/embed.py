@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crate_mae.commands.console import (
-    OR_OVERWRITE,
     check_seed,
     computes,
     new_file,
@@ -14,7 +13,6 @@ from crate_mae.commands.console import (
     progress,
     takes,
 )
-from crate_mae.data.files import output_path, refuse_existing
 from crate_mae.errors import UserError
 from crate_mae.models.config import Pooling
 from crate_mae.terminal import CleanConsole, open_console
@@ -126,10 +124,8 @@ def embed(options: EmbedOptions) -> Embedding:
     from crate_mae.models.features import DEFAULT_LAYER
 
     check_seed(options.seed)
-    out = output_path("--out", options.out)
+    out = new_file("--out", options.out, overwrite=options.overwrite)
     check_feature_file(out, options.pooling)
-    if not options.overwrite:
-        refuse_existing(out, OR_OVERWRITE)
     extraction = options.extraction(DEFAULT_LAYER if options.layer is None else options.layer, options.pooling)
     transform = None if options.whiten is None else _whitening_file(options.whiten, options.pooling)
     source = open_source(options.data)

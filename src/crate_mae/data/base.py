@@ -101,12 +101,8 @@ class ImageSource(ABC):
                     yield picture
 
     def _check_names(self, labels: Int[np.ndarray, "n"] | None) -> None:
-        if self.classes is None or labels is None or not len(labels) or labels.max() < len(self.classes):
-            return
-        raise UserError(
-            f"{self.name} has the label {labels.max()}, but names for {len(self.classes)} classes only "
-            f"({and_more(self.classes, 5)}).\nClasses are numbered from 0: fix the labels or the names."
-        )
+        if self.classes is not None and labels is not None and len(labels):
+            refuse_unnamed(self.name, int(labels.max()), self.classes)
 
     def fingerprint(self) -> str | None:
         """Return a text that changes if an image may have changed; None if that is unknown, as for Python objects."""
@@ -247,6 +243,15 @@ def spread(length: int, count: int) -> Iterator[int]:
     yield from first
     taken = set(first)
     yield from (i for i in range(length) if i not in taken)
+
+
+def refuse_unnamed(name: str, largest: int, classes: Sequence[str]) -> None:
+    """Raise a `UserError` if the largest label of the data of this name has none among the names of its classes."""
+    if largest >= len(classes):
+        raise UserError(
+            f"{name} has the label {largest}, but names for {len(classes)} classes only ({and_more(classes, 5)}).\n"
+            "Classes are numbered from 0: fix the labels or the names."
+        )
 
 
 def number_labels(found: Sequence[Any]) -> tuple[Int[np.ndarray, "n"] | None, list[str] | None]:

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from crate_mae.data.base import EncodedSource, number_labels, printable, read_file
+from crate_mae.data.base import EncodedSource, number_labels, printable, read_file, refuse_unnamed
 from crate_mae.data.decode import UnreadableImage
 from crate_mae.data.documents import parse_json
 from crate_mae.data.files import files_fingerprint
@@ -207,8 +207,7 @@ class _File:
     def named_labels(self) -> list[str | None]:
         """The class of each row by its name; None where a row has no label."""
         classes = self.classes or []
-        if any(isinstance(label, int) and label >= len(classes) for label in self.labels):
-            raise UserError(f"{self.name} has the label {max(self.labels)}, but names for {len(classes)} classes only.")
+        refuse_unnamed(self.name, max((label for label in self.labels if isinstance(label, int)), default=-1), classes)
         return [classes[label] if isinstance(label, int) and label >= 0 else None for label in self.labels]
 
 
