@@ -80,6 +80,12 @@ def test_statistics_do_not_need_readable_images_in_the_first_sample(make_folder,
     assert channel_statistics(open_source(root), 1)[0] == pytest.approx([0.2])
 
 
+def test_statistics_of_images_that_cannot_be_read_are_refused_with_the_first_reason(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"No image of .* can be read. The first is\n.*a.png: "):
+        channel_statistics(open_source(tmp_path), 1)
+
+
 def test_fewer_large_images_are_read_for_the_statistics(monkeypatch):
     monkeypatch.setattr(facts_module, "_MOST_PIXELS", 17 * 64)
     read = []

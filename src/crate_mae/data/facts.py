@@ -88,18 +88,18 @@ def channel_statistics(source: ImageSource, channels: int) -> tuple[tuple[float,
     """
     first, second = np.zeros(channels), np.zeros(channels)
     count = 0
+    bad: list[UnreadableImage] = []
     for i in fixed_sample(len(source), _affordable(source)):
         try:
             moments = _moments(to_channels(source.read(i), channels))
-        except UnreadableImage:
+        except UnreadableImage as error:
+            bad.append(error)
             continue
         first += moments[0]
         second += moments[1]
         count += 1
     if not count:
-        command = source.check_command
-        see = f" See: {command}" if command else ""
-        raise UserError(f"No image of {source.name} can be read, so it has no mean.{see}")
+        raise none_readable(f"No image of {source.name}", bad[0])
     mean = first / count
     std = np.sqrt(np.maximum(second / count - mean**2, _SMALLEST_STD**2))
     return tuple(mean.tolist()), tuple(std.tolist())
