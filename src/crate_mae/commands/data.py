@@ -11,7 +11,7 @@ from crate_mae.data.documents import to_csv
 from crate_mae.data.files import output_path, refuse_existing, write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.data.results import DataReport
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, and_more
 from crate_mae.terminal import open_console
 
 _SHOWN = 10
@@ -142,8 +142,7 @@ def _values(report: DataReport) -> Iterator[tuple[str, str]]:
 
 
 def _counts(counts: dict[str, int]) -> str:
-    shown = ", ".join(f"{name} {count:,}" for name, count in list(counts.items())[:_SHOWN])
-    return shown + (", ..." if len(counts) > _SHOWN else "")
+    return and_more([f"{name} {count:,}" for name, count in counts.items()], _SHOWN)
 
 
 def _spread(values: tuple[int, ...]) -> str:
