@@ -111,13 +111,7 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
     `on_image` is called after each image, for a progress bar.
     """
     indices = fixed_sample(len(source), sample)
-    sizes: list[tuple[int, int]] = []
-    modes: Counter[str] = Counter()
-    formats: Counter[str] = Counter()
-    channels: Counter[int] = Counter()
-    values: dict[str, tuple[float, float]] = {}
-    grey_colour = 0
-    same: defaultdict[bytes, list[int]] = defaultdict(list)
+    tally = _Tally()
     bad: list[BadImage] = []
     for i in indices:
         try:
@@ -125,22 +119,13 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
         except UnreadableImage as error:
             bad.append(BadImage(error.location, error.reason))
         else:
-            mode = _mode(image)
-            sizes.append(size_of(image))
-            modes[mode] += 1
-            formats[getattr(image, "format", None) or "no file"] += 1
-            channels[channels_of(image)] += 1
-            low, high = _extrema(image)
-            least, largest = values.get(mode, (low, high))
-            values[mode] = min(low, least), max(high, largest)
-            grey_colour += _is_grey_colour(image)
-            same[hashlib.sha256(content).digest()].append(i)
+            tally.add(i, image, content)
         if on_image is not None:
             on_image()
-    facts = _facts(sizes, channels) if sizes else None
+    facts = _facts(tally.sizes, tally.channels) if tally.sizes else None
     model, image_size = suggest_model(facts) if facts else (None, None)
     # Images of several counts other than 1 have no common mean, and cannot be trained on.
-    is_one_kind = facts is not None and set(channels) <= {1, facts.channels}
+    is_one_kind = facts is not None and set(tally.channels) <= {1, facts.channels}
     mean, std = channel_statistics(source, facts.channels) if facts and is_one_kind else ((), ())
     names = label_names(source)
     per_class = Counter(names or ())
@@ -149,22 +134,47 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
         images=len(source),
         checked=len(indices),
         classes=None if names is None else {name: per_class[name] for name in occurring_classes(source)},
-        heights=_spread([height for height, _ in sizes]),
-        widths=_spread([width for _, width in sizes]),
-        modes=dict(modes.most_common()),
-        formats=dict(formats.most_common()),
+        heights=_spread([height for height, _ in tally.sizes]),
+        widths=_spread([width for _, width in tally.sizes]),
+        modes=dict(tally.modes.most_common()),
+        formats=dict(tally.formats.most_common()),
         bad=tuple(bad),
         left_out=dict(source.left_out),
-        values=values,
-        grey_colour=grey_colour,
-        ranges={mode: source.value_range(mode) for mode in sorted(UNBOUNDED_MODES & set(modes))},
-        duplicates=tuple(tuple(map(source.location, group)) for group in same.values() if len(group) > 1),
+        values=tally.values,
+        grey_colour=tally.grey_colour,
+        ranges={mode: source.value_range(mode) for mode in sorted(UNBOUNDED_MODES & set(tally.modes))},
+        duplicates=tuple(tuple(map(source.location, group)) for group in tally.same.values() if len(group) > 1),
         channels=facts.channels if facts else None,
         mean=mean,
         std=std,
         suggested_model=model,
         suggested_image_size=image_size,
     )
+
+
+class _Tally:
+    """What the images that were read are like, in all."""
+
+    def __init__(self) -> None:
+        self.sizes: list[tuple[int, int]] = []
+        self.modes: Counter[str] = Counter()
+        self.formats: Counter[str] = Counter()
+        self.channels: Counter[int] = Counter()
+        self.values: dict[str, tuple[float, float]] = {}  # of each mode, the smallest and the largest
+        self.grey_colour = 0
+        self.same: defaultdict[bytes, list[int]] = defaultdict(list)  # images with the same content
+
+    def add(self, i: int, image: Image.Image | Tensor, content: bytes) -> None:
+        """Count an image, by its number, its pixels and the bytes that hold them."""
+        mode, (low, high) = _mode(image), _extrema(image)
+        least, largest = self.values.get(mode, (low, high))
+        self.values[mode] = min(low, least), max(high, largest)
+        self.sizes.append(size_of(image))
+        self.modes[mode] += 1
+        self.formats[getattr(image, "format", None) or "no file"] += 1
+        self.channels[channels_of(image)] += 1
+        self.grey_colour += _is_grey_colour(image)
+        self.same[hashlib.sha256(content).digest()].append(i)
 
 
 def _read_with_content(source: ImageSource, i: int) -> tuple[Image.Image | Tensor, bytes]:
