@@ -119,17 +119,15 @@ def _classify(
     """Return probabilities (one row per image), the numbers of the images, and the images that cannot be read."""
     import torch
 
-    from crate_mae.data import evaluation_transform, readable_batches
-    from crate_mae.models.features import evaluating
+    from crate_mae.data import readable_batches
+    from crate_mae.models.features import evaluating, transform_of
 
-    c = model.config
-    transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
     place = model.head.weight
     rows, indices, bad = [], [], []
     with evaluating(model):
-        for batch in readable_batches(source, transform, batch_size, workers=workers):
+        for batch in readable_batches(source, transform_of(model.config), batch_size, workers=workers):
             bad += batch.bad
             if len(batch.images):
                 rows.append(model(batch.images.to(place.device, place.dtype)).float().softmax(dim=1).cpu())
                 indices += batch.indices.tolist()
-    return torch.cat(rows) if rows else torch.empty(0, len(c.classes)), indices, bad
+    return torch.cat(rows) if rows else torch.empty(0, len(model.config.classes)), indices, bad

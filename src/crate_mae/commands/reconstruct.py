@@ -212,17 +212,16 @@ def _opened(
     model: Any, data: Any, choose: Callable[[int], Iterable[int]], count: int, seed: int
 ) -> "tuple[MaskedAutoencoder, ImageSource, ReadImages]":
     """A model, data, and `count` readable images among those that a function of the number of all images chooses."""
-    from crate_mae.data import evaluation_transform, open_source
+    from crate_mae.data import open_source
     from crate_mae.data.dataset import default_generator_seeded
     from crate_mae.evaluation.reconstruction import read_images
+    from crate_mae.models.features import transform_of
     from crate_mae.models.weights import load_autoencoder
 
     source = open_source(data)
     with default_generator_seeded(seed):
         net = load_autoencoder(model)
-    c = net.config
-    transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
-    return net, source, read_images(source, transform, choose(len(source)), count)
+    return net, source, read_images(source, transform_of(net.config), choose(len(source)), count)
 
 
 def _print_quality(

@@ -31,7 +31,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.export import Dim
 
-from crate_mae.data import evaluation_transform
 from crate_mae.deployment import Format
 from crate_mae.deployment.card import card
 from crate_mae.deployment.plain import CODE_FILE, write_plain
@@ -40,7 +39,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, predict
 from crate_mae.models.classifier import Classifier
 from crate_mae.models.config import WEIGHTS_FILE, HeadPooling, encoder_config
 from crate_mae.models.encoder import build_encoder
-from crate_mae.models.features import evaluating, pool
+from crate_mae.models.features import evaluating, pool, transform_of
 from crate_mae.models.layers import ISTA
 from crate_mae.models.masking import hide_all_but, random_mask, visible_indices
 from crate_mae.models.monotone import Compression
@@ -337,7 +336,7 @@ def sample_images(c: Any) -> Float[Tensor, "b c hh ww"]:
     """Two images of noise, and crops of the two photographs that scikit-learn has, for a configuration."""
     from sklearn.datasets import load_sample_images
 
-    transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
+    transform = transform_of(c)
     photographs = [transform(Image.fromarray(pixels)) for pixels in load_sample_images().images]
     noise = torch.randn(2, c.in_chans, *c.image_size, generator=torch.Generator().manual_seed(0))
     return torch.cat([noise, torch.stack(photographs)])

@@ -12,12 +12,11 @@ from timm.models import checkpoint_seq
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
 from crate_mae.models.config import CrateConfig, Initialization, ModelConfig, ViTConfig
 from crate_mae.models.devices import send, without_memory
 from crate_mae.models.encoder import MaskedEncoder, build_encoder
-from crate_mae.models.features import DEFAULT_LAYER, OneImage, Pooling, apply_to_images, encode
+from crate_mae.models.features import DEFAULT_LAYER, OneImage, Pooling, apply_to_images, encode, transform_of
 from crate_mae.models.initialization import initialize, sincos_positions
 from crate_mae.models.layers import DecoderLayer
 from crate_mae.models.masking import hide_all_but, patch_statistics, patchify, random_mask, visible_indices
@@ -235,10 +234,8 @@ class MaskedAutoencoder(nn.Module):
         Raises:
             UserError: for an image that cannot be read (named), or a pooling or layer that does not exist.
         """
-        c = self.config
-        transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
         function = partial(encode, self.encoder, layer=layer, pooling=pooling)
-        return apply_to_images(function, self.encoder, transform, images, batch_size)
+        return apply_to_images(function, self.encoder, transform_of(self.config), images, batch_size)
 
 
 def predict(

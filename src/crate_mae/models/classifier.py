@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from crate_mae.data.transforms import evaluation_transform
 from crate_mae.models.autoencoder import MaskedAutoencoder, build, check_images
 from crate_mae.models.config import ClassifierConfig, Config
 from crate_mae.models.encoder import MaskedEncoder
-from crate_mae.models.features import OneImage, apply_to_images, pool
+from crate_mae.models.features import OneImage, apply_to_images, pool, transform_of
 
 _HEAD_STD = 2e-5  # MAE's: all classes begin equally likely, and the first gradients of the encoder are small
 
@@ -75,10 +74,8 @@ class Classifier(nn.Module):
         Raises:
             UserError: for an image that cannot be read (named), or an item that is not an image.
         """
-        c = self.config
-        transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
-        logits = apply_to_images(self.forward, self, transform, images, batch_size)
-        return Prediction([c.classes[i] for i in logits.argmax(dim=1).tolist()], logits.softmax(dim=1))
+        logits = apply_to_images(self.forward, self, transform_of(self.config), images, batch_size)
+        return Prediction([self.config.classes[i] for i in logits.argmax(dim=1).tolist()], logits.softmax(dim=1))
 
     @property
     def layers(self) -> list[nn.Module]:

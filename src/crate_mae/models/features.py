@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from crate_mae.data.base import read_file
 from crate_mae.data.decode import UnreadableImage
-from crate_mae.data.transforms import Preparation
+from crate_mae.data.transforms import Preparation, evaluation_transform
 from crate_mae.data.wrapped import DatasetSource
 from crate_mae.errors import UserError
-from crate_mae.models.config import DEFAULT_HEAD_POOLING, Pooling
+from crate_mae.models.config import DEFAULT_HEAD_POOLING, Config, Pooling
 
 OneImage = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -137,6 +137,11 @@ def check_pooling(encoder: nn.Module, pooling: Pooling) -> None:
     """Raise a `UserError` for a pooling that this encoder cannot have."""
     if "cls" in pooling and not has_class_token(encoder):
         raise _no_class_token(pooling)
+
+
+def transform_of(config: Config) -> Preparation:
+    """The preparation of an image for a model, without randomness."""
+    return evaluation_transform(config.image_size, config.in_chans, config.mean, config.std)
 
 
 @contextmanager

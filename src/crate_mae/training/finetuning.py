@@ -15,7 +15,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from crate_mae.data import BadImage, ImageSource, Part, evaluation_transform, finetune_transform, readable_batches
+from crate_mae.data import BadImage, ImageSource, Part, finetune_transform, readable_batches
 from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.dataset import global_generators_seeded
 from crate_mae.data.transforms import Preparation
@@ -24,6 +24,7 @@ from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import build
 from crate_mae.models.classifier import Classifier
 from crate_mae.models.config import ClassifierConfig, ModelConfig
+from crate_mae.models.features import transform_of
 from crate_mae.training.images import RunImages
 from crate_mae.training.optimizer import adamw
 from crate_mae.training.options import OF_ONE_LENGTH, FinetuneOptions, given_words
@@ -182,10 +183,9 @@ class Finetuning(Task[FinetuneOptions]):
         return Part(source, np.array(indices, dtype=np.int64)), bad
 
     def _batches(self, source: ImageSource, workers: int) -> Any:
-        m = self.model_config
         return readable_batches(
             source,
-            evaluation_transform(m.image_size, m.in_chans, m.mean, m.std),
+            transform_of(self.model_config),
             _VALIDATED_AT_ONCE,
             workers=workers,
             worker_init=ignore_stop_requests,

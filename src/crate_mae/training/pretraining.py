@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from crate_mae.data import ImageSource, Part, evaluation_transform, pretrain_transform, save_picture_grid
+from crate_mae.data import ImageSource, Part, pretrain_transform, save_picture_grid
 from crate_mae.data.base import (
     aligned_labels,
     evenly_spaced,
@@ -33,7 +33,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, build, masked_loss
 from crate_mae.models.completion import complete, flat_patches
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.devices import send
-from crate_mae.models.features import mean_cosine
+from crate_mae.models.features import mean_cosine, transform_of
 from crate_mae.models.masking import hide_all_but, random_mask, visible_from_noise
 from crate_mae.models.tracing import trace
 from crate_mae.models.transfer import start_from
@@ -80,7 +80,7 @@ class Pretraining(Task[PretrainOptions]):
         model: ModelConfig,
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
-        fixed = evaluation_transform(model.image_size, model.in_chans, model.mean, model.std)
+        fixed = transform_of(model)
         held_out, bad = read_all(images.held_out, range(len(images.held_out)), fixed)
         refuse_unreadable(images.held_out, bad, config.max_bad, held_out=True)
         super().__init__(config, images, model=build(model), bad_held_out=bad)
