@@ -9,7 +9,7 @@ from rich.text import Text
 from crate_mae.commands.console import print_bad, print_json, progress
 from crate_mae.data.documents import to_csv
 from crate_mae.data.files import output_path, refuse_existing, write_whole
-from crate_mae.data.numbers import MOST_THREADS, check_whole
+from crate_mae.data.numbers import MAX_BAD, MOST_THREADS, check_whole
 from crate_mae.data.results import DataReport
 from crate_mae.errors import UserError, and_more
 from crate_mae.terminal import open_console
@@ -58,7 +58,9 @@ def check(
     return report
 
 
-def resize(data: str | Path, out: Path | str, *, size: int, workers: int | None = None, max_bad: float = 0.01) -> Path:
+def resize(
+    data: str | Path, out: Path | str, *, size: int, workers: int | None = None, max_bad: float = MAX_BAD
+) -> Path:
     """Write a copy of a data set with smaller images, so that large files are decoded once and not in every epoch.
 
     The copy of a folder is a folder with the same sub-folders and names; everything else becomes one parquet file with

@@ -20,6 +20,7 @@ from crate_mae.commands.console import (
 from crate_mae.commands.evaluate import Evaluation, write_report
 from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
+from crate_mae.models.config import MASK_RATIO
 from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import Data, Numbers, OutputPath
 
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from crate_mae.models.autoencoder import MaskedAutoencoder
 
 _PICTURED = 8
-_USUAL_RATIO = 0.75
 _FLAT = "flat patches"
 _RATIOS = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9, 0.95)
 
@@ -57,7 +57,7 @@ def reconstruct(
     images: Data,
     *,
     out: OutputPath,
-    mask_ratio: float = 0.75,
+    mask_ratio: float = MASK_RATIO,
     count: int = 8,
     seed: int = 0,
     overwrite: bool = False,
@@ -253,7 +253,7 @@ def _table_of_ratios(
 
 def _verdict(name: str, scores: "list[CompletionScore]", controls: "Mapping[str, list[CompletionScore]]") -> str:
     """Whether training has helped, at the ratio nearest to that of training: PSNR compared by its intervals."""
-    at = min(range(len(scores)), key=lambda i: abs(scores[i].mask_ratio - _USUAL_RATIO))
+    at = min(range(len(scores)), key=lambda i: abs(scores[i].mask_ratio - MASK_RATIO))
     score, comparisons = scores[at], []
     for control, others in controls.items():
         points = score.psnr - others[at].psnr

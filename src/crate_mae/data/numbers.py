@@ -1,4 +1,4 @@
-"""Limits of numbers that users give, their check, and the interval of a mean. Imports nothing that takes time."""
+"""Limits and defaults of numbers that users give, their check, and the interval of a mean. Imports nothing slow."""
 
 import math
 from numbers import Integral, Real
@@ -8,6 +8,7 @@ from crate_mae.errors import UserError
 
 MOST_IMAGES = 10**9  # in a batch, or counted in another way
 LARGEST_SEED = 2**32 - 1  # that every generator accepts
+MAX_BAD = 0.01  # share of unreadable images, by default
 MOST_THREADS = 1024  # and processes: many more end a process without a message
 
 

@@ -24,6 +24,7 @@ from crate_mae.data.base import EncodedSource, ImageSource, none_readable, refus
 from crate_mae.data.dataset import default_workers, in_parallel
 from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_8_bits, to_channels
 from crate_mae.data.files import reason_of, refuse_existing, whole_folder
+from crate_mae.data.numbers import MAX_BAD
 from crate_mae.data.results import BadImage
 from crate_mae.data.sources import FolderSource
 from crate_mae.errors import UserError
@@ -42,7 +43,7 @@ def resize_images(
     size: int,
     *,
     workers: int | None = None,
-    max_bad: float = 0.01,
+    max_bad: float = MAX_BAD,
     on_image: Callable[[], None] | None = None,
 ) -> list[BadImage]:
     """Write a copy of a source in which no shorter side is longer than `size`, whole or not at all; see `resized`.

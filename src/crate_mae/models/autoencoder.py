@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from crate_mae.errors import UserError
-from crate_mae.models.config import CrateConfig, Initialization, ModelConfig, ViTConfig
+from crate_mae.models.config import MASK_RATIO, CrateConfig, Initialization, ModelConfig, ViTConfig
 from crate_mae.models.devices import send, without_memory
 from crate_mae.models.encoder import MaskedEncoder, build_encoder
 from crate_mae.models.features import DEFAULT_LAYER, OneImage, Pooling, apply_to_images, encode, transform_of
@@ -165,7 +165,7 @@ class MaskedAutoencoder(nn.Module):
     def forward(
         self,
         images: Float[Tensor, "b c hh ww"],
-        mask_ratio: float = 0.75,
+        mask_ratio: float = MASK_RATIO,
         mask: Bool[Tensor, "b n"] | None = None,
         generator: torch.Generator | None = None,
         visible: Int[Tensor, "b keep"] | None = None,

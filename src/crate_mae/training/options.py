@@ -18,9 +18,9 @@ from cyclopts import Parameter, Token
 
 from crate_mae.data.documents import parse_yaml
 from crate_mae.data.files import PYTHON_OBJECT
-from crate_mae.data.numbers import MOST_THREADS
+from crate_mae.data.numbers import MAX_BAD, MOST_THREADS
 from crate_mae.errors import UserError
-from crate_mae.models.config import HeadPooling
+from crate_mae.models.config import MASK_RATIO, HeadPooling
 
 
 def _as_text(_type: Any, tokens: Sequence[Token]) -> str:
@@ -188,7 +188,7 @@ class RunOptions:
         None, "Number of CPU threads for computation. By default, PyTorch's choice.", TO_1024, speed=True
     )
     max_bad: float = option(
-        0.01, "Maximum share of unreadable images; with more, the run stops.", FROM_0_TO_1, speed=True
+        MAX_BAD, "Maximum share of unreadable images; with more, the run stops.", FROM_0_TO_1, speed=True
     )
     checkpoint_minutes: float = option(10.0, "Maximum minutes between checkpoints.", POSITIVE, speed=True)
     checkpoint_epochs: int = option(
@@ -302,7 +302,7 @@ class PretrainOptions(RunOptions):
         None, "Mean of each channel, for pixels in [0, 1]. By default, ImageNet's for 3 channels, otherwise measured."
     )
     std: Numbers = option(None, "Standard deviation of each channel, likewise.")
-    mask_ratio: float = option(0.75, "Share of patches to hide.", BETWEEN_0_AND_1)
+    mask_ratio: float = option(MASK_RATIO, "Share of patches to hide.", BETWEEN_0_AND_1)
     mask_tokens: Literal["encoder", "decoder"] = option(
         None, "Where mask tokens enter the model. By default, as in the named model."
     )

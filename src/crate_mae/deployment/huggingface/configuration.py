@@ -8,6 +8,7 @@ from transformers.models.auto.configuration_auto import AutoConfig
 
 from crate_mae.models.config import (
     DEFAULT_HEAD_POOLING,
+    MASK_RATIO,
     MODEL_TYPE,
     ClassifierConfig,
     HeadPooling,
@@ -47,7 +48,7 @@ class CrateMAEConfig(BackboneConfigMixin, PreTrainedConfig):
         self,
         settings: dict[str, Any] | None = None,
         pooling: HeadPooling = DEFAULT_HEAD_POOLING,
-        mask_ratio: float = 0.75,
+        mask_ratio: float = MASK_RATIO,
         run: dict[str, str] | None = None,
         out_features: list[str] | None = None,
         out_indices: list[int] | None = None,
