@@ -186,7 +186,11 @@ def estimate_run(options: EstimateOptions) -> Estimate:
     c, config = options, options.checked_config()
     share = c.batch_size // c.devices
     settings = StepSettings(
-        batch_size=share, mask_ratio=c.mask_ratio, weight_decay=0.05, clip_grad=1.0, precision=c.precision
+        batch_size=share,
+        mask_ratio=c.mask_ratio,
+        weight_decay=PretrainOptions.weight_decay,
+        clip_grad=PretrainOptions.clip_grad,
+        precision=c.precision,
     )
     model = build_without_memory(config)
     parameters, encoder = _numbers(model), _numbers(model.encoder)
