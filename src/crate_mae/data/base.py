@@ -213,7 +213,7 @@ def read_file(path: Path, location: str) -> bytes:
         raise UnreadableImage(location, reason_of(error)) from error
 
 
-def printable(path: PurePath) -> str:
+def path_text(path: PurePath) -> str:
     """Convert a path to text for messages and tables, even if its name is not valid Unicode."""
     return text_of(str(path))
 

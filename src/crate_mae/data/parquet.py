@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Int
 
-from crate_mae.data.base import EncodedSource, number_labels, printable, read_file, refuse_unnamed
+from crate_mae.data.base import EncodedSource, number_labels, path_text, read_file, refuse_unnamed
 from crate_mae.data.decode import UnreadableImage
 from crate_mae.data.documents import parse_json
 from crate_mae.data.files import files_fingerprint
@@ -80,7 +80,7 @@ class ParquetSource(EncodedSource):
     def location(self, i: int) -> str:
         """File and row of image i, counted from 0 in that file."""
         number = bisect.bisect_right(self._file_starts, i) - 1
-        return f"{printable(self._paths[number])} row {i - self._file_starts[number]}"
+        return f"{path_text(self._paths[number])} row {i - self._file_starts[number]}"
 
     def origins(self) -> Iterator[str]:
         """Files and rows."""
@@ -140,7 +140,7 @@ class _File:
     """
 
     def __init__(self, path: Path) -> None:
-        self.name = printable(path)
+        self.name = path_text(path)
         self.labels: list[Any] = []
         self.classes: list[str] | None = None
         try:

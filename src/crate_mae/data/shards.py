@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crate_mae.data.base import NO_LABEL, EncodedSource, number_labels, printable
+from crate_mae.data.base import NO_LABEL, EncodedSource, number_labels, path_text
 from crate_mae.data.decode import MOST_BYTES, UnreadableImage, describe_unread, image_suffixes
 from crate_mae.data.documents import parse_json
 from crate_mae.data.files import files_fingerprint, reason_of
@@ -96,7 +96,7 @@ class ShardSource(EncodedSource):
     def location(self, i: int) -> str:
         """Shard and member name of image i."""
         member = self._members[i]
-        return f"{printable(self._paths[member.shard])}:{printable(PurePosixPath(member.name))}"
+        return f"{path_text(self._paths[member.shard])}:{path_text(PurePosixPath(member.name))}"
 
     def origins(self) -> Iterator[str]:
         """Shards and positions in them."""
@@ -127,12 +127,12 @@ class _Shard:
         except Exception as error:  # tarfile raises nearly any type on a damaged file
             reason = reason_of(error) if isinstance(error, OSError) else first_line(error).lower()
             raise UserError(
-                f"Cannot read the shard {printable(path)}: {reason}.\n"
+                f"Cannot read the shard {path_text(path)}: {reason}.\n"
                 "Shards are uncompressed tar files; unpack compressed ones (gunzip), and fetch broken ones again."
             ) from error
         if damage:
             self._add_lost(end, size, damage)
-        self._warn(printable(path))
+        self._warn(path_text(path))
 
     def _add_members(self, file: io.BufferedReader, size: int) -> tuple[int, str]:
         """Add the members of an archive; return where reading ended, and what is damaged there, if anything."""

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from torch.utils.data import Dataset, IterableDataset
 
-from crate_mae.data.base import EncodedSource, ImageSource, number_labels, printable, read_file, text_of
+from crate_mae.data.base import EncodedSource, ImageSource, number_labels, path_text, read_file, text_of
 from crate_mae.data.decode import OPTIONAL, describe_unread, image_suffixes, may_be_image
 from crate_mae.data.files import files_fingerprint, path_of, reason_of
 from crate_mae.data.parquet import HubSource, ParquetSource
@@ -113,9 +113,9 @@ def _open_path(path: Path, name: str) -> ImageSource:
         if path.is_file():
             return _open_files([path], name)
     except OSError as error:  # a name too long, a folder above that may not be entered
-        raise UserError(f"Cannot access {printable(path)}: {reason_of(error)}.") from error
+        raise UserError(f"Cannot access {path_text(path)}: {reason_of(error)}.") from error
     if path.exists():
-        raise UserError(f"{printable(path)} is a pipe, a socket or a device, not a regular file or a folder.\n{FORMS}")
+        raise UserError(f"{path_text(path)} is a pipe, a socket or a device, not a regular file or a folder.\n{FORMS}")
     if _PATTERN.search(name):
         return _open_files(_expand(str(path)), name)
     raise _not_found(path, name)
@@ -132,11 +132,11 @@ def _open_folder(path: Path, name: str) -> ImageSource:
         if found:
             return kind(_training_part(found), name)
     message = (
-        f"Found 0 images under {printable(path)}: looked for {' '.join(image_suffixes())}; "
+        f"Found 0 images under {path_text(path)}: looked for {' '.join(image_suffixes())}; "
         f"{describe_unread(others) or 'saw no files at all'}."
     )
     if ".arrow" in others:
-        message += f"\nFolders saved by the datasets library are opened as hf:{printable(path)}"
+        message += f"\nFolders saved by the datasets library are opened as hf:{path_text(path)}"
     raise UserError(message)
 
 
@@ -150,9 +150,9 @@ def _open_files(paths: list[Path], name: str) -> ImageSource:
         return FolderSource(paths[0].parent, [paths[0].name], name)
     for form, (optional, remedy) in OPTIONAL.items():
         if len(paths) == 1 and suffixes <= set(optional):
-            raise UserError(f"{printable(paths[0])} is a file of the format {form}, which is not read here: {remedy}")
+            raise UserError(f"{path_text(paths[0])} is a file of the format {form}, which is not read here: {remedy}")
     if len(paths) == 1:
-        raise UserError(f"{printable(paths[0])} is not an image, a .parquet file or a .tar shard.\n{FORMS}")
+        raise UserError(f"{path_text(paths[0])} is not an image, a .parquet file or a .tar shard.\n{FORMS}")
     raise UserError(f"{name} stands for {len(paths)} files that are neither all .parquet nor all .tar.\n{FORMS}")
 
 
@@ -209,9 +209,9 @@ def _not_found(path: Path, name: str) -> UserError:
         near = nearest(path.name, [entry.name for entry in path.parent.iterdir()], similarity=0.7)
     except OSError:
         above = next(folder for folder in path.parents if folder.exists())
-        return UserError(f"{printable(path)} does not exist (nor does its folder; {printable(above)} does).\n{FORMS}")
-    hint = f" Did you mean {printable(path.parent / near)}?" if near else ""
-    return UserError(f"{printable(path)} does not exist.{hint}\n{FORMS}")
+        return UserError(f"{path_text(path)} does not exist (nor does its folder; {path_text(above)} does).\n{FORMS}")
+    hint = f" Did you mean {path_text(path.parent / near)}?" if near else ""
+    return UserError(f"{path_text(path)} does not exist.{hint}\n{FORMS}")
 
 
 class FolderSource(EncodedSource):
@@ -242,7 +242,7 @@ class FolderSource(EncodedSource):
 
     def location(self, i: int) -> str:
         """The path of file i."""
-        return printable(self.root / self.images[i])
+        return path_text(self.root / self.images[i])
 
     def origins(self) -> Iterator[str]:
         """The files, without links to their folder."""
@@ -290,7 +290,7 @@ def _walk(root: Path) -> Iterator[str]:
         visited += 1
         if visited > _MOST_FOLDERS:
             raise UserError(
-                f"{printable(root)} has more than {_MOST_FOLDERS:,} folders, such as {_shortened(folder)}.\n"
+                f"{path_text(root)} has more than {_MOST_FOLDERS:,} folders, such as {_shortened(folder)}.\n"
                 "Remove links to large folders from the data."
             )
         try:

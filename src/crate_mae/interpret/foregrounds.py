@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.ops import box_iou
 
 from crate_mae.data import BadImage, ImageSource
-from crate_mae.data.base import most_bad, printable, read_all, read_file
+from crate_mae.data.base import most_bad, path_text, read_all, read_file
 from crate_mae.data.decode import UnreadableImage, decode, size_of
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
@@ -95,7 +95,7 @@ def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], 
         )
     if not images:
         raise UserError(
-            f"No foreground belongs to a measured image, such as {printable(Path(source.location(0)))}.\n"
+            f"No foreground belongs to a measured image, such as {path_text(Path(source.location(0)))}.\n"
             "A mask, or a line of a .csv file, must have the name of its image, without the ending."
         )
     are_masks = all(isinstance(drawing, Path) for drawing in drawings.values())
@@ -224,7 +224,7 @@ def _parts(drawing: Path | list[Box], size: tuple[int, int]) -> list[Bool[np.nda
     """The drawn foreground of an image: its mask, or a mask of each box."""
     height, width = size
     if isinstance(drawing, Path):
-        picture = decode(read_file(drawing, printable(drawing)), printable(drawing))
+        picture = decode(read_file(drawing, path_text(drawing)), path_text(drawing))
         if picture.size != (width, height):
             raise UserError(f"{drawing} has {picture.width} x {picture.height} pixels, its image {width} x {height}.")
         values = np.asarray(picture.convert("RGB") if len(picture.getbands()) > 1 else picture)
