@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
@@ -178,7 +177,6 @@ def write_parts(
     rank, processes = accelerator.process_index, accelerator.num_processes
     holders = {file: assign_tensors(tensors, processes) for file, tensors in files.items()}
     own = {file: _own_tensors(tensors, holders[file], rank) for file, tensors in files.items()}
-    digests: dict[str, str] = {}
     with ExitStack() as stack:
 
         def begin() -> Path:
@@ -186,26 +184,28 @@ def write_parts(
             save_config(config, temporary)
             return temporary
 
-        def write_part() -> None:
+        temporary = first_decides(accelerator, begin)
+
+        def write_part() -> dict[str, str]:
             if not (temporary / CONFIG_FILE).is_file():
                 raise UserError(f"{checkpoints} is not the same folder on all machines: give an --out that they share.")
-            for file, tensors in own.items():
-                path = part_file(temporary / file, rank, processes)
+            paths = [part_file(temporary / file, rank, processes) for file in own]
+            for path, tensors in zip(paths, own.values(), strict=True):
                 save_file(tensors, path, metadata={"format": "pt"})
                 set_usual_mode(temporary, path)  # by its owner
                 flush_to_disk(path)
-                digests[path.name] = file_digest(path)
+            return {path.name: file_digest(path) for path in paths}
+
+        digests = all_succeed(accelerator, write_part)
 
         def complete() -> None:
             for file, holder in holders.items():
                 write_index(temporary / file, holder, processes)
+            known = {name: digest for part in digests for name, digest in part.items()}
             _write_rest(temporary, groups, state, known)
             stack.close()  # the folder takes its name
             _name_last(folder, state)
 
-        temporary = first_decides(accelerator, begin)
-        all_succeed(accelerator, write_part)
-        known = {name: digest for part in gather_object([digests]) for name, digest in part.items()}
         first_decides(accelerator, complete)
 
 

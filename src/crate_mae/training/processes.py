@@ -118,18 +118,23 @@ def first_decides(accelerator: Accelerator | PartialState, decide: Callable[[], 
     return value
 
 
-def all_succeed(accelerator: Accelerator, act: Callable[[], None]) -> None:
-    """Call a function in every process. If it fails in one, that one raises its exception, the others a `UserError`."""
+def all_succeed(accelerator: Accelerator, act: Callable[[], T]) -> list[T]:
+    """Call a function in every process, and return its values in all of them, by the number of the process.
+
+    If it fails in one, that one raises its exception, the others a `UserError`.
+    """
+    result: list = [None, None]
     failure: Exception | None = None
     try:
-        act()
+        result = [act(), None]
     except Exception as error:  # whatever it is, or the others would wait for this process
-        failure = error
-    mistakes = gather_object([failure and _describe_error(failure, accelerator.process_index)])
+        failure, result = error, [None, _describe_error(error, accelerator.process_index)]
+    results = gather_object([result])
     if failure is not None:
         raise failure
-    if found := [mistake for mistake in mistakes if mistake]:
+    if found := [mistake for _, mistake in results if mistake is not None]:
         raise UserError(found[0])
+    return [value for value, _ in results]
 
 
 def _describe_error(error: Exception, process: int) -> str:
