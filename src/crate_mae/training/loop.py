@@ -9,6 +9,7 @@ import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -123,20 +124,19 @@ def _learn(
             # Step.
             due = saver.is_due_by_clock()
             with first_step(is_first=state.step == begun_at):
-                agreed, lr, bad, waited = training_step(
-                    task, accelerator, model_state, batches, state.step, stop=request.signal, save=due
-                )
+                step = training_step(task, accelerator, model_state, batches, state.step, stop=request.signal, save=due)
+            agreed = step.agreed
             state.count(agreed.loss, agreed.is_finite)
             if agreed.is_finite:
                 model_state.move_average(state.step)
 
             # Log.
             seen = task.images_seen(state.step)
-            met = gather_object(bad) if agreed.bad_images else []
+            met = gather_object(step.bad_images) if agreed.bad_images else []
             too_many_bad = bad_images.add(state.step, met) and bad_images.too_many(seen)
-            row: dict[str, float] = {"lr": lr, "grad_norm": agreed.grad_norm}
+            row: dict[str, float] = {"lr": step.lr, "grad_norm": agreed.grad_norm}
             row |= {"skipped_steps": state.skipped, "bad_images": len(bad_images)}
-            is_best = log.record(model_state, state, row, waited=waited)
+            is_best = log.record(model_state, state, row, waited=step.waited)
             display.step(state.step, agreed.loss, log.images_per_second, log.data_wait)
 
             # Save.
@@ -155,6 +155,22 @@ def _learn(
         saver.save_model(state)
 
 
+class StepResult(NamedTuple):
+    """What a process knows after a step.
+
+    Attributes:
+        agreed: what all processes know together.
+        lr: the learning rate.
+        bad_images: the unreadable images that this process met.
+        waited: seconds that it spent waiting for images.
+    """
+
+    agreed: Agreement
+    lr: float
+    bad_images: list[BadImage]
+    waited: float
+
+
 def training_step(
     task: Task,
     accelerator: Accelerator,
@@ -164,7 +180,7 @@ def training_step(
     *,
     stop: int,
     save: bool,
-) -> tuple[Agreement, float, list[BadImage], float]:
+) -> StepResult:
     """Take one optimizer step: a function of (weights, optimizer state, seed, step), and of nothing else.
 
     Args:
@@ -175,10 +191,6 @@ def training_step(
         step: number of steps before this one.
         stop: signal that this process received, or 0.
         save: whether this process finds a checkpoint due.
-
-    Returns:
-        what all processes know together; the learning rate; the unreadable images that this process met; and the
-        seconds that it spent waiting for images.
     """
     optimizer = model_state.optimizer
     lr = _set_learning_rate(task, optimizer, step)
@@ -189,7 +201,7 @@ def training_step(
         optimizer.step()
         retract_(model_state.plain)
     optimizer.zero_grad()
-    return agreed, lr, bad_images, waited
+    return StepResult(agreed, lr, bad_images, waited)
 
 
 def _set_learning_rate(task: Task, optimizer: Optimizer, step: int) -> float:
