@@ -168,8 +168,14 @@ def eval_reconstruction(
     has_twin = controls and not is_untrained(name)
     batches = (1 + controls + has_twin) * len(ratios) * -(-len(read.images) // batch_size)
     with progress(console, "Completing images", batches) as advance:
-        settings = {"seed": seed, "batch_size": batch_size, "on_batch": advance}
-        score = partial(completion_scores, images=read.images, mask_ratios=ratios, **settings)
+        score = partial(
+            completion_scores,
+            images=read.images,
+            mask_ratios=ratios,
+            seed=seed,
+            batch_size=batch_size,
+            on_batch=advance,
+        )
         scores = score(net)
         found = {f"{name}{UNTRAINED}": score(_untrained(net, seed))} if has_twin else {}
         found |= {_FLAT: score(net, predict=flat_patches)} if controls else {}
