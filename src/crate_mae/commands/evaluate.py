@@ -1,6 +1,5 @@
 """`crate-mae eval knn | linear | fewshot`: evaluate frozen features with labelled images."""
 
-from collections.abc import Callable
 from dataclasses import MISSING, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -29,10 +28,7 @@ from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import JSON_HELP, Data, option
 
 if TYPE_CHECKING:
-    from crate_mae.evaluation.probes import Score
     from crate_mae.evaluation.probing import Probe, Probed
-
-SCORE = "top-1 (95%)"
 
 
 @dataclass(frozen=True)
@@ -213,8 +209,9 @@ def _evaluate(kind: str, run: "Probe", options: ProbeOptions, **settings: int) -
     print_bad(console, probed.bad)
     if probed.hint:
         console.say(f"{probed.hint} Probes standardise them.")
-    for note in _notes(probed.rows):
-        console.say(note)
+    for layer, result in probed.rows:
+        for warning in result.warnings():
+            console.say(f"Layer {layer}: {warning}")
     print_if_random(console, probed.backbone.name, probed.backbone.is_random)
     write_report(console, report, out, json=options.json)
     return Evaluation(report, out)
@@ -231,40 +228,36 @@ def write_report(console: CleanConsole, report: dict[str, Any], out: Path | None
 
 def _table(probed: "Probed") -> Table:
     from crate_mae.evaluation.backbones import PIXELS
+    from crate_mae.evaluation.probes import SCORE
 
-    columns: dict[str, tuple[str, Callable[[Any], str]]] = {
-        "top1": (SCORE, lambda result: _percent(result.top1)),
-        "top5": ("top-5 (95%)", lambda result: _percent(result.top5)),
-        "chosen_on": ("chosen on", lambda result: "" if result.chosen_on is None else f"{100 * result.chosen_on:.2f}%"),
-        "c": ("C", lambda result: f"{result.c:.2g}"),
-        "shots": ("images per class", lambda result: str(result.shots)),
-        "accuracy": (SCORE, lambda result: _percent(result.accuracy)),
-    }
-    measured = probed.rows[0][1]
-    kept = [column for name, column in columns.items() if getattr(measured, name, None) is not None]
-    of_chance = [_percent(probed.chance) if title == SCORE else "" for title, _ in kept]
-    table = Table("features of", "layer", *(title for title, _ in kept), box=None)
+    titles = list(probed.rows[0][1].cells())
+    table = Table("features of", "layer", *titles, box=None)
     for each in (probed, *probed.controls):
         name = "untrained" if each.backbone.is_random else PIXELS if each is not probed else "the model"
         for layer, result in each.rows:
-            table.add_row(name, str(layer), *(cell(result) for _, cell in kept))
+            cells = result.cells()
+            table.add_row(name, str(layer), *(cells.get(title, "") for title in titles))
             name = ""
     if probed.controls:
+        of_chance = (str(probed.chance) if title == SCORE else "" for title in titles)
         table.add_row("most frequent class", "", *of_chance)
     return table
 
 
 def _verdict(probed: "Probed") -> str:
     """Whether training has helped: the chosen layers compared, by their intervals."""
-    (layer, result), score = probed.chosen(), _score(probed)
+    from crate_mae.evaluation.probes import FewshotResult
+
+    layer, result = probed.chosen()
+    score = result.score
     where = f"Layer {layer} of {probed.backbone.name} ({100 * score.value:.1f}%)"
-    if isinstance(getattr(result, "chosen_on", None), float) and len(probed.rows) > 1:
+    if result.chosen_on is not None and len(probed.rows) > 1:
         where += ", chosen on training images"
-    if shots := getattr(result, "shots", None):
-        where += f" from {plural(shots, 'labelled image')} per class"
+    if isinstance(result, FewshotResult):
+        where += f" from {plural(result.shots, 'labelled image')} per class"
     comparisons = []
     for control in probed.controls:
-        other = _score(control)
+        other = control.chosen()[1].score
         what = "untrained" if control.backbone.is_random else control.backbone.name
         points = 100 * (score.value - other.value)
         if score.low > other.high:
@@ -274,25 +267,3 @@ def _verdict(probed: "Probed") -> str:
         else:
             comparisons.append(f"no better than {what} on these images ({points:+.1f} points; the intervals overlap)")
     return f"{where}: {'; '.join(comparisons)}."
-
-
-def _score(probed: "Probed") -> "Score":
-    _, result = probed.chosen()
-    return result.accuracy if hasattr(result, "accuracy") else result.top1
-
-
-def _percent(score: "Score") -> str:
-    return f"{100 * score.value:.2f}% ({100 * score.low:.2f} to {100 * score.high:.2f})"
-
-
-def _notes(rows: list[tuple[int, Any]]) -> list[str]:
-    """Warn about scores that may not be the best possible."""
-    notes = []
-    for layer, result in rows:
-        if getattr(result, "is_c_at_edge", False):
-            notes.append(
-                f"Layer {layer}: the best C ({result.c:.2g}) is at the edge of the grid; a better one may be beyond."
-            )
-        if not getattr(result, "converged", True):
-            notes.append(f"Layer {layer}: the solver stopped before it converged, so a better fit may exist.")
-    return notes

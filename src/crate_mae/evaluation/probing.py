@@ -69,7 +69,7 @@ class Probed:
 
         Where that is not measured, it is the last row.
         """
-        return max(self.rows[::-1], key=lambda row: getattr(row[1], "chosen_on", None) or 0.0)
+        return max(self.rows[::-1], key=lambda row: row[1].chosen_on or 0.0)
 
     def report(self, **settings: Any) -> dict[str, Any]:
         """The content of a JSON file: results, model, data, settings and versions."""
