@@ -97,7 +97,7 @@ class Whitening:
         """Write it to a file, completely or not at all."""
         with whole_file(path) as temporary:
             arrays = {"mean": self.mean, "matrix": np.ascontiguousarray(self.matrix)}
-            _save_safetensors(arrays, temporary, {"source": json.dumps(self.source)})
+            save_file(arrays, temporary, metadata={"source": json.dumps(self.source)})
 
     def of(self, features: Features, backbone: Backbone) -> Features:
         """The whitened features.
@@ -192,14 +192,7 @@ def _write_safetensors(features: Features, path: Path) -> None:
     if features.labels is not None:
         arrays["labels"] = features.labels
     texts = {"files": features.locations} | ({} if features.classes is None else {"classes": features.classes})
-    _save_safetensors(arrays, path, {name: json.dumps(text) for name, text in texts.items()})
-
-
-def _save_safetensors(arrays: dict[str, np.ndarray], path: Path, metadata: dict[str, str]) -> None:
-    path.touch()
-    mode = path.stat().st_mode
-    save_file(arrays, path, metadata=metadata)
-    path.chmod(mode)  # safetensors creates files that only their owner can read
+    save_file(arrays, path, metadata={name: json.dumps(text) for name, text in texts.items()})
 
 
 def _columns(features: Features) -> dict[str, list]:
