@@ -8,24 +8,24 @@ from typing import Any
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from crate_mae.comparison.results import EntryResult, SeedSpread, spread
+from crate_mae.comparison.results import SCORES, EntryResult, SeedSpread, score_compared, spread
 from crate_mae.comparison.runs import Moment
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.style import GREY, colour, encode, marker, new_figure, panels
 
-_LINEAR, _PSNR = ("linear", 100.0), ("psnr", 1.0)  # scores, and the factors to draw them with
 _LABEL_GAP = 0.06  # of the axis, between the middles of two labels
 
 
 def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: Path) -> None:
-    """Draw the linear probe, or without labels the PSNR, against minutes, training FLOPs and parameters.
+    """Draw the score that models are compared by against minutes, training FLOPs and parameters.
 
     Each entry has a point with its standard deviation over seeds, and a hollow one for its random initialisation.
     """
-    score, ylabel = (_LINEAR, "linear probe, top-1 (%)") if pixels else (_PSNR, "PSNR of hidden patches (dB)")
-    trained = [_known(spread(result.scores.values(), *score)) for result in results]
-    random = [spread(result.random.values(), *score) for result in results]
-    of_pixels = spread([pixels], *score)
+    name = score_compared(results)
+    kind = SCORES[name]
+    trained = [_known(spread(result.scores.values(), name, kind.scale)) for result in results]
+    random = [spread(result.random.values(), name, kind.scale) for result in results]
+    of_pixels = spread([pixels], name, kind.scale)
     quantities: list[tuple[str, Callable[[EntryResult], float], bool]] = [
         ("minutes of training, search included", lambda r: r.minutes, False),
         ("training FLOPs, search included", lambda r: r.training_flops, False),
@@ -42,7 +42,7 @@ def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: 
         axes.set_xlabel(title)
         largest = max(where(result) for result in results)
         axes.set_xlim(-0.04 * largest, 1.12 * largest)
-    all_axes[0].set_ylabel(ylabel)
+    all_axes[0].set_ylabel(f"{kind.title} ({kind.unit.strip()})")
     all_axes[0].margins(y=0.12)
     all_axes[1].xaxis.set_major_formatter(EngFormatter())
     figure.draw_without_rendering()  # settles the limits, on which the places of labels depend

@@ -2,11 +2,20 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from crate_mae.comparison.entries import Images
 from crate_mae.comparison.options import Budget, CompareOptions, parse_budget
-from crate_mae.comparison.results import MASK_RATIO, EntryResult, Scores, SeedSpread, difference, spread
+from crate_mae.comparison.results import (
+    MASK_RATIO,
+    SCORES,
+    EntryResult,
+    Scores,
+    SeedSpread,
+    difference,
+    score_compared,
+    spread,
+)
 from crate_mae.data.documents import read_json, to_csv
 
 RULE = (
@@ -16,44 +25,6 @@ RULE = (
 _NORMAL_QUANTILE = 1.96  # two-sided, 95%
 _MUCH_LONGER = 1.15  # than the budget in minutes
 _LEAST_DIFFERENCE = 0.02  # of a cost, relative, to be mentioned
-
-
-class ScoreKind(NamedTuple):
-    """The names of a score, and how it is written.
-
-    Attributes:
-        title: of its line in the table.
-        name: in a sentence.
-        scale: factor to write it with.
-        digits: after the point.
-        unit: written after it.
-        is_probe: whether it is a share of the validation images, and is also measured of untrained models.
-        more_is_better: whether a larger value is better.
-    """
-
-    title: str
-    name: str
-    scale: int
-    digits: int
-    unit: str
-    is_probe: bool = False
-    more_is_better: bool = True
-
-
-SCORES = {
-    "linear": ScoreKind("linear probe, top-1", "the linear probe", 100, 2, "%", is_probe=True),
-    "knn": ScoreKind("k-NN, top-1", "k-NN", 100, 2, "%", is_probe=True),
-    "psnr": ScoreKind("completion: PSNR of hidden patches", "the PSNR of completions", 1, 2, " dB"),
-    "ssim": ScoreKind("completion: SSIM", "the SSIM of completions", 1, 3, ""),
-    "mse": ScoreKind(
-        "completion: squared error, normalised pixels",
-        "the squared error of completions",
-        1,
-        4,
-        "",
-        more_is_better=False,
-    ),
-}
 
 
 def table_rows(results: Sequence[EntryResult], pixels: dict[str, float]) -> list[list[str]]:
@@ -92,7 +63,7 @@ def table_rows(results: Sequence[EntryResult], pixels: dict[str, float]) -> list
 
 def verdict(results: Sequence[EntryResult], pixels: dict[str, float]) -> str:
     """The linear probes, or without labels the completions, in one sentence that begins with the controls."""
-    name = "linear" if all(spread(result.scores.values(), "linear") for result in results) else "psnr"
+    name = score_compared(results)
     controls = [("raw pixels", spread([pixels], name))] if pixels else []
     controls += [(f"{each.name} with random initialisation", spread(each.random.values(), name)) for each in results]
     known = [f"{label} {score_text(name, score, with_range=False)}" for label, score in controls if score]
