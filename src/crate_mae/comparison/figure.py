@@ -12,6 +12,7 @@ from crate_mae.comparison.results import SCORES, EntryResult, SeedSpread, score_
 from crate_mae.comparison.runs import Moment
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.style import GREY, colour, encode, marker, new_figure, panels
+from crate_mae.drawing.text import RUN_TITLES
 
 _LABEL_GAP = 0.06  # of the axis, between the middles of two labels
 
@@ -75,7 +76,7 @@ def draw_curves(results: Sequence[EntryResult], path: Path) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    all_axes[0].set_ylabel("loss on held-out images")
+    all_axes[0].set_ylabel(RUN_TITLES["held_out_loss"])
     figure.draw_without_rendering()
     ends = [(0.0, statistics.fmean(curve[-1].held_out_loss for curve in result.trained.curves)) for result in results]
     for axes in all_axes:
