@@ -294,13 +294,15 @@ def _planned(**figures: Panels) -> list[PlannedFigure]:
     return planned
 
 
-def _by_subject(subjects: Sequence[SubjectMeasures], *measures: str) -> Panels:
-    """A panel for each measure that any subject has, with a curve for each subject that has it."""
+def _by_subject(
+    subjects: Sequence[SubjectMeasures], *measures: str, beside: Mapping[str, Curve] | None = None
+) -> Panels:
+    """A panel for each measure that any subject has, with a curve for each subject that has it, and one beside them."""
     panels = {}
     for name in measures:
         curves = [_curve(subject, name, MEASURES[name].point) for subject in subjects]
         if found := [curve for curve in curves if curve is not None]:
-            panels[MEASURES[name].label] = found
+            panels[MEASURES[name].label] = [*found, beside[name]] if beside and name in beside else found
     return panels
 
 
@@ -328,23 +330,21 @@ def _within_layers(model: SubjectMeasures) -> Panels:
 
 
 def _mixing(inspection: Inspection) -> Panels:
-    panels = _by_subject(inspection.measured, "self_attention", "length_ratio")
-    own = MEASURES["self_attention"]
-    if own.label in panels:
-        uniform = both_parts(inspection.model.measures.rows, own.control)
-        panels[own.label].append(Curve(MEASURES[own.control].title, _CONTROL, uniform, dashed=True))
-    return panels
+    control = MEASURES["self_attention"].control
+    uniform = both_parts(inspection.model.measures.rows, control)
+    beside = {"self_attention": Curve(MEASURES[control].title, _CONTROL, uniform, dashed=True)}
+    return _by_subject(inspection.measured, "self_attention", "length_ratio", beside=beside)
 
 
 def _sparsity(inspection: Inspection) -> Panels:
     measures = ("zero_fraction", "l1_to_l2", "gini")
-    panels = _by_subject(inspection.measured, *measures)
+    beside = {}
     for measure in measures:
         codes, tokens = (inspection.model.find(measure, point) for point in ("code", "z_next"))
         # Codes are the layer's output, except with a skip connection or a separate dictionary.
         if [row.mean for row in codes] != [row.mean for row in tokens] and codes:
-            panels[MEASURES[measure].label].append(Curve("the model’s codes", _CONTROL, codes, dashed=True))
-    return panels
+            beside[measure] = Curve("the model’s codes", _CONTROL, codes, dashed=True)
+    return _by_subject(inspection.measured, *measures, beside=beside)
 
 
 def _inverses(networks: Sequence[SubjectMeasures]) -> Panels:
