@@ -180,7 +180,7 @@ def test_every_claim_about_every_layer_has_a_symbol_its_control_and_its_numbers(
 def test_the_first_figure_has_the_two_steps_beside_their_best_controls(inspection, page):
     (figure,) = plan_figures(inspection)["glance"]
     encoder = [row for row in inspection.model.measures.audit if (row.tokens, row.part) == ("all", "encoder")]
-    for panel, claim in zip(figure.content, ("compress", "lasso"), strict=True):
+    for panel, claim in zip(*figure.draw.args, ("compress", "lasso"), strict=True):
         rows, (best, own, *_) = [row for row in encoder if row.claim == claim], panel.lines
         assert rows and own.y == [row.after for row in rows]
         assert [y - row.after for y, row in zip(best.y, rows, strict=True)] == pytest.approx([r.margin for r in rows])
@@ -220,8 +220,8 @@ def test_atoms_are_in_the_files_and_their_numbers_in_the_caption(inspection, fil
 
 
 def test_a_black_box_baseline_is_drawn_and_told(inspection, page):
-    rates = plan_figures(inspection)["layers"][0]
-    labels = [[curve.label for curve in curves] for curves in rates.content.values()]
+    (panels,) = plan_figures(inspection)["layers"][0].draw.args
+    labels = [[line.label for line in panel.lines] for panel in panels]
     assert {"baseline (stand-in)", "random baseline (stand-in)"} < set(labels[2])
     assert "baseline" not in {label for panel in labels for label in panel}
     assert "With random initialisation that stand-in" in page

@@ -85,8 +85,9 @@ def test_a_model_without_subspaces_has_what_is_left(build):
     assert "weights" not in names
     titles = ("R^c as the official code takes it (nats)", "R^c of unit-length projections (nats)")
     for figure, title in zip(plan["layers"], titles, strict=False):  # of which there is the stand-in alone
-        assert list(figure.content) == [title]
-        assert all(curve.dashed for curve in figure.content[title])
+        ((panel,),) = figure.draw.args
+        assert panel.title == title
+        assert all(line.dashed for line in panel.lines)
     assert "so these are of its stand-in, and nothing predicts where squares should lie" in page
     assert {
         "subspace_rates",
@@ -215,8 +216,9 @@ def test_drawn_foregrounds_are_scored_for_every_network(build, tmp_path):
         "other": [],
     }
     drawn = next(figure for figure in plan["attention"] if figure.name == "foreground_scores")
-    assert next(curves[-1].label for curves in drawn.content.values()) == "all of the image"
-    assert all(curve.rows for curves in drawn.content.values() for curve in curves)
+    (panels,) = drawn.draw.args
+    labels = ["the model", "random initialisation", "baseline", "random baseline", "all of the image"]
+    assert [line.label for line in panels[0].lines] == labels
     (note,) = (note for note in inspection.notes if "4.png" in note)
     assert note.startswith("1 of 5 masks of --foregrounds cannot be read")
     assert f"--foregrounds {tmp_path / 'masks'}" in inspection.settings.command()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from textwrap import wrap
 from typing import NamedTuple
@@ -17,12 +18,10 @@ from torch import Tensor
 
 from crate_mae.data import ImageSource
 from crate_mae.data.base import fixed_sample
-from crate_mae.drawing.lines import Panel
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
 from crate_mae.interpret.attention import ClassAttention, class_attention
-from crate_mae.interpret.curves import Curve
 from crate_mae.interpret.foregrounds import mass_mask, principal_mask
 from crate_mae.interpret.measure import Opened
 from crate_mae.interpret.pictures import Tile, Tiles, attention_tiles, cut_out, draw_tiles, heat, titled
@@ -52,13 +51,13 @@ class PlannedFigure(NamedTuple):
         name: of its files.
         title: as text.
         caption: two sentences on how to read it.
-        content: rows of small pictures, panels of curves by their titles, or panels of lines.
+        draw: draws it.
     """
 
     name: str
     title: str
     caption: str
-    content: Tiles | dict[str, list[Curve]] | Sequence[Panel]
+    draw: Callable[[], Figure]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +179,7 @@ def _completions(
     if net.config.norm_pix_loss:
         caption += " Brightness and contrast of each patch come from the original, since targets were normalised."
     titles = ["original", "masked", "prediction", "completed"] * min(_SIDE_BY_SIDE, len(halves))
-    return PlannedFigure("completions", "Completions", caption, titled(titles, rows)), psnr
+    return PlannedFigure("completions", "Completions", caption, partial(draw_grid, titled(titles, rows))), psnr
 
 
 def _visuals(backbone: Backbone, images: Float[Tensor, "b c hh ww"], grid: tuple[int, int]) -> tuple[Visuals, str]:
@@ -224,7 +223,7 @@ def _class_attention(visuals: Visuals) -> Iterable[PlannedFigure]:
         "and each by itself: bright is much, and each map is scaled to its own largest value, which stands below as a "
         "multiple of the map’s mean (1 is even attention). Heads with subspaces of their own should light up on "
         "different things; equal maps mean that heads do the same.",
-        attention_tiles(visuals.pictures, fine.heads.cpu().numpy(), fine.saliency.cpu().numpy()),
+        partial(draw_grid, attention_tiles(visuals.pictures, fine.heads.cpu().numpy(), fine.saliency.cpu().numpy())),
     )
     layers = sorted(set(np.linspace(0, len(saliency) - 1, min(_MOST_LAYERS, len(saliency))).round().astype(int)))
     rows = [
@@ -236,7 +235,7 @@ def _class_attention(visuals: Visuals) -> Iterable[PlannedFigure]:
         "The class token’s attention to patches, mean over heads, in layers of the encoder from the first to the last. "
         "Look for the first layer in which bright patches follow objects rather than positions; the number below each "
         "map is its largest value over its mean, which is 1 for even attention.",
-        titled(["image", *(f"layer {layer}" for layer in layers)], rows),
+        partial(draw_grid, titled(["image", *(f"layer {layer}" for layer in layers)], rows)),
     )
 
 
@@ -253,7 +252,7 @@ def _foregrounds(visuals: dict[str, Visuals]) -> PlannedFigure:
         "What is not covered in blue is foreground: by attention, the fewest patches with 60% of the class token’s "
         "attention in the last layer; by component, one side of the tokens’ first principal component. Compare with "
         "random initialisation, which cuts out something too: only a better cut was learned.",
-        _beside_images(visuals, columns),
+        partial(draw_grid, _beside_images(visuals, columns)),
     )
 
 
@@ -269,7 +268,7 @@ def _colours(visuals: dict[str, Visuals]) -> PlannedFigure:
         "Three principal components of the last encoder layer’s tokens as red, green and blue, one colour a patch. "
         "“Each by itself” has components of its own for every image; “all together” shares them, so that one colour "
         "means one thing in all images, and patches of one kind should share it.",
-        _beside_images(visuals, columns),
+        partial(draw_grid, _beside_images(visuals, columns)),
     )
 
 
@@ -304,5 +303,5 @@ def _neighbours(backbone: Backbone, images: Float[Tensor, "b c hh ww"], visuals:
         "Left, framed, the patch of an image with most of the class token’s attention; then patches of other images "
         "whose tokens are most like its token, at most one an image, with their cosines. Patches that show the same "
         "kind of thing mean that tokens encode content; patches at the same place mean that they encode position.",
-        titled(["patch", *(f"neighbour {i + 1}" for i in range(len(rows[0]) - 1))], rows),
+        partial(draw_grid, titled(["patch", *(f"neighbour {i + 1}" for i in range(len(rows[0]) - 1))], rows)),
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from statistics import fmean
-from typing import cast
 
 from matplotlib.figure import Figure
 
@@ -26,7 +26,7 @@ from crate_mae.interpret.audit import (
 from crate_mae.interpret.curves import POINT_NAMES, Curve, both_parts, layer_panel
 from crate_mae.interpret.foregrounds import KINDS
 from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT
-from crate_mae.interpret.pictures import Tiles, atom_tiles
+from crate_mae.interpret.pictures import atom_tiles
 from crate_mae.interpret.registry import INVERSES, MEASURES
 from crate_mae.interpret.report.examples import PlannedFigure, draw_grid
 from crate_mae.interpret.report.findings import VERDICT_RULE, verdict_sentence, write_findings
@@ -243,16 +243,10 @@ def plan_figures(inspection: Inspection) -> Plan:
 
 def draw_figures(plan: Plan) -> dict[str, Figure]:
     """Draw every figure; by the names of their files."""
-    return {figure.name: _draw(figure.content) for section in plan.values() for figure in section}
+    return {figure.name: figure.draw() for section in plan.values() for figure in section}
 
 
-def _draw(content: Tiles | Panels | Sequence[Panel]) -> Figure:
-    if isinstance(content, dict):
-        panels = [layer_panel(title, curves) for title, curves in content.items()]
-    else:
-        panels = [panel for panel in content if isinstance(panel, Panel)]
-    if not panels:
-        return draw_grid(cast("Tiles", content))
+def _draw_panels(panels: Sequence[Panel]) -> Figure:
     columns = 2 if len(panels) == _MORE_ROOM else min(3, len(panels))
     return draw_panels(panels, columns=columns, width=_WIDTH / columns, height=_PANEL_HEIGHT)
 
@@ -278,7 +272,7 @@ def _at_a_glance(audit: Sequence[AuditRow]) -> list[PlannedFigure]:
         "Means over images; each step should lie below its best control. Attention lowers R^c by more than that in "
         f"{answers[0]}; the code has a lower lasso objective in {answers[1]}."
     )
-    return [PlannedFigure("glance", "The two steps of each encoder layer", caption, panels)]
+    return [PlannedFigure("glance", "The two steps of each encoder layer", caption, partial(_draw_panels, panels))]
 
 
 def _planned(**figures: Panels) -> list[PlannedFigure]:
@@ -290,7 +284,8 @@ def _planned(**figures: Panels) -> list[PlannedFigure]:
             is_stand_in = any(curve.dashed for curves in panels.values() for curve in curves)
             caption += _STEPS_OF_A_STAND_IN if is_stand_in else _STEPS_OF_A_LAYER
         if panels:
-            planned.append(PlannedFigure(name, title, caption, panels))
+            drawn = [layer_panel(of_measure, curves) for of_measure, curves in panels.items()]
+            planned.append(PlannedFigure(name, title, caption, partial(_draw_panels, drawn)))
     return planned
 
 
@@ -368,7 +363,7 @@ def _atoms(inspection: Inspection) -> list[PlannedFigure]:
     if gallery is None:
         return []
     title = f"Atoms of encoder layer {gallery.atoms[0].layer}"
-    return [PlannedFigure("atoms", title, _linearity(gallery.atoms), atom_tiles(gallery))]
+    return [PlannedFigure("atoms", title, _linearity(gallery.atoms), partial(draw_grid, atom_tiles(gallery)))]
 
 
 def _linearity(atoms: Sequence[Atom]) -> str:
