@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from crate_mae.data.numbers import student_half_width
 from crate_mae.drawing import lines
 from crate_mae.interpret.registry import MEASURES
-from crate_mae.interpret.statistics import Row, find
+from crate_mae.interpret.statistics import Row, find, short_place
 
 POINT_NAMES = {"z": "input", "z_half": "after the first step", "z_next": "output"}
 
@@ -80,7 +80,7 @@ def layer_panel(
                 x, y = [row.layer + start[part] for row in found], [row.mean for row in found]
                 bands = [band(row) for row in found]
                 drawn.append(lines.Line(curve.label, x, y, curve.number, bands, dashed=curve.dashed))
-    names = {row.layer + start[row.part]: f"{row.part[0].upper()}{row.layer}" for row in rows}
+    names = {row.layer + start[row.part]: short_place(row.part, row.layer) for row in rows}
     has_decoder = any(row.part == "decoder" for row in rows)
     step = math.ceil(len(names) / _MOST_TICKS)
     return lines.Panel(

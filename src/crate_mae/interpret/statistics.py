@@ -112,6 +112,11 @@ def place_of(name: str) -> tuple[Part, int]:
     return ("decoder" if "decoder" in parts else "encoder"), int(number)
 
 
+def short_place(part: str, layer: int) -> str:
+    """Such as "E0" and "D1"."""
+    return f"{part[0].upper()}{layer}"
+
+
 def not_finite(place: tuple[str, int], measure: str) -> UserError:
     """The error for a layer whose measure is NaN or infinite."""
     return UserError(

@@ -25,7 +25,7 @@ from crate_mae.interpret.registry import INVERSES, MEASURES
 from crate_mae.interpret.removals import AttentionUse, Removal, mattering
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
 from crate_mae.interpret.report.subjects import NETWORKS
-from crate_mae.interpret.statistics import Row, Trend, trend
+from crate_mae.interpret.statistics import Row, Trend, short_place, trend
 
 VERDICT_RULE = (
     "A curve “falls” or “rises” if the 95% interval of its change from the first layer to the last does not contain 0, "
@@ -203,7 +203,7 @@ def lengths_finding(inspection: Inspection) -> Finding:
         changes = ["–" if found is None else signed(found.after - found.before) for found in rates]
         sorting = audit.get((SORT, row.layer))
         margin = "–" if sorting is None else f"{signed(sorting.margin)} over {sorting.closest_control}"
-        lines.append([f"E{row.layer}", percent(row.mean), *changes, margin])
+        lines.append([short_place(row.part, row.layer), percent(row.mean), *changes, margin])
     sorts = sum(row.is_met for (key, _), row in audit.items() if key == SORT)
     return Finding(
         anchor,
@@ -416,7 +416,7 @@ def _held_on(rows: Sequence[AuditRow], tokens: str) -> str:
     """What holds where on one kind of tokens, such as "On all tokens: Attention lowers R^c (E0 and E2)."."""
     held = []
     for found in by_claim(row for row in rows if row.tokens == tokens).values():
-        places = [f"{row.part[0].upper()}{row.layer}" for row in found if row.is_met]
+        places = [short_place(row.part, row.layer) for row in found if row.is_met]
         if places:
             held.append(f"{found[0].text} ({'in every layer' if len(places) == len(found) else listed(places)})")
     if not held:
@@ -522,7 +522,7 @@ def _removals_table(removals: Sequence[Removal]) -> Table:
 
 
 def _part(removal: Removal) -> str:
-    return f"{removal.kind} {removal.index} of {removal.part[0].upper()}{removal.layer}"
+    return f"{removal.kind} {removal.index} of {short_place(removal.part, removal.layer)}"
 
 
 def _points(change: float | None) -> str:
@@ -532,9 +532,10 @@ def _points(change: float | None) -> str:
 def _use_table(use: Sequence[AttentionUse]) -> Table:
     lines = []
     for found in use:
-        where = "nothing changed" if not found.part else f"{found.part[0].upper()}{found.layer}"
-        if found.part and found.layer is None:
-            where = f"all of the {found.part}"
+        if not found.part:
+            where = "nothing changed"
+        else:
+            where = f"all of the {found.part}" if found.layer is None else short_place(found.part, found.layer)
         low, high = found.change_low, found.change_high
         change = "–" if not found.part or low is None or high is None else f"{signed(low)} to {signed(high)}"
         score = "–"
