@@ -26,7 +26,7 @@ from crate_mae.app.compute import (
 from crate_mae.app.curves import ChartLine, draw_curves
 from crate_mae.app.pictures import to_png, to_uri
 from crate_mae.data.pictures import picture_grid
-from crate_mae.drawing.style import GREY, colour
+from crate_mae.drawing.style import GREY, HEAT, colour
 from crate_mae.drawing.text import html, raised
 from crate_mae.errors import UserError
 from crate_mae.interpret.audit import LEAST_MARGIN_SHARE, SYMBOLS, AuditRow, by_claim
@@ -34,7 +34,6 @@ from crate_mae.interpret.registry import MEASURES
 from crate_mae.interpret.tokens import shown_images
 from crate_mae.models.autoencoder import MaskedAutoencoder
 
-_HEAT = "cividis"  # looks the same with every kind of colour vision
 _NOTES = {
     "original": "",
     "masked": "what the model sees",
@@ -270,7 +269,7 @@ def _images(pixels: Sequence[Float[np.ndarray, "hh ww 3"]]) -> Float[Tensor, "k 
 def _heat(values: Float[np.ndarray, "gh gw"]) -> Float[np.ndarray, "gh gw 3"]:
     """Colour a map from dark (0) to bright (its own maximum)."""
     largest = values.max()
-    return matplotlib.colormaps[_HEAT](values / largest if largest > 0 else values)[..., :3]
+    return matplotlib.colormaps[HEAT](values / largest if largest > 0 else values)[..., :3]
 
 
 def _in_words(found: Curves, layer: int) -> str:

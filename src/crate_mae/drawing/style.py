@@ -14,6 +14,7 @@ from PIL import Image
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#555555"
+HEAT = "cividis"  # colours of maps, which look the same with any kind of colour vision
 _COLOURS_OF_LINES = 256
 _DPI = 130
 _SETTINGS: Any = {

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from crate_mae.drawing.style import GREY, new_figure, panels
+from crate_mae.drawing.style import GREY, HEAT, new_figure, panels
 from crate_mae.drawing.text import percent
 from crate_mae.interpret.atoms import Atom, Gallery
 from crate_mae.interpret.foregrounds import FOREGROUND_MASS, mass_mask
@@ -19,7 +19,6 @@ _CAPTION, _GAP, _TITLE_LINE, _HEADING, _LABEL = 0.2, 0.05, 0.22, 0.5, 1.2  # inc
 _VEIL = np.array([0.0, 0.45, 0.7])  # the colour that lies over what is not foreground
 _VEILED = 0.8  # how much of it
 _FRAME = "#D55E00"
-_HEAT = "cividis"  # which looks the same with any kind of colour vision
 _ROOMY, _NARROW = 1.3, 1.0  # inches of a tile below which titles become smaller
 
 
@@ -95,7 +94,7 @@ def draw_tiles(rows: Tiles, *, tile_width: float, heading: str = "") -> Figure:
 
 
 def _draw_tile(axes: Any, tile: Tile, font_size: float) -> None:
-    colours = {"cmap": _HEAT, "vmin": 0.0, "vmax": float(tile.pixels.max()) or 1.0} if tile.pixels.ndim == 2 else {}
+    colours = {"cmap": HEAT, "vmin": 0.0, "vmax": float(tile.pixels.max()) or 1.0} if tile.pixels.ndim == 2 else {}
     axes.imshow(tile.pixels, interpolation="nearest", aspect="auto", **colours)
     axes.set_title(tile.title, fontsize=font_size, pad=3)
     axes.set_box_aspect(tile.pixels.shape[0] / tile.pixels.shape[1])
