@@ -125,11 +125,11 @@ def measure_layers(
         raise UserError(f"count is {count} and batch_size {batch_size}, but both must be at least 1.")
     images_from = open_source(source)
     opened = model if isinstance(model, Opened) else open_measurable(model, seed)
-    if mask_ratio is not None and not isinstance(opened.net, MaskedAutoencoder):
-        raise UserError(f"{opened.name} cannot hide patches: leave mask_ratio out.")
     read = read_images(images_from, opened.backbone.transform(), fixed_sample(len(images_from), count, seed), count)
     masks = None
-    if mask_ratio is not None and isinstance(opened.net, MaskedAutoencoder):
+    if mask_ratio is not None:
+        if not isinstance(opened.net, MaskedAutoencoder):
+            raise UserError(f"{opened.name} cannot hide patches: leave mask_ratio out.")
         masks = nested_masks(len(read.images), opened.net.num_patches, mask_ratio, seed)
     report = on_stage or (lambda _stage: None)
     rows, left_out = _measure(opened, read.images, _batches(read.images, masks, batch_size), report)
