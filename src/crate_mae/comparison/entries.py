@@ -16,7 +16,7 @@ from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction
-from crate_mae.evaluation.probes import refuse_small_classes
+from crate_mae.evaluation.probes import NEIGHBOURS, refuse_small_classes
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER
@@ -26,7 +26,6 @@ from crate_mae.training.preflight import faster_precision, loading_seconds, mult
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
 
-NEIGHBOURS = 20
 _ROUNDS = 11
 _LEAST_ROUNDS = 3
 _MOST_SECONDS = 60.0  # of all rounds, once there are enough of them

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from crate_mae.comparison.entries import NEIGHBOURS, Images, extraction
+from crate_mae.comparison.entries import Images, extraction
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trained
 from crate_mae.data import evaluation_transform
@@ -232,7 +232,7 @@ def _probe(model: Any, options: CompareOptions, images: Images) -> dict[str, flo
     def run(train: Features, val: Features, _classes: list[str]) -> list[None]:
         assert train.labels is not None and val.labels is not None, "probes are only run with labels"
         data = (train.values, train.labels, val.values, val.labels)
-        found["knn"] = knn_probe(*data, k=NEIGHBOURS).top1.value
+        found["knn"] = knn_probe(*data).top1.value
         found["linear"] = linear_probe(*data).top1.value
         return [None]
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from crate_mae.data.numbers import student_half_width
 from crate_mae.errors import UserError
 
-TEMPERATURE = 0.07
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the nearest-neighbour vote
 C_GRID = tuple(10.0 ** (power / 2) for power in range(-10, 5))  # 1e-5 to 100
 PATIENCE = 2  # values of C in a row without an improvement, after which the search ends: weak regularisation is slow
 SHARE_TO_CHOOSE_ON = 0.1
@@ -164,7 +164,7 @@ def knn_probe(
     val: Float[np.ndarray, "k f"],
     val_labels: Int[np.ndarray, "k"],
     *,
-    k: int = 20,
+    k: int = NEIGHBOURS,
 ) -> KnnResult:
     """Vote among the k most similar training images, each with the weight exp(cosine similarity / 0.07).
 
@@ -189,7 +189,7 @@ def knn_probe(
 
 
 def knn_accuracy_on_tenth(
-    train: Float[np.ndarray, "n f"], labels: Int[np.ndarray, "n"], *, k: int = 20, seed: int = 0
+    train: Float[np.ndarray, "n f"], labels: Int[np.ndarray, "n"], *, k: int = NEIGHBOURS, seed: int = 0
 ) -> float | None:
     """Accuracy of `knn_probe` on a tenth of the training images, with the others as neighbours.
 
