@@ -4,7 +4,12 @@ import pytest
 from jinja2 import TemplateNotFound, UndefinedError
 from markupsafe import Markup
 
-from crate_mae.drawing.page import _macros, render, table
+from crate_mae.drawing.page import _environment, render
+
+
+@pytest.fixture
+def macros():
+    return _environment().get_template("drawing/macros.html.j2").module
 
 
 def test_text_is_escaped():
@@ -14,15 +19,15 @@ def test_text_is_escaped():
     assert "max-width: 52rem" in text
 
 
-def test_a_picture_is_inside_the_page_with_a_text():
-    text = _macros().figure(b"png", Markup("R<sup>c</sup>"), 'a "b" <c>')
+def test_a_picture_is_inside_the_page_with_a_text(macros):
+    text = macros.figure(b"png", Markup("R<sup>c</sup>"), 'a "b" <c>')
     assert 'src="data:image/png;base64,cG5n"' in text
     assert 'alt="a &#34;b&#34; &lt;c&gt;"' in text and "<figcaption>R<sup>c</sup></figcaption>" in text
-    assert "<figcaption>R<sup>c</sup> &lt;3</figcaption>" in _macros().figure(b"png", "R^c <3", "")
+    assert "<figcaption>R<sup>c</sup> &lt;3</figcaption>" in macros.figure(b"png", "R^c <3", "")
 
 
-def test_a_table_has_its_cells_in_order():
-    text = table(["", "a"], [["x", "1"], ["y", "2"]], "caption")
+def test_a_table_has_its_cells_in_order(macros):
+    text = macros.table(["", "a"], [["x", "1"], ["y", "2"]], "caption")
     assert text.index("caption") < text.index(">a<") < text.index(">x<") < text.index(">1<") < text.index(">y<")
 
 

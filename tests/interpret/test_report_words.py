@@ -68,6 +68,7 @@ def test_numbers_are_written_shortly():
     assert (listed(["a"]), listed(["a", "b", "c"])) == ("a", "a, b and c")
     assert html("lowers R^c < 1") == "lowers R<sup>c</sup> &lt; 1"
     assert html("R - U_k^⊤z of λ‖Z‖_0\na_b") == "R − U<sub>k</sub><sup>⊤</sup>z of λ‖Z‖<sub>0</sub><br>a_b"
+    assert html("Σ_k p^−1/2 q_σ") == "Σ<sub>k</sub> p<sup>−1/2</sup> q<sub>σ</sub>"
     assert html(html("a < b")) == "a &lt; b"
     assert raised("R - R^c of 10^−7") == "R − Rᶜ of 10⁻⁷"
     assert mathtext("R - R^c vs. U_k, λ‖Z‖_0") == "R − R$^c$ vs. U$_k$, λ‖Z‖$_0$"

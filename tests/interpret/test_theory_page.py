@@ -10,7 +10,7 @@ from PIL import Image
 
 from crate_mae.drawing.style import encode
 from crate_mae.interpret.claims import attention, denoising, ista, signal_to_noise
-from crate_mae.interpret.claims.common import Spread, number, power
+from crate_mae.interpret.claims.common import Spread, number
 from crate_mae.interpret.claims.page import CLAIMS, measure_theory, write_page
 
 
@@ -36,7 +36,7 @@ class Tags(HTMLParser):
         self.sources += [attributes["src"]] if "src" in attributes else []
         self.links += [attributes["href"]] if "href" in attributes else []
         self.ids += [attributes["id"]] if "id" in attributes else []
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -47,8 +47,7 @@ def test_numbers_are_written_with_their_spread():
     assert number(Spread(0.5, 0.25)) == "0.50 ± 0.25"
     assert number(Spread(-0.5, 0.001)) == "−0.500 ± 0.001"
     assert number(Spread(0.0, 0.0)) == "0.000 ± 0.000"
-    assert number(Spread(1.25e-7, 0.0)) == "1.2·10<sup>−7</sup> ± 0"
-    assert power(6.34e89) == "6.3·10<sup>89</sup>"
+    assert number(Spread(1.25e-7, 0.0)) == "1.2·10^−7 ± 0"
 
 
 def test_the_page_is_self_contained(results, pictures):

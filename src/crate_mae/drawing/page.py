@@ -10,7 +10,6 @@ from functools import cache
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from crate_mae.drawing.text import html, number, percent, plural, signed
 
@@ -23,16 +22,6 @@ def render(template: str, **values: Any) -> str:
         values: what it names.
     """
     return _environment().get_template(template).render(**values)
-
-
-def table(header: Any, rows: Any, caption: str = "") -> str:
-    """Write a table whose first column names each row, as HTML, from cells that are HTML."""
-    cells = [[Markup(cell) for cell in row] for row in rows]
-    return _macros().table([Markup(cell) for cell in header], cells, Markup(caption))
-
-
-def _macros() -> Any:
-    return _environment().get_template("drawing/macros.html.j2").module
 
 
 @cache

@@ -20,9 +20,9 @@ RUN_TITLES = {  # of the columns of metrics.csv
     "lr": "learning rate",
     "images_per_second": "images per second",
 }
-_SUPERSCRIPT = re.compile(r"\^(−?\d+|⊤|[a-z]\b)")
+_SUPERSCRIPT = re.compile(r"\^(−?\d+(?:/\d+)?|⊤|[a-z]\b)")
 _RAISED = str.maketrans("c⊤−0123456789", "ᶜᵀ⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_SUBSCRIPT = re.compile(r"(?<=\b[A-Z])_(\w)\b|(?<=‖)_(\w)\b")
+_SUBSCRIPT = re.compile(r"(?:(?<=\b[A-ZΣ])|(?<=‖))_(\w)\b|(?<=\w)_([α-ω])\b")
 
 
 def number(value: float) -> str:

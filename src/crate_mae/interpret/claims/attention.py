@@ -209,7 +209,7 @@ def explain(results: Attention) -> Section:
     near, edge, beyond = (at(results.orthogonal, radius) for radius in (0.3, 0.9, 3.0))
     tilted = at(results.coherent, 0.3)
     one, network = SCALES
-    scale = "s = p<sup>−1/2</sup>"
+    scale = "s = p^−1/2"
     accurate = [point.radius for point in results.orthogonal if point.error["order 1"].mean <= ACCURATE]
     reach = f"up to a‖W‖² = {max(accurate):g}" if accurate else "nowhere"
     downhill = {
@@ -227,35 +227,32 @@ def explain(results: Attention) -> Section:
         title="Attention keeps one of the two terms of the gradient step",
         claim="Expand the inverse in the gradient to first order, and attention without softmax appears. The descent "
         "step then has two terms: −W, which shrinks tokens, and a term that mixes them. Replace the auto-correlation W "
-        "W<sup>⊤</sup> by a softmax P, and the second term becomes PW, the network's attention. The published layer "
+        "W^⊤ by a softmax P, and the second term becomes PW, the network's attention. The published layer "
         "adds PW and drops −W.",
-        formula="∇R<sup>c</sup> = a Σ<sub>k</sub> (I + a W<sub>k</sub>W<sub>k</sub><sup>⊤</sup>)<sup>−1</sup> "
-        "W<sub>k</sub>U<sub>k</sub><sup>⊤</sup> ≈ a Σ<sub>k</sub> (W<sub>k</sub> − a "
-        "W<sub>k</sub>W<sub>k</sub><sup>⊤</sup>W<sub>k</sub>) U<sub>k</sub><sup>⊤</sup> ≈ a Σ<sub>k</sub> "
-        "(W<sub>k</sub> − P<sub>k</sub>W<sub>k</sub>) U<sub>k</sub><sup>⊤</sup>, &nbsp; P<sub>k</sub> = softmax(s "
-        "W<sub>k</sub>W<sub>k</sub><sup>⊤</sup>) &nbsp;&nbsp; restored step: Z + κ Σ<sub>k</sub> "
-        "(P<sub>k</sub>W<sub>k</sub> − W<sub>k</sub>) U<sub>k</sub><sup>⊤</sup> &nbsp;&nbsp; published step: Z + "
-        "Σ<sub>k</sub> P<sub>k</sub>W<sub>k</sub> U<sub>k</sub><sup>⊤</sup>",
+        formula="∇R^c = a Σ_k (I + a W_k W_k^⊤)^−1 W_k U_k^⊤ ≈ a Σ_k (W_k − a W_k W_k^⊤ W_k) U_k^⊤ ≈ a Σ_k "
+        "(W_k − P_k W_k) U_k^⊤, with P_k = softmax(s W_k W_k^⊤)\n"
+        "restored step: Z + κ Σ_k (P_k W_k − W_k) U_k^⊤\n"
+        "published step: Z + Σ_k P_k W_k U_k^⊤",
         how=f"{results.tokens} noisy tokens (σ = {results.noise_std:g}) from {results.h} subspaces of dimension "
         f"{results.p}; {results.draws} draws. The distortion sets a‖W‖²; the series converges below 1. The softmax "
         "forms were scaled by the best factor, in their favour. Because every form begins with the same shrinking "
         "term, the part that mixes tokens is also compared alone. Subspaces: orthogonal, and tilted to a coherence of "
         f"{number(tilted.coherence)}. The restored and the published step are compared with the exact descent "
-        f"direction; for the change of R<sup>c</sup> all steps were scaled to {STEP_LENGTH:g} of the tokens' norm. "
-        "Here the published step has the projections U<sub>k</sub> and tokens that are not normalised; the network "
+        f"direction; for the change of R^c all steps were scaled to {STEP_LENGTH:g} of the tokens' norm. "
+        "Here the published step has the projections U_k and tokens that are not normalised; the network "
         "has learned projections and normalised tokens.",
         found=(
             f"Relative errors of the orders 0, 1, 2 at a‖W‖² = {near.radius:g}: {orders(near)}; at {edge.radius:g}: "
             f"{orders(edge)}.",
             f"With softmax, W − PW at a‖W‖² = {near.radius:g}: relative error {both(near.error, 'softmax')}. The part "
             f"that mixes tokens has a cosine with the gradient's of {both(near.mixing, 'softmax')}.",
-            f"Cosine with −∇R<sup>c</sup> at the same a‖W‖²: restored step {both(near.descent, 'restored')}; published "
+            f"Cosine with −∇R^c at the same a‖W‖²: restored step {both(near.descent, 'restored')}; published "
             f"step {both(near.descent, 'published')}. With {scale} the restored step points downhill at "
             f"{downhill['restored']} of {len(results.orthogonal)} distortions, the published one at "
             f"{downhill['published']}.",
-            f"Steps of the same length change R<sup>c</sup> by these shares: exact gradient "
+            f"Steps of the same length change R^c by these shares: exact gradient "
             f"{number(near.change['gradient'])}; restored {both(near.change, 'restored')}; published "
-            f"{both(near.change, 'published')}. R<sup>c</sup> as the official code computes it, with every projection "
+            f"{both(near.change, 'published')}. R^c as the official code computes it, with every projection "
             f"scaled to length 1, changes by: restored {both(near.official_change, 'restored')}; published "
             f"{both(near.official_change, 'published')}.",
             f"Slight coherence changes little: order 1 then has error {number(tilted.error['order 1'])}, and softmax "
@@ -264,7 +261,7 @@ def explain(results: Attention) -> Section:
         limits=(
             f"Beyond a‖W‖² = 1 the series is useless: at {beyond.radius:g}, order 1 has relative error "
             f"{number(beyond.error['order 1'])} and cosine {number(beyond.cosine['order 1'])}.",
-            "The published step does not lower R<sup>c</sup> of the tokens as they are: it lengthens a token's part in "
+            "The published step does not lower R^c of the tokens as they are: it lengthens a token's part in "
             "every subspace, and the gradient shortens it. Measured without regard to length, or after a "
             "normalisation, it can still compress.",
             "The softmax is a poor approximation of the gradient's value: its errors are "
@@ -276,5 +273,5 @@ def explain(results: Attention) -> Section:
         f"with both terms has a cosine of {number(near.descent[f'restored, {network}'])} with the descent direction; "
         f"the published step, without −W, has {number(near.descent[f'published, {network}'])}.",
         caption="Left: relative error of the whole gradient. Middle: cosine of the part that mixes tokens. Right: "
-        "cosine of the steps with the descent direction, −∇R<sup>c</sup>; below 0 a step goes uphill.",
+        "cosine of the steps with the descent direction, −∇R^c; below 0 a step goes uphill.",
     )

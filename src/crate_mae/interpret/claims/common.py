@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from crate_mae.drawing import text
 from crate_mae.drawing.style import draw_line
 from crate_mae.theory import match_up_to_scale
 
@@ -59,7 +60,7 @@ def draw_spreads(
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """One claim in the report; all texts but the title are HTML.
+    """One claim in the report, in the notation of `drawing.text`.
 
     Attributes:
         title: the claim in a few words.
@@ -70,7 +71,7 @@ class Section:
         limits: where it fails, or was not tested.
         glance: the result in one sentence.
         caption: caption of the figure.
-        table: further results as a table; empty if there are none.
+        table: header, rows and caption of a table with further results; None if there are none.
     """
 
     title: str
@@ -81,23 +82,15 @@ class Section:
     limits: tuple[str, ...]
     glance: str
     caption: str
-    table: str = ""
+    table: tuple[Sequence[str], Sequence[Sequence[str]], str] | None = None
 
 
 def number(value: Spread) -> str:
     """Mean ± standard deviation, with digits that fit the deviation; as powers of ten for very small or large means."""
     if 0 < abs(value.mean) < 0.005 or abs(value.mean) >= 1000:
-        return f"{power(value.mean)} ± {power(value.std)}"
+        return f"{text.number(value.mean)} ± {text.number(value.std)}"
     digits = 3 if value.std < 0.005 else 2
     return f"{value.mean:.{digits}f} ± {value.std:.{digits}f}".replace("-", "−")
-
-
-def power(value: float) -> str:
-    """Two digits and a power of ten, as HTML."""
-    if value == 0:
-        return "0"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa}·10<sup>{int(exponent)}</sup>".replace("-", "−")
 
 
 def span(values: Sequence[float]) -> str:

@@ -181,9 +181,8 @@ def explain(results: Denoising) -> Section:
     return Section(
         title="Compressing is denoising",
         claim="The best way to denoise a token is to project it onto the subspace that it came from. A gradient step "
-        "that lowers the coding rate R<sup>c</sup> is claimed to do the same.",
-        formula="E[x | z] = z + σ² ∇ log q<sub>σ</sub>(z) = Σ<sub>k</sub> P(k | z) "
-        "z U<sub>k</sub>U<sub>k</sub><sup>⊤</sup> / (1 + σ²) &nbsp;≈?&nbsp; z − κ ∇R<sup>c</sup>(z | U)",
+        "that lowers the coding rate R^c is claimed to do the same.",
+        formula="E[x | z] = z + σ² ∇ log q_σ(z) = Σ_k P(k | z) z U_k U_k^⊤ / (1 + σ²) ≈? z − κ ∇R^c(z | U)",
         how=f"{middle.tokens} tokens from {middle.h} mutually orthogonal subspaces of dimension {middle.p}, plus "
         f"noise; {results.draws} draws each. The left side is exact for such data. The right side was computed over "
         "each token alone, over the tokens of one cluster (as if the clusters were known), and over all tokens at "
@@ -207,7 +206,7 @@ def explain(results: Denoising) -> Section:
             "instead of sorting them. Its cosine is high at strong noise only because the denoiser then mostly "
             "shrinks, too. The clusters are distinguished by the softmax (or by treating one token or one cluster at a "
             "time).",
-            f"R<sup>c</sup> ignores directions outside all subspaces, so noise there stays: with d = {widest.d} the "
+            f"R^c ignores directions outside all subspaces, so noise there stays: with d = {widest.d} the "
             f"gradient of each token alone leaves {errors(widest, 'token')} outside the own subspace "
             f"({errors(widest, 'noisy')} before), attention {errors(widest, 'attention')}.",
             f"Attention does not denoise at every noise level either: its cosine is "

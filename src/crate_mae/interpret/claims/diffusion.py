@@ -222,10 +222,10 @@ def explain(results: Diffusion) -> Section:
     shrunk = [run.norm[-1].mean / run.norm[0].mean for run in results.runs]
     return Section(
         title="Structured diffusion, and its reverse",
-        claim="Small descent steps on R<sup>c</sup> move tokens onto the subspaces: the model of an encoder. The same "
+        claim="Small descent steps on R^c move tokens onto the subspaces: the model of an encoder. The same "
         "steps with a plus sign move them back: the model of a decoder. The steps are those of the exact gradient, not "
         "those of the published layers (section 2).",
-        formula="forward: Z ← Z − κ ∇R<sup>c</sup>(Z | U) &nbsp;&nbsp; reverse: Z ← Z + κ ∇R<sup>c</sup>(Z | U)",
+        formula="forward: Z ← Z − κ ∇R^c(Z | U)\nreverse: Z ← Z + κ ∇R^c(Z | U)",
         how=f"{results.tokens} tokens on lines in the plane or in space, with noise σ = {results.noise_std:g}; ε = "
         f"{results.eps:.3g}; {first.steps} steps forward and as many in reverse; {results.draws} draws. Angles to the "
         "lines are the measure, because distances also fall when tokens merely shrink.",

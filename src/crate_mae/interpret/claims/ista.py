@@ -12,15 +12,14 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import Lasso
 from torch import Tensor
 
+from crate_mae.drawing import text
 from crate_mae.drawing.style import colour, legend_above, marker, new_figure, panels
-from crate_mae.drawing.text import plural
 from crate_mae.interpret.claims.common import (
     Section,
     Spread,
     draw_spreads,
     generator,
     number,
-    power,
     spreads_by_step,
 )
 from crate_mae.theory import lasso_objective, sparse_codes
@@ -192,7 +191,7 @@ def explain(results: Ista) -> Section:
 
     def progress(curve: IstaCurve) -> str:
         return "; ".join(
-            f"{plural(steps, 'step')}: gap {number(gap)}, agreement {support.mean:.2f}"
+            f"{text.plural(steps, 'step')}: gap {number(gap)}, agreement {support.mean:.2f}"
             for steps, gap, support in zip(results.steps, curve.gap, curve.support, strict=True)
             if steps in (1, 10, 100)
         )
@@ -202,7 +201,7 @@ def explain(results: Ista) -> Section:
     last, tokens, zero = results.steps[-1], curve("tokens", 1.0), curve("zero", 1.0)
     rising = (
         f"with η = {' and '.join(f'{s:g}' for s in raising)} times 1/‖D‖² it rose, to "
-        f"{power(curve('tokens', raising[-1]).gap[-1].mean)} times the minimum after {last} steps"
+        f"{text.number(curve('tokens', raising[-1]).gap[-1].mean)} times the minimum after {last} steps"
         if raising
         else "it never rose"
     )
@@ -210,8 +209,7 @@ def explain(results: Ista) -> Section:
         title="One sparse-coding step, and where more would lead",
         claim="The second half of a layer is one proximal-gradient step towards sparse, non-negative codes of its "
         "tokens in a dictionary.",
-        formula="A ← relu(A + η (X − A D<sup>⊤</sup>) D − ηλ), &nbsp; towards the minimum of ½‖X − A D<sup>⊤</sup>‖² "
-        "+ λ‖A‖<sub>1</sub> over A ≥ 0",
+        formula="A ← relu(A + η (X − A D^⊤) D − ηλ), towards the minimum of ½‖X − A D^⊤‖² + λ‖A‖_1 over A ≥ 0",
         how=f"{results.tokens} tokens, each a combination of few atoms of a random {results.d} × {results.d} "
         f"dictionary, with noise; λ = {results.threshold:g}; {results.draws} draws, ‖D‖² = "
         f"{number(results.largest_eigenvalue)}. The minimum is scikit-learn's converged solution, in which "
@@ -232,7 +230,7 @@ def explain(results: Ista) -> Section:
             f"With η too large the step does harm: {rising}.",
         ),
         glance=f"One step from A = X takes the gap from {results.initial_gap['tokens'].mean:.1f} to "
-        f"{tokens.gap[0].mean:.1f}; {last} steps take it to {power(tokens.gap[-1].mean)}; {rising}.",
+        f"{tokens.gap[0].mean:.1f}; {last} steps take it to {text.number(tokens.gap[-1].mean)}; {rising}.",
         caption=f"Left: gap (logarithmic; cut off at {_GAP_LIMITS[1]:g}). Right: agreement of the active codes. Solid: "
         "from A = X; dashed: from A = 0.",
     )

@@ -8,12 +8,13 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
-from crate_mae.drawing.page import table
 from crate_mae.drawing.style import GREY, colour, legend_above, marker, new_figure, panels
+from crate_mae.drawing.text import html
 from crate_mae.interpret.claims.common import Section, Spread, generator, span, spreads_by_step
 from crate_mae.theory import (
     attention_membership,
@@ -32,7 +33,7 @@ OPERATORS: dict[Operator, tuple[str, str]] = {
     "threshold": ("thresholded softmax, s = 1", "thresholded"),
     "normalised": ("thresholded, tokens normalised", "thresholded, normalised"),
     "softmax": ("softmax, s = 1", "softmax, s = 1"),
-    "network": ("softmax, s = p$^{-1/2}$ (the network's)", "softmax, s = p<sup>−1/2</sup>"),
+    "network": ("softmax, s = p$^{-1/2}$ (the network's)", "softmax, s = p^−1/2"),
 }
 _D, _H, _P, _TOKENS = 128, 4, 32, 160
 _STEP_SIZE, _THRESHOLD = 0.5, 0.6  # eta, tau
@@ -186,12 +187,13 @@ def explain(results: SignalToNoise) -> Section:
 
     return Section(
         title="Every layer improves the signal-to-noise ratio by the same factor",
-        claim="In a transformer with attention layers only, the ratio of signal to noise of a cluster's tokens is "
-        "claimed to grow by one constant factor per layer "
-        "(<a href='https://arxiv.org/abs/2506.03790'>arXiv 2506.03790</a>).",
-        formula="SNR<sub>k</sub> = ‖Z U<sub>k</sub>U<sub>k</sub><sup>⊤</sup>‖ / ‖Z (I − "
-        "U<sub>k</sub>U<sub>k</sub><sup>⊤</sup>)‖, &nbsp; SNR<sub>k</sub>(layer l + 1) = (1 + ητ) "
-        "SNR<sub>k</sub>(layer l)",
+        claim=html(
+            "In a transformer with attention layers only, the ratio of signal to noise of a cluster's tokens is "
+            "claimed to grow by one constant factor per layer ("
+        )
+        + Markup("<a href='https://arxiv.org/abs/2506.03790'>arXiv 2506.03790</a>)."),
+        formula="SNR of cluster k = ‖Z U_k U_k^⊤‖ / ‖Z (I − U_k U_k^⊤)‖\n"
+        "SNR in layer l + 1 = (1 + ητ) · SNR in layer l",
         how=f"{results.tokens} tokens from {results.h} orthogonal subspaces of dimension {results.p} that fill d = "
         f"{results.d}; {results.layers} layers with η = {results.step_size:g}; {results.draws} draws. The factor is "
         f"exact if every token attends with weight τ = {results.threshold:g} to itself in its own subspace, and to "
@@ -222,8 +224,8 @@ def explain(results: SignalToNoise) -> Section:
     )
 
 
-def _factor_table(results: SignalToNoise) -> str:
-    """For each noise level: how many layers have the predicted factor, and the first layer's factor; as HTML."""
+def _factor_table(results: SignalToNoise) -> tuple[list[str], list[list[str]], str]:
+    """For each noise level: how many layers have the predicted factor, and the first layer's factor."""
     rows = []
     for noise_std in dict.fromkeys(curve.noise_std for curve in results.curves):
         curves = [curve for curve in results.curves if curve.noise_std == noise_std]
@@ -232,4 +234,4 @@ def _factor_table(results: SignalToNoise) -> str:
         f"Number of layers, from the first, whose factor is within {HOLDS_WITHIN:.0%} of the predicted one; the first "
         "layer's factor"
     )
-    return table(["σ", *(title for _, title in OPERATORS.values())], rows, caption)
+    return ["σ", *(title for _, title in OPERATORS.values())], rows, caption
