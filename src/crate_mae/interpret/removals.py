@@ -252,17 +252,16 @@ def removals(
     def measured(changes: Mapping[str, Change], *, in_encoder: bool = True) -> _Measured:
         with intervene(net, changes):
             losses = image_losses(net, images, masks, batch_size)
-            return losses, None if probe is None or not in_encoder else probe.classify() == probe.labels
+            return _Measured(losses, None if probe is None or not in_encoder else probe.classify() == probe.labels)
 
     started = time.perf_counter()
     intact = measured({})
     if on_start is not None:
-        heads = sum(len(share) + draws for name, share in shares.items() if name.endswith("head_steps"))
-        codes = sum(min(atoms, len(share)) * (1 + draws) for name, share in shares.items() if name.endswith("code"))
+        heads = sum(len(share) + draws for (_, kind), share in shares.items() if kind == "head_steps")
+        codes = sum(min(atoms, len(share)) * (1 + draws) for (_, kind), share in shares.items() if kind == "code")
         on_start((time.perf_counter() - started) * (heads + codes))
     found = []
-    for name, share in shares.items():
-        layer, _, kind = name.rpartition(".")
+    for (layer, kind), share in shares.items():
         in_encoder = place_of(layer)[0] == "encoder"
         numbers = range(len(share)) if kind == "head_steps" else chosen_atoms(share, atoms, generator)
         controls: list[_Measured] = []
@@ -270,7 +269,7 @@ def removals(
             if kind == "code" or not controls:  # the heads of a layer share their draws
                 drawn = [_at_random(net, layer, kind, share, number, generator) for _ in range(draws)]
                 controls = [measured(changes, in_encoder=in_encoder) for changes in drawn]
-            without = measured({f"{name}[{number}]": 0.0}, in_encoder=in_encoder)
+            without = measured({f"{layer}.{kind}[{number}]": 0.0}, in_encoder=in_encoder)
             kept = float(share[number])
             found.append(_removal(place_of(layer), kind, number, kept, intact, without, controls, probe))
     return found
@@ -282,31 +281,36 @@ def mattering(found: Sequence[Removal]) -> list[Removal]:
     return [each for each, p in zip(found, corrected, strict=True) if each.beyond > 0 and p < LARGEST_P]
 
 
-# Losses of images, and whether those of the probe are classified right.
-_Measured = tuple[Float[Tensor, "b"], Bool[Tensor, "k"] | None]
+class _Measured(NamedTuple):
+    """Losses of images, and whether those of the probe are classified right."""
+
+    losses: Float[Tensor, "b"]
+    right: Bool[Tensor, "k"] | None
 
 
-def _shares(net: MaskedAutoencoder, images: Tensor, masks: Tensor, batch_size: int) -> dict[str, Float[Tensor, "m"]]:
-    """The share of each head in the steps of its layer, and of each atom in its code, of the squared length."""
+def _shares(
+    net: MaskedAutoencoder, images: Tensor, masks: Tensor, batch_size: int
+) -> dict[tuple[str, str], Float[Tensor, "m"]]:
+    """The share of each head in the steps of its layer, and of each atom in its code, of the squared length.
+
+    By the names of the layers, and "head_steps" or "code".
+    """
     layers = layers_of(net)
-    names = [
-        f"{at}.{kind}" for at, layer in layers.items() for kind in ("head_steps", "code") if kind in places_of(layer)
-    ]
-    energy: dict[str, Tensor] = {}
+    places = [(at, kind) for at, layer in layers.items() for kind in ("head_steps", "code") if kind in places_of(layer)]
+    energy: dict[tuple[str, str], Tensor] = {}
     device = next(net.parameters()).device
-    with evaluating(net), trace(net, names) as seen:
+    with evaluating(net), trace(net, [f"{layer}.{kind}" for layer, kind in places]) as seen:
         for batch, mask in zip(images.split(batch_size), masks.split(batch_size), strict=True):
             net(batch.to(device), mask=mask.to(device))
-            for name in names:
-                layer, _, kind = name.rpartition(".")
-                value = seen[name].pop().double()
+            for layer, kind in places:
+                value = seen[f"{layer}.{kind}"].pop().double()
                 if kind == "code":
                     found = value.square().sum((0, 1))
                 else:  # ||S_k O_k^T||^2 = <S_k^T S_k, O_k^T O_k>, S_k the step in the coordinates of the subspace
                     outputs = _outputs(layers[layer]).double()
                     found = (torch.einsum("bhnp,bhnq->hpq", value, value) * (outputs.mT @ outputs)).sum((1, 2))
-                energy[name] = energy.get(name, 0) + found.cpu()
-    return {name: found / found.sum().clamp_min(torch.finfo(found.dtype).tiny) for name, found in energy.items()}
+                energy[layer, kind] = energy.get((layer, kind), 0) + found.cpu()
+    return {place: found / found.sum().clamp_min(torch.finfo(found.dtype).tiny) for place, found in energy.items()}
 
 
 def _outputs(layer: nn.Module) -> Float[Tensor, "h d p"]:
@@ -365,22 +369,22 @@ def _removal(
     controls: Sequence[_Measured],
     probe: Probe | None,
 ) -> Removal:
-    loss = float((without[0] - intact[0]).mean())
-    random = statistic(torch.stack([(losses - intact[0]).mean() for losses, _ in controls]))
+    loss = float((without.losses - intact.losses).mean())
+    random = statistic(torch.stack([(control.losses - intact.losses).mean() for control in controls]))
     beyond, spread = loss - random.mean, (random.spread or 0.0) * math.sqrt(1 + 1 / random.n)  # of one more draw
     one_more = Statistic(beyond, spread * math.sqrt(random.n), random.n)  # whose interval divides by the root again
     name = {"head_steps": "head", "code": "atom"}[kind]
     found = Removal(*place, name, number, share, loss, random.mean, beyond, *one_more.interval(), p_value(one_more))
-    if probe is None or without[1] is None or intact[1] is None:
+    if probe is None or without.right is None or intact.right is None:
         return found
-    gained = without[1].double() - intact[1].double()
-    right_at_random = torch.stack([right for _, right in controls if right is not None])
+    gained = without.right.double() - intact.right.double()
+    right_at_random = torch.stack([control.right for control in controls if control.right is not None])
     by_class = {int(c): float(gained[probe.labels == c].mean()) for c in probe.labels.unique()}
     worst = min(by_class, key=by_class.__getitem__)
     return replace(
         found,
         accuracy=float(gained.mean()),
-        random_accuracy=float((right_at_random.double() - intact[1].double()).mean()),
+        random_accuracy=float((right_at_random.double() - intact.right.double()).mean()),
         worst_class=probe.names[worst],
         worst_class_accuracy=by_class[worst],
     )
