@@ -171,6 +171,26 @@ def test_a_large_request_waits_for_a_place(monkeypatch):
     assert answers[0]["status"] == 200
 
 
+def test_a_large_request_that_is_cancelled_while_it_arrives_is_not_counted(monkeypatch):
+    monkeypatch.setattr(limits, "SMALL_BODY", 10)
+    large = limits.LargeRequests()
+    parts = [{"type": "http.request", "body": b"x" * 500, "more_body": True}]
+
+    async def receive():
+        return parts.pop() if parts else await asyncio.sleep(60)
+
+    async def cancel_while_it_arrives():
+        request = RequestLimits(echo, large=large)({"type": "http", "path": "/gradio_api/reset"}, receive, print)
+        arriving = asyncio.create_task(request)
+        await asyncio.sleep(0)
+        arriving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await arriving
+
+    asyncio.run(cancel_while_it_arrives())
+    assert [large.add() for _ in range(limits.MOST_LARGE)] == [True] * limits.MOST_LARGE
+
+
 @pytest.mark.parametrize(
     ("header", "value", "status"),
     [

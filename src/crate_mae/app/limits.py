@@ -110,7 +110,7 @@ class RequestLimits:
         """Read the whole body of a request; the rest of one that is refused is read too, and dropped."""
         body, size, more = bytearray(), 0, True
         refused: _RefusedError | None = None
-        is_counted = False  # as a large one
+        is_counted = is_complete = False  # counted as a large one
         try:
             async with asyncio.timeout(SECONDS_TO_SEND):
                 while more and size <= _MOST_DISCARDED:
@@ -119,26 +119,21 @@ class RequestLimits:
                         raise _RefusedError(400, "The request ended before it was complete.")
                     part, more = message.get("body", b""), message.get("more_body", False)
                     size += len(part)
-                    if refused is None and size > MAX_BODY:
-                        most = MAX_BODY // 2**20
-                        refused = _RefusedError(413, f"This is larger than the {most} MB that the app accepts.")
-                    elif refused is None and size > SMALL_BODY and not is_counted:
+                    if refused is None and SMALL_BODY < size <= MAX_BODY and not is_counted:
                         is_counted = await self._large.wait()
-                        if not is_counted:
-                            sentence = "The app is busy with other pictures: try again in a few seconds."
-                            refused = _RefusedError(429, sentence)
+                    refused = refused or _why_refused(size, is_counted)
                     if refused is None:
                         body += part
                     else:
                         body.clear()
             if refused is not None:
                 raise refused
-        except (TimeoutError, _RefusedError) as error:
-            if is_counted:
-                self._large.remove()
-            if isinstance(error, _RefusedError):
-                raise
+            is_complete = True
+        except TimeoutError as error:
             raise _RefusedError(408, f"This took longer than {SECONDS_TO_SEND:.0f} seconds to arrive.") from error
+        finally:
+            if is_counted and not is_complete:
+                self._large.remove()
         return bytes(body)
 
     def _check_call(self, body: bytes) -> None:
@@ -233,6 +228,15 @@ class _RefusedError(Exception):
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(sentence)
         self.status = status
+
+
+def _why_refused(size: int, is_counted: bool) -> _RefusedError | None:
+    """The error for a body of this size so far that is too large, or that is large where as many are held as may be."""
+    if size > MAX_BODY:
+        return _RefusedError(413, f"This is larger than the {MAX_BODY // 2**20} MB that the app accepts.")
+    if size > SMALL_BODY and not is_counted:
+        return _RefusedError(429, "The app is busy with other pictures: try again in a few seconds.")
+    return None
 
 
 def _replay(body: bytes, receive: Any) -> Any:
