@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -150,9 +150,8 @@ def measure_atoms(
     controls = [(direction, response.linear(direction)) for direction in directions]
     found, drawn = [], []
     for (index, why), activation in zip(chosen.items(), values.unbind(-1), strict=True):
-        std, active = float(activation.double().std()), float((activation > 0).float().mean())
-        numbers, picture = _raised(response, std, torch.eye(size)[index], controls)
-        found.append(Atom(number, index, why, float(share[index]), active, std, **numbers))
+        atom, picture = _raised(response, number, index, why, share, activation, controls)
+        found.append(atom)
         drawn.append(picture)
     c, patches = net.config, patchify(images, net.config.patch_size)
     weights = values / values.sum((0, 1)).clamp_min(torch.finfo(values.dtype).tiny)
@@ -252,23 +251,36 @@ class _Response:
 
 
 def _raised(
-    response: _Response, std: float, direction: Float[Tensor, "m"], controls: Sequence[tuple[Tensor, Tensor]]
-) -> tuple[dict[str, Any], Float[np.ndarray, "1 hh ww 3"]]:
-    """An atom's numbers from `change` on, beside random directions and their linear responses; and what is drawn."""
+    response: _Response,
+    layer: int,
+    index: int,
+    chosen: Reason,
+    share: Float[Tensor, "m"],
+    activation: Float[Tensor, "b n"],
+    controls: Sequence[tuple[Tensor, Tensor]],
+) -> tuple[Atom, Float[np.ndarray, "1 hh ww 3"]]:
+    """An atom's numbers, beside random directions and their linear responses; and what is drawn when it is raised."""
+    std, direction = float(activation.double().std()), torch.eye(len(share))[index]
     change = response.actual(std * direction)
     cosine, realised = _agreement(change, std * response.linear(direction))
     at_random = [(response.actual(std * each), std * linear) for each, linear in controls]
     cosines = [agreed for pair in at_random if (agreed := _agreement(*pair)[0]) is not None]
-    numbers = {
-        "change": _rms(change),
-        "random_change": fmean(_rms(each) for each, _ in at_random),
-        "cosine": cosine,
-        "realised": realised,
-        "random_cosine": fmean(cosines) if cosines else None,
-        "random_cosine_low": min(cosines, default=None),
-        "random_cosine_high": max(cosines, default=None),
-    }
-    return numbers, response.mean_picture(change)
+    atom = Atom(
+        layer=layer,
+        index=index,
+        chosen=chosen,
+        share=float(share[index]),
+        active=float((activation > 0).float().mean()),
+        std=std,
+        change=_rms(change),
+        random_change=fmean(_rms(each) for each, _ in at_random),
+        cosine=cosine,
+        realised=realised,
+        random_cosine=fmean(cosines) if cosines else None,
+        random_cosine_low=min(cosines, default=None),
+        random_cosine_high=max(cosines, default=None),
+    )
+    return atom, response.mean_picture(change)
 
 
 def _agreement(change: Tensor, linear: Tensor) -> tuple[float, float] | tuple[None, None]:
