@@ -13,6 +13,7 @@ from crate_mae.app.compute import AppModel
 from crate_mae.app.handlers import ALONE, FORGED, LEAST_RATIO, MOST_RATIO, UNTRAINED, Controls, Handlers, refusing
 from crate_mae.app.limits import MOST_CONNECTIONS, LargeRequests, RequestLimits
 from crate_mae.app.pictures import FORMATS, MAX_BYTES, TOO_LARGE, Example, to_png, to_uri
+from crate_mae.data.files import reason_of
 from crate_mae.errors import UserError
 
 _MAX_WAITING = 64  # requests; later ones are refused
@@ -104,8 +105,9 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen()
     except OSError as error:
         listening.close()
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"Cannot listen on port {port} of {host}: {reason}. Choose another with --port.") from error
+        raise UserError(
+            f"Cannot listen on port {port} of {host}: {reason_of(error)}. Choose another with --port."
+        ) from error
     return listening
 
 
