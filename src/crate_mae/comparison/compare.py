@@ -108,9 +108,9 @@ def publish(
 
 
 def _plan(options: CompareOptions, entries: Sequence[Entry], costs: Sequence[Costs]) -> list[Planned]:
-    budget, search = parse_budget(options.budget), {"tries": options.lr_search, "share": options.search_share}
+    budget = parse_budget(options.budget)
     return [
-        Planned(entry, cost, plan_budget(budget, entry, cost, **search))
+        Planned(entry, cost, plan_budget(budget, entry, cost, tries=options.lr_search, share=options.search_share))
         for entry, cost in zip(entries, costs, strict=True)
     ]
 
