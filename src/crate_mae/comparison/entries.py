@@ -186,22 +186,22 @@ def measure_costs(entries: Sequence[Entry], train: ImageSource, device: torch.de
     wanted = entries[0].config.precision
     able = ["float32", "bfloat16"] if multiplies_in_bfloat16(device) else ["float32"]
     tried = able if wanted == "auto" else [wanted]
-    trials = [[TrialStep(e.model, e.step_settings(precision), device) for precision in tried] for e in entries]
-    seconds = iter(seconds_in_turns([trial for of_entry in trials for trial in of_entry]))
+    trials = {(e.name, p): TrialStep(e.model, e.step_settings(p), device) for e in entries for p in tried}
+    seconds = dict(zip(trials, seconds_in_turns(list(trials.values())), strict=True))
     config = entries[0].config
     loading = loading_seconds(train, entries[0].augmentation) * config.batch_size / max(1, config.workers)
     costs = []
-    for entry, of_entry in zip(entries, trials, strict=True):
-        times = dict(zip(tried, seconds, strict=False))
+    for entry in entries:
+        trial, times = trials[entry.name, tried[0]], {p: seconds[entry.name, p] for p in tried}
         precision = tried[0] if len(tried) == 1 else faster_precision(**times)
         memory = step_memory(entry.model, entry.step_settings(precision), device, entry.config.threads)
-        batch, model = entry.config.batch_size, of_entry[0].model
+        batch, model = entry.config.batch_size, trial.model
         costs.append(
             Costs(
                 parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                 encoder_parameters=sum(p.numel() for p in model.encoder.parameters() if p.requires_grad),
-                encoder_flops=of_entry[0].encoder_flops() / batch,
-                training_flops=of_entry[0].training_flops() / batch,
+                encoder_flops=trial.encoder_flops() / batch,
+                training_flops=trial.training_flops() / batch,
                 precision=precision,
                 step_seconds=times[precision],
                 loading_seconds=loading,
