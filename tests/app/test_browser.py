@@ -135,7 +135,7 @@ def test_a_visitor_hides_completes_and_looks_inside(visit, as_file, served):
 def test_two_models_are_compared_and_pictures_saved(visit):
     page = visit()
     page.tab.get_by_label("Compare with").click()
-    page.changes("#completed", lambda: page.tab.get_by_role("option", name="the same, untrained").click())
+    page.changes("#completed", lambda: page.tab.get_by_role("option", name="the same, random initialisation").click())
     scores = page.tab.locator("#completed .score").all_inner_texts()
     assert page.questions == 1
     trained, untrained = (float(score.removesuffix(" dB")) for score in scores)

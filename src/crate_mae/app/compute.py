@@ -72,7 +72,7 @@ class AppModel:
     def untrained(self) -> "AppModel":
         """The same network with random initialisation."""
         with default_generator_seeded(_SEED):
-            return AppModel(f"{self.name}, untrained", build(self.net.config).eval(), is_random=True)
+            return AppModel(f"{self.name}, random initialisation", build(self.net.config).eval(), is_random=True)
 
 
 def open_models(names: Sequence[str]) -> dict[str, AppModel]:

@@ -25,7 +25,7 @@ from crate_mae.errors import UserError
 logger = logging.getLogger(__name__)
 
 ALONE = "no other model"
-UNTRAINED = "the same, untrained"
+UNTRAINED = "the same, random initialisation"
 MASK_RATIO = 0.75
 LEAST_RATIO, MOST_RATIO = 0.05, 0.95
 FORGED = "The app does not send such requests."

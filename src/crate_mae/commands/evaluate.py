@@ -233,7 +233,7 @@ def _table(probed: "Probed") -> Table:
     titles = list(probed.rows[0][1].cells())
     table = Table("features of", "layer", *titles, box=None)
     for each in (probed, *probed.controls):
-        name = "untrained" if each.backbone.is_random else PIXELS if each is not probed else "the model"
+        name = "random initialisation" if each.backbone.is_random else PIXELS if each is not probed else "the model"
         for layer, result in each.rows:
             cells = result.cells()
             table.add_row(name, str(layer), *(cells.get(title, "") for title in titles))
@@ -258,7 +258,7 @@ def _verdict(probed: "Probed") -> str:
     comparisons = []
     for control in probed.controls:
         other = control.chosen()[1].score
-        what = "untrained" if control.backbone.is_random else control.backbone.name
+        what = "random initialisation" if control.backbone.is_random else control.backbone.name
         points = 100 * (score.value - other.value)
         if score.low > other.high:
             comparisons.append(f"{points:.1f} points better than {what}")
