@@ -242,7 +242,7 @@ def test_broken_images_are_listed(build, tmp_path):
     (tmp_path / "<broken>.png").write_bytes(b"nothing")
     _, _, page = report(model=build(), data=str(tmp_path), count=4)
     assert "&lt;broken&gt;.png" in page
-    assert "holds 4 images, 1 of which cannot be read: 3 were measured where 4 were asked for" in page
+    assert "holds 4 images (1 cannot be read): 3 were measured where 4 were asked for" in page
 
 
 def test_saved_models_are_opened_by_name(build, tmp_path):

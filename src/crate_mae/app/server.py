@@ -55,7 +55,7 @@ def build_server(models: dict[str, AppModel], host: str = "127.0.0.1") -> uvicor
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=("monospace",))
     large = LargeRequests()
     handlers = Handlers(models, on_response=large.remove)
-    blocks = build_page(handlers)
+    blocks = build_app(handlers)
 
     def mistake(call: Any) -> str | None:
         if found := handlers.mistake(call):
@@ -111,7 +111,7 @@ def listen(host: str, port: int) -> socket.socket:
     return listening
 
 
-def build_page(handlers: Handlers) -> gr.Blocks:
+def build_app(handlers: Handlers) -> gr.Blocks:
     """Build the app with its first results: those of the first model, beside the second if there is one."""
     models = handlers.models
     names = list(models)

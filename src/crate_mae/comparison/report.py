@@ -277,7 +277,7 @@ def _terms(results: Sequence[EntryResult], options: CompareOptions, budget: Budg
     """What was equal for all entries."""
     c = results[0].entry.config
     search = (
-        f", of which {options.search_share:.0%} went into a search over {options.lr_search} learning rates (chosen by "
+        f": {options.search_share:.0%} for a search over {options.lr_search} learning rates (chosen by "
         "the loss on held-out training images, never by the validation images)"
         if options.lr_search > 1
         else " (no search for a learning rate)"

@@ -101,14 +101,14 @@ def pixels_from_layers(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], p
 ProbeImages = tuple[Part, Part]  # labelled images to fit on and to measure on, with one numbering of classes
 
 
-def probe_images(train: ImageSource, test: ImageSource, most: int, seed: int) -> ProbeImages:
+def probe_images(train: ImageSource, val: ImageSource, most: int, seed: int) -> ProbeImages:
     """Choose at most `most` labelled images of each source, and number their classes alike.
 
     Raises:
         UserError: without labels, with one class, with a class that only the images to measure on have, or with a
             class of a single training image.
     """
-    return _numbered_alike(*(_labelled(source, most, seed) for source in (train, test)))
+    return _numbered_alike(*(_labelled(source, most, seed) for source in (train, val)))
 
 
 def split_probe_images(source: ImageSource, most: int, seed: int) -> ProbeImages:
@@ -120,16 +120,16 @@ def split_probe_images(source: ImageSource, most: int, seed: int) -> ProbeImages
     chosen = _labelled(source, most, seed)
     order = np.random.default_rng(seed).permutation(len(chosen))
     halves = np.sort(order[: len(order) // 2]), np.sort(order[len(order) // 2 :])
-    train, test = (Part(chosen, half) for half in halves)
-    if unknown := set(occurring_classes(test)) - set(occurring_classes(train)):
+    train, val = (Part(chosen, half) for half in halves)
+    if unknown := set(occurring_classes(val)) - set(occurring_classes(train)):
         raise UserError(f"Class {min(unknown)} of {source.name} has too few images for a probe.")
-    return _numbered_alike(train, test)
+    return _numbered_alike(train, val)
 
 
 def probe_layers(
     backbone: Backbone,
     train: ImageSource,
-    test: ImageSource,
+    val: ImageSource,
     *,
     layers: Sequence[int] | str = "all",
     grid: Sequence[float] = PROBE_STRENGTHS,
@@ -139,13 +139,13 @@ def probe_layers(
     Args:
         backbone: the frozen network.
         train: labelled images to fit on.
-        test: labelled images to measure on.
+        val: labelled images to measure on.
         layers: numbers of layers, or "all".
         grid: strengths of regularisation, see `evaluation.probes.linear_probe`.
     """
     device = next(backbone.encoder.parameters()).device
     try:
-        parts = [extract(backbone, source, Extraction(layers=layers, cache=False)) for source in (train, test)]
+        parts = [extract(backbone, source, Extraction(layers=layers, cache=False)) for source in (train, val)]
     finally:
         backbone.encoder.to(device)  # extraction takes it to an accelerator, away from its decoder
     probes = {}
@@ -214,11 +214,11 @@ def _labelled(source: ImageSource, most: int, seed: int) -> Part:
     return Part(source, known)
 
 
-def _numbered_alike(train: Part, test: Part) -> ProbeImages:
+def _numbered_alike(train: Part, val: Part) -> ProbeImages:
     """The same images, with labels that are numbers of the training images' classes."""
-    classes = align_classes(train, test)
-    labels = [aligned_labels(part, classes) for part in (train, test)]
+    classes = align_classes(train, val)
+    labels = [aligned_labels(part, classes) for part in (train, val)]
     refuse_small_classes(labels[0], 2, classes)
-    parts = zip((train, test), labels, strict=True)
-    train, test = (Part(part, np.arange(len(part)), labels=found, classes=classes) for part, found in parts)
-    return train, test
+    parts = zip((train, val), labels, strict=True)
+    train, val = (Part(part, np.arange(len(part)), labels=found, classes=classes) for part, found in parts)
+    return train, val

@@ -200,12 +200,12 @@ class Removal:
 
 def fitted_probe(backbone: Backbone, images: ProbeImages) -> Probe:
     """Fit a linear classifier to features of the encoder's last layer, and read the images to classify."""
-    train, test = images
+    train, val = images
     how = Extraction(layers=(-1,), cache=False)
-    (fitted,), (asked,) = extract(backbone, train, how), extract(backbone, test, how)
+    (fitted,), (asked,) = extract(backbone, train, how), extract(backbone, val, how)
     assert fitted.labels is not None and asked.labels is not None, "images of probes have labels"
     fit, scaler, *_ = fit_linear(fitted.values, fitted.labels, grid=PROBE_STRENGTHS)
-    read = read_images(test, backbone.transform(), range(len(test)), len(test)).images
+    read = read_images(val, backbone.transform(), range(len(val)), len(val)).images
 
     def classify() -> Int[Tensor, "k"]:
         with evaluating(backbone.encoder):
@@ -213,7 +213,7 @@ def fitted_probe(backbone: Backbone, images: ProbeImages) -> Probe:
         features = np.asarray(scaler.transform(torch.cat(batches).cpu().numpy()))
         return torch.as_tensor(fit.classes[fit.logits(features).argmax(axis=1)])
 
-    return Probe(classify, torch.as_tensor(asked.labels), test.classes or [])
+    return Probe(classify, torch.as_tensor(asked.labels), val.classes or [])
 
 
 def removals(

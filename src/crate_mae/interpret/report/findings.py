@@ -41,7 +41,7 @@ STAND_IN_LIMITS = (
 _RATES = ("subspace_rate", "subspace_rate_normalised", "subspace_rate_official")
 _SPARSITY = ("zero_fraction", "l1_to_l2", "gini")
 _KEPT = ("pixel_r2", "feature_rank", "dead_coordinates", "probe_accuracy")
-_SHOWN_REMOVALS = 15
+_MOST_REMOVALS = 15
 _VERBS = {  # of one curve, of several
     "falls": ("falls", "fall"),
     "rises": ("rises", "rise"),
@@ -514,7 +514,7 @@ def _removals_table(removals: Sequence[Removal]) -> Table:
             _points(each.accuracy),
             _points(each.random_accuracy),
         ]
-        for each in sorted(removals, key=lambda each: -each.beyond)[:_SHOWN_REMOVALS]
+        for each in sorted(removals, key=lambda each: -each.beyond)[:_MOST_REMOVALS]
     ]
     return Table(
         header, rows, f"The {len(rows)} parts that cost most beyond their controls; all are in interventions.csv."

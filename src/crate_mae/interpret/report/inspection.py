@@ -315,8 +315,8 @@ def _probe_images(subjects: Subjects, settings: Settings, left_out: dict[str, st
         left_out["linear probes"] = "they need labelled training images, given with --train-data"
     else:
         try:
-            (_, train), (_, test) = subjects["train"], subjects["model"]
-            return probe_images(train, test, settings.probe_images, settings.seed)
+            (_, train), (_, val) = subjects["train"], subjects["model"]
+            return probe_images(train, val, settings.probe_images, settings.seed)
         except UserError as error:
             left_out["linear probes"] = str(error)
     return None
@@ -327,7 +327,7 @@ def _shortages(subjects: Subjects, measured: Sequence[SubjectMeasures], settings
     notes = []
     for found in measured:
         if found.measures.images < settings.count and found.key not in NETWORKS[1:]:
-            bad = f", {len(found.measures.bad)} of which cannot be read" if found.measures.bad else ""
+            bad = f" ({len(found.measures.bad)} cannot be read)" if found.measures.bad else ""
             held = len(subjects[found.key][1])
             notes.append(
                 f"{found.measures.data} holds {held} images{bad}: {found.measures.images} were measured where "
