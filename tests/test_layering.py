@@ -21,7 +21,7 @@ LAYERS = {
     "costs": {"models", "training"},
     "comparison": {"theory", "models", "data", "training", "evaluation", "drawing", "costs"},
     "app": {"theory", "models", "data", "evaluation", "interpret", "drawing"},
-    "deployment": {"theory", "models", "data"},
+    "deployment": {"theory", "models", "data", "drawing"},
     "commands": {"theory", "models", "data", "training", "evaluation", "interpret", "comparison", "costs", "drawing"}
     | {"app", "deployment"},
     "cli": {"theory", "models", "data", "training", "evaluation", "comparison", "commands"},

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from crate_mae.commands.console import check_seed, computes, new_folder, takes
 from crate_mae.data.files import path_of, write_whole
+from crate_mae.drawing.text import RUN_TITLES
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import Data, OutputPath, option
@@ -125,10 +126,10 @@ def _training(model: object) -> "Training":
     hidden = config.mask_ratio if isinstance(config, PretrainOptions) else None
     if hidden is not None:
         lines["Hidden in training"] = f"{100 * hidden:g}% of the patches"
-    for column, name in (("loss", "Loss"), ("held_out_loss", "Loss on held-out images")):
+    for column in ("loss", "held_out_loss"):
         values = [float(row[column]) for row in logged if row.get(column)]
         if values:
-            lines[name] = f"{values[0]:.4g} → {values[-1]:.4g}"
+            lines[RUN_TITLES[column].capitalize()] = f"{values[0]:.4g} → {values[-1]:.4g}"
     return Training(lines=lines, mask_ratio=hidden)
 
 

@@ -21,6 +21,7 @@ from accelerate.utils import LoggerType
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.page import render
+from crate_mae.drawing.text import RUN_TITLES
 from crate_mae.errors import RunStopped, UserError, first_line, install_command
 from crate_mae.training.checkpoint import TrainState, check_state
 from crate_mae.training.model_state import ModelState
@@ -311,12 +312,12 @@ def _environment(directory: RunDirectory) -> str:
 
 _PANELS = {  # the columns of metrics.csv in each panel, by its title, with their names in the legend
     "loss": {"loss": "training", "held_out_loss": "held-out images", "val_loss": "validation images"},
-    "k-NN accuracy": {"knn_accuracy": ""},
-    "effective rank of features": {"feature_rank": ""},
-    "mean cosine between images": {"feature_cosine": ""},
-    "accuracy on validation images": {"val_accuracy": "top 1", "val_accuracy_top5": "top 5"},
-    "learning rate": {"lr": ""},
-    "images per second": {"images_per_second": ""},
+    RUN_TITLES["knn_accuracy"]: {"knn_accuracy": ""},
+    RUN_TITLES["feature_rank"]: {"feature_rank": ""},
+    RUN_TITLES["feature_cosine"]: {"feature_cosine": ""},
+    RUN_TITLES["val_accuracy"]: {"val_accuracy": "top 1", "val_accuracy_top5": "top 5"},
+    RUN_TITLES["lr"]: {"lr": ""},
+    RUN_TITLES["images_per_second"]: {"images_per_second": ""},
 }
 _OF_TRAINING = ("loss", "lr", "images_per_second")  # and not of held-out images: these are grey
 _SIGNALS = {"subspace_rate": "subspace rate R$^c$ (nats)", "zero_fraction": "exact zeros in the code (share)"}
