@@ -180,45 +180,25 @@ def inspect_model(
     """
     report, known = on_stage or (lambda _stage: None), training or Training()
     subjects, left_out = open_subjects(settings)
+    hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
+    inspector = _Inspector(settings, subjects, hidden, report, left_out)
     drawings = None if settings.foregrounds is None else read_drawings(Path(settings.foregrounds))
     if drawings is None:
         left_out["scores of foregrounds"] = "no masks or boxes were given with --foregrounds"
-    images = _probe_images(subjects, settings, left_out)
-    notes: list[str] = []
-    measured = []
-    hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
-    for key, (opened, source) in subjects.items():
-        report(f"{LABELS[key]}: {opened.name} on {source.name}")
-        more = _foreground_rows(opened, source, settings, drawings, notes) if key in NETWORKS else []
-        measures = measure_layers(
-            opened,
-            source,
-            count=settings.count,
-            mask_ratio=settings.mask_ratio,
-            seed=settings.seed,
-            audited=key not in UNTRAINED,
-            untrained=_DRAWS if key in NETWORKS else 0,
-            training_mask_ratio=hidden,
-            on_stage=lambda stage, key=key: report(f"{LABELS[key]}: {stage}"),
-        )
-        if images is not None and key in NETWORKS:
-            report(f"{LABELS[key]}: linear probes")
-            more += _probe_rows(LABELS[key], opened, images, notes)
-        measures = replace(measures, rows=[*measures.rows, *more])
-        measured.append(SubjectMeasures(key, opened.backbone.is_random, tokens_of(opened), measures))
+    images = inspector.probe_images()
+    measured = [inspector.measure(key, drawings, images) for key in subjects]
     report("the model without mixing")
     model, source = subjects["model"]
     chosen = fixed_sample(len(source), settings.count, settings.seed)
     pixels = read_images(source, model.backbone.transform(), chosen, settings.count).images
-    use, removed = _without_parts(model, source, pixels, settings, hidden, images, left_out, report)
+    use, removed = inspector.without_parts(pixels, images)
     report("atoms")
-    atoms = _atoms(model, pixels, settings, hidden, removed, left_out)
+    atoms = inspector.atoms(pixels, removed)
     report("pictures")
     examples = collect_examples(subjects, count=settings.count, mask_ratio=hidden, seed=settings.seed)
-    notes += _shortages(subjects, measured, settings)
     return Inspection(
         settings=settings,
-        description=describe(subjects["model"][0]),
+        description=describe(model),
         training=known.lines,
         measured=measured,
         attention_use=use,
@@ -226,100 +206,122 @@ def inspect_model(
         atoms=atoms,
         examples=examples,
         left_out=left_out | examples.left_out,
-        notes=notes,
+        notes=[*inspector.notes, *_shortages(subjects, measured, settings)],
         versions={"python": platform.python_version(), **versions()},
     )
 
 
-def _without_parts(
-    model: Opened,
-    source: ImageSource,
-    pixels: Tensor,
-    settings: Settings,
-    hidden: float,
-    images: ProbeImages | None,
-    left_out: dict[str, str],
-    report: Progress,
-) -> tuple[list[AttentionUse], list[Removal]]:
-    """The model without mixing, and without single parts, judged by its loss and, where there are labels, a probe."""
-    net = model.net
-    if not isinstance(net, MaskedAutoencoder):
-        left_out["masked loss without mixing and without heads"] = "the model has no decoder"
-        return [], []
-    if images is None and settings.probe_images:
-        try:
-            images = split_probe_images(source, settings.probe_images, settings.seed)
-        except UserError as error:
-            left_out["linear probe without mixing"] = str(error)
-    masks = nested_masks(len(pixels), net.num_patches, hidden, settings.seed)
-    probe = None if images is None else partial(last_layer_score, model.backbone, images)
-    use = attention_use(net, pixels, masks, probe=probe)
-    if not use:
-        left_out["masked loss without mixing"] = "no layer has attention in subspaces"
-    if not settings.interventions:
-        return use, []
+@dataclass(frozen=True)
+class _Inspector:
+    """The measurements of a report one by one, with what all of them need and add to.
 
-    def announce(seconds: float) -> None:
-        minutes = plural(max(1, round(seconds / 60)), "minute")
-        report(f"the model without single heads and atoms, for about {minutes}")
+    Attributes:
+        settings: what to measure on what.
+        subjects: the model and its controls.
+        hidden: share of patches that is hidden wherever something has to be.
+        report: called with the name of each stage.
+        left_out: what could not be measured, and why.
+        notes: sentences on numbers that need caution.
+    """
 
-    classifier = None if images is None else fitted_probe(model.backbone, images)
-    return use, removals(net, pixels, masks, probe=classifier, seed=settings.seed, on_start=announce)
+    settings: Settings
+    subjects: Subjects
+    hidden: float
+    report: Progress
+    left_out: dict[str, str]
+    notes: list[str] = field(default_factory=list)
 
-
-def _atoms(
-    model: Opened,
-    pixels: Tensor,
-    settings: Settings,
-    hidden: float,
-    removed: Sequence[Removal],
-    left_out: dict[str, str],
-) -> Gallery | None:
-    """Atoms of the last layer of the encoder: those that matter first, if any were removed."""
-    last = len(layers_of(model.backbone.encoder)) - 1
-    first = {each.index for each in mattering(removed) if (each.kind, each.layer) == ("atom", last)}
-    try:
-        return measure_atoms(model.net, pixels, mattering=first, mask_ratio=hidden, seed=settings.seed)
-    except UserError as error:
-        left_out["atoms"] = str(error)
+    def probe_images(self) -> ProbeImages | None:
+        """The images of the probes, if there are any."""
+        if not self.settings.probe_images:
+            self.left_out["linear probes"] = "--probe-images is 0"
+        elif "train" not in self.subjects:
+            self.left_out["linear probes"] = "they need labelled training images, given with --train-data"
+        else:
+            try:
+                (_, train), (_, val) = self.subjects["train"], self.subjects["model"]
+                return probe_images(train, val, self.settings.probe_images, self.settings.seed)
+            except UserError as error:
+                self.left_out["linear probes"] = str(error)
         return None
 
+    def measure(self, key: str, drawings: Drawings | None, images: ProbeImages | None) -> SubjectMeasures:
+        """All layers of a subject; of a network also its foregrounds and probes."""
+        (opened, source), label = self.subjects[key], LABELS[key]
+        self.report(f"{label}: {opened.name} on {source.name}")
+        more = self._foreground_rows(opened, source, drawings) if key in NETWORKS else []
+        measures = measure_layers(
+            opened,
+            source,
+            count=self.settings.count,
+            mask_ratio=self.settings.mask_ratio,
+            seed=self.settings.seed,
+            audited=key not in UNTRAINED,
+            untrained=_DRAWS if key in NETWORKS else 0,
+            training_mask_ratio=self.hidden,
+            on_stage=lambda stage: self.report(f"{label}: {stage}"),
+        )
+        if images is not None and key in NETWORKS:
+            self.report(f"{label}: linear probes")
+            probes, converged = probe_rows(opened.backbone, images)
+            more += probes
+            if not converged:
+                note = f"Linear probes of {label} did not all converge: their accuracy may be higher than reported."
+                self.notes.append(note)
+        measures = replace(measures, rows=[*measures.rows, *more])
+        return SubjectMeasures(key, opened.backbone.is_random, tokens_of(opened), measures)
 
-def _foreground_rows(
-    network: Opened, source: ImageSource, settings: Settings, drawings: Drawings | None, notes: list[str]
-) -> list[Row]:
-    """How well a network finds the drawn foregrounds; masks that cannot be read are noted, once for all networks."""
-    if drawings is None or grid_size(network.backbone.encoder) is None:
-        return []
-    drawn = read_drawn(drawings, source, fixed_sample(len(source), settings.count, settings.seed), network.backbone)
-    if drawn.bad:
-        named = and_more([f"{mask.location}: {mask.reason}" for mask in drawn.bad], 5, "; ")
-        total = len(drawn.images) + len(drawn.bad)
-        note = f"{len(drawn.bad)} of {total} masks of --foregrounds cannot be read and are left out: {named}."
-        notes += [] if note in notes else [note]
-    return score_foregrounds(network.backbone.encoder, drawn)
+    def _foreground_rows(self, network: Opened, source: ImageSource, drawings: Drawings | None) -> list[Row]:
+        """How well a network finds the drawn foregrounds; masks that cannot be read are noted once for all networks."""
+        if drawings is None or grid_size(network.backbone.encoder) is None:
+            return []
+        chosen = fixed_sample(len(source), self.settings.count, self.settings.seed)
+        drawn = read_drawn(drawings, source, chosen, network.backbone)
+        if drawn.bad:
+            named = and_more([f"{mask.location}: {mask.reason}" for mask in drawn.bad], 5, "; ")
+            total = len(drawn.images) + len(drawn.bad)
+            note = f"{len(drawn.bad)} of {total} masks of --foregrounds cannot be read and are left out: {named}."
+            if note not in self.notes:
+                self.notes.append(note)
+        return score_foregrounds(network.backbone.encoder, drawn)
 
+    def without_parts(self, pixels: Tensor, images: ProbeImages | None) -> tuple[list[AttentionUse], list[Removal]]:
+        """The model without mixing, and without single parts, judged by its loss and, with labels, by a probe."""
+        (model, source), settings = self.subjects["model"], self.settings
+        net = model.net
+        if not isinstance(net, MaskedAutoencoder):
+            self.left_out["masked loss without mixing and without heads"] = "the model has no decoder"
+            return [], []
+        if images is None and settings.probe_images:
+            try:
+                images = split_probe_images(source, settings.probe_images, settings.seed)
+            except UserError as error:
+                self.left_out["linear probe without mixing"] = str(error)
+        masks = nested_masks(len(pixels), net.num_patches, self.hidden, settings.seed)
+        probe = None if images is None else partial(last_layer_score, model.backbone, images)
+        use = attention_use(net, pixels, masks, probe=probe)
+        if not use:
+            self.left_out["masked loss without mixing"] = "no layer has attention in subspaces"
+        if not settings.interventions:
+            return use, []
 
-def _probe_rows(label: str, network: Opened, images: ProbeImages, notes: list[str]) -> list[Row]:
-    rows, converged = probe_rows(network.backbone, images)
-    if not converged:
-        notes.append(f"Linear probes of {label} did not all converge: their accuracy may be higher than reported.")
-    return rows
+        def announce(seconds: float) -> None:
+            minutes = plural(max(1, round(seconds / 60)), "minute")
+            self.report(f"the model without single heads and atoms, for about {minutes}")
 
+        classifier = None if images is None else fitted_probe(model.backbone, images)
+        return use, removals(net, pixels, masks, probe=classifier, seed=settings.seed, on_start=announce)
 
-def _probe_images(subjects: Subjects, settings: Settings, left_out: dict[str, str]) -> ProbeImages | None:
-    """The images of the probes, if there are any."""
-    if not settings.probe_images:
-        left_out["linear probes"] = "--probe-images is 0"
-    elif "train" not in subjects:
-        left_out["linear probes"] = "they need labelled training images, given with --train-data"
-    else:
+    def atoms(self, pixels: Tensor, removed: Sequence[Removal]) -> Gallery | None:
+        """Atoms of the last layer of the encoder: those that matter first, if any were removed."""
+        model, _ = self.subjects["model"]
+        last = len(layers_of(model.backbone.encoder)) - 1
+        first = {each.index for each in mattering(removed) if (each.kind, each.layer) == ("atom", last)}
         try:
-            (_, train), (_, val) = subjects["train"], subjects["model"]
-            return probe_images(train, val, settings.probe_images, settings.seed)
+            return measure_atoms(model.net, pixels, mattering=first, mask_ratio=self.hidden, seed=self.settings.seed)
         except UserError as error:
-            left_out["linear probes"] = str(error)
-    return None
+            self.left_out["atoms"] = str(error)
+            return None
 
 
 def _shortages(subjects: Subjects, measured: Sequence[SubjectMeasures], settings: Settings) -> list[str]:
