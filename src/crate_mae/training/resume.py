@@ -114,7 +114,7 @@ def _refuse_other_options(state: TrainState, config: RunOptions, *, data_changed
 
 
 def _data_change(state: TrainState, task: Task, data: Mapping[str, str]) -> dict[str, Any] | None:
-    """What data_changes.csv is to say if images or labels, of these digests, are not those of a checkpoint."""
+    """What data_changes.csv is to say if images or labels (their digests) are not those of a checkpoint; else None."""
     changed = [name for name, digest in data.items() if state.data.get(name, digest) != digest]
     images = len(task.images.train)
     if not changed and images == state.images:
