@@ -347,7 +347,6 @@ def test_a_configuration_without_arguments_is_the_base_model():
     "imports",
     [
         "import crate_mae.hf, transformers",
-        "import transformers, crate_mae.hf",
         "import transformers; transformers.AutoModel; import crate_mae",
     ],
 )

@@ -89,7 +89,7 @@ def test_files_that_the_readme_names_are_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     here = {
         path.name
-        for folder in ("src", "tests", "docs", "benchmarks", "examples")
+        for folder in ("src", "tests", "docs", "benchmarks", "examples", "results")
         for path in (ROOT / folder).rglob("*")
     }
     for name in re.findall(r"\b[\w]+\.(?:py|md|yaml|sh)\b", text):
