@@ -13,7 +13,6 @@ from PIL import Image
 from torch import Tensor
 
 from crate_mae.data.dataset import default_generator_seeded
-from crate_mae.data.transforms import evaluation_transform
 from crate_mae.errors import UserError
 from crate_mae.evaluation.reconstruction import completion_quality
 from crate_mae.interpret.attention import attention_on_grid
@@ -33,7 +32,7 @@ from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.tokens import token_colours
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.completion import Completion, complete, completion_of, flat_patches
-from crate_mae.models.features import depth, encode, evaluating
+from crate_mae.models.features import depth, encode, evaluating, transform_of
 from crate_mae.models.masking import random_mask
 from crate_mae.models.tracing import trace
 from crate_mae.models.weights import is_untrained, load_autoencoder
@@ -145,8 +144,7 @@ class Curves(NamedTuple):
 
 def prepare(model: MaskedAutoencoder, picture: Image.Image) -> Float[Tensor, "1 c hh ww"]:
     """Prepare a picture as model input: its centre, scaled and normalised."""
-    c = model.config
-    return evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)(picture)[None]
+    return transform_of(model.config)(picture)[None]
 
 
 def seeded_mask(model: MaskedAutoencoder, mask_ratio: float, seed: int) -> Bool[Tensor, "gh gw"]:

@@ -21,12 +21,12 @@ from crate_mae.app.pictures import examples, from_uri, read_upload, to_png, to_u
 from crate_mae.app.responses import completion_response, displayed_picture, inside_response, notice
 from crate_mae.data.numbers import is_number
 from crate_mae.errors import UserError
+from crate_mae.models.config import MASK_RATIO
 
 logger = logging.getLogger(__name__)
 
 ALONE = "no other model"
 UNTRAINED = "the same, random initialisation"
-MASK_RATIO = 0.75
 LEAST_RATIO, MOST_RATIO = 0.05, 0.95
 FORGED = "The app does not send such requests."
 _LONGEST_SESSION = 64

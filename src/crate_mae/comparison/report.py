@@ -7,7 +7,6 @@ from typing import Any
 from crate_mae.comparison.entries import Images
 from crate_mae.comparison.options import Budget, CompareOptions, parse_budget
 from crate_mae.comparison.results import (
-    MASK_RATIO,
     SCORES,
     EntryResult,
     Scores,
@@ -17,6 +16,7 @@ from crate_mae.comparison.results import (
     spread,
 )
 from crate_mae.data.documents import read_json, to_csv
+from crate_mae.models.config import MASK_RATIO
 
 RULE = (
     "Two entries differ in a score if 0 is outside the 95% interval of their difference over seeds, paired, widened by "

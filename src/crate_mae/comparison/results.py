@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 from crate_mae.comparison.entries import Images, extraction
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trained
-from crate_mae.data import evaluation_transform
 from crate_mae.data.base import fixed_sample
 from crate_mae.evaluation.extract import Extraction, Features
 from crate_mae.evaluation.probes import half_width, knn_probe, linear_probe
 from crate_mae.evaluation.probing import probe
 from crate_mae.evaluation.reconstruction import completion_scores, read_images
 from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.config import MASK_RATIO
+from crate_mae.models.features import transform_of
 from crate_mae.models.weights import load_autoencoder
 
-MASK_RATIO = 0.75
 _MOST_COMPLETED = 1000
 _PIXELS_SIDE = 32  # with larger images, a linear classifier of the pixels would take longer than the training
 
@@ -218,10 +218,8 @@ def measure_all(
 
 def _complete(model: MaskedAutoencoder, images: Images) -> dict[str, float]:
     """Scores of completions: the same images and masks for every model."""
-    c = model.config
-    transform = evaluation_transform(c.image_size, c.in_chans, c.mean, c.std)
     chosen = fixed_sample(len(images.val), _MOST_COMPLETED)
-    read = read_images(images.val, transform, chosen, _MOST_COMPLETED)
+    read = read_images(images.val, transform_of(model.config), chosen, _MOST_COMPLETED)
     (score,) = completion_scores(model, read.images, [MASK_RATIO])
     return {"psnr": score.psnr, "ssim": score.ssim, "mse": score.mse}
 

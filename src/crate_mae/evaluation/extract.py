@@ -22,7 +22,7 @@ from crate_mae.data import BadImage, ImageSource, readable_batches
 from crate_mae.data.base import none_readable, refuse_unreadable
 from crate_mae.data.dataset import default_workers
 from crate_mae.data.files import cache_folder, whole_file
-from crate_mae.data.numbers import MOST_THREADS, describe_not_whole, is_number
+from crate_mae.data.numbers import MAX_BAD, MOST_THREADS, describe_not_whole, is_number
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.models.devices import fastest_device
@@ -94,7 +94,7 @@ class Extraction:
     pooling: Pooling | None = None
     batch_size: int = 256
     workers: int | None = None
-    max_bad: float = 0.01
+    max_bad: float = MAX_BAD
     cache: bool = True
     on_images: Callable[[int], object] | None = None
 

@@ -28,6 +28,7 @@ from crate_mae.interpret.removals import chosen_atoms
 from crate_mae.interpret.tokens import shown_images
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.completion import predicted_patches
+from crate_mae.models.config import MASK_RATIO
 from crate_mae.models.features import evaluating, layer_number
 from crate_mae.models.interventions import intervene, places_of
 from crate_mae.models.masking import patchify, unpatchify
@@ -105,7 +106,7 @@ def measure_atoms(
     mattering: Collection[int] = (),
     count: int = 8,
     draws: int = 3,
-    mask_ratio: float = 0.75,
+    mask_ratio: float = MASK_RATIO,
     seed: int = 0,
     batch_size: int = 64,
 ) -> Gallery:

@@ -19,6 +19,7 @@ from torchvision.ops import box_iou
 from crate_mae.data import BadImage, ImageSource
 from crate_mae.data.base import most_bad, path_text, read_all, read_file
 from crate_mae.data.decode import UnreadableImage, decode, size_of
+from crate_mae.data.numbers import MAX_BAD
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.interpret.attention import class_attention
@@ -29,7 +30,6 @@ from crate_mae.models.tracing import layers_of
 FOREGROUND_MASS = 0.6  # DINO's share of the attention that makes the foreground
 CORRECT_IOU = 0.5
 KINDS = ("attention", "component", "everything")  # the last is the control: all of the image
-_MOST_BAD = 0.01  # the share of masks that may be unreadable: --max-bad of other commands by default
 _COLUMNS = ("image", "left", "top", "right", "bottom")
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, the last two beyond it, in pixels
@@ -88,7 +88,7 @@ def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], 
         masks.append(prepared.any(0))
         boxes.append(largest_boxes(prepared))
     total = len(images) + len(bad)
-    if len(bad) > most_bad(_MOST_BAD, total) or (bad and not images):
+    if len(bad) > most_bad(MAX_BAD, total) or (bad and not images):
         raise UserError(
             f"{len(bad)} of {total} masks of --foregrounds cannot be read, such as\n"
             f"{bad[0].location}: {bad[0].reason}\nFix them, or remove them with their images."

@@ -33,7 +33,7 @@ from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.weights import inverse_measures, layer_pairs, measure_inverse_weights, measure_weights
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.classifier import initialised
-from crate_mae.models.config import config_of
+from crate_mae.models.config import MASK_RATIO, config_of
 from crate_mae.models.features import evaluating
 from crate_mae.models.tracing import layers_of
 from crate_mae.models.weights import UNTRAINED, is_untrained, load, unwrapped
@@ -96,7 +96,7 @@ def measure_layers(
     batch_size: int = 32,
     audited: bool = True,
     untrained: int = 5,
-    training_mask_ratio: float = 0.75,
+    training_mask_ratio: float = MASK_RATIO,
     on_stage: Progress | None = None,
 ) -> Measurements:
     """Measure every layer of a model on images.

@@ -18,6 +18,7 @@ from torch.optim import AdamW
 from crate_mae.data import BadImage, ImageSource, Part, finetune_transform, readable_batches
 from crate_mae.data.base import refuse_unreadable
 from crate_mae.data.dataset import global_generators_seeded
+from crate_mae.data.files import PYTHON_OBJECT
 from crate_mae.data.transforms import Preparation
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
@@ -165,7 +166,7 @@ class Finetuning(Task[FinetuneOptions]):
     def describe_use(self) -> list[str]:
         """Describe which model was kept, and how to use it."""
         run = self.directory.path
-        images = "IMAGES" if self.config.is_from_python else shlex.quote(self.config.val)
+        images = "IMAGES" if self.config.val.startswith(PYTHON_OBJECT) else shlex.quote(self.config.val)
         return [
             f"{run} holds the best model. It was selected on these images, so its accuracy on others may be lower.",
             f"Predict others:   crate-mae predict {shlex.quote(str(run))} {images} --out predictions.csv",

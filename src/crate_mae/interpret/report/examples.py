@@ -30,7 +30,6 @@ from crate_mae.interpret.tokens import encode_patches, grid_size, nearest_tokens
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.tracing import layers_of
 
-DEFAULT_MASK_RATIO = 0.75  # of completions, if that of the training is not known
 _DRAWN = ("model", "random", "baseline")
 _DRAWN_IMAGES = 4
 _COMPLETED = 8

@@ -31,7 +31,7 @@ from crate_mae.interpret.information import (
 )
 from crate_mae.interpret.measure import Measurements, Opened, Progress, measure_layers
 from crate_mae.interpret.removals import AttentionUse, Removal, attention_use, fitted_probe, mattering, removals
-from crate_mae.interpret.report.examples import DEFAULT_MASK_RATIO, Examples, collect_examples
+from crate_mae.interpret.report.examples import Examples, collect_examples
 from crate_mae.interpret.report.subjects import (
     LABELS,
     NETWORKS,
@@ -45,6 +45,7 @@ from crate_mae.interpret.report.subjects import (
 from crate_mae.interpret.statistics import Row, find
 from crate_mae.interpret.tokens import grid_size
 from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.config import MASK_RATIO
 from crate_mae.models.tracing import layers_of
 
 _DRAWS = 5  # of random initialisations, for the audit
@@ -180,7 +181,7 @@ def inspect_model(
     """
     report, known = on_stage or (lambda _stage: None), training or Training()
     subjects, left_out = open_subjects(settings)
-    hidden = settings.mask_ratio or known.mask_ratio or DEFAULT_MASK_RATIO
+    hidden = settings.mask_ratio or known.mask_ratio or MASK_RATIO
     inspector = _Inspector(settings, subjects, hidden, report, left_out)
     drawings = None if settings.foregrounds is None else read_drawings(Path(settings.foregrounds))
     if drawings is None:
