@@ -233,8 +233,8 @@ class Compression(SubspaceAttention):
 
         `u` is `subspaces.matrix()` where it is known already.
         """
-        change = self.per_head(self.rate() * (mixed - w))
-        return F.linear(change.transpose(1, 2).flatten(2), (self.subspaces.matrix() if u is None else u).t())
+        change = self.per_head(self.rate().to(w.dtype) * (mixed - w))
+        return change.transpose(1, 2).flatten(2) @ (self.subspaces.matrix() if u is None else u)
 
     def rate(self) -> Float[Tensor, "h 1 1"]:
         # type: () -> Tensor

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from crate_mae.private_torch import softmax_backward
-from crate_mae.theory.derivatives import attend_by_pieces, gradient_by_pieces, with_all_derivatives, without_autocast
+from crate_mae.theory.derivatives import as_batch, pieces, with_all_derivatives, without_autocast
 from crate_mae.theory.subspaces import project, unproject
 
 
@@ -90,8 +90,9 @@ def fused_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Flo
 
 
 def _symmetric_ssa(w: Float[Tensor, "*batch n p"], scale: float | None = None) -> Float[Tensor, "*batch n p"]:
-    n, p = w.shape[-2:]
-    return SymmetricAttention.apply(w.reshape(-1, n, p), _scale(w, scale)).view(w.shape)
+    batch = w if w.ndim > 2 else w[None]
+    with without_autocast(w.device):
+        return SymmetricAttention.apply(batch, _scale(w, scale)).view_as(w)
 
 
 def mssa(z: Float[Tensor, "*batch n d"], subspaces: Float[Tensor, "h d p"]) -> Float[Tensor, "*batch n d"]:
@@ -122,26 +123,37 @@ class SymmetricAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, w: Float[Tensor, "b n p"], scale: float) -> Float[Tensor, "b n p"]:
+    def forward(ctx: Any, w: Float[Tensor, "b *heads n p"], scale: float) -> Float[Tensor, "b *heads n p"]:
         """The output O = P W, piece by piece."""
+        memberships, out = [], torch.empty_like(w)
+        for w_i, out_i in pieces(w, out, dtype=w.dtype):
+            x = as_batch(w_i, w.dtype)
+            p = attention_membership(x, scale)
+            out_i.copy_((p @ x).view_as(out_i))
+            if ctx.needs_input_grad[0]:
+                memberships.append(p)
         ctx.scale = scale
-        return attend_by_pieces(ctx, w, lambda w_i: (attention_membership(w_i, scale), w_i))
+        ctx.save_for_backward(w, *memberships)
+        return out
 
     @staticmethod
     @once_differentiable  # Its annotation hides that ctx may be named, which the base class allows.
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Float[Tensor, "b n p"]
-    ) -> tuple[Float[Tensor, "b n p"], None]:
+        ctx: Any, *grad_outputs: Float[Tensor, "b *heads n p"]
+    ) -> tuple[Float[Tensor, "b *heads n p"], None]:
         """The gradient dW = P^T dO + s (dS + dS^T) W, piece by piece."""
-
-        def gradient(w_i: Tensor, p_i: Tensor, grad_out_i: Tensor, grad_w_i: Tensor) -> None:
+        w, *memberships = ctx.saved_tensors
+        grad_w = torch.empty_like(w)
+        cut = pieces(w, grad_outputs[0], grad_w, dtype=w.dtype)
+        for (w_i, grad_out_i, grad_w_i), p in zip(cut, memberships, strict=True):
+            x, grad_out = as_batch(w_i, w.dtype), as_batch(grad_out_i, w.dtype)
             # rowsum(P * dP) = rowsum(dO * O), but that shorter sum, rounded to bfloat16, was measured to be up to a
             # hundred times less accurate where attention is peaked; the softmax's own kernel sums in float32.
-            grad_s = softmax_backward(grad_out_i @ w_i.mT, p_i, w_i.dtype)
-            torch.bmm(p_i.mT, grad_out_i, out=grad_w_i)
-            grad_w_i.baddbmm_(grad_s, w_i, alpha=ctx.scale).baddbmm_(grad_s.mT, w_i, alpha=ctx.scale)
-
-        return gradient_by_pieces(ctx, grad_outputs[0], gradient), None
+            grad_s = softmax_backward(grad_out @ x.mT, p, w.dtype)
+            grad = torch.bmm(p.mT, grad_out)
+            grad.baddbmm_(grad_s, x, alpha=ctx.scale).baddbmm_(grad_s.mT, x, alpha=ctx.scale)
+            grad_w_i.copy_(grad.view_as(grad_w_i))
+        return grad_w, None
 
 
 def _scale(w: Float[Tensor, "*batch n p"], scale: float | None) -> float:

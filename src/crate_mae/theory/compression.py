@@ -34,8 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from crate_mae.private_torch import softmax_backward
 from crate_mae.theory.derivatives import (
-    attend_by_pieces,
-    gradient_by_pieces,
+    as_batch,
     pieces,
     with_all_derivatives,
     without_autocast,
@@ -119,16 +118,19 @@ def balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, 
         w: projections W = Z U_k of the tokens onto one subspace.
         scale: s >= 0, the inverse temperature.
     """
+    scale = torch.as_tensor(scale, device=w.device)
+    fast = _balanced_ssa_by_pieces if w.device.type == "cpu" else fused_balanced_ssa
+    plain = lambda w, scale: plain_balanced_ssa(_widened(w), scale).to(w.dtype)  # noqa: E731
     with without_autocast(w.device):
-        if w.device.type != "cpu":
-            scale = torch.as_tensor(scale, device=w.device)
-            plain = lambda w, scale: plain_balanced_ssa(_widened(w), scale).to(w.dtype)  # noqa: E731
-            return with_all_derivatives(fused_balanced_ssa, plain, w, scale)
-        root = scale**0.5
-        n, p = w.shape[-2:]
-        t = (root * _widened(w)).reshape(-1, n, p)
-        out = with_all_derivatives(BalancedAttention.apply, lambda t: _balanced_product(t, t), t)
-        return (out.view(w.shape) / root).to(w.dtype)
+        return with_all_derivatives(fast, plain, w, scale)
+
+
+def _balanced_ssa_by_pieces(
+    w: Float[Tensor, "*batch n p"], scale: Float[Tensor, "*#batch 1 1"]
+) -> Float[Tensor, "*batch n p"]:
+    """`BalancedAttention` with a temperature for each matrix."""
+    batch = w if w.ndim > 2 else w[None]
+    return BalancedAttention.apply(batch, scale.expand(*batch.shape[:-2], 1, 1)).view_as(w)
 
 
 def fused_balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n p"]:
@@ -162,44 +164,54 @@ def _balanced_product(t: Float[Tensor, "*batch n p"], v: Float[Tensor, "*batch n
 
 
 class BalancedAttention(torch.autograd.Function):
-    r"""O = P D^-1/2 T with P = softmax(T T^T) and D the column sums of P; query, key and value are one tensor.
+    r"""O = P D^-1/2 W with P = softmax(s W W^T) and D the column sums of P; query, key and value are one tensor.
 
-    Given dO, with V = D^-1/2 T:
+    Given dO, with V = D^-1/2 W:
 
-        dV = P^T dO,   dD_j = -1/2 D_j^-3/2 <T_j, dV_j>
-        dP = dO V^T + 1 dD^T,   dS = P * (dP - rowsum(P * dP))
-        dT = D^-1/2 dV + (dS + dS^T) T
+        dV = P^T dO,   dD_j = -1/2 D_j^-3/2 <W_j, dV_j>
+        dP = dO V^T + 1 dD^T,   dS = P * (dP - rowsum(P * dP)),   E = (dS + dS^T) W
+        dW = D^-1/2 dV + s E,   ds = 1/2 <W, E>
 
-    Only T and P are saved.
+    Only W, s and P are saved. W is cut into pieces and read as it lies in memory.
     """
 
     @staticmethod
-    def forward(ctx: Any, t: Float[Tensor, "b n p"]) -> Float[Tensor, "b n p"]:
+    def forward(
+        ctx: Any, w: Float[Tensor, "b *heads n p"], scale: Float[Tensor, "b *heads 1 1"]
+    ) -> Float[Tensor, "b *heads n p"]:
         """The output, piece by piece."""
-
-        def attend(t_i: Tensor) -> tuple[Tensor, Tensor]:
-            p_i = torch.softmax(t_i @ t_i.mT, dim=-1)
-            return p_i, t_i * column_sums(p_i).rsqrt()
-
-        return attend_by_pieces(ctx, t, attend)
+        dtype, memberships, out = _wide(w), [], torch.empty_like(w)
+        for w_i, scale_i, out_i in pieces(w, scale, out, dtype=dtype):
+            x = as_batch(w_i, dtype)
+            t = x * as_batch(scale_i, dtype).sqrt()  # on both sides, so that the product with itself stays symmetric
+            p = torch.softmax(t @ t.mT, dim=-1)
+            out_i.copy_((p @ (x * column_sums(p).rsqrt())).view_as(out_i))
+            if any(ctx.needs_input_grad):
+                memberships.append(p)
+        ctx.save_for_backward(w, scale, *memberships)
+        return out
 
     @staticmethod
     @once_differentiable  # Its annotation hides that ctx may be named, which the base class allows.
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, *grad_outputs: Float[Tensor, "b n p"]
-    ) -> tuple[Float[Tensor, "b n p"]]:
-        """The gradient, piece by piece."""
-
-        def gradient(t_i: Tensor, p_i: Tensor, grad_out_i: Tensor, grad_t_i: Tensor) -> None:
-            weight = column_sums(p_i).rsqrt()
-            grad_v = p_i.mT @ grad_out_i
-            grad_columns = (-0.5 * weight**3 * (t_i * grad_v).sum(-1, keepdim=True)).where(_are_free(p_i), 0)
-            grad_p = torch.baddbmm(grad_columns.mT, grad_out_i, (t_i * weight).mT)
-            grad_s = softmax_backward(grad_p, p_i, t_i.dtype)
-            torch.mul(weight, grad_v, out=grad_t_i)
-            grad_t_i.baddbmm_(grad_s, t_i).baddbmm_(grad_s.mT, t_i)
-
-        return (gradient_by_pieces(ctx, grad_outputs[0], gradient),)
+        ctx: Any, *grad_outputs: Float[Tensor, "b *heads n p"]
+    ) -> tuple[Float[Tensor, "b *heads n p"], Float[Tensor, "b *heads 1 1"]]:
+        """The gradients, piece by piece."""
+        w, scale, *memberships = ctx.saved_tensors
+        dtype, grad_w, grad_scale = _wide(w), torch.empty_like(w), torch.empty_like(scale).contiguous()
+        cut = pieces(w, scale, grad_outputs[0], grad_w, grad_scale, dtype=dtype)
+        for (w_i, scale_i, grad_out_i, grad_w_i, grad_scale_i), p in zip(cut, memberships, strict=True):
+            x, grad_out = as_batch(w_i, dtype), as_batch(grad_out_i, dtype)
+            columns = column_sums(p)
+            weight = columns.rsqrt()
+            grad_v = p.mT @ grad_out
+            grad_columns = (-0.5 * weight**3 * (x * grad_v).sum(-1, keepdim=True)).where(_are_free(columns), 0)
+            grad_p = torch.baddbmm(grad_columns.mT, grad_out, (x * weight).mT)
+            grad_s = softmax_backward(grad_p, p, dtype)
+            both = torch.bmm(grad_s, x).baddbmm_(grad_s.mT, x)
+            grad_w_i.copy_((weight * grad_v).addcmul_(both, as_batch(scale_i, dtype)).view_as(grad_w_i))
+            grad_scale_i.copy_((both * x).sum((-1, -2)).view_as(grad_scale_i) / 2)
+        return grad_w, grad_scale
 
 
 class _ColumnSums(torch.autograd.Function):
@@ -208,7 +220,7 @@ class _ColumnSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, t: Float[Tensor, "b n p"]) -> Float[Tensor, "b n 1"]:
         ctx.save_for_backward(t)
-        return torch.cat([column_sums(torch.softmax(t_i @ t_i.mT, dim=-1)) for t_i in pieces(t)])
+        return torch.cat([column_sums(torch.softmax(t_i @ t_i.mT, dim=-1)) for (t_i,) in pieces(t, dtype=t.dtype)])
 
     @staticmethod
     @once_differentiable
@@ -218,9 +230,9 @@ class _ColumnSums(torch.autograd.Function):
         (grad_columns,) = grad_outputs
         (t,) = ctx.saved_tensors
         grads = []
-        for t_i, grad_i in zip(pieces(t), grad_columns.split([len(x) for x in pieces(t)]), strict=True):
+        for t_i, grad_i in pieces(t, grad_columns, dtype=t.dtype):
             p_i = torch.softmax(t_i @ t_i.mT, dim=-1)
-            grad_p = grad_i.where(_are_free(p_i), 0).mT.expand_as(p_i)
+            grad_p = grad_i.where(_are_free(column_sums(p_i)), 0).mT.expand_as(p_i)
             grad_s = softmax_backward(grad_p, p_i, t.dtype)
             grads.append((grad_s + grad_s.mT) @ t_i)
         return (torch.cat(grads),)
@@ -235,14 +247,18 @@ def column_sums(p: Float[Tensor, "*batch n n"], least: float = LEAST_COLUMN_SUM)
     return p.sum(-2).unsqueeze(-1).clamp(min=least)
 
 
-def _are_free(p: Float[Tensor, "b n n"]) -> Bool[Tensor, "b n 1"]:
-    """Which column sums are as they are, not clamped."""
-    return p.sum(-2).unsqueeze(-1) > LEAST_COLUMN_SUM
+def _are_free(columns: Float[Tensor, "b n 1"]) -> Bool[Tensor, "b n 1"]:
+    """Which `column_sums` are as they are, not clamped."""
+    return columns > LEAST_COLUMN_SUM
 
 
 def _widened(w: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch n p"]:
     """W in float32 at least."""
-    return w.to(torch.promote_types(w.dtype, torch.float32))
+    return w.to(_wide(w))
+
+
+def _wide(w: Tensor) -> torch.dtype:
+    return torch.promote_types(w.dtype, torch.float32)
 
 
 def _log_affinity(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, "*batch n n"]:

@@ -1,6 +1,6 @@
 """How the fast forms of the theory's functions are computed and differentiated: piece by piece, and in every way."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -54,48 +54,20 @@ class _AllDerivatives(torch.autograd.Function):
         return None, None, *products(grad)
 
 
-def attend_by_pieces(
-    ctx: Any, w: Float[Tensor, "b n p"], attend: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> Float[Tensor, "b n p"]:
-    """Products P V of memberships and values that both depend on W, in pieces of the batch.
+def pieces(w: Float[Tensor, "b *heads n p"], *others: Tensor, dtype: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
+    """Views of W and of other tensors, cut along their first axis.
 
-    On a CPU a piece of P stays in the cache between the product, the softmax and the second product.
-
-    Args:
-        ctx: of the autograd function; W and P are saved for `gradient_by_pieces`.
-        w: projections W, a batch of matrices.
-        attend: from a piece of W to the pieces of P and V.
+    A piece's memberships P, an n x n matrix of the given dtype for each image and head, have about `_PIECE_BYTES`: on a
+    CPU they stay in the cache between the product, the softmax and the second product.
     """
-    memberships, out = [], torch.empty_like(w)
-    with without_autocast(w.device):
-        for w_i, out_i in zip(pieces(w), pieces(out), strict=True):
-            p_i, v_i = attend(w_i)
-            torch.bmm(p_i, v_i, out=out_i)
-            if ctx.needs_input_grad[0]:
-                memberships.append(p_i)
-    ctx.save_for_backward(w, *memberships)
-    return out
+    size = _PIECE_BYTES if w.device.type == "cpu" else _PIECE_BYTES_ELSEWHERE
+    images = max(1, size // (w.shape[1:-1].numel() * w.shape[-2] * dtype.itemsize))
+    return zip(*(x.split(images) for x in (w, *others)), strict=True)
 
 
-def gradient_by_pieces(
-    ctx: Any, grad_out: Float[Tensor, "b n p"], gradient: Callable[[Tensor, Tensor, Tensor, Tensor], None]
-) -> Float[Tensor, "b n p"]:
-    """The gradient with respect to W after `attend_by_pieces`; `gradient` writes a piece of it into its last argument.
-
-    Its arguments are the pieces of W, P, dO and dW.
-    """
-    w, *memberships = ctx.saved_tensors
-    grad_w = torch.empty_like(w)
-    with without_autocast(w.device):
-        for piece in zip(pieces(w), memberships, pieces(grad_out), pieces(grad_w), strict=True):
-            gradient(*piece)
-    return grad_w
-
-
-def pieces(x: Float[Tensor, "b n p"]) -> tuple[Tensor, ...]:
-    """Views of a batch, cut so that a piece of its memberships P, b n n, has about `_PIECE_BYTES`."""
-    size = _PIECE_BYTES if x.device.type == "cpu" else _PIECE_BYTES_ELSEWHERE
-    return x.split(max(1, size // (x.shape[1] ** 2 * x.element_size())))
+def as_batch(x: Float[Tensor, "*batch n p"], dtype: torch.dtype) -> Float[Tensor, "b n p"]:
+    """One batch of matrices, each in one piece of memory (those of heads lie across each other)."""
+    return x.to(dtype, memory_format=torch.contiguous_format).flatten(0, -3)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:

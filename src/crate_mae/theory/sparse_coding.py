@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crate_mae.theory.derivatives import with_all_derivatives
+from crate_mae.theory.derivatives import with_all_derivatives, without_autocast
 
 
 def lasso_objective(
@@ -258,9 +258,10 @@ def top_singular_pair(dictionary: Float[Tensor, "d m"], iterations: int | None =
     # A start in which all atoms take part, with signs of no pattern: the sines of square numbers.
     atoms = torch.arange(dictionary.shape[1], device=dictionary.device, dtype=torch.float32)
     v = F.normalize(torch.sin(atoms.square()).to(dictionary.dtype), dim=0)
-    for _ in range(iterations):
-        v = F.normalize(dictionary.t() @ (dictionary @ v), dim=0)
-    return SingularPair(F.normalize(dictionary @ v, dim=0), v)
+    with without_autocast(dictionary.device):  # which would round D anew for every product
+        for _ in range(iterations):
+            v = F.normalize(dictionary.t() @ (dictionary @ v), dim=0)
+        return SingularPair(F.normalize(dictionary @ v, dim=0), v)
 
 
 def bounded_dictionary(
