@@ -42,9 +42,13 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("runs", type=Path)
     parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument(
+        "--image-size", type=int, help="by default that of `pretrain`, for which one core is too slow at 224"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     runs, epochs = options.runs, options.epochs
+    size = {} if options.image_size is None else {"image_size": options.image_size}
     parts = split(options.data, runs / "data")
     table: list[Row] = []
 
@@ -61,8 +65,8 @@ def main() -> None:
 
     for seed in SEEDS:
         models = {
-            SCRATCH: pretrained(parts[0], runs / f"scratch_{seed}", epochs, seed),
-            FROM_BUNDLED: pretrained(parts[0], runs / f"bundled_{seed}", epochs, seed, init_from=BUNDLED),
+            SCRATCH: pretrained(parts[0], runs / f"scratch_{seed}", epochs, seed, **size),
+            FROM_BUNDLED: pretrained(parts[0], runs / f"bundled_{seed}", epochs, seed, init_from=BUNDLED, **size),
             UNTRAINED: untrained(runs / f"untrained_{seed}", runs / f"scratch_{seed}", seed),
         }
         for entry, model in models.items():
@@ -85,7 +89,7 @@ def split(data: Path, out: Path) -> tuple[Path, Path]:
     return parts
 
 
-def pretrained(train: Path, out: Path, epochs: int, seed: int, **start: str) -> Path:
+def pretrained(train: Path, out: Path, epochs: int, seed: int, **start: Any) -> Path:
     """A run, made or read."""
     if not (out / "model.safetensors").exists():
         crate_mae.pretrain(train, out=out, epochs=epochs, seed=seed, **start, **ONE_CORE)
