@@ -129,6 +129,21 @@ def test_a_visitor_hides_completes_and_looks_inside(visit, as_file, served):
     page.changes("#inside", lambda: slider.fill("0"))
     assert "layer 0 of 0 to 2" in page.tab.locator("#inside").inner_text()
     assert panel.locator("text[font-weight='600']").all_text_contents()[1:] == ["0"]
+
+    # The change of the atom follows the layer, the mask and its own controls.
+    amount, atom = page.tab.get_by_label("Change, in standard deviations").last, page.tab.get_by_role("spinbutton", name="Atom", exact=True)
+    page.tab.wait_for_selector("#changed:has-text('layer 0, atom')")
+    completed = page.picture("#changed figure:nth-of-type(2) img")
+    assert np.array_equal(completed, page.picture("#completed figure:nth-of-type(3) img"))
+    page.changes("#changed", lambda: atom.fill("17"))
+    page.tab.wait_for_selector("#changed:has-text('layer 0, atom 17 of 0 to 511')")
+    page.changes("#changed", lambda: amount.fill("20"))
+    assert "atom 17 by +20 standard deviations" in page.tab.locator("#changed").inner_text()
+    changed = page.picture("#changed figure:nth-of-type(3) img")
+    is_hidden = np.kron(page.mask(), np.ones((4, 4), dtype=bool))
+    assert (changed[is_hidden] != completed[is_hidden]).any()
+    assert np.array_equal(changed[~is_hidden], completed[~is_hidden])
+    page.changes("#changed", lambda: page.tab.get_by_role("button", name="Another mask").click())
     assert served.noted() == []
 
 
@@ -238,7 +253,7 @@ def test_sliders_are_reset_and_numbers_out_of_range_explained(visit):
     page.changes("#completed", resets.first.click)
     assert page.mask().sum() == 48
     page.changes("#inside", lambda: layer.fill("0"))
-    page.changes("#inside", resets.last.click)
+    page.changes("#inside", resets.nth(1).click)
     assert "layer 2 of 0 to 2" in page.tab.locator("#inside").inner_text()
     for box, number, place, words in (
         (share, "7", "#completed", "must be from 0.05 to 0.95"),
@@ -265,5 +280,5 @@ def test_the_page_comes_back_with_the_server(visit):
 
 def test_links_say_what_they_save(visit):
     names = visit().tab.locator(".save").evaluate_all("all => all.map(e => e.getAttribute('aria-label'))")
-    assert len(set(names)) == len(names) == 8
+    assert len(set(names)) == len(names) == 12
     assert all(name.startswith("save ") and name.endswith((".png", ".svg")) for name in names)

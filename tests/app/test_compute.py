@@ -6,6 +6,7 @@ import torch
 from PIL import Image
 
 from crate_mae.app.compute import (
+    change_atom,
     complete_picture,
     fit_mask,
     look_inside,
@@ -200,3 +201,53 @@ def test_examples_are_colour_pictures_that_differ():
     for each in found:
         assert each.image.mode == "RGB"
         assert np.asarray(each.image.resize((32, 32), Image.Resampling.BOX)).std() > 20
+
+
+def test_an_atom_is_changed_in_visible_patches_and_drawn(small, photograph):
+    """By hand: the same standard deviations added to the code, class token left out, nothing below zero."""
+    mask = torch.zeros(5, 7, dtype=torch.bool)
+    mask[1, 2:4] = True
+    image = prepare(small, photograph)
+    is_patch = torch.tensor([False, *(~mask).flatten().tolist()])  # hidden patches are tokens of this encoder, too
+    with torch.no_grad():
+        layer = small.encoder.blocks[1]
+        codes = []
+        hook = layer.register_forward_hook(lambda _module, _inputs, output: codes.append(output))
+        small.encoder.forward_features(image)
+        hook.remove()
+        whole = codes[0][0, 1:]
+        for amount in (5.0, -20.0):
+            found = change_atom(small, photograph, mask, 1, 3, amount)
+
+            def raised(_module, _inputs, output, amount=amount):
+                output = output.clone()
+                moved = (output[:, is_patch, 3] + amount * whole.std()).clamp(min=0)
+                output[:, is_patch, 3] = moved
+                return output
+
+            hook = layer.register_forward_hook(raised)
+            expected = complete_picture(small, photograph, mask).pictures.completed[0]
+            hook.remove()
+            torch.testing.assert_close(found.changed, expected)
+            plain = complete_picture(small, photograph, mask).pictures.completed[0]
+            torch.testing.assert_close(found.completed, plain)
+            hidden = (expected - plain)[:, 2:4, 4:8]
+            assert found.size == pytest.approx(float(hidden.square().mean().sqrt()), rel=1e-4)
+            assert found.size > 0
+    np.testing.assert_allclose(found.active, whole[:, 3].unflatten(0, (5, 7)).numpy(), rtol=1e-5)
+    assert found.varied[0] == int(whole.std(0).argmax())
+    assert found.atoms == 20
+    assert change_atom(small, photograph, mask, 1, 3, 0.0).size == 0
+
+
+def test_what_cannot_be_changed_is_explained(small, photograph):
+    mask = torch.ones(5, 7, dtype=torch.bool)
+    mask[0] = False
+    with pytest.raises(UserError, match="no atom 20 in layer 1: its code has 20, 0 to 19"):
+        change_atom(small, photograph, mask, 1, 20, 1.0)
+    with pytest.raises(UserError, match="Nothing is hidden"):
+        change_atom(small, photograph, torch.zeros_like(mask), 1, 3, 1.0)
+    torch.manual_seed(0)
+    transformer = create_model("vit_mae_nano_patch2_8").eval()
+    with pytest.raises(UserError, match="only the layers of CRATE have sparse codes"):
+        change_atom(transformer, photograph, torch.ones(4, 4, dtype=torch.bool), 0, 3, 1.0)

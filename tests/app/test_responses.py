@@ -14,7 +14,15 @@ from PIL import Image
 
 from crate_mae.app.compute import AppModel, Curves, measure_curves, open_models
 from crate_mae.app.curves import MARKED, ChartLine, draw_curves, tick_values
-from crate_mae.app.responses import completion_response, curves_component, file_stem, fit_patch, inside_response, notice
+from crate_mae.app.responses import (
+    atom_response,
+    completion_response,
+    curves_component,
+    file_stem,
+    fit_patch,
+    inside_response,
+    notice,
+)
 from crate_mae.models.presets import create_model
 
 
@@ -83,6 +91,25 @@ def test_a_transformer_has_a_note_instead_of_curves(untrained, photograph):
     piece = inside_response(photograph, [untrained["vit_mae_nano_patch2_8"]], 0, 0)
     assert "vit_mae_nano_patch2_8 has neither subspaces nor codes" in piece
     assert 'class="curves"' not in piece
+
+
+def test_a_changed_atom_has_its_map_and_the_completion_before_and_after(untrained, photograph):
+    model, mask = untrained["crate_mae_nano_patch2_8"], torch.ones(4, 4, dtype=torch.bool)
+    mask[0] = False
+    piece = atom_response(photograph, [model], mask, 2, 7, 20.0)
+    assert "layer 2, atom 7 of 0 to 95" in piece
+    assert "atom 7 by +20 standard deviations" in piece
+    active, completed, changed, difference = pictures(piece)
+    assert active.shape[:2] == (4, 4)
+    assert completed.shape == changed.shape == difference.shape == (8, 8, 3)
+    assert (completed != changed).any()
+    assert (difference[:2] == 128).all()  # visible patches stay as they are
+    assert piece.count(" download=") == 4
+    still = pictures(atom_response(photograph, [model], mask, 2, 7, 0.0))
+    assert (still[3] == 128).all()
+    assert "layer 3, atom" in atom_response(photograph, [model], mask, 99, 7, 1.0)
+    transformer = atom_response(photograph, [untrained["vit_mae_nano_patch2_8"]], mask, 0, 0, 1.0)
+    assert "only the layers of CRATE have sparse codes" in transformer
 
 
 def test_the_current_layer_is_marked_on_both_curves():

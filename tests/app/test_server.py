@@ -16,7 +16,18 @@ from crate_mae.app.responses import completion_component
 
 httpx = pytest.importorskip("httpx", reason="comes with Gradio: pip install '.[app]'")
 BUNDLED = "crate_mae_micro_monotone_cifar10"
-CONTROLS = ["picture", "model", "beside", "mask", "mask_ratio", "seed", "layer", "patch"]  # in their order
+CONTROLS = [
+    "picture",
+    "model",
+    "beside",
+    "mask",
+    "mask_ratio",
+    "seed",
+    "layer",
+    "patch",
+    "atom",
+    "amount",
+]  # in their order
 CHOICES = [BUNDLED, "no other model"]
 
 
@@ -37,7 +48,7 @@ def ask(url, name, data, event_data=None, session="one"):
 
 
 def controls(picture, mask, **changes):
-    values = {"mask_ratio": 0.75, "seed": 0, "layer": 0, "patch": 0, **changes}
+    values = {"mask_ratio": 0.75, "seed": 0, "layer": 0, "patch": 0, "atom": 0, "amount": 10, **changes}
     return [to_uri(to_png(picture)), *CHOICES, mask, *values.values()]
 
 
@@ -75,6 +86,14 @@ def test_twenty_visitors_at_once_get_their_own_pictures(served, models):
         ("inside", {"layer": 10**6}, "The layer must be a whole number from 0 to 2"),
         ("inside", {"layer": -1}, "The layer must be"),
         ("inside", {"layer": None}, "The layer must be"),
+        ("changed", {"layer": -1}, "The layer must be"),
+        ("changed", {"atom": 512}, "There is no atom 512 in layer 0: its code has 512, 0 to 511"),
+        ("changed", {"atom": -1}, "The atom must be a whole number"),
+        ("changed", {"atom": None}, "The atom must be a whole number"),
+        ("changed", {"atom": 1.5}, "The atom must be a whole number"),
+        ("changed", {"amount": 21}, "The change must be from -20 to 20"),
+        ("changed", {"amount": None}, "The change must be from -20 to 20"),
+        ("changed", {"mask": "0" * 64}, "Nothing is hidden"),
         ("upload", {}, "There is no picture"),
         ("clear", {}, "Nothing is hidden"),
     ],
@@ -93,6 +112,8 @@ def test_an_invalid_request_is_answered_with_an_explanation(name, changes, words
     [
         ("random", {"mask_ratio": "x"}),
         ("inside", {"layer": [1]}),
+        ("changed", {"atom": "x"}),
+        ("changed", {"amount": "x"}),
         ("switch", {"model": "another"}),
     ],
 )

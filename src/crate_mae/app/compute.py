@@ -15,6 +15,7 @@ from torch import Tensor
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.errors import UserError
 from crate_mae.evaluation.reconstruction import completion_quality
+from crate_mae.interpret.atoms import is_visible_patch, with_code
 from crate_mae.interpret.attention import attention_on_grid
 from crate_mae.interpret.audit import AuditRow, audit
 from crate_mae.interpret.layer_measures import (
@@ -33,11 +34,13 @@ from crate_mae.interpret.tokens import token_colours
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.completion import Completion, complete, completion_of, flat_patches
 from crate_mae.models.features import depth, encode, evaluating, transform_of
+from crate_mae.models.interventions import intervene
 from crate_mae.models.masking import random_mask
 from crate_mae.models.tracing import trace
 from crate_mae.models.weights import is_untrained, load_autoencoder
 
 _RATE = "subspace_rate_normalised"
+_MOST_VARIED = 6  # atoms that are named
 _SEED = 0  # of random initialisation
 
 
@@ -124,6 +127,26 @@ class Inside(NamedTuple):
     heads: Float[np.ndarray, "h gh gw"]
     patch: int
     even: float
+
+
+class ChangedAtom(NamedTuple):
+    """What the decoder draws with one atom of a layer raised or lowered in all visible patches.
+
+    Attributes:
+        active: the atom's activation in each patch of the whole picture.
+        completed: the completion as it is.
+        changed: the completion with the changed atom.
+        size: root mean square of the change in hidden pixels, which are in [0, 1].
+        varied: the atoms whose activation varies most over the patches of the picture, the first varies most.
+        atoms: number of atoms in the layer.
+    """
+
+    active: Float[np.ndarray, "gh gw"]
+    completed: Float[Tensor, "c hh ww"]
+    changed: Float[Tensor, "c hh ww"]
+    size: float
+    varied: list[int]
+    atoms: int
 
 
 class Curves(NamedTuple):
@@ -213,6 +236,65 @@ def look_inside(model: MaskedAutoencoder, picture: Image.Image, layer: int, patc
     heads = attention_on_grid(attention, model.grid_size, query=encoder.num_prefix_tokens + patch)
     shares, even = heads[0].float().numpy(), 1 / attention.shape[-1]
     return Inside(colours.pictures[0], float(colours.explained.sum()), shares, patch, even)
+
+
+def change_atom(
+    model: MaskedAutoencoder,
+    picture: Image.Image,
+    mask: Bool[Tensor, "gh gw"],
+    layer: int,
+    atom: int,
+    amount: float,
+) -> ChangedAtom:
+    """Complete a picture with one atom of an encoder layer's code raised or lowered in all visible patches.
+
+    Args:
+        model: an autoencoder with sparse codes.
+        picture: of any size.
+        mask: True where a patch is hidden.
+        layer: of the encoder, from 0.
+        atom: its number.
+        amount: what is added, in standard deviations of all activations of the layer in the whole picture. An
+            activation does not fall below 0.
+
+    Raises:
+        UserError: if nothing is hidden, for a model without codes, or if there is no such atom.
+    """
+    if not mask.any():
+        raise UserError("Nothing is hidden, so there is nothing to complete: paint over some patches.")
+    codes = codes_of(model, picture, layer)
+    if not 0 <= atom < (atoms := codes.shape[1]):
+        raise UserError(f"There is no atom {atom} in layer {layer}: its code has {atoms}, 0 to {atoms - 1}.")
+    image, flat = prepare(model, picture), mask.flatten()[None]
+    step = amount * float(codes.std()) * is_visible_patch(model, flat)
+    with evaluating(model):
+        completed = complete(model, image, flat)
+        code = f"encoder.blocks.{layer}.code[{atom}]"
+        with intervene(model, {code: lambda active: (active + step.to(active)).clamp(min=0)}):
+            changed = complete(model, image, flat)
+    size = (changed.completed - completed.completed).float().square().mean() * mask.numel() / mask.sum()
+    active = codes[:, atom].unflatten(0, model.grid_size).numpy()
+    return ChangedAtom(
+        active, completed.completed[0], changed.completed[0], float(size.sqrt()), varied_atoms(codes), atoms
+    )
+
+
+def codes_of(model: MaskedAutoencoder, picture: Image.Image, layer: int) -> Float[Tensor, "n m"]:
+    """Compute the code of every patch of the whole picture.
+
+    Raises:
+        UserError: for a model without codes.
+    """
+    with_code(model, layer)
+    name = f"encoder.blocks.{layer}.code"
+    with evaluating(model), trace(model, [name]) as record:
+        model.encoder.forward_features(prepare(model, picture))
+    return record[name][0][0, model.encoder.num_prefix_tokens :].float()
+
+
+def varied_atoms(codes: Float[Tensor, "n m"]) -> list[int]:
+    """Return the atoms whose activation varies most from patch to patch, the first varies most."""
+    return codes.std(0).argsort(descending=True, stable=True)[:_MOST_VARIED].tolist()
 
 
 def measure_curves(model: MaskedAutoencoder, picture: Image.Image) -> Curves:

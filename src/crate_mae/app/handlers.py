@@ -7,7 +7,7 @@ with the response, so that any number of visitors can use the app at once.
 import functools
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -15,10 +15,10 @@ from jaxtyping import Bool
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.app.compute import AppModel, mask_from_text, mask_text, seeded_mask
+from crate_mae.app.compute import AppModel, codes_of, mask_from_text, mask_text, seeded_mask, varied_atoms
 from crate_mae.app.limits import without_pictures
 from crate_mae.app.pictures import examples, from_uri, read_upload, to_png, to_uri
-from crate_mae.app.responses import completion_response, displayed_picture, inside_response, notice
+from crate_mae.app.responses import atom_response, completion_response, displayed_picture, inside_response, notice
 from crate_mae.data.numbers import is_number
 from crate_mae.errors import UserError
 from crate_mae.models.config import MASK_RATIO
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 ALONE = "no other model"
 UNTRAINED = "the same, random initialisation"
 LEAST_RATIO, MOST_RATIO = 0.05, 0.95
+MOST_AMOUNT = 20.0  # by which an atom is changed, in standard deviations
+_FIRST_AMOUNT = 10.0
 FORGED = "The app does not send such requests."
 _LONGEST_SESSION = 64
 _MOST_EVENTS = 1000
@@ -47,6 +49,8 @@ class Controls(NamedTuple):
         seed: of random masks.
         layer: of the encoder, from 0.
         patch: number of the patch whose attention is shown.
+        atom: number of the atom that is changed.
+        amount: by how much, in standard deviations.
     """
 
     picture: Any
@@ -57,6 +61,8 @@ class Controls(NamedTuple):
     seed: Any
     layer: Any
     patch: Any
+    atom: Any
+    amount: Any
 
 
 class Handlers:
@@ -85,7 +91,12 @@ class Handlers:
         centre = rows // 2 * columns + columns // 2
         # Attention of the bundled model's last layer lowers R^c the most, by 38%, and is mostly on other patches in
         # seven of eight heads.
-        return Controls(self._example(0), model, beside, mask, MASK_RATIO, 0, first.depth - 1, centre)
+        picture, last = self._example(0), first.depth - 1
+        try:
+            atom = varied_atoms(codes_of(first.net, read_upload(from_uri(picture), self._side), last))[0]
+        except UserError:  # a model without codes
+            atom = 0
+        return Controls(picture, model, beside, mask, MASK_RATIO, 0, last, centre, atom, _FIRST_AMOUNT)
 
     def upload(self, event: gr.EventData, *values: Any) -> list[Any]:
         """Use a visitor's file as the picture, or explain what is wrong with it."""
@@ -116,7 +127,7 @@ class Handlers:
             layer=int(min(max(c.layer or 0, 0), last)), patch=_patch_on(c.patch, first.grid), mask=mask_text(mask)
         )
         slider = gr.Slider(maximum=last, value=c.layer, interactive=last > 0)
-        return [*self._grids(c), c.mask_ratio, c.seed, slider, self.completed(*c), self.inside(*c)]
+        return [*self._grids(c), c.mask_ratio, c.seed, slider, self.completed(*c), self.inside(*c), self.changed(*c)]
 
     def random(self, *values: Any) -> list[Any]:
         """Draw the mask of the chosen ratio and seed."""
@@ -154,11 +165,22 @@ class Handlers:
         """Show one layer, and the curves over all layers (step 4), or explain why not."""
         c = Controls(*values)
         models = self._chosen(c)
-        last = max(model.depth for model in models) - 1
         try:
-            if not is_number(c.layer, 0, last) or c.layer != int(c.layer):
-                raise UserError(f"The layer must be a whole number from 0 to {last}.")
-            return inside_response(_picture(c), models, int(c.layer), _patch_on(c.patch, models[0].grid))
+            return inside_response(_picture(c), models, _layer(c, models), _patch_on(c.patch, models[0].grid))
+        except UserError as error:
+            return notice(str(error))
+
+    def changed(self, *values: Any) -> str:
+        """Change an atom of the layer and complete the picture (step 5), or explain why not."""
+        c = Controls(*values)
+        models = self._chosen(c)
+        try:
+            layer, mask = _layer(c, models), mask_from_text(c.mask, models[0].grid)
+            if not is_number(c.atom, 0, _MOST_SEED) or c.atom != int(c.atom):
+                raise UserError("The atom must be a whole number, at least 0.")
+            if not is_number(c.amount, -MOST_AMOUNT, MOST_AMOUNT):
+                raise UserError(f"The change must be from {-MOST_AMOUNT:g} to {MOST_AMOUNT:g} standard deviations.")
+            return atom_response(_picture(c), models, mask, layer, int(c.atom), float(c.amount))
         except UserError as error:
             return notice(str(error))
 
@@ -190,9 +212,13 @@ class Handlers:
             and isinstance(c.beside, str)
             and c.beside in (ALONE, UNTRAINED, *self.models)
             and (c.mask is None or isinstance(c.mask, str))
-            and all(each is None or is_number(each, -math.inf, math.inf) for each in (c.mask_ratio, c.seed, c.layer))
+            and all(each is None or is_number(each, -math.inf, math.inf) for each in self._numbers(c))
             and (c.patch is None or isinstance(c.patch, str | int))
         )
+
+    @staticmethod
+    def _numbers(c: Controls) -> tuple[Any, ...]:
+        return (c.mask_ratio, c.seed, c.layer, c.atom, c.amount)
 
     def _show(self, event: gr.EventData, picture: str, c: Controls) -> list[Any]:
         c, message = c._replace(picture=picture), [_detail(event, "attempt"), ""]
@@ -253,6 +279,14 @@ def _detail(event: gr.EventData, name: str) -> object:
 def _picture(c: Controls) -> Image.Image:
     """Decode the picture; it comes from a browser, so it is not trusted."""
     return read_upload(from_uri(c.picture), side=_NO_LIMIT)
+
+
+def _layer(c: Controls, models: Sequence[AppModel]) -> int:
+    """Return the number of the chosen layer."""
+    last = max(model.depth for model in models) - 1
+    if not is_number(c.layer, 0, last) or c.layer != int(c.layer):
+        raise UserError(f"The layer must be a whole number from 0 to {last}.")
+    return int(c.layer)
 
 
 def _patch_on(patch: Any, grid: tuple[int, int]) -> int:

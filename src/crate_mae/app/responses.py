@@ -14,9 +14,11 @@ from torch import Tensor
 
 from crate_mae.app.compute import (
     AppModel,
+    ChangedAtom,
     Completed,
     Curves,
     Inside,
+    change_atom,
     complete_picture,
     fit_mask,
     look_inside,
@@ -95,6 +97,31 @@ def inside_response(picture: Image.Image, models: Sequence[AppModel], layer: int
     return "".join(parts) + (curves_component(curves, layer) if curves else "")
 
 
+def atom_response(
+    picture: Image.Image,
+    models: Sequence[AppModel],
+    mask: Bool[Tensor, "gh gw"],
+    layer: int,
+    atom: int,
+    amount: float,
+) -> str:
+    """Complete an RGB picture by each model with one atom of a layer's code raised or lowered.
+
+    `mask` has the first model's grid; a model with fewer layers changes its last.
+    """
+    parts = []
+    for model in models:
+        own = min(layer, model.depth - 1)
+        with model.lock:
+            try:
+                found = change_atom(model.net, picture, fit_mask(mask, model.grid), own, atom, amount)
+            except UserError as error:
+                parts.append(notice(str(error)))
+                continue
+        parts.append(atom_component(model.name, own, atom, amount, found))
+    return "".join(parts)
+
+
 def displayed_picture(model: MaskedAutoencoder, picture: Image.Image) -> str:
     """Return the part of a picture that a model sees, in the model's size, as a data: URI."""
     c = model.config
@@ -150,6 +177,29 @@ def inside_component(name: str, layer: int, layers: int, found: Inside) -> str:
         f'<div class="tiles heads">{"".join(heads)}</div></div>'
         f'<p class="small">Attention is that of the framed patch: row {row + 1}, column {column + 1}. Uniform '
         f"attention would give each patch {share(found.even)}.</p>"
+    )
+
+
+def atom_component(name: str, layer: int, atom: int, amount: float, found: ChangedAtom) -> str:
+    """Show where an atom is active, and the completion before and after it is changed."""
+    difference = _pixels(found.changed) - _pixels(found.completed)
+    largest = float(np.abs(difference).max())
+    scaled = 0.5 + difference / (2 * largest) if largest > 0 else np.full_like(difference, 0.5)
+    stem = f"{file_stem(name)}_layer_{layer}_atom_{atom}"
+    pictures = (
+        (_heat(found.active), "activation", f"in the whole picture, up to {float(found.active.max()):.2f}"),
+        (_pixels(found.completed), "completed", "as it is"),
+        (_pixels(found.changed), "changed", f"atom {atom} by {amount:+g} standard deviations"),
+        (scaled, "difference", f"grey is none; scaled to its maximum, {share(largest)} of the range of pixels"),
+    )
+    tiles = [_tile(_to_uri(each), title, note, save_as=f"{stem}_{title}.png") for each, title, note in pictures]
+    varied = ", ".join(map(str, found.varied))
+    return (
+        f'<div class="completion"><p class="result"><strong>{escape(name)}</strong> '
+        f"<span>layer {layer}, atom {atom} of 0 to {found.atoms - 1}</span> "
+        f"<span>hidden pixels change by {share(found.size)} of their range (root mean square)</span></p>"
+        f'<div class="tiles four">{"".join(tiles)}</div>'
+        f'<p class="small">In this picture, these atoms of the layer vary most from patch to patch: {varied}.</p></div>'
     )
 
 

@@ -10,7 +10,17 @@ import uvicorn
 from fastapi import FastAPI
 
 from crate_mae.app.compute import AppModel
-from crate_mae.app.handlers import ALONE, FORGED, LEAST_RATIO, MOST_RATIO, UNTRAINED, Controls, Handlers, refusing
+from crate_mae.app.handlers import (
+    ALONE,
+    FORGED,
+    LEAST_RATIO,
+    MOST_AMOUNT,
+    MOST_RATIO,
+    UNTRAINED,
+    Controls,
+    Handlers,
+    refusing,
+)
 from crate_mae.app.limits import MOST_CONNECTIONS, LargeRequests, RequestLimits
 from crate_mae.app.pictures import FORMATS, MAX_BYTES, TOO_LARGE, Example, to_png, to_uri
 from crate_mae.data.files import reason_of
@@ -39,6 +49,11 @@ _INSIDE = (
     "What the encoder computes from the whole picture, with nothing hidden. Each patch is a token; similar tokens have "
     "similar colours. Click a patch: the map of a head shows where that patch attends to, from dark (nowhere) to "
     "yellow (the maximum of that map).",
+)
+_CHANGE = (
+    "5. Change an atom, and see what it draws",
+    "An atom is one coordinate of the layer's sparse code. Raise or lower it in every visible patch: the decoder draws "
+    "the hidden patches anew. Choose the layer above.",
 )
 _STATIC = Path(__file__).parent / "static"
 _CHOOSER = """
@@ -148,21 +163,37 @@ def build_app(handlers: Handlers) -> gr.Blocks:
                 patch = patch_grid("pick", handlers.displayed(start), grid, start.patch, elem_id="picker")
             with gr.Column(scale=5, min_width=300):
                 inside = gr.HTML(handlers.inside(*start), js_on_load=None, elem_id="inside")
-        controls = Controls._make((picture, model, beside, mask, ratio, seed, layer, patch))
+        _heading(*_CHANGE)
+        with gr.Row(elem_classes="steps"):
+            with gr.Column(scale=2, min_width=260):
+                atom = gr.Number(start.atom, label="Atom", precision=0)
+                amount = gr.Slider(
+                    -MOST_AMOUNT, MOST_AMOUNT, start.amount, step=1, label="Change, in standard deviations"
+                )
+            with gr.Column(scale=5, min_width=300):
+                changed = gr.HTML(handlers.changed(*start), js_on_load=None, elem_id="changed")
+        controls = Controls._make((picture, model, beside, mask, ratio, seed, layer, patch, atom, amount))
 
         for chosen, handler in ((picture.upload, handlers.upload), (picture.select, handlers.select)):
             shown = _connect(chosen, handler, controls, [picture, mask, patch, completed])
-            _connect(shown.success, handlers.inside, controls, [inside])
+            looked = _connect(shown.success, handlers.inside, controls, [inside])
+            _connect(looked.success, handlers.changed, controls, [changed])
         for choice in (model, beside):
             # One choice triggers `input` twice.
-            _connect(choice.select, handlers.switch, controls, [mask, patch, ratio, seed, layer, completed, inside])
-        _connect(ratio.change, handlers.random, controls, [mask, completed])  # also by its reset button
-        _connect(seed.input, handlers.random, controls, [mask, completed])
-        _connect(another.click, handlers.another, controls, [seed, mask, completed])
-        _connect(clear.click, handlers.clear, controls, [mask, completed])
-        _connect(mask.input, handlers.completed, controls, [completed])
+            outputs = [mask, patch, ratio, seed, layer, completed, inside, changed]
+            _connect(choice.select, handlers.switch, controls, outputs)
+        for masked in (
+            _connect(ratio.change, handlers.random, controls, [mask, completed]),  # also by its reset button
+            _connect(seed.input, handlers.random, controls, [mask, completed]),
+            _connect(another.click, handlers.another, controls, [seed, mask, completed]),
+            _connect(clear.click, handlers.clear, controls, [mask, completed]),
+            _connect(mask.input, handlers.completed, controls, [completed]),
+        ):
+            _connect(masked.success, handlers.changed, controls, [changed])
         for moved in (layer.change, patch.input):
             _connect(moved, handlers.inside, controls, [inside])
+        for turned in (layer.change, atom.input, amount.change):
+            _connect(turned, handlers.changed, controls, [changed])
     return page.queue(max_size=_MAX_WAITING, api_open=False)
 
 
@@ -179,7 +210,7 @@ def _connect(event: Any, handler: Any, controls: Controls, outputs: Sequence[Any
         preprocess=False,  # Gradio's own checks of ranges end in an error without a place
         trigger_mode="always_last",
         show_progress="minimal",
-        show_progress_on=[each for each in outputs if each.elem_id in ("completed", "inside")],
+        show_progress_on=[each for each in outputs if each.elem_id in ("completed", "inside", "changed")],
         api_visibility="private",
     )
 

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -132,7 +132,7 @@ def measure_atoms(
     check_whole("draws", draws)
     check_whole("count", count)
     with intervene(net, {}):  # which refuses what cannot be changed, before anything is measured
-        net, number, size = _with_code(net, layer)
+        net, number, size = with_code(net, layer)
     name = f"encoder.blocks.{number}.code"
     if wrong := [atom for atom in atoms or [] if describe_not_whole("", atom, 0, size - 1)]:
         raise UserError(f"There is no atom {wrong[0]} in layer {number}: its code has {size}, 0 to {size - 1}.")
@@ -167,8 +167,12 @@ def measure_atoms(
     )
 
 
-def _with_code(net: nn.Module, layer: int) -> tuple[MaskedAutoencoder, int, int]:
-    """The model, the number of a layer of its encoder, and how many atoms this has."""
+def with_code(net: nn.Module, layer: int) -> tuple[MaskedAutoencoder, int, int]:
+    """The model, the number of a layer of its encoder, and how many atoms this has.
+
+    Raises:
+        UserError: for a model without a decoder or without codes, or a layer that does not exist.
+    """
     if not isinstance(net, MaskedAutoencoder):
         raise UserError(f"A {type(net).__name__} has no decoder, which would draw what an atom stands for.")
     number = layer_number(net.encoder, layer)
@@ -217,11 +221,7 @@ class _Response:
 
     def __init__(self, net: MaskedAutoencoder, images: Tensor, masks: Tensor, name: str) -> None:
         self.net, self.images, self.masks, self.name = net, images, masks, name
-        is_visible = ~masks
-        if net.config.mask_tokens == "decoder":  # the encoder sees nothing else
-            is_visible = torch.ones(len(masks), int(is_visible[0].sum()), dtype=torch.bool)
-        prefix = torch.zeros(len(masks), net.encoder.num_prefix_tokens, dtype=torch.bool)
-        self.is_raised = torch.cat([prefix, is_visible], 1)[..., None]
+        self.is_raised = is_visible_patch(net, masks)[..., None]
         self.scale = torch.tensor(net.config.std).repeat(net.config.patch_size**2)
         self.intact = self._predicted(torch.zeros(()))
 
@@ -249,6 +249,15 @@ class _Response:
         changes = {self.name: lambda code: code + (self.is_raised * step).to(code)}
         with evaluating(self.net), torch.inference_mode(False), torch.no_grad(), intervene(self.net, changes):
             return predicted_patches(self.net, self.images, self.masks)
+
+
+def is_visible_patch(net: MaskedAutoencoder, masks: Bool[Tensor, "b n"]) -> Bool[Tensor, "b t"]:
+    """Which of the tokens that the encoder sees in a masked pass are those of visible patches."""
+    is_visible = ~masks
+    if net.config.mask_tokens == "decoder":  # the encoder sees nothing else
+        is_visible = torch.ones(len(masks), int(is_visible[0].sum()), dtype=torch.bool)
+    prefix = torch.zeros(len(masks), net.encoder.num_prefix_tokens, dtype=torch.bool)
+    return torch.cat([prefix, is_visible], 1)
 
 
 def _raised(
