@@ -131,7 +131,10 @@ def test_a_visitor_hides_completes_and_looks_inside(visit, as_file, served):
     assert panel.locator("text[font-weight='600']").all_text_contents()[1:] == ["0"]
 
     # The change of the atom follows the layer, the mask and its own controls.
-    amount, atom = page.tab.get_by_label("Change, in standard deviations").last, page.tab.get_by_role("spinbutton", name="Atom", exact=True)
+    amount, atom = (
+        page.tab.get_by_label("Change, in standard deviations").last,
+        page.tab.get_by_role("spinbutton", name="Atom", exact=True),
+    )
     page.tab.wait_for_selector("#changed:has-text('layer 0, atom')")
     completed = page.picture("#changed figure:nth-of-type(2) img")
     assert np.array_equal(completed, page.picture("#completed figure:nth-of-type(3) img"))
@@ -150,7 +153,9 @@ def test_a_visitor_hides_completes_and_looks_inside(visit, as_file, served):
 def test_two_models_are_compared_and_pictures_saved(visit):
     page = visit()
     page.tab.get_by_label("Compare with").click()
-    page.changes("#completed", lambda: page.tab.get_by_role("option", name="the same, random initialisation").click())
+    page.changes(
+        "#completed", lambda: page.tab.get_by_role("option", name="the same model, random initialisation").click()
+    )
     scores = page.tab.locator("#completed .score").all_inner_texts()
     assert page.questions == 1
     trained, untrained = (float(score.removesuffix(" dB")) for score in scores)

@@ -52,13 +52,13 @@ def test_a_completion_shows_four_pictures_with_titles(untrained, photograph):
     assert piece.count("download=") == 5
     assert "Random initialisation" in piece
     assert "8 x 8 pixels in patches of 2 x 2" in piece
-    assert "mean colour of all that is visible" in piece
+    assert "mean colour of the visible patches" in piece
     assert "Brightness" not in piece
 
 
 def test_normalised_targets_are_mentioned(models, photograph):
     piece = completion_response(photograph, list(models.values()), torch.ones(8, 8, dtype=torch.bool))
-    assert "Brightness and contrast are the original's" in piece
+    assert "Brightness and contrast come from the original" in piece
     assert "Random initialisation" not in piece
 
 

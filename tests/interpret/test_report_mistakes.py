@@ -76,14 +76,14 @@ def test_fewer_images_than_asked_for_are_enough(build):
     images = [torch.rand(1, 8, 8, generator=torch.Generator().manual_seed(i)) for i in range(2)]
     inspection, _, page = report(model=build(), data=images, count=5)
     assert inspection.model.measures.images == 2
-    assert "list holds 2 images: 2 were measured where 5 were asked for" in page
+    assert "list contains 2 images: 2 were measured instead of 5" in page
 
 
 def test_a_model_without_subspaces_has_what_is_left(build):
     inspection, plan, page = report(model=build("vit_mae_nano_patch2_8"))
     names = [figure.name for figures in plan.values() for figure in figures]
     assert "weights" not in names
-    titles = ("R^c as the official code takes it (nats)", "R^c of unit-length projections (nats)")
+    titles = ("R^c as in the official code (nats)", "R^c of unit-length projections (nats)")
     for figure, title in zip(plan["layers"], titles, strict=False):  # of which there is the stand-in alone
         ((panel,),) = figure.draw.args
         assert panel.title == title
@@ -242,7 +242,7 @@ def test_broken_images_are_listed(build, tmp_path):
     (tmp_path / "<broken>.png").write_bytes(b"nothing")
     _, _, page = report(model=build(), data=str(tmp_path), count=4)
     assert "&lt;broken&gt;.png" in page
-    assert "holds 4 images (1 cannot be read): 3 were measured where 4 were asked for" in page
+    assert "contains 4 images (1 cannot be read): 3 were measured instead of 4" in page
 
 
 def test_saved_models_are_opened_by_name(build, tmp_path):

@@ -26,7 +26,7 @@ from crate_mae.models.config import MASK_RATIO
 logger = logging.getLogger(__name__)
 
 ALONE = "no other model"
-UNTRAINED = "the same, random initialisation"
+UNTRAINED = "the same model, random initialisation"
 LEAST_RATIO, MOST_RATIO = 0.05, 0.95
 MOST_AMOUNT = 20.0  # by which an atom is changed, in standard deviations
 _FIRST_AMOUNT = 10.0

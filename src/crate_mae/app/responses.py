@@ -39,26 +39,26 @@ from crate_mae.models.autoencoder import MaskedAutoencoder
 _NOTES = {
     "original": "",
     "masked": "what the model sees",
-    "completed": "its prediction in the gaps",
-    "prediction": "of hidden patches alone",
+    "completed": "hidden patches filled in",
+    "prediction": "of hidden patches only",
 }
 _CURVES = (
-    "Yellow marks the layer chosen above. The first half of a layer is derived to compress, that is, to lower the "
-    "subspace rate Rᶜ: from the hollow point to the filled one. The second half makes the code sparse, that is, sets "
-    "exact zeros; what it does to the rate lies between this filled point and the hollow point of the next layer."
+    "The chosen layer is marked in yellow. The first half of a layer should compress, that is, lower the subspace rate "
+    "Rᶜ: from the hollow point to the filled point. The second half makes the code sparse by setting exact zeros; its "
+    "effect on the rate is the change from the filled point to the hollow point of the next layer."
 )
 _AUDIT = (
-    "∎ a theorem of the layer, true for every picture; ✓ the step beats its best control, by this share of the value "
-    "before it; ✗ the named control does as well or better. A control is a step that needs no derivation, such as the "
-    "same step with its sign flipped, without mixing tokens, or in random subspaces. One picture proves nothing: "
-    "crate-mae inspect tests many."
+    "∎: a theorem of the layer, true for every image. ✓: the step beats its best control; the margin is in percent of "
+    "the value before the step. ✗: the named control is as good or better. A control is a step that needs no "
+    "derivation, such as the same step with its sign flipped, without mixing tokens, or in random subspaces. A single "
+    "image is no evidence: use crate-mae inspect to test many."
 )
 _SEVERAL = " Values of Rᶜ are comparable only between networks of the same shape."
 _NORMALISED = (
-    "The model predicts the pattern of each patch. Brightness and contrast are the original's, so picture and PSNR are "
-    "better than the model alone could make them. The baseline is flat patches of that brightness."
+    "The model predicts the pattern of each patch. Brightness and contrast come from the original, so image and PSNR "
+    "are better than the model alone could achieve. The baseline is flat patches with the same brightness."
 )
-_RAW = "The baseline is flat patches of the mean colour of all that is visible."
+_RAW = "The baseline is flat patches with the mean colour of the visible patches."
 _RANDOM = "Random initialisation: this network has not been trained."
 
 
@@ -350,7 +350,7 @@ def _audit(name: str, rows: Sequence[AuditRow]) -> str:
 def _status(row: AuditRow) -> str:
     """Describe the margin over the best control; one picture allows no statistical test."""
     is_better = row.margin_share >= LEAST_MARGIN_SHARE
-    compared = f"by {share(row.margin_share)} better" if is_better else "no better"
+    compared = f"{share(row.margin_share)} better" if is_better else "no better"
     compared += f" than {escape(row.closest_control)}"
     if row.status in ("theorem", "contradiction"):
         return f"{SYMBOLS[row.status]} {row.status}; {compared}"

@@ -32,8 +32,8 @@ _INTRO = """<div class="intro"><h1>Hide most of a picture and see it completed</
 <p>CRATE-MAE is a neural network in which every layer is derived to compress its input and to make it sparse. Paint over
 parts of a picture, see what the network predicts there, and look at what each of its layers did.</p></div>"""
 _PICTURE = (
-    "1. A picture",
-    "It stays in this browser tab: the server holds it in memory while it responds, and never on a disk.",
+    "1. Choose a picture",
+    "It stays in this browser tab. The server keeps it in memory while it responds and never writes it to disk.",
 )
 _HIDE = (
     "2. Hide patches",

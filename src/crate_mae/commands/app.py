@@ -24,9 +24,9 @@ def app(
 
     Args:
         models: Models to choose from, each in any form that `crate-mae reconstruct` takes; the second, if given, is
-            shown beside the first.
-        host: Name or address to listen on. By default only this machine can open the app; with 0.0.0.0, every machine
-            that can reach this one can, at its IP address. To open the app under a host name, give that name.
+            displayed next to the first.
+        host: Name or address to listen on. By default, only this machine can open the app. With 0.0.0.0, all
+            machines that can reach this one can open it at its IP address. To open it by host name, give that name.
         port: Port to listen on; 0 for any free one.
 
     Raises:

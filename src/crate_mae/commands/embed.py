@@ -75,8 +75,8 @@ class EmbedOptions(FeatureOptions):
     normalize: bool = option(False, "Scale each vector to length 1.")
     whiten: Path | str | None = option(
         None,
-        "Whiten features, for search by cosine: a .safetensors file with the transform. If it exists, it is applied, "
-        "as to queries; if not, it is fitted on these images, applied and written.",
+        "Whiten features for cosine-similarity search, with the transform in this .safetensors file. If the file "
+        "exists, it is applied (to queries); otherwise, it is fitted on these images and saved.",
     )
 
 

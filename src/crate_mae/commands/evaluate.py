@@ -54,7 +54,7 @@ class ProbeOptions(FeatureOptions):
     """The options that all probes share."""
 
     train: Data = option(MISSING, "Labelled images, in any form of data that `crate-mae pretrain` takes.")
-    val: Data = option(MISSING, "Labelled images of the same classes to measure on.")
+    val: Data = option(MISSING, "Labelled images of the same classes to evaluate on.")
     out: Path | str | None = option(None, "New .json file for scores and settings.")
     pooling: HeadPooling | None = option(
         None, "The class token, the mean of patches, or both; by default cls+mean, or mean without a class token."

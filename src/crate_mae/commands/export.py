@@ -68,8 +68,8 @@ def export(
     Args:
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
         out: New or empty folder for the files.
-        format: Format of the files; see above.
-        part: encoder, or full: with the decoder, or the head of a classifier. By default, full for safetensors, hf and
+        format: Format of the files.
+        part: encoder, or full (with the decoder or classifier head). By default, full for safetensors, hf and
             classifiers, and encoder for the others; timm supports only encoders, and torch does not support decoders.
         verify: Run the export in its target program on noise and photographs (also of another size, if the export takes
             any size), and print the largest difference from the model. If the difference exceeds the tolerance, the
@@ -132,7 +132,7 @@ def push(
         model: A run folder, a folder with model.safetensors and config.json, or the name of a model.
         repository: Name of the repository, user/name, created if necessary; files with the same names are replaced.
         format: Format of the files; see `crate-mae export`.
-        part: encoder, or full: with the decoder, or the head of a classifier; by default, full, or encoder for timm.
+        part: encoder, or full (with the decoder or classifier head); by default, full, or encoder for timm.
         private: Create a private repository.
         revision: Branch to upload to.
         license: Licence of the weights, such as mit or cc-by-nc-4.0; by default, none.

@@ -48,9 +48,9 @@ class InspectOptions:
     mask_ratio: float | None = option(None, "Share of patches to hide while layers are measured; by default, none.")
     probe_images: int = option(
         2000,
-        "Maximum number of images to fit a probe to, and to measure it on; 0 for no probes. Without train_data, the "
-        "model without mixing is probed on DATA, if it has labels: one half of up to this many images to fit, the "
-        "other to measure.",
+        "Maximum number of images to fit a probe on, and to evaluate it on; 0 for no probes. Without --train-data, if "
+        "DATA has labels, up to this many of its images are used to probe the model with and without mixing: half to "
+        "fit, half to evaluate.",
     )
     interventions: bool = option(
         False,

@@ -62,7 +62,7 @@ def viz_attention(
         images: An image, a folder of images, or any other form of data that `crate-mae pretrain` takes.
         out: Picture to write, a .png or .pdf file.
         layer: Layer of the encoder from 0, or negative from the end.
-        stride: Distance in pixels between values of the maps, a divisor of the patch size; by default, the patch size.
+        stride: Stride of the maps in pixels; must divide the patch size. By default, the patch size.
         count: Number of images, evenly spaced among all.
         seed: Seed of random initialisation.
         overwrite: Replace an existing picture.

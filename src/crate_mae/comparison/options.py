@@ -102,7 +102,7 @@ class CompareOptions:
     train: Data = option(
         MISSING, "Images for pretraining and for fitting the probes, in any form that `crate-mae pretrain` takes."
     )
-    val: Data = option(MISSING, "Other images to measure on.")
+    val: Data = option(MISSING, "Images to evaluate on.")
     budget: str = option(
         MISSING,
         "Budget of each entry, including the search: steps=N, minutes=N on this machine, or flops=N of training.",
@@ -118,8 +118,8 @@ class CompareOptions:
     )
     lr_search: int = option(
         3,
-        "Number of learning rates to try, starting with each model's default: then three times or a third of the best "
-        "so far, in the direction in which the loss falls, then between the best and its neighbour; 1 skips the "
+        "Number of learning rates to try: first each model's default, then three times or a third of the best so far, "
+        "in the direction in which the loss falls, and finally one between the best and its neighbour. 1 skips the "
         "search.",
         AT_LEAST_1,
     )

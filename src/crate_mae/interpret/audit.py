@@ -76,12 +76,12 @@ CONTROLS = {
     NO_CHANGE: "the tokens before the step",
     FLIPPED: "the step with its sign flipped",
     NO_MIXING: "the step without mixing tokens, P = I",
-    RANDOM_MOVE: "a random direction, of each token's own step length",
-    RANDOM_SUBSPACES: "the step in randomly rotated subspaces, of each token's own step length",
-    UNIFORM: "all tokens of an image move towards their mean, until R^c is that after the step",
-    SHRINKING: "all tokens shrink by one factor, until R^c is that after the step",
-    RELU: "relu(x) in the place of ISTA(x)",
-    ZERO: "a code of zeros alone",
+    RANDOM_MOVE: "a step in a random direction, with each token's step length",
+    RANDOM_SUBSPACES: "the step in randomly rotated subspaces, with each token's step length",
+    UNIFORM: "all tokens of an image move towards their mean, until R^c is the same as after the step",
+    SHRINKING: "all tokens shrink by the same factor, until R^c is the same as after the step",
+    RELU: "relu(x) instead of ISTA(x)",
+    ZERO: "a code of zeros only",
 }
 _MOVES = (NO_CHANGE, FLIPPED, NO_MIXING, RANDOM_MOVE, RANDOM_SUBSPACES)
 _REVERSES = (NO_CHANGE, FLIPPED, NO_MIXING, RANDOM_SUBSPACES)
@@ -113,7 +113,7 @@ CLAIMS: dict[str, Claim] = {
     COMPRESS_NORMALISED: Claim("Attention lowers R^c of normalised tokens", -1, "R^c, nats", _MOVES),
     COMPRESS_UNIT: Claim("Attention lowers R^c of unit-length projections", -1, "R^c, nats", _MOVES),
     SORT: Claim(
-        "Attention sorts: R falls less than at an equal fall of R^c by uniform attention or shrinking",
+        "Attention sorts: for an equal fall of R^c, R falls less than with uniform attention or shrinking",
         1,
         "R of all images, nats",
         (NO_CHANGE, UNIFORM, SHRINKING),

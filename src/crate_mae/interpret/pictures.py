@@ -44,7 +44,7 @@ Tiles = Sequence[Sequence[Tile | None]]  # rows, in which None keeps a place emp
 
 
 def heat(values: Float[np.ndarray, "gh gw"], title: str = "") -> Tile:
-    """A map of attention; the caption is its largest value divided by its mean, which is 1 for even attention."""
+    """A map of attention; the caption is its largest value divided by its mean, which is 1 for uniform attention."""
     largest, mean = float(values.max()), float(values.mean())
     return Tile(values, title, f"{largest / mean:.1f}" if mean else "none")
 
@@ -128,7 +128,7 @@ def draw_attention(
     """
     heading = (
         "Attention of the class token, each map from 0 (dark) to its largest value;\n"
-        "below: that value over the map's mean (1 is even attention)"
+        "below: that value over the map's mean (1 is uniform attention)"
     )
     return draw_tiles(attention_tiles(pictures, heads, saliency), tile_width=_TILE, heading=heading)
 
@@ -140,7 +140,7 @@ def attention_tiles(
 ) -> list[list[Tile | None]]:
     """A row for each image, or several for many heads: the image, all heads together, their foreground, each head.
 
-    A map's colours go from 0 to its own largest value, so that even attention is bright all over. The foreground is
+    A map's colours go from 0 to its own largest value, so that uniform attention is bright all over. The foreground is
     where the largest values make up 60% of all heads' attention.
     """
     foreground = mass_mask(torch.from_numpy(saliency), FOREGROUND_MASS).numpy()

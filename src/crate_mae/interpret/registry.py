@@ -44,7 +44,7 @@ class Measure(NamedTuple):
 MEASURES: dict[str, Measure] = {
     "subspace_rate": Measure(
         "R^c of tokens as they are",
-        "Nats that code the tokens of an image inside each of the layer’s subspaces, the formula of the papers.",
+        "Number of nats needed to code the tokens of an image within the layer’s subspaces, as in the papers.",
         unit="nats",
         better="lower",
         point="z_half",
@@ -64,7 +64,7 @@ MEASURES: dict[str, Measure] = {
         point="z_half",
     ),
     "subspace_rate_official": Measure(
-        "R^c as the official code takes it",
+        "R^c as in the official code",
         "R^c of unit-length projections at the input of the layer’s attention, once a layer.",
         unit="nats",
         better="lower",
@@ -77,11 +77,11 @@ MEASURES: dict[str, Measure] = {
         point="projections",
     ),
     "coding_rate": Measure(
-        "R of tokens as they are", "Nats that code all tokens of an image.", unit="nats", point="z_next"
+        "R of tokens as they are", "Nats needed to code all tokens of an image.", unit="nats", point="z_next"
     ),
     "coding_rate_normalised": Measure(
         "R of tokens of equal length",
-        "Nats that code all tokens of an image, each scaled to length √d.",
+        "Nats needed to code all tokens of an image, each scaled to length √d.",
         unit="nats",
         better="higher",
         point="z_next",
@@ -154,7 +154,7 @@ MEASURES: dict[str, Measure] = {
     ),
     "feature_rank": Measure(
         "effective rank of images’ features",
-        "Effective rank of the mean tokens of all images; near 1 all images have become one.",
+        "Effective rank of the mean tokens of all images; near 1, all images have similar features.",
         better="higher",
         point="z_next",
     ),

@@ -145,8 +145,8 @@ class RunOptions:
     steps: int = option(None, "Optimizer steps, instead of epochs.", AT_LEAST_1)
     minutes: float = option(
         None,
-        "Minutes that the run may take, instead of epochs: the number of steps, and by default the batch size and (for "
-        "images of more than 176 pixels) the model, are chosen from the measured speed of this machine.",
+        "Intended duration of the run in minutes, instead of epochs. The number of steps is chosen from the measured "
+        "speed of this machine; by default, so are the batch size and (for images of more than 176 pixels) the model.",
         POSITIVE,
         saved=False,
     )
@@ -202,8 +202,8 @@ class RunOptions:
     )
     monitor_steps: int = option(
         None,
-        "Steps between measurements and pictures of held-out images. By default, 20 times per run, but at most once "
-        "per epoch or 100 steps.",
+        "Steps between evaluations on held-out images. By default, a twentieth of the run, but at least one epoch or "
+        "100 steps, whichever is less.",
         AT_LEAST_1,
         speed=True,
     )
@@ -283,7 +283,7 @@ class PretrainOptions(RunOptions):
     recipe: str | None = option(
         None, "A tested set of options (see `crate-mae recipes`); options on the command line override it.", saved=False
     )
-    model: str = option(None, "A name from `crate-mae models`. By default, the one for this image size.")
+    model: str = option(None, "A name from `crate-mae models`. By default, chosen from the image size.")
     lr: float = same_as(
         RunOptions,
         "lr",
@@ -292,16 +292,16 @@ class PretrainOptions(RunOptions):
     init_from: str | Path | None = option(
         None,
         "A trained model to start from: a run, a bundled model, hf:user/name ... Its weights are used where they fit. "
-        "Without --model, or if --model is its name, its settings are kept, with patches that fit these images.",
+        "Without --model, or if --model is its name, its settings are kept; the patch size is adapted to the images.",
         added_later=True,
     )
-    val: Data = option(None, "Other images to measure on. By default, 5% of the images, at most 512, are held out.")
+    val: Data = option(None, "Images to evaluate on. By default, 5% of the images, at most 512, are held out.")
     model_settings: dict[str, Setting] = option(None, "Other model settings, such as --model-settings.threshold 0.1")
     channels: int = option(None, "Number of channels to convert images to. By default, as in the images.", AT_LEAST_1)
     mean: Numbers = option(
         None, "Mean of each channel, for pixels in [0, 1]. By default, ImageNet's for 3 channels, otherwise measured."
     )
-    std: Numbers = option(None, "Standard deviation of each channel, likewise.")
+    std: Numbers = option(None, "Standard deviation of each channel, as for --mean.")
     mask_ratio: float = option(MASK_RATIO, "Share of patches to hide.", BETWEEN_0_AND_1)
     mask_tokens: Literal["encoder", "decoder"] = option(
         None, "Where mask tokens enter the model. By default, as in the named model."
@@ -330,7 +330,7 @@ class FinetuneOptions(RunOptions):
         MISSING,
         "Labelled images: a folder with a subfolder for each class, .parquet, .tar shards, hf:name, digits:train ...",
     )
-    val: Data = option(MISSING, "Labelled images of the same classes, to measure on and to select the best model.")
+    val: Data = option(MISSING, "Labelled images of the same classes, to evaluate on and to select the best model.")
     labels: float = option(1.0, "Share of the training images of each class to use; the seed determines which.", SHARE)
     pooling: HeadPooling = option("cls+mean", "Input of the head: the class token, the mean over patches, or both.")
     lr: float = same_as(
@@ -340,16 +340,16 @@ class FinetuneOptions(RunOptions):
         "batches smaller than 256.",
     )
     layer_decay: float = option(
-        0.75, "Factor between the learning rate of each layer and that of the next layer.", SHARE
+        0.75, "Layer-wise decay: learning rate of each layer divided by that of the next layer.", SHARE
     )
     mixup: float = option(0.8, "Strength of Mixup (the parameter of a Beta distribution); 0 turns it off.", AT_LEAST_0)
-    cutmix: float = option(1.0, "Strength of CutMix, likewise; each step uses either Mixup or CutMix.", AT_LEAST_0)
+    cutmix: float = option(1.0, "Strength of CutMix, as for Mixup; each step uses only one of the two.", AT_LEAST_0)
     rand_augment: str = option("rand-m9-mstd0.5-inc1", 'timm\'s RandAugment policy; "" turns it off.')
     label_smoothing: float = option(0.1, "Share of each target that is spread over all classes.", BELOW_1)
     ema: float = option(
         0.9999,
-        "Decay of the running average of the weights; the average is what is measured and saved. The decay is smaller "
-        "at the beginning; 0 turns averaging off.",
+        "Decay of the exponential moving average of the weights; the averaged model is evaluated and saved. The decay "
+        "is smaller at the beginning; 0 turns averaging off.",
         BELOW_1,
     )
     drop_path: float = same_as(RunOptions, "drop_path", default=0.1)
@@ -362,8 +362,7 @@ class FinetuneOptions(RunOptions):
     monitor_steps: int = same_as(
         RunOptions,
         "monitor_steps",
-        "Steps between validations. By default, one epoch, or as many epochs as it takes to train on as many images as "
-        "there are in --val.",
+        "Steps between validations. By default, one epoch, or several if --val has more images than --train.",
     )
 
     @property

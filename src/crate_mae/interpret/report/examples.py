@@ -218,10 +218,10 @@ def _class_attention(visuals: Visuals) -> Iterable[PlannedFigure]:
     yield PlannedFigure(
         "heads",
         "Attention of each head",
-        "For each image, how much the class token attends to each place in the last encoder layer, all heads together "
-        "and each by itself: bright is much, and each map is scaled to its own largest value, which stands below as a "
-        "multiple of the map’s mean (1 is even attention). Heads with subspaces of their own should light up on "
-        "different things; equal maps mean that heads do the same.",
+        "For each image, how much the class token attends to each place in the last encoder layer, for all heads "
+        "together and for each head. Brighter means more. Each map is scaled to its maximum; the number below is the "
+        "maximum divided by the mean (1 is uniform attention). Heads with different subspaces should attend to "
+        "different things; equal maps mean redundant heads.",
         partial(draw_grid, attention_tiles(visuals.pictures, fine.heads.cpu().numpy(), fine.saliency.cpu().numpy())),
     )
     layers = sorted(set(np.linspace(0, len(saliency) - 1, min(_MOST_LAYERS, len(saliency))).round().astype(int)))
@@ -233,7 +233,7 @@ def _class_attention(visuals: Visuals) -> Iterable[PlannedFigure]:
         "What the class token attends to, by layer",
         "The class token’s attention to patches, mean over heads, in layers of the encoder from the first to the last. "
         "Look for the first layer in which bright patches follow objects rather than positions; the number below each "
-        "map is its largest value over its mean, which is 1 for even attention.",
+        "map is its maximum divided by its mean (1 is uniform attention).",
         partial(draw_grid, titled(["image", *(f"layer {layer}" for layer in layers)], rows)),
     )
 
@@ -248,9 +248,9 @@ def _foregrounds(visuals: dict[str, Visuals]) -> PlannedFigure:
     return PlannedFigure(
         "foregrounds",
         "Foregrounds found without labels",
-        "What is not covered in blue is foreground: by attention, the fewest patches with 60% of the class token’s "
-        "attention in the last layer; by component, one side of the tokens’ first principal component. Compare with "
-        "random initialisation, which cuts out something too: only a better cut was learned.",
+        "Blue covers the background. By attention, the foreground is the smallest set of patches with 60% of the class "
+        "token’s attention in the last layer; by component, it is one side of the tokens’ first principal component. "
+        "Random initialisation also gives a foreground: only the improvement over it was learned.",
         partial(draw_grid, _beside_images(visuals, columns)),
     )
 
@@ -264,9 +264,9 @@ def _colours(visuals: dict[str, Visuals]) -> PlannedFigure:
     return PlannedFigure(
         "token_colours",
         "Tokens as colours",
-        "Three principal components of the last encoder layer’s tokens as red, green and blue, one colour a patch. "
-        "“Each by itself” has components of its own for every image; “all together” shares them, so that one colour "
-        "means one thing in all images, and patches of one kind should share it.",
+        "Three principal components of the last encoder layer’s tokens as red, green and blue, one colour per patch. "
+        "“Each by itself” computes components for each image; “all together” uses the same components for all images, "
+        "so that colours are comparable, and similar patches should have similar colours.",
         partial(draw_grid, _beside_images(visuals, columns)),
     )
 
@@ -299,8 +299,8 @@ def _neighbours(backbone: Backbone, images: Float[Tensor, "b c hh ww"], visuals:
     return PlannedFigure(
         "neighbours",
         "Nearest patches of other images",
-        "Left, framed, the patch of an image with most of the class token’s attention; then patches of other images "
-        "whose tokens are most like its token, at most one an image, with their cosines. Patches that show the same "
-        "kind of thing mean that tokens encode content; patches at the same place mean that they encode position.",
+        "The left column frames the patch to which the class token attends most. The other columns frame the most "
+        "similar patches of other images, at most one per image, with the cosines between tokens. If they have similar "
+        "content, tokens encode content; if they are at the same place, tokens encode position.",
         partial(draw_grid, titled(["patch", *(f"neighbour {i + 1}" for i in range(len(rows[0]) - 1))], rows)),
     )

@@ -29,14 +29,14 @@ from crate_mae.interpret.statistics import Row, Trend, short_place, trend
 
 VERDICT_RULE = (
     "A curve “falls” or “rises” if the 95% interval of its change from the first layer to the last does not contain 0, "
-    "and shows “no clear change” if it does; changes are paired, image by image. Steps count the layers after which "
-    "the mean is lower or higher."
+    "and shows “no clear change” if it does; changes are paired, image by image. “4 of 5 steps” "
+    "means that the mean changes in this direction in 4 of 5 steps from one layer to the next."
 )
 STAND_IN_LIMITS = (
     "A stand-in takes the value projection W_v of each head for U_k: values are what attention mixes and passes on, as "
-    "MSSA does with Z U_k. It shows whether the values of one image become more alike. It does not show that a "
-    "network compresses: nothing in a black box is derived to lower it, tokens are compared there by other projections "
-    "(queries and keys), and its height cannot be compared with that of a network of another width."
+    "MSSA does with Z U_k. It shows whether the values of one image become more similar. It does not show that "
+    "a network compresses: a black box is not derived to lower it and compares tokens with other projections (queries "
+    "and keys), and its level is not comparable between networks of different widths."
 )
 _RATES = ("subspace_rate", "subspace_rate_normalised", "subspace_rate_official")
 _SPARSITY = ("zero_fraction", "l1_to_l2", "gini")
@@ -101,8 +101,8 @@ def verdict_sentence(inspection: Inspection) -> str:
     if not rows:
         return "The audit does not apply: this model has no attention in subspaces and no sparse coding."
     return (
-        f"{_count_of_claims(rows, 'what this model’s layers do')} Controls are the step reversed, without mixing or in "
-        "random subspaces, uniform attention, relu(x) and the all-zero code."
+        f"{_count_of_claims(rows, 'what this model’s layers do')} The controls are the same step reversed, without "
+        "mixing, or in random subspaces; uniform attention; relu(x); and the all-zero code."
     )
 
 
@@ -114,7 +114,7 @@ def _count_of_claims(rows: Sequence[AuditRow], about: str) -> str:
     parts = []
     if better:
         part = f"{len(better)} by a clear margin over the best control"
-        parts.append(f"{part}, {unlearned} of them by no more than with random initialisation" if unlearned else part)
+        parts.append(f"{part}, {unlearned} of them no better than with random initialisation" if unlearned else part)
     if len(held) > len(better):
         parts.append(f"{len(held) - len(better)} only as theorems of the layer")
     return f"Of {plural(len(rows), 'claim')} about {about}, {len(held)} hold{': ' if parts else ''}{'; '.join(parts)}."
@@ -211,9 +211,9 @@ def lengths_finding(inspection: Inspection) -> Finding:
         f"The attention step changes the length of tokens to {listed([percent(row.mean) for row in ratios])} of "
         f"what it was, layer by layer, and sorts tokens in {sorts} of {plural(len(ratios), 'layer')}.",
         more=(
-            "A step that only shrinks tokens lowers R^c as it is, and leaves that of unit-length projections alone. A "
-            "step sorts if R, at an equal fall of R^c, falls less than by plain shrinking of all tokens and by uniform "
-            "attention.",
+            "A step that only shrinks tokens lowers R^c of tokens as they are, but not R^c of unit-length projections. "
+            "A step sorts if, for the same decrease of R^c, R falls less than with plain shrinking of all tokens and "
+            "with uniform attention.",
         ),
         table=Table(
             ["", "length after / before", "R^c as it is", "normalised", "unit length", "sorting margin (nats)"],
@@ -244,7 +244,7 @@ def attention_finding(inspection: Inspection) -> Finding:
         f"{signed(whole.change)}, from {number(intact.loss)} to {number(whole.loss)}{probe}.",
         more=(
             f"A token gives {shares} of its attention to itself, layer by layer; uniform attention gives "
-            f"{percent(uniform[0].mean)}. A layer whose loss and probe stay the same works on single tokens.",
+            f"{percent(uniform[0].mean)}. If loss and probe do not change, a layer does not need mixing.",
         ),
         table=_use_table(use),
     )
@@ -263,8 +263,8 @@ def inverses_finding(inspection: Inspection) -> Finding:
         rows, control = model.find(measure), model.find(MEASURES[measure].control)
         if rows and control:
             more.append(
-                f"{_capitalised(MEASURES[measure].label)}: larger for a layer’s own partner than for other decoder "
-                f"layers in {_more(rows, control)}."
+                f"{_capitalised(MEASURES[measure].label)}: larger for the matching decoder layer than for the "
+                f"others in {_more(rows, control)}."
             )
     networks = [found for found in inspection.measured if found.key in NETWORKS and found.find("inverse_cosine")]
     lines = [
@@ -277,13 +277,13 @@ def inverses_finding(inspection: Inspection) -> Finding:
     return Finding(
         anchor,
         title,
-        "Given an encoder layer’s output, its decoder layer comes nearer to the layer’s input than doing "
-        f"nothing does in {_more(own, idle)} (cosine {_mean(own)} against {_mean(idle)}, means over layers).",
+        "Applied to an encoder layer’s output, its decoder layer comes closer to the layer’s input than the unchanged "
+        f"output does in {_more(own, idle)} (mean cosine {_mean(own)}, compared with {_mean(idle)}).",
         more=tuple(more),
         table=Table(
             ["", *(text for found in networks for text in (found.label, "its control"))],
             lines,
-            "Means over layers. Controls: doing nothing on tokens, other decoder layers for weights",
+            "Means over layers. Controls: unchanged tokens, or, for weights, other decoder layers",
         ),
     )
 
@@ -359,11 +359,11 @@ def _against_random(own: Mapping[str, Trend], random: Mapping[str, Trend] | None
     elif not falling:
         lesson = "So the prediction does not hold, regardless of random initialisation."
     elif not too:
-        lesson = "So random initialisation does not make it fall where it falls here: training did."
+        lesson = "Where R^c falls here, it does not fall with random initialisation: the fall was learned."
     elif len(too) == len(falling):
-        lesson = "So the fall by itself shows nothing that was learned."
+        lesson = "So the fall alone is no evidence of learning."
     else:
-        lesson = f"So the fall of {listed(too)} shows nothing that was learned; the rest of it was."
+        lesson = f"So the fall of {listed(too)} was not learned; any other fall was."
     return [f"With random initialisation, {_tally(random)}. {lesson}"]
 
 
@@ -377,7 +377,7 @@ def _collapse(model: SubjectMeasures) -> list[str]:
         if found.verdict == "falls"
         else "Tokens do not become more similar, so no rate falls for that reason."
     )
-    return [f"The share of the tokens’ energy in which tokens of one image differ: {found}. {lesson}"]
+    return [f"Share of the tokens’ energy in differences between tokens of one image: {found}. {lesson}"]
 
 
 def _black_boxes(inspection: Inspection, stand_ins: Mapping[str, Trend]) -> list[str]:
@@ -393,8 +393,8 @@ def _black_boxes(inspection: Inspection, stand_ins: Mapping[str, Trend]) -> list
             trained, random = stand_ins[key].verdict, stand_ins[control].verdict
             verb = _VERBS[random][0]
             found.append(
-                f"With random initialisation that stand-in {verb} as well: its direction alone shows nothing that was "
-                "learned."
+                f"With random initialisation that stand-in {verb} as well: its direction alone is no evidence of "
+                "learning."
                 if trained == random
                 else f"With random initialisation that stand-in {verb}: the difference was learned."
             )
@@ -479,11 +479,11 @@ def removals_finding(removals: Sequence[Removal]) -> Finding:
             count = sum(each.kind == kind for each in matter)
             statements.append(f"{count} of {plural(len(asked), kind)} cost more than {control}")
     more = [
-        "A head's step, or an atom's activations, is set to zero in every pass. The controls are random subspaces of a "
-        "head's dimension, which have the average head's size, and random sets of other atoms of the atom's size. A "
-        "part counts if it costs more than one more random draw would, with p < 0.05 (one-sided, Student's t over "
-        "draws) after Holm's correction over all parts. The interval is that of the difference from one more draw, "
-        "uncorrected.",
+        "A head's step, or an atom's activations, is set to zero in every pass. The controls are random subspaces "
+        "of a head's dimension, which have the size of an average head, and random sets of other atoms of the same "
+        "size as the atom. A part matters if removing it costs more than another random draw, with p < 0.05 "
+        "(one-sided, Student's t over draws) after Holm's correction over all parts. The interval is for "
+        "the difference from another draw, without this correction.",
         "Size is the share of the squared length: of an atom in its layer's code, of a head in its layer's steps.",
     ]
     probed = [each for each in removals if each.accuracy is not None]

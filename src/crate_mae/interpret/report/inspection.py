@@ -333,11 +333,11 @@ def _shortages(subjects: Subjects, measured: Sequence[SubjectMeasures], settings
             bad = f" ({len(found.measures.bad)} cannot be read)" if found.measures.bad else ""
             held = len(subjects[found.key][1])
             notes.append(
-                f"{found.measures.data} holds {held} images{bad}: {found.measures.images} were measured where "
-                f"{settings.count} were asked for."
+                f"{found.measures.data} contains {held} images{bad}: {found.measures.images} were measured "
+                f"instead of {settings.count}."
             )
     if measured[0].measures.images == 1:
-        notes.append("One image has no spread: nothing has an interval, and no claim can be judged.")
+        notes.append("With only one image, there are no intervals, and claims cannot be tested.")
     return notes
 
 

@@ -46,11 +46,10 @@ _CONTROL = len(LABELS)  # colour of a control that is not a network
 _TEXTS = {  # of each figure over the layers: its title, and two sentences on how to read it
     "subspace_rates": (
         "The subspace rate, layer by layer",
-        "Each line is R^c between the two steps of a layer (after the attention step in the encoder), and on the right "
-        "R^c of the projections in its attention, where the official code takes it, as mean over images with its 95% "
-        "interval; a dashed line is the stand-in of a network without subspaces. The derivation predicts lines that "
-        "fall from left to right through the encoder (E) and rise through the decoder (D), and predicts nothing about "
-        "dashed ones.",
+        "R^c between the two steps of each layer (in the encoder, after the attention step); on the right, R^c of the "
+        "projections in the layer’s attention, as in the official code. Lines are means over images, with 95% "
+        "intervals; dashed lines are stand-ins for networks without subspaces. The derivation predicts that solid "
+        "lines fall from left to right through the encoder (E) and rise through the decoder (D).",
     ),
     "within_layers": (
         "R^c before, between and after the steps of a layer",
@@ -66,10 +65,10 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     ),
     "rates": (
         "Coding rate, rate reduction, number of non-zeros",
-        "Each line is a measure of the layers’ outputs: R counts the nats to code all tokens of an image, as they are "
-        "and with all tokens of equal length, R - R^c of the tokens of all images is how many nats are "
-        "saved by coding each subspace separately, and λ‖Z‖_0 is the third term of the objective. In an encoder that "
-        "optimises its objective, R - R^c rises and λ‖Z‖_0 falls from left to right.",
+        "Each line is a measure of the layers’ outputs. R is the number of nats needed to code all tokens of an image, "
+        "as they are or scaled to equal length. R - R^c, for the tokens of all images, is the number of nats saved by "
+        "coding each subspace separately. λ‖Z‖_0 is the third term of the objective. In an encoder that optimises its "
+        "objective, R - R^c rises and λ‖Z‖_0 falls from left to right.",
     ),
     "sparsity": (
         "Sparsity",
@@ -100,16 +99,16 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     "inverses": (
         "Does a decoder layer invert its encoder layer?",
         "For each encoder layer: how closely its decoder layer recovers its input, on tokens (cosine and error of the "
-        "input) and by weights (the others). Dashed lines are each network’s own control, which is "
-        "doing nothing on tokens and all other decoder layers for weights: only what is better than the dashed line "
-        "of its colour is an inverse.",
+        "input) and by weights (the others). Dashed lines are each network’s controls: unchanged tokens "
+        "for the measures on tokens, and all other decoder layers for the measures of weights. A layer is an inverse "
+        "only if it is better than the dashed line of the same colour.",
     ),
     "foreground_scores": (
         "How well foregrounds are found",
         "Each line shows how well the foregrounds found by a layer agree with those drawn by hand: the overlap "
         "of masks, and the share of images in which the box of the largest part overlaps a true one by more "
-        "than a half. Only what lies above random initialisation and above the dashed line, which takes all of the "
-        "image for foreground, was learned.",
+        "than a half. Only values above random initialisation and above the dashed line, for which the "
+        "whole image is foreground, were learned.",
     ),
 }
 _AT_A_GLANCE = (
@@ -269,8 +268,8 @@ def _at_a_glance(audit: Sequence[AuditRow]) -> list[PlannedFigure]:
         panels.append(Panel(lines, title, ylabel=CLAIMS[claim].value, scale="from zero", ticks=ticks))
         answers.append(listed([row.place for row in rows if row.margin > 0]) or "no layer")
     caption = (
-        "Means over images; each step should lie below its best control. Attention lowers R^c by more than that in "
-        f"{answers[0]}; the code has a lower lasso objective in {answers[1]}."
+        "Means over images; each step should lie below its best control. For attention and R^c, this is the case in "
+        f"{answers[0]}; for the code and the lasso objective, in {answers[1]}."
     )
     return [PlannedFigure("glance", "The two steps of each encoder layer", caption, partial(_draw_panels, panels))]
 

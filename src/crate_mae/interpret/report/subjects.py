@@ -206,8 +206,8 @@ def _of_autoencoder(net: MaskedAutoencoder) -> dict[str, str]:
 
 _LAYERS: dict[Layer, str] = {
     "published": "as published",
-    "compressing": "compressing: that attention compresses is a theorem",
-    "monotone": "monotone: that attention compresses, and sparse coding lowers its objective, are theorems",
+    "compressing": "compressing: a theorem guarantees that attention compresses",
+    "monotone": "monotone: theorems guarantee that attention compresses and sparse coding lowers its objective",
 }
 
 
@@ -250,5 +250,5 @@ def _part(depth: int, width: int, heads: int | None) -> str:
 
 def _hidden(c: ModelConfig) -> str:
     if c.mask_tokens == "encoder":
-        return "a mask token stands for them from the encoder on"
-    return "the encoder does not see them; a mask token stands for them in the decoder"
+        return "replaced by mask tokens in the encoder"
+    return "not seen by the encoder; replaced by mask tokens in the decoder"
