@@ -25,11 +25,9 @@ def names_of(requirements):
 
 
 REQUIRED = names_of(PROJECT["dependencies"])
-EXTRAS = {
-    extra: names_of(requirements)
-    for extra, requirements in PROJECT["optional-dependencies"].items()
-    if extra not in ("dev", "docs")
-}
+EXTRAS = {extra: names_of(requirements) for extra, requirements in PROJECT["optional-dependencies"].items()}
+DOCS = EXTRAS.pop("docs")
+EXTRAS.pop("dev")
 
 
 def imported_packages(source):
@@ -56,6 +54,12 @@ def test_every_import_is_declared(imports):
     declared = REQUIRED.union(*EXTRAS.values())
     undeclared = {file: found - declared for file, found in imports.items() if found - declared}
     assert undeclared == {}, "add these packages to pyproject.toml"
+
+
+def test_tools_of_the_documentation_import_what_its_extra_declares():
+    declared = REQUIRED | DOCS | {"docs"}
+    for path in (ROOT / "docs" / "tools").glob("*.py"):
+        assert imported_packages(path.read_text(encoding="utf-8")) <= declared, path.name
 
 
 def test_every_declared_package_is_imported(imports):

@@ -31,6 +31,11 @@ def test_private_names_stand_in_one_file():
     assert found == {}, "use these private names of PyTorch through crate_mae/private_torch.py"
 
 
+def test_the_private_method_of_timm_is_called_in_one_file():
+    files = {path.name for path in PACKAGE.rglob("*.py") if "._pos_embed(" in path.read_text(encoding="utf-8")}
+    assert files == {"encoder.py"}
+
+
 def test_the_backward_pass_of_softmax_is_that_of_autograd(private_torch):
     scores, gradient = torch.randn(2, 3, 5, requires_grad=True), torch.randn(2, 3, 5)
     probabilities = scores.softmax(-1)
@@ -97,3 +102,7 @@ def test_timm_has_the_private_method_that_masked_images_need():
 
     message = "timm has changed VisionTransformer._pos_embed, which models/encoder.py calls"
     assert callable(getattr(VisionTransformer, "_pos_embed", None)), message
+    model = VisionTransformer(img_size=8, patch_size=4, embed_dim=6, depth=1, num_heads=2)
+    patches = torch.randn(2, 4, 6)
+    expected = torch.cat([model.cls_token.expand(2, -1, -1), patches], dim=1) + model.pos_embed
+    assert torch.equal(model._pos_embed(patches), expected), message

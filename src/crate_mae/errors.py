@@ -90,4 +90,9 @@ def did_you_mean(name: str, known: Iterable[str], template: str = "{}", similari
         similarity: how similar the name must be, from 0 to 1.
     """
     near = nearest(name, known, similarity)
-    return "" if near is None else f" Did you mean {template.format(near)}?"
+    return suggestion(near and template.format(near))
+
+
+def suggestion(name: str | None) -> str:
+    """The words " Did you mean NAME?"; empty for None."""
+    return f" Did you mean {name}?" if name else ""

@@ -112,7 +112,7 @@ def test_unreadable_validation_images_are_reported_before_the_training(refused, 
     for file in sorted(broken.glob("*/*.png"))[:3]:
         file.write_bytes(b"no picture")
     message = refused(CRATE, VIT, val=str(broken))
-    assert "3 of 90 held-out images cannot be read" in message
+    assert "3 of 90 validation images cannot be read" in message
     assert "give other images with --val" in message
 
 

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from crate_mae.comparison.entries import seconds_in_turns
 from crate_mae.costs.trial import StepSettings, TrialStep, flop_counter, step_flops
 from crate_mae.models import create_model
+from crate_mae.private_torch import TorchDispatchMode
 from crate_mae.theory.attention import SymmetricAttention, ssa
 from crate_mae.theory.sparse_coding import ista_step
 from tests.costs.models import EVERY_KIND

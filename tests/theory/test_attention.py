@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from crate_mae.private_torch import FakeTensorMode
 from crate_mae.theory import attention, attention_membership, derivatives, linear_ssa, mssa, orthonormal_bases, ssa
 from crate_mae.theory.attention import SymmetricAttention, fused_ssa
 

@@ -288,7 +288,7 @@ def test_validation_images_that_cannot_be_read_are_reported_before_anything_is_w
     tiny_finetuning, class_folders, tmp_path
 ):
     train, val = class_folders("train", ["ant", "bee"]), class_folders("val", ["ant", "bee"], 4, bad=8)
-    with pytest.raises(UserError, match="8 of 8 held-out images cannot be read"):
+    with pytest.raises(UserError, match="8 of 8 validation images cannot be read"):
         tiny_finetuning(train=train, val=val, batch_size=4)
     assert not (tmp_path / "run").exists()
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
+from crate_mae.private_torch import FakeTensorMode
 from crate_mae.training.optimizer import adamw, build_optimizer
 
 

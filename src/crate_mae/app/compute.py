@@ -31,7 +31,8 @@ from crate_mae.interpret.layer_measures import (
 from crate_mae.interpret.statistics import find
 from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.tokens import token_colours
-from crate_mae.models.autoencoder import MaskedAutoencoder, build
+from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.classifier import untrained
 from crate_mae.models.completion import Completion, complete, completion_of, flat_patches
 from crate_mae.models.features import depth, encode, evaluating, transform_of
 from crate_mae.models.interventions import intervene
@@ -73,8 +74,7 @@ class AppModel:
     @cached_property
     def untrained(self) -> "AppModel":
         """The same network with random initialisation."""
-        with default_generator_seeded(_SEED):
-            return AppModel(f"{self.name}, random initialisation", build(self.net.config).eval(), is_random=True)
+        return AppModel(f"{self.name}, random initialisation", untrained(self.net.config, _SEED), is_random=True)
 
 
 def open_models(names: Sequence[str]) -> dict[str, AppModel]:

@@ -151,6 +151,7 @@ def eval_reconstruction(
     from crate_mae.data.base import fixed_sample
     from crate_mae.evaluation.probing import data_name, versions
     from crate_mae.evaluation.reconstruction import completion_scores
+    from crate_mae.models.classifier import untrained
     from crate_mae.models.completion import flat_patches
     from crate_mae.models.masking import visible_patches
     from crate_mae.models.weights import UNTRAINED, is_untrained, model_name
@@ -177,7 +178,7 @@ def eval_reconstruction(
             on_batch=advance,
         )
         scores = score(net)
-        found = {f"{name}{UNTRAINED}": score(_untrained(net, seed))} if has_twin else {}
+        found = {f"{name}{UNTRAINED}": score(untrained(net.config, seed).to(net.mask_token))} if has_twin else {}
         found |= {_FLAT: score(net, predict=flat_patches)} if controls else {}
     verdict = _verdict(name, scores, found) if found else None
     _print_quality(console, _table_of_ratios(net, scores, found), net, name, read)
@@ -203,15 +204,6 @@ def eval_reconstruction(
         console.say(f"Saved {picture}")
     write_report(console, report, out, json=json)
     return Evaluation(report, out)
-
-
-def _untrained(net: "MaskedAutoencoder", seed: int) -> "MaskedAutoencoder":
-    """The same network with random initialisation."""
-    from crate_mae.data.dataset import default_generator_seeded
-    from crate_mae.models.autoencoder import build
-
-    with default_generator_seeded(seed):
-        return build(net.config).eval().to(net.mask_token)
 
 
 def _opened(
@@ -273,7 +265,7 @@ def _verdict(name: str, scores: "list[CompletionScore]", controls: "Mapping[str,
 
 
 def _short(control: str) -> str:
-    return control if control == _FLAT else "untrained"
+    return control if control == _FLAT else "random initialisation"
 
 
 def _save_picture(

@@ -96,7 +96,7 @@ def open_images(options: CompareOptions) -> Images:
     (train, train_name), (val, val_name) = open_named(options.train), open_named(options.val)
     refuse_shared_images(train, val, "--train", "models would be measured on images that they were trained on")
     _, bad = read_all(val, range(len(val)), lambda _image: None)
-    refuse_unreadable(val, bad, Extraction().max_bad, held_out=True)
+    refuse_unreadable(val, bad, Extraction().max_bad, measured="validation images")
     unlabelled = [source.name for source in (train, val) if source.labels is None]
     classes = 0 if unlabelled else _check_classes(train, val)
     why = f"{' and '.join(unlabelled)} without labels: only completions are measured." if unlabelled else ""

@@ -360,16 +360,16 @@ def none_readable(images: str, first: BadImage | UnreadableImage) -> UserError:
     return UserError(f"{images} can be read. The first is\n{first.location}: {first.reason}")
 
 
-def refuse_unreadable(source: ImageSource, bad: Sequence[BadImage], max_bad: float, *, held_out: bool = False) -> None:
+def refuse_unreadable(source: ImageSource, bad: Sequence[BadImage], max_bad: float, *, measured: str = "") -> None:
     """Raise a `UserError` if more images of a source cannot be read (`bad`) than the share `max_bad` allows.
 
-    At least one image must be readable if they are `held_out`, to measure results on.
+    At least one image must be readable of those that results are measured on; `measured` is what they are called.
     """
-    if len(bad) <= most_bad(max_bad, len(source)) and not (held_out and len(bad) == len(source)):
+    if len(bad) <= most_bad(max_bad, len(source)) and not (measured and len(bad) == len(source)):
         return
-    images = "held-out images" if held_out else f"images of {source.name}"
-    limit = "" if held_out else f", more than the limit (a share of {max_bad:g})"
-    remedy = "give other images with --val" if held_out else "raise the limit with --max-bad"
+    images = measured or f"images of {source.name}"
+    limit = "" if measured else f", more than the limit (a share of {max_bad:g})"
+    remedy = "give other images with --val" if measured else "raise the limit with --max-bad"
     listed = f" ({source.check_command} lists them)" if source.check_command else ""
     raise UserError(
         f"{len(bad)} of {len(source)} {images} cannot be read{limit}, such as\n{bad[0].location}: {bad[0].reason}\n"

@@ -17,7 +17,7 @@ from crate_mae.data.files import files_fingerprint, path_of, reason_of
 from crate_mae.data.parquet import HubSource, ParquetSource
 from crate_mae.data.shards import ShardSource
 from crate_mae.data.wrapped import DatasetSource, DigitsSource, Indexable, open_torchvision
-from crate_mae.errors import UserError, nearest
+from crate_mae.errors import UserError, nearest, suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -202,7 +202,7 @@ def _not_found(path: Path, name: str) -> UserError:
     prefix, colon, rest = name.partition(":")
     near = nearest(prefix, _PREFIXES, similarity=0.7)
     if near and (colon or near == "digits"):
-        return UserError(f'"{name}" is neither a path nor a known form. Did you mean {near}{colon}{rest}?\n{FORMS}')
+        return UserError(f'"{name}" is neither a path nor a known form.{suggestion(near + colon + rest)}\n{FORMS}')
     if re.match(r"[A-Za-z][A-Za-z0-9+]+:", name):
         return UserError(f'"{name}" is neither a path nor a known form.\n{FORMS}')
     try:
@@ -210,7 +210,7 @@ def _not_found(path: Path, name: str) -> UserError:
     except OSError:
         above = next(folder for folder in path.parents if folder.exists())
         return UserError(f"{path_text(path)} does not exist (nor does its folder; {path_text(above)} does).\n{FORMS}")
-    hint = f" Did you mean {path_text(path.parent / near)}?" if near else ""
+    hint = suggestion(near and path_text(path.parent / near))
     return UserError(f"{path_text(path)} does not exist.{hint}\n{FORMS}")
 
 

@@ -1,8 +1,8 @@
 """Line charts: panels of lines with symbols and bands, and one legend.
 
-Curves over the layers of reports and over the steps of a run are drawn here. Three charts are drawn elsewhere, each for
-what no other has: names at the ends of lines (`comparison.figure`), a colour bar for layers (`training.report`), and a
-tooltip at every value, which only an SVG element of the app's page has (`app.curves`).
+Curves over the layers of reports and over the steps of a run are drawn here. Charts are drawn elsewhere for what no
+other has: names at the ends of lines (`comparison.figure`), a colour bar for layers (`training.report`), a tooltip at
+every value, which only an SVG element of the app has (`app.curves`), and the axes of a claim (`interpret.claims`).
 """
 
 import math

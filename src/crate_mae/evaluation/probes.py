@@ -21,8 +21,8 @@ from torch import Tensor
 
 from crate_mae.data.numbers import student_half_width
 from crate_mae.errors import UserError
+from crate_mae.models.features import NEIGHBOURS, TEMPERATURE
 
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the nearest-neighbour vote
 C_GRID = tuple(10.0 ** (power / 2) for power in range(-10, 5))  # 1e-5 to 100
 PATIENCE = 2  # values of C in a row without an improvement, after which the search ends: weak regularisation is slow
 SHARE_TO_CHOOSE_ON = 0.1

@@ -13,12 +13,11 @@ from torch import nn
 
 from crate_mae.data import BadImage, ImageSource, full_name, open_source, refuse_shared_images
 from crate_mae.data.base import align_classes, aligned_labels
-from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.evaluation.backbones import PIXELS, Backbone, RawPixels, open_backbone
 from crate_mae.evaluation.embeddings import describe_alike
 from crate_mae.evaluation.extract import AFFORDABLE, Extraction, Features, extract
 from crate_mae.evaluation.probes import Score, wilson_interval
-from crate_mae.models.classifier import initialised
+from crate_mae.models.classifier import untrained
 from crate_mae.models.config import ClassifierConfig, ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER, depth
 from crate_mae.models.weights import UNTRAINED, unwrapped
@@ -155,15 +154,8 @@ def _untrained(model: Any, backbone: Backbone, seed: int) -> list[Backbone]:
     config = getattr(unwrapped(model), "config", None)
     if not isinstance(config, ModelConfig | ClassifierConfig):
         return []
-    with default_generator_seeded(seed):
-        return [
-            replace(
-                open_backbone(initialised(config).eval()),
-                name=f"{backbone.name}{UNTRAINED}",
-                is_random=True,
-                is_borrowed=False,
-            )
-        ]
+    twin = open_backbone(untrained(config, seed))
+    return [replace(twin, name=f"{backbone.name}{UNTRAINED}", is_random=True, is_borrowed=False)]
 
 
 def _with_affordable_layers(how: Extraction, backbone: Backbone, train: ImageSource) -> Extraction:

@@ -19,7 +19,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.completion import Completion, complete, completion_of, predicted_patches
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.features import evaluating
-from crate_mae.models.masking import patch_statistics, patchify, random_mask
+from crate_mae.models.masking import mean_over_hidden, patch_statistics, patchify, random_mask
 
 # In decibels: a root mean squared error of 1e-5. That of an exact completion is infinite, and so would be every mean.
 LARGEST_PSNR = 100.0
@@ -190,9 +190,8 @@ def _scores_of_images(
 ) -> dict[str, Float[Tensor, " b"]]:
     """The measures of `CompletionScore`, by their names, for each image."""
     target = patchify(images, config.patch_size)
-    error = (prediction - target).square()
-    _, std = patch_statistics(target)
-    hidden = mask.to(error.dtype) / mask.sum(dim=1, keepdim=True)
-    mse, normalised_mse = ((each.mean(dim=-1) * hidden).sum(dim=1) for each in (error, error / std.square()))
+    error = (prediction - target).square().mean(dim=-1)
+    variance = patch_statistics(target)[1].square()[..., 0]
+    mse, normalised_mse = (mean_over_hidden(each, mask) for each in (error, error / variance))
     quality = completion_quality(completion_of(config, images, mask, prediction), mask, config.patch_size)
     return {"mse": mse, "normalised_mse": normalised_mse, **quality._asdict()}

@@ -32,7 +32,7 @@ from crate_mae.interpret.statistics import Row, place_of
 from crate_mae.interpret.steps import measure_claims
 from crate_mae.interpret.weights import inverse_measures, layer_pairs, measure_inverse_weights, measure_weights
 from crate_mae.models.autoencoder import MaskedAutoencoder
-from crate_mae.models.classifier import initialised
+from crate_mae.models.classifier import untrained
 from crate_mae.models.config import MASK_RATIO, config_of
 from crate_mae.models.features import evaluating
 from crate_mae.models.tracing import layers_of
@@ -185,9 +185,7 @@ def untrained_twin(model: Opened, seed: int) -> Opened | None:
         return None
     if described.startswith("timm:"):
         return open_measurable(f"{described}{UNTRAINED}", seed)
-    with default_generator_seeded(seed):
-        twin = initialised(config_of(json.loads(described)))
-    opened = open_measurable(twin, seed)
+    opened = open_measurable(untrained(config_of(json.loads(described)), seed), seed)
     return Opened(model.name, opened.net, replace(opened.backbone, is_random=True))
 
 

@@ -38,9 +38,10 @@ from crate_mae.interpret.information import PROBE_STRENGTHS, ProbeImages
 from crate_mae.interpret.layer_measures import attention_of, bases, has_subspaces
 from crate_mae.interpret.statistics import Statistic, place_of, statistic
 from crate_mae.interpret.weights import output_projections
-from crate_mae.models.autoencoder import MaskedAutoencoder, masked_loss
+from crate_mae.models.autoencoder import MaskedAutoencoder, patch_errors
 from crate_mae.models.features import encode, evaluating
 from crate_mae.models.interventions import Change, intervene, places_of
+from crate_mae.models.masking import mean_over_hidden
 from crate_mae.models.tracing import layers_of, trace
 
 
@@ -138,9 +139,7 @@ def image_losses(
         for batch, mask in zip(images.split(batch_size), masks.split(batch_size), strict=True):
             batch, mask = batch.to(device), mask.to(device)
             prediction = net(batch, mask=mask).prediction
-            one_by_one = zip(*(x.split(1) for x in (batch, prediction, mask)), strict=True)
-            singles = (masked_loss(net.config, *image) for image in one_by_one)
-            found += [torch.stack(list(singles))]
+            found.append(mean_over_hidden(patch_errors(net.config, batch, prediction), mask))
     return torch.cat(found).double().cpu()
 
 

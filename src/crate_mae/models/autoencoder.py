@@ -269,7 +269,15 @@ def masked_loss(
     prediction: Float[Tensor, "b n q"],
     mask: Bool[Tensor, "b n"],
 ) -> Float[Tensor, ""]:
-    """Mean squared error on hidden patches: sum_i m_i mean_q (x_iq - y_iq)^2 / sum_i m_i, in float32 at least.
+    """Mean squared error on hidden patches: sum_i m_i e_i / sum_i m_i, e_i of `patch_errors`."""
+    error = patch_errors(config, images, prediction)
+    return (error * mask).sum() / mask.sum().clamp(min=1)
+
+
+def patch_errors(
+    config: ModelConfig, images: Float[Tensor, "b c hh ww"], prediction: Float[Tensor, "b n q"]
+) -> Float[Tensor, "b n"]:
+    """Mean squared error of each patch: e_i = mean_q (x_iq - y_iq)^2, in float32 at least.
 
     With `norm_pix_loss` the target is each patch less its mean, divided by its standard deviation.
     """
@@ -277,8 +285,7 @@ def masked_loss(
     if config.norm_pix_loss:
         mean, std = patch_statistics(target)
         target = (target - mean) / std
-    error = F.mse_loss(prediction.to(target.dtype), target, reduction="none").mean(dim=-1)
-    return (error * mask).sum() / mask.sum().clamp(min=1)
+    return F.mse_loss(prediction.to(target.dtype), target, reduction="none").mean(dim=-1)
 
 
 def check_images(images: Tensor, config: Any) -> None:

@@ -1,13 +1,14 @@
 """The classifier that fine-tuning trains: an encoder, its tokens made into one vector, and a linear map to classes."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.models.autoencoder import MaskedAutoencoder, build, check_images
-from crate_mae.models.config import ClassifierConfig, Config
+from crate_mae.models.config import ClassifierConfig, Config, ModelConfig
 from crate_mae.models.encoder import MaskedEncoder
 from crate_mae.models.features import OneImage, apply_to_images, pool, transform_of
 
@@ -110,3 +111,13 @@ def build_classifier(config: ClassifierConfig) -> Classifier:
 def initialised(config: Config) -> MaskedAutoencoder | Classifier:
     """An autoencoder or a classifier with random initialisation, from torch's global generator."""
     return build_classifier(config) if isinstance(config, ClassifierConfig) else build(config)
+
+
+@overload
+def untrained(config: ModelConfig, seed: int) -> MaskedAutoencoder: ...
+@overload
+def untrained(config: Config, seed: int) -> MaskedAutoencoder | Classifier: ...
+def untrained(config: Config, seed: int) -> MaskedAutoencoder | Classifier:
+    """The network of a configuration with the random initialisation of a seed, in `eval()` mode."""
+    with default_generator_seeded(seed):
+        return initialised(config).eval()

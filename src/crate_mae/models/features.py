@@ -30,6 +30,7 @@ OneImage = str | Path | Image.Image | np.ndarray | Tensor
 # The default of every command and method, chosen over 21 models: results/cifar10_ablations.
 DEFAULT_POOLING: Pooling = DEFAULT_HEAD_POOLING
 DEFAULT_LAYER = -1
+NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the vote of nearest neighbours, as in DINO
 
 
 def pool(

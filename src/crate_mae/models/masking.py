@@ -115,6 +115,11 @@ def unpatchify(
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, gh * patch_size, gw * patch_size)
 
 
+def mean_over_hidden(values: Float[Tensor, "b n"], mask: Bool[Tensor, "b n"]) -> Float[Tensor, "b"]:
+    """The mean of each image's hidden patches; every image has at least one."""
+    return (values * mask).sum(dim=1) / mask.sum(dim=1)
+
+
 def patch_statistics(
     patches: Float[Tensor, "b n q"],
 ) -> tuple[Float[Tensor, "b n 1"], Float[Tensor, "b n 1"]]:

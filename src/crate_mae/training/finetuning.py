@@ -180,7 +180,7 @@ class Finetuning(Task[FinetuneOptions]):
         for batch in self._batches(source, config.workers):
             indices += batch.indices.tolist()
             bad += batch.bad
-        refuse_unreadable(source, bad, config.max_bad, held_out=True)
+        refuse_unreadable(source, bad, config.max_bad, measured="validation images")
         return Part(source, np.array(indices, dtype=np.int64)), bad
 
     def _batches(self, source: ImageSource, workers: int) -> Any:

@@ -166,6 +166,9 @@ def open_labelled(train: Any, val: Any, share: float, seed: int) -> RunImages:
     )
 
 
+HELD_OUT_DATA = frozenset({"held-out images", "held-out labels"})  # names in `data_digests`
+
+
 def data_digests(train: ImageSource, held_out: ImageSource, *, with_labels: bool) -> dict[str, str]:
     """Digests by which a resumed run notices that its data has changed, by what has changed.
 

@@ -88,11 +88,10 @@ def train(
             # Closed with the run, so that no loader process outlives it, whatever ends it.
             batches = stack.enter_context(closing(_batches(task, accelerator, state.step)))
             _learn(task, accelerator, model_state, state, batches, display=display, report=report)
-            lines = describe_end(task, state, peak_on(accelerator.device), time.monotonic() - started)
-            report.end = lines[0]
+            report.end, use = describe_end(task, state, peak_on(accelerator.device), time.monotonic() - started)
             report.close()
             first_decides(accelerator, directory.finish)  # last of all: until then, the run is to be finished again
-            display.lines(lines)
+            display.lines([report.end, *use])
     except RunStopped:
         accelerator.wait_for_everyone()  # a launcher ends all processes at once when the first has ended
         raise

@@ -33,7 +33,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, build, masked_loss
 from crate_mae.models.completion import complete, flat_patches
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.devices import send
-from crate_mae.models.features import mean_cosine, transform_of
+from crate_mae.models.features import NEIGHBOURS, TEMPERATURE, mean_cosine, pool, transform_of
 from crate_mae.models.masking import hide_all_but, random_mask, visible_from_noise
 from crate_mae.models.tracing import trace
 from crate_mae.models.transfer import start_from
@@ -52,7 +52,6 @@ _BATCH = 32
 _PICTURED = 8
 _MOST_LABELLED, _FEWEST_LABELLED = 2000, 50
 _MOST_BYTES = 2**28  # of their pixels
-_VOTING, _TEMPERATURE = 20, 0.07  # as in `crate-mae eval knn`
 _BUNDLED, _SMALL = "crate_mae_micro_monotone_cifar10", 64  # a model to start from, and pixels to have many steps
 _OF_ONE_MODEL = ("recipe", "model", "model_settings", "image_size", "mask_tokens", "norm_pix_loss", "lr")
 
@@ -82,7 +81,7 @@ class Pretraining(Task[PretrainOptions]):
     ) -> None:
         fixed = transform_of(model)
         held_out, bad = read_all(images.held_out, range(len(images.held_out)), fixed)
-        refuse_unreadable(images.held_out, bad, config.max_bad, held_out=True)
+        refuse_unreadable(images.held_out, bad, config.max_bad, measured="held-out images")
         super().__init__(config, images, model=build(model), bad_held_out=bad)
         try:
             self.start = None if weights is None else start_from(self.model, weights)
@@ -261,7 +260,7 @@ class OnlineProbe:
 
     def __init__(self, train: ImageSource, held_out: ImageSource, transform: Preparation) -> None:
         self.classes = sorted(set(occurring_classes(train)))
-        self.neighbours = _VOTING if len(train) >= 20 * _VOTING else max(1, len(train) // 20)
+        self.neighbours = NEIGHBOURS if len(train) >= 20 * NEIGHBOURS else max(1, len(train) // 20)
         self._train, self._transform = train, transform
         self._labels = torch.from_numpy(aligned_labels(train, self.classes))
         self._held_out = torch.from_numpy(aligned_labels(held_out, self.classes))
@@ -299,7 +298,7 @@ class OnlineProbe:
         train, val = (F.normalize((z - mean) / torch.where(std > 0, std, 1), dim=1) for z in (train, held_out))
         similarity, nearest = (val @ train.T).topk(min(self.neighbours, len(train)), dim=1)
         votes = torch.zeros(len(val), len(self.classes), device=val.device)
-        votes.scatter_add_(1, self._labels.to(val.device)[nearest], (similarity / _TEMPERATURE).exp())
+        votes.scatter_add_(1, self._labels.to(val.device)[nearest], (similarity / TEMPERATURE).exp())
         return float((votes.argmax(dim=1).cpu() == self._held_out)[self._held_out >= 0].float().mean())
 
 
@@ -316,7 +315,7 @@ def _measured_images(config: PretrainOptions, model: ModelConfig, train: int) ->
 
 
 def _pooled(model: MaskedAutoencoder, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:
-    return tokens[:, model.encoder.num_prefix_tokens :].mean(dim=1)
+    return pool(tokens, model.encoder.num_prefix_tokens, "mean")
 
 
 def _layer_measure(name: str, output: Tensor, num_heads: int) -> Iterator[tuple[str, float]]:

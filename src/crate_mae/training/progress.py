@@ -96,8 +96,8 @@ def plan_lines(plan: Mapping[str, str]) -> list[str]:
     return [f"{key:<14} {value}" for key, value in plan.items()]
 
 
-def describe_end(task: Task, state: TrainState, memory: int | None, seconds: float) -> list[str]:
-    """Describe the result of a run, its peak of memory in bytes, and what to type next."""
+def describe_end(task: Task, state: TrainState, memory: int | None, seconds: float) -> tuple[str, list[str]]:
+    """Describe the result of a run and its peak of memory in bytes; and, line by line, what to type next."""
     directory = task.directory
     rows = numbers(directory.metrics())
     waits = [row["data_wait"] for row in rows if row["data_wait"] is not None]
@@ -108,10 +108,10 @@ def describe_end(task: Task, state: TrainState, memory: int | None, seconds: flo
         finished += f" {plural(bad, 'image')} could not be read: bad_files.csv."
     for change in directory.data_changes.read():
         finished += f" {describe_data_change(change)}"
-    lines = [f"{finished} {task.describe_result(rows)}", *task.describe_use()]
+    use = task.describe_use()
     if waits and (share := sum(waits) / len(waits)) > MUCH_WAITING:
-        lines.append(f"{share:.0%} of the time was spent waiting for images: more --workers may help.")
-    return lines
+        use = [*use, f"{share:.0%} of the time was spent waiting for images: more --workers may help."]
+    return f"{finished} {task.describe_result(rows)}", use
 
 
 def _techniques(task: Task, accelerator: Accelerator) -> list[str]:

@@ -19,7 +19,7 @@ from crate_mae.models.weights import read_config
 from crate_mae.training import checkpoint
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import result_options
-from crate_mae.training.images import data_digests
+from crate_mae.training.images import HELD_OUT_DATA, data_digests
 from crate_mae.training.model_state import ModelState
 from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import first_decides
@@ -89,7 +89,7 @@ def resume(
     for note in notes:
         report(note)
         state.kept_step = state.step
-    if change and any(what.startswith("held-out") for what in change["changed"]):
+    if change and HELD_OUT_DATA.intersection(change["changed"]):
         state.best_step, state.best_score = 0, None  # scores on other images do not compare
     if accelerator.is_main_process:
         if folder is None:

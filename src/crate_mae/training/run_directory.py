@@ -53,6 +53,7 @@ from crate_mae.data.documents import read_json
 from crate_mae.data.files import DIGESTS_FILE, damage_of, path_of, refuse_used_folder, write_digests, write_whole
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.checkpoints import list_checkpoints
+from crate_mae.models.weights import load
 from crate_mae.terminal import CleanFormatter
 from crate_mae.training.config import load_config, to_yaml
 from crate_mae.training.options import FinetuneOptions, PretrainOptions, RunOptions
@@ -232,8 +233,6 @@ class Run:
         Raises:
             UserError: if the run has neither yet.
         """
-        from crate_mae.models.weights import load
-
         return load(self.path)
 
     def metrics(self) -> list[dict[str, float | None]]:
