@@ -38,9 +38,9 @@ def test_options_change_the_picture(photos, tmp_path):
     crate_mae.save(crate_mae.create_model(MODEL, depth=2, decoder_depth=1), model)
     calls = {
         "attention": [{}, {"stride": 1}, {"layer": 0}, {"count": 1}],
-        "pca": [{}, {"joint": True}, {"layer": 0}, {"count": 1}],
-        "layers": [{}, {"control": "random"}, {"count": 1}],
-        "atoms": [{}, {"layer": 0}, {"atoms": (3, 17)}, {"count": 1}, {"seed": 1}],
+        "pca": [{}, {"joint": True}, {"layer": 0}],
+        "layers": [{}, {"control": "random"}],
+        "atoms": [{}, {"layer": 0}, {"atoms": (3, 17)}, {"seed": 1}],
     }
     for kind, options in calls.items():
         draw = getattr(crate_mae, f"viz_{kind}")

@@ -61,7 +61,8 @@ for name in {TRACED}:
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     model.set_grad_checkpointing(name == {NAMES[0]!r})
-    model.compile(backend="aot_eager", fullgraph=True)
+    # Of one model the backward pass is traced, too; the graphs of the others are run as they are.
+    model.compile(backend="aot_eager" if name == {NAMES[3]!r} else "eager", fullgraph=True)
     model(images, mask=mask, visible=visible_indices(mask)).loss.backward()
     for p, grad in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-6)

@@ -167,7 +167,7 @@ for name in {(*ENCODERS, "vit_mae_nano_patch2_8")}:
         torch.testing.assert_close(gradient, expected_gradient)
     tokens = FeatureGraphNet(encoder, out_indices=(0,), out_map=["blocks.0"])(images)
     assert [x.shape for x in tokens] == [(2, 17, 12)]
-    for dynamo in (True, False):
+    for dynamo in (True, False) if name.startswith("crate") else ():
         file = io.BytesIO()
         if dynamo:
             torch.onnx.export(encoder, (images,), dynamo=True, verbose=False).save(file)
