@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import crate_mae
+from crate_mae.drawing.measures import MEASURES
 from crate_mae.errors import UserError
 from crate_mae.interpret.measure import measure_layers, open_measurable, untrained_twin
-from crate_mae.interpret.registry import MEASURES
 from crate_mae.interpret.statistics import find
 from crate_mae.interpret.weights import measure_weights
 

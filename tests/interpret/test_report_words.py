@@ -172,7 +172,7 @@ def test_tokens_that_become_alike_are_blamed(inspection):
 
 @pytest.mark.parametrize(
     ("means", "words"),
-    [([0.1, 0.9], "sparser by share of exact zeros"), ([0.9, 0.1], "denser by share of exact zeros")],
+    [([0.1, 0.9], "sparser by exact zeros"), ([0.9, 0.1], "denser by exact zeros")],
 )
 def test_sparsity_goes_either_way(inspection, means, words):
     found = sparsity_finding(with_curve(inspection, "model", "zero_fraction", "z_next", means, spread=0.01))

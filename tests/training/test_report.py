@@ -154,7 +154,7 @@ def test_other_processes_draw_nothing(clocked, tmp_path):
 def test_curves_are_the_numbers_of_the_table():
     axes = draw_learning(ROWS).axes
     assert [panel.get_ylabel() for panel in axes] == [
-        *("loss", "effective rank of features", "learning rate", "images per second")
+        *("loss", "effective rank of images’ features", "learning rate", "images per second")
     ]
     assert lines_of(axes[0]) == {"training": [(3, 1.2)], "held-out images": [(0, 1.5), (5, 0.7)]}
     assert [list(points) for points in curve(ROWS, "lr")] == [[3, 5], [0.1, 0.2]]

@@ -28,11 +28,11 @@ from crate_mae.app.compute import (
 from crate_mae.app.curves import ChartLine, draw_curves
 from crate_mae.app.pictures import to_png, to_uri
 from crate_mae.data.pictures import picture_grid
+from crate_mae.drawing.measures import MEASURES
 from crate_mae.drawing.style import GREY, HEAT, colour
 from crate_mae.drawing.text import html, raised
 from crate_mae.errors import UserError
 from crate_mae.interpret.audit import LEAST_MARGIN_SHARE, SYMBOLS, AuditRow, by_claim
-from crate_mae.interpret.registry import MEASURES
 from crate_mae.interpret.tokens import shown_images
 from crate_mae.models.autoencoder import MaskedAutoencoder
 

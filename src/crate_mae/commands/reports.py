@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from crate_mae.commands.console import check_seed, computes, new_folder, takes
 from crate_mae.data.files import path_of, write_whole
-from crate_mae.drawing.text import RUN_TITLES
+from crate_mae.drawing.measures import MEASURES
 from crate_mae.errors import UserError
 from crate_mae.terminal import CleanConsole, open_console
 from crate_mae.training.options import Data, OutputPath, option
@@ -129,7 +129,7 @@ def _training(model: object) -> "Training":
     for column in ("loss", "held_out_loss"):
         values = [float(row[column]) for row in logged if row.get(column)]
         if values:
-            lines[RUN_TITLES[column].capitalize()] = f"{values[0]:.4g} → {values[-1]:.4g}"
+            lines[MEASURES[column].title.capitalize()] = f"{values[0]:.4g} → {values[-1]:.4g}"
     return Training(lines=lines, mask_ratio=hidden)
 
 

@@ -8,11 +8,11 @@ from typing import Any
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-from crate_mae.comparison.results import SCORES, EntryResult, SeedSpread, score_compared, spread
+from crate_mae.comparison.results import EntryResult, SeedSpread, score_compared, spread
 from crate_mae.comparison.runs import Moment
 from crate_mae.data.files import write_whole
+from crate_mae.drawing.measures import MEASURES
 from crate_mae.drawing.style import GREY, colour, encode, marker, new_figure, panels
-from crate_mae.drawing.text import RUN_TITLES
 
 _LABEL_GAP = 0.06  # of the axis, between the middles of two labels
 
@@ -23,10 +23,10 @@ def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: 
     Each entry has a point with its standard deviation over seeds, and a hollow one for its random initialisation.
     """
     name = score_compared(results)
-    kind = SCORES[name]
-    trained = [_known(spread(result.scores.values(), name, kind.scale)) for result in results]
-    random = [spread(result.random.values(), name, kind.scale) for result in results]
-    of_pixels = spread([pixels], name, kind.scale)
+    measure = MEASURES[name]
+    trained = [_known(spread(result.scores.values(), name, measure.scale)) for result in results]
+    random = [spread(result.random.values(), name, measure.scale) for result in results]
+    of_pixels = spread([pixels], name, measure.scale)
     quantities: list[tuple[str, Callable[[EntryResult], float], bool]] = [
         ("minutes of training, search included", lambda r: r.minutes, False),
         ("training FLOPs, search included", lambda r: r.training_flops, False),
@@ -43,7 +43,7 @@ def draw_scores(results: Sequence[EntryResult], pixels: dict[str, float], path: 
         axes.set_xlabel(title)
         largest = max(where(result) for result in results)
         axes.set_xlim(-0.04 * largest, 1.12 * largest)
-    all_axes[0].set_ylabel(f"{kind.title} ({kind.unit.strip()})")
+    all_axes[0].set_ylabel(f"{measure.title} ({measure.suffix.strip()})")
     all_axes[0].margins(y=0.12)
     all_axes[1].xaxis.set_major_formatter(EngFormatter())
     figure.draw_without_rendering()  # settles the limits, on which the places of labels depend
@@ -76,7 +76,7 @@ def draw_curves(results: Sequence[EntryResult], path: Path) -> None:
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
-    all_axes[0].set_ylabel(RUN_TITLES["held_out_loss"])
+    all_axes[0].set_ylabel(MEASURES["held_out_loss"].label)
     figure.draw_without_rendering()
     ends = [(0.0, statistics.fmean(curve[-1].held_out_loss for curve in result.trained.curves)) for result in results]
     for axes in all_axes:

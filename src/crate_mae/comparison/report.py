@@ -16,6 +16,7 @@ from crate_mae.comparison.results import (
     spread,
 )
 from crate_mae.data.documents import read_json, to_csv
+from crate_mae.drawing.measures import MEASURES
 from crate_mae.models.config import MASK_RATIO
 
 RULE = (
@@ -50,12 +51,12 @@ def table_rows(results: Sequence[EntryResult], pixels: dict[str, float]) -> list
         line("training FLOPs used, both", lambda r: _scaled(r.training_flops)),
         line("learning rate chosen, per 256 images", lambda r: f"{r.trained.rate:.3g}"),
     ]
-    for name, kind in SCORES.items():
-        title = kind.title if kind.is_probe else kind.title + mark
+    for name in SCORES:
+        title = MEASURES[name].title + ("" if MEASURES[name].unit == "share" else mark)
         if any(spread(result.scores.values(), name) for result in results):
             of_pixels = score_text(name, spread([pixels], name)) if pixels else ""
             rows.append(line(title, lambda r, name=name: score_text(name, spread(r.scores.values(), name)), of_pixels))
-        if kind.is_probe and any(spread(result.random.values(), name) for result in results):
+        if any(spread(result.random.values(), name) for result in results):
             title = f"{title}, random initialisation"
             rows.append(line(title, lambda r, name=name: score_text(name, spread(r.random.values(), name))))
     return rows
@@ -69,7 +70,7 @@ def verdict(results: Sequence[EntryResult], pixels: dict[str, float]) -> str:
     known = [f"{label} {score_text(name, score, with_range=False)}" for label, score in controls if score]
     own = [(result.name, spread(result.scores.values(), name)) for result in results]
     found = [f"{label} {score_text(name, score, with_range=False)}" for label, score in own]
-    title = SCORES[name].name
+    title, _ = SCORES[name]
     return f"{title[0].upper()}{title[1:]}: {', '.join([*known, *found])}."
 
 
@@ -135,12 +136,16 @@ def score_text(name: str, score: SeedSpread | None, *, with_range: bool = True) 
     """A score as text: the mean, and over several seeds the sample standard deviation and the range."""
     if score is None:
         return "-"
-    kind = SCORES[name]
-    mean, low, high = (f"{kind.scale * value:.{kind.digits}f}" for value in (score.mean, score.low, score.high))
+    mean, low, high = (_digits(name, value) for value in (score.mean, score.low, score.high))
     if score.std is None:
-        return mean + kind.unit
-    text = f"{mean} ± {kind.scale * score.std:.{kind.digits}f}{kind.unit}"
+        return mean + MEASURES[name].suffix
+    text = f"{mean} ± {_digits(name, score.std)}{MEASURES[name].suffix}"
     return f"{text} ({low} to {high})" if with_range else text
+
+
+def _digits(name: str, value: float, sign: str = "") -> str:
+    """A value of a score as text, without its unit."""
+    return f"{MEASURES[name].scale * value:{sign}.{SCORES[name][1]}f}"
 
 
 def _score_cells(scores: Iterable[dict[str, float]]) -> dict[str, Any]:
@@ -195,15 +200,15 @@ def _standing(results: Sequence[EntryResult], images: Images) -> Iterator[str]:
     first, *others = results
     for other in others:
         behind, ahead = [], []
-        for name, kind in SCORES.items():
+        for name, (title, _) in SCORES.items():
             mine, theirs = spread(first.scores.values(), name), spread(other.scores.values(), name)
             found = difference(first.scores, other.scores, name)
             if mine is None or theirs is None or found is None or found[0] == 0:
                 continue
-            is_better = (found[0] > 0) == kind.more_is_better
+            is_better = (found[0] > 0) == (MEASURES[name].better == "higher")
             text = " against ".join(score_text(name, score, with_range=False) for score in (mine, theirs))
             chance = ", may be chance" if may_be_chance(name, first.scores, other.scores, len(images.val)) else ""
-            text = f"{kind.name} ({text}{_interval(name, *found)}{chance})"
+            text = f"{title} ({text}{_interval(name, *found)}{chance})"
             (ahead if is_better else behind).append(text)
         costs = {
             "parameters": (first.costs.parameters, other.costs.parameters, False),
@@ -234,7 +239,7 @@ def may_be_chance(name: str, mine: Scores, theirs: Scores, val_images: int) -> b
     assert found is not None, "both have the score"
     mean, half = found
     squared = (half or 0.0) ** 2
-    if SCORES[name].is_probe:
+    if MEASURES[name].unit == "share":
         shares = [spread(scores.values(), name) for scores in (mine, theirs)]
         squared += sum(_NORMAL_QUANTILE**2 * s.mean * (1 - s.mean) / val_images for s in shares if s is not None)
     return abs(mean) < math.sqrt(squared)
@@ -244,10 +249,8 @@ def _interval(name: str, difference: float, half: float | None) -> str:
     """A difference over several seeds, in the unit of the score."""
     if half is None:
         return ""
-    kind = SCORES[name]
-    unit = " points" if kind.unit == "%" else kind.unit
-    bounds = (difference, difference - half, difference + half)
-    mean, low, high = (f"{kind.scale * value:+.{kind.digits}f}" for value in bounds)
+    unit = " points" if MEASURES[name].unit == "share" else MEASURES[name].suffix
+    mean, low, high = (_digits(name, value, "+") for value in (difference, difference - half, difference + half))
     return f": {mean}{unit}, {low} to {high}"
 
 

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from crate_mae.comparison.entries import Images, extraction
 from crate_mae.comparison.options import CompareOptions
@@ -18,46 +18,15 @@ from crate_mae.models.config import MASK_RATIO
 from crate_mae.models.features import transform_of
 from crate_mae.models.weights import load_autoencoder
 
+SCORES = {  # keys of `MEASURES`, with their names in a sentence and their digits after the point
+    "linear": ("the linear probe", 2),
+    "knn": ("k-NN", 2),
+    "psnr": ("the PSNR of completions", 2),
+    "ssim": ("the SSIM of completions", 3),
+    "mse": ("the squared error of completions", 4),
+}
 _MOST_COMPLETED = 1000
 _PIXELS_SIDE = 32  # with larger images, a linear classifier of the pixels would take longer than the training
-
-
-class ScoreKind(NamedTuple):
-    """The names of a score, and how it is written.
-
-    Attributes:
-        title: of its line in the table.
-        name: in a sentence.
-        scale: factor to write it with.
-        digits: after the point.
-        unit: written after it.
-        is_probe: whether it is a share of the validation images, and is also measured of untrained models.
-        more_is_better: whether a larger value is better.
-    """
-
-    title: str
-    name: str
-    scale: int
-    digits: int
-    unit: str
-    is_probe: bool = False
-    more_is_better: bool = True
-
-
-SCORES = {
-    "linear": ScoreKind("linear probe, top-1", "the linear probe", 100, 2, "%", is_probe=True),
-    "knn": ScoreKind("k-NN, top-1", "k-NN", 100, 2, "%", is_probe=True),
-    "psnr": ScoreKind("completion: PSNR of hidden patches", "the PSNR of completions", 1, 2, " dB"),
-    "ssim": ScoreKind("completion: SSIM", "the SSIM of completions", 1, 3, ""),
-    "mse": ScoreKind(
-        "completion: squared error, normalised pixels",
-        "the squared error of completions",
-        1,
-        4,
-        "",
-        more_is_better=False,
-    ),
-}
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crate_mae.data.documents import read_json, read_yaml
 from crate_mae.data.files import PYTHON_OBJECT
-from crate_mae.drawing.text import RUN_TITLES
+from crate_mae.drawing.measures import MEASURES
 from crate_mae.errors import UserError, install_command
 from crate_mae.models.checkpoints import is_checkpoint, named_checkpoint, newest_checkpoint, step_of
 from crate_mae.models.config import CONFIG_FILE, ClassifierConfig, Config, encoder_config
@@ -21,7 +21,7 @@ from crate_mae.models.presets import bundled_folder, list_bundled
 LICENSE = "License"  # the heading that the Hub's own field is filled from
 
 # Columns of metrics.csv that are results, and their number formats.
-_MEASURES = {"held_out_loss": "{:.4g}", "val_loss": "{:.4g}", "val_accuracy": "{:.1%}"}
+_FORMATS = {"held_out_loss": "{:.4g}", "val_loss": "{:.4g}", "val_accuracy": "{:.1%}"}
 _OPTIONS = ("epochs", "steps", "batch_size", "lr", "weight_decay", "mask_ratio", "precision", "seed")
 _PACKAGES = ("crate-mae", "torch", "timm")
 _PUBLIC = ("hf:", "torchvision:", "timm:")  # names that open the same everywhere
@@ -118,12 +118,12 @@ def _measured(folder: Path, step: int | None) -> Iterator[str]:
             rows = list(csv.DictReader(file))
     except (OSError, csv.Error):
         return
-    for column, form in _MEASURES.items():
+    for column, form in _FORMATS.items():
         values = [(row["step"], float(row[column])) for row in rows if row.get(column)]
         kept = [(at, value) for at, value in values if step is None or int(at) <= step]
         if kept:
             (first, before), (last, after) = values[0], kept[-1]
-            title = RUN_TITLES[column].capitalize()
+            title = MEASURES[column].title.capitalize()
             yield f"{title}: {form.format(before)} at step {first}, {form.format(after)} at step {last}."
 
 

@@ -1,1 +1,1 @@
-"""Figures in one style, line charts, and HTML reports."""
+"""Figures in one style, line charts, HTML reports, and what measures are called."""

@@ -1,4 +1,4 @@
-"""How numbers, lists and formulas are written in reports and figures, and what the columns of a run are called.
+"""How numbers, lists and formulas are written in reports and figures.
 
 Text is plain: "R^c", "U_k", "λ‖Z‖_0" and "1.0·10^−7" are typeset by `html` in a report, by `mathtext` in a figure of
 matplotlib, and by `raised` where there are characters only.
@@ -9,17 +9,6 @@ from collections.abc import Sequence
 
 from markupsafe import Markup, escape
 
-RUN_TITLES = {  # of the columns of metrics.csv
-    "loss": "loss",
-    "held_out_loss": "loss on held-out images",
-    "val_loss": "loss on validation images",
-    "val_accuracy": "accuracy on validation images",
-    "knn_accuracy": "k-NN accuracy",
-    "feature_rank": "effective rank of features",
-    "feature_cosine": "mean cosine between images",
-    "lr": "learning rate",
-    "images_per_second": "images per second",
-}
 _SUPERSCRIPT = re.compile(r"\^(−?\d+(?:/\d+)?|⊤|[a-z]\b)")
 _RAISED = str.maketrans("c⊤−0123456789", "ᶜᵀ⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 _SUBSCRIPT = re.compile(r"(?:(?<=\b[A-ZΣ])|(?<=‖))_(\w)\b|(?<=\w)_([α-ω])\b")

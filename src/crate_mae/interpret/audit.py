@@ -93,7 +93,7 @@ class Claim(NamedTuple):
     Attributes:
         text: in words.
         sign: +1 if the step is to raise the value, -1 if it is to lower it.
-        value: what is measured.
+        measure: what is measured, a key of `MEASURES`.
         controls: a theorem is about the first.
         pooled: whether the value is one of all images.
         is_learned: whether training must have brought it about, see the module's rule.
@@ -101,7 +101,7 @@ class Claim(NamedTuple):
 
     text: str
     sign: Literal[1, -1]
-    value: str
+    measure: str
     controls: tuple[str, ...]
     pooled: bool = False
     is_learned: bool = True
@@ -109,38 +109,42 @@ class Claim(NamedTuple):
 
 SYMBOLS: dict[Status, str] = {"theorem": "∎", "holds": "✓", "does not hold": "✗", "contradiction": "‼"}
 CLAIMS: dict[str, Claim] = {
-    COMPRESS: Claim("Attention lowers R^c of tokens as they are", -1, "R^c, nats", _MOVES),
-    COMPRESS_NORMALISED: Claim("Attention lowers R^c of normalised tokens", -1, "R^c, nats", _MOVES),
-    COMPRESS_UNIT: Claim("Attention lowers R^c of unit-length projections", -1, "R^c, nats", _MOVES),
+    COMPRESS: Claim("Attention lowers R^c of tokens as they are", -1, "subspace_rate", _MOVES),
+    COMPRESS_NORMALISED: Claim("Attention lowers R^c of normalised tokens", -1, "subspace_rate_normalised", _MOVES),
+    COMPRESS_UNIT: Claim("Attention lowers R^c of unit-length projections", -1, "subspace_rate_unit", _MOVES),
     SORT: Claim(
         "Attention sorts: for an equal fall of R^c, R falls less than with uniform attention or shrinking",
         1,
-        "R of all images, nats",
+        "pooled_rate",
         (NO_CHANGE, UNIFORM, SHRINKING),
         pooled=True,
     ),
-    EXPAND: Claim("ISTA raises R of tokens of equal length", 1, "R, nats", (NO_CHANGE, RELU)),
-    EXPAND_LAYER: Claim("The layer raises R of tokens of equal length", 1, "R, nats", (NO_CHANGE, RELU)),
+    EXPAND: Claim("ISTA raises R of tokens of equal length", 1, "coding_rate_normalised", (NO_CHANGE, RELU)),
+    EXPAND_LAYER: Claim("The layer raises R of tokens of equal length", 1, "coding_rate_normalised", (NO_CHANGE, RELU)),
     EXPAND_REDUCTION: Claim(
-        "ISTA raises R - R^c of all images", 1, "R - R^c of all images, nats", (NO_CHANGE, RELU), pooled=True
+        "ISTA raises R - R^c of all images", 1, "pooled_rate_reduction", (NO_CHANGE, RELU), pooled=True
     ),
     EXPAND_REDUCTION_LAYER: Claim(
-        "The layer raises R - R^c of all images", 1, "R - R^c of all images, nats", (NO_CHANGE, RELU), pooled=True
+        "The layer raises R - R^c of all images", 1, "pooled_rate_reduction", (NO_CHANGE, RELU), pooled=True
     ),
     LASSO: Claim(
         "The code has a lower lasso objective than relu(x) and than the all-zero code",
         -1,
-        "lasso objective",
+        "lasso_objective",
         (RELU, ZERO),
         is_learned=False,
     ),
     LASSO_ZERO: Claim(
-        "The code has a lower lasso objective than the all-zero code", -1, "lasso objective", (ZERO,), is_learned=False
+        "The code has a lower lasso objective than the all-zero code", -1, "lasso_objective", (ZERO,), is_learned=False
     ),
-    SPARSITY: Claim("ISTA makes more exact zeros than relu(x)", 1, "share of exact zeros", (RELU,)),
-    DECOMPRESS: Claim("The decoder's step raises R^c of tokens as they are", 1, "R^c, nats", _REVERSES),
-    DECOMPRESS_NORMALISED: Claim("The decoder's step raises R^c of normalised tokens", 1, "R^c, nats", _REVERSES),
-    DECOMPRESS_UNIT: Claim("The decoder's step raises R^c of unit-length projections", 1, "R^c, nats", _REVERSES),
+    SPARSITY: Claim("ISTA makes more exact zeros than relu(x)", 1, "zero_fraction", (RELU,)),
+    DECOMPRESS: Claim("The decoder's step raises R^c of tokens as they are", 1, "subspace_rate", _REVERSES),
+    DECOMPRESS_NORMALISED: Claim(
+        "The decoder's step raises R^c of normalised tokens", 1, "subspace_rate_normalised", _REVERSES
+    ),
+    DECOMPRESS_UNIT: Claim(
+        "The decoder's step raises R^c of unit-length projections", 1, "subspace_rate_unit", _REVERSES
+    ),
 }
 
 LEAST_SHARE_OF_IMAGES = 0.95

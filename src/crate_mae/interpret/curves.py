@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from crate_mae.data.numbers import student_half_width
 from crate_mae.drawing import lines
-from crate_mae.interpret.registry import MEASURES
+from crate_mae.drawing.measures import MEASURES
 from crate_mae.interpret.statistics import Row, find, short_place
 
 POINT_NAMES = {"z": "input", "z_half": "after the first step", "z_next": "output"}
@@ -65,7 +65,7 @@ def layer_panel(
     """A panel of curves, the decoder's layers behind the encoder's.
 
     Args:
-        title: see `registry.Measure.label`.
+        title: see `measures.Measure.label`.
         curves: at least one of them has a row.
         band: half width of the band around a row's mean.
         scale: of the vertical axis.

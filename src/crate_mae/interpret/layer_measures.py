@@ -1,4 +1,4 @@
-"""Measures of every layer, image by image: rates, sparsity, lengths, ranks, diversity; each is in `registry.MEASURES`.
+"""Measures of every layer, image by image: rates, sparsity, lengths, ranks, diversity; each is in `drawing.measures`.
 
 Subspace rates are given at three points of a layer (`z`, `z_half`, `z_next`), all with the layer's own subspaces, and
 in three forms, because a rate grows with the length of tokens and layers change lengths:

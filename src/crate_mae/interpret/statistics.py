@@ -53,7 +53,7 @@ class Row:
     Attributes:
         part: "encoder" or "decoder".
         layer: number of the layer, from 0.
-        measure: a name of `registry.MEASURES`, or one of its controls.
+        measure: a name of `drawing.measures.MEASURES`, or one of its controls.
         point: the tokens that were measured, see `models.tracing.trace`; empty for weights, or for a whole layer.
         mean: over what `over` names.
         spread: standard deviation over the same; None for a single value.

@@ -1,4 +1,4 @@
-"""Measures of weights, and how well decoder layers undo encoder layers; each is in `registry.MEASURES`.
+"""Measures of weights, and how well decoder layers undo encoder layers; each is in `drawing.measures`.
 
 Values are of heads or of pairs of heads or layers, and their spread is over these.
 """

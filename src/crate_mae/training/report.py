@@ -20,8 +20,9 @@ from accelerate.utils import LoggerType
 
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
+from crate_mae.drawing.measures import MEASURES
 from crate_mae.drawing.page import render
-from crate_mae.drawing.text import RUN_TITLES
+from crate_mae.drawing.text import mathtext
 from crate_mae.errors import RunStopped, UserError, first_line, install_command
 from crate_mae.training.checkpoint import TrainState, check_state
 from crate_mae.training.model_state import ModelState
@@ -310,17 +311,20 @@ def _environment(directory: RunDirectory) -> str:
     return f"Python {found['python']}, {', '.join(packages)}; {found['system']}, {found['cpus']} CPUs{gpus}."
 
 
-_PANELS = {  # the columns of metrics.csv in each panel, by its title, with their names in the legend
-    "loss": {"loss": "training", "held_out_loss": "held-out images", "val_loss": "validation images"},
-    RUN_TITLES["knn_accuracy"]: {"knn_accuracy": ""},
-    RUN_TITLES["feature_rank"]: {"feature_rank": ""},
-    RUN_TITLES["feature_cosine"]: {"feature_cosine": ""},
-    RUN_TITLES["val_accuracy"]: {"val_accuracy": "top 1", "val_accuracy_top5": "top 5"},
-    RUN_TITLES["lr"]: {"lr": ""},
-    RUN_TITLES["images_per_second"]: {"images_per_second": ""},
-}
+_PANELS = (  # the columns of metrics.csv in each panel, named after its first, with their names in the legend
+    {"loss": "training", "held_out_loss": "held-out images", "val_loss": "validation images"},
+    {"knn_accuracy": ""},
+    {"feature_rank": ""},
+    {"feature_cosine": ""},
+    {"val_accuracy": "top 1", "val_accuracy_top5": "top 5"},
+    {"lr": ""},
+    {"images_per_second": ""},
+)
 _OF_TRAINING = ("loss", "lr", "images_per_second")  # and not of held-out images: these are grey
-_SIGNALS = {"subspace_rate": "subspace rate R$^c$ (nats)", "zero_fraction": "exact zeros in the code (share)"}
+_SIGNALS = {  # measures of layers.csv: its `subspace_rate` is that of the official code
+    "subspace_rate": MEASURES["subspace_rate_official"].label,
+    "zero_fraction": MEASURES["zero_fraction"].label,
+}
 
 
 def curve(rows: Sequence[Row], key: str) -> tuple[list[float], list[float]]:
@@ -335,14 +339,14 @@ def draw_learning(rows: Sequence[Row]) -> Figure:
     from crate_mae.drawing.lines import Line, Panel, draw_panels
 
     drawn = []
-    for title, columns in _PANELS.items():
+    for columns in _PANELS:
         measured = {key: curve(rows, key) for key in columns if curve(rows, key)[0]}
         lines = [
             Line(columns[key], *points, number=None if key in _OF_TRAINING else number)
             for number, (key, points) in enumerate(measured.items())
         ]
         if lines:
-            drawn.append(Panel(lines, xlabel="step", ylabel=title, scale="from zero"))
+            drawn.append(Panel(lines, xlabel="step", ylabel=MEASURES[next(iter(columns))].title, scale="from zero"))
     return draw_panels(drawn, columns=min(2, len(drawn)), width=5.5, height=2.9, legend="inside")
 
 
@@ -364,7 +368,7 @@ def draw_layer_signals(rows: Sequence[Mapping[str, str]]) -> Figure:
             points = [row for row in rows if row["measure"] == measure and int(row["layer"]) == layer]
             steps, values = [int(row["step"]) for row in points], [float(row["value"]) for row in points]
             panel.plot(steps, values, color=colours(layer), marker="o", markersize=3, linewidth=1.2)
-        panel.set_ylabel(title)
+        panel.set_ylabel(mathtext(title))
         panel.set_xlabel("step")
     bounds = [layer - 0.5 for layer in range(layers + 1)]
     scale = ScalarMappable(BoundaryNorm(bounds, layers), colours)

@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
+from crate_mae.drawing.measures import INVERSES, MEASURES
 from crate_mae.drawing.text import listed, number, percent, plural, signed
 from crate_mae.interpret.audit import (
+    CLAIMS,
     COMPRESS,
     COMPRESS_NORMALISED,
     COMPRESS_UNIT,
@@ -21,7 +23,6 @@ from crate_mae.interpret.audit import (
     AuditRow,
     by_claim,
 )
-from crate_mae.interpret.registry import INVERSES, MEASURES
 from crate_mae.interpret.removals import AttentionUse, Removal, mattering
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
 from crate_mae.interpret.report.subjects import NETWORKS
@@ -197,13 +198,14 @@ def lengths_finding(inspection: Inspection) -> Finding:
     if not ratios:
         return Finding(anchor=anchor, title=title, answer="This model has no attention in subspaces.")
     audit = {(row.claim, row.layer): row for row in inspection.model.measures.audit if row.tokens == "all"}
-    lines = []
+    claims, lines = (COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT), []
     for row in ratios:
-        rates = (audit.get((key, row.layer)) for key in (COMPRESS, COMPRESS_NORMALISED, COMPRESS_UNIT))
+        rates = (audit.get((key, row.layer)) for key in claims)
         changes = ["–" if found is None else signed(found.after - found.before) for found in rates]
         sorting = audit.get((SORT, row.layer))
         margin = "–" if sorting is None else f"{signed(sorting.margin)} over {sorting.closest_control}"
         lines.append([short_place(row.part, row.layer), percent(row.mean), *changes, margin])
+    measures = ("length_ratio", *(CLAIMS[key].measure for key in claims))
     sorts = sum(row.is_met for (key, _), row in audit.items() if key == SORT)
     return Finding(
         anchor,
@@ -216,9 +218,9 @@ def lengths_finding(inspection: Inspection) -> Finding:
             "with uniform attention.",
         ),
         table=Table(
-            ["", "length after / before", "R^c as it is", "normalised", "unit length", "sorting margin (nats)"],
+            ["", *(MEASURES[name].label for name in measures), "sorting margin (nats)"],
             lines,
-            "Change in the attention step, nats per image; the sorting margin is over all images",
+            "Change in the attention step, per image; the sorting margin is over all images",
         ),
     )
 

@@ -9,6 +9,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from crate_mae.drawing.lines import Line, Panel, draw_panels
+from crate_mae.drawing.measures import INVERSES, MEASURES
 from crate_mae.drawing.page import render
 from crate_mae.drawing.style import encode
 from crate_mae.drawing.text import listed, number, plural
@@ -27,7 +28,6 @@ from crate_mae.interpret.curves import POINT_NAMES, Curve, both_parts, layer_pan
 from crate_mae.interpret.foregrounds import KINDS
 from crate_mae.interpret.layer_measures import EPS, SPARSITY_WEIGHT
 from crate_mae.interpret.pictures import atom_tiles
-from crate_mae.interpret.registry import INVERSES, MEASURES
 from crate_mae.interpret.report.examples import PlannedFigure, draw_grid
 from crate_mae.interpret.report.findings import VERDICT_RULE, verdict_sentence, write_findings
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
@@ -58,17 +58,13 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     ),
     "mixing": (
         "How much attention mixes",
-        "On the left, the share of its attention that a token gives to itself, mean over tokens and heads: at 1 no "
-        "token reads any other, and the dashed line is uniform attention. On the right, what the "
-        "attention step does to the length of tokens: below 1 they shrink, which lowers R^c as it is without sorting "
-        "anything.",
+        "On the left, at 1 no token reads any other, and the dashed line is uniform attention. On the right, below 1 "
+        "tokens shrink, which lowers R^c as it is without sorting anything.",
     ),
     "rates": (
         "Coding rate, rate reduction, number of non-zeros",
-        "Each line is a measure of the layers’ outputs. R is the number of nats needed to code all tokens of an image, "
-        "as they are or scaled to equal length. R - R^c, for the tokens of all images, is the number of nats saved by "
-        "coding each subspace separately. λ‖Z‖_0 is the third term of the objective. In an encoder that optimises its "
-        "objective, R - R^c rises and λ‖Z‖_0 falls from left to right.",
+        "Each line is a measure of the layers’ outputs. In an encoder that optimises its objective, R - R^c rises and "
+        "λ‖Z‖_0 falls from left to right.",
     ),
     "sparsity": (
         "Sparsity",
@@ -78,16 +74,12 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     ),
     "ranks": (
         "Directions in use",
-        "Effective rank and participation ratio count the directions that an image’s tokens use (weak ones count less "
-        "in the latter); the other panels show the shares of the tokens’ energy in their best subspaces and in the "
-        "differences between tokens of one image. Ranks near 1 and differences near 0 mean that tokens have become "
-        "similar, which makes every rate small without any structure.",
+        "Each line is a measure of the layers’ outputs. Ranks near 1 and differences near 0 mean that tokens have "
+        "become similar, which makes every rate small without any structure.",
     ),
     "information": (
         "Information kept, and idle coordinates",
-        "How well a linear map recovers the pixels of a patch from its token (1 is perfect), in how many directions "
-        "images differ, the share of coordinates that are zero for every token of every image, and the accuracy of a "
-        "linear classifier on each layer. Higher is better, except for the share of dead coordinates.",
+        "Each line is a measure of the layers’ outputs. Higher is better, except for the share of dead coordinates.",
     ),
     "weights": (
         "Subspaces, output projections, dictionaries",
@@ -105,10 +97,8 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     ),
     "foreground_scores": (
         "How well foregrounds are found",
-        "Each line shows how well the foregrounds found by a layer agree with those drawn by hand: the overlap "
-        "of masks, and the share of images in which the box of the largest part overlaps a true one by more "
-        "than a half. Only values above random initialisation and above the dashed line, for which the "
-        "whole image is foreground, were learned.",
+        "Each line shows how well the foregrounds found by a layer agree with those drawn by hand. Only values above "
+        "random initialisation and above the dashed line, for which the whole image is foreground, were learned.",
     ),
 }
 _AT_A_GLANCE = (
@@ -165,7 +155,9 @@ def write_page(inspection: Inspection, plan: Plan, pictures: Mapping[str, bytes]
         sparsity_weight=SPARSITY_WEIGHT,
         measures={name: measure for name, measure in MEASURES.items() if name in measured},
         audit=_audit_tables(rows),
-        claims=[(CLAIMS[key], found) for key, found in by_claim(rows).items()],
+        claims=[
+            (CLAIMS[key].text, MEASURES[CLAIMS[key].measure].label, found) for key, found in by_claim(rows).items()
+        ],
         controls=CONTROLS,
         least_share_of_images=LEAST_SHARE_OF_IMAGES,
         least_margin_share=LEAST_MARGIN_SHARE,
@@ -265,7 +257,7 @@ def _at_a_glance(audit: Sequence[AuditRow]) -> list[PlannedFigure]:
         if claim == COMPRESS:
             lines.append(Line("before attention", layers, [row.before for row in rows], None))
         ticks = {float(row.layer): row.place for row in rows}
-        panels.append(Panel(lines, title, ylabel=CLAIMS[claim].value, scale="from zero", ticks=ticks))
+        panels.append(Panel(lines, title, ylabel=MEASURES[CLAIMS[claim].measure].label, scale="from zero", ticks=ticks))
         answers.append(listed([row.place for row in rows if row.margin > 0]) or "no layer")
     caption = (
         "Means over images; each step should lie below its best control. For attention and R^c, this is the case in "
@@ -392,6 +384,5 @@ def _foregrounds(inspection: Inspection) -> Panels:
         for kind in KINDS[:-1]:
             curves = [_curve(subject, measure, kind) for subject in inspection.measured]
             if found := [curve for curve in curves if curve is not None]:
-                title = f"{MEASURES[measure].title}, by {kind} ({MEASURES[measure].unit})"
-                panels[title] = [*found, everything]
+                panels[f"{MEASURES[measure].label}, by {kind}"] = [*found, everything]
     return panels

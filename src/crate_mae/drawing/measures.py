@@ -1,8 +1,8 @@
-"""Every measure of a layer: its title, unit, the direction that is good, and what it is in one sentence.
+"""Every measure of a layer, a run or a comparison: title, unit, the direction that is good, and what it is.
 
-A `statistics.Row` names its measure by a key of `MEASURES`; reports, curves, tables, findings and the app take titles
-and captions from there. A layer has several points: its input `z`, `z_half` between its two steps, its output `z_next`
-and its `code`. Measures of weights and of whole layers have none.
+Columns of metrics.csv, rows of `interpret.statistics` and scores of a comparison have keys of `MEASURES`, from which
+all tables, figures and texts take their titles. A layer has several points: its input `z`, `z_half` between its two
+steps, its output `z_next` and its `code`. Measures of weights and of whole layers have none.
 """
 
 from typing import Literal, NamedTuple
@@ -13,7 +13,7 @@ Better = Literal["higher", "lower", "neither"]
 
 
 class Measure(NamedTuple):
-    """What is measured of a layer.
+    """What is measured.
 
     Attributes:
         title: a noun phrase, in the notation of `drawing.text`.
@@ -35,6 +35,16 @@ class Measure(NamedTuple):
     def label(self) -> str:
         """The title with its unit, for an axis."""
         return f"{self.title} ({self.unit})" if self.unit else self.title
+
+    @property
+    def scale(self) -> int:
+        """The factor to write values with: shares are written in percent."""
+        return 100 if self.unit == "share" else 1
+
+    @property
+    def suffix(self) -> str:
+        """What follows a value, such as "%" and " dB"."""
+        return "%" if self.unit == "share" else f" {self.unit}".rstrip()
 
     def format(self, value: float) -> str:
         """A value as text: shares in percent, all others in three digits."""
@@ -86,12 +96,16 @@ MEASURES: dict[str, Measure] = {
         better="higher",
         point="z_next",
     ),
+    "pooled_rate": Measure("R of all images", "Nats needed to code the tokens of all images together.", unit="nats"),
     "pooled_rate_reduction": Measure(
         "R - R^c of all images",
         "Nats saved by coding each subspace separately, for the tokens of all images together.",
         unit="nats",
         better="higher",
         point="z_next",
+    ),
+    "lasso_objective": Measure(
+        "lasso objective", "Half the squared error of a code’s reconstruction plus λ times its l1 norm.", better="lower"
     ),
     "sparsity_penalty": Measure(
         "λ‖Z‖_0",
@@ -100,10 +114,7 @@ MEASURES: dict[str, Measure] = {
         point="z_next",
     ),
     "zero_fraction": Measure(
-        "share of exact zeros",
-        "Share of coordinates that are exactly zero.",
-        better="higher",
-        point="z_next",
+        "exact zeros", "Share of coordinates that are exactly zero.", unit="share", better="higher", point="z_next"
     ),
     "l1_to_l2": Measure(
         "l1/l2",
@@ -276,6 +287,25 @@ MEASURES: dict[str, Measure] = {
         unit="affinity",
         better="higher",
         control="inverse_subspace_affinity_control",
+    ),
+    "loss": Measure("loss", "Mean training loss since the row before.", better="lower"),
+    "held_out_loss": Measure(
+        "loss on held-out images", "Loss on images held out of the training data.", better="lower"
+    ),
+    "val_loss": Measure("loss on validation images", "Cross-entropy.", better="lower"),
+    "val_accuracy": Measure("accuracy on validation images", "Top-1 accuracy.", unit="share", better="higher"),
+    "knn_accuracy": Measure("k-NN accuracy", "Share of held-out images got right.", unit="share", better="higher"),
+    "feature_cosine": Measure("mean cosine between images", "Mean cosine of two images’ features.", better="lower"),
+    "lr": Measure("learning rate", "Learning rate of the step."),
+    "images_per_second": Measure("images per second", "Speed over all processes.", better="higher"),
+    "linear": Measure("linear probe, top-1", "Top-1 accuracy of a linear classifier.", unit="share", better="higher"),
+    "knn": Measure("k-NN, top-1", "Top-1 accuracy of a vote of neighbours.", unit="share", better="higher"),
+    "psnr": Measure(
+        "completion: PSNR of hidden patches", "Peak signal-to-noise ratio of completions.", unit="dB", better="higher"
+    ),
+    "ssim": Measure("completion: SSIM", "Structural similarity to the original, at most 1.", better="higher"),
+    "mse": Measure(
+        "completion: squared error, normalised pixels", "Mean squared error of hidden pixels.", better="lower"
     ),
 }
 # Of how well a decoder layer undoes its encoder layer, each with its control.
