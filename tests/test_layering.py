@@ -29,12 +29,14 @@ LAYERS = {
     "__init__": {"theory", "models", "data", "training", "evaluation", "commands"},
     "errors": set(),
     "lazy": set(),
+    "options": set(),
     "timm": {"models"},
     "hf": {"deployment"},
     "private_torch": set(),
     "terminal": set(),
 }
 HEAVY = {"torch", "torchvision", "timm", "accelerate", "sklearn", "torchmetrics", "matplotlib", "numpy", "pyarrow"}
+LIGHT = {"commands", "cli", "__main__", "__init__", "errors", "lazy", "options"}  # for a fast `crate-mae --help`
 OPTIONAL = {"datasets", "tensorboard", "wandb", "gradio", "fastapi", "uvicorn", "onnx", "onnxruntime"}
 NEEDED = {"app": {"gradio", "fastapi", "uvicorn"}}  # the layer cannot do without these; only its command imports it
 
@@ -66,11 +68,11 @@ def violations(path, source):
         root, *rest = module.split(".")
         if root == "crate_mae":
             target = rest[0] if rest else "__init__"  # the package itself, which gives access to every layer
-            if target not in LAYERS[layer] | {layer, "errors", "lazy", "private_torch", "terminal"}:
+            if target not in LAYERS[layer] | {layer, "errors", "lazy", "options", "private_torch", "terminal"}:
                 yield f"{layer} imports {module}, which is not below it"
         if root in OPTIONAL - NEEDED.get(layer, set()) and at_top:
             yield f"{module} is optional, and is imported with the file"
-        if root in HEAVY and at_top and layer in {"commands", "cli", "__main__", "__init__", "errors", "lazy"}:
+        if root in HEAVY and at_top and layer in LIGHT:
             yield f"{module} is heavy, and is imported with the file"
 
 

@@ -16,8 +16,8 @@ from crate_mae.interpret.audit import SYMBOLS
 from crate_mae.interpret.report import inspection as inspection_module
 from crate_mae.interpret.report.findings import STAND_IN_LIMITS
 from crate_mae.interpret.report.inspection import Training, inspect_model
+from crate_mae.interpret.report.options import InspectOptions
 from crate_mae.interpret.report.page import PAGE, plan_figures, report_files
-from crate_mae.interpret.report.subjects import Settings
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
 SECTIONS = {"model", "findings", "layers", "audit", "weights", "attention", "tokens", "atoms", "left-out"}
@@ -41,10 +41,11 @@ FIGURES = {
 def settings():
     torch.manual_seed(0)
     noise = [torch.rand(1, 9, 7, generator=torch.Generator().manual_seed(i)) for i in range(5)]
-    return Settings(
+    return InspectOptions(
         model=crate_mae.create_model("crate_mae_nano_patch2_8", **SMALL),
         baseline=crate_mae.create_model("vit_mae_nano_patch2_8", **(SMALL | {"embed_dim": 12})),
         data="digits:test",
+        out="",
         other_data=noise,
         train_data="digits:train",
         count=7,
@@ -266,8 +267,8 @@ def test_the_same_seed_makes_the_same_report(inspection):
 
 
 def test_the_command_says_how_to_make_it_again(page):
-    found = Settings(model="a model", data="b", train_data="c", mask_ratio=0.5, count=3, seed=4)
+    found = InspectOptions(model="a model", data="b", out="", train_data="c", mask_ratio=0.5, count=3, seed=4)
     assert found.command() == (
-        "crate-mae inspect 'a model' b --out DIR --train-data c --mask-ratio 0.5 --count 3 --probe-images 2000 --seed 4"
+        "crate-mae inspect 'a model' b --out DIR --train-data c --count 3 --mask-ratio 0.5 --probe-images 2000 --seed 4"
     )
     assert "--count 7 --probe-images 61 --seed 0" in page

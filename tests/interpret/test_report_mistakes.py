@@ -12,8 +12,8 @@ from crate_mae.data import open_source
 from crate_mae.errors import UserError
 from crate_mae.interpret.report import inspection as inspection_module
 from crate_mae.interpret.report.inspection import inspect_model
+from crate_mae.interpret.report.options import InspectOptions
 from crate_mae.interpret.report.page import draw_figures, plan_figures, write_page
-from crate_mae.interpret.report.subjects import Settings
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,9 @@ def few_draws(monkeypatch):
 
 def report(**options):
     """An inspection and its page, with empty pictures in place of the drawn ones."""
-    inspection = inspect_model(Settings(**({"data": "digits:test", "count": 3, "probe_images": 0} | options)))
+    inspection = inspect_model(
+        InspectOptions(**({"data": "digits:test", "out": "", "count": 3, "probe_images": 0} | options))
+    )
     plan = plan_figures(inspection)
     pictures = {figure.name: b"" for figures in plan.values() for figure in figures}
     page = write_page(inspection, plan, pictures)

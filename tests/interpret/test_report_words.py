@@ -22,7 +22,7 @@ from crate_mae.interpret.report.findings import (
     write_findings,
 )
 from crate_mae.interpret.report.inspection import SubjectMeasures, inspect_model
-from crate_mae.interpret.report.subjects import Settings
+from crate_mae.interpret.report.options import InspectOptions
 from crate_mae.interpret.statistics import Row, trend
 
 FORMS = {"subspace_rate": "z_half", "subspace_rate_normalised": "z_half", "subspace_rate_official": "projections"}
@@ -38,7 +38,7 @@ def inspection():
     torch.manual_seed(0)
     small = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
     model = crate_mae.create_model("crate_mae_nano_patch2_8", **small)
-    return inspect_model(Settings(model=model, data="digits:test", count=3, probe_images=0))
+    return inspect_model(InspectOptions(model, "digits:test", out="", count=3, probe_images=0))
 
 
 def with_curve(inspection, key, measure, point, means, **options):

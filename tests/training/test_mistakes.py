@@ -8,7 +8,8 @@ from PIL import Image
 from crate_mae.commands.train import pretrain, resume
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
-from crate_mae.training.options import Mistakes, PretrainOptions
+from crate_mae.options import Mistakes
+from crate_mae.training.options import PretrainOptions
 from crate_mae.training.resolve import default_base_lr, default_batch_size, with_length
 from tests.training.conftest import TINY_RUN
 

@@ -17,8 +17,9 @@ from crate_mae.data.documents import to_json
 from crate_mae.data.files import output_path, refuse_existing, refuse_used_folder
 from crate_mae.data.numbers import LARGEST_SEED, check_whole
 from crate_mae.errors import UserError
+from crate_mae.options import GIVEN
 from crate_mae.terminal import CleanConsole
-from crate_mae.training.options import GIVEN, RunOptions, own_first
+from crate_mae.training.options import RunOptions, own_first
 
 P = ParamSpec("P")
 R = TypeVar("R")

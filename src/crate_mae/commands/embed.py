@@ -15,8 +15,9 @@ from crate_mae.commands.console import (
 )
 from crate_mae.errors import UserError
 from crate_mae.models.config import Pooling
+from crate_mae.options import Data, OutputPath, option, same_as
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, OutputPath, RunOptions, option, same_as
+from crate_mae.training.options import RunOptions
 
 if TYPE_CHECKING:
     from crate_mae.data import ImageSource

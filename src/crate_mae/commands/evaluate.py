@@ -24,8 +24,8 @@ from crate_mae.data.numbers import check_whole
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.models.config import HeadPooling
+from crate_mae.options import JSON_HELP, Data, option
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import JSON_HELP, Data, option
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.probing import Probe, Probed

@@ -11,8 +11,8 @@ from crate_mae.commands.console import computes, new_folder, print_if_random
 from crate_mae.data.files import filled_folder, path_of
 from crate_mae.deployment import Format
 from crate_mae.errors import UserError, install_command, not_a_repository
+from crate_mae.options import OutputPath
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import OutputPath
 
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
 

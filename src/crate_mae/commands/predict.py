@@ -10,8 +10,8 @@ from crate_mae.data.documents import to_csv
 from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import MOST_THREADS, check_whole
 from crate_mae.data.results import BadImage
+from crate_mae.options import Data, OutputPath
 from crate_mae.terminal import open_console
-from crate_mae.training.options import Data, OutputPath
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -21,8 +21,8 @@ from crate_mae.commands.evaluate import Evaluation, write_report
 from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
 from crate_mae.models.config import MASK_RATIO
+from crate_mae.options import Data, Numbers, OutputPath
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, Numbers, OutputPath
 
 if TYPE_CHECKING:
     from crate_mae.data import ImageSource

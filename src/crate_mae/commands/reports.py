@@ -1,7 +1,6 @@
 """`crate-mae inspect` and `crate-mae theory`: what each layer does, and whether the theory holds, as HTML reports."""
 
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,56 +8,12 @@ from crate_mae.commands.console import check_seed, computes, new_folder, takes
 from crate_mae.data.files import path_of, write_whole
 from crate_mae.drawing.measures import MEASURES
 from crate_mae.errors import UserError
+from crate_mae.interpret.report.options import InspectOptions
+from crate_mae.options import OutputPath
 from crate_mae.terminal import CleanConsole, open_console
-from crate_mae.training.options import Data, OutputPath, option
 
 if TYPE_CHECKING:
     from crate_mae.interpret.report.inspection import Training
-
-
-@dataclass(frozen=True)
-class InspectOptions:
-    """The options of `inspect`."""
-
-    model: Data = option(
-        MISSING,
-        "A run folder, a folder with model.safetensors and config.json, hf:user/name, a model's name (random "
-        "initialisation), or timm:NAME of a Vision Transformer.",
-    )
-    data: Data = option(
-        MISSING, "Images that the model was not trained on, in any form that `crate-mae pretrain` takes."
-    )
-    _: KW_ONLY
-    out: OutputPath = option(MISSING, "New or empty folder for the report.")
-    baseline: Data = option(
-        None, "Another model to measure on the same images, such as a run of a ViT-MAE, or timm:NAME."
-    )
-    other_data: Data = option(None, "Images of another kind, such as photographs.")
-    train_data: Data = option(
-        None,
-        "Images that the model was trained on; if they and DATA have labels, a linear probe is fitted to them for each "
-        "layer.",
-    )
-    foregrounds: Path | str | None = option(
-        None,
-        "A folder of masks named like their images, in which 0 is background, or a .csv file of boxes "
-        "(image,left,top,right,bottom); the foregrounds that each layer finds are compared with them.",
-    )
-    count: int = option(256, "Maximum number of images of each kind.")
-    mask_ratio: float | None = option(None, "Share of patches to hide while layers are measured; by default, none.")
-    probe_images: int = option(
-        2000,
-        "Maximum number of images to fit a probe on, and to evaluate it on; 0 for no probes. Without --train-data, if "
-        "DATA has labels, up to this many of its images are used to probe the model with and without mixing: half to "
-        "fit, half to evaluate.",
-    )
-    interventions: bool = option(
-        False,
-        "Also remove each head, and 16 atoms of each layer's code, one at a time, and compare the effect with that of "
-        "random removals of the same size. This takes minutes; the estimate is printed first.",
-    )
-    seed: int = option(0, "Seed for the sample of images, the masks and random initialisation.")
-    quiet: bool = option(False, "Print nothing.")
 
 
 @computes
@@ -84,13 +39,11 @@ def inspect(options: InspectOptions) -> Path:
     folder = new_folder(options.out)
     from crate_mae.interpret.report.inspection import inspect_model
     from crate_mae.interpret.report.page import PAGE, report_files
-    from crate_mae.interpret.report.subjects import Settings
 
-    settings = Settings(**{name: value for name, value in vars(options).items() if name not in ("out", "quiet")})
     console = open_console(quiet=options.quiet)
     with console.status("Opening ...") as status:
         inspection = inspect_model(
-            settings,
+            options,
             training=_training(options.model),
             on_stage=lambda stage: status.update(f"Measuring {stage} ..."),
         )

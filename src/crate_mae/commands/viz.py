@@ -15,8 +15,8 @@ from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
 from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
+from crate_mae.options import Data, OutputPath
 from crate_mae.terminal import open_console
-from crate_mae.training.options import Data, OutputPath
 
 if TYPE_CHECKING:
     from crate_mae.evaluation.backbones import Backbone

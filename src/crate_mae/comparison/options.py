@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import KW_ONLY, MISSING, dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, no_type_check
 
 from cyclopts import Parameter
@@ -12,18 +11,19 @@ from crate_mae.data.documents import parse_yaml
 from crate_mae.errors import UserError
 from crate_mae.models.config import HeadPooling, check_settings
 from crate_mae.models.presets import preset
-from crate_mae.training.options import (
+from crate_mae.options import (
     AT_LEAST_1,
     BETWEEN_0_AND_1,
     PLAN_AS_JSON,
     Data,
     Mistakes,
+    OutputPath,
     Pixels,
-    PretrainOptions,
     check_ranges,
     option,
     same_as,
 )
+from crate_mae.training.options import PretrainOptions
 
 Models = Annotated[tuple[str, ...], Parameter(negative=())]
 _FORMS = "A budget is steps=N, minutes=N or flops=N, such as steps=2000, minutes=30 or flops=1e15."
@@ -107,7 +107,7 @@ class CompareOptions:
         MISSING,
         "Budget of each entry, including the search: steps=N, minutes=N on this machine, or flops=N of training.",
     )
-    out: Annotated[Path | str, Parameter(alias="-o")] = option(MISSING, "Folder of the comparison.", saved=False)
+    out: OutputPath = option(MISSING, "Folder of the comparison.", saved=False)
     batch_size: int = same_as(PretrainOptions, "batch_size")
     mask_ratio: float = same_as(PretrainOptions, "mask_ratio")
     norm_pix_loss: bool = same_as(PretrainOptions, "norm_pix_loss")

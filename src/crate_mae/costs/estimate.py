@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal, no_type_check
 
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.presets import preset
-from crate_mae.training.options import JSON_HELP, LARGEST, Pixels, PretrainOptions, Range, check_ranges, option, same_as
+from crate_mae.options import JSON_HELP, LARGEST, Pixels, Range, check_ranges, option, same_as
+from crate_mae.training.options import PretrainOptions
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,17 +10,8 @@ import yaml
 
 from crate_mae.data.documents import read_yaml
 from crate_mae.errors import UserError
-from crate_mae.training.options import (
-    LENGTHS,
-    Data,
-    FinetuneOptions,
-    PretrainOptions,
-    RunOptions,
-    is_of_type,
-    option_name,
-    origin,
-    saved_options,
-)
+from crate_mae.options import Data, is_of_type, option_name, origin
+from crate_mae.training.options import LENGTHS, FinetuneOptions, PretrainOptions, RunOptions, saved_options
 
 _RESULT_SECTION = "\n# What decides the result. A run is resumed only with the same values.\n"
 _SPEED_SECTION = "\n# Speed, safety and logging only. A resumed run may change these.\n"

@@ -23,12 +23,12 @@ from crate_mae.data import BadImage, Batch
 from crate_mae.errors import RunStopped
 from crate_mae.models.devices import send
 from crate_mae.models.monotone import retract_
+from crate_mae.options import origin
 from crate_mae.training.checkpoint import Saver, TrainState, diverged
 from crate_mae.training.failures import explain_end
 from crate_mae.training.images import BadImages, micro_slices, training_batches
 from crate_mae.training.model_state import ModelState, build_model_state, synchronizing, whole_tensor
 from crate_mae.training.optimizer import warmup_cosine
-from crate_mae.training.options import origin
 from crate_mae.training.preflight import autocast, first_step, peak_on
 from crate_mae.training.processes import Agreement, agree, first_decides, stop_requests
 from crate_mae.training.progress import Display, describe_end, plan_lines

@@ -5,113 +5,54 @@ None is open: `resolve` fills it in from the data and the machine, and in a run 
 """
 
 import dataclasses
-import math
 import shlex
-import types
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, no_type_check
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, no_type_check
 
 from cyclopts import Parameter, Token
 
 from crate_mae.data.documents import parse_yaml
 from crate_mae.data.files import PYTHON_OBJECT
 from crate_mae.data.numbers import MAX_BAD, MOST_THREADS
-from crate_mae.errors import UserError
 from crate_mae.models.config import MASK_RATIO, HeadPooling
-
-
-def _as_text(_type: Any, tokens: Sequence[Token]) -> str:
-    return tokens[0].value
-
-
-def _as_size(_type: Any, tokens: Sequence[Token]) -> int | tuple[int, int]:
-    """Parse 224 or 128x192 on the command line, a number or a list of two in a file."""
-    words = [word for token in tokens for word in token.value.lower().split("x")]
-    if not 1 <= len(words) <= 2 or not all(word.isdigit() for word in words):
-        raise ValueError("an image size is a number of pixels, or HEIGHTxWIDTH")
-    return int(words[0]) if len(words) == 1 else (int(words[0]), int(words[1]))
+from crate_mae.options import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BELOW_1,
+    BETWEEN_0_AND_1,
+    FROM_0_TO_1,
+    GIVEN,
+    PLAN_AS_JSON,
+    POSITIVE,
+    SHARE,
+    Data,
+    Mistakes,
+    Numbers,
+    Pixels,
+    Range,
+    as_words,
+    check_ranges,
+    option,
+    option_name,
+    same_as,
+)
 
 
 def _as_setting(_type: Any, tokens: Sequence[Token]) -> Any:
     return parse_yaml(tokens[0].value, tokens[0].value)
 
 
-# From Python, data may also be a torch.utils.data.Dataset: a type that only an import of torch could name.
-Data = Annotated[Any, Parameter(converter=_as_text, n_tokens=1)]
-OutputPath = Annotated[Path | str, Parameter(alias="-o")]
-Pixels = Annotated[int | tuple[int, int], Parameter(converter=_as_size, n_tokens=1, negative=())]
-Numbers = Annotated[tuple[float, ...], Parameter(consume_multiple=True, negative=())]
 Names = Annotated[tuple[str, ...] | str, Parameter(consume_multiple=True, negative="--no-trackers")]
 Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 
 
-GIVEN = ""  # of an option: by the user
 LENGTHS = ("epochs", "steps", "minutes")  # each sets the length of a run
 # What fits a run of one length and folder, and the call that began it, but not another run of the same kind.
 OF_ONE_LENGTH = (*LENGTHS, "out", "warmup_epochs", "monitor_steps", "checkpoint_epochs", "dry_run", "quiet", "json")
-JSON_HELP = "Print one JSON object on standard output, and everything else on standard error."
-PLAN_AS_JSON = (
-    "With --dry-run, print the plan as one JSON object on standard output, and everything else on standard error."
-)
-LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
-
-
-class Range(NamedTuple):
-    """The numbers that an option takes: `text` completes the sentence "--lr is -1, but must be ..."."""
-
-    contains: Callable[[Any], bool]
-    text: str
-
-
-POSITIVE = Range(lambda x: x > 0, "more than 0")
-AT_LEAST_0 = Range(lambda x: x >= 0, "at least 0")
-AT_LEAST_1 = Range(lambda x: x >= 1, "at least 1")
 TO_1024 = Range(lambda x: 1 <= x <= MOST_THREADS, f"from 1 to {MOST_THREADS:,}")
 FROM_0_TO_1024 = Range(lambda x: 0 <= x <= MOST_THREADS, f"from 0 to {MOST_THREADS:,}")
-BELOW_1 = Range(lambda x: 0 <= x < 1, "at least 0 and less than 1")
-BETWEEN_0_AND_1 = Range(lambda x: 0 < x < 1, "between 0 and 1")
-FROM_0_TO_1 = Range(lambda x: 0 <= x <= 1, "from 0 to 1")
-SHARE = Range(lambda x: 0 < x <= 1, "more than 0 and at most 1")
-
-
-def option(
-    default: Any,
-    explanation: str,
-    numbers: Range | None = None,
-    *,
-    speed: bool = False,
-    saved: bool = True,
-    added_later: bool = False,
-) -> Any:
-    """A field for an option, with its help.
-
-    Args:
-        default: None leaves the option open; `MISSING` has it given.
-        explanation: the help.
-        numbers: that it takes.
-        speed: whether it changes speed, safety and logging only, so that a resumed run may change it.
-        saved: whether it belongs to the run, and is saved in `config.yaml`, rather than to one call.
-        added_later: whether the `config.yaml` of early runs lacks it.
-    """
-    metadata = {"help": explanation, "numbers": numbers, "speed": speed, "saved": saved, "added_later": added_later}
-    return field(default=default, metadata=metadata, compare=saved)
-
-
-def same_as(options: type, name: str, explanation: str = "", *, default: Any = ...) -> Any:
-    """A field like the one of that name in another class of options: the same default, help and range.
-
-    Args:
-        options: the other class.
-        name: of its field.
-        explanation: another help, if any.
-        default: another one, if any.
-    """
-    (found,) = (each for each in dataclasses.fields(options) if each.name == name)
-    metadata = {**found.metadata, "help": explanation or found.metadata["help"]}
-    return field(default=found.default if default is ... else default, metadata=metadata, compare=found.compare)
 
 
 @no_type_check  # values come from users: `check` reports all wrong ones together
@@ -371,33 +312,10 @@ class FinetuneOptions(RunOptions):
         return 2 if self.mixup > 0 or self.cutmix > 0 else 1
 
 
-def origin(options: Any, name: str) -> str:
-    """Where an option comes from, to stand behind its name or value in a message; empty if the user gave it.
-
-    An option that is named without that reads as if the user had given it.
-    """
-    origins = getattr(options, "origins", None)
-    if origins is None or origins.get(name) == GIVEN:
-        return ""
-    return f" (from {origins[name]})" if name in origins else " (by default)"
-
-
 def given_words(options: RunOptions, without: Collection[str]) -> list[str]:
     """The options that were given on the command line, as words of another command line, without some of them."""
-    words: list[str] = []
-    for name, where in (options.origins or {}).items():
-        value: Any = getattr(options, name)
-        if where != GIVEN or name in without:
-            continue
-        if isinstance(value, bool):
-            words.append(option_name(name) if value else f"--no-{option_name(name)[2:]}")
-        elif value == ():
-            words.append(f"--no-{option_name(name)[2:]}")
-        elif isinstance(value, dict):
-            words += [word for key, each in value.items() for word in (f"{option_name(name)}.{key}", str(each))]
-        else:
-            words += [option_name(name), *map(str, value if isinstance(value, (tuple, list)) else [value])]
-    return words
+    given = [name for name, where in (options.origins or {}).items() if where == GIVEN and name not in without]
+    return as_words({name: getattr(options, name) for name in given})
 
 
 def own_first(kind: Any) -> list[dataclasses.Field]:
@@ -413,40 +331,6 @@ def saved_options(kind: type[RunOptions], *, speed: bool | None = None) -> list[
     return [item.name for item in kept if speed in (None, item.metadata["speed"])]
 
 
-def option_name(key: str) -> str:
-    """The name of an option on the command line."""
-    return f"--{key.replace('_', '-')}"
-
-
-class Mistakes(list[str]):
-    """Sentences about the mistakes found so far, to be reported together.
-
-    Attributes:
-        options: that are wrong by themselves.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.options: set[str] = set()
-
-    @contextmanager
-    def collected(self) -> Iterator[None]:
-        """Note a `UserError` of the block instead of raising it."""
-        try:
-            yield
-        except UserError as error:
-            self.append(str(error))
-
-    def concern(self, *options: str) -> bool:
-        """Whether one of these options is wrong by itself."""
-        return not self.options.isdisjoint(options)
-
-    def raise_if_any(self) -> None:
-        """Raise one `UserError` with all messages."""
-        if self:
-            raise UserError("\n".join(dict.fromkeys(self)))
-
-
 def check(options: RunOptions) -> Mistakes:
     """Check each option by itself."""
     mistakes = check_ranges(options)
@@ -454,61 +338,3 @@ def check(options: RunOptions) -> Mistakes:
     if len(lengths) > 1:
         mistakes.append(f"{' and '.join(lengths)} both set the length of the run: give one of them.")
     return mistakes
-
-
-def check_ranges(options: Any) -> Mistakes:
-    """Compare the value of each option of a dataclass with its choices and its range."""
-    mistakes = Mistakes()
-    for item in dataclasses.fields(options):
-        name, value = item.name, getattr(options, item.name)
-        if value is not None and (wrong := _mistake(value, item.type, item.metadata["numbers"])):
-            mistakes.append(f"{option_name(name)}{origin(options, name)} is {wrong}.")
-            mistakes.options.add(name)
-    return mistakes
-
-
-def _mistake(value: Any, hint: Any, numbers: Range | None) -> str | None:
-    """Why an option cannot have a value, which completes a sentence that begins with "--lr is"; None if it can."""
-    if get_origin(hint) is Literal and value not in get_args(hint):
-        return f"{value}, but must be one of {', '.join(get_args(hint))}"
-    if hint is not Data and not _is_finite(value):
-        return f"{value}, but must be finite" if is_of_type(value, float) else f"{value}, but all must be finite"
-    if numbers is None:
-        return None
-    if not is_of_type(value, float):
-        return f"{value!r}, but must be a number"
-    if not numbers.contains(value):
-        return f"{value}, but must be {numbers.text}"
-    return None if is_of_type(value, hint) else f"{value}, but must be a whole number"
-
-
-def _is_finite(value: Any) -> bool:
-    """Whether a number, or each one in a tuple or dictionary, is finite, and if whole not too large to be counted."""
-    if isinstance(value, (tuple, list)):
-        return all(map(_is_finite, value))
-    if isinstance(value, dict):
-        return all(map(_is_finite, value.values()))
-    if isinstance(value, int):
-        return abs(value) <= LARGEST
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def is_of_type(value: Any, hint: Any) -> bool:
-    """Whether a value is of an option's type; whole numbers pass for fractions, true and false do not."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if hint is Any:
-        return True
-    if origin is Annotated:
-        return is_of_type(value, inner[0])
-    if origin is Literal:
-        return value in inner
-    if origin in (Union, types.UnionType):
-        return any(is_of_type(value, part) for part in inner)
-    if origin is dict:
-        return isinstance(value, dict) and all(is_of_type(key, inner[0]) for key in value)
-    if origin is tuple:
-        parts = inner[:1] * len(value) if isinstance(value, tuple) and inner[1:] == (...,) else inner
-        return isinstance(value, tuple) and len(value) == len(parts) and all(map(is_of_type, value, parts))
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(value, (int, float) if hint is float else hint)

@@ -37,11 +37,12 @@ from crate_mae.models.features import NEIGHBOURS, TEMPERATURE, mean_cosine, pool
 from crate_mae.models.masking import hide_all_but, random_mask, visible_from_noise
 from crate_mae.models.tracing import trace
 from crate_mae.models.transfer import start_from
+from crate_mae.options import origin
 from crate_mae.theory.coding_rate import official_subspace_coding_rate
 from crate_mae.theory.measures import effective_rank, zero_fraction
 from crate_mae.training.images import RunImages
 from crate_mae.training.optimizer import build_optimizer
-from crate_mae.training.options import OF_ONE_LENGTH, PretrainOptions, given_words, origin
+from crate_mae.training.options import OF_ONE_LENGTH, PretrainOptions, given_words
 from crate_mae.training.randomness import step_noise
 from crate_mae.training.task import StepLoss, Task, measuring
 

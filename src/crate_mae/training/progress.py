@@ -15,10 +15,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from crate_mae.data.decode import describe_unread
 from crate_mae.drawing.text import plural
+from crate_mae.options import origin
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import plain_options
 from crate_mae.training.model_state import sharding_of
-from crate_mae.training.options import origin
 from crate_mae.training.preflight import MUCH_WAITING, ProbeResult, micro_batch
 from crate_mae.training.resume import describe_data_change
 from crate_mae.training.run_directory import numbers

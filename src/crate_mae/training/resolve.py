@@ -25,19 +25,10 @@ from crate_mae.models.masking import check_mask_ratio
 from crate_mae.models.presets import list_bundled, list_models, preset
 from crate_mae.models.transfer import resized_config
 from crate_mae.models.weights import is_untrained, load, load_autoencoder, read_config
+from crate_mae.options import LARGEST, Mistakes, option_name, origin
 from crate_mae.training.finetuning import Finetuning
 from crate_mae.training.images import open_images, open_labelled
-from crate_mae.training.options import (
-    LARGEST,
-    FinetuneOptions,
-    Mistakes,
-    OptionsT,
-    PretrainOptions,
-    RunOptions,
-    check,
-    option_name,
-    origin,
-)
+from crate_mae.training.options import FinetuneOptions, OptionsT, PretrainOptions, RunOptions, check
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import processes_here
 from crate_mae.training.recipes import is_from_recipe

@@ -23,11 +23,12 @@ from crate_mae.data.files import output_path
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
+from crate_mae.options import origin
 from crate_mae.terminal import open_console
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
 from crate_mae.training.model_state import asked_sharding
-from crate_mae.training.options import OptionsT, RunOptions, origin
+from crate_mae.training.options import OptionsT, RunOptions
 from crate_mae.training.preflight import (
     ProbeResult,
     StepTooLargeError,

@@ -32,11 +32,11 @@ from crate_mae.interpret.information import (
 from crate_mae.interpret.measure import Measurements, Opened, Progress, measure_layers
 from crate_mae.interpret.removals import AttentionUse, Removal, attention_use, fitted_probe, mattering, removals
 from crate_mae.interpret.report.examples import Examples, collect_examples
+from crate_mae.interpret.report.options import InspectOptions
 from crate_mae.interpret.report.subjects import (
     LABELS,
     NETWORKS,
     UNTRAINED,
-    Settings,
     Subjects,
     describe,
     open_subjects,
@@ -108,7 +108,7 @@ class Inspection:
         versions: of the packages that computed the numbers.
     """
 
-    settings: Settings
+    settings: InspectOptions
     description: dict[str, str]
     training: dict[str, str]
     measured: list[SubjectMeasures]
@@ -167,7 +167,7 @@ class Inspection:
 
 
 def inspect_model(
-    settings: Settings, *, training: Training | None = None, on_stage: Progress | None = None
+    settings: InspectOptions, *, training: Training | None = None, on_stage: Progress | None = None
 ) -> Inspection:
     """Measure a model and its controls, and collect a few images.
 
@@ -225,7 +225,7 @@ class _Inspector:
         notes: sentences on numbers that need caution.
     """
 
-    settings: Settings
+    settings: InspectOptions
     subjects: Subjects
     hidden: float
     report: Progress
@@ -325,7 +325,7 @@ class _Inspector:
             return None
 
 
-def _shortages(subjects: Subjects, measured: Sequence[SubjectMeasures], settings: Settings) -> list[str]:
+def _shortages(subjects: Subjects, measured: Sequence[SubjectMeasures], settings: InspectOptions) -> list[str]:
     """Sentences on sources that have fewer images than were asked for."""
     notes = []
     for found in measured:

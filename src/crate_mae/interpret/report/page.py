@@ -31,7 +31,8 @@ from crate_mae.interpret.pictures import atom_tiles
 from crate_mae.interpret.report.examples import PlannedFigure, draw_grid
 from crate_mae.interpret.report.findings import VERDICT_RULE, verdict_sentence, write_findings
 from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
-from crate_mae.interpret.report.subjects import LABELS, NETWORKS, name_of
+from crate_mae.interpret.report.options import name_of
+from crate_mae.interpret.report.subjects import LABELS, NETWORKS
 
 PAGE = "report.html"
 

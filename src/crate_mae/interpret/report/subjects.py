@@ -1,17 +1,13 @@
-"""What a report is asked for, and what it measures: the model, other networks on the same images, and other images."""
+"""What a report measures: the model, other networks on the same images, and other images."""
 
-import shlex
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from crate_mae.data import ImageSource, open_source, same_images
 from crate_mae.data.facts import warn_of_copies
-from crate_mae.data.numbers import LARGEST_SEED, describe_not_whole
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.interpret.measure import Opened, open_measurable, untrained_twin
+from crate_mae.interpret.report.options import InspectOptions
 from crate_mae.interpret.tokens import grid_size
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.config import CrateConfig, Layer, ModelConfig
@@ -32,68 +28,7 @@ NETWORKS = ("model", "random", "baseline", "random_baseline")  # subjects that a
 Subjects = dict[str, tuple[Opened, ImageSource]]  # networks and the images that they are measured on, by `LABELS`
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """The options of a report, with which it can be made again.
-
-    Attributes:
-        model: any form of MODEL, or a module from Python.
-        data: any form of DATA: images that the model was not trained on.
-        baseline: another model, measured on the same images.
-        other_data: images of another kind.
-        train_data: images that the model was trained on.
-        foregrounds: masks or boxes of the images of `data`, see `interpret.foregrounds.read_drawings`.
-        count: the largest number of images of each.
-        mask_ratio: share of patches that are hidden while layers are measured; None hides none.
-        probe_images: the largest number of training images, and of others, for the linear probes; 0 for none.
-        interventions: whether heads and atoms are removed, see `interpret.removals`.
-        seed: of the choice of images, of masks, and of random initialisation.
-
-    Raises:
-        UserError: for all invalid options at once.
-    """
-
-    model: Any
-    data: Any
-    baseline: Any = None
-    other_data: Any = None
-    train_data: Any = None
-    foregrounds: Any = None
-    count: int = 256
-    mask_ratio: float | None = None
-    probe_images: int = 2000
-    interventions: bool = False
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if mistakes := [mistake for mistake in self._mistakes() if mistake]:
-            raise UserError("\n".join(mistakes))
-
-    def _mistakes(self) -> Iterator[str | None]:
-        yield describe_not_whole("--count", self.count)
-        if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
-            yield f"--mask-ratio is {self.mask_ratio}, but must be between 0 and 1; leave it out to hide nothing."
-        yield describe_not_whole("--probe-images", self.probe_images, 0)
-        yield describe_not_whole("--seed", self.seed, 0, LARGEST_SEED)
-
-    def command(self) -> str:
-        """The command that makes the report again."""
-        words = ["crate-mae", "inspect", name_of(self.model), name_of(self.data), "--out", "DIR"]
-        for option in ("baseline", "other_data", "train_data", "foregrounds", "mask_ratio"):
-            value = getattr(self, option)
-            words += [] if value is None else [f"--{option.replace('_', '-')}", name_of(value)]
-        for option in ("count", "probe_images", "seed"):
-            words += [f"--{option.replace('_', '-')}", str(getattr(self, option))]
-        words += ["--interventions"] if self.interventions else []
-        return shlex.join(words)
-
-    def named(self) -> dict[str, Any]:
-        """All of them as values that JSON has."""
-        values = {key: getattr(self, key) for key in self.__dataclass_fields__}
-        return {key: v if v is None or isinstance(v, (int, float)) else name_of(v) for key, v in values.items()}
-
-
-def open_subjects(settings: Settings) -> tuple[Subjects, dict[str, str]]:
+def open_subjects(settings: InspectOptions) -> tuple[Subjects, dict[str, str]]:
     """Open every model and source of the settings, before anything is measured.
 
     Returns:
@@ -160,11 +95,6 @@ def _refuse_unfit(model: Opened, mask_ratio: float | None) -> None:
                 f"The weights of {model.name} hold NaN or infinity, first in {name}.\n"
                 "Such a model cannot be measured: take an earlier checkpoint of the run."
             )
-
-
-def name_of(thing: Any) -> str:
-    """The name that the user gave a model or data; for an object from Python, its class."""
-    return str(thing) if isinstance(thing, (str, Path, int, float)) else type(thing).__name__
 
 
 def describe(model: Opened) -> dict[str, str]:
