@@ -32,7 +32,7 @@ from crate_mae.data.files import write_whole
 from crate_mae.training.loop import training_step
 from crate_mae.training.model_state import build_model_state
 from crate_mae.training.options import PretrainOptions
-from crate_mae.training.resolve import resolve_pretraining
+from crate_mae.training.resolve import resolve
 
 _SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 
@@ -150,7 +150,7 @@ def member() -> None:
         workers=0,
         trackers=(),
     )
-    config, build_task = resolve_pretraining(options, accelerator.num_processes)
+    config, build_task = resolve(options, accelerator.num_processes, None)
     task = build_task(config)
     model_state = build_model_state(task, accelerator)
     share = size.batch // accelerator.num_processes

@@ -10,7 +10,6 @@ import torch
 from crate_mae.comparison.entries import Costs, Entry, plan_budget
 from crate_mae.comparison.options import Budget, parse_budget
 from crate_mae.comparison.runs import next_rate
-from crate_mae.data import evaluation_transform
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
 from crate_mae.training.options import PretrainOptions
@@ -162,7 +161,7 @@ def test_a_budget_is_parsed_and_formatted(text):
 def test_a_budget_becomes_steps(budget, workers, steps):
     costs = costs_of(step_seconds=5.0, loading_seconds=2.0)
     config = PretrainOptions("images", out="", batch_size=7, workers=workers, lr=0.1)
-    entry = Entry("x", config, preset(CRATE), evaluation_transform((8, 8), 1, (0.5,), (0.5,)))
+    entry = Entry("x", config, preset(CRATE))
     alone = plan_budget(budget, entry, costs, tries=1, share=0.5)
     assert (alone.tries, alone.search_steps, alone.final_steps) == (0, 0, steps)
     plan = plan_budget(budget, entry, costs, tries=3, share=0.5)

@@ -12,7 +12,6 @@ from crate_mae.costs.memory import step_memory
 from crate_mae.costs.trial import StepSettings, TrialStep
 from crate_mae.data import ImageSource, refuse_shared_images
 from crate_mae.data.base import align_classes, read_all, refuse_unreadable
-from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction
@@ -23,6 +22,7 @@ from crate_mae.models.features import DEFAULT_LAYER
 from crate_mae.training.images import open_named
 from crate_mae.training.options import PretrainOptions
 from crate_mae.training.preflight import faster_precision, loading_seconds, multiplies_in_bfloat16, seconds_with_loading
+from crate_mae.training.pretraining import augmentation
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve_pretraining
 
@@ -37,15 +37,13 @@ class Entry:
 
     Attributes:
         name: of the preset, with its settings.
-        config: of its runs, in which steps, learning rate, seed and precision are still open.
+        config: of a run of one step, from which its other runs differ in steps, learning rate, seed and precision.
         model: the configuration of the network.
-        augmentation: prepares training images.
     """
 
     name: str
     config: PretrainOptions
     model: ModelConfig
-    augmentation: Preparation
 
     def build(self, seed: int) -> MaskedAutoencoder:
         """The model with the random initialisation of a run with this seed."""
@@ -111,9 +109,8 @@ def resolve_entries(options: CompareOptions, images: Images) -> list[Entry]:
     """
     entries = []
     for name in options.models:
-        config, build_task = resolve_pretraining(options.pretraining(name, steps=1), 1)
-        task = build_task(config)
-        entries.append(Entry(name, config, task.model.config, task.transform()))
+        config, model, _ = resolve_pretraining(options.pretraining(name), 1)
+        entries.append(Entry(name, config, model))
     sizes = {entry.name: entry.model.image_size for entry in entries}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
@@ -189,7 +186,8 @@ def measure_costs(entries: Sequence[Entry], train: ImageSource, device: torch.de
     trials = {(e.name, p): TrialStep(e.model, e.step_settings(p), device) for e in entries for p in tried}
     seconds = dict(zip(trials, seconds_in_turns(list(trials.values())), strict=True))
     config = entries[0].config
-    loading = loading_seconds(train, entries[0].augmentation) * config.batch_size / max(1, config.workers)
+    per_image = loading_seconds(train, augmentation(config, entries[0].model))
+    loading = per_image * config.batch_size / max(1, config.workers)
     costs = []
     for entry in entries:
         trial, times = trials[entry.name, tried[0]], {p: seconds[entry.name, p] for p in tried}

@@ -175,19 +175,16 @@ class CompareOptions:
         values = {**{name: getattr(self, name) for name in names}, "train": train, "val": val}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
-    def pretraining(self, model: str, **settings: Any) -> PretrainOptions:
-        """The options of `crate_mae.pretrain` for one of the models.
+    def pretraining(self, model: str) -> PretrainOptions:
+        """The options of `crate_mae.pretrain` for a run of one step of a model, named with its settings.
 
         No tracker is used, because a comparison writes its own tables.
-
-        Args:
-            model: its name, with its settings.
-            settings: options that replace those of the comparison.
         """
         name, own = name_and_settings(model)
         shared = {item.name for item in dataclasses.fields(self) if item.metadata["saved"]} - {"train", "val"}
         given = {
             item.name: getattr(self, item.name) for item in dataclasses.fields(PretrainOptions) if item.name in shared
         }
-        fixed = {"out": "", "trackers": (), "quiet": True}
-        return PretrainOptions(self.train, **{**fixed, **given, "model": name, "model_settings": own, **settings})
+        return PretrainOptions(
+            self.train, **given, model=name, model_settings=own, steps=1, out="", trackers=(), quiet=True
+        )

@@ -10,6 +10,7 @@ DIR/
     table.csv  seeds.csv  table.md  figure.png  curves.png
 """
 
+import dataclasses
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -241,19 +242,14 @@ class Trainer:
         self.report(f"{what}, {steps:,} steps at {rate:.3g}{done}")
 
     def _run(self, planned: Planned, out: Path, **settings: Any) -> Run:
-        c = planned.entry.config
-        options = self.options.pretraining(
-            planned.entry.name,
+        # The config has only the name of data from Python. What was filled in for the length of its run is open again.
+        options = dataclasses.replace(
+            planned.entry.config,
             **settings,
+            **dict.fromkeys(("warmup_epochs", "monitor_steps", "log_steps", "checkpoint_epochs", "origins")),
+            data=self.options.train,
             out=out,
-            batch_size=c.batch_size,
-            image_size=c.image_size,
-            channels=c.channels,
-            mean=c.mean,
-            std=c.std,
             precision=planned.costs.precision,
-            workers=c.workers,
-            threads=c.threads,
         )
         return start(options, on_progress=lambda line: self.report(f"    {line}"))
 

@@ -95,8 +95,7 @@ class Pretraining(Task[PretrainOptions]):
 
     def transform(self) -> Preparation:
         """Random crops and flips."""
-        c, m = self.config, self.model.config
-        return pretrain_transform(m.image_size, m.in_chans, m.mean, m.std, c.min_crop, c.flip)
+        return augmentation(self.config, self.model.config)
 
     def optimizer(self, model: Any) -> AdamW:
         """AdamW with the betas for masked training."""
@@ -186,6 +185,12 @@ class Pretraining(Task[PretrainOptions]):
             f"Complete others:  crate-mae reconstruct {shlex.quote(str(run))} {images} --out picture.png",
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]
+
+
+def augmentation(config: PretrainOptions, model: ModelConfig) -> Preparation:
+    """Random crops and flips, as a run prepares its training images."""
+    c, m = config, model
+    return pretrain_transform(m.image_size, m.in_chans, m.mean, m.std, c.min_crop, c.flip)
 
 
 class Monitor:

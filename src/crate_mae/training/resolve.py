@@ -62,13 +62,14 @@ def resolve(
     if isinstance(options, FinetuneOptions):
         return _resolve_finetuning(options, processes, newest)
     assert isinstance(options, PretrainOptions), "there is no other kind"
-    return resolve_pretraining(options, processes, newest, data_changed=data_changed)
+    config, _, build = resolve_pretraining(options, processes, newest, data_changed=data_changed)
+    return config, build
 
 
 def resolve_pretraining(
     options: PretrainOptions, processes: int, newest: Path | None = None, *, data_changed: bool = False
-) -> tuple[PretrainOptions, BuildTask]:
-    """See `resolve`."""
+) -> tuple[PretrainOptions, ModelConfig, BuildTask]:
+    """See `resolve`; also returns what the model is, which needs no task."""
     # On the command line, words of a setting's name are joined by dashes like those of an option.
     settings = {key.replace("-", "_"): value for key, value in (options.model_settings or {}).items()}
     options, mistakes = _checked(replace(options, model_settings=settings))
@@ -112,7 +113,7 @@ def resolve_pretraining(
         monitor_steps=options.monitor_steps
         or max(options.steps // 20, min(len(images.train) // options.batch_size, 100)),
     )
-    return config, lambda config: Pretraining(config, images, model, weights)
+    return config, model, lambda config: Pretraining(config, images, model, weights)
 
 
 def _resolve_finetuning(
