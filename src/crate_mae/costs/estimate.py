@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, no_type_check
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.presets import preset
 from crate_mae.options import JSON_HELP, LARGEST, Pixels, Range, check_ranges, option, same_as
-from crate_mae.training.options import PretrainOptions
+from crate_mae.training.options import PretrainOptions, given_settings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,8 +70,7 @@ class EstimateOptions:
         if not mistakes.concern("batch_size", "devices", "images", "epochs"):
             mistakes += self._contradictions()
         with mistakes.collected():
-            changed = {"image_size": self.image_size, "in_chans": self.channels}
-            config = preset(self.model).replace(**{key: value for key, value in changed.items() if value is not None})
+            config = preset(self.model).replace(**given_settings(self))
             if not mistakes.concern("mask_ratio"):
                 check_mask_ratio(self.mask_ratio, math.prod(config.grid_size))
         mistakes.raise_if_any()

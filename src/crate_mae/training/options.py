@@ -51,6 +51,11 @@ Setting = Annotated[Any, Parameter(converter=_as_setting, n_tokens=1)]
 LENGTHS = ("epochs", "steps", "minutes")  # each sets the length of a run
 # What fits a run of one length and folder, and the call that began it, but not another run of the same kind.
 OF_ONE_LENGTH = (*LENGTHS, "out", "warmup_epochs", "monitor_steps", "checkpoint_epochs", "dry_run", "quiet", "json")
+# Settings of a model that are options of their own, by the names of the settings.
+MODEL_OPTIONS = {
+    **{name: name for name in ("image_size", "mean", "std", "mask_tokens", "norm_pix_loss", "drop_path")},
+    "in_chans": "channels",
+}
 TO_1024 = Range(lambda x: 1 <= x <= MOST_THREADS, f"from 1 to {MOST_THREADS:,}")
 FROM_0_TO_1024 = Range(lambda x: 0 <= x <= MOST_THREADS, f"from 0 to {MOST_THREADS:,}")
 
@@ -316,6 +321,12 @@ def given_words(options: RunOptions, without: Collection[str]) -> list[str]:
     """The options that were given on the command line, as words of another command line, without some of them."""
     given = [name for name, where in (options.origins or {}).items() if where == GIVEN and name not in without]
     return as_words({name: getattr(options, name) for name in given})
+
+
+def given_settings(options: Any) -> dict[str, Any]:
+    """The settings of a model for which options have a value, by the names of the settings."""
+    values = {setting: getattr(options, name, None) for setting, name in MODEL_OPTIONS.items()}
+    return {setting: value for setting, value in values.items() if value is not None}
 
 
 def own_first(kind: Any) -> list[dataclasses.Field]:

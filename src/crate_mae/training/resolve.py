@@ -28,7 +28,15 @@ from crate_mae.models.weights import is_untrained, load, load_autoencoder, read_
 from crate_mae.options import LARGEST, Mistakes, option_name, origin
 from crate_mae.training.finetuning import Finetuning
 from crate_mae.training.images import open_images, open_labelled
-from crate_mae.training.options import FinetuneOptions, OptionsT, PretrainOptions, RunOptions, check
+from crate_mae.training.options import (
+    MODEL_OPTIONS,
+    FinetuneOptions,
+    OptionsT,
+    PretrainOptions,
+    RunOptions,
+    check,
+    given_settings,
+)
 from crate_mae.training.pretraining import Pretraining
 from crate_mae.training.processes import processes_here
 from crate_mae.training.recipes import is_from_recipe
@@ -37,7 +45,6 @@ from crate_mae.training.run_directory import RunDirectory
 from crate_mae.training.task import BuildTask
 
 UNKNOWN_STEPS = 10**6  # of a run whose length in minutes is not fitted to its speed yet
-_MODEL_OPTIONS = ("image_size", "in_chans", "mean", "std", "mask_tokens", "norm_pix_loss", "drop_path")
 _CONVERTIBLE = (1, 3)  # numbers of channels
 
 
@@ -87,7 +94,7 @@ def resolve_pretraining(
         if newest is not None and (begun := _autoencoder_config(newest)).name == model.name:
             # Use the checkpoint's architecture even if this version defines the preset differently; changed options
             # are refused by name.
-            model = begun.replace(**{key: getattr(model, key) for key in _MODEL_OPTIONS})
+            model = begun.replace(**{key: getattr(model, key) for key in MODEL_OPTIONS})
         if not mistakes.concern("mask_ratio"):
             check_mask_ratio(options.mask_ratio, math.prod(model.grid_size))
     mistakes.raise_if_any()
@@ -102,13 +109,7 @@ def resolve_pretraining(
         init_from=None if options.init_from is None else _full_model_name(options.init_from),
         val=images.held_out_name,
         model=model.name,
-        image_size=model.image_size,
-        channels=model.in_chans,
-        mean=model.mean,
-        std=model.std,
-        mask_tokens=model.mask_tokens,
-        norm_pix_loss=model.norm_pix_loss,
-        drop_path=model.drop_path,
+        **{name: getattr(model, setting) for setting, name in MODEL_OPTIONS.items()},
         lr=options.lr or default_base_lr(model, options.batch_size),
         monitor_steps=options.monitor_steps
         or max(options.steps // 20, min(len(images.train) // options.batch_size, 100)),
@@ -317,25 +318,16 @@ def _pretraining_model(
     options: PretrainOptions, start: ModelConfig | None, train: ImageSource | None, facts: ImageFacts | None
 ) -> ModelConfig:
     """The model's configuration; without images (because of other mistakes) it is only checked for mistakes."""
-    if taken := [key for key in options.model_settings if key in _MODEL_OPTIONS]:
-        name = option_name(taken[0].replace("in_chans", "channels"))
-        raise UserError(f"Give {name} instead of a model setting.")
+    if taken := [key for key in options.model_settings if key in MODEL_OPTIONS]:
+        raise UserError(f"Give {option_name(MODEL_OPTIONS[taken[0]])} instead of a model setting.")
     channels = options.channels or (3 if facts is None else facts.channels)
     suggested, side = suggest_model(facts)
     if start is not None and options.model in (None, start.name):
         size = options.image_size or side
         config = resized_config(start, (size, size) if isinstance(size, int) else size)
-        kept = ("mean", "std", "mask_tokens")
     else:
-        config, kept = preset(options.model or suggested), ("image_size", "mean", "std", "mask_tokens")
-    given = {key: getattr(options, key) for key in kept}
-    config = config.replace(
-        **options.model_settings,
-        **{key: value for key, value in given.items() if value is not None},
-        in_chans=channels,
-        norm_pix_loss=options.norm_pix_loss,
-        drop_path=options.drop_path,
-    )
+        config = preset(options.model or suggested)
+    config = config.replace(**options.model_settings, **{**given_settings(options), "in_chans": channels})
     return config if train is None or options.mean is not None else _with_measured_statistics(config, train)
 
 
