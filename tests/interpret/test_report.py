@@ -255,7 +255,7 @@ def test_controls_differ_in_what_they_should(inspection):
 
 
 def test_a_shortage_of_images_is_said(inspection, page):
-    assert any("5 images" in note and "7 were asked for" in note for note in inspection.notes)
+    assert any("5 images" in note and "instead of 7" in note for note in inspection.notes)
     assert "5 were measured" in page
 
 

@@ -41,7 +41,7 @@ def labelled(labels):
 
 def test_one_image_has_no_intervals_and_no_neighbours(build):
     inspection, plan, page = report(model=build(), count=1)
-    assert "One image has no spread" in page
+    assert "With only one image, there are no intervals" in page
     assert "neighbours of tokens" in inspection.left_out
     assert [figure.name for figure in plan["tokens"]] == ["token_colours"]
     assert "no claim holds in any layer" in page

@@ -91,7 +91,7 @@ def test_the_verdict_counts_what_holds_against_the_controls(inspection):
     as_random = dataclasses.replace(rows[2], status="theorem", holds=True, learned=False)
     proven = dataclasses.replace(rows[3], status="theorem", holds=False)
     start = f"Of {len(rows)} claims about what this model’s layers do, "
-    assert verdict_of(rows).startswith(f"{start}0 hold. Controls are")
+    assert verdict_of(rows).startswith(f"{start}0 hold. The controls are")
     assert verdict_of([*held, *rows[2:]]).startswith(f"{start}2 hold: 2 by a clear margin over the best control. ")
     assert verdict_of([*held, as_random, proven, *rows[4:]]).startswith(
         f"{start}4 hold: 3 by a clear margin over the best control, 1 of them no better than with random "
@@ -150,7 +150,7 @@ def test_a_black_box_is_weighed_against_its_own_random_weights(inspection):
         found = rates_finding(dataclasses.replace(inspection, measured=[*inspection.measured, *boxes]))
         return " ".join(found.more)
 
-    assert "that stand-in falls as well: its direction alone shows nothing" in told([9.0, 5.0], [9.0, 4.0])
+    assert "that stand-in falls as well: its direction alone is no evidence" in told([9.0, 5.0], [9.0, 4.0])
     assert "that stand-in shows no clear change: the difference was learned" in told([9.0, 5.0], [9.0, 9.01])
 
 
@@ -223,7 +223,7 @@ def test_shrinking_and_mixing_are_told(inspection):
 def test_an_inverse_must_beat_doing_nothing(inspection):
     good = with_curve(inspection, "model", "inverse_cosine", "", [0.9, 0.9])
     good = with_curve(good, "model", "inverse_cosine_identity", "", [0.5, 0.95])
-    assert "in 1 of 2 layers (cosine 0.900 against 0.725" in inverses_finding(good).answer
+    assert "in 1 of 2 layers (mean cosine 0.900, compared with 0.725" in inverses_finding(good).answer
 
 
 def test_what_is_kept_is_told(inspection):

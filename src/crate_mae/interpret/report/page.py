@@ -47,10 +47,10 @@ _CONTROL = len(LABELS)  # colour of a control that is not a network
 _TEXTS = {  # of each figure over the layers: its title, and two sentences on how to read it
     "subspace_rates": (
         "The subspace rate, layer by layer",
-        "R^c between the two steps of each layer (in the encoder, after the attention step); on the right, R^c of the "
-        "projections in the layer’s attention, as in the official code. Lines are means over images, with 95% "
-        "intervals; dashed lines are stand-ins for networks without subspaces. The derivation predicts that solid "
-        "lines fall from left to right through the encoder (E) and rise through the decoder (D).",
+        "Means over images, with 95% intervals, of R^c between the two steps of each layer (in the encoder, after the "
+        "attention step) and, on the right, of the projections in the layer’s attention; dashed lines are stand-ins "
+        "for networks without subspaces. The derivation predicts that solid lines fall from left to right through the "
+        "encoder (E) and rise through the decoder (D).",
     ),
     "within_layers": (
         "R^c before, between and after the steps of a layer",
@@ -92,9 +92,9 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     "inverses": (
         "Does a decoder layer invert its encoder layer?",
         "For each encoder layer: how closely its decoder layer recovers its input, on tokens (cosine and error of the "
-        "input) and by weights (the others). Dashed lines are each network’s controls: unchanged tokens "
-        "for the measures on tokens, and all other decoder layers for the measures of weights. A layer is an inverse "
-        "only if it is better than the dashed line of the same colour.",
+        "input) and by weights (the others). A layer is an inverse only if it is better than the dashed line of the "
+        "same colour, each network’s controls: unchanged tokens for the measures on tokens, and all other decoder "
+        "layers for the measures of weights.",
     ),
     "foreground_scores": (
         "How well foregrounds are found",
