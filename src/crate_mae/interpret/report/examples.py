@@ -219,9 +219,9 @@ def _class_attention(visuals: Visuals) -> Iterable[PlannedFigure]:
         "heads",
         "Attention of each head",
         "For each image, how much the class token attends to each place in the last encoder layer, for all heads "
-        "together and for each head. Brighter means more. Each map is scaled to its maximum; the number below is the "
-        "maximum divided by the mean (1 is uniform attention). Heads with different subspaces should attend to "
-        "different things; equal maps mean redundant heads.",
+        "together and for each head; each map is scaled to its maximum, and the number below is the maximum divided by "
+        "the mean (1 is uniform attention). Heads with different subspaces should attend to different things; equal "
+        "maps mean redundant heads.",
         partial(draw_grid, attention_tiles(visuals.pictures, fine.heads.cpu().numpy(), fine.saliency.cpu().numpy())),
     )
     layers = sorted(set(np.linspace(0, len(saliency) - 1, min(_MOST_LAYERS, len(saliency))).round().astype(int)))
@@ -248,7 +248,7 @@ def _foregrounds(visuals: dict[str, Visuals]) -> PlannedFigure:
     return PlannedFigure(
         "foregrounds",
         "Foregrounds found without labels",
-        "Blue covers the background. By attention, the foreground is the smallest set of patches with 60% of the class "
+        "Blue covers the background: by attention, the foreground is the smallest set of patches with 60% of the class "
         "token’s attention in the last layer; by component, it is one side of the tokens’ first principal component. "
         "Random initialisation also gives a foreground: only the improvement over it was learned.",
         partial(draw_grid, _beside_images(visuals, columns)),
@@ -299,8 +299,8 @@ def _neighbours(backbone: Backbone, images: Float[Tensor, "b c hh ww"], visuals:
     return PlannedFigure(
         "neighbours",
         "Nearest patches of other images",
-        "The left column frames the patch to which the class token attends most. The other columns frame the most "
-        "similar patches of other images, at most one per image, with the cosines between tokens. If they have similar "
+        "The left column frames the patch to which the class token attends most, the other columns the most similar "
+        "patches of other images, at most one per image, with the cosines between tokens. If they have similar "
         "content, tokens encode content; if they are at the same place, tokens encode position.",
         partial(draw_grid, titled(["patch", *(f"neighbour {i + 1}" for i in range(len(rows[0]) - 1))], rows)),
     )
