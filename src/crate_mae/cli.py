@@ -230,5 +230,5 @@ def main(tokens: Sequence[str] | None = None) -> None:
 def _fail(message: str) -> NoReturn:
     console = open_console(stderr=True)
     console.print("Error: ", style="bold red", end="")
-    console.say(message)
+    console.print_text(message)
     sys.exit(2)

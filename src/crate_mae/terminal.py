@@ -44,7 +44,7 @@ class CleanConsole(Console):
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=printable(segment.text, self.encoding))
 
-    def say(self, text: str) -> None:
+    def print_text(self, text: str) -> None:
         """Print a text without breaking its lines."""
         self.print(text, soft_wrap=True)
 

@@ -55,7 +55,7 @@ def test_unsafe_characters_are_written_out(name):
 def test_names_are_not_taken_for_markup_or_emoji():
     terminal, name = io.StringIO(), "photos[/b] [red] x:cat:"
     console = open_console(file=terminal, force_terminal=True, width=90)
-    console.say(name)
+    console.print_text(name)
     table = Table(name)
     table.add_row(name)
     console.print(table)

@@ -46,7 +46,7 @@ def models() -> list[str]:
     # In a narrow terminal, or a pipe, lines wrap instead of losing numbers.
     console = open_console(width=max(open_console().width, 100))
     console.print(table)
-    console.say(f"Trained, and in the package: {', '.join(list_bundled())}")
+    console.print_text(f"Trained, and in the package: {', '.join(list_bundled())}")
     return names
 
 
@@ -66,13 +66,13 @@ def recipes(name: str | None = None) -> list[str]:
 
     console = open_console()
     if name is not None:
-        console.say(recipe_text(name).rstrip("\n"))
+        console.print_text(recipe_text(name).rstrip("\n"))
     else:
         table = Table("recipe", "for", box=None)
         for known in list_recipes():
             table.add_row(known, read_recipe(known).description)
         console.print(table)
-        console.say("Print one completely: crate-mae recipes NAME")
+        console.print_text("Print one completely: crate-mae recipes NAME")
     return list_recipes()
 
 

@@ -46,7 +46,7 @@ def app(
         with console.status("Starting the app"):
             server = build_server(open_models(models), host)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
-        console.say(f"The app is at {url}  (Ctrl-C stops it)")
+        console.print_text(f"The app is at {url}  (Ctrl-C stops it)")
         if host not in _LOOPBACK:
-            console.say("Everyone who can reach this machine can use it.")
+            console.print_text("Everyone who can reach this machine can use it.")
         server.run(sockets=[listening])

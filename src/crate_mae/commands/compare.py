@@ -42,7 +42,7 @@ def compare(options: CompareOptions) -> Comparison:
     try:
         comparison = run(options, report=console.say)
     except RunStopped:
-        console.say("Stopped and saved. The same command, given again, continues.")
+        console.print_text("Stopped and saved. The same command, given again, continues.")
         raise
     if options.json:
         print_json(comparison.plan)
@@ -61,6 +61,6 @@ def _print_comparison(console: CleanConsole, comparison: Comparison) -> None:
         table.add_row(*row)
     console.print(table)
     for note in comparison.notes:
-        console.say(f"- {note}")
+        console.print_text(f"- {note}")
     for name in ("table.md", "table.csv", "seeds.csv", "figure.png", "curves.png"):
-        console.say(f"Saved {comparison.path / name}")
+        console.print_text(f"Saved {comparison.path / name}")

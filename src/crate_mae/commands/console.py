@@ -155,10 +155,10 @@ def print_json(value: Any) -> None:
 def print_bad(console: CleanConsole, bad: Iterable[tuple[str, str]]) -> None:
     """Print a line for each image that was left out."""
     for location, reason in bad:
-        console.say(f"Left out: {location}: {reason}")
+        console.print_text(f"Left out: {location}: {reason}")
 
 
 def print_if_random(console: CleanConsole, name: str, is_random: bool) -> None:
     """Print that a model has not been trained, if its initialisation is random."""
     if is_random:
-        console.say(f"{name} has a random initialisation: give a run to see what training achieves.")
+        console.print_text(f"{name} has a random initialisation: give a run to see what training achieves.")

@@ -54,7 +54,7 @@ def check(
         return report
     console.print(_table(report))
     if out is not None:
-        console.say(f"{len(report.bad):,} unreadable and {len(copies):,} duplicate images are listed in {out}")
+        console.print_text(f"{len(report.bad):,} unreadable and {len(copies):,} duplicate images are listed in {out}")
     return report
 
 
@@ -96,7 +96,7 @@ def resize(
     with progress(console, "Resizing images", len(source)) as advance:
         bad = resize_images(source, out, size, workers=workers, max_bad=max_bad, on_image=advance)
     print_bad(console, bad)
-    console.say(f"Saved {len(source) - len(bad):,} images in {out}")
+    console.print_text(f"Saved {len(source) - len(bad):,} images in {out}")
     return out
 
 

@@ -141,9 +141,9 @@ def embed(options: EmbedOptions) -> Embedding:
     write_features(features, out)
     print_bad(console, features.bad)
     print_if_random(console, backbone.name, backbone.is_random)
-    console.say(_summary(features, out))
+    console.print_text(_summary(features, out))
     if hint:
-        console.say(hint)
+        console.print_text(hint)
     bad = [(image.location, image.reason) for image in features.bad]
     return Embedding(out, len(features.values), features.values.shape[-1], bad)
 
@@ -172,11 +172,11 @@ def _whitened(console: CleanConsole, features: "Features", backbone: "Backbone",
 
     if transform.exists():
         whitened = Whitening.read(transform).of(features, backbone)
-        console.say(f"Whitened, as {transform}.")
+        console.print_text(f"Whitened, as {transform}.")
         return whitened
     whitening = Whitening.fitted(features, backbone)
     whitening.save(transform)
-    console.say(
+    console.print_text(
         f"Fitted the whitening on these images and saved it: {transform}. Pass it with --whiten for queries, too."
     )
     return whitening.of(features, backbone)

@@ -27,8 +27,8 @@ def estimate(options: EstimateOptions) -> Estimate:
     console = open_console()
     for name, lines in _rows(found).items():
         for number, line in enumerate(lines):
-            console.say(f"{'' if number else name:<14} {line}")
-    console.say("\n".join(["", *(f"- {assumption}" for assumption in found.assumptions)]))
+            console.print_text(f"{'' if number else name:<14} {line}")
+    console.print_text("\n".join(["", *(f"- {assumption}" for assumption in found.assumptions)]))
     return found
 
 

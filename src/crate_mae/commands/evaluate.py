@@ -199,19 +199,19 @@ def _evaluate(kind: str, run: "Probe", options: ProbeOptions, **settings: int) -
     )
     verdict = _verdict(probed) if probed.controls else None
     report = {"probe": kind, **probed.report(seed=options.seed, **settings), "verdict": verdict}
-    console.say(
+    console.print_text(
         f"{kind} probe of {report['model']}, {report['pooling']} features: {report['train_images']:,} training and "
         f"{report['val_images']:,} validation images of {len(report['classes'])} classes"
     )
     console.print(_table(probed))
     if verdict is not None:
-        console.say(verdict)
+        console.print_text(verdict)
     print_bad(console, probed.bad)
     if probed.hint:
-        console.say(f"{probed.hint} Probes standardise them.")
+        console.print_text(f"{probed.hint} Probes standardise them.")
     for layer, result in probed.rows:
         for warning in result.warnings():
-            console.say(f"Layer {layer}: {warning}")
+            console.print_text(f"Layer {layer}: {warning}")
     print_if_random(console, probed.backbone.name, probed.backbone.is_random)
     write_report(console, report, out, json=options.json)
     return Evaluation(report, out)
@@ -221,7 +221,7 @@ def write_report(console: CleanConsole, report: dict[str, Any], out: Path | None
     """Write a report as JSON to a file if one is given, and to the standard output if that is asked for."""
     if out is not None:
         write_whole(out, to_json(report) + "\n")
-        console.say(f"Saved {out}")
+        console.print_text(f"Saved {out}")
     if json:
         print_json(report)
 

@@ -103,11 +103,11 @@ def export(
             if not int8:
                 formats.check_difference(difference, tolerance)
     console = open_console()
-    console.say(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.")
+    console.print_text(f"Saved {out}: {net.config.name}, {part}, {format}, {size / 1e6:.1f} MB.")
     _print_without_head(console, net, part)
     print_if_random(console, model_name(model), is_untrained(model_name(model)))
     if difference is not None:
-        console.say(f"Largest difference from the model: {difference:.2g}.")
+        console.print_text(f"Largest difference from the model: {difference:.2g}.")
     return Exported(out, format, part, size, difference)
 
 
@@ -156,7 +156,7 @@ def push(
         write(net, Path(scratch), format, part, facts=facts)
         address = upload(Path(scratch), repository, private=private, revision=revision)
     console = open_console()
-    console.say(f"Uploaded {net.config.name}: {address}")
+    console.print_text(f"Uploaded {net.config.name}: {address}")
     _print_without_head(console, net, part)
     return address
 
@@ -175,7 +175,7 @@ def _print_without_head(console: CleanConsole, model: Any, part: str) -> None:
     from crate_mae.models.classifier import Classifier
 
     if isinstance(model, Classifier) and part == "encoder":
-        console.say("It has no head: its outputs are features, not classes.")
+        console.print_text("It has no head: its outputs are features, not classes.")
 
 
 def _check_options(format: Format, part: str | None, *, int8: bool = False) -> None:  # noqa: A002
@@ -253,8 +253,8 @@ def convert(
     with filled_folder(out) as folder:
         conversion.write(folder)
     console = open_console()
-    console.say(f"Found {conversion.found}.")
+    console.print_text(f"Found {conversion.found}.")
     for note in conversion.notes:
-        console.say(f"  {note}")
-    console.say(f"Saved {out}.")
+        console.print_text(f"  {note}")
+    console.print_text(f"Saved {out}.")
     return Converted(out, conversion.found, conversion.notes)

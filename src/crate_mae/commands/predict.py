@@ -105,11 +105,11 @@ def predict(
     print_bad(console, bad)
     if truth is not None and set(truth) <= set(classes):
         accuracy = sum(map(eq, predicted, truth)) / len(predicted)
-        console.say(f"Accuracy: {accuracy:.2%} of {len(files):,} images")
+        console.print_text(f"Accuracy: {accuracy:.2%} of {len(files):,} images")
     elif truth is not None:
-        console.say(f"{source.name} has labels of other classes than the model: no accuracy.")
+        console.print_text(f"{source.name} has labels of other classes than the model: no accuracy.")
     print_if_random(console, model_name(model), is_untrained(model_name(model)))
-    console.say(f"Saved {len(files):,} predictions in {out}")
+    console.print_text(f"Saved {len(files):,} predictions in {out}")
     return Predictions(out, files, predicted, best.values.tolist(), accuracy, bad)
 
 

@@ -100,7 +100,7 @@ def reconstruct(
         table.add_row(name, f"{psnr:.2f} dB", f"{ssim:.3f}")
     console = open_console()
     _print_quality(console, table, net, model_name(model), read)
-    console.say(f"Saved {path}")
+    console.print_text(f"Saved {path}")
     return Reconstruction(path, read.locations, quality.psnr.tolist(), quality.ssim.tolist())
 
 
@@ -183,7 +183,7 @@ def eval_reconstruction(
     verdict = _verdict(name, scores, found) if found else None
     _print_quality(console, _table_of_ratios(net, scores, found), net, name, read)
     if verdict is not None:
-        console.say(verdict)
+        console.print_text(verdict)
     report = {
         "probe": "reconstruction",
         "model": name,
@@ -201,7 +201,7 @@ def eval_reconstruction(
     }
     if picture is not None:
         _save_picture(net, read, scores, seed, picture)
-        console.say(f"Saved {picture}")
+        console.print_text(f"Saved {picture}")
     write_report(console, report, out, json=json)
     return Evaluation(report, out)
 
@@ -230,7 +230,7 @@ def _print_quality(
 
     console.print(table)
     if net.config.norm_pix_loss:
-        console.say("Brightness and contrast of each patch come from the original: targets were normalised.")
+        console.print_text("Brightness and contrast of each patch come from the original: targets were normalised.")
     print_if_random(console, name, is_untrained(name))
     print_bad(console, read.bad)
 

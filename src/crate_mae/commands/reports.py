@@ -50,7 +50,7 @@ def inspect(options: InspectOptions) -> Path:
         status.update("Drawing ...")
         files = report_files(inspection)
     for note in inspection.notes:
-        console.say(note)
+        console.print_text(note)
     return _saved(console, files, folder, PAGE)
 
 
@@ -120,7 +120,7 @@ def theory(
     from crate_mae.interpret.claims.page import PAGE, measure_theory, theory_files
 
     console = open_console(quiet=quiet)
-    console.say("Measuring, which takes less than a minute ...")
+    console.print_text("Measuring, which takes less than a minute ...")
     return _saved(console, theory_files(measure_theory(seed)), folder, PAGE)
 
 
@@ -128,5 +128,5 @@ def _saved(console: CleanConsole, files: Mapping[str, bytes | str], folder: Path
     """Write the files of a report, and return the path of its HTML file."""
     for name, content in files.items():
         write_whole(folder / name, content)
-    console.say(f"Saved {folder / page}, with its numbers and figures beside it")
+    console.print_text(f"Saved {folder / page}, with its numbers and figures beside it")
     return folder / page

@@ -112,7 +112,7 @@ def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) ->
     picture = run.path / "completed_digits.png"
     reconstruct(str(run.path), "digits:test", out=picture, mask_ratio=run.config.mask_ratio, count=12, overwrite=True)
     losses = [row["held_out_loss"] for row in run.metrics() if row["held_out_loss"] is not None]
-    open_console().say(
+    open_console().print_text(
         f"\nLoss on digits it never saw: {losses[0]:.3f} before training, {losses[-1]:.3f} now.\n"
         f"Look at {picture}: each column is one digit, as it is, with half of it hidden, and completed.\n"
         f"Now with your own images:\n"

@@ -266,5 +266,5 @@ def _save(
     console = open_console()
     print_bad(console, bad)
     print_if_random(console, backbone.name, backbone.is_random)
-    console.say(f"Saved {path}{note}")
+    console.print_text(f"Saved {path}{note}")
     return Picture(path, locations)
