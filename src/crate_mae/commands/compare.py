@@ -40,7 +40,7 @@ def compare(options: CompareOptions) -> Comparison:
 
     console = open_console(quiet=options.quiet, stderr=options.json)
     try:
-        comparison = run(options, report=console.say)
+        comparison = run(options, report=console.print_text)
     except RunStopped:
         console.print_text("Stopped and saved. The same command, given again, continues.")
         raise
