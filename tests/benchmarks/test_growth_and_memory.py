@@ -5,9 +5,8 @@ import re
 import sys
 
 import pytest
-import torch
 
-from benchmarks import growth, memory, worker
+from benchmarks import growth, memory
 from benchmarks.growth import Point
 
 
@@ -22,13 +21,7 @@ def test_the_exponent_of_a_power_is_found(power):
 
 
 def test_a_small_run_writes_exponents_numbers_and_a_figure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(growth, "MODELS", {"ours": "CRATE-MAE"})
-
-    def ask_here(kind, size, threads, **question):
-        """Each point is measured in a process of its own; here, in this one."""
-        return getattr(worker, kind)(torch.device("cpu"), size=size, **question)
-
-    monkeypatch.setattr(growth, "ask", ask_here)
+    monkeypatch.setattr(growth, "MODELS", {"ours": "CRATE-MAE"})  # each point is measured in a process of its own
     few = ["--axes", "batch", "--most", "2", "--threads", "1", "--rounds", "2"]
     growth.main(["--machine", "test", "--out", str(tmp_path), *few])
     (table,), (numbers,), (figure,) = (tmp_path.glob(f"growth_test_*.{kind}") for kind in ("md", "csv", "png"))
