@@ -42,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     command = command_line("benchmarks.guarantees", arguments)
     text = "\n".join([*heading("Guarantees of monotone layers", command, options), *_table(options), ""])
-    write_whole(result_path("guarantees", options), text.encode())
+    what = "guarantees" if options.precision == "float32" else f"guarantees_{options.precision}"
+    write_whole(result_path(what, options), text.encode())
     print(text)
 
 
