@@ -15,7 +15,7 @@ from torch import Tensor
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.errors import UserError
 from crate_mae.evaluation.reconstruction import completion_quality
-from crate_mae.interpret.atoms import is_visible_patch, with_code
+from crate_mae.interpret.atoms import is_visible_patch, no_atom, of_codes, with_code
 from crate_mae.interpret.attention import attention_on_grid
 from crate_mae.interpret.audit import AuditRow, audit
 from crate_mae.interpret.layer_measures import (
@@ -264,7 +264,7 @@ def change_atom(
         raise UserError("Nothing is hidden, so there is nothing to complete: paint over some patches.")
     codes = codes_of(model, picture, layer)
     if not 0 <= atom < (atoms := codes.shape[1]):
-        raise UserError(f"There is no atom {atom} in layer {layer}: its code has {atoms}, 0 to {atoms - 1}.")
+        raise no_atom(atom, layer, atoms)
     image, flat = prepare(model, picture), mask.flatten()[None]
     step = amount * float(codes.std()) * is_visible_patch(model, flat)
     with evaluating(model):
@@ -286,10 +286,8 @@ def codes_of(model: MaskedAutoencoder, picture: Image.Image, layer: int) -> Floa
         UserError: for a model without codes.
     """
     with_code(model, layer)
-    name = f"encoder.blocks.{layer}.code"
-    with evaluating(model), trace(model, [name]) as record:
-        model.encoder.forward_features(prepare(model, picture))
-    return record[name][0][0, model.encoder.num_prefix_tokens :].float()
+    (codes,) = of_codes(model, f"encoder.blocks.{layer}.code", prepare(model, picture), 1, lambda code: code[0].float())
+    return codes
 
 
 def varied_atoms(codes: Float[Tensor, "n m"]) -> list[int]:

@@ -65,6 +65,19 @@ class Controls(NamedTuple):
     amount: Any
 
 
+def _explaining(handler: Callable[..., str]) -> Callable[..., str]:
+    """Wrap a method of `Handlers`: what the visitor can put right is explained in place of the result."""
+
+    @functools.wraps(handler)
+    def handle(*arguments: Any) -> str:
+        try:
+            return handler(*arguments)
+        except UserError as error:
+            return notice(str(error))
+
+    return handle
+
+
 class Handlers:
     """The handler of each event.
 
@@ -152,37 +165,31 @@ class Handlers:
         c = c._replace(mask="0" * rows * columns)
         return [gr.HTML(c.mask), self.completed(*c)]
 
+    @_explaining
     def completed(self, *values: Any) -> str:
         """Complete the picture (step 3), or explain why not."""
         c = Controls(*values)
         models = self._chosen(c)
-        try:
-            return completion_response(_picture(c), models, mask_from_text(c.mask, models[0].grid))
-        except UserError as error:
-            return notice(str(error))
+        return completion_response(_picture(c), models, mask_from_text(c.mask, models[0].grid))
 
+    @_explaining
     def inside(self, *values: Any) -> str:
         """Show one layer, and the curves over all layers (step 4), or explain why not."""
         c = Controls(*values)
         models = self._chosen(c)
-        try:
-            return inside_response(_picture(c), models, _layer(c, models), _patch_on(c.patch, models[0].grid))
-        except UserError as error:
-            return notice(str(error))
+        return inside_response(_picture(c), models, _layer(c, models), _patch_on(c.patch, models[0].grid))
 
+    @_explaining
     def changed(self, *values: Any) -> str:
         """Change an atom of the layer and complete the picture (step 5), or explain why not."""
         c = Controls(*values)
         models = self._chosen(c)
-        try:
-            layer, mask = _layer(c, models), mask_from_text(c.mask, models[0].grid)
-            if not is_number(c.atom, 0, _MOST_SEED) or c.atom != int(c.atom):
-                raise UserError("The atom must be a whole number, at least 0.")
-            if not is_number(c.amount, -MOST_AMOUNT, MOST_AMOUNT):
-                raise UserError(f"The change must be from {-MOST_AMOUNT:g} to {MOST_AMOUNT:g} standard deviations.")
-            return atom_response(_picture(c), models, mask, layer, int(c.atom), float(c.amount))
-        except UserError as error:
-            return notice(str(error))
+        layer, mask = _layer(c, models), mask_from_text(c.mask, models[0].grid)
+        if not is_number(c.atom, 0, _MOST_SEED) or c.atom != int(c.atom):
+            raise UserError("The atom must be a whole number, at least 0.")
+        if not is_number(c.amount, -MOST_AMOUNT, MOST_AMOUNT):
+            raise UserError(f"The change must be from {-MOST_AMOUNT:g} to {MOST_AMOUNT:g} standard deviations.")
+        return atom_response(_picture(c), models, mask, layer, int(c.atom), float(c.amount))
 
     def displayed(self, c: Controls) -> str:
         """Return the picture as the model sees it, for both grids."""

@@ -1,7 +1,7 @@
 """Responses of the app as HTML, which contains its pictures, so that no file is ever written."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from html import escape
 from urllib.parse import quote
 
@@ -64,17 +64,12 @@ _RANDOM = "Random initialisation: this network has not been trained."
 
 def completion_response(picture: Image.Image, models: Sequence[AppModel], mask: Bool[Tensor, "gh gw"]) -> str:
     """Complete an RGB picture by each model, with notes on how to read the result; `mask` has the first one's grid."""
-    parts = []
-    for model in models:
-        with model.lock:
-            try:
-                found = complete_picture(model.net, picture, fit_mask(mask, model.grid))
-            except UserError as error:
-                parts.append(notice(str(error)))
-                continue
-        parts.append(completion_component(model.name, found))
+
+    def completed(model: AppModel) -> str:
+        return completion_component(model.name, complete_picture(model.net, picture, fit_mask(mask, model.grid)))
+
     several = "" if len(models) > 1 else " alone"
-    return f'<div class="completions{several}">{"".join(parts)}</div>{_about(models)}'
+    return f'<div class="completions{several}">{_for_each(models, completed)}</div>{_about(models)}'
 
 
 def inside_response(picture: Image.Image, models: Sequence[AppModel], layer: int, patch: int) -> str:
@@ -83,18 +78,15 @@ def inside_response(picture: Image.Image, models: Sequence[AppModel], layer: int
     A model with fewer layers shows its last. `patch` is a number on the grid of the first model; the others use the
     patch at the same place.
     """
-    parts, curves = [], []
-    for model in models:
+    curves = []
+
+    def inside(model: AppModel) -> str:
         own = min(layer, model.depth - 1)
-        with model.lock:
-            try:
-                found = look_inside(model.net, picture, own, fit_patch(patch, models[0].grid, model.grid))
-                curves.append((model.name, measure_curves(model.net, picture)))
-            except UserError as error:
-                parts.append(notice(str(error)))
-                continue
-        parts.append(inside_component(model.name, own, model.depth, found))
-    return "".join(parts) + (curves_component(curves, layer) if curves else "")
+        found = look_inside(model.net, picture, own, fit_patch(patch, models[0].grid, model.grid))
+        curves.append((model.name, measure_curves(model.net, picture)))
+        return inside_component(model.name, own, model.depth, found)
+
+    return _for_each(models, inside) + (curves_component(curves, layer) if curves else "")
 
 
 def atom_response(
@@ -109,16 +101,24 @@ def atom_response(
 
     `mask` has the first model's grid; a model with fewer layers changes its last.
     """
+
+    def changed(model: AppModel) -> str:
+        own = min(layer, model.depth - 1)
+        found = change_atom(model.net, picture, fit_mask(mask, model.grid), own, atom, amount)
+        return atom_component(model.name, own, atom, amount, found)
+
+    return _for_each(models, changed)
+
+
+def _for_each(models: Sequence[AppModel], respond: Callable[[AppModel], str]) -> str:
+    """Respond with each model while it is locked, or explain why not."""
     parts = []
     for model in models:
-        own = min(layer, model.depth - 1)
         with model.lock:
             try:
-                found = change_atom(model.net, picture, fit_mask(mask, model.grid), own, atom, amount)
+                parts.append(respond(model))
             except UserError as error:
                 parts.append(notice(str(error)))
-                continue
-        parts.append(atom_component(model.name, own, atom, amount, found))
     return "".join(parts)
 
 

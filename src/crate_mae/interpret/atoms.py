@@ -135,14 +135,14 @@ def measure_atoms(
         net, number, size = with_code(net, layer)
     name = f"encoder.blocks.{number}.code"
     if wrong := [atom for atom in atoms or [] if describe_not_whole("", atom, 0, size - 1)]:
-        raise UserError(f"There is no atom {wrong[0]} in layer {number}: its code has {size}, 0 to {size - 1}.")
+        raise no_atom(wrong[0], number, size)
     generator = torch.Generator().manual_seed(seed)
-    energy = torch.stack(_of_codes(net, name, images, batch_size, lambda code: code.double().square().sum((0, 1))))
+    energy = torch.stack(of_codes(net, name, images, batch_size, lambda code: code.double().square().sum((0, 1))))
     share = energy.sum(0) / energy.sum().clamp_min(torch.finfo(energy.dtype).tiny)
     named: dict[int, Reason] = dict.fromkeys(atoms or [], "named")
     chosen = named or _chosen(share, mattering, count, generator)
     indices = list(chosen)
-    values = torch.cat(_of_codes(net, name, images, batch_size, lambda code: code[..., indices].float()))
+    values = torch.cat(of_codes(net, name, images, batch_size, lambda code: code[..., indices].float()))
     masks = nested_masks(
         min(len(images), math.ceil(_MASKED_PATCHES / net.num_patches)), net.num_patches, mask_ratio, seed
     )
@@ -182,6 +182,11 @@ def with_code(net: nn.Module, layer: int) -> tuple[MaskedAutoencoder, int, int]:
     return net, number, place.size
 
 
+def no_atom(atom: object, layer: int, size: int) -> UserError:
+    """The error for an atom that a layer's code does not have."""
+    return UserError(f"There is no atom {atom} in layer {layer}: its code has {size}, 0 to {size - 1}.")
+
+
 def _chosen(
     share: Float[Tensor, "m"], mattering: Collection[int], count: int, generator: torch.Generator
 ) -> dict[int, Reason]:
@@ -196,7 +201,7 @@ def _chosen(
     return found
 
 
-def _of_codes(
+def of_codes(
     net: MaskedAutoencoder, name: str, images: Tensor, batch_size: int, function: Callable[[Tensor], Tensor]
 ) -> list[Tensor]:
     """A function of the codes of whole images' patches, batch by batch."""

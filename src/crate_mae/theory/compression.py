@@ -153,14 +153,9 @@ def fused_balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Te
 def plain_balanced_ssa(w: Float[Tensor, "b h n p"], scale: Float[Tensor, "h 1 1"]) -> Float[Tensor, "b h n p"]:
     # type: (Tensor, Tensor) -> Tensor
     r"""`balanced_ssa` in PyTorch's own functions, P (D^-1/2 W), for TorchScript and exported graphs."""
-    return _balanced_product(scale.sqrt().to(w.dtype) * w, w)
-
-
-def _balanced_product(t: Float[Tensor, "*batch n p"], v: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch n p"]:
-    # type: (Tensor, Tensor) -> Tensor
-    """P (D^-1/2 V) with P = softmax(T T^T) and D its column sums."""
+    t = scale.sqrt().to(w.dtype) * w
     p = torch.softmax(t @ t.transpose(-2, -1), dim=-1)
-    return p @ (v * column_sums(p).rsqrt())
+    return p @ (w * column_sums(p).rsqrt())
 
 
 class BalancedAttention(torch.autograd.Function):
