@@ -6,7 +6,7 @@ All three take features as arrays, independent of networks.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -15,13 +15,12 @@ from scipy.optimize import minimize
 from scipy.special import softmax
 from sklearn.metrics import log_loss
 from sklearn.model_selection import train_test_split
-from sklearn.neighbors import KNeighborsClassifier
-from sklearn.preprocessing import StandardScaler, normalize
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from crate_mae.data.numbers import student_half_width
 from crate_mae.errors import UserError
-from crate_mae.models.features import NEIGHBOURS, TEMPERATURE
+from crate_mae.models.features import NEIGHBOURS, neighbour_votes
 
 C_GRID = tuple(10.0 ** (power / 2) for power in range(-10, 5))  # 1e-5 to 100
 PATIENCE = 2  # values of C in a row without an improvement, after which the search ends: weak regularisation is slow
@@ -168,12 +167,11 @@ def knn_probe(
 ) -> KnnResult:
     """Vote among the k most similar training images, each with the weight exp(cosine similarity / 0.07).
 
-    The vote is that of instance discrimination (Wu et al. 2018) and DINO. Features are standardised first, as in
-    `linear_probe`: minus their mean, divided by their standard deviation, over the training images. Cosines depend on
-    where the origin is, so without this step the score depends on units: with all training images of CIFAR-10, raw
-    pixels in [-1, 1] had 46.2% and the same pixels in [0, 1] 36.3% (standardised, 46.1%); the features of
-    `crate_mae_micro_cifar10` had 50.1% (standardised, 54.2%). With it, pixels and the features of every model are
-    treated alike, and no score changes with the units of a feature.
+    The vote is `neighbour_votes`. Features are standardised first, as in `linear_probe`: minus their mean, divided by
+    their standard deviation, over the training images. Cosines depend on where the origin is, so without this step the
+    score depends on units: with all training images of CIFAR-10, raw pixels in [-1, 1] had 46.2% and the same pixels in
+    [0, 1] 36.3% (standardised, 46.1%); the features of `crate_mae_micro_cifar10` had 50.1% (standardised, 54.2%). With
+    it, pixels and the features of every model are treated alike, and no score changes with the units of a feature.
 
     Raises:
         UserError: if there are fewer training images than k.
@@ -181,10 +179,8 @@ def knn_probe(
     if not 1 <= k <= len(train):
         raise UserError(f"{k} neighbours cannot vote among {len(train)} training images: give a --k from 1 to that.")
 
-    train, val = (np.asarray(normalize(each)) for each in _standardised(train, val))
-    classifier = _neighbours(train, train_labels, k)
-    votes = np.asarray(classifier.predict_proba(val))
-    top1, top5 = _top_scores(np.asarray(classifier.classes_), votes, val_labels)
+    classes, votes = _votes(train, train_labels, val, k)
+    top1, top5 = _top_scores(classes, votes, val_labels)
     return KnnResult(top1, top5, k)
 
 
@@ -201,8 +197,8 @@ def knn_accuracy_on_tenth(
     others, tenth = _split(labels, seed)
     if len(others) < k:
         return None
-    x, x_chosen = (np.asarray(normalize(each)) for each in _standardised(train[others], train[tenth]))
-    return float(np.mean(_neighbours(x, labels[others], k).predict(x_chosen) == labels[tenth]))
+    classes, votes = _votes(train[others], labels[others], train[tenth], k)
+    return float(np.mean(classes[votes.argmax(axis=1)] == labels[tenth]))
 
 
 def linear_probe(
@@ -447,10 +443,14 @@ def _split(labels: Int[np.ndarray, "n"], seed: int) -> tuple[np.ndarray, np.ndar
     return np.asarray(fitted), np.asarray(tenth)
 
 
-def _neighbours(x: Float[np.ndarray, "n f"], labels: Int[np.ndarray, "n"], k: int) -> KNeighborsClassifier:
-    # Of unit vectors, the squared distance is 2 - 2 cos: the order is the same, and the search much faster.
-    weights: Any = lambda distances: np.exp((1 - distances**2 / 2) / TEMPERATURE)  # noqa: E731
-    return KNeighborsClassifier(k, weights=weights, algorithm="brute").fit(x, labels)
+def _votes(
+    train: Float[np.ndarray, "n f"], labels: Int[np.ndarray, "n"], val: Float[np.ndarray, "k f"], k: int
+) -> tuple[Int[np.ndarray, "c"], Float[np.ndarray, "k c"]]:
+    """The classes, and the votes for each of them by standardised features; see `neighbour_votes`."""
+    classes, numbers = np.unique(labels, return_inverse=True)
+    train, val = _standardised(train, val)
+    votes = neighbour_votes(*map(torch.from_numpy, (train, numbers, val)), classes=len(classes), neighbours=k)
+    return classes, votes.numpy()
 
 
 def _standardised(train: np.ndarray, val: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

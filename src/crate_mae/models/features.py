@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
@@ -30,7 +30,9 @@ OneImage = str | Path | Image.Image | np.ndarray | Tensor
 # The default of every command and method, chosen over 21 models: results/cifar10_ablations.
 DEFAULT_POOLING: Pooling = DEFAULT_HEAD_POOLING
 DEFAULT_LAYER = -1
-NEIGHBOURS, TEMPERATURE = 20, 0.07  # of the vote of nearest neighbours, as in DINO
+NEIGHBOURS = 20  # whose votes count in `neighbour_votes`, as in DINO
+_TEMPERATURE = 0.07  # of these votes, as in DINO
+_VOTERS_AT_ONCE = 1024  # images whose similarities to all training images are in memory
 
 
 def pool(
@@ -276,6 +278,31 @@ def _as_tokens(encoder: nn.Module, output: Tensor) -> Tensor:
 
 def _no_class_token(pooling: str) -> UserError:
     return UserError(f'pooling is "{pooling}", but this network has no class token: use "mean" or "tokens".')
+
+
+def neighbour_votes(
+    train: Float[Tensor, "n f"], labels: Int[Tensor, "n"], val: Float[Tensor, "k f"], classes: int, neighbours: int
+) -> Float[Tensor, "k c"]:
+    """The votes for each class: the sum of exp(cosine similarity / 0.07) over its images among the nearest ones.
+
+    This is the vote of instance discrimination (Wu et al. 2018) and DINO. Features should be standardised: cosines
+    depend on where the origin is.
+
+    Args:
+        train: features of training images.
+        labels: their classes, from 0.
+        val: features of images to classify.
+        classes: how many there are.
+        neighbours: how many of the most similar training images vote.
+    """
+    train, labels = F.normalize(train, dim=1), labels.to(train.device)
+    votes = []
+    for part in F.normalize(val, dim=1).split(_VOTERS_AT_ONCE):
+        similarity, nearest = (part @ train.T).topk(neighbours, dim=1)
+        votes.append(
+            part.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], (similarity / _TEMPERATURE).exp())
+        )
+    return torch.cat(votes)
 
 
 def mean_cosine(features: Float[Tensor, "n f"]) -> float:

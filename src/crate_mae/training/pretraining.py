@@ -12,7 +12,6 @@ from typing import Any, ClassVar, final
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -33,7 +32,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder, build, masked_loss
 from crate_mae.models.completion import complete, flat_patches
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.devices import send
-from crate_mae.models.features import NEIGHBOURS, TEMPERATURE, mean_cosine, pool, transform_of
+from crate_mae.models.features import NEIGHBOURS, mean_cosine, neighbour_votes, pool, transform_of
 from crate_mae.models.masking import hide_all_but, random_mask, visible_from_noise
 from crate_mae.models.tracing import trace
 from crate_mae.models.transfer import start_from
@@ -301,10 +300,8 @@ class OnlineProbe:
             batches = (batch.to(held_out.device, torch.float32) for batch in self._images.split(_BATCH))
             train = torch.cat([_pooled(model, model.encoder.forward_features(batch)) for batch in batches])
         mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
-        train, val = (F.normalize((z - mean) / torch.where(std > 0, std, 1), dim=1) for z in (train, held_out))
-        similarity, nearest = (val @ train.T).topk(min(self.neighbours, len(train)), dim=1)
-        votes = torch.zeros(len(val), len(self.classes), device=val.device)
-        votes.scatter_add_(1, self._labels.to(val.device)[nearest], (similarity / TEMPERATURE).exp())
+        train, val = ((z - mean) / torch.where(std > 0, std, 1) for z in (train, held_out))
+        votes = neighbour_votes(train, self._labels, val, len(self.classes), min(self.neighbours, len(train)))
         return float((votes.argmax(dim=1).cpu() == self._held_out)[self._held_out >= 0].float().mean())
 
 
