@@ -90,6 +90,15 @@ def test_labels_are_measured_by_the_vote_of_eval_knn(labelled, tmp_path):
     assert values["feature_rank"] == pytest.approx(float(torch.exp(-(share * share.log()).sum())), rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "said"),
+    [(0.413, 0.355, "35.5% now, NOT above: for these labels, training has not helped."), (0.4, 0.5, "50.0% now.")],
+)
+def test_the_result_says_if_training_has_not_helped(labelled, first, last, said):
+    rows = [{"held_out_loss": 1.0, "knn_accuracy": score} for score in (first, last)]
+    assert labelled().describe_result(rows).endswith(said)
+
+
 def test_the_loss_has_no_labels_and_the_probe_needs_enough(labelled, tmp_path):
     task = labelled()
     losses = [

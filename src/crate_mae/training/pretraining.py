@@ -147,7 +147,7 @@ class Pretraining(Task[PretrainOptions]):
         }
 
     def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
-        """Describe the loss on held-out images, first and last."""
+        """Describe the loss and the k-NN accuracy of held-out images, first and last."""
         losses = [loss for row in rows if (loss := row["held_out_loss"]) is not None]
         relation = "below" if losses[-1] < self.flat_loss else "NOT below"
         text = (
@@ -155,7 +155,8 @@ class Pretraining(Task[PretrainOptions]):
             f"{relation} {self.flat_loss:.4f} for flat patches."
         )
         if scores := [score for row in rows if (score := row.get("knn_accuracy")) is not None]:
-            text += f" k-NN accuracy on them: {scores[0]:.1%} before training, {scores[-1]:.1%} now."
+            text += f" k-NN accuracy on them: {scores[0]:.1%} before training, {scores[-1]:.1%} now"
+            text += "." if scores[-1] > scores[0] else ", NOT above: for these labels, training has not helped."
         return text
 
     def shorter_commands(self) -> list[str]:
