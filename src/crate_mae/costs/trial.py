@@ -73,7 +73,8 @@ class TrialStep:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
         self.optimizer.step()
-        retract_(self.model)
+        with autocast(self.device, self.settings.precision):
+            retract_(self.model)
         self.optimizer.zero_grad()
         loss.item()  # waits for the device
         return time.perf_counter() - started
