@@ -73,8 +73,7 @@ class TrialStep:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad)
         self.optimizer.step()
-        with autocast(self.device, self.settings.precision):
-            retract_(self.model)
+        retract_(self.model)
         self.optimizer.zero_grad()
         loss.item()  # waits for the device
         return time.perf_counter() - started

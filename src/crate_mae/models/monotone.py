@@ -72,9 +72,9 @@ class OrthogonalSubspaces(KeepsValues):
     The loss does not see how far `weight` is from orthogonal, only the orthogonal matrix near it. Its gradient is that
     of U, passed on as it is; what an optimizer's step adds beyond the orthogonal matrices is taken away again by the
     next forward pass, wherever the weights come from (any optimizer, an average, a file). In training that is a
-    `theory.subspaces.retraction`: one Newton-Schulz step, 4 d^3 operations (in bfloat16 6 d^3, which are faster), after
-    a small change of U, and the exact polar factor after a large one. With the recipe `small_color`, one step lowers
-    ||U^T U - I||_2 from 0.2 to 0.03. In `eval()` it is the polar factor, kept until the weight changes.
+    `theory.subspaces.retraction`: one Newton-Schulz step, 4 d^3 operations, after a small change of U, and the exact
+    polar factor after a large one. With the recipe `small_color`, one step lowers ||U^T U - I||_2 from 0.2 to 0.03. In
+    `eval()` it is the polar factor, kept until the weight changes.
 
     Attributes:
         weight: U^T before it is made orthogonal, d x d, as the weight of a linear map.
@@ -444,14 +444,10 @@ class MonotoneDecoderLayer(DecoderLayer):
 def _re_orthogonalised(weight: Tensor, function: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """The weight after a function of it, in its own precision also under autocast, without any derivative.
 
-    By default its `retraction`, whose products are of bfloat16 halves under autocast to bfloat16; where numbers are not
-    available, one Newton-Schulz step.
+    By default its `retraction`; where numbers are not available, one Newton-Schulz step.
     """
     if function is None:
-        device = weight.device.type
-        is_half = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.bfloat16
-        in_halves = is_half and weight.dtype == torch.float32
-        function = newton_schulz if is_traced(weight) else partial(retraction, in_halves=in_halves)
+        function = newton_schulz if is_traced(weight) else retraction
     with torch.no_grad(), without_autocast(weight.device):
         return function(weight.detach())
 
@@ -472,8 +468,7 @@ def _straight_through(parameter: Tensor, value: Tensor) -> Tensor:
 def retract_(model: nn.Module) -> None:
     """Re-orthogonalise all subspaces, from now on instead of their own forward passes.
 
-    For training loops, after every step of the optimizer, under the same autocast as the forward pass: it is faster in
-    bfloat16.
+    For training loops, after every step of the optimizer.
     """
     for module in model.modules():
         if isinstance(module, OrthogonalSubspaces):

@@ -66,7 +66,7 @@ def newton_schulz(u: Float[Tensor, "d d"], steps: int = 1) -> Float[Tensor, "d d
     return u
 
 
-def retraction(u: Float[Tensor, "d d"], *, in_halves: bool = False) -> Float[Tensor, "d d"]:
+def retraction(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     r"""Back towards the orthogonal matrices after a change of an orthogonal U, such as an optimizer's step.
 
     Steps of `newton_schulz` until ||U^T U - I||_2 is about 1/4 or less; one suffices if it was below 1/2. If it was
@@ -74,48 +74,22 @@ def retraction(u: Float[Tensor, "d d"], *, in_halves: bool = False) -> Float[Ten
     by two iterations of the power method: for signs and outer products of signs added to U it is up to a sixth too low,
     in general it has no bound. It is compared with four fifths of these limits. For numbers that are not finite, the
     result is not finite either.
-
-    Args:
-        u: in float32 at least.
-        in_halves: whether matrices are multiplied in bfloat16, for hardware on which that is many times as fast.
-            ||U^T U - I||_2 then does not fall below about 2e-5, instead of 1e-6 in float32.
     """
-    error = _gram_less_identity_in_halves(u) if in_halves else _gram_less_identity(u)
+    error = u.t() @ u
+    error.diagonal().sub_(1)
     top = top_singular_pair(error, iterations=2)
     distance = float(top.u @ (error @ top.v))
     if _BEYOND_NEWTON_SCHULZ < distance < math.inf:
         return polar_factor(u)
-    # As `newton_schulz`, of the matrix that is known already.
-    if in_halves:  # the error is small, and so is what rounding it to bfloat16 takes away
-        stepped = torch.add(u, u.bfloat16() @ error.bfloat16(), alpha=-0.5)
-    else:
-        stepped = torch.addmm(u, u, error, alpha=-0.5)
-    return retraction(stepped, in_halves=in_halves) if _NEAR_ORTHOGONAL < distance < math.inf else stepped
-
-
-def _gram_less_identity(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """U^T U - I."""
-    gram = u.mT @ u
-    gram.diagonal().sub_(1)
-    return gram
-
-
-def _gram_less_identity_in_halves(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    """U^T U - I by products in bfloat16: with U = H + L, H rounded and L the rest, H^T H + H^T L + L^T H - I.
-
-    What is left out, L^T L, is of the order 2^-16. The diagonal, of which only the difference from 1 matters, is that
-    of U itself.
-    """
-    high = u.bfloat16()
-    cross = high.t() @ (u - high).bfloat16()
-    gram = (high.t() @ high).to(u.dtype).add_(cross).add_(cross.t())
-    gram.diagonal().copy_(u.square().sum(0).sub_(1))
-    return gram
+    stepped = torch.addmm(u, u, error, alpha=-0.5)  # as `newton_schulz`, of the matrix that is known already
+    return retraction(stepped) if _NEAR_ORTHOGONAL < distance < math.inf else stepped
 
 
 def distance_from_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, ""]:
     r"""||U^T U - I||_F / sqrt(d), the root mean square over singular values of sigma^2 - 1; 0 if U is orthogonal."""
-    return torch.linalg.matrix_norm(_gram_less_identity(u)) / len(u) ** 0.5
+    gram = u.mT @ u
+    gram.diagonal().sub_(1)
+    return torch.linalg.matrix_norm(gram) / len(u) ** 0.5
 
 
 def polar_factor(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:

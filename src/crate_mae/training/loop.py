@@ -198,8 +198,7 @@ def training_step(
     agreed = agree(accelerator, loss=loss, grad_norm=norm, bad_images=len(bad_images), stop=stop, save=save)
     if agreed.is_finite:
         optimizer.step()
-        with autocast(accelerator.device, task.config.precision):
-            retract_(model_state.plain)
+        retract_(model_state.plain)
     optimizer.zero_grad()
     return StepResult(agreed, lr, bad_images, waited)
 
