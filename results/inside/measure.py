@@ -35,6 +35,7 @@ import torch
 import torch.nn.functional as F
 from scipy.stats import rankdata
 from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import crate_mae
 from crate_mae.data import ImageSource, open_source
@@ -207,7 +208,10 @@ def sparse_autoencoders(
         active = max(1, round(float((like[layer] > 0).float().sum(-1).mean())))
         sae = TopKSAE(fit.shape[-1], nb_concepts=like[layer].shape[-1], top_k=active, device="cpu")
         tokens = fit.flatten(0, 1)
-        loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(tokens), batch_size=1024, shuffle=True)
+        batches = BatchSampler(RandomSampler(tokens), batch_size=1024, drop_last=False)
+        loader = DataLoader(
+            TensorDataset(tokens), sampler=batches, batch_size=None
+        )  # whole batches, not token by token
 
         def criterion(x: Tensor, x_hat: Tensor, *_: Any) -> Tensor:
             return F.mse_loss(x_hat, x)
