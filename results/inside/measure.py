@@ -42,10 +42,10 @@ from crate_mae.data import ImageSource, open_source
 from crate_mae.data.base import Part
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
+from crate_mae.interpret.atoms import of_codes
 from crate_mae.interpret.removals import fitted_probe, mattering, removals
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.features import encode, evaluating
-from crate_mae.models.tracing import trace
 from crate_mae.models.weights import initialised
 from crate_mae.training.recipes import read_recipe
 from crate_mae.training.run_directory import RunDirectory, numbers
@@ -157,11 +157,7 @@ def read(model: MaskedAutoencoder, source: ImageSource, count: int) -> tuple[Ten
 def codes_of(model: MaskedAutoencoder, images: Tensor, place: str = "code") -> list[Codes]:
     """For each layer of the encoder, what is at one of its places, in all patches of whole images."""
     names = [f"encoder.blocks.{i}.{place}" for i in range(len(model.encoder.blocks))]
-    prefix = model.encoder.num_prefix_tokens
-    with evaluating(model), trace(model, names) as seen:
-        for batch in images.split(250):
-            model.encoder.forward_features(batch)
-    return [torch.cat(list(seen[name]))[:, prefix:].float() for name in names]
+    return [torch.cat(of_codes(model, name, images, 250, Tensor.float)) for name in names]
 
 
 def dictionary_inputs(model: MaskedAutoencoder, images: Tensor) -> list[Tensor]:
@@ -198,9 +194,8 @@ def sparse_autoencoders(
     There are as many units as atoms, and as many are active in a token.
     """
     learned, _ = read(twin, seen, SAE_IMAGES)
-    names = [f"blocks.{i}" for i in range(len(twin.encoder.blocks))]
     found = []
-    for layer, _ in enumerate(names):
+    for layer in range(len(twin.encoder.blocks)):
         fit, asked = (block_outputs(twin, which, layer) for which in (learned, images))
         mean, std = fit.mean((0, 1)), fit.std((0, 1))
         fit, asked = (fit - mean) / std, (asked - mean) / std
@@ -208,10 +203,9 @@ def sparse_autoencoders(
         active = max(1, round(float((like[layer] > 0).float().sum(-1).mean())))
         sae = TopKSAE(fit.shape[-1], nb_concepts=like[layer].shape[-1], top_k=active, device="cpu")
         tokens = fit.flatten(0, 1)
+        # Whole batches, not token by token.
         batches = BatchSampler(RandomSampler(tokens), batch_size=1024, drop_last=False)
-        loader = DataLoader(
-            TensorDataset(tokens), sampler=batches, batch_size=None
-        )  # whole batches, not token by token
+        loader = DataLoader(TensorDataset(tokens), sampler=batches, batch_size=None)
 
         def criterion(x: Tensor, x_hat: Tensor, *_: Any) -> Tensor:
             return F.mse_loss(x_hat, x)
