@@ -20,6 +20,50 @@ def test_class_folders_give_labels_in_sorted_order(make_folder):
     assert source.labels.tolist() == [0, 1, 1]
 
 
+def test_labels_are_read_from_the_metadata_of_an_imagefolder(make_folder):
+    root = make_folder({"b.png": 1, "a/1.png": 2})
+    (root / "metadata.csv").write_text("file_name,label,text\nb.png,dog,x\na/1.png,cat,y\ngone.png,cat,z\n")
+    source = open_source(root)
+    assert (source.classes, source.labels.tolist()) == (["cat", "dog"], [0, 1])
+    before = source.fingerprint()
+    (root / "metadata.csv").write_text("file_name,label\nb.png,cat\na/1.png,dog\n")
+    assert open_source(root).labels.tolist() == [1, 0]
+    assert open_source(root).fingerprint() != before
+    assert open_source(root / "b.png").labels is None
+
+
+def test_labels_are_read_from_the_annotations_of_tiny_imagenet(make_folder):
+    root = make_folder({"images/val_0.JPEG": 1, "images/val_1.JPEG": 2})
+    (root / "val_annotations.txt").write_text("val_0.JPEG\tn03\t0\t32\t44\t62\nval_1.JPEG\tn01\t52\t55\t57\t59\n")
+    source = open_source(root)
+    assert (source.classes, source.labels.tolist()) == (["n01", "n03"], [1, 0])
+
+
+def test_metadata_without_labels_and_beside_class_folders_is_ignored(make_folder):
+    root = make_folder({"cat/1.png": 1, "dog/1.png": 2})
+    (root / "metadata.csv").write_text("file_name,label\n")
+    assert open_source(root).classes == ["cat", "dog"]
+    flat = make_folder({"1.png": 1}, name="flat")
+    (flat / "metadata.csv").write_text("file_name,text\n1.png,a cat\n")
+    assert open_source(flat).labels is None
+
+
+@pytest.mark.parametrize(
+    ("table", "fault"),
+    [
+        (b"file_name,label\n1.png,cat\n", r"no label for 2\.png \(1 of 2 images have none\)"),
+        (b"file_name,label\n1.png,cat\n2.png,\n", r"no label for 2\.png"),
+        (b"file_name,label\n1.png,\xff\n", "is not a table of text in UTF-8"),
+    ],
+    ids=["a line is missing", "a label is empty", "bytes"],
+)
+def test_a_table_that_lacks_labels_is_refused(table, fault, make_folder):
+    root = make_folder({"1.png": 1, "2.png": 2})
+    (root / "metadata.csv").write_bytes(table)
+    with pytest.raises(UserError, match=fault):
+        open_source(root)
+
+
 @pytest.mark.parametrize(
     "names",
     [("cat/1.png", "top.png"), ("cat/1.png", "cat/2.png"), ("train/1.png", "val/1.png")],

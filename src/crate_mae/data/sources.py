@@ -1,11 +1,12 @@
 """Open DATA: turn what the user wrote into an image source, most often a folder of images."""
 
+import csv
 import logging
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path, PurePosixPath
 
@@ -124,7 +125,7 @@ def _open_path(path: Path, name: str) -> ImageSource:
 def _open_folder(path: Path, name: str) -> ImageSource:
     images, containers, others = _list_folder(path)
     if images:
-        source = FolderSource(path, images, name)
+        source = FolderSource(path, images, name, tables=_TABLES)
         source.left_out = others
         return source
     for suffix, kind in ((".parquet", ParquetSource), (".tar", ShardSource)):
@@ -218,18 +219,28 @@ class FolderSource(EncodedSource):
     """Image files of one folder, in the order of their POSIX paths.
 
     Labels are the names of the top-level sub-folders, if every image is in one and there are at least two. Folders
-    named like splits ("train", "val") are not classes.
+    named like splits ("train", "val") are not classes. Without class folders, labels are read from a table in the
+    folder: `metadata.csv` with the columns `file_name` and `label`, as for the `datasets` library, or the
+    `val_annotations.txt` of Tiny ImageNet.
 
     Attributes:
         root: the folder.
         images: paths of the files in it.
+
+    Args:
+        name: for messages.
+        tables: names of tables of labels to look for.
+
+    Raises:
+        UserError: if a table of labels cannot be read or lacks an image.
     """
 
-    def __init__(self, root: Path, images: list[str], name: str) -> None:
+    def __init__(self, root: Path, images: list[str], name: str, *, tables: Iterable[str] = ()) -> None:
         tops = [image.split("/", 1)[0] for image in images]
         in_folders = all("/" in image for image in images) and len(set(tops)) > 1
         are_classes = in_folders and not {top.lower() for top in tops} <= _SPLITS
-        super().__init__(name, *(number_labels(tops) if are_classes else (None, None)))
+        self._table, labels = (None, tops) if are_classes else _table_of_labels(root, images, tables)
+        super().__init__(name, *number_labels(labels))
         self.root = root
         self.images = images
 
@@ -250,8 +261,51 @@ class FolderSource(EncodedSource):
         return (f"{root}/{image}" for image in self.images)
 
     def fingerprint(self) -> str | None:
-        """Of all image files."""
-        return files_fingerprint(((image, self.root / image) for image in self.images), _FILE_BLOCKS)
+        """Of all image files, and of the table of labels."""
+        files = self.images if self._table is None else [*self.images, self._table]
+        return files_fingerprint(((file, self.root / file) for file in files), _FILE_BLOCKS)
+
+
+def _table_of_labels(root: Path, images: Sequence[str], tables: Iterable[str]) -> tuple[str | None, list[str]]:
+    """The name of the first table of labels in a folder and the label of each image; None and [] if there is none."""
+    for table in tables:
+        if not (root / table).is_file():
+            continue
+        location = path_text(root / table)
+        try:
+            labels = _TABLES[table](read_file(root / table, location).decode("utf-8-sig"))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{location}, which should have the labels, is not a table of text in UTF-8.") from error
+        if labels is None:
+            continue
+        missing = [image for image in images if not labels.get(image)]
+        if missing:
+            raise UserError(
+                f"{location} has no label for {missing[0]} ({len(missing)} of {len(images)} images have none).\n"
+                f"Add them, or move {table} away to use the images without labels."
+            )
+        return table, [labels[image] for image in images]
+    return None, []
+
+
+def _metadata_labels(text: str) -> dict[str, str] | None:
+    """Labels by path; None if there is no column of labels, since the table may be about other things."""
+    lines = csv.DictReader(text.splitlines())
+    if not {"file_name", "label"} <= set(lines.fieldnames or []):
+        return None
+    return {line["file_name"]: line["label"] for line in lines}
+
+
+def _annotated_labels(text: str) -> dict[str, str]:
+    """Labels by path, from lines of the name of a file in `images`, its class and the sides of a box."""
+    lines = (line.split("\t") for line in text.splitlines())
+    return {f"images/{line[0]}": line[1] for line in lines if len(line) > 1}
+
+
+_TABLES = {  # of labels, by the names of their files: of the imagefolder of Hugging Face, and of Tiny ImageNet
+    "metadata.csv": _metadata_labels,
+    "val_annotations.txt": _annotated_labels,
+}
 
 
 def _list_folder(root: Path) -> tuple[list[str], list[str], dict[str, int]]:
