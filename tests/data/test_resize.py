@@ -60,6 +60,18 @@ def test_a_folder_keeps_its_layout_and_classes(photos, tmp_path):
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["copy"]
 
 
+def test_labels_of_a_table_are_copied_under_the_new_names(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("b.bmp", "a.bmp"):
+        Image.new("RGB", (30, 20)).save(data / name)
+    (data / "metadata.csv").write_text("file_name,label\na.bmp,dog\nb.bmp,cat\n")
+    resize_images(open_source(data), tmp_path / "copy", 10, workers=0)
+    copy = open_source(tmp_path / "copy")
+    assert copy.images == ["a.png", "b.png"]
+    assert label_names(copy) == ["dog", "cat"]
+
+
 def test_pixels_are_those_of_the_resampling_of_training(photos, tmp_path):
     copy, source = copy_of(photos, tmp_path / "copy"), open_source(photos)
     bicubic = v2.Resize(30, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)

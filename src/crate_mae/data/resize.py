@@ -5,6 +5,7 @@ reduced images are not bit for bit those of the originals. A cache that is used 
 results of a run depend on the speed of the machine, and on whether the cache was still there when the run was resumed.
 """
 
+import csv
 import io
 import json
 import math
@@ -20,13 +21,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
-from crate_mae.data.base import EncodedSource, ImageSource, none_readable, refuse_unreadable
+from crate_mae.data.base import EncodedSource, ImageSource, label_names, none_readable, refuse_unreadable
 from crate_mae.data.dataset import default_workers, in_parallel
 from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_8_bits, to_channels
 from crate_mae.data.files import reason_of, refuse_existing, whole_folder
 from crate_mae.data.numbers import MAX_BAD
 from crate_mae.data.results import BadImage
-from crate_mae.data.sources import FolderSource
+from crate_mae.data.sources import METADATA, METADATA_COLUMNS, FolderSource
 from crate_mae.errors import UserError
 
 PARQUET_FILE = "images.parquet"
@@ -48,8 +49,9 @@ def resize_images(
 ) -> list[BadImage]:
     """Write a copy of a source in which no shorter side is longer than `size`, whole or not at all; see `resized`.
 
-    The copy of a folder is a folder with the same sub-folders and file names, up to suffixes. Every other source is
-    copied into one parquet file in the layout of Hugging Face, with its labels and the names of its classes.
+    The copy of a folder is a folder with the same sub-folders and file names, up to suffixes; labels that a table in
+    the folder gives are written to a `metadata.csv`. Every other source is copied into one parquet file in the layout
+    of Hugging Face, with its labels and the names of its classes.
 
     Images are read by `workers` processes, by default one less than there are cores, at most 8. `on_image` is called
     after each image, for a progress bar.
@@ -86,7 +88,7 @@ def resize_images(
         with whole_folder(out, replace=False) as folder:
             if isinstance(source, FolderSource):
                 _write_folder(source, readable(), folder)
-                files = len(source) - len(bad)
+                files = len(source) - len(bad) + (source.table is not None)
             else:
                 _write_parquet(source, readable(), folder / PARQUET_FILE)
                 files = 1
@@ -151,6 +153,7 @@ def _to_pillow(image: Image.Image | Tensor) -> Image.Image:
 
 def _write_folder(source: FolderSource, images: _Files, folder: Path) -> None:
     taken: set[str] = set()
+    written: list[tuple[int, str]] = []
     for i, content, suffix in images:
         path = PurePosixPath(source.images[i])
         name = str(path if suffix is None else path.with_suffix(suffix))
@@ -160,6 +163,12 @@ def _write_folder(source: FolderSource, images: _Files, folder: Path) -> None:
         file = folder / name
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(content)
+        written.append((i, name))
+    if source.table is not None and (labels := label_names(source)):
+        with (folder / METADATA).open("w", newline="", encoding="utf-8") as table:
+            writer = csv.writer(table)
+            writer.writerow(METADATA_COLUMNS)
+            writer.writerows((name, labels[i]) for i, name in written)
 
 
 def _write_parquet(source: ImageSource, images: _Files, file: Path) -> None:

@@ -33,6 +33,7 @@ _SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "va
 _SYSTEM_FOLDERS = frozenset(
     {"@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found", "__macosx"}
 )
+METADATA, METADATA_COLUMNS = "metadata.csv", ("file_name", "label")  # as for the `datasets` library
 _FILE_BLOCKS = 2  # that a fingerprint reads of each image
 _PREFIXES = ("hf", "torchvision", "digits")
 _PATTERN = re.compile(r"[*?\[{]")
@@ -226,6 +227,7 @@ class FolderSource(EncodedSource):
     Attributes:
         root: the folder.
         images: paths of the files in it.
+        table: the name of the file that the labels are read from, if any.
 
     Args:
         name: for messages.
@@ -239,7 +241,7 @@ class FolderSource(EncodedSource):
         tops = [image.split("/", 1)[0] for image in images]
         in_folders = all("/" in image for image in images) and len(set(tops)) > 1
         are_classes = in_folders and not {top.lower() for top in tops} <= _SPLITS
-        self._table, labels = (None, tops) if are_classes else _table_of_labels(root, images, tables)
+        self.table, labels = (None, tops) if are_classes else _table_of_labels(root, images, tables)
         super().__init__(name, *number_labels(labels))
         self.root = root
         self.images = images
@@ -262,7 +264,7 @@ class FolderSource(EncodedSource):
 
     def fingerprint(self) -> str | None:
         """Of all image files, and of the table of labels."""
-        files = self.images if self._table is None else [*self.images, self._table]
+        files = self.images if self.table is None else [*self.images, self.table]
         return files_fingerprint(((file, self.root / file) for file in files), _FILE_BLOCKS)
 
 
@@ -291,7 +293,7 @@ def _table_of_labels(root: Path, images: Sequence[str], tables: Iterable[str]) -
 def _metadata_labels(text: str) -> dict[str, str] | None:
     """Labels by path; None if there is no column of labels, since the table may be about other things."""
     lines = csv.DictReader(text.splitlines())
-    if not {"file_name", "label"} <= set(lines.fieldnames or []):
+    if not {*METADATA_COLUMNS} <= set(lines.fieldnames or []):
         return None
     return {line["file_name"]: line["label"] for line in lines}
 
@@ -303,7 +305,7 @@ def _annotated_labels(text: str) -> dict[str, str]:
 
 
 _TABLES = {  # of labels, by the names of their files: of the imagefolder of Hugging Face, and of Tiny ImageNet
-    "metadata.csv": _metadata_labels,
+    METADATA: _metadata_labels,
     "val_annotations.txt": _annotated_labels,
 }
 
