@@ -9,7 +9,15 @@ from crate_mae.data import open_source
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.interpret import foregrounds
-from crate_mae.interpret.foregrounds import read_drawings, read_drawn, score_foregrounds
+from crate_mae.interpret.foregrounds import (
+    colour_mask,
+    control_foregrounds,
+    cut_mask,
+    disc_mask,
+    read_drawings,
+    read_drawn,
+    score_foregrounds,
+)
 from crate_mae.interpret.statistics import find
 
 HEADER = "image,left,top,right,bottom\n"
@@ -63,10 +71,14 @@ def test_what_is_found_is_scored(pictures, masks, build, monkeypatch):
     found = drawn(masks, pictures, net, range(1, 3))
     right, left_half = found.masks.clone(), torch.zeros_like(found.masks)
     left_half[:, :, :4] = True
-    monkeypatch.setattr(foregrounds, "_found", lambda *_: {"component": right, "everything": left_half})
+    found_ones = {"component": right[:, None], "best head": torch.stack([left_half, right], 1)}
+    monkeypatch.setattr(foregrounds, "layer_foregrounds", lambda *_: found_ones)
+    monkeypatch.setattr(foregrounds, "control_foregrounds", lambda _: {"everything": left_half[:, None]})
     rows = score_foregrounds(net.encoder, found)
     assert [r.mean for r in find(rows, "foreground_iou", "component")] == [1.0, 1.0]  # of two layers
     assert find(rows, "correct_localisation", "component")[0].mean == 1
+    chosen = find(rows, "foreground_iou", "best head")[0]  # on the first image, scored on the second
+    assert (chosen.mean, chosen.n) == (1.0, 1)
     # Of 32 pixels, 8 and none are of the thing, which has 16.
     assert find(rows, "foreground_iou", "everything")[0].mean == pytest.approx((8 / 40 + 0) / 2)
     wrong = find(rows, "correct_localisation", "everything")[0]
@@ -77,7 +89,7 @@ def test_a_network_is_scored_by_attention_and_component(pictures, masks, build):
     net = build()
     rows = score_foregrounds(net.encoder, drawn(masks, pictures, net))
     for measure in ("foreground_iou", "correct_localisation"):
-        for kind in foregrounds.KINDS:
+        for kind in (*foregrounds.KINDS, *foregrounds.CONTROLS):
             assert [0 <= r.mean <= 1 for r in find(rows, measure, kind)] == [True, True]
     # The thing is brighter than the ground: one side of the first component is the thing.
     assert find(rows, "foreground_iou", "component")[0].mean > find(rows, "foreground_iou", "everything")[0].mean
@@ -89,7 +101,28 @@ def test_without_a_class_token_there_is_no_attention(pictures, masks):
     small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "num_classes": 0}
     model = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", **small)
     rows = score_foregrounds(model, drawn(masks, pictures, model))
-    assert {r.point for r in rows} == {"component", "everything"}
+    assert {r.point for r in rows} == {"best cut", "component", *foregrounds.CONTROLS}
+
+
+def test_a_normalised_cut_parts_two_groups_and_takes_the_one_inside():
+    inside = torch.zeros(5, 5, dtype=torch.bool)
+    inside[1:4, 2:4] = True
+    member = inside.flatten().double()
+    same = torch.outer(member, member) + torch.outer(1 - member, 1 - member)
+    affinity = same + 0.1 + torch.rand(25, 25, generator=torch.Generator().manual_seed(0)).double() * 0.01
+    affinity = torch.stack([(affinity + affinity.mT) / 2, torch.ones(25, 25)])
+    assert torch.equal(cut_mask(affinity, (5, 5))[0], inside)
+
+
+def test_controls_know_colours_and_sizes_alone(pictures, masks, build):
+    found = drawn(masks, pictures, build())
+    controls = control_foregrounds(found)
+    things = found.masks.float().mean((1, 2))
+    # The thing of the first image touches the border more than the ground does not: its side has more of the border.
+    assert torch.equal(controls["colours"][1:, 0], found.masks[1:])
+    assert controls["disc"].float().mean((1, 2, 3)).tolist() == pytest.approx([things[::2].mean().item()] * 3, abs=0.01)
+    assert colour_mask(torch.ones(1, 3, 4, 4)).sum() == 0
+    assert torch.equal(disc_mask((3, 3), 5 / 9).int(), torch.tensor([[0, 1, 0], [1, 1, 1], [0, 1, 0]]).int())
 
 
 @pytest.mark.parametrize(

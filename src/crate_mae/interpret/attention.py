@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -59,22 +59,45 @@ def class_attention(
             are not finite.
     """
     name = _attention_name(encoder, layer)
+    if not has_class_token(encoder):
+        raise UserError(
+            f"This {type(encoder).__name__} has no class token whose attention could be drawn. `viz pca` needs none."
+        )
     grid: Any = encoder.get_submodule("patch_embed").grid_size
-    device = next(encoder.parameters()).device
-
-    def maps_of(batch: Tensor) -> Tensor:
-        with trace(encoder, [name]) as record:
-            encoder.forward_features(batch.to(device))  # pyright: ignore[reportCallIssue]  # timm's contract
-        return attention_on_grid(record[name][0].float().cpu(), grid)
-
-    with evaluating(encoder):
-        parts = [overlapping(batch, grid, stride, maps_of) for batch in images.split(_AT_ONCE)]
+    parts = [
+        overlapping(batch, grid, stride, lambda shown: attention_on_grid(_attention(encoder, shown, name), grid))
+        for batch in images.split(_AT_ONCE)
+    ]
     heads = torch.cat(parts)
-    if not heads.isfinite().all():
-        raise UserError("This attention is not finite: the weights of the model hold NaN or overflow.")
     mean = heads.mean(1)
     total = mean.sum((1, 2), keepdim=True)
     return ClassAttention(heads, mean / torch.where(total == 0, 1, total))
+
+
+def patch_affinities(
+    encoder: nn.Module, images: Float[Tensor, "b c hh ww"], *, layer: int = -1
+) -> Iterator[Float[Tensor, "b h n n"]]:
+    """How much each head's attention mixes any two patches, few images at a time: (P + P^T) / 2 without prefix tokens.
+
+    Raises:
+        UserError: if the encoder has no attention, there is no such layer, or the weights are not finite.
+    """
+    name = _attention_name(encoder, layer)
+    rows, columns = encoder.get_submodule("patch_embed").grid_size  # pyright: ignore[reportGeneralTypeIssues]
+    for batch in images.split(_AT_ONCE):
+        attention = _attention(encoder, batch, name)[..., -rows * columns :, -rows * columns :]
+        yield (attention + attention.mT) / 2
+
+
+def _attention(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], name: str) -> Float[Tensor, "b h n n"]:
+    """The attention of a pass over whole images."""
+    device = next(encoder.parameters()).device
+    with evaluating(encoder), trace(encoder, [name]) as record:
+        encoder.forward_features(images.to(device))  # pyright: ignore[reportCallIssue]  # timm's contract
+    attention = record[name][0].float().cpu()
+    if not attention.isfinite().all():
+        raise UserError("This attention is not finite: the weights of the model hold NaN or overflow.")
+    return attention
 
 
 def overlapping(
@@ -138,6 +161,4 @@ def _attention_name(encoder: nn.Module, layer: int) -> str:
             f"No layer of this {kind} has attention between all patches: only Vision Transformers of this library "
             "and of timm show theirs."
         )
-    if not has_class_token(encoder):
-        raise UserError(f"This {kind} has no class token whose attention could be drawn. `viz pca` needs none.")
     return f"{list(layers)[layer_number(encoder, layer)]}.attention"

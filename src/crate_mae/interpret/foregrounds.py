@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from PIL import Image
 from scipy import ndimage
+from sklearn.cluster import KMeans
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
@@ -22,15 +23,18 @@ from crate_mae.data.decode import UnreadableImage, decode, size_of
 from crate_mae.data.numbers import MAX_BAD
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
-from crate_mae.interpret.attention import class_attention
+from crate_mae.interpret.attention import class_attention, patch_affinities
 from crate_mae.interpret.statistics import Row, row, statistic
 from crate_mae.interpret.tokens import encode_patches, grid_size, shown_images
 from crate_mae.models.tracing import layers_of
 
 FOREGROUND_MASS = 0.6  # DINO's share of the attention that makes the foreground
 CORRECT_IOU = 0.5
-KINDS = ("attention", "component", "everything")  # the last is the control: all of the image
+KINDS = ("attention", "best head", "best cut", "component")
+CONTROLS = ("everything", "disc", "colours")  # which need no network
 _COLUMNS = ("image", "left", "top", "right", "bottom")
+
+_CHOOSING, _SCORED = slice(0, None, 2), slice(1, None, 2)  # images on which a head is chosen, and scored
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, the last two beyond it, in pixels
 # Foregrounds by the names of images without folder and ending: files of masks, whose pixels that are not 0 are
@@ -119,44 +123,116 @@ def principal_mask(patches: Float[Tensor, "b n d"], grid_size: tuple[int, int]) 
     centred = patches.double() - patches.double().mean(1, keepdim=True)
     scores = torch.linalg.svd(centred, full_matrices=False)
     first = (scores.U[..., 0] * scores.S[..., :1]).unflatten(1, grid_size)
-    positive, negative = first > 0, first < 0
-    border = torch.ones(grid_size, dtype=torch.bool, device=patches.device)
+    size = patches.double().square().sum((1, 2))
+    return _inner_side(first) & (scores.S[:, 0].square() > 1e-12 * size)[:, None, None]
+
+
+def cut_mask(affinity: Float[Tensor, "b n n"], grid_size: tuple[int, int]) -> Bool[Tensor, "b gh gw"]:
+    r"""Foreground by the normalised cut of a symmetric affinity A between patches.
+
+    With G the diagonal of row sums, the second eigenvector of $G^{-1/2} A G^{-1/2}$, divided by the square roots of G,
+    minimises the relaxed cut (Shi & Malik 2000). As in TokenCut (Wang et al. 2022) it is split at its mean; which side
+    is the foreground is decided as in `principal_mask`.
+    """
+    affinity = affinity.double()
+    scale = affinity.sum(-1).rsqrt()
+    vectors = torch.linalg.eigh(scale[:, :, None] * affinity * scale[:, None, :]).eigenvectors
+    second = vectors[..., -2] * scale
+    return _inner_side((second - second.mean(1, keepdim=True)).unflatten(1, grid_size))
+
+
+def colour_mask(images: Float[Tensor, "b c hh ww"]) -> Bool[Tensor, "b hh ww"]:
+    """Foreground by the colours of the pixels alone: two clusters of k-means, the side that has less of the border."""
+    pixels = images.flatten(2).mT.double().numpy()
+    clusters = KMeans(2, n_init=1, random_state=0)
+    # An image of one colour has no clusters.
+    sides = [clusters.fit_predict(image) if np.ptp(image, axis=0).any() else np.zeros(len(image)) for image in pixels]
+    return _inner_side(torch.from_numpy(np.stack(sides)).unflatten(1, images.shape[2:]) - 0.5)
+
+
+def disc_mask(size: tuple[int, int], share: float) -> Bool[Tensor, "hh ww"]:
+    """The disc in the middle that covers a share of an image, cut off at its borders."""
+    axes = (torch.arange(side, dtype=torch.float64) - (side - 1) / 2 for side in size)
+    distance = torch.cartesian_prod(*axes).norm(dim=1)
+    return (distance.argsort().argsort() < round(share * distance.numel())).unflatten(0, size)
+
+
+def _inner_side(signed: Float[Tensor, "b gh gw"]) -> Bool[Tensor, "b gh gw"]:
+    """Of the places with positive and with negative values, those that have the smaller share on the border."""
+    positive, negative = signed > 0, signed < 0
+    border = torch.ones(signed.shape[1:], dtype=torch.bool, device=signed.device)
     border[1:-1, 1:-1] = False
     # Shares, not numbers: else the larger side would lose.
     outside = [(side & border).sum((1, 2)) / side.sum((1, 2)).clamp_min(1) for side in (positive, negative)]
-    chosen = torch.where((outside[0] <= outside[1])[:, None, None], positive, negative)
-    size = patches.double().square().sum((1, 2))
-    return chosen & (scores.S[:, 0].square() > 1e-12 * size)[:, None, None]
+    return torch.where((outside[0] <= outside[1])[:, None, None], positive, negative)
 
 
 def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
-    """Score the foregrounds that each layer finds, by attention and by the first component of the tokens.
+    """Score the foregrounds that each layer finds, and those of controls that need no network.
 
-    A network without a class token has no foreground by attention. The control takes the whole image for foreground,
-    which is hard to beat where a large object is in the middle.
+    Of several heads, the one that is best on every other image is scored on the remaining images. Controls: the whole
+    image, which is hard to beat where a large object is in the middle; a centred disc as large as the mean foreground
+    of every other image; and two clusters of colours.
     """
-    rows = []
+    rows, controls = [], control_foregrounds(drawn)
     for layer in range(len(layers_of(encoder))):
-        for kind, mask in _found(encoder, drawn.images, layer).items():
+        for kind, masks in (layer_foregrounds(encoder, drawn.images, layer) | controls).items():
+            scores = overlaps(masks, drawn)
+            chosen = scores[_CHOOSING].mean(0).argmax() if masks.shape[1] > 1 else 0
+            part = slice(None) if masks.shape[1] == 1 else _SCORED
             place = ("encoder", layer)
             if drawn.masks is not None:
-                overlap = intersection_over_union(mask, drawn.masks)
-                rows.append(row(place, "foreground_iou", statistic(overlap), point=kind))
-            rows.append(row(place, "correct_localisation", statistic(_localised(mask, drawn.boxes)), point=kind))
+                rows.append(row(place, "foreground_iou", statistic(scores[part, chosen]), point=kind))
+            localised = _localised(masks[part, chosen], drawn.boxes[part])
+            rows.append(row(place, "correct_localisation", statistic(localised), point=kind))
     return rows
 
 
-def _found(encoder: nn.Module, images: Float[Tensor, "b c hh ww"], layer: int) -> dict[str, Bool[Tensor, "b hh ww"]]:
-    """The foregrounds that one layer finds, as masks of pixels, and the control."""
-    found: dict[str, Tensor] = {}
-    with suppress(UserError):  # no class token, or no attention
-        found["attention"] = mass_mask(class_attention(encoder, images, layer=layer).saliency)
+def layer_foregrounds(
+    encoder: nn.Module, images: Float[Tensor, "b c hh ww"], layer: int
+) -> dict[str, Bool[Tensor, "b k hh ww"]]:
+    """The foregrounds that one layer finds, as masks of pixels: by each head, or one.
+
+    By attention of the class token (mean over heads, and each head): the fewest patches with 60% of it. By the
+    normalised cut of each head's affinities between patches. By the first principal component of the tokens. A network
+    without a class token has none by attention; with a single image no head can be chosen.
+    """
     grid = grid_size(encoder)
     assert grid is not None, "the caller has checked"
-    found["component"] = principal_mask(encode_patches(encoder, images, layer), grid)
-    found["everything"] = torch.ones_like(found["component"])
+    found: dict[str, Tensor] = {}
+    with suppress(UserError):  # no class token, or no attention
+        attention = class_attention(encoder, images, layer=layer)
+        found["attention"] = mass_mask(attention.saliency)[:, None]
+        found["best head"] = mass_mask(attention.heads.flatten(0, 1)).unflatten(0, attention.heads.shape[:2])
+    with suppress(UserError):  # no attention
+        parts = [
+            cut_mask(affinity.flatten(0, 1), grid).unflatten(0, affinity.shape[:2])
+            for affinity in patch_affinities(encoder, images, layer=layer)
+        ]
+        found["best cut"] = torch.cat(parts)
+    found["component"] = principal_mask(encode_patches(encoder, images, layer), grid)[:, None]
+    if len(images) == 1:
+        found = {kind: masks for kind, masks in found.items() if masks.shape[1] == 1}
     rows, columns = images.shape[2] // grid[0], images.shape[3] // grid[1]  # pixels of a patch
-    return {kind: mask.repeat_interleave(rows, 1).repeat_interleave(columns, 2) for kind, mask in found.items()}
+    return {kind: masks.repeat_interleave(rows, 2).repeat_interleave(columns, 3) for kind, masks in found.items()}
+
+
+def control_foregrounds(drawn: Drawn) -> dict[str, Bool[Tensor, "b 1 hh ww"]]:
+    """Foregrounds that need no network, see `score_foregrounds`; boxes have no disc, whose size is that of masks."""
+    images = drawn.images
+    found = {"everything": torch.ones_like(images[:, :1], dtype=torch.bool)}
+    if drawn.masks is not None:
+        share = float(drawn.masks[_CHOOSING].float().mean())
+        found["disc"] = disc_mask((images.shape[2], images.shape[3]), share).expand(len(images), 1, -1, -1)
+    return found | {"colours": colour_mask(images)[:, None]}
+
+
+def overlaps(masks: Bool[Tensor, "b k hh ww"], drawn: Drawn) -> Float[Tensor, "b k"]:
+    """Intersection over union with the drawn masks; 1 or 0 for boxes that are right or not, if only those are drawn."""
+    each = masks.unbind(1)
+    if drawn.masks is None:
+        return torch.stack([_localised(mask, drawn.boxes) for mask in each], 1)
+    return torch.stack([intersection_over_union(mask, drawn.masks) for mask in each], 1)
 
 
 def _localised(mask: Bool[Tensor, "b hh ww"], boxes: Sequence[Int[Tensor, "k 4"]]) -> Float[Tensor, "b"]:

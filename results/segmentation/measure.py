@@ -1,0 +1,129 @@
+"""Do heads segment? Foregrounds that a model finds without labels, against masks that were drawn by hand.
+
+    python results/segmentation/measure.py NAME IMAGES MASKS MODEL...
+
+IMAGES is a folder, and MASKS one with a mask of the same name for each image, in which 0 is background. A MODEL is a
+preset's name with random initialisation (`NAME:untrained`), a run or a bundled model. Foregrounds are those of
+`crate_mae.interpret.foregrounds`: of each layer the mean attention of the class token, that of each head, the
+normalised cut of each head's affinities, and the first principal component of the tokens. Of all of them, over all
+layers and heads, the one with the highest mean IoU on every other image is scored on the remaining images; next to the
+controls, which need no network: all of the image, a centred disc as large as the mean foreground, and two clusters of
+colours.
+
+The rule, written before the runs: a model segments if its best foreground beats, on the images that nothing was chosen
+on, the best of the controls and the same network with random initialisation, both by more than twice the standard error
+of the paired difference. Results: NAME.csv.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import crate_mae
+from crate_mae.data import open_source
+from crate_mae.evaluation.backbones import Backbone, open_backbone
+from crate_mae.interpret.foregrounds import (
+    Drawn,
+    control_foregrounds,
+    layer_foregrounds,
+    overlaps,
+    read_drawings,
+    read_drawn,
+)
+from crate_mae.models.presets import preset
+from crate_mae.models.tracing import layers_of
+from crate_mae.models.weights import initialised
+
+UNTRAINED = ":untrained"
+CORRECT = 0.5  # an IoU above which a foreground counts as found
+
+
+def main() -> None:
+    """Score all models, and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name")
+    parser.add_argument("images", type=Path)
+    parser.add_argument("masks", type=Path)
+    parser.add_argument("models", nargs="+")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    source, drawings = open_source(str(options.images)), read_drawings(options.masks)
+    rows: list[dict[str, Any]] = []
+    scored: dict[str, Tensor] = {}
+    for model in options.models:
+        backbone = opened(model)
+        drawn = read_drawn(drawings, source, range(len(source)), backbone)
+        if not scored:
+            for name, masks in control_foregrounds(drawn).items():
+                scored[name] = overlaps(masks, drawn)[1::2, 0]
+                rows.append(line(name, "", "", "", scored[name]))
+            best = max(scored.values(), key=lambda scores: float(scores.mean()))
+        for kind, (place, scores) in best_foregrounds(backbone, drawn).items():
+            scored[f"{model} {kind}"] = scores
+            rows.append(line(model, kind, *place, scores) | versus("control", scores, best))
+            if (control := scored.get(f"{model}{UNTRAINED} {kind}")) is not None:
+                rows[-1] |= versus("untrained", scores, control)
+        print(*rows[-5:], sep="\n", flush=True)
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    with (Path(__file__).parent / f"{options.name}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def opened(model: str) -> Backbone:
+    """A model's encoder; with random initialisation that of the same network."""
+    if not model.endswith(UNTRAINED):
+        return open_backbone(crate_mae.load(model))
+    name = model.removesuffix(UNTRAINED)
+    torch.manual_seed(0)
+    return open_backbone(initialised(crate_mae.load(name).config if Path(name).exists() else preset(name)))
+
+
+def best_foregrounds(backbone: Backbone, drawn: Drawn) -> dict[str, tuple[tuple[int, int], Tensor]]:
+    """The layer and head that find the best foregrounds of each kind, and over all kinds; their IoU on other images."""
+    found: dict[str, tuple[float, tuple[int, int], Tensor]] = {}
+    for layer in range(len(layers_of(backbone.encoder))):
+        for kind, masks in layer_foregrounds(backbone.encoder, drawn.images, layer).items():
+            scores = overlaps(masks, drawn)
+            chosen_on, head = scores[::2].mean(0).max(0)
+            for name in (kind, "all"):
+                if name not in found or float(chosen_on) > found[name][0]:
+                    found[name] = float(chosen_on), (layer, int(head)), scores[1::2, head]
+    return {kind: (place, scores) for kind, (_, place, scores) in found.items()}
+
+
+def line(model: str, kind: str, layer: int | str, head: int | str, scores: Tensor) -> dict[str, Any]:
+    """A row of the table."""
+    return {
+        "model": model,
+        "kind": kind,
+        "layer": layer,
+        "head": head,
+        "images": len(scores),
+        "miou": round(float(scores.mean()), 4),
+        "error": round(standard_error(scores), 4),
+        "found": round(float((scores > CORRECT).float().mean()), 4),
+    }
+
+
+def versus(name: str, scores: Tensor, control: Tensor) -> dict[str, float]:
+    """The paired difference from a control, and its standard error."""
+    difference = scores - control
+    return {
+        f"beyond_{name}": round(float(difference.mean()), 4),
+        f"beyond_{name}_error": round(standard_error(difference), 4),
+    }
+
+
+def standard_error(values: Tensor) -> float:
+    """Of the mean."""
+    return float(values.std() / len(values) ** 0.5)
+
+
+if __name__ == "__main__":
+    main()
