@@ -3,7 +3,7 @@
     python results/segmentation/measure.py NAME IMAGES MASKS MODEL...
 
 IMAGES is a folder, and MASKS one with a mask of the same name for each image, in which 0 is background. A MODEL is a
-preset's name with random initialisation (`NAME:untrained`), a run or a bundled model. Foregrounds are those of
+run or a bundled model, given after the same with `:untrained`, which is its control. Foregrounds are those of
 `crate_mae.interpret.foregrounds`: of each layer the mean attention of the class token, that of each head, the
 normalised cut of each head's affinities, and the first principal component of the tokens. Of all of them, over all
 layers and heads, the one with the highest mean IoU on every other image is scored on the remaining images; next to the
@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import crate_mae
 from crate_mae.data import open_source
 from crate_mae.evaluation.backbones import Backbone, open_backbone
 from crate_mae.interpret.foregrounds import (
@@ -34,11 +33,9 @@ from crate_mae.interpret.foregrounds import (
     read_drawings,
     read_drawn,
 )
-from crate_mae.models.presets import preset
 from crate_mae.models.tracing import layers_of
-from crate_mae.models.weights import initialised
+from crate_mae.models.weights import UNTRAINED
 
-UNTRAINED = ":untrained"
 CORRECT = 0.5  # an IoU above which a foreground counts as found
 
 
@@ -55,7 +52,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     scored: dict[str, Tensor] = {}
     for model in options.models:
-        backbone = opened(model)
+        torch.manual_seed(0)  # of random initialisation
+        backbone = open_backbone(model)
         drawn = read_drawn(drawings, source, range(len(source)), backbone)
         if not scored:
             for name, masks in control_foregrounds(drawn).items():
@@ -67,21 +65,11 @@ def main() -> None:
             rows.append(line(model, kind, *place, scores) | versus("control", scores, best))
             if (control := scored.get(f"{model}{UNTRAINED} {kind}")) is not None:
                 rows[-1] |= versus("untrained", scores, control)
-        print(*rows[-5:], sep="\n", flush=True)
     columns = list(dict.fromkeys(name for row in rows for name in row))
     with (Path(__file__).parent / f"{options.name}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
-
-
-def opened(model: str) -> Backbone:
-    """A model's encoder; with random initialisation that of the same network."""
-    if not model.endswith(UNTRAINED):
-        return open_backbone(crate_mae.load(model))
-    name = model.removesuffix(UNTRAINED)
-    torch.manual_seed(0)
-    return open_backbone(initialised(crate_mae.load(name).config if Path(name).exists() else preset(name)))
 
 
 def best_foregrounds(backbone: Backbone, drawn: Drawn) -> dict[str, tuple[tuple[int, int], Tensor]]:
