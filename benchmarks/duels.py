@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.entries import sizes
+from benchmarks.entries import Size
 from benchmarks.worker import ask
 
 # Ours, and what it is held against.
@@ -30,6 +30,7 @@ class Duel:
         precision: of both.
         task: training or encoding.
         names: ours, then the other.
+        batch: images.
         seconds: median of each.
         gigaflops: operations of each, in thousands of millions.
         peak: rate of a plain product in the same rounds, thousands of millions of operations a second.
@@ -41,6 +42,7 @@ class Duel:
     precision: str
     task: str
     names: tuple[str, str]
+    batch: int
     seconds: tuple[float, float]
     gigaflops: tuple[float, float]
     peak: float
@@ -57,6 +59,7 @@ class Duel:
             self.task,
             " / ".join(self.names),
             _pair([second * 1000 for second in self.seconds], ",.1f"),
+            _pair([self.batch / second for second in self.seconds], ",.0f"),
             f"**{middle:.2f}** ({low:.2f} to {high:.2f})",
             _pair(self.gigaflops, ",.1f"),
             f"{self.peak:,.0f}",
@@ -65,12 +68,16 @@ class Duel:
         return f"| {' | '.join(cells)} |"
 
 
-HEAD = "| size | precision | task | first / second | ms | ratio | Gflop | peak | share of peak |\n" + "|---" * 9 + "|"
+HEAD = (
+    "| size | precision | task | first / second | ms | images/s | ratio | Gflop | peak | share of peak |\n"
+    + "|---" * 10
+    + "|"
+)
 
 
-def fight(size: str, precision: str, task: str, names: tuple[str, str], **options: Any) -> Duel:
-    """Time two entries; the options are `rounds`, `clock` and `threads`."""
-    found = ask("times", sizes()[size], names=names, precision=precision, task=task, **options)
+def fight(name: str, size: Size, precision: str, task: str, names: tuple[str, str], **options: Any) -> Duel:
+    """Time two entries of the size of this name; the options are `rounds`, `clock` and `threads`."""
+    found = ask("times", size, names=names, precision=precision, task=task, **options)
     first, second = (found["seconds"][name] for name in names)
     ratios = [b / a for a, b in zip(first, second, strict=True)]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
@@ -78,7 +85,7 @@ def fight(size: str, precision: str, task: str, names: tuple[str, str], **option
     gigaflops = found["flops"][names[0]] / 1e9, found["flops"][names[1]] / 1e9
     peak = statistics.median(found["rates"]) / 1e9
     shares = gigaflops[0] / seconds[0] / peak, gigaflops[1] / seconds[1] / peak
-    return Duel(size, precision, task, names, seconds, gigaflops, peak, shares, (low, middle, high))
+    return Duel(name, precision, task, names, size.batch, seconds, gigaflops, peak, shares, (low, middle, high))
 
 
 def _pair(numbers: Sequence[float], form: str) -> str:

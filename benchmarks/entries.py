@@ -67,6 +67,7 @@ class Entry:
 def sizes() -> dict[str, Size]:
     """Those that `--sizes` takes."""
     return {
+        "large": Size(preset("crate_mae_large_patch16_224"), preset("vit_mae_large_published_patch16_224"), 8),
         "base": Size(preset("crate_mae_base_patch16_224"), preset("vit_mae_base_published_patch16_224"), 8),
         "micro": Size(preset("crate_mae_micro_patch4_32"), preset("vit_mae_micro_patch4_32"), 128),
         "nano": Size(preset("crate_mae_nano_patch2_8"), preset("vit_mae_nano_patch2_8"), 4),  # to try the benchmark

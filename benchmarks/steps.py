@@ -5,6 +5,7 @@ round, which says what the machine can do. A ratio is one of times in the same r
 """
 
 import argparse
+import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
@@ -14,7 +15,7 @@ import torch
 
 from benchmarks.chart import draw_duels
 from benchmarks.duels import DUELS, HEAD, Duel, fight
-from benchmarks.entries import ENTRIES, sizes
+from benchmarks.entries import ENTRIES, Size, sizes
 from benchmarks.report import command_line, common_options, heading, result_path
 from benchmarks.worker import ask
 from crate_mae.data.files import write_whole
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     duels = list(_duels(options))
     memories = list(_memories(options)) if "training" in options.tasks else []
     command = command_line("benchmarks.steps", arguments)
-    text = "\n".join([*heading("Steps", command, options), *_tables(duels, memories), ""])
+    text = "\n".join([*heading("Steps", command, options), *_tables(duels, memories, options), ""])
     path = result_path("steps", options)
     write_whole(path, text.encode())
     draw_duels(duels, path.with_suffix(".png"))
@@ -54,16 +55,22 @@ def _parser() -> argparse.ArgumentParser:
     precisions = ["float32"] if slow else ["float32", "bfloat16"]
     found = common_options(__doc__, rounds=9)
     found.add_argument("--sizes", nargs="+", choices=sizes(), default=["base", "micro"])
+    found.add_argument("--batch", type=int, help="images a step; by default few, for a processor")
     found.add_argument("--precisions", nargs="+", choices=["float32", "bfloat16"], default=precisions)
     found.add_argument("--tasks", nargs="+", choices=DUELS, default=list(DUELS))
     return found
+
+
+def _size(name: str, options: argparse.Namespace) -> Size:
+    size = sizes()[name]
+    return dataclasses.replace(size, batch=options.batch or size.batch)
 
 
 def _duels(options: argparse.Namespace) -> Iterator[Duel]:
     timing = {"rounds": options.rounds, "clock": options.clock, "threads": options.threads}
     for size, precision, task in itertools.product(options.sizes, options.precisions, options.tasks):
         for names in DUELS[task]:
-            duel = fight(size, precision, task, names, **timing)
+            duel = fight(size, _size(size, options), precision, task, names, **timing)
             print(duel.row, file=sys.stderr, flush=True)
             yield duel
 
@@ -71,11 +78,15 @@ def _duels(options: argparse.Namespace) -> Iterator[Duel]:
 def _memories(options: argparse.Namespace) -> Iterator[Memory]:
     for size, precision in itertools.product(options.sizes, options.precisions):
         what = {"precision": precision, "task": "training", "threads": options.threads}
-        yield Memory(size, precision, {name: ask("memory", sizes()[size], name=name, **what) for name in ENTRIES})
+        memory = Memory(
+            size, precision, {name: ask("memory", _size(size, options), name=name, **what) for name in ENTRIES}
+        )
+        print(_memory_row(memory), file=sys.stderr, flush=True)
+        yield memory
 
 
-def _tables(duels: Sequence[Duel], memories: Sequence[Memory]) -> Iterator[str]:
-    batches = ", ".join(f"{size} {sizes()[size].batch}" for size in dict.fromkeys(duel.size for duel in duels))
+def _tables(duels: Sequence[Duel], memories: Sequence[Memory], options: argparse.Namespace) -> Iterator[str]:
+    batches = ", ".join(f"{size} {_size(size, options).batch}" for size in options.sizes)
     yield f"Images a step: {batches}.\n"
     yield "A ratio says how many times as long the second takes: median (quartiles) over rounds. Times are medians."
     yield "Operations are those of matrix products. The peak is the rate of one large product in the same rounds, in"
