@@ -3,7 +3,8 @@
 #
 #     results/gpu/run.sh MINUTES [DATA]
 #
-# DATA is a folder with train.parquet and test.parquet, by default build/gpu/data. Results go to $OUT, by default ./out.
+# DATA is a folder with train.parquet and test.parquet, by default build/gpu/data. Results go to $OUT, by default out.
+# Relative paths are relative to the root of the project.
 # Whatever does not fit into its share of the time is cut off, and summary.txt says so.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
@@ -25,7 +26,7 @@ fi
 export PYTHONPATH="$PWD/src:$PWD:$site${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 
 if [ "${CRATE_MAE_GPU_REHEARSAL:-}" = cpu ]; then  # everything, of the smallest size
-  steps=("nano 4") rounds=2 train=(--cpu --batch 64 --images 1200 --test-images 400)
+  steps=("nano 4") rounds=2 train=(--cpu --batch 32 --images 500 --test-images 200)
 else
   "$python" -c "import torch; assert torch.cuda.is_available()" || { echo "There is no GPU." >&2; exit 1; }
   steps=("base 256" "large 128") rounds=9 train=()
@@ -40,7 +41,7 @@ stage() {
   [ "$limit" -lt "$left" ] || limit=$left
   [ "$limit" -gt 0 ] || { say "$name: not begun, no time was left"; return; }
   began=$(date +%s)
-  timeout --signal=INT --kill-after=10 "$limit" env --default-signal=INT "$@" >> "$out/$name.txt" 2>&1
+  timeout --signal=INT --kill-after=20 "$limit" env --default-signal=INT "$@" >> "$out/$name.txt" 2>&1
   case $? in
     0) say "$name: finished in $(($(date +%s) - began)) s" ;;
     124 | 137) say "$name: cut off after $limit s" ;;
@@ -52,7 +53,8 @@ stage() {
 say "$(date --iso-8601=seconds) results/gpu/run.sh $minutes, ${CRATE_MAE_GPU_REHEARSAL:+a rehearsal on the }${CRATE_MAE_GPU_REHEARSAL:-on a GPU}"
 several=()
 "$python" -c "import xdist" 2> /dev/null && several=(-n "$(($(nproc) < 4 ? 0 : 4))")
-stage tests 25 "$python" -m pytest tests/gpu -m gpu -v -p no:cacheprovider "${several[@]}" --junitxml "$out/tests.xml"
+stage tests 25 "$python" -m pytest tests/gpu -m gpu -v -p no:cacheprovider -o filterwarnings=default \
+  "${several[@]}" --junitxml "$out/tests.xml"
 for each in "${steps[@]}"; do
   read -r size batch <<< "$each"
   stage "steps_$size" 20 "$python" -m benchmarks.steps --machine gpu --sizes "$size" --batch "$batch" --tasks training \

@@ -243,17 +243,17 @@ def step(
     return loss.detach()
 
 
-def sent(loss: Float[Tensor, ""]) -> tuple[Tensor, torch.Event | None]:
+def sent(loss: Float[Tensor, ""]) -> tuple[Tensor, torch.cuda.Event | None]:
     """The loss on its way to the CPU, and what says that it is there."""
     if loss.device.type != "cuda":
         return loss, None
     here = torch.empty((), dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
-    event = torch.Event(loss.device)
+    event = torch.cuda.Event()
     event.record()
     return here, event
 
 
-def arrived(loss: Tensor, event: torch.Event | None) -> float:
+def arrived(loss: Tensor, event: torch.cuda.Event | None) -> float:
     """The number, once it is there; steps that were started later go on."""
     if event is not None:
         event.synchronize()
