@@ -60,6 +60,6 @@ for each in "${steps[@]}"; do
   stage "steps_$size" 20 "$python" -m benchmarks.steps --machine gpu --sizes "$size" --batch "$batch" --tasks training \
     --precisions bfloat16 --rounds "$rounds" --out "$site"
 done
-left=$((end - $(date +%s) - 5))
+left=$((end - $(date +%s) - 15))
 stage train 100 "$python" results/gpu/train.py "$data/train.parquet" "$data/test.parquet" "$out" --seconds "$left" "${train[@]}"
 say "$(date --iso-8601=seconds) finished"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import psutil
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
@@ -54,6 +55,7 @@ MODELS = {
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)  # of AdamW, alike for all
 SEARCHED = 0.05  # of a model's seconds, for each rate
 PROBING = 0.2  # of all seconds, for the probes that are left when the last model is trained
+TRAINING = 0.9  # of what is left before; the rest is for held-out losses and features
 WARM_UP, WEIGHT_DECAY, CLIP = 0.05, 0.05, 1.0
 HELD_OUT = 2000
 AT_ONCE = 1000  # images that are measured together
@@ -84,7 +86,7 @@ class Images(NamedTuple):
 
 def main() -> None:
     """Train and probe all models, as far as the time allows."""
-    began = time.monotonic()
+    began = time.monotonic() - (time.time() - psutil.Process().create_time())  # imports take seconds, too
     options = _parser().parse_args()
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(relativeCreated)d ms %(message)s", force=True)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that fit probes
@@ -96,15 +98,12 @@ def main() -> None:
         probes = Probes(pool, Path(folder), images)
         for name in MODELS:
             probes.ask(name, "random initialisation", fresh(name, device))
-        last = began + options.seconds * (1 - PROBING)
-        for number, name in enumerate(MODELS):
-            left = (last - time.monotonic()) / (len(MODELS) - number)
-            model = trained(name, left, images, device, options, report)
+        left = began + options.seconds * (1 - PROBING) - time.monotonic()
+        for name in MODELS:
+            model = trained(name, TRAINING * left / len(MODELS), images, device, options, report)
             probes.ask(name, "trained", model)
-            report.add("probes", probes.ready())
-        report.add("probes", probes.ready(began + options.seconds))
-        report.unfinished = probes.unfinished()
-        report.write()
+            report.add_probes(probes)
+        report.add_probes(probes, until=began + options.seconds)
     logger.info("finished; probes without a result: %s", report.unfinished or "none")
 
 
@@ -113,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("train")
     parser.add_argument("test")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--seconds", type=float, default=300.0, help="for everything")
+    parser.add_argument("--seconds", type=float, default=300.0, help="for everything, from the start of the process")
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--images", type=int, help="training images, the held-out ones included; all by default")
     parser.add_argument("--test-images", type=int, help="all by default")
@@ -167,8 +166,9 @@ def trained(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     final = (1 - SEARCHED * (1 + len(RATES))) * seconds
+    began = time.perf_counter()
     steps, curve = train(model, best, final, images, options.batch)
-    seen = steps * options.batch
+    took, seen = time.perf_counter() - began, steps * options.batch
     after = held_out_loss(model, images.held_out)
     row = {
         "model": name,
@@ -177,10 +177,10 @@ def trained(
         "losses_of_the_search": losses,
         "lr": best,
         "lr_is_at_the_edge": best in (RATES[0], RATES[-1]),
-        "seconds": round(final, 2),
+        "seconds": round(took, 2),
         "steps": steps,
         "epochs": round(seen / len(images.train), 2),
-        "images_per_second": round(seen / final),
+        "images_per_second": round(seen / took),
         "peak_memory": peak_on(device),
         "held_out_loss": {"before": before, "after": after},
     }
@@ -382,6 +382,12 @@ class Report:
         for row in rows:
             logger.info("%s", json.dumps(row))
         self.write()
+
+    def add_probes(self, probes: Probes, until: float = 0.0) -> None:
+        """Add the probes that are ready, or will be by a time, and the names of the others."""
+        rows = probes.ready(until)
+        self.unfinished = probes.unfinished()
+        self.add("probes", rows)
 
     def write(self) -> None:
         """Write both files anew."""

@@ -106,7 +106,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(device, tmp_path):
     for process in ("first", "second"):
         command = [sys.executable, "-c", DETERMINISTIC, str(tmp_path), process]
         environment = {**os.environ, **settings}
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT, env=environment)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment)
         assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     for precision in ("float32", "bfloat16"):
         whole, stopped = ((tmp_path / f"{run}-{precision}" / "model.safetensors") for run in ("whole", "stopped"))
