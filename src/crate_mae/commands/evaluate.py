@@ -259,11 +259,14 @@ def _verdict(probed: "Probed") -> str:
     for control in probed.controls:
         other = control.chosen()[1].score
         what = "random initialisation" if control.backbone.is_random else control.backbone.name
-        points = 100 * (score.value - other.value)
-        if score.low > other.high:
-            comparisons.append(f"{points:.1f} points better than {what}")
-        elif score.high < other.low:
-            comparisons.append(f"{-points:.1f} points WORSE than {what}")
-        else:
-            comparisons.append(f"no better than {what} on these images ({points:+.1f} points; the intervals overlap)")
+        overlap = score.low <= other.high and other.low <= score.high
+        what += " on these images" if overlap else ""
+        comparisons.append(compared_with(what, 100 * (score.value - other.value), ".1f", "points", overlap=overlap))
     return f"{where}: {'; '.join(comparisons)}."
+
+
+def compared_with(control: str, difference: float, digits: str, unit: str, *, overlap: bool) -> str:
+    """How much better or worse a score is than that of a control; no better if their intervals overlap."""
+    if overlap:
+        return f"no better than {control} ({difference:+{digits}} {unit}; the intervals overlap)"
+    return f"{abs(difference):{digits}} {unit} {'better' if difference > 0 else 'WORSE'} than {control}"

@@ -17,7 +17,7 @@ from crate_mae.commands.console import (
     print_if_random,
     progress,
 )
-from crate_mae.commands.evaluate import Evaluation, write_report
+from crate_mae.commands.evaluate import Evaluation, compared_with, write_report
 from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
 from crate_mae.models.config import MASK_RATIO
@@ -167,7 +167,7 @@ def eval_reconstruction(
     ratios = mask_ratios or tuple(r for r in _RATIOS if visible_patches(net.num_patches, r) > 0)
     console, name = open_console(stderr=json), model_name(model)
     has_twin = controls and not is_untrained(name)
-    batches = (1 + controls + has_twin) * len(ratios) * -(-len(read.images) // batch_size)
+    batches = (1 + controls + has_twin) * len(ratios) * math.ceil(len(read.images) / batch_size)
     with progress(console, "Completing images", batches) as advance:
         score = partial(
             completion_scores,
@@ -254,12 +254,9 @@ def _verdict(name: str, scores: "list[CompletionScore]", controls: "Mapping[str,
     at = min(range(len(scores)), key=lambda i: abs(scores[i].mask_ratio - MASK_RATIO))
     score, comparisons = scores[at], []
     for control, others in controls.items():
-        points = score.psnr - others[at].psnr
-        overlap = abs(points) <= (score.psnr_half_width or math.inf) + (others[at].psnr_half_width or math.inf)
-        if overlap:
-            comparisons.append(f"no better than {_short(control)} ({points:+.2f} dB; the intervals overlap)")
-        else:
-            comparisons.append(f"{abs(points):.2f} dB {'better' if points > 0 else 'WORSE'} than {_short(control)}")
+        difference = score.psnr - others[at].psnr
+        overlap = abs(difference) <= (score.psnr_half_width or math.inf) + (others[at].psnr_half_width or math.inf)
+        comparisons.append(compared_with(_short(control), difference, ".2f", "dB", overlap=overlap))
     where = f"With {100 * score.mask_ratio:g}% hidden, completions of {name} ({score.psnr:.2f} dB) are "
     return f"{where}{' and '.join(comparisons)}."
 
