@@ -15,9 +15,9 @@ from crate_mae.drawing.text import html, number, percent, signed
 from crate_mae.interpret.audit import SYMBOLS
 from crate_mae.interpret.report import inspection as inspection_module
 from crate_mae.interpret.report.findings import STAND_IN_LIMITS
+from crate_mae.interpret.report.html import REPORT_FILE, plan_figures, report_files
 from crate_mae.interpret.report.inspection import Training, inspect_model
 from crate_mae.interpret.report.options import InspectOptions
-from crate_mae.interpret.report.page import PAGE, plan_figures, report_files
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
 SECTIONS = {"model", "findings", "layers", "audit", "weights", "attention", "tokens", "atoms", "left-out"}
@@ -72,7 +72,7 @@ def files(inspection):
 
 @pytest.fixture(scope="module")
 def page(files):
-    return files[PAGE]
+    return files[REPORT_FILE]
 
 
 class Tags(HTMLParser):

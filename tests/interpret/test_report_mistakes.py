@@ -11,9 +11,9 @@ import crate_mae
 from crate_mae.data import open_source
 from crate_mae.errors import UserError
 from crate_mae.interpret.report import inspection as inspection_module
+from crate_mae.interpret.report.html import draw_figures, plan_figures, write_html
 from crate_mae.interpret.report.inspection import inspect_model
 from crate_mae.interpret.report.options import InspectOptions
-from crate_mae.interpret.report.page import draw_figures, plan_figures, write_page
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +29,7 @@ def report(**options):
     )
     plan = plan_figures(inspection)
     pictures = {figure.name: b"" for figures in plan.values() for figure in figures}
-    page = write_page(inspection, plan, pictures)
+    page = write_html(inspection, plan, pictures)
     inspection.to_json()  # which refuses NaN
     return inspection, plan, page
 

@@ -10,7 +10,7 @@ from crate_mae.interpret.claims import attention, denoising, diffusion, ista, si
 from crate_mae.interpret.claims.attention import softmax_steps, tilt_bases
 from crate_mae.interpret.claims.common import Spread, cosine, relative_error, spreads
 from crate_mae.interpret.claims.ista import STEPS, lasso_solution
-from crate_mae.interpret.claims.page import measure_theory
+from crate_mae.interpret.claims.report import measure_theory
 from crate_mae.interpret.claims.signal_to_noise import attention_layer
 from crate_mae.theory import coherence, orthonormal_bases, orthonormality_error
 from crate_mae.theory import signal_to_noise as signal_to_noise_of

@@ -150,11 +150,8 @@ def eval_reconstruction(
     """
     from crate_mae.data.base import fixed_sample
     from crate_mae.evaluation.probing import data_name, versions
-    from crate_mae.evaluation.reconstruction import completion_scores
-    from crate_mae.models.classifier import untrained
-    from crate_mae.models.completion import flat_patches
     from crate_mae.models.masking import visible_patches
-    from crate_mae.models.weights import UNTRAINED, is_untrained, model_name
+    from crate_mae.models.weights import is_untrained, model_name
 
     check_seed(seed)
     out = None if out is None else new_file("--out", out, ".json", overwrite=overwrite)
@@ -166,20 +163,8 @@ def eval_reconstruction(
     net, source, read = _opened(model, data, lambda total: fixed_sample(total, count, seed), count, seed)
     ratios = mask_ratios or tuple(r for r in _RATIOS if visible_patches(net.num_patches, r) > 0)
     console, name = open_console(stderr=json), model_name(model)
-    has_twin = controls and not is_untrained(name)
-    batches = (1 + controls + has_twin) * len(ratios) * math.ceil(len(read.images) / batch_size)
-    with progress(console, "Completing images", batches) as advance:
-        score = partial(
-            completion_scores,
-            images=read.images,
-            mask_ratios=ratios,
-            seed=seed,
-            batch_size=batch_size,
-            on_batch=advance,
-        )
-        scores = score(net)
-        found = {f"{name}{UNTRAINED}": score(untrained(net.config, seed).to(net.mask_token))} if has_twin else {}
-        found |= {_FLAT: score(net, predict=flat_patches)} if controls else {}
+    settings = {"images": read.images, "mask_ratios": ratios, "seed": seed, "batch_size": batch_size}
+    scores, found = _scores(console, net, name, controls=controls, **settings)
     verdict = _verdict(name, scores, found) if found else None
     _print_quality(console, _table_of_ratios(net, scores, found), net, name, read)
     if verdict is not None:
@@ -204,6 +189,29 @@ def eval_reconstruction(
         console.print_text(f"Saved {picture}")
     write_report(console, report, out, json=json)
     return Evaluation(report, out)
+
+
+def _scores(
+    console: CleanConsole, net: "MaskedAutoencoder", name: str, *, controls: bool, **settings: Any
+) -> "tuple[list[CompletionScore], dict[str, list[CompletionScore]]]":
+    """The scores of a model at each ratio, and those of its controls by their names; `settings` are for both."""
+    from crate_mae.evaluation.reconstruction import completion_scores
+    from crate_mae.models.classifier import untrained
+    from crate_mae.models.completion import flat_patches
+    from crate_mae.models.weights import UNTRAINED, is_untrained
+
+    has_twin = controls and not is_untrained(name)
+    batches = len(settings["mask_ratios"]) * math.ceil(len(settings["images"]) / settings["batch_size"])
+    with progress(console, "Completing images", (1 + controls + has_twin) * batches) as advance:
+        score = partial(completion_scores, **settings, on_batch=advance)
+        scores = score(net)
+        twin = (
+            {f"{name}{UNTRAINED}": score(untrained(net.config, settings["seed"]).to(net.mask_token))}
+            if has_twin
+            else {}
+        )
+        flat = {_FLAT: score(net, predict=flat_patches)} if controls else {}
+    return scores, twin | flat
 
 
 def _opened(

@@ -37,8 +37,8 @@ def inspect(options: InspectOptions) -> Path:
         UserError: for a mistake in the options, the models or the data; no file is written then.
     """
     folder = new_folder(options.out)
+    from crate_mae.interpret.report.html import REPORT_FILE, report_files
     from crate_mae.interpret.report.inspection import inspect_model
-    from crate_mae.interpret.report.page import PAGE, report_files
 
     console = open_console(quiet=options.quiet)
     with console.status("Opening ...") as status:
@@ -51,7 +51,7 @@ def inspect(options: InspectOptions) -> Path:
         files = report_files(inspection)
     for note in inspection.notes:
         console.print_text(note)
-    return _saved(console, files, folder, PAGE)
+    return _saved(console, files, folder, REPORT_FILE)
 
 
 def _training(model: object) -> "Training":
@@ -117,16 +117,16 @@ def theory(
     """
     check_seed(seed)
     folder = new_folder(out, overwrite=overwrite)
-    from crate_mae.interpret.claims.page import PAGE, measure_theory, theory_files
+    from crate_mae.interpret.claims.report import REPORT_FILE, measure_theory, theory_files
 
     console = open_console(quiet=quiet)
     console.print_text("Measuring, which takes less than a minute ...")
-    return _saved(console, theory_files(measure_theory(seed)), folder, PAGE)
+    return _saved(console, theory_files(measure_theory(seed)), folder, REPORT_FILE)
 
 
-def _saved(console: CleanConsole, files: Mapping[str, bytes | str], folder: Path, page: str) -> Path:
+def _saved(console: CleanConsole, files: Mapping[str, bytes | str], folder: Path, report: str) -> Path:
     """Write the files of a report, and return the path of its HTML file."""
     for name, content in files.items():
         write_whole(folder / name, content)
-    console.print_text(f"Saved {folder / page}, with its numbers and figures beside it")
-    return folder / page
+    console.print_text(f"Saved {folder / report}, with its numbers and figures beside it")
+    return folder / report

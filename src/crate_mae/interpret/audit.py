@@ -43,7 +43,7 @@ from jaxtyping import Bool, Float
 from scipy.stats import t as student_t
 from torch import Tensor
 
-from crate_mae.interpret.statistics import Part, Statistic, statistic
+from crate_mae.interpret.statistics import Part, Statistic, short_place, statistic
 
 Tokens = Literal["all", "visible"]
 Status = Literal["theorem", "holds", "does not hold", "contradiction"]
@@ -246,7 +246,7 @@ class AuditRow:
     @property
     def place(self) -> str:
         """Such as "E0" and "D1, visible"."""
-        return f"{self.part[0].upper()}{self.layer}" + (", visible" if self.tokens == "visible" else "")
+        return short_place(self.part, self.layer) + (", visible" if self.tokens == "visible" else "")
 
     @property
     def symbol(self) -> str:

@@ -21,7 +21,7 @@ from accelerate.utils import LoggerType
 from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.measures import MEASURES
-from crate_mae.drawing.page import render
+from crate_mae.drawing.templates import render
 from crate_mae.drawing.text import mathtext
 from crate_mae.errors import RunStopped, UserError, first_line, install_command
 from crate_mae.training.checkpoint import TrainState, check_state

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 
 from crate_mae.drawing.lines import Line, Panel, draw_panels
 from crate_mae.drawing.measures import INVERSES, MEASURES
-from crate_mae.drawing.page import render
 from crate_mae.drawing.style import encode
+from crate_mae.drawing.templates import render
 from crate_mae.drawing.text import listed, number, plural
 from crate_mae.interpret.atoms import Atom
 from crate_mae.interpret.audit import (
@@ -35,7 +35,7 @@ from crate_mae.interpret.report.inspection import Inspection, SubjectMeasures
 from crate_mae.interpret.report.options import name_of
 from crate_mae.interpret.report.subjects import LABELS, NETWORKS
 
-PAGE = "report.html"
+REPORT_FILE = "report.html"
 
 _TOKENS = {
     "all": "All tokens: nothing is hidden",
@@ -129,11 +129,11 @@ def report_files(inspection: Inspection) -> dict[str, bytes | str]:
     files |= {f"figures/{name}.pdf": encode(figure, "pdf") for name, figure in figures.items()}
     files["measures.json"] = inspection.to_json()
     files |= inspection.tables()
-    files[PAGE] = write_page(inspection, plan, pictures)
+    files[REPORT_FILE] = write_html(inspection, plan, pictures)
     return files
 
 
-def write_page(inspection: Inspection, plan: Plan, pictures: Mapping[str, bytes]) -> str:
+def write_html(inspection: Inspection, plan: Plan, pictures: Mapping[str, bytes]) -> str:
     """Write the report as HTML: the findings at a glance, then the sections.
 
     Args:

@@ -1,6 +1,6 @@
-"""HTML pages: one file with its figures inside, for a laptop, a phone and a printer; no network, no script.
+"""Reports in HTML: one file with its figures inside, for a laptop, a phone and a printer; no network, no script.
 
-The pages are Jinja2 templates beside the code that fills them in. Each extends `drawing/page.html.j2`, and
+They are Jinja2 templates beside the code that fills them in. Each extends `drawing/report.html.j2`, and
 takes tables and figures from `drawing/macros.html.j2`. Everything is escaped; `| html` also typesets formulas, see
 `drawing.text`.
 """

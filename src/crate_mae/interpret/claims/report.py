@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-from crate_mae.drawing.page import render
 from crate_mae.drawing.style import encode
+from crate_mae.drawing.templates import render
 from crate_mae.interpret.claims import attention, denoising, diffusion, ista, signal_to_noise
 
-PAGE = "theory.html"
+REPORT_FILE = "theory.html"
 # In the order of the derivation; each measures with `measure`, then `draw`s and `explain`s what it found.
 CLAIMS = {
     "denoising": denoising,
@@ -60,11 +60,11 @@ def theory_files(results: TheoryResults) -> dict[str, bytes | str]:
     files: dict[str, bytes | str] = {f"{name}.png": picture for name, picture in pictures.items()}
     files |= {f"{name}.pdf": encode(figure, "pdf") for name, figure in figures.items()}
     files["theory.json"] = results.to_json()
-    files[PAGE] = write_page(results, pictures)
+    files[REPORT_FILE] = write_html(results, pictures)
     return files
 
 
-def write_page(results: TheoryResults, pictures: Mapping[str, bytes]) -> str:
+def write_html(results: TheoryResults, pictures: Mapping[str, bytes]) -> str:
     """The report as HTML, from the results and the PNG files of the figures by the names of the claims."""
     return render(
         "interpret/claims/theory.html.j2",

@@ -1,10 +1,10 @@
-"""Pages: whatever a user wrote is text, and whatever a template needs it must get."""
+"""Templates: whatever a user wrote is text, and whatever a template needs it must get."""
 
 import pytest
 from jinja2 import TemplateNotFound, UndefinedError
 from markupsafe import Markup
 
-from crate_mae.drawing.page import _environment, render
+from crate_mae.drawing.templates import _environment, render
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def macros():
 
 
 def test_text_is_escaped():
-    text = render("drawing/page.html.j2", title="<b> & co")
+    text = render("drawing/report.html.j2", title="<b> & co")
     assert text.startswith("<!doctype html>")
     assert text.count("&lt;b&gt; &amp; co") == 2 and "<b>" not in text
     assert "max-width: 52rem" in text
@@ -33,6 +33,6 @@ def test_a_table_has_its_cells_in_order(macros):
 
 def test_a_name_without_a_value_is_an_error():
     with pytest.raises(UndefinedError):
-        render("drawing/page.html.j2")
+        render("drawing/report.html.j2")
     with pytest.raises(TemplateNotFound):
         render("drawing/nothing.html.j2")

@@ -11,7 +11,7 @@ from PIL import Image
 from crate_mae.drawing.style import encode
 from crate_mae.interpret.claims import attention, denoising, ista, signal_to_noise
 from crate_mae.interpret.claims.common import Spread, number
-from crate_mae.interpret.claims.page import CLAIMS, measure_theory, write_page
+from crate_mae.interpret.claims.report import CLAIMS, measure_theory, write_html
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_numbers_are_written_with_their_spread():
 
 
 def test_the_page_is_self_contained(results, pictures):
-    page = write_page(results, pictures)
+    page = write_html(results, pictures)
     tags = Tags()
     tags.feed(page)
     assert tags.open == []
