@@ -1,7 +1,7 @@
 """`crate-mae reconstruct` and `crate-mae eval reconstruction`: completed images, as a picture and in numbers."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -81,13 +81,15 @@ def reconstruct(
     """
     from crate_mae.data import save_picture_grid
     from crate_mae.data.base import spread
-    from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks
+    from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
+    from crate_mae.models.features import transform_of
     from crate_mae.models.weights import model_name
 
     check_seed(seed)
     path = new_file("--out", out, ".png", overwrite=overwrite)
     check_whole("--count", count)
-    net, _, read = _opened(model, images, lambda total: spread(total, count), count, seed)
+    net, source = _opened(model, images, seed)
+    read = read_images(source, transform_of(net.config), spread(len(source), count), count)
     mask = nested_masks(len(read.images), net.num_patches, mask_ratio, seed)
     completion = complete_in_batches(net, read.images, mask)
     quality = completion_quality(completion, mask, net.config.patch_size)
@@ -148,8 +150,9 @@ def eval_reconstruction(
     Raises:
         UserError: for a mistake in the options, model or data; no file is written then.
     """
-    from crate_mae.data.base import fixed_sample
     from crate_mae.evaluation.probing import data_name, versions
+    from crate_mae.evaluation.reconstruction import read_sample
+    from crate_mae.models.features import transform_of
     from crate_mae.models.masking import visible_patches
     from crate_mae.models.weights import is_untrained, model_name
 
@@ -160,7 +163,8 @@ def eval_reconstruction(
     check_whole("--batch-size", batch_size)
     if mask_ratios is not None and not mask_ratios:
         raise UserError("--mask-ratios is empty: give at least one.")
-    net, source, read = _opened(model, data, lambda total: fixed_sample(total, count, seed), count, seed)
+    net, source = _opened(model, data, seed)
+    read = read_sample(source, transform_of(net.config), count, seed)
     ratios = mask_ratios or tuple(r for r in _RATIOS if visible_patches(net.num_patches, r) > 0)
     console, name = open_console(stderr=json), model_name(model)
     settings = {"images": read.images, "mask_ratios": ratios, "seed": seed, "batch_size": batch_size}
@@ -204,30 +208,22 @@ def _scores(
     batches = len(settings["mask_ratios"]) * math.ceil(len(settings["images"]) / settings["batch_size"])
     with progress(console, "Completing images", (1 + controls + has_twin) * batches) as advance:
         score = partial(completion_scores, **settings, on_batch=advance)
-        scores = score(net)
-        twin = (
-            {f"{name}{UNTRAINED}": score(untrained(net.config, settings["seed"]).to(net.mask_token))}
-            if has_twin
-            else {}
-        )
-        flat = {_FLAT: score(net, predict=flat_patches)} if controls else {}
-    return scores, twin | flat
+        scores, found = score(net), {}
+        if has_twin:
+            found[f"{name}{UNTRAINED}"] = score(untrained(net.config, settings["seed"]).to(net.mask_token))
+        if controls:
+            found[_FLAT] = score(net, predict=flat_patches)
+    return scores, found
 
 
-def _opened(
-    model: Any, data: Any, choose: Callable[[int], Iterable[int]], count: int, seed: int
-) -> "tuple[MaskedAutoencoder, ImageSource, ReadImages]":
-    """A model, data, and `count` readable images among those that a function of the number of all images chooses."""
+def _opened(model: Any, data: Any, seed: int) -> "tuple[MaskedAutoencoder, ImageSource]":
     from crate_mae.data import open_source
     from crate_mae.data.dataset import default_generator_seeded
-    from crate_mae.evaluation.reconstruction import read_images
-    from crate_mae.models.features import transform_of
     from crate_mae.models.weights import load_autoencoder
 
     source = open_source(data)
     with default_generator_seeded(seed):
-        net = load_autoencoder(model)
-    return net, source, read_images(source, transform_of(net.config), choose(len(source)), count)
+        return load_autoencoder(model), source
 
 
 def _print_quality(

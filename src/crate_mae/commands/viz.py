@@ -228,14 +228,13 @@ def viz_atoms(
     check_seed(seed)
     check_whole("--count", count)
     from crate_mae.data import open_source
-    from crate_mae.data.base import fixed_sample
-    from crate_mae.evaluation.reconstruction import read_images
+    from crate_mae.evaluation.reconstruction import read_sample
     from crate_mae.interpret.atoms import measure_atoms
     from crate_mae.interpret.measure import open_measurable
     from crate_mae.interpret.pictures import draw_atoms
 
     source, opened = open_source(data), open_measurable(model, seed)
-    read = read_images(source, opened.backbone.transform(), fixed_sample(len(source), count, seed), count)
+    read = read_sample(source, opened.backbone.transform(), count, seed)
     with open_console().status("Measuring atoms"):
         found = measure_atoms(opened.net, read.images, layer=layer, atoms=atoms, seed=seed)
     backbone = replace(opened.backbone, name=opened.name)

@@ -8,11 +8,10 @@ from typing import Any
 from crate_mae.comparison.entries import Images, extraction
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trained
-from crate_mae.data.base import fixed_sample
 from crate_mae.evaluation.extract import Extraction, Features
 from crate_mae.evaluation.probes import half_width, knn_probe, linear_probe
 from crate_mae.evaluation.probing import probe
-from crate_mae.evaluation.reconstruction import completion_scores, read_images
+from crate_mae.evaluation.reconstruction import completion_scores, read_sample
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.config import MASK_RATIO
 from crate_mae.models.features import transform_of
@@ -187,8 +186,7 @@ def measure_all(
 
 def _complete(model: MaskedAutoencoder, images: Images) -> dict[str, float]:
     """Scores of completions: the same images and masks for every model."""
-    chosen = fixed_sample(len(images.val), _MOST_COMPLETED)
-    read = read_images(images.val, transform_of(model.config), chosen, _MOST_COMPLETED)
+    read = read_sample(images.val, transform_of(model.config), _MOST_COMPLETED)
     (score,) = completion_scores(model, read.images, [MASK_RATIO])
     return {"psnr": score.psnr, "ssim": score.ssim, "mse": score.mse}
 

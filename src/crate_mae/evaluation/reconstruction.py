@@ -11,7 +11,7 @@ from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from crate_mae.data import BadImage, ImageSource
-from crate_mae.data.base import none_readable, read_all
+from crate_mae.data.base import fixed_sample, none_readable, read_all
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError
 from crate_mae.evaluation.probes import half_width
@@ -51,6 +51,11 @@ def read_images(source: ImageSource, transform: Preparation, indices: Iterable[i
     if not images:
         raise none_readable(f"No image of {source.name}", bad[0])
     return ReadImages(torch.stack(list(images.values())), [source.location(i) for i in images], bad)
+
+
+def read_sample(source: ImageSource, transform: Preparation, count: int, seed: int = 0) -> ReadImages:
+    """Read a fixed pseudo-random sample of `count` images, or all if there are not more; see `read_images`."""
+    return read_images(source, transform, fixed_sample(len(source), count, seed), count)
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,10 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from crate_mae.data import BadImage, open_source
-from crate_mae.data.base import fixed_sample
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone, is_pixels, open_backbone
-from crate_mae.evaluation.reconstruction import nested_masks, read_images
+from crate_mae.evaluation.reconstruction import nested_masks, read_sample
 from crate_mae.interpret.audit import EXPAND_REDUCTION_LAYER, AuditRow, Tokens, audit
 from crate_mae.interpret.information import dead_coordinates, feature_ranks, pixels_from_layers
 from crate_mae.interpret.layer_measures import (
@@ -125,7 +124,7 @@ def measure_layers(
         raise UserError(f"count is {count} and batch_size {batch_size}, but both must be at least 1.")
     images_from = open_source(source)
     opened = model if isinstance(model, Opened) else open_measurable(model, seed)
-    read = read_images(images_from, opened.backbone.transform(), fixed_sample(len(images_from), count, seed), count)
+    read = read_sample(images_from, opened.backbone.transform(), count, seed)
     masks = None
     if mask_ratio is not None:
         if not isinstance(opened.net, MaskedAutoencoder):

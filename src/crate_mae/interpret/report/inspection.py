@@ -18,7 +18,7 @@ from crate_mae.data.documents import to_csv
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
-from crate_mae.evaluation.reconstruction import nested_masks, read_images
+from crate_mae.evaluation.reconstruction import nested_masks, read_sample
 from crate_mae.interpret.atoms import Atom, Gallery, measure_atoms
 from crate_mae.interpret.audit import AuditRow
 from crate_mae.interpret.foregrounds import Drawings, read_drawings, read_drawn, score_foregrounds
@@ -190,8 +190,7 @@ def inspect_model(
     measured = [inspector.measure(key, drawings, images) for key in subjects]
     report("the model without mixing")
     model, source = subjects["model"]
-    chosen = fixed_sample(len(source), settings.count, settings.seed)
-    pixels = read_images(source, model.backbone.transform(), chosen, settings.count).images
+    pixels = read_sample(source, model.backbone.transform(), settings.count, settings.seed).images
     use, removed = inspector.without_parts(pixels, images)
     report("atoms")
     atoms = inspector.atoms(pixels, removed)
