@@ -2,6 +2,7 @@
 
 from crate_mae.commands.console import computes, print_json, takes
 from crate_mae.costs.estimate import Estimate, EstimateOptions, Load, estimate_run
+from crate_mae.drawing.text import duration
 from crate_mae.terminal import open_console
 
 
@@ -87,6 +88,4 @@ def _gib(size: int) -> str:
 
 def _time(seconds: float) -> str:
     """Format a duration, in days if it is longer than two."""
-    from crate_mae.training.progress import duration
-
     return f"{seconds / 86400:,.1f} days" if seconds > 2 * 86400 else duration(seconds)

@@ -23,9 +23,9 @@ from crate_mae.comparison.report import RULE, csv_text, markdown, seeds_text, ta
 from crate_mae.comparison.results import EntryResult, measure_all
 from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trainer
 from crate_mae.data.files import output_path, write_whole
+from crate_mae.drawing.text import duration
 from crate_mae.errors import UserError
 from crate_mae.training.processes import computing_threads, training_device
-from crate_mae.training.progress import duration
 from crate_mae.training.run_directory import environment
 
 

@@ -1,4 +1,4 @@
-"""How numbers, lists and formulas are written in reports and figures.
+"""How numbers, times, lists and formulas are written in messages, reports and figures.
 
 Text is plain: "R^c", "U_k", "λ‖Z‖_0" and "1.0·10^−7" are typeset by `html` in a report, by `mathtext` in a figure of
 matplotlib, and by `raised` where there are characters only.
@@ -44,6 +44,14 @@ def listed(words: Sequence[str]) -> str:
 def plural(count: int, word: str) -> str:
     """Such as "1 layer", "6 layers" and "1,200 processes"."""
     return f"{count:,} {word}" + ("" if count == 1 else "es" if word.endswith("s") else "s")
+
+
+def duration(seconds: float) -> str:
+    """Format a length of time: "40 s", "12 min", "3 h 20 min"."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def html(text: str) -> Markup:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from crate_mae.data.decode import describe_unread
-from crate_mae.drawing.text import plural
+from crate_mae.drawing.text import duration, plural
 from crate_mae.options import origin
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import plain_options
@@ -231,11 +231,3 @@ class Display:
                 self.on_progress(line)
             if self._bar is None:
                 self._print(line)
-
-
-def duration(seconds: float) -> str:
-    """Format a length of time: "40 s", "12 min", "3 h 20 min"."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"

@@ -22,14 +22,13 @@ from crate_mae.data.documents import read_json
 from crate_mae.data.files import write_whole
 from crate_mae.drawing.measures import MEASURES
 from crate_mae.drawing.templates import render
-from crate_mae.drawing.text import mathtext
+from crate_mae.drawing.text import duration, mathtext
 from crate_mae.errors import RunStopped, UserError, first_line, install_command
 from crate_mae.training.checkpoint import TrainState, check_state
 from crate_mae.training.model_state import ModelState
 from crate_mae.training.options import RunOptions
 from crate_mae.training.preflight import StepTooLargeError
 from crate_mae.training.processes import first_decides
-from crate_mae.training.progress import duration
 from crate_mae.training.resume import describe_data_change
 from crate_mae.training.run_directory import END, RunDirectory, numbers
 from crate_mae.training.task import Task

@@ -20,7 +20,7 @@ from accelerate.utils import DistributedDataParallelKwargs, ProjectConfiguration
 
 from crate_mae.data.documents import to_json
 from crate_mae.data.files import output_path
-from crate_mae.drawing.text import plural
+from crate_mae.drawing.text import duration, plural
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.options import origin
@@ -41,7 +41,7 @@ from crate_mae.training.preflight import (
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, first_decides, training_device
-from crate_mae.training.progress import Display, LastingStream, describe_plan, duration, plan_lines, plan_values
+from crate_mae.training.progress import Display, LastingStream, describe_plan, plan_lines, plan_values
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve, with_cheaper_model
 from crate_mae.training.resume import continued
