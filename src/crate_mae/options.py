@@ -97,6 +97,11 @@ def same_as(options: type, name: str, explanation: str = "", *, default: Any = .
     return field(default=found.default if default is ... else default, metadata=metadata, compare=found.compare)
 
 
+def saved_values(options: Any) -> dict[str, Any]:
+    """The options of a dataclass that belong to its result, not to one call, by name."""
+    return {item.name: getattr(options, item.name) for item in dataclasses.fields(options) if item.metadata["saved"]}
+
+
 def origin(options: Any, name: str) -> str:
     """Where an option comes from, to stand behind its name or value in a message; empty if the user gave it.
 

@@ -22,6 +22,7 @@ from crate_mae.options import (
     check_ranges,
     option,
     same_as,
+    saved_values,
 )
 from crate_mae.training.options import PretrainOptions
 
@@ -171,8 +172,7 @@ class CompareOptions:
 
     def saved(self, train: str, val: str) -> dict[str, Any]:
         """The options as they are written to a file, with names that open the data from any folder."""
-        names = [item.name for item in dataclasses.fields(self) if item.metadata["saved"]]
-        values = {**{name: getattr(self, name) for name in names}, "train": train, "val": val}
+        values = {**saved_values(self), "train": train, "val": val}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     def pretraining(self, model: str) -> PretrainOptions:
@@ -181,10 +181,8 @@ class CompareOptions:
         No tracker is used, because a comparison writes its own tables.
         """
         name, own = name_and_settings(model)
-        shared = {item.name for item in dataclasses.fields(self) if item.metadata["saved"]} - {"train", "val"}
-        given = {
-            item.name: getattr(self, item.name) for item in dataclasses.fields(PretrainOptions) if item.name in shared
-        }
+        shared = {item.name for item in dataclasses.fields(PretrainOptions)} - {"val"}
+        given = {name: value for name, value in saved_values(self).items() if name in shared}
         return PretrainOptions(
             self.train, **given, model=name, model_settings=own, steps=1, out="", trackers=(), quiet=True
         )

@@ -1,6 +1,5 @@
 """The options of a report."""
 
-import dataclasses
 import shlex
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, MISSING, dataclass
@@ -9,7 +8,7 @@ from typing import Any, no_type_check
 
 from crate_mae.data.numbers import LARGEST_SEED, describe_not_whole
 from crate_mae.errors import UserError
-from crate_mae.options import Data, OutputPath, as_words, option
+from crate_mae.options import Data, OutputPath, as_words, option, saved_values
 
 
 @no_type_check  # values come from users: `__post_init__` reports all wrong ones together
@@ -80,9 +79,8 @@ class InspectOptions:
 
     def named(self) -> dict[str, Any]:
         """All that belong to the report, as values that JSON has."""
-        names = [item.name for item in dataclasses.fields(self) if item.metadata["saved"]]
-        values = {name: getattr(self, name) for name in names}
-        return {name: v if v is None or isinstance(v, (int, float)) else name_of(v) for name, v in values.items()}
+        values = saved_values(self).items()
+        return {name: v if v is None or isinstance(v, (int, float)) else name_of(v) for name, v in values}
 
 
 def name_of(thing: Any) -> str:
