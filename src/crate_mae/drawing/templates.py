@@ -6,12 +6,21 @@ takes tables and figures from `drawing/macros.html.j2`. Everything is escaped; `
 """
 
 import base64
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from crate_mae.drawing.text import html, number, percent, plural, signed
+
+
+class Table(NamedTuple):
+    """A table whose first column says what each row is: the arguments of the macro `table`."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    caption: str
 
 
 def render(template: str, **values: Any) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from crate_mae.drawing import text
 from crate_mae.drawing.style import draw_line
+from crate_mae.drawing.templates import Table
 from crate_mae.theory import match_up_to_scale
 
 
@@ -71,7 +72,7 @@ class Section:
         limits: where it fails, or was not tested.
         glance: the result in one sentence.
         caption: caption of the figure.
-        table: header, rows and caption of a table with further results; None if there are none.
+        table: further results; None if there are none.
     """
 
     title: str
@@ -82,7 +83,7 @@ class Section:
     limits: tuple[str, ...]
     glance: str
     caption: str
-    table: tuple[Sequence[str], Sequence[Sequence[str]], str] | None = None
+    table: Table | None = None
 
 
 def number(value: Spread) -> str:

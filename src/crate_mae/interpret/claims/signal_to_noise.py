@@ -14,6 +14,7 @@ from matplotlib.ticker import FuncFormatter
 from torch import Tensor
 
 from crate_mae.drawing.style import GREY, colour, legend_above, marker, new_figure, panels
+from crate_mae.drawing.templates import Table
 from crate_mae.drawing.text import html
 from crate_mae.interpret.claims.common import Section, Spread, generator, span, spreads_by_step
 from crate_mae.theory import (
@@ -224,7 +225,7 @@ def explain(results: SignalToNoise) -> Section:
     )
 
 
-def _factor_table(results: SignalToNoise) -> tuple[list[str], list[list[str]], str]:
+def _factor_table(results: SignalToNoise) -> Table:
     """For each noise level: how many layers have the predicted factor, and the first layer's factor."""
     rows = []
     for noise_std in dict.fromkeys(curve.noise_std for curve in results.curves):
@@ -234,4 +235,4 @@ def _factor_table(results: SignalToNoise) -> tuple[list[str], list[list[str]], s
         f"Number of layers, from the first, whose factor is within {HOLDS_WITHIN:.0%} of the predicted one; the first "
         "layer's factor"
     )
-    return ["σ", *(title for _, title in OPERATORS.values())], rows, caption
+    return Table(["σ", *(title for _, title in OPERATORS.values())], rows, caption)

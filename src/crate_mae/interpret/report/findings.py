@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import NamedTuple
 
 from crate_mae.drawing.measures import INVERSES, MEASURES
+from crate_mae.drawing.templates import Table
 from crate_mae.drawing.text import listed, number, percent, plural, signed
 from crate_mae.interpret.audit import (
     CLAIMS,
@@ -51,14 +51,6 @@ _VERBS = {  # of one curve, of several
 _TOKENS = {"all": "On all tokens", "visible": "On tokens as in training"}
 
 Trends = Mapping[str, Mapping[str, Trend]]  # of each subject, by measure
-
-
-class Table(NamedTuple):
-    """A table whose first column says what each row is."""
-
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    caption: str
 
 
 @dataclass(frozen=True)
