@@ -5,7 +5,7 @@ import torch
 
 import crate_mae
 from crate_mae.evaluation.reconstruction import nested_masks
-from crate_mae.interpret.removals import Probe, _other_atoms, image_losses, removals
+from crate_mae.interpret.removals import FittedProbe, _other_atoms, image_losses, removals
 
 IMAGES = torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(1))
 MASKS = nested_masks(6, 16, 0.75, 0)
@@ -81,7 +81,7 @@ def test_accuracy_is_that_of_one_classifier_on_the_network_without_the_part():
 
     labels = classify()
     assert 0 < labels.sum() < 6
-    found = removals(net, IMAGES, MASKS, probe=Probe(classify, labels, ["off", "on"]), atoms=2, draws=2)
+    found = removals(net, IMAGES, MASKS, probe=FittedProbe(classify, labels, ["off", "on"]), atoms=2, draws=2)
     asked = [each for each in found if each.part == "encoder"]
     # Asked before, with two draws for the heads, without each head, then with two draws and without each atom.
     assert len(told) == 2 + (2 + 3) + 2 * (2 + 1) and len(asked) == 3 + 2

@@ -206,8 +206,7 @@ def complete_picture(model: MaskedAutoencoder, picture: Image.Image, mask: Bool[
     Raises:
         UserError: if nothing is hidden, or the model's weights are not finite.
     """
-    if not mask.any():
-        raise UserError("Nothing is hidden, so there is nothing to complete: paint over some patches.")
+    _refuse_nothing_hidden(mask)
     image, flat = prepare(model, picture), mask.flatten()[None]
     with evaluating(model):
         found = complete(model, image, flat)
@@ -218,6 +217,11 @@ def complete_picture(model: MaskedAutoencoder, picture: Image.Image, mask: Bool[
         float(completion_quality(each, flat, model.config.patch_size).psnr[0]) for each in (found, plain)
     )
     return Completed(found, (int(mask.sum()), mask.numel()), psnr, flat_psnr)
+
+
+def _refuse_nothing_hidden(mask: Bool[Tensor, "gh gw"]) -> None:
+    if not mask.any():
+        raise UserError("Nothing is hidden, so there is nothing to complete: paint over some patches.")
 
 
 def look_inside(model: MaskedAutoencoder, picture: Image.Image, layer: int, patch: int) -> Inside:
@@ -260,8 +264,7 @@ def change_atom(
     Raises:
         UserError: if nothing is hidden, for a model without codes, or if there is no such atom.
     """
-    if not mask.any():
-        raise UserError("Nothing is hidden, so there is nothing to complete: paint over some patches.")
+    _refuse_nothing_hidden(mask)
     codes = codes_of(model, picture, layer)
     if not 0 <= atom < (atoms := codes.shape[1]):
         raise no_atom(atom, layer, atoms)

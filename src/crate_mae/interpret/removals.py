@@ -143,7 +143,7 @@ def image_losses(
     return torch.cat(found).double().cpu()
 
 
-class Probe(NamedTuple):
+class FittedProbe(NamedTuple):
     """A classifier that is fitted once, and images that it has not seen.
 
     Attributes:
@@ -197,7 +197,7 @@ class Removal:
     worst_class_accuracy: float | None = None
 
 
-def fitted_probe(backbone: Backbone, images: ProbeImages) -> Probe:
+def fitted_probe(backbone: Backbone, images: ProbeImages) -> FittedProbe:
     """Fit a linear classifier to features of the encoder's last layer, and read the images to classify."""
     train, val = images
     how = Extraction(layers=(-1,), cache=False)
@@ -212,7 +212,7 @@ def fitted_probe(backbone: Backbone, images: ProbeImages) -> Probe:
         features = np.asarray(scaler.transform(torch.cat(batches).cpu().numpy()))
         return torch.as_tensor(fit.classes[fit.logits(features).argmax(axis=1)])
 
-    return Probe(classify, torch.as_tensor(asked.labels), val.classes or [])
+    return FittedProbe(classify, torch.as_tensor(asked.labels), val.classes or [])
 
 
 def removals(
@@ -220,7 +220,7 @@ def removals(
     images: Float[Tensor, "b c hh ww"],
     masks: Bool[Tensor, "b n"],
     *,
-    probe: Probe | None = None,
+    probe: FittedProbe | None = None,
     atoms: int = 16,
     draws: int = 10,
     seed: int = 0,
@@ -366,7 +366,7 @@ def _removal(
     intact: _Measured,
     without: _Measured,
     controls: Sequence[_Measured],
-    probe: Probe | None,
+    probe: FittedProbe | None,
 ) -> Removal:
     loss = float((without.losses - intact.losses).mean())
     random = statistic(torch.stack([(control.losses - intact.losses).mean() for control in controls]))

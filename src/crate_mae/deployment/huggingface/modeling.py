@@ -6,6 +6,7 @@ no place for is ignored, and what is missing, such as the head of a classifier, 
 """
 
 import shutil
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -175,8 +176,6 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         if _IS_COPY:
             push: Any = super().push_to_hub
             return push(repo_id, **options)
-        import tempfile
-
         from crate_mae.deployment.hub import upload
 
         with tempfile.TemporaryDirectory() as folder:
