@@ -4,6 +4,8 @@ import difflib
 import json
 import shlex
 from collections.abc import Iterable, Sequence
+from importlib import metadata
+from urllib.parse import urlparse
 
 _LIBRARY = "crate-mae"
 
@@ -40,9 +42,7 @@ def install_command(extra: str = "", *, public: bool = False) -> str:
         extra: name of an extra to install with it.
         public: whether the command is for others, who have no such folder.
     """
-    from importlib import metadata
-    from urllib.parse import urlparse
-    from urllib.request import url2pathname
+    from urllib.request import url2pathname  # which imports HTTP and SSL
 
     own = metadata.distribution(_LIBRARY)
     addresses = dict(each.split(", ", 1) for each in own.metadata.get_all("Project-URL") or [])
