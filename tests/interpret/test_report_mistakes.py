@@ -10,6 +10,7 @@ import torch
 import crate_mae
 from crate_mae.data import open_source
 from crate_mae.errors import UserError
+from crate_mae.interpret.foregrounds import CONTROLS
 from crate_mae.interpret.report import inspection as inspection_module
 from crate_mae.interpret.report.html import draw_figures, plan_figures, write_html
 from crate_mae.interpret.report.inspection import inspect_model
@@ -219,7 +220,8 @@ def test_drawn_foregrounds_are_scored_for_every_network(build, tmp_path):
     }
     drawn = next(figure for figure in plan["attention"] if figure.name == "foreground_scores")
     (panels,) = drawn.draw.args
-    labels = ["the model", "random initialisation", "baseline", "random baseline", "all of the image"]
+    best = max(CONTROLS, key=lambda name: inspection.model.find("foreground_iou", name)[0].mean)
+    labels = ["the model", "random initialisation", "baseline", "random baseline", f"{best}, the best control"]
     assert [line.label for line in panels[0].lines] == labels
     (note,) = (note for note in inspection.notes if "4.png" in note)
     assert note.startswith("1 of 5 masks of --foregrounds cannot be read")

@@ -144,7 +144,7 @@ def cut_mask(affinity: Float[Tensor, "b n n"], grid_size: tuple[int, int]) -> Bo
 def colour_mask(images: Float[Tensor, "b c hh ww"]) -> Bool[Tensor, "b hh ww"]:
     """Foreground by the colours of the pixels alone: two clusters of k-means, the side that has less of the border."""
     pixels = images.flatten(2).mT.double().numpy()
-    clusters = KMeans(2, n_init=1, random_state=0)
+    clusters = KMeans(2, random_state=0)
     # An image of one colour has no clusters.
     sides = [clusters.fit_predict(image) if np.ptp(image, axis=0).any() else np.zeros(len(image)) for image in pixels]
     return _inner_side(torch.from_numpy(np.stack(sides)).unflatten(1, images.shape[2:]) - 0.5)
