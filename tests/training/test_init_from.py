@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from crate_mae.commands.train import pretrain, resume
 from crate_mae.errors import UserError
@@ -33,6 +34,17 @@ def test_a_run_starts_from_a_model_of_its_own_kind_and_says_so(start, tmp_path, 
     torch.testing.assert_close(model.encoder.blocks[1].ista.dictionary, was.encoder.blocks[1].ista.dictionary)
     assert f"starts from    {start}: all weights" in capsys.readouterr().out
     assert yaml.safe_load((run.path / "config.yaml").read_text())["init_from"] == str(start)
+
+
+@pytest.mark.parametrize(("side", "is_advised"), [(32, True), (16, False)])
+def test_for_few_images_the_bundled_model_is_advised(side, is_advised, tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(20):
+        Image.new("RGB", (side, side), (number, 9 * number, 40)).save(tmp_path / "images" / f"{number}.png")
+    run = {"steps": 9, "warmup_epochs": 0.0, "dry_run": True, "model": "crate_mae_nano_patch2_8", "image_size": side}
+    pretrain(tmp_path / "images", out=tmp_path / "run", **run)
+    plan = " ".join(capsys.readouterr().out.split())
+    assert ("random initialisation; for so few images, --init-from crate_mae_micro_monotone" in plan) == is_advised
 
 
 def test_a_run_goes_on_without_the_model_that_it_started_from(start, tmp_path, monkeypatch):

@@ -52,7 +52,9 @@ _BATCH = 32
 _PICTURED = 8
 _MOST_LABELLED, _FEWEST_LABELLED = 2000, 50
 _MOST_BYTES = 2**28  # of their pixels
+_FEW, _LEAST_SIDE = 10_000, 32  # images, and pixels of each, from which the bundled model has been better to start from
 _BUNDLED, _SMALL = "crate_mae_micro_monotone_cifar10", 64  # a model to start from, and pixels to have many steps
+_ADVICE = f"--init-from {_BUNDLED} has given better features"  # results/own_images
 _OF_ONE_MODEL = ("recipe", "model", "model_settings", "image_size", "mask_tokens", "norm_pix_loss", "lr")
 
 
@@ -136,7 +138,12 @@ class Pretraining(Task[PretrainOptions]):
         c, model, images = self.config, self.model, self.images
         source = f"split off {c.data}" if c.val is None else f"from {c.val}"
         (height, width), patch = model.config.image_size, model.config.patch_size
-        start = {} if self.start is None else {"starts from": f"{c.init_from}: {self.start}"}
+        if self.start is not None:
+            start = {"starts from": f"{c.init_from}: {self.start}"}
+        elif c.init_from is None and len(images.train) < _FEW and min(height, width) >= _LEAST_SIDE:
+            start = {"starts from": f"random initialisation; for so few images, {_ADVICE}"}
+        else:
+            start = {}
         return {
             "images": f"{len(images.train):,} of {c.data}; {len(images.held_out):,} held out, {source}",
             "model": f"{c.model}, {self.num_parameters / 1e6:.2f} M parameters",
