@@ -107,6 +107,19 @@ def test_the_suggested_model_follows_the_shorter_side(height, width, size):
     assert 16 <= math.prod(preset(name).grid_size) <= 256
 
 
+@pytest.mark.parametrize(
+    ("image_size", "patch"),
+    [(8, 2), (16, 4), (32, 4), (48, 8), (60, 4), (64, 8), (112, 16), (128, 16), ((64, 128), 8), (224, 16), (384, 16)],
+)
+def test_for_a_size_that_is_asked_for_the_suggested_model_has_patches_that_divide_it(image_size, patch):
+    name, _ = suggest_model(ImageFacts(3, 200, 200), image_size)
+    assert preset(name).replace(image_size=image_size).patch_size == patch
+
+
+def test_a_size_that_no_suggestion_divides_is_left_to_the_nearest():
+    assert suggest_model(None, 101) == ("crate_mae_micro_wide_monotone_patch12_96", 96)
+
+
 @pytest.fixture
 def flawed(make_folder, noisy, encoded):
     """Two classes; one truncated and one empty file, one pair of equal files."""

@@ -10,6 +10,7 @@ from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.interpret import foregrounds
 from crate_mae.interpret.foregrounds import (
+    average_mask,
     colour_mask,
     control_foregrounds,
     cut_mask,
@@ -164,3 +165,11 @@ def test_odd_masks_are_named(pictures, masks, build, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no masks"):
         read_drawings(tmp_path / "empty")
+
+
+def test_the_average_foreground_is_where_most_have_theirs():
+    masks = torch.zeros(4, 3, 3, dtype=torch.bool)
+    masks[:, 1, 1] = True
+    masks[:3, 0, 1] = True
+    masks[0, 2, 2] = True
+    assert torch.equal(average_mask(masks).int(), torch.tensor([[0, 1, 0], [0, 1, 0], [0, 0, 0]]).int())

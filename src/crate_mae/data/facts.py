@@ -5,6 +5,7 @@ They are read in fixed samples, or all of them in a check.
 
 import hashlib
 import logging
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
@@ -193,29 +194,42 @@ def _same_picture(source: ImageSource, i: int) -> Image.Image | Tensor:
         return source.picture(i)
 
 
-# (shorter side up to which, the preset, its image size)
-_SUGGESTIONS = (
-    (12, "crate_mae_nano_isometric_patch2_8", 8),
-    (44, "crate_mae_micro_wide_monotone_patch4_32", 32),
-    (80, "crate_mae_micro_wide_monotone_patch8_64", 64),
-    (112, "crate_mae_micro_wide_monotone_patch12_96", 96),
-    (176, "crate_mae_micro_wide_monotone_patch16_128", 128),
+_SUGGESTIONS = (  # shorter side up to which, the preset, its image size and patch size
+    (12, "crate_mae_nano_isometric_patch2_8", 8, 2),
+    (44, "crate_mae_micro_wide_monotone_patch4_32", 32, 4),
+    (80, "crate_mae_micro_wide_monotone_patch8_64", 64, 8),
+    (112, "crate_mae_micro_wide_monotone_patch12_96", 96, 12),
+    (176, "crate_mae_micro_wide_monotone_patch16_128", 128, 16),
+    (math.inf, "crate_mae_tiny_monotone_patch16_224", 224, 16),
 )
-_LARGEST_SUGGESTION = ("crate_mae_tiny_monotone_patch16_224", 224)
+_NUMBERS_OF_PATCHES = range(16, 257)  # of a suggestion at a size that is not its own
 
 
-def suggest_model(facts: ImageFacts | None) -> tuple[str, int]:
+def suggest_model(facts: ImageFacts | None, image_size: int | tuple[int, int] | None = None) -> tuple[str, int]:
     """Return the preset for images of this size, and its image size: the one nearest to the median shorter side.
 
-    Without facts, it is that for images of 32 pixels.
+    Without facts, it is that for images of 32 pixels. If the images are to have another size, it is the nearest preset
+    to that whose patches divide it into 16 to 256, or, if there is none, simply the nearest.
     """
-    side = 32 if facts is None else min(facts.height, facts.width)
-    return next(((name, size) for most, name, size in _SUGGESTIONS if side <= most), _LARGEST_SUGGESTION)
+    sides = (32, 32) if facts is None else (facts.height, facts.width)
+    if image_size is not None:
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size
+    nearest = next(number for number, (most, *_) in enumerate(_SUGGESTIONS) if min(sides) <= most)
+    if image_size is not None:
+        by_distance = sorted(range(len(_SUGGESTIONS)), key=lambda number: abs(number - nearest))
+        nearest = next((number for number in by_distance if _divides(_SUGGESTIONS[number][3], sides)), nearest)
+    _, name, size, _ = _SUGGESTIONS[nearest]
+    return name, size
+
+
+def _divides(patch: int, sides: tuple[int, int]) -> bool:
+    rows, columns = (side // patch for side in sides)
+    return (rows * patch, columns * patch) == sides and rows * columns in _NUMBERS_OF_PATCHES
 
 
 def cheaper_model(name: str) -> tuple[str, int] | None:
     """The preset, and its image size, that takes much less time than a suggested one; None if there is none."""
-    return _SUGGESTIONS[-1][1:] if name == _LARGEST_SUGGESTION[0] else None
+    return _SUGGESTIONS[-2][1:3] if name == _SUGGESTIONS[-1][1] else None
 
 
 def _affordable(source: ImageSource) -> int:

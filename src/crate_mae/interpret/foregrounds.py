@@ -31,7 +31,7 @@ from crate_mae.models.tracing import layers_of
 FOREGROUND_MASS = 0.6  # DINO's share of the attention that makes the foreground
 CORRECT_IOU = 0.5
 KINDS = ("attention", "best head", "best cut", "component")
-CONTROLS = ("everything", "disc", "colours")  # which need no network
+CONTROLS = ("everything", "disc", "average", "colours")  # which need no network
 _COLUMNS = ("image", "left", "top", "right", "bottom")
 
 _CHOOSING, _SCORED = slice(0, None, 2), slice(1, None, 2)  # images on which a head is chosen, and scored
@@ -157,6 +157,13 @@ def disc_mask(size: tuple[int, int], share: float) -> Bool[Tensor, "hh ww"]:
     return (distance.argsort().argsort() < round(share * distance.numel())).unflatten(0, size)
 
 
+def average_mask(masks: Bool[Tensor, "b hh ww"]) -> Bool[Tensor, "hh ww"]:
+    """The places that are foreground in at least a share of the images; the share with the highest mean overlap."""
+    frequency = masks.float().mean(0)
+    candidates = [frequency >= tenth / 10 for tenth in range(1, 10)]
+    return max(candidates, key=lambda mask: float(intersection_over_union(mask.expand_as(masks), masks).mean()))
+
+
 def _inner_side(signed: Float[Tensor, "b gh gw"]) -> Bool[Tensor, "b gh gw"]:
     """Of the places with positive and with negative values, those that have the smaller share on the border."""
     positive, negative = signed > 0, signed < 0
@@ -171,8 +178,9 @@ def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
     """Score the foregrounds that each layer finds, and those of controls that need no network.
 
     Of several heads, the one that is best on every other image is scored on the remaining images. Controls: the whole
-    image, which is hard to beat where a large object is in the middle; a centred disc as large as the mean foreground
-    of every other image; and two clusters of colours.
+    image, which is hard to beat where a large object is in the middle; of every other image, a centred disc as large as
+    their mean foreground, and the average of their foregrounds, which a head that codes position alone can reach; and
+    two clusters of colours.
     """
     rows, controls = [], control_foregrounds(drawn)
     for layer in range(len(layers_of(encoder))):
@@ -218,12 +226,13 @@ def layer_foregrounds(
 
 
 def control_foregrounds(drawn: Drawn) -> dict[str, Bool[Tensor, "b 1 hh ww"]]:
-    """Foregrounds that need no network, see `score_foregrounds`; boxes have no disc, whose size is that of masks."""
+    """Foregrounds that need no network, see `score_foregrounds`; boxes have no disc and no average."""
     images = drawn.images
     found = {"everything": torch.ones_like(images[:, :1], dtype=torch.bool)}
     if drawn.masks is not None:
         share = float(drawn.masks[_CHOOSING].float().mean())
         found["disc"] = disc_mask((images.shape[2], images.shape[3]), share).expand(len(images), 1, -1, -1)
+        found["average"] = average_mask(drawn.masks[_CHOOSING]).expand(len(images), 1, -1, -1)
     return found | {"colours": colour_mask(images)[:, None]}
 
 

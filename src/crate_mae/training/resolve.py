@@ -321,9 +321,9 @@ def _pretraining_model(
     if taken := [key for key in options.model_settings if key in MODEL_OPTIONS]:
         raise UserError(f"Give {option_name(MODEL_OPTIONS[taken[0]])} instead of a model setting.")
     channels = options.channels or (3 if facts is None else facts.channels)
-    suggested, side = suggest_model(facts)
+    suggested, side = suggest_model(facts, options.image_size)
     if start is not None and options.model in (None, start.name):
-        size = options.image_size or side
+        size = side if options.image_size is None else options.image_size
         config = resized_config(start, (size, size) if isinstance(size, int) else size)
     else:
         config = preset(options.model or suggested)
