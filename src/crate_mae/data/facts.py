@@ -216,7 +216,7 @@ def suggest_model(facts: ImageFacts | None, image_size: int | tuple[int, int] | 
         sides = (image_size, image_size) if isinstance(image_size, int) else image_size
     nearest = next(number for number, (most, *_) in enumerate(_SUGGESTIONS) if min(sides) <= most)
     if image_size is not None:
-        by_distance = sorted(range(len(_SUGGESTIONS)), key=lambda number: abs(number - nearest))
+        by_distance = sorted(range(len(_SUGGESTIONS)), key=lambda number: (abs(number - nearest), -number))
         nearest = next((number for number in by_distance if _divides(_SUGGESTIONS[number][3], sides)), nearest)
     _, name, size, _ = _SUGGESTIONS[nearest]
     return name, size
