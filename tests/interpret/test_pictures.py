@@ -1,5 +1,7 @@
 """Maps on finer grids against strided pooling, and figures against the arrays that they are of."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -26,15 +28,22 @@ def pooled(patch):
     return lambda images: F.avg_pool2d(images[:, :2], patch)
 
 
-def shown(axes):
-    """The arrays of the cells that are not empty, by their places."""
-    rows, columns = axes[0].get_gridspec().nrows, axes[0].get_gridspec().ncols
-    cells = np.array(axes).reshape(rows, columns)
-    return {at: cell.images[0].get_array() for at, cell in np.ndenumerate(cells) if cell.images}
+def shown(figure):
+    """The arrays of the pictures, by their rows and columns."""
+    pictures = figure.axes[0].images
+    lefts, _, _, tops = (sorted(set(edges)) for edges in zip(*(each.get_extent() for each in pictures), strict=True))
+    places = {(tops.index(each.get_extent()[3]), lefts.index(each.get_extent()[0])): each for each in pictures}
+    assert len(places) == len(pictures)
+    assert all(later - earlier > 1 for earlier, later in pairwise(lefts))  # inches: none lies on another
+    return {place: each.get_array() for place, each in places.items()}
+
+
+def titles(figure):
+    return [text.get_text() for text in figure.axes[0].texts if text.get_verticalalignment() == "bottom"]
 
 
 def captions(figure):
-    return {text.get_text() for cell in figure.axes for text in cell.texts}
+    return {text.get_text() for text in figure.axes[0].texts if text.get_verticalalignment() == "top"}
 
 
 @pytest.mark.parametrize(("stride", "above", "below"), [(1, 2, 3), (2, 2, 2), (3, 1, 2)])
@@ -143,7 +152,7 @@ def test_every_image_has_a_row_and_every_head_a_column():
     generator = np.random.default_rng(0)
     pictures, heads = generator.random((2, 6, 9, 3)), generator.random((2, 5, 2, 3))
     saliency = np.array([[[0.7, 0.1, 0.1], [0.1, 0.0, 0.0]], [[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
-    cells = shown(draw_attention(pictures, heads, saliency).axes)
+    cells = shown(draw_attention(pictures, heads, saliency))
     assert set(cells) == {(row, column) for row in range(2) for column in range(8)}
     assert (cells[1, 0] == pictures[1]).all() and (cells[0, 1] == saliency[0]).all()
     assert (cells[1, 7] == heads[1, 4]).all()
@@ -154,10 +163,9 @@ def test_every_image_has_a_row_and_every_head_a_column():
 
 def test_many_heads_take_several_lines():
     figure = draw_attention(np.zeros((2, 4, 4, 3)), np.ones((2, 12, 2, 2)), np.full((2, 2, 2), 0.25))
-    cells = shown(figure.axes)
+    cells = shown(figure)
     assert len(cells) == 2 * (3 + 12) and (1, 0) not in cells and (3, 8) in cells
-    titles = [cell.get_title() for cell in figure.axes if cell.get_title()]
-    assert titles == ["image", "all heads", "60% of that", *(f"head {head}" for head in range(12))]
+    assert titles(figure) == ["image", "all heads", "60% of that", *(f"head {head}" for head in range(12))]
     assert captions(figure) == {"1.0"}  # even attention
 
 
@@ -167,7 +175,7 @@ def test_colours_stand_below_their_images(joint):
     pictures, colours = generator.random((10, 4, 4, 3)), generator.random((10, 2, 2, 3))
     explained = np.full((1 if joint else 10, 3), 0.2)
     figure = draw_token_colours(pictures, colours, explained)
-    cells = shown(figure.axes)
+    cells = shown(figure)
     assert len(cells) == 20
     assert (cells[2, 1] == pictures[6]).all() and (cells[3, 1] == colours[6]).all()
     assert captions(figure) == (set() if joint else {"60%"})

@@ -27,6 +27,7 @@ _SETTINGS: Any = {
     "grid.color": "#DDDDDD",
     "grid.linewidth": 0.6,
     "legend.frameon": False,
+    "image.composite_image": False,  # pictures side by side keep their own edges in a PDF file
 }
 
 
@@ -39,6 +40,17 @@ def panels(figure: Figure, rows: int, columns: int, **options: Any) -> Any:
     """An array of axes, rows x columns, in this style."""
     with rc_context(_SETTINGS):
         return figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def blank(width: float, height: float) -> tuple[Figure, Any]:
+    """An empty figure, and axes without lines whose coordinates are inches from its upper left corner.
+
+    A place on these axes takes far less time to draw than a panel of its own.
+    """
+    figure = Figure(figsize=(width, height))
+    axes: Any = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    axes.set_axis_off()
+    return figure, axes
 
 
 def draw_line(
@@ -89,6 +101,7 @@ def legend_above(figure: Figure, axes: Any, columns: int) -> None:
 def encode(figure: Figure, kind: Literal["png", "pdf"]) -> bytes:
     """The file of a figure: the same bytes for the same figure, so without a date.
 
+    Its parts are arranged once, which takes half of the time; they stay where they are if it is encoded again.
     A PNG file of lines alone has 256 colours, which makes it a third as large and looks the same; pictures keep theirs.
     """
     # A canvas is used directly, since `savefig` draws a figure twice: the first time only to arrange its parts.
@@ -97,8 +110,11 @@ def encode(figure: Figure, kind: Literal["png", "pdf"]) -> bytes:
     with rc_context(_SETTINGS), BytesIO() as buffer:
         if kind == "pdf":
             canvas.print_pdf(buffer, metadata={"CreationDate": None})
+        else:
+            canvas.draw()
+        figure.set_layout_engine("none")
+        if kind == "pdf":
             return buffer.getvalue()
-        canvas.draw()
     opaque = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     has_pictures = any(axes.images for axes in figure.axes)
     smaller = opaque if has_pictures else opaque.quantize(_COLOURS_OF_LINES, dither=Image.Dither.NONE)

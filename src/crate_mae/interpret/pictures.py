@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from crate_mae.drawing.style import GREY, HEAT, new_figure, panels
+from crate_mae.drawing.style import GREY, HEAT, blank
 from crate_mae.drawing.text import percent
 from crate_mae.interpret.atoms import Atom, Gallery
 from crate_mae.interpret.foregrounds import FOREGROUND_MASS, mass_mask
 
-_CAPTION, _GAP, _TITLE_LINE, _HEADING, _LABEL = 0.2, 0.05, 0.22, 0.5, 1.2  # inches
+_CAPTION, _GAP, _TITLE_LINE, _HEADING, _LABEL = 0.24, 0.08, 0.19, 0.5, 1.3  # inches
 _VEIL = np.array([0.0, 0.45, 0.7])  # the colour that lies over what is not foreground
 _VEILED = 0.8  # how much of it
 _FRAME = "#D55E00"
@@ -73,40 +73,45 @@ def draw_tiles(rows: Tiles, *, tile_width: float, heading: str = "") -> Figure:
     """
     tiles = [tile for row in rows for tile in row if tile is not None]
     columns = max(len(row) for row in rows)
-    aspect = tiles[0].pixels.shape[0] / tiles[0].pixels.shape[1]
+    side = tile_width - _GAP
+    tallest = side * tiles[0].pixels.shape[0] / tiles[0].pixels.shape[1]
+    titles = [max((1 + tile.title.count("\n") for tile in row if tile and tile.title), default=0) for row in rows]
     below = _CAPTION if any(tile.caption for tile in tiles) else _GAP
-    above = _TITLE_LINE * (1 + max(tile.title.count("\n") for tile in tiles))
-    height = len(rows) * (tile_width * aspect + below) + above + (_HEADING if heading else 0)
     font_size = 10.5 if tile_width > _ROOMY else 9.0 if tile_width > _NARROW else 8.0
     beside = _LABEL if any(tile.label for tile in tiles) else 0
-    figure = new_figure(tile_width * columns + beside, height)
-    axes = panels(figure, len(rows), columns)
-    for place in axes.flat:
-        place.set_box_aspect(aspect)
-        place.set_axis_off()
-    for places, row in zip(axes, rows, strict=True):
-        for place, tile in zip(places, row, strict=False):
-            if tile is not None:
-                _draw_tile(place, tile, font_size)
+    y = _HEADING if heading else _GAP
+    figure, axes = blank(tile_width * columns + beside, y + _TITLE_LINE * sum(titles) + len(rows) * (tallest + below))
     if heading:
-        figure.suptitle(heading, fontsize=10, color=GREY)
+        figure.suptitle(heading, y=1 - _GAP / figure.get_figheight(), va="top", fontsize=10, color=GREY)
+    for row, lines in zip(rows, titles, strict=True):
+        y += _TITLE_LINE * lines
+        for column, tile in enumerate(row):
+            if tile is not None:
+                height = side * tile.pixels.shape[0] / tile.pixels.shape[1]
+                left = beside + column * tile_width + _GAP / 2
+                _draw_tile(axes, tile, (left, y + (tallest - height) / 2, side, height), font_size)
+        y += tallest + below
     return figure
 
 
-def _draw_tile(axes: Any, tile: Tile, font_size: float) -> None:
+def _draw_tile(axes: Any, tile: Tile, place: tuple[float, float, float, float], font_size: float) -> None:
+    """Draw a tile at its place: left, top, width and height in inches."""
+    left, top, width, height = place
+    extent = (left, left + width, top + height, top)
     colours = {"cmap": HEAT, "vmin": 0.0, "vmax": float(tile.pixels.max()) or 1.0} if tile.pixels.ndim == 2 else {}
-    axes.imshow(tile.pixels, interpolation="nearest", aspect="auto", **colours)
-    axes.set_title(tile.title, fontsize=font_size, pad=3)
-    axes.set_box_aspect(tile.pixels.shape[0] / tile.pixels.shape[1])
+    axes.imshow(tile.pixels, interpolation="nearest", aspect="auto", extent=extent, **colours)
+    middle, bottom = left + width / 2, top + height
+    if tile.title:
+        axes.text(middle, top - 0.04, tile.title, ha="center", va="bottom", fontsize=font_size)
     if tile.label:
-        axes.text(-0.06, 0.5, tile.label, transform=axes.transAxes, ha="right", va="center", fontsize=font_size - 1)
+        axes.text(left - 0.08, top + height / 2, tile.label, ha="right", va="center", fontsize=font_size - 1)
     if tile.caption:
-        axes.text(0.5, -0.03, tile.caption, transform=axes.transAxes, ha="center", va="top", fontsize=9, color=GREY)
+        axes.text(middle, bottom + 0.03, tile.caption, ha="center", va="top", fontsize=9, color=GREY)
     if tile.box is not None:
-        left, top, width, height = tile.box
-        frame = Rectangle((left - 0.5, top - 0.5), width, height, fill=False, edgecolor=_FRAME, linewidth=2)
-        frame.set_clip_on(False)
-        axes.add_patch(frame)
+        down, across = (size / count for size, count in zip((height, width), tile.pixels.shape, strict=False))
+        corner = left + tile.box[0] * across, top + tile.box[1] * down
+        size = tile.box[2] * across, tile.box[3] * down
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=_FRAME, linewidth=2, clip_on=False))
 
 
 _TILE = 1.25  # inches
