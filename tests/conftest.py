@@ -6,6 +6,7 @@ import importlib
 import inspect
 import os
 import shutil
+import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,18 @@ from PIL import Image
 
 IS_ONE_OF_SEVERAL = "PYTEST_XDIST_WORKER" in os.environ
 # Folders of long tests, which start first: otherwise one process would be left alone with them at the end.
-LONGEST = ("training", "docs", "comparison", "interpret", "costs", "benchmarks", "commands", "app")
+LONGEST = (
+    "docs",
+    "training",
+    "comparison",
+    "interpret",
+    "costs",
+    "benchmarks",
+    "commands",
+    "app",
+    "deployment",
+    "models",
+)
 
 if IS_ONE_OF_SEVERAL:
     # Several processes test at once: with a thread a core in each, they would spend their time waiting for each other.
@@ -90,10 +102,16 @@ def shapes_are_checked_again():
     CHECKS.clear()
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory) -> Path:
+    """Where every test has a folder: pytest's own way to make one looks at all that there are."""
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch) -> Path:
+def own_cache(caches, monkeypatch) -> Path:
     """No test reads or writes the user's cache."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = Path(tempfile.mkdtemp(dir=caches))
     monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
     return folder
 

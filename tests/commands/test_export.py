@@ -78,7 +78,7 @@ def test_a_folded_model_is_the_same_function(settings):
 def test_monotone_and_compressing_layers_are_exported_and_verified(tmp_path, crate_mae_command, kind, layer):
     if kind == "onnx":
         pytest.importorskip("onnxruntime")
-    model = saved(tmp_path / "model", layer=layer)
+    model = saved(tmp_path / "model", layer=layer, depth=1)
     code, _, err = crate_mae_command("export", model, "--out", tmp_path / "x", "--format", kind, "--verify")
     assert code == 0, err
 
@@ -293,7 +293,7 @@ def test_nothing_that_is_exported_names_a_folder_of_this_machine(tmp_path, kind)
     needed = {"hf": "transformers", "onnx": "onnxscript"}
     if kind in needed:
         pytest.importorskip(needed[kind])
-    run = saved(tmp_path / "Unmistakable" / "run")
+    run = saved(tmp_path / "Unmistakable" / "run", depth=1)
     data = f"data: {run.parent}/photos\nval: {run.parent}/photos-val\ninit_from: {run.parent}/start\n"
     (run / "config.yaml").write_text(f"command: pretrain\nmodel: {run.parent}/odd\n{data}")
     (run / "linear.json").write_text(json.dumps({"probe": "linear", "val": f"{run.parent}/val", "results": []}))

@@ -18,13 +18,7 @@ DRIVER = Path(__file__).with_name("driver.py")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 CPU = {"ACCELERATE_USE_CPU": "true"}
 MONOTONE = "model_settings={embed_dim: 24, num_heads: 2, depth: 2, decoder_depth: 2, layer: monotone}"
-_LAUNCH = ("-m", "accelerate.commands.launch", "--main_process_port=0")
 _CONFIGURATIONS = Path(__file__).parents[2] / "examples" / "accelerate"
-
-
-def accelerate(processes):
-    """Accelerate calls several processes with a CPU each "multi_gpu" too, and ACCELERATE_USE_CPU distinguishes them."""
-    return (*_LAUNCH, "--multi_gpu", f"--num_processes={processes}")
 
 
 def sharded(processes):
@@ -33,7 +27,10 @@ def sharded(processes):
 
 
 def unsharded(processes):
-    """The environments of processes with a whole model each; for `Forked`."""
+    """The environments of processes with a whole model each; for `Forked`.
+
+    Accelerate calls several processes with a CPU each "multi_gpu" too, and ACCELERATE_USE_CPU distinguishes them.
+    """
     return _environments(processes, "ddp.yaml")
 
 

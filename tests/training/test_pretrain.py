@@ -373,12 +373,28 @@ def test_a_short_run_of_such_steps_alone_is_not_called_finished(tiny_run, broken
     assert not (tmp_path / "run" / "model.safetensors").exists()
 
 
+@pytest.fixture(scope="module")
+def made_once():
+    """What tests of this file have made for the others."""
+    return {}
+
+
+@pytest.fixture
+def whole_weights(tiny_run, made_once):
+    """Those of the usual run."""
+    if not made_once:
+        made_once["weights"] = weights(tiny_run("whole").path)
+    return made_once["weights"]
+
+
 def full_disk(*_arguments, **_options):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize("what", ["checkpoint", "picture", "metrics"])
-def test_a_full_disk_stops_the_run_with_a_sentence_and_a_whole_checkpoint(tiny_run, tmp_path, monkeypatch, what):
+def test_a_full_disk_stops_the_run_with_a_sentence_and_a_whole_checkpoint(
+    tiny_run, whole_weights, tmp_path, monkeypatch, what
+):
     targets = {
         "checkpoint": (checkpoint, "save_file"),
         "picture": (Monitor, "picture"),
@@ -389,7 +405,7 @@ def test_a_full_disk_stops_the_run_with_a_sentence_and_a_whole_checkpoint(tiny_r
         with pytest.raises(UserError, match=r"the disk is full(.|\n)*up to step-11 is saved(.|\n)*crate-mae resume"):
             tiny_run(checkpoint_epochs=1)
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["last", "step-11"]
-    assert weights(resume(tmp_path / "run", quiet=True).path) == weights(tiny_run("whole").path)
+    assert weights(resume(tmp_path / "run", quiet=True).path) == whole_weights
 
 
 def test_autocast_around_a_run_changes_nothing(tiny_run):

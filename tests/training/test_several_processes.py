@@ -1,28 +1,19 @@
-"""Several real processes that train together as one would alone."""
+"""Several real processes that train together as one would alone.
+
+They have the environment that `accelerate launch` gives them. It itself launches the run of test_slurm.py, and torchrun
+one of test_sharding.py, which ends with the weights of one process too, and one of the tutorials.
+"""
 
 import pytest
 
-from tests.training.real_processes import (
-    MONOTONE,
-    TORCHRUN,
-    accelerate,
-    column,
-    finish,
-    largest_difference,
-    unsharded,
-    world_size,
-)
+from tests.training.real_processes import MONOTONE, column, finish, largest_difference, unsharded, world_size
 
 
-@pytest.mark.parametrize(
-    ("launcher", "options"),
-    [(TORCHRUN, ("steps=12",)), (accelerate(2), ("steps=6", MONOTONE))],
-    ids=["torchrun", "accelerate, monotone"],
-)
-def test_several_processes_give_the_weights_of_one(tmp_path, driver, launcher, options):
+@pytest.mark.parametrize("options", [("steps=12",), ("steps=6", MONOTONE)], ids=["published layers", "monotone layers"])
+def test_several_processes_give_the_weights_of_one(tmp_path, driver, options):
     alone, together = tmp_path / "one", tmp_path / "several"
     one = driver("pretrain", alone, *options)
-    finish(driver("pretrain", together, *options, launcher=launcher))
+    finish(driver("pretrain", together, *options, environments=unsharded(2)))
     finish(one)
     last = options[0].replace("steps=", "step-")
     assert [world_size(run / "checkpoints" / last) for run in (alone, together)] == [1, 2]
