@@ -54,7 +54,7 @@ _MOST_LABELLED, _FEWEST_LABELLED = 2000, 50
 _MOST_BYTES = 2**28  # of their pixels
 _FEW, _LEAST_SIDE = 10_000, 32  # images, and pixels of each, from which the bundled model has been better to start from
 _BUNDLED, _SMALL = "crate_mae_micro_monotone_cifar10", 64  # a model to start from, and pixels to have many steps
-_ADVICE = f"--init-from {_BUNDLED} has given better features"  # results/own_images
+_ADVICE = f"with few images, --init-from {_BUNDLED} has given features as good or better"  # results/own_images
 _OF_ONE_MODEL = ("recipe", "model", "model_settings", "image_size", "mask_tokens", "norm_pix_loss", "lr")
 
 
@@ -141,7 +141,7 @@ class Pretraining(Task[PretrainOptions]):
         if self.start is not None:
             start = {"starts from": f"{c.init_from}: {self.start}"}
         elif c.init_from is None and len(images.train) < _FEW and min(height, width) >= _LEAST_SIDE:
-            start = {"starts from": f"random initialisation; for so few images, {_ADVICE}"}
+            start = {"starts from": f"random initialisation; {_ADVICE}"}
         else:
             start = {}
         return {
