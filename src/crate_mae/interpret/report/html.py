@@ -99,9 +99,10 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     ),
     "foreground_scores": (
         "How well foregrounds are found",
-        "Each line shows how well the foregrounds found by a layer agree with those drawn by hand; the best head of a "
-        "layer is chosen on every other image and scored on the rest. Only values above random initialisation and "
-        "above the dashed line, the best foreground that needs no network, were learned.",
+        "Each line shows how well the foregrounds found by a layer agree with those drawn by hand: their IoU, and the "
+        "share of images in which the box of the foreground is right; the best head of a layer is chosen on every "
+        "other image and scored on the rest. Only values above random initialisation and above the dashed line, the "
+        "best foreground that needs no network, were learned.",
     ),
 }
 _AT_A_GLANCE = (
@@ -382,12 +383,12 @@ def _linearity(atoms: Sequence[Atom]) -> str:
 def _foregrounds(inspection: Inspection) -> Panels:
     """Foregrounds against those that were drawn; without panels if none were."""
     panels = {}
-    for measure in ("foreground_iou", "correct_localisation"):
+    for measure, short in (("foreground_iou", "IoU"), ("correct_localisation", "right boxes")):
         controls = {name: inspection.model.find(measure, name) for name in FOREGROUND_CONTROLS}
         best = max(controls, key=lambda name: controls[name][0].mean if controls[name] else 0.0)
         for kind in KINDS:
             curves = [_curve(subject, measure, kind) for subject in inspection.measured]
             if found := [curve for curve in curves if curve is not None]:
                 control = Curve(f"{best}, the best control", _CONTROL, controls[best], dashed=True)
-                panels[f"{MEASURES[measure].label}, by {kind}"] = [*found, control]
+                panels[f"By {kind}: {short}"] = [*found, control]
     return panels
