@@ -7,7 +7,7 @@ import pytest
 
 import crate_mae
 from crate_mae.errors import UserError
-from crate_mae.interpret.report import inspection, page
+from crate_mae.interpret.report import html, inspection
 
 command = importlib.import_module("crate_mae.commands.reports")
 inspect = command.inspect
@@ -19,9 +19,9 @@ def undrawn(monkeypatch):
     """Figures and untrained draws take the time, and are tested elsewhere."""
     monkeypatch.setattr(inspection, "_DRAWS", 1)
     monkeypatch.setattr(
-        page, "draw_figures", lambda plan: {figure.name: figure for section in plan.values() for figure in section}
+        html, "draw_figures", lambda plan: {figure.name: figure for section in plan.values() for figure in section}
     )
-    monkeypatch.setattr(page, "encode", lambda _, kind: kind.encode())
+    monkeypatch.setattr(html, "encode", lambda _, kind: kind.encode())
 
 
 def test_it_writes_a_page_numbers_and_figures(undrawn, crate_mae_command, tmp_path):

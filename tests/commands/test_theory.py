@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 from crate_mae.errors import UserError
-from crate_mae.interpret.claims import page
+from crate_mae.interpret.claims import report
 
 theory = importlib.import_module("crate_mae.commands.reports").theory
 NAMES = {"denoising", "attention", "signal_to_noise", "diffusion", "ista"}
@@ -15,12 +15,12 @@ FILES = {"theory.html", "theory.json", *(f"{name}.{kind}" for name in NAMES for 
 
 @pytest.fixture(scope="module")
 def one_draw():
-    return page.measure_theory(draws=1)
+    return report.measure_theory(draws=1)
 
 
 @pytest.fixture
 def quick(one_draw, monkeypatch):
-    monkeypatch.setattr(page, "measure_theory", lambda seed: dataclasses.replace(one_draw, seed=seed))
+    monkeypatch.setattr(report, "measure_theory", lambda seed: dataclasses.replace(one_draw, seed=seed))
 
 
 def test_it_writes_a_page_numbers_and_figures(quick, crate_mae_command, tmp_path):
@@ -36,7 +36,7 @@ def test_it_writes_a_page_numbers_and_figures(quick, crate_mae_command, tmp_path
 
 
 def test_overwrite_replaces_files_and_keeps_others(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "encode", lambda _, kind: kind.encode())  # drawing takes most of the time
+    monkeypatch.setattr(report, "encode", lambda _, kind: kind.encode())  # drawing takes most of the time
     (tmp_path / "notes.txt").write_text("mine")
     (tmp_path / "theory.html").write_text("old")
     assert theory(out=tmp_path, overwrite=True, quiet=True) == tmp_path / "theory.html"
