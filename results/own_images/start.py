@@ -71,7 +71,7 @@ def main() -> None:
 
 def folder_name(entry: str) -> str:
     """Of its runs."""
-    return entry.replace(", ", "_").replace(" ", "_")
+    return entry.replace(" ", "_")
 
 
 def scores(model: str, parts: tuple[Path, Path]) -> Iterator[dict[str, Any]]:

@@ -28,6 +28,9 @@ from torch import Tensor
 from crate_mae.data import open_source
 from crate_mae.evaluation.backbones import Backbone, open_backbone
 from crate_mae.interpret.foregrounds import (
+    CHOOSING,
+    CORRECT_IOU,
+    SCORED,
     Drawn,
     control_foregrounds,
     layer_foregrounds,
@@ -37,8 +40,6 @@ from crate_mae.interpret.foregrounds import (
 )
 from crate_mae.models.tracing import layers_of
 from crate_mae.models.weights import UNTRAINED
-
-CORRECT = 0.5  # an IoU above which a foreground counts as found
 
 
 def main() -> None:
@@ -59,7 +60,7 @@ def main() -> None:
         drawn = read_drawn(drawings, source, range(len(source)), backbone)
         if not scored:
             for name, masks in control_foregrounds(drawn).items():
-                scored[name] = overlaps(masks, drawn)[1::2, 0]
+                scored[name] = overlaps(masks, drawn)[SCORED, 0]
                 rows.append(line(name, "", "", "", scored[name]))
             best = max(scored.values(), key=lambda scores: float(scores.mean()))
         for kind, (place, scores, of_others) in best_foregrounds(backbone, drawn).items():
@@ -81,12 +82,12 @@ def best_foregrounds(backbone: Backbone, drawn: Drawn) -> dict[str, tuple[tuple[
     for layer in range(len(layers_of(backbone.encoder))):
         for kind, masks in layer_foregrounds(backbone.encoder, drawn.images, layer).items():
             scores = overlaps(masks, drawn)
-            chosen_on, head = scores[::2].mean(0).max(0)
+            chosen_on, head = scores[CHOOSING].mean(0).max(0)
             for name in (kind, "all"):
                 if name not in found or float(chosen_on) > found[name][0]:
                     own = masks[:, [int(head)]]
-                    shuffled = overlaps(own.roll(2, 0), drawn)[1::2, 0]  # masks of other images that are scored
-                    found[name] = float(chosen_on), (layer, int(head)), scores[1::2, head], shuffled
+                    shuffled = overlaps(own.roll(2, 0), drawn)[SCORED, 0]  # masks of other images that are scored
+                    found[name] = float(chosen_on), (layer, int(head)), scores[SCORED, head], shuffled
     return {kind: (place, scores, shuffled) for kind, (_, place, scores, shuffled) in found.items()}
 
 
@@ -100,7 +101,7 @@ def line(model: str, kind: str, layer: int | str, head: int | str, scores: Tenso
         "images": len(scores),
         "miou": round(float(scores.mean()), 4),
         "error": round(standard_error(scores), 4),
-        "found": round(float((scores > CORRECT).float().mean()), 4),
+        "found": round(float((scores > CORRECT_IOU).float().mean()), 4),
     }
 
 

@@ -24,7 +24,7 @@ from crate_mae.data.numbers import MAX_BAD
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.interpret.attention import class_attention, patch_affinities
-from crate_mae.interpret.statistics import Row, row, statistic
+from crate_mae.interpret.statistics import Row, Statistic, row, statistic
 from crate_mae.interpret.tokens import encode_patches, grid_size, shown_images
 from crate_mae.models.tracing import layers_of
 
@@ -34,7 +34,7 @@ KINDS = ("attention", "best head", "best cut", "component")
 CONTROLS = ("everything", "disc", "average", "colours")  # which need no network
 _COLUMNS = ("image", "left", "top", "right", "bottom")
 
-_CHOOSING, _SCORED = slice(0, None, 2), slice(1, None, 2)  # images on which a head is chosen, and scored
+CHOOSING, SCORED = slice(0, None, 2), slice(1, None, 2)  # images on which a head is chosen, and scored
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom, the last two beyond it, in pixels
 # Foregrounds by the names of images without folder and ending: files of masks, whose pixels that are not 0 are
@@ -182,18 +182,25 @@ def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
     their mean foreground, and the average of their foregrounds, which a head that codes position alone can reach; and
     two clusters of colours.
     """
-    rows, controls = [], control_foregrounds(drawn)
+    controls = {kind: _scores(masks, drawn) for kind, masks in control_foregrounds(drawn).items()}
+    rows = []
     for layer in range(len(layers_of(encoder))):
-        for kind, masks in (layer_foregrounds(encoder, drawn.images, layer) | controls).items():
-            scores = overlaps(masks, drawn)
-            chosen = scores[_CHOOSING].mean(0).argmax() if masks.shape[1] > 1 else 0
-            part = slice(None) if masks.shape[1] == 1 else _SCORED
-            place = ("encoder", layer)
-            if drawn.masks is not None:
-                rows.append(row(place, "foreground_iou", statistic(scores[part, chosen]), point=kind))
-            localised = _localised(masks[part, chosen], drawn.boxes[part])
-            rows.append(row(place, "correct_localisation", statistic(localised), point=kind))
+        found = {kind: _scores(masks, drawn) for kind, masks in layer_foregrounds(encoder, drawn.images, layer).items()}
+        for kind, scores in (found | controls).items():
+            rows += [row(("encoder", layer), measure, score, point=kind) for measure, score in scores.items()]
     return rows
+
+
+def _scores(masks: Bool[Tensor, "b k hh ww"], drawn: Drawn) -> dict[str, Statistic]:
+    """The scores of foregrounds, by measure; of several heads, those of the chosen one."""
+    each, part, chosen = overlaps(masks, drawn), slice(None), 0
+    if masks.shape[1] > 1:
+        part, chosen = SCORED, int(each[CHOOSING].mean(0).argmax())
+    scores = statistic(each[part, chosen])
+    if drawn.masks is None:
+        return {"correct_localisation": scores}
+    localised = statistic(_localised(masks[part, chosen], drawn.boxes[part]))
+    return {"foreground_iou": scores, "correct_localisation": localised}
 
 
 def layer_foregrounds(
@@ -230,9 +237,9 @@ def control_foregrounds(drawn: Drawn) -> dict[str, Bool[Tensor, "b 1 hh ww"]]:
     images = drawn.images
     found = {"everything": torch.ones_like(images[:, :1], dtype=torch.bool)}
     if drawn.masks is not None:
-        share = float(drawn.masks[_CHOOSING].float().mean())
+        share = float(drawn.masks[CHOOSING].float().mean())
         found["disc"] = disc_mask((images.shape[2], images.shape[3]), share).expand(len(images), 1, -1, -1)
-        found["average"] = average_mask(drawn.masks[_CHOOSING]).expand(len(images), 1, -1, -1)
+        found["average"] = average_mask(drawn.masks[CHOOSING]).expand(len(images), 1, -1, -1)
     return found | {"colours": colour_mask(images)[:, None]}
 
 
