@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from crate_mae.interpret.report.findings import STAND_IN_LIMITS
 from crate_mae.interpret.report.html import REPORT_FILE, plan_figures, report_files
 from crate_mae.interpret.report.inspection import Training, inspect_model
 from crate_mae.interpret.report.options import InspectOptions
+from tests.html_tags import Tags
 
 SMALL = {"embed_dim": 24, "depth": 2, "num_heads": 3, "decoder_depth": 2, "in_chans": 1}
 SECTIONS = {"model", "findings", "layers", "audit", "weights", "attention", "tokens", "atoms", "left-out"}
@@ -73,27 +73,6 @@ def files(inspection):
 @pytest.fixture(scope="module")
 def page(files):
     return files[REPORT_FILE]
-
-
-class Tags(HTMLParser):
-    """Collects what a page loads and where its links lead, and sees to it that what is opened is closed."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.sources, self.links, self.ids = [], [], [], []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        self.sources += [found["src"]] if "src" in found else []
-        self.links += [found["href"]] if "href" in found else []
-        self.ids += [found["id"]] if "id" in found else []
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 def test_the_page_loads_nothing(page):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from html.parser import HTMLParser
 from io import BytesIO
 
 import pytest
@@ -12,6 +11,7 @@ from crate_mae.drawing.style import encode
 from crate_mae.interpret.claims import attention, denoising, ista, signal_to_noise
 from crate_mae.interpret.claims.common import Spread, number
 from crate_mae.interpret.claims.report import CLAIMS, measure_theory, write_html
+from tests.html_tags import Tags
 
 
 @pytest.fixture(scope="module")
@@ -24,25 +24,6 @@ def pictures(results):
     return {name: encode(claim.draw(results.claims[name]), "png") for name, claim in CLAIMS.items()}
 
 
-class Tags(HTMLParser):
-    """Collects sources and links, and checks that every opened tag is closed."""
-
-    def __init__(self):
-        super().__init__()
-        self.open, self.sources, self.links, self.ids = [], [], [], []
-
-    def handle_starttag(self, tag, attrs):
-        attributes = dict(attrs)
-        self.sources += [attributes["src"]] if "src" in attributes else []
-        self.links += [attributes["href"]] if "href" in attributes else []
-        self.ids += [attributes["id"]] if "id" in attributes else []
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-
 def test_numbers_are_written_with_their_spread():
     assert number(Spread(0.5, 0.25)) == "0.50 ± 0.25"
     assert number(Spread(-0.5, 0.001)) == "−0.500 ± 0.001"
@@ -52,9 +33,7 @@ def test_numbers_are_written_with_their_spread():
 
 def test_the_page_is_self_contained(results, pictures):
     page = write_html(results, pictures)
-    tags = Tags()
-    tags.feed(page)
-    assert tags.open == []
+    tags = Tags(page)
     assert len(tags.sources) == len(pictures) == 5
     assert all(source.startswith("data:image/png;base64,") for source in tags.sources)
     assert {link[1:] for link in tags.links if link.startswith("#")} == set(tags.ids) == set(pictures)
