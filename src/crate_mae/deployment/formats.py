@@ -302,14 +302,19 @@ def quantize(path: Path) -> None:
     ones of 7 bits, which do not saturate; all three files are of one size.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         whole = path.rename(Path(scratch) / path.name)
+        folded = whole.with_name("folded.onnx")
         before = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # it would advise a step that changes nothing here
+        logging.disable(logging.WARNING)  # it advises what has been done
         try:
+            # Makes a constant of the transpose of a constant: subspaces are used both ways, and what is computed from a
+            # constant would stay in float32.
+            quant_pre_process(whole, folded, skip_symbolic_shape=True, skip_onnx_shape=True)
             quantize_dynamic(
-                whole, path, weight_type=QuantType.QUInt8, per_channel=True, op_types_to_quantize=["MatMul"]
+                folded, path, weight_type=QuantType.QUInt8, per_channel=True, op_types_to_quantize=["MatMul"]
             )
         finally:
             logging.disable(before)
