@@ -62,6 +62,10 @@ class ImageSource(ABC):
             UnreadableImage: if it cannot be decoded completely.
         """
 
+    def repeatable_picture(self, i: int) -> Image.Image | Tensor:
+        """`picture`, and the same one at every call."""
+        return self.picture(i)
+
     @abstractmethod
     def location(self, i: int) -> str:
         """Describe where image i is, so that the user can find it."""
@@ -161,6 +165,10 @@ class Part(ImageSource):
     def picture(self, i: int) -> Image.Image | Tensor:
         """Image i of the part."""
         return self._whole.picture(int(self._indices[i]))
+
+    def repeatable_picture(self, i: int) -> Image.Image | Tensor:
+        """That of the whole source."""
+        return self._whole.repeatable_picture(int(self._indices[i]))
 
     def value_range(self, mode: str) -> tuple[float, float]:
         """That of the whole source."""

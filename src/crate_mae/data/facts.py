@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample, label_names, none_readable, occurring_classes
-from crate_mae.data.dataset import default_generator_seeded, global_generators_seeded
 from crate_mae.data.decode import (
     DEEP_MODES,
     UNBOUNDED_MODES,
@@ -183,15 +182,9 @@ def _read_with_content(source: ImageSource, i: int) -> tuple[Image.Image | Tenso
     if isinstance(source, EncodedSource):
         content = source.content(i)
         return decode(content, source.location(i)), content
-    image = _same_picture(source, i)
+    image = source.repeatable_picture(i)
     pixels = np.asarray(image) if isinstance(image, Image.Image) else image.detach().cpu().numpy()
     return image, f"{_mode(image)} {pixels.shape}".encode() + pixels.tobytes()
-
-
-def _same_picture(source: ImageSource, i: int) -> Image.Image | Tensor:
-    """Image i, the same at every call: a data set of Python may change its images at random."""
-    with default_generator_seeded(0), global_generators_seeded(0):
-        return source.picture(i)
 
 
 _SUGGESTIONS = (  # shorter side up to which, the preset, its image size and patch size
@@ -393,7 +386,7 @@ def _content(source: ImageSource, i: int, decoded: bool) -> bytes | None:
     try:
         if not decoded:
             return source.content(i) if isinstance(source, EncodedSource) else _read_with_content(source, i)[1]
-        image = _same_picture(source, i)
+        image = source.repeatable_picture(i)
         pixels = np.asarray(to_tensor(image) if getattr(image, "mode", None) in ("L", "RGB") else image)
         return f"{pixels.dtype} {pixels.shape}".encode() + pixels.tobytes()
     except UnreadableImage:

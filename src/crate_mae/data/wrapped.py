@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from crate_mae.data.base import LARGEST_LABEL, NO_LABEL, ImageSource, number_labels
+from crate_mae.data.dataset import default_generator_seeded, global_generators_seeded
 from crate_mae.data.decode import UnreadableImage, decode, upright
 from crate_mae.data.files import cache_folder
 from crate_mae.errors import UserError, did_you_mean, first_line
@@ -75,6 +76,11 @@ class DatasetSource(ImageSource):
             f"{self.location(i)} is a {type(image).__name__}, not an image.\n"
             "Items are images (Pillow, tensor, array, bytes), (image, label) pairs, or dicts with the key image."
         )
+
+    def repeatable_picture(self, i: int) -> Image.Image | Tensor:
+        """`picture` with seeded generators, since a data set may change its images at random."""
+        with default_generator_seeded(0), global_generators_seeded(0):
+            return self.picture(i)
 
     def location(self, i: int) -> str:
         """The name of the data set and the item's number."""
