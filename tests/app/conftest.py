@@ -38,7 +38,7 @@ def served(tmp_path_factory):
     folder = tmp_path_factory.mktemp("served")
     log, output = folder / "noted.txt", folder / "output.txt"
     log.touch()
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "NOTED": str(log), "TMPDIR": str(folder)}
+    environment = {**os.environ, "NOTED": str(log), "TMPDIR": str(folder)}
     with output.open("w") as out:
         command = [sys.executable, DRIVER, "app", "--port", "0"]
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment)

@@ -12,7 +12,7 @@ def watch(event, arguments):
     if event == "open":
         path, mode, flags = arguments
         writes = set("wax+") & set(mode) if mode else flags & WRITING
-        if writes and not str(path).startswith("/dev/"):
+        if writes and not str(path).startswith("/dev/") and "__pycache__" not in str(path):  # Python's, of its modules
             os.write(NOTES, f"wrote {path}\n".encode())
     elif event == "socket.connect":
         address = arguments[1]
