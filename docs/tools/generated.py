@@ -14,9 +14,9 @@ from crate_mae.models.presets import create_model, list_models
 from crate_mae.models.weights import load_autoencoder
 
 # The results of the run that each trained model of the package is from.
-BUNDLED_RESULTS = {
-    "crate_mae_micro_cifar10": "cifar10_small_color",
-    "crate_mae_micro_compressing_cifar10": "cifar10_compressing",
+TRAINED_MODELS = {  # by MODEL, as a command takes it in the project's folder: their results
+    "trained_models/crate_mae_micro_cifar10": "cifar10_small_color",
+    "trained_models/crate_mae_micro_compressing_cifar10": "cifar10_compressing",
     "crate_mae_micro_monotone_cifar10": "cifar10_monotone",
 }
 
@@ -131,16 +131,17 @@ def minutes(root: Path) -> str:
     return "\n".join(rows)
 
 
-def bundled(root: Path) -> str:
-    """The trained models of the package, and what their runs and probes wrote."""
+def trained(root: Path) -> str:
+    """The trained models of the package and the repository, and what their runs and probes wrote."""
     rows = ["| model | parameters | held-out loss | linear probe, 50,000 labels | results |", "|---|---|---|---|---|"]
-    for name, folder in BUNDLED_RESULTS.items():
+    for model, folder in TRAINED_MODELS.items():
         with (root / "results" / folder / "metrics.csv").open(newline="", encoding="utf-8") as file:
             loss = [float(row["held_out_loss"]) for row in csv.DictReader(file) if row["held_out_loss"]][-1]
         probe = json.loads((root / "results" / folder / "linear.json").read_text(encoding="utf-8"))
         top1 = probe["results"][-1]["top1"]
+        loaded = load_autoencoder(root / model if "/" in model else model)
         rows.append(
-            f"| `{name}` | {_millions(load_autoencoder(name))} | {loss:.3f} | {_percent(top1['value'])} "
+            f"| `{model}` | {_millions(loaded)} | {loss:.3f} | {_percent(top1['value'])} "
             f"({100 * top1['low']:.1f} to {100 * top1['high']:.1f}) | [{folder}](../results/{folder}/README.md) |"
         )
     return "\n".join(rows)
@@ -190,4 +191,4 @@ def _percent(share: float) -> str:
     return f"{100 * share + 1e-9:.1f}%"  # halves are rounded up, as on the pages of the results
 
 
-PARTS = {"results": results, "minutes": minutes, "bundled": bundled, "budgets": budgets, "presets": presets}
+PARTS = {"results": results, "minutes": minutes, "trained": trained, "budgets": budgets, "presets": presets}

@@ -84,7 +84,7 @@ TRIALS: dict[str, dict[str, Any]] = {
 }
 UNTRAINED: dict[str, Callable[[], nn.Module]] = {
     "random weights": lambda: crate_mae.create_model(recipe()["model"]),
-    "the full recipe": lambda: crate_mae.load("crate_mae_micro_cifar10"),
+    "the full recipe": lambda: crate_mae.load("trained_models/crate_mae_micro_cifar10"),
 }
 
 

@@ -18,7 +18,7 @@ import crate_mae
 from crate_mae.models.autoencoder import build
 from crate_mae.training.run_directory import Run
 
-PRETRAINED = "crate_mae_micro_cifar10"
+PRETRAINED = "trained_models/crate_mae_micro_cifar10"
 RESULT = Path(__file__).with_name("finetuning.csv")
 STEPS = {0.01: 160, 0.1: 390, 1.0: 782}  # 20, 5 and 1 epochs in batches of 64
 RATES = (1.5e-3, 6e-3)  # per 256 images

@@ -25,7 +25,7 @@ from crate_mae.data.transforms import Preparation, evaluation_transform
 from crate_mae.deployment.formats import onnx_runner
 from crate_mae.evaluation.probes import linear_probe
 
-MODEL, TRAINING_IMAGES, BATCH = "crate_mae_micro_cifar10", 10_000, 200
+MODEL, TRAINING_IMAGES, BATCH = "trained_models/crate_mae_micro_cifar10", 10_000, 200
 
 
 def embeddings(

@@ -24,7 +24,7 @@ from crate_mae.interpret.statistics import Row
 from crate_mae.theory.coding_rate import official_subspace_coding_rate
 from crate_mae.theory.subspaces import project
 
-MODEL, IMAGES, BATCH, SEED = "crate_mae_micro_cifar10", 256, 32, 0
+MODEL, IMAGES, BATCH, SEED = "trained_models/crate_mae_micro_cifar10", 256, 32, 0
 RANDOM_SEEDS = (1, 2, 3)
 
 
@@ -34,7 +34,7 @@ def main(test: str, vit: str) -> None:
     with Path(__file__).with_name("rates.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["network", "weights", "layer", "measure", "point", "mean", "spread", "n"])
-        for name, model in (("ViT-MAE twin", vit), (MODEL, MODEL)):
+        for name, model in (("ViT-MAE twin", vit), (Path(MODEL).name, MODEL)):
             trained = open_measurable(model, SEED)
             for seed in (None, *RANDOM_SEEDS):
                 network = trained if seed is None else untrained_twin(trained, seed)

@@ -28,7 +28,11 @@ from crate_mae.interpret.audit import Measured, MeasuredStep, Tokens
 from crate_mae.interpret.measure import masked_pass, token_views
 from crate_mae.interpret.steps import measure_claims
 
-MODELS = ("crate_mae_micro_compressing_cifar10", "crate_mae_micro_monotone_cifar10", "crate_mae_micro_cifar10")
+MODELS = (
+    "trained_models/crate_mae_micro_compressing_cifar10",
+    "crate_mae_micro_monotone_cifar10",
+    "trained_models/crate_mae_micro_cifar10",
+)
 AT_ONCE = 250  # images
 MASK_RATIO = 0.75  # of their training
 COLUMNS = (
@@ -53,7 +57,7 @@ def main(*named: str) -> None:
     torch.set_num_threads(1)
     for name, _, data in (each.partition("=") for each in named):
         for model, tokens in itertools.product(MODELS, get_args(Tokens)):
-            key: Row = {"model": model, "data": name, "tokens": tokens}
+            key: Row = {"model": Path(model).name, "data": name, "tokens": tokens}
             rows = read_rows()
             if not any(key.items() <= row.items() for row in rows):
                 write_rows([*rows, *(key | row for row in measure(model, data, tokens))])

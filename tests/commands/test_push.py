@@ -9,6 +9,7 @@ import crate_mae
 from crate_mae.deployment.card import provenance
 
 NANO = "crate_mae_nano_patch2_8"
+BUNDLED = "crate_mae_micro_monotone_cifar10"
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def test_what_a_run_tells(run):
     assert "Loss on held-out images: 2.5 at step 0, 0.75 at step 40." in facts["Results"]
     assert "linear probe, layer 0: 62.5% of 1,000 images of test." in facts["Results"]
     assert facts["Environment"] == "torch 2.9.9, AVX2"
-    assert provenance("crate_mae_micro_cifar10")["Training"].startswith("A CRATE-MAE with 2.73 M parameters")
+    assert provenance(BUNDLED)["Training"].startswith("A CRATE-MAE with monotone layers and 1.86 M parameters")
     assert provenance(NANO) == {}
 
 

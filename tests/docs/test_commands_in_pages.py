@@ -74,8 +74,9 @@ def test_commands_and_their_options_are_there(page, app):
             assert asked <= names_of(command), f"crate-mae {text}"
         for recipe in re.findall(r"--recipe ([a-z_]+)", text):
             assert recipe in list_recipes()
-        for model in re.findall(r"\b(?:crate|vit)_mae_\w+(?<!_)", text):
-            assert model in [*list_models(), *list_bundled()], f"crate-mae {text}"
+        for folder, model in re.findall(r"\b(trained_models/)?((?:crate|vit)_mae_\w+(?<!_))", text):
+            is_there = (ROOT / folder / model).is_dir() if folder else model in [*list_models(), *list_bundled()]
+            assert is_there, f"crate-mae {text}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -89,7 +90,7 @@ def test_files_that_the_readme_names_are_there():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     here = {
         path.name
-        for folder in ("src", "tests", "docs", "benchmarks", "examples", "results")
+        for folder in ("src", "tests", "docs", "benchmarks", "examples", "results", "trained_models")
         for path in (ROOT / folder).rglob("*")
     }
     for name in re.findall(r"\b[\w]+\.(?:py|md|yaml|sh)\b", text):

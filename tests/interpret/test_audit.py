@@ -1,6 +1,7 @@
 """The audit can fail: steps are held against controls, by hand-computed margins, and the rule is applied as written."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from crate_mae.interpret.steps import mean_sum, measure_claims, measure_layer, p
 from crate_mae.models.features import evaluating
 from crate_mae.theory import coding_rate, lasso_objective, subspace_coding_rate
 
+PUBLISHED = Path(__file__).parents[2] / "trained_models/crate_mae_micro_cifar10"
 E0 = MeasuredStep("all", "encoder", 0)
 
 
@@ -328,9 +330,9 @@ def test_quick_measures_are_the_first_of_all(build, images):
             assert part.after[0] == pytest.approx(float(found.after[0]), rel=1e-6)
 
 
-def test_the_published_bundled_model_does_not_hold(shared):
+def test_the_trained_model_with_published_layers_does_not_hold(shared):
     """What the review measured: no compression, lasso above the all-zero code, no more zeros than ReLU, no sorting."""
-    model, source = open_measurable("crate_mae_micro_cifar10", 0), open_source(shared / "data/cifar10/test.parquet")
+    model, source = open_measurable(str(PUBLISHED), 0), open_source(shared / "data/cifar10/test.parquet")
     images = read_images(source, model.backbone.transform(), fixed_sample(len(source), 12, 0), 12).images
     rows = [row for row in audit(walk(model.net, images)) if row.part == "encoder"]
     assert {row.status for row in rows} == {"does not hold"}

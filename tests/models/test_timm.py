@@ -20,7 +20,7 @@ from tests.new_processes import failing
 
 NANO = "crate_mae_nano_patch2_8"
 MONOTONE = "crate_mae_nano_monotone_patch2_8"
-TRAINED = "crate_mae_micro_cifar10"
+TRAINED = "crate_mae_micro_monotone_cifar10"
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 

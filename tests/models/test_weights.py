@@ -1,6 +1,8 @@
 """Models on disk: nothing lost, nothing half-written, and plain words for what is not a model."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,20 +37,28 @@ def test_a_saved_model_is_the_same_when_loaded(tmp_path, name):
     assert torch.equal(again(images).prediction, model(images).prediction)
 
 
-@pytest.mark.parametrize("name", list_bundled())
-def test_a_bundled_model_is_trained_small_and_has_a_card(name):
-    folder = bundled_folder(name)
-    assert (folder / "model.safetensors").stat().st_size < 6e6
-    assert name in (folder / "README.md").read_text(encoding="utf-8")
+KEPT = sorted(config.parent for config in (Path(__file__).parents[2] / "trained_models").glob("*/config.json"))
+
+
+def test_what_the_package_holds_is_small():
+    assert list_bundled()
+    assert sum((bundled_folder(name) / "model.safetensors").stat().st_size for name in list_bundled()) < 6e6
+
+
+@pytest.mark.parametrize("folder", KEPT, ids=lambda folder: folder.name)
+def test_the_index_of_trained_models_has_their_checksums(folder):
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert f"`{digest}`" in (folder.parent / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("folder", [*map(bundled_folder, list_bundled()), *KEPT], ids=lambda folder: folder.name)
+def test_a_trained_model_has_a_card(folder):
+    assert folder.name in (folder / "README.md").read_text(encoding="utf-8")
     assert "Loss of normalised hidden patches" in (folder / "training.md").read_text(encoding="utf-8")
-    model = crate_mae.load(name)
+    model = crate_mae.load(folder)
     assert not model.training and all(p.dtype == torch.float32 for p in model.parameters())
     trained, fresh = (each.encoder.blocks[0].ista.dictionary for each in (model, build(model.config)))
     assert not torch.allclose(trained, fresh, atol=0.1)
-
-
-def test_there_is_a_bundled_model():
-    assert list_bundled()
 
 
 def test_a_name_loads_a_fresh_model():

@@ -14,6 +14,7 @@ from crate_mae.models.weights import load, save
 from tests.training.conftest import TINY_MODEL, TINY_RUN, at_step, weights
 
 NANO = "crate_mae_nano_patch2_8"
+BUNDLED = "crate_mae_micro_monotone_cifar10"
 DATA = "digits:test"
 OWN = {key: value for key, value in TINY_RUN.items() if key != "model_settings"}
 
@@ -67,7 +68,7 @@ def test_of_a_named_model_what_fits_is_taken(start, tmp_path, capsys):
 def test_a_run_that_started_from_another_model_is_another_run(start, tmp_path):
     pretrain(DATA, init_from=start, out=tmp_path / "run", **OWN)
     with pytest.raises(UserError, match="init_from: "):
-        pretrain(DATA, init_from="crate_mae_micro_cifar10", out=tmp_path / "run", **OWN)
+        pretrain(DATA, init_from=BUNDLED, out=tmp_path / "run", **OWN)
 
 
 def test_an_interrupted_run_from_random_weights_is_explained(tmp_path, monkeypatch):
@@ -87,9 +88,9 @@ def test_an_interrupted_run_from_random_weights_is_explained(tmp_path, monkeypat
     ("model", "words"),
     [
         ("nowhere", "nowhere does not exist and is not the name of a model"),
-        ("crate_mae_micro_cifar10", "--init-from crate_mae_micro_cifar10: no matrix of its encoder layers fits"),
+        (BUNDLED, f"--init-from {BUNDLED}: no matrix of its encoder layers fits"),
         (NANO, f"--init-from {NANO} names a random initialisation"),
-        ("crate_mae_micro_cifar10:untrained", "--init-from crate_mae_micro_cifar10:untrained names a random"),
+        (f"{BUNDLED}:untrained", f"--init-from {BUNDLED}:untrained names a random"),
     ],
 )
 def test_a_model_that_cannot_be_started_from_is_refused(model, words, tmp_path):

@@ -47,6 +47,7 @@ def models() -> list[str]:
     console = open_console(width=max(open_console().width, 100))
     console.print(table)
     console.print_text(f"Trained, and in the package: {', '.join(list_bundled())}")
+    console.print_text("More trained models: the folders of trained_models/ in the project's repository.")
     return names
 
 

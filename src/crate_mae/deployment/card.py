@@ -18,6 +18,7 @@ from crate_mae.models.checkpoints import is_checkpoint, named_checkpoint, newest
 from crate_mae.models.config import CONFIG_FILE, ClassifierConfig, Config, encoder_config
 from crate_mae.models.presets import bundled_folder, list_bundled
 
+ABOUT = "training.md"  # in the folder of a model that is passed on without its run
 LICENSE = "License"  # the heading that the Hub's own field is filled from
 
 # Columns of metrics.csv that are results, and their number formats.
@@ -72,14 +73,15 @@ def provenance(model: Any) -> dict[str, str]:
     """What is known about a model's training, by heading: data, recipe, results, environment.
 
     Args:
-        model: any form of MODEL. Only the folder of a run, one of its checkpoints and a bundled model have such facts.
+        model: any form of MODEL. Only the folder of a run, one of its checkpoints, and a folder with `training.md`
+            (that of a bundled model has one) have such facts.
     """
-    if str(model) in list_bundled():
-        about = (bundled_folder(str(model)) / "training.md").read_text(encoding="utf-8")
-        return {"Training": about.strip(), LICENSE: "mit"}
     if not isinstance(model, (str, Path)):
         return {}
-    folder = run = Path(model).absolute()
+    folder = run = bundled_folder(str(model)) if str(model) in list_bundled() else Path(model).absolute()
+    if (folder / ABOUT).is_file():
+        about = (folder / ABOUT).read_text(encoding="utf-8").strip()
+        return {"Training": about} | ({LICENSE: "mit"} if "Licence of the weights: MIT" in about else {})
     if is_checkpoint(folder):
         run = folder.parent.parent
     if not (options := _mapping(run / "config.yaml")):
