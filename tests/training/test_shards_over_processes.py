@@ -9,6 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from crate_mae.data import evaluation_transform, open_source
@@ -41,8 +42,9 @@ def seen(source, config, processes, start_step, stop_step):
     options = dataclasses.replace(config, workers=2, steps=stop_step, flip=False)
     greys = []
     for rank in range(processes):
+        device = torch.device("cpu")
         batches = training_batches(
-            source, transform, options, start_step, rank=rank, world_size=processes, pin_memory=False
+            source, transform, options, start_step, rank=rank, world_size=processes, device=device
         )
         with closing(batches):
             micro = options.accumulation * (stop_step - start_step)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
@@ -33,13 +33,13 @@ class Sample(NamedTuple):
     """One prepared image.
 
     Attributes:
-        image: normalised c hh ww.
+        image: c hh ww as the transform returned it: normalised, or pixels that are to be normalised.
         label: -1 without labels.
         index: number of the image; if another one was requested, that one is in `bad`.
         bad: the images that could not be read before this one.
     """
 
-    image: Float[Tensor, "c hh ww"]
+    image: UInt8[Tensor, "c hh ww"] | Float[Tensor, "c hh ww"]
     label: int
     index: int  # pyright: ignore[reportIncompatibleMethodOverride] - a sample is never searched
     bad: tuple[BadImage, ...]
@@ -48,7 +48,7 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """Stacked samples, and all their unreadable images."""
 
-    images: Float[Tensor, "b c hh ww"]
+    images: UInt8[Tensor, "b c hh ww"] | Float[Tensor, "b c hh ww"]
     labels: Int[Tensor, "b"]
     indices: Int[Tensor, "b"]
     bad: tuple[BadImage, ...]
@@ -113,11 +113,17 @@ class ImageDataset(Dataset[Sample]):
 
 
 def collate(attempts: Sequence[Sample | BadImage]) -> Batch:
-    """Stack samples into a batch, for `DataLoader(collate_fn=collate)`; images 0 0 0 0 if there are none."""
+    """Stack samples into a batch, for `DataLoader(collate_fn=collate)`; images 0 0 0 0 if there are none.
+
+    If some images have 8 bits and others are in [0, 1], all are converted to [0, 1].
+    """
     samples = [attempt for attempt in attempts if isinstance(attempt, Sample)]
+    images = [sample.image for sample in samples]
+    if len({image.dtype for image in images}) > 1:
+        images = [image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image for image in images]
     bad = [attempt.bad if isinstance(attempt, Sample) else (attempt,) for attempt in attempts]
     return Batch(
-        torch.stack([sample.image for sample in samples]) if samples else torch.empty(0, 0, 0, 0),
+        torch.stack(images) if images else torch.empty(0, 0, 0, 0),
         torch.tensor([sample.label for sample in samples], dtype=torch.int64),
         torch.tensor([sample.index for sample in samples], dtype=torch.int64),
         tuple(chain.from_iterable(bad)),

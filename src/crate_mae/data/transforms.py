@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch import Tensor
@@ -44,15 +44,31 @@ class Preparation:
         self.std = torch.tensor(std, dtype=torch.float32).reshape(-1, 1, 1)
 
     def __call__(self, image: Image.Image | Tensor) -> Float[Tensor, "c hh ww"]:
-        """Prepare one image as `ImageSource.read` returns it.
+        """Prepare one image as `ImageSource.read` returns it: `normalise(pixels(image))`.
 
         Raises:
             UserError: if its channels cannot be converted to the required number.
         """
+        return self.normalise(self.pixels(image))
+
+    def pixels(self, image: Image.Image | Tensor) -> UInt8[Tensor, "c hh ww"] | Float[Tensor, "c hh ww"]:
+        """Everything but the normalisation: 8 bits, or of deeper images float32 in [0, 1].
+
+        Raises:
+            UserError: if the channels of the image cannot be converted to the required number.
+        """
         pixels = to_tensor(self.resize(to_channels(image, self.channels)))
         # Out of place: these may be the pixels of a tensor data set itself. Bicubic resampling overshoots at edges;
         # of 8 bits it is clamped already.
-        unit = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)
+        return pixels if pixels.dtype == torch.uint8 else pixels.clamp(0, 1)
+
+    def normalise(
+        self, pixels: UInt8[Tensor, "*batch c hh ww"] | Float[Tensor, "*batch c hh ww"]
+    ) -> Float[Tensor, "*batch c hh ww"]:
+        """Normalise what `pixels` returned, of one or more images, on the device on which it is."""
+        if self.mean.device != pixels.device:
+            self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)
+        unit = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
         return (unit - self.mean) / self.std
 
 

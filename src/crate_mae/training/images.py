@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
-from torch import Tensor
+import torch
 
 from crate_mae.data import (
     BadImage,
@@ -29,7 +29,9 @@ from crate_mae.data.base import align_classes, aligned_labels, label_names, most
 from crate_mae.data.dataset import load
 from crate_mae.data.facts import UNREADABLE, content_digests, image_digest
 from crate_mae.data.files import PYTHON_OBJECT
+from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, and_more
+from crate_mae.models.devices import send
 from crate_mae.training.options import RunOptions
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.randomness import Purpose, derive_seed
@@ -256,23 +258,32 @@ def step_batches(
 
 def training_batches(
     source: ImageSource,
-    transform: Callable[[Image.Image | Tensor], Tensor],
+    transform: Preparation,
     config: RunOptions,
     start_step: int,
     *,
     rank: int,
     world_size: int,
-    pin_memory: bool,
+    device: torch.device,
 ) -> Generator[Batch]:
-    """The images of `step_batches`. Close the generator to end the loader's processes."""
-    yield from load(
-        ImageDataset(source, transform, config.seed).__getitem__,
+    """The images of `step_batches`, normalised on a device. Close the generator to end the loader's processes.
+
+    What travels between processes, and to the device, has 8 bits a pixel: a fourth of the bytes of normalised images.
+    """
+    loaded = load(
+        ImageDataset(source, transform.pixels, config.seed).__getitem__,
         step_batches(len(source), config, start_step, rank=rank, world_size=world_size),
         collate,
         workers=config.workers,
         worker_init=ignore_stop_requests,
-        pin_memory=pin_memory,
+        pin_memory=device.type == "cuda",
     )
+    with closing(loaded):
+        for batch in loaded:
+            images = transform.normalise(send(batch.images, device))
+            if device.type == "cuda":  # so that its convolution gives patches one after another, as tokens
+                images = images.contiguous(memory_format=torch.channels_last)
+            yield batch._replace(images=images, labels=send(batch.labels, device))
 
 
 class BadImages:

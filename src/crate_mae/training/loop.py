@@ -21,7 +21,6 @@ from torch.optim import Optimizer
 
 from crate_mae.data import BadImage, Batch
 from crate_mae.errors import RunStopped
-from crate_mae.models.devices import send
 from crate_mae.models.monotone import retract_
 from crate_mae.options import origin
 from crate_mae.training.checkpoint import Saver, TrainState, diverged
@@ -228,12 +227,9 @@ def _compute_gradients(
         batch = next(batches)
         waited += time.perf_counter() - started
         bad_images += batch.bad
-        images, labels = (send(x, device) for x in (batch.images, batch.labels))
-        if device.type == "cuda":  # so that its convolution gives patches one after another, as tokens
-            images = images.contiguous(memory_format=torch.channels_last)
         with synchronizing(accelerator, model, last=number == len(parts)):
             with autocast(device, config.precision):
-                part_loss = step_loss(model, images, labels, part) / len(parts)
+                part_loss = step_loss(model, batch.images, batch.labels, part) / len(parts)
             accelerator.backward(part_loss)
         loss += part_loss.detach()
     return loss, bad_images, waited
@@ -256,5 +252,5 @@ def _batches(task: Task, accelerator: Accelerator, start_step: int) -> Generator
         start_step,
         rank=accelerator.process_index,
         world_size=accelerator.num_processes,
-        pin_memory=accelerator.device.type == "cuda",
+        device=accelerator.device,
     )
