@@ -33,6 +33,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.layers import DecoderLayer, SubspaceAttention
 from crate_mae.models.tracing import layers_of, taps_of, trace
 from crate_mae.theory.coding_rate import coding_rate, official_subspace_coding_rate, projected_coding_rate
+from crate_mae.theory.derivatives import at_least_float
 from crate_mae.theory.measures import effective_rank, gini, l1_to_l2, participation_ratio, token_diversity
 from crate_mae.theory.subspaces import best_subspace_energy, project
 
@@ -133,7 +134,7 @@ def _measure_layer(
 ) -> None:
     """A hook of a layer: take its intermediates out of the record, and keep what is measured of them."""
     kinds = {kind for measure in measures for kind in measure.needs}
-    tensors = {kind: _at_least_float(record[f"{name}.{kind}"].pop()) for kind in kinds}
+    tensors = {kind: at_least_float(record[f"{name}.{kind}"].pop()) for kind in kinds}
     for kind, tensor in tensors.items():  # on NaN, LAPACK would raise an error without a sentence
         if not tensor.isfinite().all():
             raise not_finite(place_of(name), kind)
@@ -144,10 +145,6 @@ def _measure_layer(
                 if not values.isfinite().all():
                     raise not_finite(place_of(name), key[0])
                 kept.setdefault(key, []).append(values.cpu())
-
-
-def _at_least_float(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def layer_measures() -> list[LayerMeasure]:
@@ -220,14 +217,14 @@ def seen(layer: nn.Module, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b n
 
 def bases(layer: nn.Module) -> Float[Tensor, "h d p"]:
     """The subspaces of a layer, in float32 at least."""
-    return _at_least_float(attention_of(layer).bases())
+    return at_least_float(attention_of(layer).bases())
 
 
 def value_bases(layer: nn.Module) -> Float[Tensor, "h d p"]:
     """The value projections W_v of a block of timm, head by head, without their biases; in float32 at least."""
     attn = layer.get_submodule("attn")
     assert isinstance(attn, Attention)
-    return _at_least_float(attn.qkv.weight.chunk(3)[2].unflatten(0, (attn.num_heads, -1)).mT)
+    return at_least_float(attn.qkv.weight.chunk(3)[2].unflatten(0, (attn.num_heads, -1)).mT)
 
 
 def subspace_rates(layer: nn.Module, *points: Float[Tensor, "b n d"]) -> Values:

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crate_mae.errors import UserError
+from crate_mae.theory.derivatives import in_float64
 from crate_mae.theory.subspaces import project, unproject
 
 
@@ -29,20 +30,20 @@ def coding_rate(z: Float[Tensor, "*batch n d"], eps: float = 0.5) -> Float[Tenso
         eps: distortion; the formula squares it.
     """
     n, d = z.shape[-2:]
-    return _like(_half_logdet(_double(z), d / (n * eps**2)), z)
+    return _like(_half_logdet(in_float64(z), d / (n * eps**2)), z)
 
 
 def coding_rate_gradient(z: Float[Tensor, "*batch n d"], eps: float = 0.5) -> Float[Tensor, "*batch n d"]:
     r"""The gradient of `coding_rate`: grad R(Z) = a (I_n + a Z Z^T)^-1 Z with a = d/(n eps^2)."""
     n, d = z.shape[-2:]
     a = d / (n * eps**2)
-    return _like(a * _shrink(_double(z), a), z)
+    return _like(a * _shrink(in_float64(z), a), z)
 
 
 def projected_coding_rate(w: Float[Tensor, "*batch h n p"], eps: float = 0.5) -> Float[Tensor, "*batch"]:
     r"""R^c = 1/2 sum_k logdet(I_n + p/(n eps^2) W_k W_k^T), from the projections W_k = Z U_k alone."""
     n, p = w.shape[-2:]
-    return _like(_half_logdet(_double(w), p / (n * eps**2)).sum(-1), w)
+    return _like(_half_logdet(in_float64(w), p / (n * eps**2)).sum(-1), w)
 
 
 def moment_coding_rate(moment: Float[Tensor, "*batch d d"], eps: float = 0.5) -> Float[Tensor, "*batch"]:
@@ -51,7 +52,7 @@ def moment_coding_rate(moment: Float[Tensor, "*batch d d"], eps: float = 0.5) ->
     Sylvester's identity turns `coding_rate` into this form, which pools the tokens of many images: moments add up. With
     Q_k^T M Q_k for M, p x p, it is the term of subspace Q_k in R^c.
     """
-    exact = _double(moment)
+    exact = in_float64(moment)
     identity = torch.eye(moment.shape[-1], dtype=exact.dtype, device=exact.device)
     factor = torch.linalg.cholesky_ex(identity + moment.shape[-1] / eps**2 * exact).L
     return _like(factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), moment)
@@ -69,7 +70,7 @@ def subspace_coding_rate(
         u: subspace bases U_k.
         eps: distortion; the formula squares it.
     """
-    return _like(projected_coding_rate(project(_double(z), _double(u)), eps), z)
+    return _like(projected_coding_rate(project(in_float64(z), in_float64(u)), eps), z)
 
 
 def subspace_coding_rate_gradient(
@@ -99,8 +100,8 @@ def subspace_coding_rate_gradient(
     """
     if neumann_order is not None and neumann_order < 0:
         raise UserError(f"neumann_order={neumann_order}: give 0, 1, 2, ..., or None for the exact inverse.")
-    u_exact = _double(u)
-    w = project(_double(z), u_exact)
+    u_exact = in_float64(u)
+    w = project(in_float64(z), u_exact)
     n, p = w.shape[-2:]
     a = p / (n * eps**2)
     shrunk = _shrink(w, a) if neumann_order is None else _shrink_by_series(w, a, neumann_order)
@@ -114,7 +115,7 @@ def official_subspace_coding_rate(w: Float[Tensor, "*batch h n p"], e: float = 0
     eps^2. The official code averages over images, this function returns each image's rate. A zero token, which is NaN
     there, stays zero here.
     """
-    unit = F.normalize(_double(w), dim=-1)
+    unit = F.normalize(in_float64(w), dim=-1)
     return _like(projected_coding_rate(unit, eps=math.sqrt(e)), w)
 
 
@@ -221,11 +222,6 @@ def _smaller_factor(z: Float[Tensor, "*batch n d"], a: float) -> Float[Tensor, "
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # The unchecked form: non-finite tokens give a rate of NaN, not an exception in the middle of a training run.
     return torch.linalg.cholesky_ex(identity + a * gram).L
-
-
-def _double(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """In float64, which autocast leaves alone; on the CPU where the device (Apple's MPS) has no float64."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def _like(result: Float[Tensor, "*shape"], x: Tensor) -> Float[Tensor, "*shape"]:

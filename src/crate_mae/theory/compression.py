@@ -35,6 +35,7 @@ from torch.autograd.function import once_differentiable
 from crate_mae.private_torch import softmax_backward
 from crate_mae.theory.derivatives import (
     as_batch,
+    at_least_float,
     pieces,
     with_all_derivatives,
     without_autocast,
@@ -120,7 +121,7 @@ def balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Tensor, 
     """
     scale = torch.as_tensor(scale, device=w.device)
     fast = _balanced_ssa_by_pieces if w.device.type == "cpu" else fused_balanced_ssa
-    plain = lambda w, scale: plain_balanced_ssa(_widened(w), scale).to(w.dtype)  # noqa: E731
+    plain = lambda w, scale: plain_balanced_ssa(at_least_float(w), scale).to(w.dtype)  # noqa: E731
     with without_autocast(w.device):
         return with_all_derivatives(fast, plain, w, scale)
 
@@ -145,7 +146,7 @@ def fused_balanced_ssa(w: Float[Tensor, "*batch n p"], scale: Scale) -> Float[Te
     with without_autocast(w.device):
         n, p = w.shape[-2:]
         t = (scale**0.5 * w).to(w.dtype)
-        rounded = _widened(t).reshape(-1, n, p)
+        rounded = at_least_float(t).reshape(-1, n, p)
         weights = _ColumnSums.apply(rounded).view(*w.shape[:-1], 1).rsqrt()
         return F.scaled_dot_product_attention(t, t, (w * weights).to(w.dtype), scale=1.0)
 
@@ -245,11 +246,6 @@ def column_sums(p: Float[Tensor, "*batch n n"], least: float = LEAST_COLUMN_SUM)
 def _are_free(columns: Float[Tensor, "b n 1"]) -> Bool[Tensor, "b n 1"]:
     """Which `column_sums` are as they are, not clamped."""
     return columns > LEAST_COLUMN_SUM
-
-
-def _widened(w: Float[Tensor, "*batch n p"]) -> Float[Tensor, "*batch n p"]:
-    """W in float32 at least."""
-    return w.to(_wide(w))
 
 
 def _wide(w: Tensor) -> torch.dtype:

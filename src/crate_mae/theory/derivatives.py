@@ -1,4 +1,4 @@
-"""How the fast forms of the theory's functions are computed and differentiated: piece by piece, and in every way."""
+"""How the theory's functions are computed: fast forms piece by piece, with all derivatives, and in which precision."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -74,3 +74,13 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """A context in which tensors keep the precision in which they arrive."""
     is_on = device.type != "meta" and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if is_on else nullcontext()
+
+
+def at_least_float(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def in_float64(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """In float64, which autocast leaves alone; on the CPU where the device (Apple's MPS) has no float64."""
+    return (x.cpu() if x.device.type == "mps" else x).double()

@@ -5,6 +5,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from crate_mae.theory.derivatives import at_least_float
+
 
 def zero_fraction(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
     """The fraction of exact zeros: the sparsity of a code, 0 when dense and 1 when nothing is active."""
@@ -16,7 +18,7 @@ def l1_to_l2(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
 
     Small is sparse, also for rows without any exact zero. A zero row counts as sparse: 0.
     """
-    x = _at_least_float(x).abs()
+    x = at_least_float(x).abs()
     largest = x.amax(dim=-1, keepdim=True)
     x = x / torch.where(largest == 0, 1, largest)  # so that squares neither overflow nor vanish
     return x.sum(-1) / (torch.linalg.vector_norm(x, dim=-1).clamp_min(1) * x.shape[-1] ** 0.5)
@@ -29,7 +31,7 @@ def gini(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     sparsity it alone has all the properties that one would ask for: Hurley and Rickard, "Comparing measures of
     sparsity", IEEE Trans. Inf. Theory 2009. A zero row counts as sparse: 1.
     """
-    c = _at_least_float(x).abs().sort(dim=-1).values
+    c = at_least_float(x).abs().sort(dim=-1).values
     d = c.shape[-1]
     weights = (d - torch.arange(1, d + 1, dtype=c.dtype, device=c.device) + 0.5) / d
     return 1 - 2 * (c / c.sum(-1, keepdim=True).clamp_min(torch.finfo(c.dtype).tiny) * weights).sum(-1)
@@ -42,7 +44,7 @@ def effective_rank(z: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch"]:
     nothing. Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007. The tokens are taken as given: centre them
     first to disregard their mean.
     """
-    sigma = torch.linalg.svdvals(_at_least_float(z))
+    sigma = torch.linalg.svdvals(at_least_float(z))
     q = sigma / sigma.sum(-1, keepdim=True).clamp_min(torch.finfo(sigma.dtype).tiny)
     return torch.special.entr(q).sum(-1).exp()
 
@@ -84,7 +86,3 @@ def token_diversity(z: Float[Tensor, "*batch n d"]) -> Float[Tensor, ""]:
     """
     energy = z.float().square().sum()
     return (z.float() - z.float().mean(dim=-2, keepdim=True)).square().sum() / energy.clamp_min(1e-30)
-
-
-def _at_least_float(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from crate_mae.theory.derivatives import with_all_derivatives, without_autocast
+from crate_mae.theory.derivatives import at_least_float, with_all_derivatives, without_autocast
 
 
 def lasso_objective(
@@ -251,9 +251,7 @@ def top_singular_pair(dictionary: Float[Tensor, "d m"], iterations: int | None =
             cost of 2 d m multiplications an iteration. None computes the singular value decomposition.
     """
     if iterations is None:
-        u, _, vh = torch.linalg.svd(
-            dictionary.to(torch.promote_types(dictionary.dtype, torch.float32)), full_matrices=False
-        )
+        u, _, vh = torch.linalg.svd(at_least_float(dictionary), full_matrices=False)
         return SingularPair(u[:, 0].to(dictionary.dtype), vh[0].to(dictionary.dtype))
     # A start in which all atoms take part, with signs of no pattern: the sines of square numbers.
     atoms = torch.arange(dictionary.shape[1], device=dictionary.device, dtype=torch.float32)

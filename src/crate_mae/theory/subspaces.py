@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from crate_mae.errors import UserError
+from crate_mae.theory.derivatives import in_float64
 from crate_mae.theory.sparse_coding import top_singular_pair
 
 
@@ -42,13 +43,14 @@ def orthonormal_bases(
     if not 1 <= p <= d:
         raise UserError(f"A subspace of dimension p={p} does not fit in d={d} dimensions: choose 1 <= p <= {d}.")
     if num_subspaces * p <= d:
-        frame = _orthonormal_columns(torch.randn(d, num_subspaces * p, generator=generator, dtype=torch.float64))
+        frame = orthonormal_columns(torch.randn(d, num_subspaces * p, generator=generator, dtype=torch.float64))
         return frame.unflatten(1, (num_subspaces, p)).transpose(0, 1).contiguous()
-    return _orthonormal_columns(torch.randn(num_subspaces, d, p, generator=generator, dtype=torch.float64))
+    return orthonormal_columns(torch.randn(num_subspaces, d, p, generator=generator, dtype=torch.float64))
 
 
-def _orthonormal_columns(gaussian: Float[Tensor, "*batch d m"]) -> Float[Tensor, "*batch d m"]:
-    q, r = torch.linalg.qr(gaussian)
+def orthonormal_columns(matrix: Float[Tensor, "*batch d m"]) -> Float[Tensor, "*batch d m"]:
+    """Columns that span the same spaces, by QR; those of a Gaussian matrix are uniformly distributed."""
+    q, r = torch.linalg.qr(matrix)
     # QR leaves the signs to the implementation; a positive diagonal of R makes it unique and Q uniform (Haar).
     return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
 
@@ -98,7 +100,7 @@ def polar_factor(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     Computed in float64 and returned in the precision of U: by `newton_schulz` where ||U^T U - I||_F < 1, which puts all
     singular values between 0 and sqrt(2), and by a singular value decomposition elsewhere.
     """
-    exact = _in_float64(u)
+    exact = in_float64(u)
     return _polar_factor(exact, float(distance_from_orthogonal(exact))).to(u)
 
 
@@ -120,7 +122,7 @@ def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
         UserError: if `distance_from_orthogonal` is more than `FAR_FROM_ORTHOGONAL`, or a singular value is below
             `_LEAST_SINGULAR_VALUE`.
     """
-    exact = _in_float64(u)
+    exact = in_float64(u)
     distance = float(distance_from_orthogonal(exact))
     is_near = distance * len(u) ** 0.5 < 1
     if is_near or (distance <= FAR_FROM_ORTHOGONAL and torch.linalg.svdvals(exact)[-1] >= _LEAST_SINGULAR_VALUE):
@@ -131,10 +133,6 @@ def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
         f"singular value may be below {_LEAST_SINGULAR_VALUE}.\n"
         "Either these are not the weights of monotone layers, or their training has diverged."
     )
-
-
-def _in_float64(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
-    return (u.cpu() if u.device.type == "mps" else u).double()  # Apple's GPUs have no float64
 
 
 FAR_FROM_ORTHOGONAL = 0.5  # Gaussian matrices with columns of unit length have 1

@@ -34,6 +34,7 @@ from crate_mae.theory import (
     subspace_coding_rate_gradient,
     unproject,
 )
+from crate_mae.theory.subspaces import orthonormal_columns
 
 RADII = (0.01, 0.03, 0.1, 0.3, 0.9, 3.0, 10.0)
 ORDERS = (0, 1, 2)
@@ -102,11 +103,10 @@ def measure(seed: int = 0, draws: int = 5, *, radii: Sequence[float] = RADII) ->
     )
 
 
-def tilt_bases(u: Float[Tensor, "h d p"], tilt: float, source: torch.Generator | None = None) -> Float[Tensor, "h d p"]:
+def tilt_bases(u: Float[Tensor, "h d p"], tilt: float, source: torch.Generator) -> Float[Tensor, "h d p"]:
     """Add `tilt` times Gaussian noise to bases and make each orthonormal again, so that subspaces become coherent."""
     noise = torch.randn(u.shape, generator=source, dtype=u.dtype)
-    q, r = torch.linalg.qr(u + tilt * noise)
-    return q * r.diagonal(dim1=-2, dim2=-1).sign().unsqueeze(-2)
+    return orthonormal_columns(u + tilt * noise)
 
 
 def softmax_steps(z: Float[Tensor, "n d"], u: Float[Tensor, "h d p"]) -> dict[str, Float[Tensor, "n d"]]:
