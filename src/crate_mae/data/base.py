@@ -363,7 +363,7 @@ def most_bad(max_bad: float, seen: int) -> float:
     return max_bad * max(seen, _LEAST_SEEN)
 
 
-def none_readable(images: str, first: BadImage | UnreadableImage) -> UserError:
+def none_readable(images: str, first: BadImage) -> UserError:
     """The error that no image can be read: of which ones, such as "No image of photos", and the `first` of them."""
     return UserError(f"{images} can be read. The first is\n{first.location}: {first.reason}")
 

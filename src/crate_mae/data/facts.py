@@ -13,7 +13,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from crate_mae.data.base import EncodedSource, ImageSource, fixed_sample, label_names, none_readable, occurring_classes
+from crate_mae.data.base import (
+    EncodedSource,
+    ImageSource,
+    fixed_sample,
+    label_names,
+    none_readable,
+    occurring_classes,
+    read_all,
+)
 from crate_mae.data.decode import (
     DEEP_MODES,
     UNBOUNDED_MODES,
@@ -48,20 +56,10 @@ def describe_images(source: ImageSource, sample: int = 64) -> ImageFacts:
         UserError: if no image of the sample can be read.
     """
     indices = fixed_sample(len(source), sample)
-    bad: list[UnreadableImage] = []
-    sizes: list[tuple[int, int]] = []
-    channels: Counter[int] = Counter()
-    for i in indices:
-        try:
-            image = source.read(i)
-        except UnreadableImage as error:
-            bad.append(error)
-            continue
-        sizes.append(size_of(image))
-        channels[channels_of(image)] += 1
-    if not sizes:
+    read, bad = read_all(source, indices, lambda image: (size_of(image), channels_of(image)))
+    if not read:
         raise none_readable(f"None of {len(indices)} images of {source.name}", bad[0])
-    return _facts(sizes, channels)
+    return _facts([size for size, _ in read.values()], Counter(channels for _, channels in read.values()))
 
 
 def _facts(sizes: list[tuple[int, int]], channels: Counter[int]) -> ImageFacts:
@@ -86,22 +84,12 @@ def channel_statistics(source: ImageSource, channels: int) -> tuple[tuple[float,
     Raises:
         UserError: if no image of the sample can be read, or its channels do not fit.
     """
-    first, second = np.zeros(channels), np.zeros(channels)
-    count = 0
-    bad: list[UnreadableImage] = []
-    for i in fixed_sample(len(source), _affordable(source)):
-        try:
-            moments = _moments(to_channels(source.read(i), channels))
-        except UnreadableImage as error:
-            bad.append(error)
-            continue
-        first += moments[0]
-        second += moments[1]
-        count += 1
-    if not count:
+    indices = fixed_sample(len(source), _affordable(source))
+    read, bad = read_all(source, indices, lambda image: _moments(to_channels(image, channels)))
+    if not read:
         raise none_readable(f"No image of {source.name}", bad[0])
-    mean = first / count
-    std = np.sqrt(np.maximum(second / count - mean**2, _SMALLEST_STD**2))
+    mean, square = (np.asarray(sum(moments)) / len(read) for moments in zip(*read.values(), strict=True))
+    std = np.sqrt(np.maximum(square - mean**2, _SMALLEST_STD**2))
     return tuple(mean.tolist()), tuple(std.tolist())
 
 
