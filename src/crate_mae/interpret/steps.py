@@ -39,7 +39,7 @@ from crate_mae.models.layers import DecoderLayer
 from crate_mae.models.tracing import layers_of, trace, trace_layer
 from crate_mae.theory.coding_rate import coding_rate, moment_coding_rate
 from crate_mae.theory.sparse_coding import lasso_objective
-from crate_mae.theory.subspaces import orthonormal_bases, orthonormalised
+from crate_mae.theory.subspaces import orthonormal_bases, orthonormalised, project
 
 GROUPS = 10  # of images, for the jackknife of pooled claims
 # Claims by the measure that they are about.
@@ -324,8 +324,7 @@ def mean_sum(tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "d d"]:
 def pool(sums: Sequence[Float[Tensor, "d d"]], counts: Float[Tensor, "g"], q: Float[Tensor, "h d p"]) -> Pool:
     """The moments of groups of images, from their sums and numbers of tokens; of a single group, without replicates."""
     groups = torch.stack(list(sums))
-    products = (groups @ q.transpose(0, 1).flatten(1)).unflatten(-1, (q.shape[0], q.shape[2])).transpose(1, 2)
-    return Pool(_replicates(groups, counts), _replicates(q.mT @ products, counts))
+    return Pool(_replicates(groups, counts), _replicates(q.mT @ project(groups, q), counts))
 
 
 def reduction(before: Pool, after: Pool, relu: Pool | None) -> Measured:
