@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from crate_mae.models.autoencoder import MaskedAutoencoder
 
 _FLOAT = 4  # bytes; weights, gradients and moments are float32 in either precision
+_BFLOAT16 = 2
 _NUMBERS = 4  # per weight: the weight, its gradient, and AdamW's two moments
 _AT_THE_PEAK = 3  # of them, when the backward pass begins: gradients replace activations
-_SIZES = {"float32": 4, "bfloat16": 2}
 _IMAGENET_1K = 1_281_167
 _PUBLISHED_EPOCHS = 800
 # Tensors of more images have more numbers than PyTorch counts.
@@ -239,7 +239,7 @@ def attention_bytes(config: ModelConfig, settings: "StepSettings") -> int:
     encoded = visible_patches(patches, settings.mask_ratio) if config.mask_tokens == "decoder" else patches
     sides = ((config.depth, config.num_heads, encoded), (config.decoder_depth, config.decoder_num_heads, patches))
     numbers = sum(depth * heads * (1 + tokens) ** 2 for depth, heads, tokens in sides)
-    return settings.batch_size * numbers * _SIZES[settings.precision]
+    return settings.batch_size * numbers * _BFLOAT16
 
 
 def _times(c: EstimateOptions, flops: int, exchanged_bytes: int) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def write_plain(model: Model, folder: Path, part: str) -> None:
             f"--format torch writes CRATE's layers, and {config.name} has those of a Vision Transformer, which timm "
             "has: use --format timm."
         )
-    settings, tensors = plain_form(model, config, has_head=part == "full" and isinstance(model, Classifier))
+    settings, tensors = plain_form(model, config, has_head=part == "full")
     save_file({name: value.contiguous() for name, value in tensors.items()}, folder / WEIGHTS_FILE)
     set_usual_mode(folder, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(to_json(settings) + "\n", encoding="utf-8")

@@ -317,13 +317,13 @@ def description_in(folder: Path) -> Any:
         return None
 
 
-def load_autoencoder(model: str | Path | nn.Module, **settings: Any) -> MaskedAutoencoder:
+def load_autoencoder(model: str | Path | nn.Module) -> MaskedAutoencoder:
     """`load`, where a decoder is needed; a model from Python is taken as it is.
 
     Raises:
         UserError: if the model is a classifier.
     """
-    loaded = _load_or_take(model, **settings)
+    loaded = _load_or_take(model)
     if isinstance(loaded, Classifier):
         raise UserError(
             f"{model_name(model)} is a classifier and has no decoder: name the run of `crate-mae pretrain` instead."
@@ -345,9 +345,9 @@ def load_classifier(model: str | Path | nn.Module) -> Classifier:
     return loaded
 
 
-def _load_or_take(model: str | Path | nn.Module, **settings: Any) -> Model:
+def _load_or_take(model: str | Path | nn.Module) -> Model:
     if not isinstance(model, nn.Module):
-        return load(model, **settings)
+        return load(model)
     model = unwrapped(model)
     if not isinstance(model, Model):
         raise UserError(f"A {type(model).__name__} is not a model of this library, and has nothing to complete images.")
