@@ -14,7 +14,7 @@ from torch import Tensor
 
 from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.errors import UserError
-from crate_mae.evaluation.reconstruction import completion_quality
+from crate_mae.evaluation.reconstruction import completion_quality, nested_masks
 from crate_mae.interpret.atoms import is_visible_patch, no_atom, of_codes, with_code
 from crate_mae.interpret.attention import attention_on_grid
 from crate_mae.interpret.audit import AuditRow, audit
@@ -36,7 +36,6 @@ from crate_mae.models.classifier import untrained
 from crate_mae.models.completion import Completion, complete, completion_of, flat_patches
 from crate_mae.models.features import depth, encode, evaluating, transform_of
 from crate_mae.models.interventions import intervene
-from crate_mae.models.masking import random_mask
 from crate_mae.models.tracing import trace
 from crate_mae.models.weights import is_untrained, load_autoencoder
 
@@ -172,8 +171,7 @@ def prepare(model: MaskedAutoencoder, picture: Image.Image) -> Float[Tensor, "1 
 
 def seeded_mask(model: MaskedAutoencoder, mask_ratio: float, seed: int) -> Bool[Tensor, "gh gw"]:
     """Draw the mask that `crate-mae reconstruct` uses for its first image."""
-    mask = random_mask(1, model.num_patches, mask_ratio, torch.Generator().manual_seed(seed))
-    return mask.unflatten(1, model.grid_size)[0]
+    return nested_masks(1, model.num_patches, mask_ratio, seed).unflatten(1, model.grid_size)[0]
 
 
 def fit_mask(mask: Bool[Tensor, "gh gw"], grid_size: tuple[int, int]) -> Bool[Tensor, "rows columns"]:

@@ -219,13 +219,12 @@ class Handlers:
             and isinstance(c.beside, str)
             and c.beside in (ALONE, UNTRAINED, *self.models)
             and (c.mask is None or isinstance(c.mask, str))
-            and all(each is None or is_number(each, -math.inf, math.inf) for each in self._numbers(c))
+            and all(
+                each is None or is_number(each, -math.inf, math.inf)
+                for each in (c.mask_ratio, c.seed, c.layer, c.atom, c.amount)
+            )
             and (c.patch is None or isinstance(c.patch, str | int))
         )
-
-    @staticmethod
-    def _numbers(c: Controls) -> tuple[Any, ...]:
-        return (c.mask_ratio, c.seed, c.layer, c.atom, c.amount)
 
     def _show(self, event: gr.EventData, picture: str, c: Controls) -> list[Any]:
         c, message = c._replace(picture=picture), [_detail(event, "attempt"), ""]
