@@ -98,7 +98,7 @@ def try_digits(*, out: Path | str = Path("crate-mae-try"), epochs: int = 100) ->
     """Pretrain on handwritten digits, complete masked ones, save a picture, and print what to do next.
 
     The 1,797 digits of 8 x 8 pixels come with scikit-learn. The model is trained on 1,500 of them and
-    evaluated on the other 297, which are also in the picture. On two CPU cores this takes less than three minutes.
+    evaluated on the other 297, which are also in the picture. On two CPU cores this takes two to five minutes.
 
     Args:
         out: Folder of the run. An existing run is resumed, or displayed again if it has finished.
