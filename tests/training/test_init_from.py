@@ -45,7 +45,7 @@ def test_for_few_images_the_bundled_model_is_advised(side, is_advised, tmp_path,
     run = {"steps": 9, "warmup_epochs": 0.0, "dry_run": True, "model": "crate_mae_nano_patch2_8", "image_size": side}
     pretrain(tmp_path / "images", out=tmp_path / "run", **run)
     plan = " ".join(capsys.readouterr().out.split())
-    assert ("random initialisation; with few images, --init-from crate_mae_micro_monotone" in plan) == is_advised
+    assert ("random initialisation; with few images, --recipe few_images" in plan) == is_advised
 
 
 def test_a_run_goes_on_without_the_model_that_it_started_from(start, tmp_path, monkeypatch):

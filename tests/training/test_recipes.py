@@ -25,6 +25,8 @@ def test_every_recipe_plans_a_run_on_digits(name, tmp_path, monkeypatch):
     size = 32 if "patch4" in recipe_text(name) else 8
     if "patch16" in recipe_text(name):
         size = 224
+    if "init_from" in recipe_text(name):
+        size = 64
     short = {"steps": 9, "warmup_epochs": 0.0, "dry_run": True, "quiet": True}
     run = pretrain("digits", out=tmp_path / "run", recipe=name, image_size=size, **short)
     assert run.config.steps == 9

@@ -54,7 +54,7 @@ _MOST_LABELLED, _FEWEST_LABELLED = 2000, 50
 _MOST_BYTES = 2**28  # of their pixels
 _FEW, _LEAST_SIDE = 10_000, 32  # images, and pixels of each, from which the bundled model has been better to start from
 _BUNDLED, _SMALL = "crate_mae_micro_monotone_cifar10", 64  # a model to start from, and pixels to have many steps
-_ADVICE = f"with few images, --init-from {_BUNDLED} has given features as good or better"  # results/own_images
+_ADVICE = "with few images, --recipe few_images has given features as good or better"  # results/own_images
 _OF_ONE_MODEL = ("recipe", "model", "model_settings", "image_size", "mask_tokens", "norm_pix_loss", "lr")
 
 
