@@ -12,7 +12,8 @@ def watch(event, arguments):
     if event == "open":
         path, mode, flags = arguments
         writes = set("wax+") & set(mode) if mode else flags & WRITING
-        if writes and not str(path).startswith("/dev/") and "__pycache__" not in str(path):  # Python's, of its modules
+        is_bytecode = "__pycache__" in str(path)  # Python's own, of modules that are imported late
+        if writes and not isinstance(path, int) and not str(path).startswith("/dev/") and not is_bytecode:
             os.write(NOTES, f"wrote {path}\n".encode())
     elif event == "socket.connect":
         address = arguments[1]
