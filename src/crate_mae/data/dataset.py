@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
 from crate_mae.data.base import ImageSource
-from crate_mae.data.decode import UnreadableImage
+from crate_mae.data.decode import UnreadableImage, to_unit
 from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
 
@@ -120,7 +120,7 @@ def collate(attempts: Sequence[Sample | BadImage]) -> Batch:
     samples = [attempt for attempt in attempts if isinstance(attempt, Sample)]
     images = [sample.image for sample in samples]
     if len({image.dtype for image in images}) > 1:
-        images = [image.to(torch.float32) / 255 if image.dtype == torch.uint8 else image for image in images]
+        images = [to_unit(image) for image in images]
     bad = [attempt.bad if isinstance(attempt, Sample) else (attempt,) for attempt in attempts]
     return Batch(
         torch.stack(images) if images else torch.empty(0, 0, 0, 0),

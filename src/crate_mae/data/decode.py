@@ -275,6 +275,11 @@ def to_tensor(image: Image.Image | Tensor) -> UInt8[Tensor, "c hh ww"] | Float[T
     return image if isinstance(image, Tensor) else tvf.pil_to_tensor(image).contiguous()
 
 
+def to_unit(pixels: UInt8[Tensor, "*shape"] | Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """Convert 8 bits to float32 in [0, 1]; return floats as they are."""
+    return pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
+
+
 def to_8_bits(image: UInt8[Tensor, "c hh ww"] | Float[Tensor, "c hh ww"]) -> Image.Image:
     """Convert a grey or colour tensor, uint8 or in [0, 1], to a Pillow image of mode L or RGB."""
     return tvf.to_pil_image(image if image.dtype == torch.uint8 else (image.clamp(0, 1) * 255).round().to(torch.uint8))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from crate_mae.data.dataset import global_generators_seeded
-from crate_mae.data.decode import size_of, to_8_bits, to_channels, to_tensor
+from crate_mae.data.decode import size_of, to_8_bits, to_channels, to_tensor, to_unit
 from crate_mae.errors import UserError
 
 _MOST_COVERING = 16  # how many times as long as the target a scaled image may be before it is cropped
@@ -68,8 +68,7 @@ class Preparation:
         """Normalise what `pixels` returned, of one or more images, on the device on which it is."""
         if self.mean.device != pixels.device:
             self.mean, self.std = self.mean.to(pixels.device), self.std.to(pixels.device)
-        unit = pixels.to(torch.float32) / 255 if pixels.dtype == torch.uint8 else pixels
-        return (unit - self.mean) / self.std
+        return (to_unit(pixels) - self.mean) / self.std
 
 
 def fit_and_centre(image: Image.Image | Tensor, size: tuple[int, int]) -> Image.Image | Tensor:
