@@ -75,7 +75,7 @@ def names_shapes(function) -> bool:
     return any(words in repr(annotations) for words in ("jaxtyping", "[Tensor", "[np.ndarray"))
 
 
-MOST_CHECKS = 5
+MOST_CHECKS = 20
 CHECKS: Counter[object] = Counter()  # by function, in the test that runs
 jaxtyping.jaxtyped = jaxtyped_if_it_names_shapes
 install_import_hook("crate_mae", "beartype.beartype")

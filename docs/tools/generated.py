@@ -13,8 +13,8 @@ from crate_mae.errors import and_more
 from crate_mae.models.presets import create_model, list_models
 from crate_mae.models.weights import load_autoencoder
 
-# The results of the run that each trained model of the package is from.
-TRAINED_MODELS = {  # by MODEL, as a command takes it in the project's folder: their results
+# Trained models, as a command takes them in the project's folder, and the results of the run that each is from.
+TRAINED_MODELS = {
     "trained_models/crate_mae_micro_cifar10": "cifar10_small_color",
     "trained_models/crate_mae_micro_compressing_cifar10": "cifar10_compressing",
     "crate_mae_micro_monotone_cifar10": "cifar10_monotone",

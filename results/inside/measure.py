@@ -58,9 +58,8 @@ SEEDS, STEPS, SEEN = (0, 1, 2), 1000, 45_000
 TWIN, TWIN_RATES = "vit_mae_micro_wide_monotone_matched_patch4_32", (1.2e-3, 3.6e-3)
 ATOMS, COMPLETED, FITTED, CLASSIFIED = 8, 64, 2_000, 200  # of the removals: atoms of each layer, images
 SCORED, SAE_IMAGES, SAE_EPOCHS = 2_000, 4_000, 10
-OTHER_EMBEDDING = (
-    "trained_models/crate_mae_micro_cifar10"  # published layers, another width: not a model that is scored
-)
+# Published layers, another width: not a model that is scored.
+OTHER_EMBEDDING = "trained_models/crate_mae_micro_cifar10"
 HERE = Path(__file__).parent
 
 Row = dict[str, Any]

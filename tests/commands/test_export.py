@@ -251,7 +251,7 @@ def test_a_model_that_is_not_finite_is_not_exported(model, tmp_path, kind):
 @pytest.mark.parametrize("layer", ["monotone", "published"])
 def test_int8_is_smaller_and_near(layer, tmp_path):
     pytest.importorskip("onnxruntime")
-    model = {"monotone": TRAINED, "published": Path(__file__).parents[2] / "trained_models/crate_mae_micro_cifar10"}
+    model = {"monotone": TRAINED, "published": ROOT / "trained_models/crate_mae_micro_cifar10"}
     exported = crate_mae.export(model[layer], out=tmp_path / "x", format="onnx", int8=True, verify=True)
     # A fourth of three matrices a layer of published ones, of four of monotone ones; and the rest as it was.
     matrices = {"monotone": 12, "published": 9}[layer]

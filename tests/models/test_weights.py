@@ -52,7 +52,8 @@ def test_the_index_of_trained_models_has_their_checksums(folder):
 
 
 @pytest.mark.parametrize("folder", [*map(bundled_folder, list_bundled()), *KEPT], ids=lambda folder: folder.name)
-def test_a_trained_model_has_a_card(folder):
+def test_a_trained_model_is_small_and_has_a_card(folder):
+    assert (folder / "model.safetensors").stat().st_size < 6e6
     assert folder.name in (folder / "README.md").read_text(encoding="utf-8")
     assert "Loss of normalised hidden patches" in (folder / "training.md").read_text(encoding="utf-8")
     model = crate_mae.load(folder)
