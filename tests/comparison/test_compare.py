@@ -238,6 +238,37 @@ def test_without_labels_completions_alone_are_measured(compare, tmp_path, capsys
     assert not any("probe" in title for title in titles)
 
 
+def test_the_search_chooses_among_networks_with_as_many_trials_for_each_entry(compare, digits, tmp_path):
+    named = f"{CRATE}?depth=1|2", f"{VIT}?depth=1|2"
+    unlabelled = {part: [torch.rand(1, 8, 8) for _ in range(30)] for part in digits}
+    comparison = compare(
+        tmp_path / "out", *named, budget="steps=16", search_share=0.5, batch_size=10, seeds=1, **unlabelled
+    )
+    plan = yaml.safe_load((tmp_path / "out" / "comparison.yaml").read_text(encoding="utf-8"))
+    assert plan["options"]["models"] == list(named)
+    assert [name.partition("?")[2] for name in plan["contestants"]] == ["depth=1", "depth=2"] * 2
+    for result, name in zip(comparison.results, (CRATE, VIT), strict=True):
+        trials = result.trained.trials
+        assert [trial.planned.entry.name for trial in trials] == [
+            f"{name}?depth={depth}" for depth in (1, 2) for _ in range(2)
+        ]
+        best = min(trials, key=lambda trial: trial.loss)
+        assert (result.name, result.trained.rate) == (best.planned.entry.name, best.rate)
+        assert list(result.trained.search_losses) == [
+            trial.rate for trial in trials if trial.planned.entry.name == result.name
+        ]
+        runs = sorted((tmp_path / "out" / "runs").glob(f"{name},*/*"))
+        steps = {run.name[:4]: load_config(run / "config.yaml").steps for run in runs}
+        assert (len(runs), steps) == (5, {"sear": 2, "seed": 8})  # the whole budget, and no more
+        per_step = {trial.planned.entry.name: trial.planned.costs.training_flops * 10 for trial in trials}
+        assert result.training_flops == pytest.approx(4 * sum(per_step.values()) + 8 * per_step[result.name])
+        row = next(row for row in read_csv(tmp_path / "out" / "table.csv") if row["model"] == result.name)
+        assert (row["steps_search"], row["steps"]) == ("8", "8")
+        note = next(note for note in comparison.notes if note.startswith(f"{result.name} was chosen by its held-out"))
+        assert all(f"{name}?depth={depth} " in note for depth in (1, 2))
+    assert "a search over 2 networks and 2 learning rates for each" in "\n".join(comparison.notes)
+
+
 def test_a_rate_that_does_not_stay_finite_is_the_worst(compared, tmp_path, monkeypatch):
     monkeypatch.setattr("crate_mae.comparison.runs.next_rate", lambda losses, first: 1e30 if losses else first)
     options = CompareOptions((CRATE, VIT), out="", **plan_options(compared))
@@ -246,9 +277,10 @@ def test_a_rate_that_does_not_stay_finite_is_the_worst(compared, tmp_path, monke
     trainer = Trainer(options, ComparisonDirectory(tmp_path), lines.append)
     costs = compared.results[0].costs
     assert isinstance(costs, Costs)
-    losses, minutes = trainer.search(Planned(entry, costs, BudgetPlan(1e-3, 2, 8, 1)))
-    assert math.isfinite(losses[1e-3]) and losses[1e30] == math.inf
-    assert minutes > 0
+    good, bad = trainer.search(Planned(entry, costs, BudgetPlan(1e-3, 2, 8, 1)))
+    assert (good.rate, bad.rate) == (1e-3, 1e30)
+    assert math.isfinite(good.loss) and good.minutes > 0
+    assert (bad.loss, bad.minutes) == (math.inf, 0)
     assert any("did not stay finite at 1e+30" in line for line in lines)
 
 

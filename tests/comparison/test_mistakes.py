@@ -59,6 +59,23 @@ def refused(compare, tmp_path, monkeypatch):
         ((CRATE, "vit_mae_nano_patch2_9"), {}, f"Did you mean {VIT}?"),
         ((CRATE, f"{VIT}?dept=3"), {}, 'has no setting "dept". Did you mean "depth"?'),
         (
+            (f"{CRATE}?depth=1|2|3", VIT),
+            {},
+            f"different numbers of networks (3 with {CRATE}?depth=1|2|3, 1 with {VIT})",
+        ),
+        ((f"{CRATE}?depth=1|", f"{VIT}?depth=1|2"), {}, '"depth=" is not a setting'),
+        ((f"{CRATE}?depth=1|1", f"{VIT}?depth=1|2"), {}, f"{CRATE}?depth=1 is named twice"),
+        (
+            (f"{CRATE}?patch_size=2|4", f"{VIT}?depth=1|2"),
+            {},
+            f"{CRATE}?patch_size=2 and {CRATE}?patch_size=4 complete different patches",
+        ),
+        (
+            (f"{CRATE}?depth=1|2", f"{VIT}?depth=1|2"),
+            {"lr_search": 1, "budget": "steps=3"},
+            "too few for a search over 2 networks with one learning rate each",
+        ),
+        (
             (CRATE, f"{VIT}?depth"),
             {},
             f'{VIT}?depth: "depth" is not a setting. Settings are written',
@@ -161,13 +178,17 @@ def test_a_budget_is_parsed_and_formatted(text):
 def test_a_budget_becomes_steps(budget, workers, steps):
     costs = costs_of(step_seconds=5.0, loading_seconds=2.0)
     config = PretrainOptions("images", out="", batch_size=7, workers=workers, lr=0.1)
-    entry = Entry("x", config, preset(CRATE))
+    entry = Entry("x", "x", config, preset(CRATE))
     alone = plan_budget(budget, entry, costs, tries=1, share=0.5)
     assert (alone.tries, alone.search_steps, alone.final_steps) == (0, 0, steps)
     plan = plan_budget(budget, entry, costs, tries=3, share=0.5)
     assert plan.first_rate == 0.1
     assert plan.search_steps == int(steps * 0.5 / 3)
     assert 3 * plan.search_steps + plan.final_steps == steps  # the search counts
+    plan = plan_budget(budget, entry, costs, tries=1, share=0.5, networks=2)
+    assert (plan.tries, plan.search_steps, plan.final_steps) == (1, steps // 4, steps - 2 * (steps // 4))
+    plan = plan_budget(Budget("steps", 103.0), entry, costs, tries=2, share=0.5, networks=3)
+    assert (plan.tries, plan.search_steps, plan.final_steps) == (2, 8, 55)
 
 
 @pytest.mark.parametrize(

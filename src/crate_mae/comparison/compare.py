@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def compare(options: CompareOptions, *, report: Report) -> Comparison:
         if existing is None:
             directory.save_plan(plan)
         trained = Trainer(options, directory, report).train_all(planned)
-        results, pixels = measure_all(options, planned, trained, images=images, directory=directory, report=report)
+        results, pixels = measure_all(options, trained, images=images, directory=directory, report=report)
     return publish(out, results, pixels, options=options, images=images, plan=plan)
 
 
@@ -108,9 +109,10 @@ def publish(
 
 
 def _plan(options: CompareOptions, entries: Sequence[Entry], costs: Sequence[Costs]) -> list[Planned]:
-    budget = parse_budget(options.budget)
+    budget, networks = parse_budget(options.budget), Counter(entry.named for entry in entries)
+    share = {"tries": options.lr_search, "share": options.search_share}
     return [
-        Planned(entry, cost, plan_budget(budget, entry, cost, tries=options.lr_search, share=options.search_share))
+        Planned(entry, cost, plan_budget(budget, entry, cost, **share, networks=networks[entry.named]))
         for entry, cost in zip(entries, costs, strict=True)
     ]
 
@@ -146,11 +148,13 @@ def _read_plan(content: dict[str, Any], entries: Sequence[Entry], out: Path) -> 
 
 
 def _plan_lines(options: CompareOptions, planned: Sequence[Planned]) -> Iterator[str]:
-    total = 0.0
+    searches, finals = 0.0, dict.fromkeys(options.models, 0.0)
     for each in planned:
         entry, costs, plan = each.entry, each.costs, each.plan
         seconds = costs.seconds_per_step(entry.config.workers)
-        total += seconds * (plan.tries * plan.search_steps + options.seeds * plan.final_steps)
+        searches += seconds * plan.tries * plan.search_steps
+        # Of several networks, the slowest: which one is chosen is not known yet.
+        finals[entry.named] = max(finals[entry.named], seconds * options.seeds * plan.final_steps)
         search = f"search {plan.tries} x {plan.search_steps:,} steps, " if plan.tries else ""
         seeds = f" for each of {options.seeds} seeds" if options.seeds > 1 else ""
         yield (
@@ -160,4 +164,5 @@ def _plan_lines(options: CompareOptions, planned: Sequence[Planned]) -> Iterator
         )
     if options.seeds > 1:
         yield RULE
-    yield f"Training takes about {duration(total)} in all, one run after another; measuring comes on top."
+    total = duration(searches + sum(finals.values()))
+    yield f"Training takes about {total} in all, one run after another; measuring comes on top."

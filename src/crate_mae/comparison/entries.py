@@ -1,5 +1,6 @@
 """The entries of a comparison: models for the same images, what a step of each costs, and how its budget is spent."""
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from crate_mae.comparison.options import Budget, CompareOptions
+from crate_mae.comparison.options import Budget, CompareOptions, alternatives
 from crate_mae.costs.memory import step_memory
 from crate_mae.costs.trial import StepSettings, TrialStep
 from crate_mae.data import ImageSource, refuse_shared_images
@@ -33,14 +34,16 @@ _MOST_SECONDS = 60.0  # of all rounds, once there are enough of them
 
 @dataclass(frozen=True)
 class Entry:
-    """A model as it will be trained.
+    """A network as it will be trained, if the search chooses it among the alternatives of its entry.
 
     Attributes:
-        name: of the preset, with its settings.
+        named: the entry as it is named in the options, with all alternatives.
+        name: of the preset, with the settings of this network.
         config: of a run of one step, from which its other runs differ in steps, learning rate, seed and precision.
         model: the configuration of the network.
     """
 
+    named: str
     name: str
     config: PretrainOptions
     model: ModelConfig
@@ -102,15 +105,22 @@ def open_images(options: CompareOptions) -> Images:
 
 
 def resolve_entries(options: CompareOptions, images: Images) -> list[Entry]:
-    """Configure every model, with open options set from the images and the machine.
+    """Configure every network of every entry, with open options set from the images and the machine.
 
     Raises:
         UserError: for a mistake in the options, or models that take images of different sizes.
     """
     entries = []
-    for name in options.models:
-        config, model, _ = resolve_pretraining(options.pretraining(name), 1)
-        entries.append(Entry(name, config, model))
+    for named in options.models:
+        for name in alternatives(named):
+            config, model, _ = resolve_pretraining(options.pretraining(name), 1)
+            entries.append(Entry(named, name, config, model))
+    for entry, other in itertools.pairwise(entries):
+        if entry.named == other.named and _task(entry.model) != _task(other.model):
+            raise UserError(
+                f"{entry.name} and {other.name} complete different patches, so the search cannot choose between them "
+                "by their losses.\nMake them entries of their own, or give alternatives of other settings."
+            )
     sizes = {entry.name: entry.model.image_size for entry in entries}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{name} {height} x {width}" for name, (height, width) in sizes.items())
@@ -125,6 +135,11 @@ def resolve_entries(options: CompareOptions, images: Images) -> list[Entry]:
             wanted.layer_numbers(backbone)  # both raise for a layer or pooling that the encoder does not have
             wanted.pooling_of(backbone)
     return entries
+
+
+def _task(model: ModelConfig) -> tuple[object, ...]:
+    """What the loss of a model depends on besides its predictions."""
+    return model.image_size, model.patch_size, model.norm_pix_loss
 
 
 def extraction(options: CompareOptions) -> Extraction:
@@ -241,15 +256,18 @@ class BudgetPlan:
     final_steps: int
 
 
-def plan_budget(budget: Budget, entry: Entry, costs: Costs, *, tries: int, share: float) -> BudgetPlan:
+def plan_budget(
+    budget: Budget, entry: Entry, costs: Costs, *, tries: int, share: float, networks: int = 1
+) -> BudgetPlan:
     """Divide the budget of an entry into the steps of the search and of the final run.
 
     Args:
         budget: of every entry.
-        entry: whose learning rate is tried first.
-        costs: of this entry.
-        tries: number of learning rates to try; 1 means no search.
-        share: of the budget for the search, divided equally among the tries.
+        entry: the network that would be trained.
+        costs: of this network.
+        tries: number of learning rates to try; 1 means no search for it.
+        share: of the budget for the search, divided equally among networks and tries.
+        networks: number of alternatives of the entry.
 
     Raises:
         UserError: if the budget is too small.
@@ -265,11 +283,16 @@ def plan_budget(budget: Budget, entry: Entry, costs: Costs, *, tries: int, share
         raise UserError(
             f"--budget {budget} is too small for one step of {name}, which takes {budget.kind}={per_step:.3g}."
         )
-    tries = tries if tries > 1 else 0
-    search = int(steps * share / tries) if tries else 0
-    if tries and (search < 1 or steps - tries * search < 1):
+    searched = tries * networks
+    if searched == 1:
+        return BudgetPlan(config.lr, tries=0, search_steps=0, final_steps=steps)
+    search = int(steps * share / searched)
+    if search < 1 or steps - searched * search < 1:
+        rates = f"{tries} learning rates" if tries > 1 else "one learning rate"
+        what = rates if networks == 1 else f"{networks} networks with {rates} each"
+        advice = "skip the search with --lr-search 1" if networks == 1 else "fewer alternatives"
         raise UserError(
-            f"--budget {budget} gives {name} {steps} step(s): too few for a search over {tries} learning rates with "
-            f"{share:.0%} of them.\nGive a larger budget, or skip the search with --lr-search 1"
+            f"--budget {budget} gives {name} {steps} step(s): too few for a search over {what} with "
+            f"{share:.0%} of them.\nGive a larger budget, or {advice}"
         )
-    return BudgetPlan(config.lr, tries, search, steps - tries * search)
+    return BudgetPlan(config.lr, tries, search, steps - searched * search)

@@ -1,6 +1,7 @@
 """The options of a comparison, and the budget of each entry."""
 
 import dataclasses
+import itertools
 import math
 from dataclasses import KW_ONLY, MISSING, dataclass
 from typing import Annotated, Any, Literal, no_type_check
@@ -65,6 +66,16 @@ def parse_budget(text: str) -> Budget:
     return Budget(kind, amount)
 
 
+def alternatives(model: str) -> list[str]:
+    """The networks that "NAME?depth=2|3&embed_dim=96" stands for, each with one value for each setting."""
+    name, _, query = model.partition("?")
+    if "|" not in query:
+        return [model]
+    pairs = [pair.partition("=") for pair in query.split("&")]
+    values = [[f"{key}{equals}{value}" for value in listed.split("|")] for key, equals, listed in pairs]
+    return [f"{name}?{'&'.join(chosen)}" for chosen in itertools.product(*values)]
+
+
 def name_and_settings(model: str) -> tuple[str, dict[str, Any]]:
     """The parts of "NAME?depth=3&embed_dim=96".
 
@@ -97,7 +108,8 @@ class CompareOptions:
 
     models: Models = option(
         MISSING,
-        'Two or more names from `crate-mae models`; with individual settings as in "NAME?depth=3&embed_dim=96".',
+        'Two or more names from `crate-mae models`; with individual settings as in "NAME?depth=3&embed_dim=96". With '
+        'several values, as in "NAME?depth=2|3|4", the search also chooses among these networks.',
     )
     _: KW_ONLY
     train: Data = option(
@@ -119,9 +131,9 @@ class CompareOptions:
     )
     lr_search: int = option(
         3,
-        "Number of learning rates to try: first each model's default, then three times or a third of the best so far, "
-        "in the direction in which the loss falls, and finally one between the best and its neighbour. 1 skips the "
-        "search.",
+        "Number of learning rates to try for each network: first its default, then three times or a third of the best "
+        "so far, in the direction in which the loss falls, and finally one between the best and its neighbour. 1 skips "
+        "the search.",
         AT_LEAST_1,
     )
     search_share: float = option(
@@ -152,7 +164,14 @@ class CompareOptions:
             named = f"only {self.models[0]}" if self.models else "none"
             mistakes.append(f"A comparison needs at least two models, but {named} was named.")
         seen: list[tuple[str, dict[str, Any]]] = []
-        for model in self.models:
+        numbers = {model: len(alternatives(model)) for model in self.models}
+        if len(set(numbers.values())) > 1:
+            listed = ", ".join(f"{number} with {model}" for model, number in numbers.items())
+            mistakes.append(
+                f"The search would choose among different numbers of networks ({listed}), which favours some entries: "
+                "give the same number of alternatives for each."
+            )
+        for model in itertools.chain.from_iterable(map(alternatives, self.models)):
             with mistakes.collected():
                 name, settings = name_and_settings(model)
                 config = preset(name)

@@ -1,11 +1,12 @@
 """The table of a comparison, as Markdown and as CSV, and notes on how to read it."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from crate_mae.comparison.entries import Images
-from crate_mae.comparison.options import Budget, CompareOptions, parse_budget
+from crate_mae.comparison.options import Budget, CompareOptions, alternatives, parse_budget
 from crate_mae.comparison.results import (
     SCORES,
     EntryResult,
@@ -157,13 +158,13 @@ def _score_cells(scores: Iterable[dict[str, float]]) -> dict[str, Any]:
 
 
 def _steps(result: EntryResult) -> str:
-    tries = len(result.trained.search_losses)
-    search = f"{tries} x {result.plan.search_steps:,} + " if tries else ""
+    tries = Counter(trial.planned.plan.search_steps for trial in result.trained.trials)
+    search = "".join(f"{number} x {steps:,} + " for steps, number in tries.items())
     return f"{search}{result.plan.final_steps:,}"
 
 
 def _minutes(result: EntryResult) -> str:
-    search = f"{result.trained.search_minutes:.2f} + " if result.trained.search_losses else ""
+    search = f"{result.trained.search_minutes:.2f} + " if result.trained.trials else ""
     return f"{search}{result.final_minutes:.2f}"
 
 
@@ -279,10 +280,13 @@ def _certainty(options: CompareOptions, images: Images) -> Iterator[str]:
 def _terms(results: Sequence[EntryResult], options: CompareOptions, budget: Budget) -> Iterator[str]:
     """What was equal for all entries."""
     c = results[0].entry.config
+    networks = len(alternatives(options.models[0]))
+    tried = [f"{networks} networks"] if networks > 1 else []
+    tried += [f"{options.lr_search} learning rates{' for each' if tried else ''}"] if options.lr_search > 1 else []
     search = (
-        f": {options.search_share:.0%} for a search over {options.lr_search} learning rates (chosen by "
+        f": {options.search_share:.0%} for a search over {' and '.join(tried)} (chosen by "
         "the loss on held-out training images, never by the validation images)"
-        if options.lr_search > 1
+        if tried
         else " (no search for a learning rate)"
     )
     yield (
@@ -332,6 +336,12 @@ def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) ->
     for result in results:
         if failed := [str(seed) for seed in result.random if seed not in result.scores]:
             yield f"{result.name} did not stay finite with seed {', '.join(failed)}, which its scores leave out."
+        if len(of_networks := _best_of_each(result)) > 1:
+            listed = ", ".join(f"{name} {loss:.4f}" for name, loss in of_networks.items())
+            yield (
+                f"{result.name} was chosen by its held-out loss in the search: {listed}. With a whole budget, another "
+                "one might be better: short runs favour networks that learn fast."
+            )
         losses = result.trained.search_losses
         if result.trained.is_rate_at_edge:
             tried = ", ".join(f"{rate:.3g}" for rate in losses)
@@ -347,6 +357,15 @@ def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) ->
                 "of steps was set before the start, from the time of a step then, and the machine was slower or faster "
                 "later."
             )
+
+
+def _best_of_each(result: EntryResult) -> dict[str, float]:
+    """The lowest held-out loss of each network that was tried."""
+    best: dict[str, float] = {}
+    for trial in result.trained.trials:
+        name = trial.planned.entry.name
+        best[name] = min(trial.loss, best.get(name, math.inf))
+    return best
 
 
 def _environments(results: Sequence[EntryResult]) -> list[str]:

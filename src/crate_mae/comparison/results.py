@@ -98,8 +98,8 @@ class EntryResult(Planned):
 
     @property
     def search_steps(self) -> int:
-        """Steps of the search, over all tries."""
-        return len(self.trained.search_losses) * self.plan.search_steps
+        """Steps of the search, over all trials."""
+        return sum(trial.planned.plan.search_steps for trial in self.trained.trials)
 
     @property
     def final_minutes(self) -> float:
@@ -114,7 +114,9 @@ class EntryResult(Planned):
     @property
     def training_flops(self) -> float:
         """Training FLOPs of the search and one final run."""
-        return self.costs.training_flops * self.batch_size * (self.search_steps + self.plan.final_steps)
+        runs = [(trial.planned.costs, trial.planned.plan.search_steps) for trial in self.trained.trials]
+        runs.append((self.costs, self.plan.final_steps))
+        return self.batch_size * sum(costs.training_flops * steps for costs, steps in runs)
 
     @property
     def images_per_second(self) -> float:
@@ -147,7 +149,6 @@ def score_compared(results: Sequence[EntryResult]) -> str:
 
 def measure_all(
     options: CompareOptions,
-    planned: Sequence[Planned],
     trained: Sequence[Trained],
     *,
     images: Images,
@@ -167,19 +168,20 @@ def measure_all(
         report(f"measuring {key}")
         return directory.score(key, lambda: measure(subject))
 
-    names = [each.entry.name for each in planned]
+    entries = [each.chosen.entry for each in trained]
+    names = [entry.name for entry in entries]
     scores = [
         {seed: score(f"{name}/seed-{seed}", completed_and_probed, run) for seed, run in of_entry.runs.items()}
         for name, of_entry in zip(names, trained, strict=True)
     ]
     random = [
-        {seed: score(f"{name}/random-{seed}", probed, each.entry.build(seed)) for seed in range(options.seeds)}
-        for name, each in zip(names, planned, strict=True)
+        {seed: score(f"{entry.name}/random-{seed}", probed, entry.build(seed)) for seed in range(options.seeds)}
+        for entry in entries
     ]
-    pixels = score("pixels", probed, f"pixels:{min(_PIXELS_SIDE, *planned[0].entry.model.image_size)}")
+    pixels = score("pixels", probed, f"pixels:{min(_PIXELS_SIDE, *entries[0].model.image_size)}")
     results = [
-        EntryResult(**vars(each), trained=of_entry, scores=own, random=control)
-        for each, of_entry, own, control in zip(planned, trained, scores, random, strict=True)
+        EntryResult(**vars(of_entry.chosen), trained=of_entry, scores=own, random=control)
+        for of_entry, own, control in zip(trained, scores, random, strict=True)
     ]
     return results, pixels
 

@@ -1,4 +1,4 @@
-"""The runs of a comparison: a search for each entry's learning rate, then the final runs, kept so that they can resume.
+"""The runs of a comparison: a search for each entry, then the final runs, kept so that they can resume.
 
 DIR/
     comparison.yaml     all options, the measured costs, the plans, machine and versions
@@ -39,7 +39,7 @@ _RATE_FACTOR = 3.0  # between neighbouring learning rates, as long as the best i
 
 @dataclass(frozen=True)
 class Planned:
-    """An entry, with its measured costs and the plan that follows from them."""
+    """A network of an entry, with its measured costs and the plan that follows from them."""
 
     entry: Entry
     costs: Costs
@@ -137,22 +137,49 @@ class Moment:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """A run of the search.
+
+    Attributes:
+        planned: the network that was tried.
+        rate: its learning rate, per 256 images.
+        loss: on held-out training images; infinite if the run did not stay finite.
+        minutes: of training.
+    """
+
+    planned: Planned
+    rate: float
+    loss: float
+    minutes: float
+
+
+@dataclass(frozen=True)
 class Trained:
     """The runs of an entry.
 
     Attributes:
-        rate: the chosen learning rate, per 256 images.
-        search_losses: held-out loss by learning rate, infinite where a run did not stay finite; empty without a search.
-        search_minutes: of training in the search.
+        chosen: the network of the final runs.
+        rate: their learning rate, per 256 images.
+        trials: the search; empty without one.
         runs: folders of the final runs by seed, without those that did not stay finite.
         curves: their measurements.
     """
 
+    chosen: Planned
     rate: float
-    search_losses: dict[float, float]
-    search_minutes: float
+    trials: list[Trial]
     runs: dict[int, Path]
     curves: list[list[Moment]]
+
+    @property
+    def search_losses(self) -> dict[float, float]:
+        """Held-out loss of the chosen network by learning rate."""
+        return {trial.rate: trial.loss for trial in self.trials if trial.planned == self.chosen}
+
+    @property
+    def search_minutes(self) -> float:
+        """Minutes of training in the search."""
+        return sum(trial.minutes for trial in self.trials)
 
     @property
     def is_rate_at_edge(self) -> bool:
@@ -188,41 +215,39 @@ class Trainer:
             UserError: if no learning rate, or no final run, of an entry stays finite; or for a reason to stop a run.
             RunStopped: after SIGINT, SIGTERM or SIGHUP, when everything has been saved.
         """
-        searches = [self.search(each) for each in planned]
-        rates = [_best(each.entry, losses) for each, (losses, _) in zip(planned, searches, strict=True)]
-        runs: list[dict[int, Run]] = [{} for _ in planned]
+        of_entries = [[each for each in planned if each.entry.named == named] for named in self.options.models]
+        searches = [[trial for each in networks for trial in self.search(each)] for networks in of_entries]
+        found = [_best(networks, trials) for networks, trials in zip(of_entries, searches, strict=True)]
+        runs: list[dict[int, Run]] = [{} for _ in found]
         for seed in range(self.options.seeds):
-            for each, rate, of_entry in zip(planned, rates, runs, strict=True):
+            for (each, rate), of_entry in zip(found, runs, strict=True):
                 out = self.directory.final_run(each.entry.name, seed)
                 self._announce(f"{each.entry.name}: final run, seed {seed}", out, each.plan.final_steps, rate)
                 try:
                     of_entry[seed] = self._run(each, out, lr=rate, steps=each.plan.final_steps, seed=seed)
                 except DivergedError:
                     self.report(f"{each.entry.name}: seed {seed} did not stay finite")
-        for each, of_entry in zip(planned, runs, strict=True):
+        for (each, _), of_entry in zip(found, runs, strict=True):
             if not of_entry:
                 raise UserError(f"No final run of {each.entry.name} stayed finite: it cannot be compared.")
         return [
             Trained(
+                chosen=each,
                 rate=rate,
-                search_losses=losses if len(losses) > 1 else {},
-                search_minutes=minutes,
+                trials=trials,
                 runs={seed: run.path for seed, run in of_entry.items()},
                 curves=[curve(run) for run in of_entry.values()],
             )
-            for rate, (losses, minutes), of_entry in zip(rates, searches, runs, strict=True)
+            for (each, rate), trials, of_entry in zip(found, searches, runs, strict=True)
         ]
 
-    def search(self, planned: Planned) -> tuple[dict[float, float], float]:
-        """Held-out loss by learning rate, and the minutes of training; without a search, the first rate alone."""
+    def search(self, planned: Planned) -> list[Trial]:
+        """Try learning rates for a network, as many as its plan has."""
         name, plan = planned.entry.name, planned.plan
-        if not plan.tries:
-            return {plan.first_rate: 0.0}, 0.0
-        losses: dict[float, float] = {}
-        minutes = 0.0
+        trials: list[Trial] = []
         for _ in range(plan.tries):
-            rate = next_rate(losses, plan.first_rate)
-            if rate in losses:  # the same to three digits
+            rate = next_rate({trial.rate: trial.loss for trial in trials}, plan.first_rate)
+            if any(rate == trial.rate for trial in trials):  # the same to three digits
                 break
             out = self.directory.search_run(name, rate)
             self._announce(f"{name}: search", out, plan.search_steps, rate)
@@ -230,12 +255,12 @@ class Trainer:
                 run = self._run(planned, out, lr=rate, steps=plan.search_steps, seed=_SEARCH_SEED)
             except DivergedError:
                 self.report(f"{name}: did not stay finite at {rate:.3g}")
-                losses[rate] = math.inf
+                trials.append(Trial(planned, rate, loss=math.inf, minutes=0.0))
                 continue
             end = curve(run)[-1]
-            minutes += end.minutes
-            losses[rate] = end.held_out_loss if math.isfinite(end.held_out_loss) else math.inf
-        return losses, minutes
+            loss = end.held_out_loss if math.isfinite(end.held_out_loss) else math.inf
+            trials.append(Trial(planned, rate, loss, end.minutes))
+        return trials
 
     def _announce(self, what: str, out: Path, steps: int, rate: float) -> None:
         done = " (done before)" if RunDirectory(out).is_finished else ""
@@ -292,9 +317,15 @@ def curve(run: Run) -> list[Moment]:
     return moments
 
 
-def _best(entry: Entry, losses: dict[float, float]) -> float:
-    rate = min(losses, key=lambda rate: losses[rate])
-    if math.isinf(losses[rate]):
-        tried = ", ".join(f"{rate:.3g}" for rate in losses)
-        raise UserError(f"{entry.name} stays finite at none of the learning rates {tried}: it cannot be compared.")
-    return rate
+def _best(networks: Sequence[Planned], trials: Sequence[Trial]) -> tuple[Planned, float]:
+    """The network and the learning rate of the final runs."""
+    if not trials:
+        (network,) = networks
+        return network, network.plan.first_rate
+    best = min(trials, key=lambda trial: trial.loss)
+    if math.isinf(best.loss):
+        tried = ", ".join(f"{trial.rate:.3g}" for trial in trials)
+        raise UserError(
+            f"{networks[0].entry.named} stays finite at none of the learning rates {tried}: it cannot be compared."
+        )
+    return best.planned, best.rate
