@@ -17,7 +17,7 @@ MODEL = "crate_mae_nano_patch2_8"
 @pytest.fixture
 def undrawn(monkeypatch):
     """Figures and untrained draws take the time, and are tested elsewhere."""
-    monkeypatch.setattr(inspection, "_DRAWS", 1)
+    monkeypatch.setattr(inspection, "UNTRAINED_DRAWS", 1)
     monkeypatch.setattr(
         html, "draw_figures", lambda plan: {figure.name: figure for section in plan.values() for figure in section}
     )

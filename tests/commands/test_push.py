@@ -76,6 +76,11 @@ def test_a_card_is_no_reason_to_fail(run):
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "best").write_text("no checkpoint")
     assert "held-out" in provenance(run)["Results"]
+    spreadsheet = "\ufeffstep,val_accuracy\n0,0.1\n20,0.75\n40,0.\n60,nan\n,0.9\n80,o"
+    (run / "metrics.csv").write_text(spreadsheet, encoding="utf-8")
+    assert "10.0% at step 0, 0.0% at step 40." in provenance(run)["Results"]
+    (run / "metrics.csv").write_bytes(b"step,val_accuracy\n0,\xff\n")
+    assert "Results" not in provenance(run)
 
 
 class Hub:
@@ -90,11 +95,12 @@ class Hub:
     def create_repo(self, repo_id, private, exist_ok):
         if Hub.error is not None:
             raise Hub.error
+        Hub.private = private
         return type("Repository", (), {"repo_id": repo_id})()
 
     def upload_folder(self, repo_id, folder_path, revision, commit_message):
         files = {file.name: file.read_bytes() for file in folder_path.iterdir()}
-        Hub.uploaded = {"repo_id": repo_id, "revision": revision, "files": files}
+        Hub.uploaded = {"repo_id": repo_id, "revision": revision, "message": commit_message, "files": files}
         return f"https://hub.example/{repo_id}"
 
 
@@ -125,18 +131,20 @@ def test_a_model_of_transformers_pushes_its_card_too(run, hub, tmp_path):
     transformers = pytest.importorskip("transformers")
     crate_mae.export(run, out=tmp_path / "x", format="hf")
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "x")
+    options = {"private": True, "revision": "draft", "commit_message": "First"}
     for upload, name in ((_by_push, "somebody/encoder"), (_by_save, "somebody/other")):
-        upload(theirs, name, tmp_path / "y")
+        upload(theirs, name, tmp_path / "y", **options)
         assert hub.uploaded["repo_id"] == name
         assert "train" in hub.uploaded["files"]["README.md"].decode()
+        assert (hub.private, hub.uploaded["revision"], hub.uploaded["message"]) == tuple(options.values())
 
 
-def _by_push(model, name, _folder):
-    model.push_to_hub(name, revision="main")
+def _by_push(model, name, _folder, **options):
+    model.push_to_hub(name, **options)
 
 
-def _by_save(model, name, folder):
-    model.save_pretrained(folder, push_to_hub=True, repo_id=name)
+def _by_save(model, name, folder, **options):
+    model.save_pretrained(folder, push_to_hub=True, repo_id=name, **options)
 
 
 @pytest.mark.parametrize(

@@ -134,10 +134,14 @@ def test_controls_know_colours_and_sizes_alone(pictures, masks, build):
         (HEADER + "1,2,3,4,five\n", "line 2: a side of the box is not a number"),
         (HEADER + "1,2,3,4\n", "line 2: a side of the box is not a number"),
         (HEADER + "1,2,3,4,5\n1,4,3,2,5\n", "line 3: left must be less than right"),
+        (HEADER + "1,2,3,inf,5\n", "line 2: a side of the box is not finite"),
+        (HEADER + ",1,2,3,4\n", "line 2: there is no name of an image"),
+        ("left,top,right,bottom,image\n1,2,3,4\n", "line 2: there is no name of an image"),
+        (HEADER + "caf\xe9,1,2,3,4\n", "cannot be read as a table"),
     ],
 )
 def test_odd_boxes_are_named(tmp_path, content, words):
-    (tmp_path / "boxes.csv").write_text(content)
+    (tmp_path / "boxes.csv").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=words):
         read_drawings(tmp_path / "boxes.csv")
 

@@ -56,7 +56,7 @@ def settings():
 def inspect_small():
     """With two draws of untrained networks: most of the time would go into more of them."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inspection_module, "_DRAWS", 2)
+        patch.setattr(inspection_module, "UNTRAINED_DRAWS", 2)
         return inspect_model(settings(), training=Training(lines={"Steps": "<none> & few"}, mask_ratio=0.5))
 
 

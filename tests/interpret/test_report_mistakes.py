@@ -20,7 +20,7 @@ from crate_mae.interpret.report.options import InspectOptions
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch):
     """Untrained draws take the time, and are tested elsewhere."""
-    monkeypatch.setattr(inspection_module, "_DRAWS", 1)
+    monkeypatch.setattr(inspection_module, "UNTRAINED_DRAWS", 1)
 
 
 def report(**options):

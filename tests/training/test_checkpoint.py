@@ -96,7 +96,8 @@ def test_the_last_two_written_are_kept_and_the_last_is_named(saved, tmp_path):
     run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
     assert newest_checkpoint(run) is None
     checkpoints.mkdir(parents=True)
-    (checkpoints / ".step-8.tmp").mkdir()
+    for left in (".step-8.tmp", ".step-8.former"):
+        (checkpoints / left).mkdir()
     for step in (9, 200, 10, 100):
         checkpoint.write(checkpoints, checkpoint.gather(model_state), model_state.model.config, TrainState(step=step))
     assert sorted(path.name for path in checkpoints.iterdir()) == ["last", "step-10", "step-100"]

@@ -81,6 +81,20 @@ def test_the_validation_is_that_of_the_definition(tiny_finetuning):
     assert row["val_accuracy_top5"] == pytest.approx(float((fifth == labels[:, None]).any(1).double().mean()))
 
 
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([(0.5, 0.5), (0.9, 0.9), (0.4, 0.9), (0.9, 0.9)], "90.00% at step 20"),  # the first of two, which is kept
+        ([(0.5, 0.5), (0.9, 0.9), (0.5, 0.5), (0.4, 0.5)], "50.00% at step 30"),  # other validation images since then
+    ],
+)
+def test_the_best_is_that_of_the_model_that_is_kept(scores, best):
+    rows = [
+        {"step": 10.0 * i, "val_accuracy": now, "best_score": so_far} for i, (now, so_far) in enumerate(scores, start=1)
+    ]
+    assert f"{scores[-1][0]:.2%} now; {best}, the best." in Finetuning.describe_result(None, rows)
+
+
 def test_the_model_of_the_run_is_the_best_and_not_the_last(tiny_finetuning, monkeypatch):
     scores = iter([0.9, 0.2, 0.5, 0.1, 0.5])  # of steps 0 (which nobody can keep), 5, 10, 15, 20
     measure = Finetuning.measure

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from crate_mae.app.compute import AppModel, codes_of, mask_from_text, mask_text, seeded_mask, varied_atoms
-from crate_mae.app.limits import without_pictures
+from crate_mae.app.limits import CANNOT_PROCESS, without_pictures
 from crate_mae.app.pictures import examples, from_uri, read_upload, to_png, to_uri
 from crate_mae.app.responses import atom_response, completion_response, displayed_picture, inside_response, notice
 from crate_mae.data.numbers import is_number
@@ -115,11 +115,11 @@ class Handlers:
         """Use a visitor's file as the picture, or explain what is wrong with it."""
         try:
             image = read_upload(from_uri(_detail(event, "content")), self._side)
+            return self._show(event, to_uri(to_png(image)), Controls(*values))
         except UserError as error:
             return [gr.HTML(message=[_detail(event, "attempt"), str(error)]), *[gr.skip()] * 3]
         finally:
             self._on_response()
-        return self._show(event, to_uri(to_png(image)), Controls(*values))
 
     def select(self, event: gr.EventData, *values: Any) -> list[Any]:
         """Use an example as the picture."""
@@ -267,9 +267,9 @@ def refusing(handler: Callable[..., Any]) -> Callable[..., Any]:
     def handle(*arguments: Any) -> Any:
         try:
             return handler(*arguments)
-        except Exception as error:  # values that only a forged request can have
+        except Exception as error:  # values that only a forged request can have, or a fault of ours
             logger.warning("A request failed: %s", without_pictures(error))
-            raise gr.Error(FORGED, print_exception=False) from None
+            raise gr.Error(CANNOT_PROCESS, print_exception=False) from None
 
     return handle
 

@@ -5,6 +5,7 @@ import ipaddress
 import logging
 import re
 import socket
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +25,7 @@ SECONDS_TO_WAIT = 30.0  # for one of those places
 SECONDS_TO_SEND = 60.0  # for the body of a request
 SECONDS_TO_RESPOND = 60.0  # after which a large request is no longer counted
 MOST_CONNECTIONS = 256
+CANNOT_PROCESS = "The app cannot process this request."
 _MOST_DISCARDED = 8 * MAX_BODY  # of a request that is too large: a client reads the response when it has sent all
 _JOIN = "/gradio_api/queue/join"
 # The app, its scripts and styles; its requests and their responses; the heartbeat of open tabs, and what they ask after
@@ -162,7 +164,7 @@ class RequestLimits:
             logger.warning("A request to %r failed: %s", scope["path"], without_pictures(error))
             status = status or 500  # else the response has begun
         if status >= 500:
-            raise _RefusedError(400, "The app cannot process this request.")
+            raise _RefusedError(400, CANNOT_PROCESS)
         return status
 
 
@@ -199,15 +201,17 @@ class LargeRequests:
 
     def __init__(self) -> None:
         self._begun: deque[float] = deque()
+        self._lock = threading.Lock()  # requests come in the event loop, and their handlers are threads
 
     def add(self) -> bool:
         """Count one more; return False if there are as many as may be."""
-        while self._begun and time.monotonic() - self._begun[0] > SECONDS_TO_RESPOND:
-            self._begun.popleft()  # whose response failed, or was for another function
-        if len(self._begun) >= MOST_LARGE:
-            return False
-        self._begun.append(time.monotonic())
-        return True
+        with self._lock:
+            while self._begun and time.monotonic() - self._begun[0] > SECONDS_TO_RESPOND:
+                self._begun.popleft()  # whose response failed, or was for another function
+            if len(self._begun) >= MOST_LARGE:
+                return False
+            self._begun.append(time.monotonic())
+            return True
 
     async def wait(self) -> bool:
         """Count one more when there is a place; return False if there is none for too long."""
@@ -218,8 +222,9 @@ class LargeRequests:
 
     def remove(self) -> None:
         """Count one less."""
-        if self._begun:
-            self._begun.popleft()
+        with self._lock:
+            if self._begun:
+                self._begun.popleft()
 
 
 class _RefusedError(Exception):

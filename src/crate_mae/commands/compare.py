@@ -21,11 +21,12 @@ def compare(options: CompareOptions) -> Comparison:
     """Pretrain models under the same budget, each with its own best learning rate, and measure them in the same way.
 
     Steps are timed first, in turns, so that each entry gets a fixed number of steps and a full schedule. Then a
-    learning rate is searched for each entry, by the loss on held-out training images, and the entry is trained with the
-    best. An entry may leave settings to this search, such as "NAME?depth=2|3|4&embed_dim=384|512"; then all entries
-    must have as many alternatives. Completions are measured on the validation images, which are used for no choice; with labels, also a k-NN and
-    a linear probe, and both for random initialisation and raw pixels as controls. With --budget minutes=N the time of a
-    step includes loading its images if that takes longer than computing, or if there are no loader processes.
+    learning rate is searched for each entry, by the loss on held-out training images, and the entry is trained with
+    the best. An entry may leave settings to this search, such as "NAME?depth=2|3|4&embed_dim=384|512"; then all
+    entries must have as many alternatives. Completions are measured on the validation images, which are used for no
+    choice; with labels, also a k-NN and a linear probe, and both for random initialisation and raw pixels as
+    controls. With --budget minutes=N the time of a step includes loading its images if that takes longer than
+    computing, or if there are no loader processes.
 
     `out` then contains table.md, table.csv, seeds.csv, figure.png, curves.png, comparison.yaml, and all runs. The same
     command, given again, continues the comparison.

@@ -8,6 +8,7 @@ from crate_mae.errors import UserError
 
 MOST_IMAGES = 10**9  # in a batch, or counted in another way
 LARGEST_SEED = 2**32 - 1  # that every generator accepts
+MIN_CROP = 0.2  # smallest share of an image that a random crop covers
 MAX_BAD = 0.01  # share of unreadable images, by default
 MOST_THREADS = 1024  # and processes: many more end a process without a message
 

@@ -5,7 +5,6 @@ reduced images are not bit for bit those of the originals. A cache that is used 
 results of a run depend on the speed of the machine, and on whether the cache was still there when the run was resumed.
 """
 
-import csv
 import io
 import json
 import math
@@ -24,7 +23,8 @@ from torchvision.transforms import v2
 from crate_mae.data.base import EncodedSource, ImageSource, label_names, none_readable, refuse_unreadable
 from crate_mae.data.dataset import default_workers, in_parallel
 from crate_mae.data.decode import UNBOUNDED_MODES, UnreadableImage, channels_of, size_of, to_8_bits, to_channels
-from crate_mae.data.files import reason_of, refuse_existing, whole_folder
+from crate_mae.data.documents import to_csv
+from crate_mae.data.files import reason_of, refuse_existing, whole_folder, write_whole
 from crate_mae.data.numbers import MAX_BAD
 from crate_mae.data.results import BadImage
 from crate_mae.data.sources import METADATA, METADATA_COLUMNS, FolderSource
@@ -165,10 +165,7 @@ def _write_folder(source: FolderSource, images: _Files, folder: Path) -> None:
         file.write_bytes(content)
         written.append((i, name))
     if source.table is not None and (labels := label_names(source)):
-        with (folder / METADATA).open("w", newline="", encoding="utf-8") as table:
-            writer = csv.writer(table)
-            writer.writerow(METADATA_COLUMNS)
-            writer.writerows((name, labels[i]) for i, name in written)
+        write_whole(folder / METADATA, to_csv(METADATA_COLUMNS, ((name, labels[i]) for i, name in written)))
 
 
 def _write_parquet(source: ImageSource, images: _Files, file: Path) -> None:

@@ -14,6 +14,7 @@ from torchvision.transforms import v2
 
 from crate_mae.data.dataset import global_generators_seeded
 from crate_mae.data.decode import size_of, to_8_bits, to_channels, to_tensor, to_unit
+from crate_mae.data.numbers import MIN_CROP
 from crate_mae.errors import UserError
 
 _MOST_COVERING = 16  # how many times as long as the target a scaled image may be before it is cropped
@@ -141,7 +142,7 @@ def pretrain_transform(
     channels: int,
     mean: Sequence[float],
     std: Sequence[float],
-    min_crop: float = 0.2,
+    min_crop: float = MIN_CROP,
     flip: bool = True,
 ) -> Preparation:
     """Return the augmentation of masked autoencoders: a random resized crop (bicubic) and a horizontal flip.
@@ -165,7 +166,7 @@ def finetune_transform(
     mean: Sequence[float],
     std: Sequence[float],
     *,
-    min_crop: float = 0.08,
+    min_crop: float = MIN_CROP,
     flip: bool = True,
     rand_augment: str = "",
 ) -> Preparation:

@@ -4,6 +4,7 @@
 """
 
 import csv
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -116,17 +117,27 @@ def _recipe(options: Mapping[str, Any]) -> str:
 def _measured(folder: Path, step: int | None) -> Iterator[str]:
     """Results on held-out images, first and of the step whose weights are exported (None: the last)."""
     try:
-        with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
+        with (folder / "metrics.csv").open(encoding="utf-8-sig", newline="") as file:  # spreadsheets add a mark
             rows = list(csv.DictReader(file))
-    except (OSError, csv.Error):
+    except (OSError, ValueError, csv.Error):
         return
     for column, form in _FORMATS.items():
-        values = [(row["step"], float(row[column])) for row in rows if row.get(column)]
-        kept = [(at, value) for at, value in values if step is None or int(at) <= step]
+        cells = [(_number(row.get("step")), _number(row.get(column))) for row in rows]
+        values = [(int(at), value) for at, value in cells if at is not None and value is not None]
+        kept = [(at, value) for at, value in values if step is None or at <= step]
         if kept:
             (first, before), (last, after) = values[0], kept[-1]
             title = MEASURES[column].title.capitalize()
             yield f"{title}: {form.format(before)} at step {first}, {form.format(after)} at step {last}."
+
+
+def _number(cell: str | None) -> float | None:
+    """A number of a table; None for an empty or damaged cell: a card must not make an export fail."""
+    try:
+        value = float(cell or "")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def _exported_step(folder: Path, options: Mapping[str, Any]) -> int | None:

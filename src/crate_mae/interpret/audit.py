@@ -150,6 +150,7 @@ CLAIMS: dict[str, Claim] = {
 LEAST_SHARE_OF_IMAGES = 0.95
 LEAST_MARGIN_SHARE = 0.01
 LARGEST_P = 0.05
+UNTRAINED_DRAWS = 5  # random initialisations of the network, by default
 _ROUNDING = 1e-5  # of the value before: what a theorem may miss by in float32
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -21,7 +22,7 @@ from crate_mae.data import BadImage, ImageSource
 from crate_mae.data.base import most_bad, path_text, read_all, read_file
 from crate_mae.data.decode import UnreadableImage, decode, size_of
 from crate_mae.data.numbers import MAX_BAD
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.interpret.attention import class_attention, patch_affinities
 from crate_mae.interpret.statistics import Row, Statistic, row, statistic
@@ -295,18 +296,25 @@ def _mask_files(folder: Path) -> dict[str, Path]:
 
 def _boxes_of(path: Path) -> dict[str, list[Box]]:
     found: dict[str, list[Box]] = {}
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        lines = csv.DictReader(file)
-        if not set(_COLUMNS) <= set(lines.fieldnames or []):
-            raise UserError(f"{path} must have the columns {','.join(_COLUMNS)} in its first line.")
-        for number, line in enumerate(lines, start=2):
-            try:
-                left, top, right, bottom = (float(line[name]) for name in _COLUMNS[1:])
-            except (TypeError, ValueError):
-                raise UserError(f"{path}, line {number}: a side of the box is not a number.") from None
-            if not (left < right and top < bottom):
-                raise UserError(f"{path}, line {number}: left must be less than right, and top less than bottom.")
-            found.setdefault(Path(line["image"]).stem, []).append((left, top, right, bottom))
+    try:
+        table = csv.DictReader(path.read_text(encoding="utf-8-sig").splitlines(), restval="")
+        columns, lines = table.fieldnames or [], list(table)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path} cannot be read as a table: {first_line(error)}.") from error
+    if not set(_COLUMNS) <= set(columns):
+        raise UserError(f"{path} must have the columns {','.join(_COLUMNS)} in its first line.")
+    for number, line in enumerate(lines, start=2):
+        try:
+            left, top, right, bottom = sides = [float(line[name]) for name in _COLUMNS[1:]]
+        except ValueError:
+            raise UserError(f"{path}, line {number}: a side of the box is not a number.") from None
+        if not all(map(math.isfinite, sides)):
+            raise UserError(f"{path}, line {number}: a side of the box is not finite.")
+        if not line["image"]:
+            raise UserError(f"{path}, line {number}: there is no name of an image.")
+        if not (left < right and top < bottom):
+            raise UserError(f"{path}, line {number}: left must be less than right, and top less than bottom.")
+        found.setdefault(Path(line["image"]).stem, []).append((left, top, right, bottom))
     if not found:
         raise UserError(f"{path} holds no boxes.")
     return found

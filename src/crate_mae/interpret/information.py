@@ -16,7 +16,7 @@ from crate_mae.evaluation.backbones import Backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import LinearResult, Score, linear_probe, refuse_small_classes
 from crate_mae.interpret.layer_measures import Forward, default_pass
-from crate_mae.interpret.statistics import Row, Statistic, place_of, row, rows_over_layers
+from crate_mae.interpret.statistics import Row, Statistic, not_finite, place_of, row, rows_over_layers
 from crate_mae.models.masking import patchify
 from crate_mae.models.tracing import layers_of, taps_of, trace
 from crate_mae.theory.measures import effective_rank
@@ -54,8 +54,9 @@ def feature_ranks(model: nn.Module, batches: Sequence[Any], forward: Forward = d
     rows = []
     for name, found in features.items():
         z = torch.cat(found)
-        # LAPACK raises on NaN, and a sentence is wanted: the mean of what is not finite is not finite either.
-        rank = float(effective_rank(z - z.mean(0))) if z.isfinite().all() else float("nan")
+        if not z.isfinite().all():  # of which LAPACK would complain
+            raise not_finite(place_of(name), "feature_rank")
+        rank = float(effective_rank(z - z.mean(0)))
         rows.append(row(place_of(name), "feature_rank", Statistic(rank, None, 1), point="z_next", over="layer"))
     return rows
 
@@ -197,7 +198,8 @@ def _ridge(sums: Float[Tensor, "s s"], q: int, place: tuple[str, int]) -> tuple[
     covariance = moments[:-1, :-1] - mean.outer(mean)
     d = len(mean) - q
     variance = covariance[:d, :d]
-    row(place, "pixel_r2", Statistic(float(sums.sum()), None, 1))  # refuses what is not finite
+    if not sums.isfinite().all():
+        raise not_finite(place, "pixel_r2")
     strength = (_RIDGE * variance.trace() / d).clamp_min(1e-12)
     eye = torch.eye(d, dtype=variance.dtype, device=variance.device)
     return torch.linalg.solve(variance + strength * eye, covariance[:d, d:]), mean[:d], mean[d:]

@@ -15,7 +15,7 @@ from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone, is_pixels, open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_sample
-from crate_mae.interpret.audit import EXPAND_REDUCTION_LAYER, AuditRow, Tokens, audit
+from crate_mae.interpret.audit import EXPAND_REDUCTION_LAYER, UNTRAINED_DRAWS, AuditRow, Tokens, audit
 from crate_mae.interpret.information import dead_coordinates, feature_ranks, pixels_from_layers
 from crate_mae.interpret.layer_measures import (
     EPS,
@@ -94,9 +94,9 @@ def measure_layers(
     seed: int = 0,
     batch_size: int = 32,
     audited: bool = True,
-    untrained: int = 5,
+    untrained: int = UNTRAINED_DRAWS,
     training_mask_ratio: float = MASK_RATIO,
-    on_stage: Progress | None = None,
+    on_stage: Progress = lambda _stage: None,
 ) -> Measurements:
     """Measure every layer of a model on images.
 
@@ -130,11 +130,10 @@ def measure_layers(
         if not isinstance(opened.net, MaskedAutoencoder):
             raise UserError(f"{opened.name} cannot hide patches: leave mask_ratio out.")
         masks = nested_masks(len(read.images), opened.net.num_patches, mask_ratio, seed)
-    report = on_stage or (lambda _stage: None)
-    rows, left_out = _measure(opened, read.images, _batches(read.images, masks, batch_size), report)
+    rows, left_out = _measure(opened, read.images, _batches(read.images, masks, batch_size), on_stage)
     judged: list[AuditRow] = []
     if audited:
-        report("audit")
+        on_stage("audit")
         views = token_views(opened.net, read.images, masks, training_mask_ratio, seed, batch_size)
         judged = _audit(opened, views, seed, untrained)
         if not judged:

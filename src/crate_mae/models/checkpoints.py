@@ -20,6 +20,11 @@ _NAME = re.compile(r"step-(\d+)")
 STATE_FILE = "state.json"
 
 
+def checkpoint_at(checkpoints: Path, step: int) -> Path:
+    """The folder of the checkpoint of a step."""
+    return checkpoints / f"step-{step}"
+
+
 def step_of(folder: Path) -> int:
     """The step at which a checkpoint was written, from its name."""
     return int(folder.name.removeprefix("step-"))

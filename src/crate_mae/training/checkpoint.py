@@ -51,6 +51,7 @@ from crate_mae.data.files import (
 from crate_mae.errors import DivergedError, UserError
 from crate_mae.models.checkpoints import (
     STATE_FILE,
+    checkpoint_at,
     damage_of_checkpoint,
     is_checkpoint,
     list_checkpoints,
@@ -69,7 +70,7 @@ logger = logging.getLogger(__name__)
 SCHEMA = 1
 TRAINED_FILE = "trained.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_UNFINISHED = re.compile(r"\.step-\d+\.tmp")  # a checkpoint of a process that was killed while it wrote
+_UNFINISHED = re.compile(r"\.step-\d+\.(tmp|former)")  # of a process that was killed while it wrote a checkpoint
 
 
 @dataclass
@@ -153,9 +154,9 @@ def gather(model_state: ModelState) -> Snapshot:
 def write(checkpoints: Path, snapshot: Snapshot, config: Config, state: TrainState) -> Path:
     """Write a checkpoint of a whole model, from one process, and name it the last one, and the best one if it is.
 
-    All others are removed, except the best and the one that was last before.
+    All others are removed, except the best, the one that was last before, and the one that the run went back to.
     """
-    folder, (files, groups) = checkpoints / f"step-{state.step}", snapshot
+    folder, (files, groups) = checkpoint_at(checkpoints, state.step), snapshot
     with whole_folder(folder) as temporary:
         save_config(config, temporary)
         for file, tensors in files.items():
@@ -173,7 +174,7 @@ def write_parts(
     Raises:
         UserError: if one of them cannot, or not into the same folder; then nothing is left of the checkpoint.
     """
-    folder, (files, groups) = checkpoints / f"step-{state.step}", snapshot
+    folder, (files, groups) = checkpoint_at(checkpoints, state.step), snapshot
     rank, processes = accelerator.process_index, accelerator.num_processes
     holders = {file: assign_tensors(tensors, processes) for file, tensors in files.items()}
     own = {file: _own_tensors(tensors, holders[file], rank) for file, tensors in files.items()}
@@ -232,10 +233,10 @@ def _write_rest(folder: Path, groups: list[Any], state: TrainState, known: Mappi
 
 def _name_last(folder: Path, state: TrainState) -> None:
     checkpoints = folder.parent
-    kept = [folder, named_checkpoint(checkpoints.parent), checkpoints / f"step-{state.kept_step}"]
-    if state.best_score is not None:
-        kept.append(checkpoints / f"step-{state.best_step}")
-        write_whole(checkpoints / "best", f"step-{state.best_step}\n")
+    kept = [folder, named_checkpoint(checkpoints.parent), checkpoint_at(checkpoints, state.kept_step)]
+    if best := best_checkpoint(checkpoints.parent, state):
+        kept.append(best)
+        write_whole(checkpoints / "best", f"{best.name}\n")
     write_whole(checkpoints / "last", f"{folder.name}\n")
     for other in list(checkpoints.iterdir()):
         if other not in kept and (is_checkpoint(other) or _UNFINISHED.fullmatch(other.name)):
@@ -423,7 +424,7 @@ def check_state(accelerator: Accelerator, model_state: ModelState, directory: Ru
 
 def best_checkpoint(run: Path, state: TrainState) -> Path | None:
     """The checkpoint with the best score; None where models are not compared."""
-    return None if state.best_score is None else run / "checkpoints" / f"step-{state.best_step}"
+    return None if state.best_score is None else checkpoint_at(run / "checkpoints", state.best_step)
 
 
 def forget_damaged_best(

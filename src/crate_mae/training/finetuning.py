@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, final
@@ -147,9 +148,13 @@ class Finetuning(Task[FinetuneOptions]):
         }
 
     def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
-        """Describe the last and the best accuracy."""
+        """Describe the last and the best accuracy.
+
+        The best is counted anew where a run went on with other validation images, or lost its best model.
+        """
         measured = [row for row in rows if row["best_score"] is not None]
-        last, best = measured[-1], max(measured, key=lambda row: row["val_accuracy"] or 0.0)
+        last = measured[-1]
+        *_, best = itertools.takewhile(lambda row: row["best_score"] == last["best_score"], reversed(measured))
         return (
             f"Accuracy on validation images: {last['val_accuracy']:.2%} now; {best['val_accuracy']:.2%} at step "
             f"{best['step']:,.0f}, the best."

@@ -15,7 +15,7 @@ from cyclopts import Parameter, Token
 
 from crate_mae.data.documents import parse_yaml
 from crate_mae.data.files import PYTHON_OBJECT
-from crate_mae.data.numbers import MAX_BAD, MOST_THREADS
+from crate_mae.data.numbers import MAX_BAD, MIN_CROP, MOST_THREADS
 from crate_mae.models.config import MASK_RATIO, HeadPooling
 from crate_mae.options import (
     AT_LEAST_0,
@@ -112,7 +112,7 @@ class RunOptions:
     clip_grad: float = option(1.0, "Maximum gradient norm; 0 turns clipping off.", AT_LEAST_0)
     drop_path: float = option(0.0, "Stochastic depth of the encoder's last layer.", BELOW_1)
     image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default, the model's.")
-    min_crop: float = option(0.2, "Smallest share of an image's area that a random crop covers.", SHARE)
+    min_crop: float = option(MIN_CROP, "Smallest share of an image's area that a random crop covers.", SHARE)
     flip: bool = option(True, "Mirror half of the images at random; turn off for images of text.")
     seed: int = option(0, "Seed for weights, data order, crops and masks.", AT_LEAST_0)
     precision: Literal["auto", "float32", "bfloat16"] = option(

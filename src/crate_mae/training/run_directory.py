@@ -49,7 +49,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from filelock import FileLock, Timeout
 
-from crate_mae.data.documents import read_json
+from crate_mae.data.documents import read_json, to_csv
 from crate_mae.data.files import DIGESTS_FILE, damage_of, path_of, refuse_used_folder, write_digests, write_whole
 from crate_mae.errors import UserError, first_line
 from crate_mae.models.checkpoints import list_checkpoints
@@ -296,10 +296,7 @@ class CsvLog:
             self._replace(rows, self.columns)
 
     def _replace(self, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-        temporary = CsvLog(self.path.with_name(f".{self.path.name}.tmp"), columns)
-        temporary.path.unlink(missing_ok=True)
-        temporary.append(rows)
-        temporary.path.replace(self.path)
+        write_whole(self.path, to_csv(columns, ([row.get(name, "") for name in columns] for row in rows)))
 
     def cut_back(self, step: int | None) -> None:
         """Keep the rows up to and including `step`, with the columns that they have; None keeps nothing."""

@@ -164,12 +164,13 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         self.config.auto_map = auto_map()
         repository = options.pop("repo_id", None) or Path(save_directory).name
         uploads = options.pop("push_to_hub", False)  # transformers would do it at once, with a card of its own
+        hub = {key: options.pop(key) for key in ("private", "revision", "commit_message") if key in options}
         super().save_pretrained(save_directory, **options)
         processor.save_pretrained(save_directory)
         write_code(Path(save_directory))
         write_card(self, Path(save_directory))
         if uploads:
-            upload(Path(save_directory), repository, token=options.get("token"))
+            upload(Path(save_directory), repository, token=options.get("token"), **hub)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:  # pyright: ignore
         """Upload what `save_pretrained` writes, the card too; see `hub.upload` for the options."""

@@ -76,7 +76,7 @@ class Ista:
     curves: tuple[IstaCurve, ...]
 
 
-def measure(seed: int = 0, draws: int = 3, *, tokens: int = 32) -> Ista:
+def measure(seed: int = 0, draws: int = 5, *, tokens: int = 32) -> Ista:
     """Run ISTA on tokens that are sparse combinations of the atoms of a random square dictionary, plus noise."""
     problems = [_problem(seed, draw, tokens) for draw in range(draws)]
     initial = {start: [_compare(_start(start, p[0]), p) for p in problems] for start in STARTS}

@@ -18,6 +18,7 @@ from crate_mae.interpret.audit import (
     COMPRESS,
     COMPRESS_NORMALISED,
     COMPRESS_UNIT,
+    LARGEST_P,
     SORT,
     SPARSITY,
     AuditRow,
@@ -475,7 +476,7 @@ def removals_finding(removals: Sequence[Removal]) -> Finding:
     more = [
         "A head's step, or an atom's activations, is set to zero in every pass. The controls are random subspaces "
         "of a head's dimension, which have the size of an average head, and random sets of other atoms of the same "
-        "size as the atom. A part matters if removing it costs more than another random draw, with p < 0.05 "
+        f"size as the atom. A part matters if removing it costs more than another random draw, with p < {LARGEST_P} "
         "(one-sided, Student's t over draws) after Holm's correction over all parts. The interval is for "
         "the difference from another draw, without this correction.",
         "Size is the share of the squared length: of an atom in its layer's code, of a head in its layer's steps.",

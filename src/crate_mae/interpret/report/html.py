@@ -18,9 +18,11 @@ from crate_mae.interpret.audit import (
     CLAIMS,
     COMPRESS,
     CONTROLS,
+    LARGEST_P,
     LASSO,
     LEAST_MARGIN_SHARE,
     LEAST_SHARE_OF_IMAGES,
+    UNTRAINED_DRAWS,
     AuditRow,
     by_claim,
 )
@@ -164,6 +166,8 @@ def write_html(inspection: Inspection, plan: Plan, pictures: Mapping[str, bytes]
         ],
         controls=CONTROLS,
         least_share_of_images=LEAST_SHARE_OF_IMAGES,
+        largest_p=LARGEST_P,
+        untrained_draws=UNTRAINED_DRAWS,
         least_margin_share=LEAST_MARGIN_SHARE,
         left_out=_left_out(inspection),
     )

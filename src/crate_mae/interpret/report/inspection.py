@@ -20,7 +20,7 @@ from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
 from crate_mae.evaluation.reconstruction import nested_masks, read_sample
 from crate_mae.interpret.atoms import Atom, Gallery, measure_atoms
-from crate_mae.interpret.audit import AuditRow
+from crate_mae.interpret.audit import UNTRAINED_DRAWS, AuditRow
 from crate_mae.interpret.foregrounds import Drawings, read_drawings, read_drawn, score_foregrounds
 from crate_mae.interpret.information import (
     ProbeImages,
@@ -47,8 +47,6 @@ from crate_mae.interpret.tokens import grid_size
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.config import MASK_RATIO
 from crate_mae.models.tracing import layers_of
-
-_DRAWS = 5  # of random initialisations, for the audit
 
 
 @dataclass(frozen=True)
@@ -167,7 +165,7 @@ class Inspection:
 
 
 def inspect_model(
-    settings: InspectOptions, *, training: Training | None = None, on_stage: Progress | None = None
+    settings: InspectOptions, *, training: Training | None = None, on_stage: Progress = lambda _stage: None
 ) -> Inspection:
     """Measure a model and its controls, and collect a few images.
 
@@ -179,22 +177,22 @@ def inspect_model(
     Raises:
         UserError: for a mistake in the models or the data, or weights that are not finite.
     """
-    report, known = on_stage or (lambda _stage: None), training or Training()
+    known = training or Training()
     subjects, left_out = open_subjects(settings)
     hidden = settings.mask_ratio or known.mask_ratio or MASK_RATIO
-    inspector = _Inspector(settings, subjects, hidden, report, left_out)
+    inspector = _Inspector(settings, subjects, hidden, on_stage, left_out)
     drawings = None if settings.foregrounds is None else read_drawings(Path(settings.foregrounds))
     if drawings is None:
         left_out["scores of foregrounds"] = "no masks or boxes were given with --foregrounds"
     images = inspector.probe_images()
     measured = [inspector.measure(key, drawings, images) for key in subjects]
-    report("the model without mixing")
+    on_stage("the model without mixing")
     model, source = subjects["model"]
     pixels = read_sample(source, model.backbone.transform(), settings.count, settings.seed).images
     use, removed = inspector.without_parts(pixels, images)
-    report("atoms")
+    on_stage("atoms")
     atoms = inspector.atoms(pixels, removed)
-    report("pictures")
+    on_stage("pictures")
     examples = collect_examples(subjects, count=settings.count, mask_ratio=hidden, seed=settings.seed)
     return Inspection(
         settings=settings,
@@ -257,7 +255,7 @@ class _Inspector:
             mask_ratio=self.settings.mask_ratio,
             seed=self.settings.seed,
             audited=key not in UNTRAINED,
-            untrained=_DRAWS if key in NETWORKS else 0,
+            untrained=UNTRAINED_DRAWS if key in NETWORKS else 0,
             training_mask_ratio=self.hidden,
             on_stage=lambda stage: self.report(f"{label}: {stage}"),
         )

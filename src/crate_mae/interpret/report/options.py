@@ -1,14 +1,23 @@
 """The options of a report."""
 
 import shlex
-from collections.abc import Iterator
 from dataclasses import KW_ONLY, MISSING, dataclass
 from pathlib import Path
 from typing import Any, no_type_check
 
-from crate_mae.data.numbers import LARGEST_SEED, describe_not_whole
-from crate_mae.errors import UserError
-from crate_mae.options import Data, OutputPath, as_words, option, saved_values
+from crate_mae.data.numbers import LARGEST_SEED
+from crate_mae.options import (
+    AT_LEAST_0,
+    AT_LEAST_1,
+    BETWEEN_0_AND_1,
+    Data,
+    OutputPath,
+    Range,
+    as_words,
+    check_ranges,
+    option,
+    saved_values,
+)
 
 
 @no_type_check  # values come from users: `__post_init__` reports all wrong ones together
@@ -44,32 +53,31 @@ class InspectOptions:
         "A folder of masks named like their images, in which 0 is background, or a .csv file of boxes "
         "(image,left,top,right,bottom); the foregrounds that each layer finds are compared with them.",
     )
-    count: int = option(256, "Maximum number of images of each kind.")
-    mask_ratio: float | None = option(None, "Share of patches to hide while layers are measured; by default, none.")
+    count: int = option(256, "Maximum number of images of each kind.", AT_LEAST_1)
+    mask_ratio: float = option(
+        None, "Share of patches to hide while layers are measured; by default, none.", BETWEEN_0_AND_1
+    )
     probe_images: int = option(
         2000,
         "Maximum number of images to fit a probe on, and to evaluate it on; 0 for no probes. Without --train-data, if "
         "DATA has labels, up to this many of its images are used to probe the model with and without mixing: half to "
         "fit, half to evaluate.",
+        AT_LEAST_0,
     )
     interventions: bool = option(
         False,
         "Also remove each head, and 16 atoms of each layer's code, one at a time, and compare the effect with that of "
         "random removals of the same size. This takes minutes; the estimate is printed first.",
     )
-    seed: int = option(0, "Seed for the sample of images, the masks and random initialisation.")
+    seed: int = option(
+        0,
+        "Seed for the sample of images, the masks and random initialisation.",
+        Range(lambda x: 0 <= x <= LARGEST_SEED, f"from 0 to {LARGEST_SEED:,}"),
+    )
     quiet: bool = option(False, "Print nothing.", saved=False)
 
     def __post_init__(self) -> None:
-        if mistakes := [mistake for mistake in self._mistakes() if mistake]:
-            raise UserError("\n".join(mistakes))
-
-    def _mistakes(self) -> Iterator[str | None]:
-        yield describe_not_whole("--count", self.count)
-        if self.mask_ratio is not None and not 0.0 < self.mask_ratio < 1.0:
-            yield f"--mask-ratio is {self.mask_ratio}, but must be between 0 and 1; leave it out to hide nothing."
-        yield describe_not_whole("--probe-images", self.probe_images, 0)
-        yield describe_not_whole("--seed", self.seed, 0, LARGEST_SEED)
+        check_ranges(self).raise_if_any()
 
     def command(self) -> str:
         """The command that makes the report again."""
