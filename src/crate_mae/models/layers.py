@@ -336,7 +336,7 @@ def refuse_mask(attn_mask: Tensor | None, is_causal: bool) -> None:
 class DecoderLayer(nn.Module):
     """The encoder layer's way back: Y_half = LN(Y) E^T; Y_next = Y_half - MSSA(LN(Y_half)).
 
-    Decoder layer l is meant to undo encoder layer L + 1 - l: a code becomes tokens, and the compressing step is taken
+    Decoder layer l is meant to undo encoder layer L - 1 - l: a code becomes tokens, and the compressing step is taken
     with the opposite sign.
     """
 
