@@ -190,9 +190,8 @@ def stop_requests(*, announce: bool = False) -> Iterator[StopRequest]:
         yield request
     except RuntimeError as error:
         if is_of_communication(error) and signal.SIGTERM in usual:
-            usual[signal.SIGTERM] = (
-                signal.SIG_IGN
-            )  # of the launcher: this process ends by itself, and first reports why
+            # SIGTERM of the launcher: this process ends by itself, and first reports why.
+            usual[signal.SIGTERM] = signal.SIG_IGN
         raise
     finally:
         for number, handler in usual.items():

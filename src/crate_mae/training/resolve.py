@@ -277,7 +277,7 @@ def with_cheaper_model(options: OptionsT, config: RunOptions, why: str) -> Optio
 
 
 def with_machine(options: OptionsT, processes: int) -> OptionsT:
-    """Fill in how many processes load images and how many threads compute."""
+    """Fill in how many processes load images, how many threads compute, and 0 for an open `checkpoint_epochs`."""
     workers = options.workers
     if workers is None:
         workers = default_workers(processes_here(processes))
@@ -371,6 +371,7 @@ def _initialisation(
     resized = config.replace(image_size=size)  # refuses a size that its patches do not divide
     if weights is None:
         config = resized
+    # Refuses a RandAugment policy that timm does not understand.
     finetune_transform(resized.image_size, config.in_chans, config.mean, config.std, rand_augment=options.rand_augment)
     return config, weights, resized.image_size
 
