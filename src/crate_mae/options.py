@@ -41,6 +41,7 @@ JSON_HELP = "Print one JSON object on standard output, and everything else on st
 PLAN_AS_JSON = (
     "With --dry-run, print the plan as one JSON object on standard output, and everything else on standard error."
 )
+JSON_NEEDS_DRY_RUN = "--json prints the plan of a dry run: add --dry-run, or leave out --json."
 LARGEST = 2**63 - 1  # of whole numbers: what counts of steps and images fit into
 
 

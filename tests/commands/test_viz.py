@@ -92,7 +92,7 @@ def test_a_picture_that_is_there_stays(photos, tmp_path, crate_mae_command, kind
         (["attention", MODEL, "--out", "x.png", "--stride", "3"], "take one of 1, 2"),
         (["attention", MODEL, "--out", "x.png", "--layer", "4"], "There is no layer 4"),
         (["attention", MODEL, "--out", "x.png", "--count", "0"], "--count is 0"),
-        (["attention", "timm:test_resnet:untrained", "--out", "x.png"], "only Vision Transformers"),
+        (["attention", "timm:test_resnet:untrained", "--out", "x.png"], "available only for Vision Transformers"),
         (["pca", MODEL, "--out", "x"], "must name a .png or .pdf file"),
         (["pca", "pixels", "--out", "x.png"], "do not lie on a grid"),
         (["layers", "timm:test_resnet:untrained", "--out", "x.png"], "not a Vision Transformer"),

@@ -208,7 +208,7 @@ def test_the_search_follows_the_loss_and_closes_in_on_the_best_rate(best, tried)
     assert list(losses) == tried
 
 
-def test_the_search_turns_back_from_a_rate_that_does_not_stay_finite():
+def test_the_search_turns_back_from_a_rate_that_diverges():
     assert next_rate({0.003: 0.9, 0.009: math.inf}, 0.003) == 0.001
     assert next_rate({0.003: math.inf}, 0.003) == 0.001
     assert next_rate({0.003: math.inf, 0.001: math.inf}, 0.003) == 0.000333

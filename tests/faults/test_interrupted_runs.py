@@ -38,9 +38,9 @@ def failing(number):
     ("number", "expected"),
     [
         (errno.ENOSPC, "the disk is full(.|\n)*Free some space"),
-        (errno.EDQUOT, "quota(.|\n)*Free some space"),
+        (errno.EDQUOT, "the disk quota is exceeded(.|\n)*Free some space, or ask for a larger quota"),
         (errno.EFBIG, "would exceed the size limit(.|\n)*ulimit -f"),
-        (errno.EROFS, "read-only file system(.|\n)*mounted for writing"),
+        (errno.EROFS, "read-only file system(.|\n)*Remount the file system for writing, then: "),
         (errno.EACCES, "permission denied(.|\n)*Allow writing"),
         (errno.EIO, "input/output error(.|\n)*Check the disk"),
     ],
@@ -118,16 +118,19 @@ def test_a_terminal_that_is_closed_is_written_to_no_more():
     [
         (
             "DataLoader worker (pid 31) is killed by signal: Killed. ",
-            "Process 31, .* by the signal Killed, .* memory was",
+            r"Data loader process 31 was killed \(signal: Killed\), .* memory ran out\.\nUse fewer --workers",
         ),
-        ("DataLoader worker (pid(s) 31, 32) exited unexpectedly", "Process 31, 32, .* memory was short"),
+        (
+            "DataLoader worker (pid(s) 31, 32) exited unexpectedly",
+            r"Data loader process 31, 32 was killed, .* memory ran out\.",
+        ),
         ("DataLoader worker (pid 31) is killed by signal: Bus error. It is possible", "shared memory .*too small"),
     ],
 )
 def test_a_loader_process_that_was_ended_is_explained(message, expected):
     with pytest.raises(UserError, match=expected), explain_lost_processes():
         raise RuntimeError(message)
-    with pytest.raises(UserError, match="A process, which loaded images"), explain_lost_processes():
+    with pytest.raises(UserError, match="A data loader process was killed, most likely"), explain_lost_processes():
         raise EOFError
     with pytest.raises(RuntimeError, match="another"), explain_lost_processes():
         raise RuntimeError("another")
@@ -139,7 +142,7 @@ def test_a_run_that_loses_a_loader_says_what_is_saved_and_goes_on(tmp_path):
 
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 4, killed)
-        with pytest.raises(UserError, match=r"Process 31(.|\n)*up to step-3 is saved(.|\n)*crate_mae.pretrain"):
+        with pytest.raises(UserError, match=r"process 31(.|\n)*up to step-3 is saved(.|\n)*crate_mae.pretrain"):
             pretrain(DATA, out=tmp_path / "run", **SHORT)
     with pytest.raises(UserError, match="Python object"):
         resume(tmp_path / "run", quiet=True)

@@ -1,4 +1,4 @@
-"""Two ways to trade: layers computed twice for less memory, and the whole forward pass as one compiled graph."""
+"""Two ways to trade: gradient checkpointing for less memory, and the whole forward pass as one compiled graph."""
 
 import subprocess
 import sys

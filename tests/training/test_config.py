@@ -44,7 +44,7 @@ def test_only_what_decides_the_result_counts_as_a_difference(config):
     [
         ("seed:", "sed:", "seed.*Unknown options: sed"),
         ("# What", "}{", "cannot be read as YAML: line 4"),
-        (None, "3", "holds no options"),
+        (None, "3", "config.yaml is not the configuration of a run\\.$"),
     ],
 )
 def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, config, old, new, named):
@@ -63,8 +63,8 @@ def test_a_file_that_is_not_a_configuration_is_refused(tmp_path, config, old, ne
         ("lr: 1.0e-05", "lr: true", "lr is 'True'"),
         ("precision: float32", "precision: float8", "precision is 'float8'"),
         ("- 8\n- 10", "- 8", "image_size is '8'"),
-        ("command: pretrain", "command: resume", "of the command 'resume'"),
-        ("command: pretrain", "command: [1]", "of the command"),
+        ("command: pretrain", "command: resume", "names the command 'resume', but must name pretrain or finetune"),
+        ("command: pretrain", "command: [1]", "names the command [1], but must name"),
         ("  threshold: 0.1\n  depth: 2", "  1: 2", "model_settings is"),
     ],
 )

@@ -8,8 +8,8 @@ from PIL import Image
 from crate_mae.commands.train import pretrain, resume
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
-from crate_mae.options import Mistakes
-from crate_mae.training.options import PretrainOptions
+from crate_mae.options import GIVEN, Mistakes
+from crate_mae.training.options import FinetuneOptions, PretrainOptions
 from crate_mae.training.resolve import default_base_lr, default_batch_size, with_length
 from tests.training.conftest import TINY_RUN
 
@@ -49,7 +49,7 @@ def images(number, size=(8, 8)):
         ({"mean": (0.5, 0.5), "std": (0.2, 0.2)}, "mean has 2 values for 1 channels"),
         ({"mask_ratio": 1.0}, "--mask-ratio is 1.0, but must be between 0 and 1"),
         ({"seed": -1}, "--seed is -1, but must be at least 0"),
-        ({"warmup_epochs": 99.0}, "as long as the whole run"),
+        ({"warmup_epochs": 99.0}, "--warmup-epochs 99 must be shorter than the run of "),
         ({"trackers": ("wanddb",)}, "Unknown tracker wanddb"),
         ({"trackers": ("wandb",)}, "wandb is not installed: pip install"),
         ({"val": "missing"}, "does not exist"),
@@ -62,7 +62,7 @@ def test_a_mistake_is_named_and_leaves_no_file(refused, options, expected):
 def test_an_option_that_the_user_did_not_give_is_named_with_its_origin(refused, tmp_path):
     """Of the whole kind: by default, from a recipe, from a stored run."""
     message = refused(data=images(90), recipe="digits", batch_size=None, steps=None, accumulation=3)
-    assert message.startswith("A batch of 50 (from the recipe digits) cannot be divided among 1 process(es) x 3")
+    assert message.startswith("A batch of 50 (from the recipe digits) cannot be divided among 1 process x 3")
     run = tmp_path / "stored"
     pretrain("digits:test", out=run, **{**TINY_RUN, "steps": 1})
     text = (run / "config.yaml").read_text()
@@ -112,10 +112,22 @@ def test_a_launcher_that_asks_for_what_is_not_there_is_refused(refused, monkeypa
 def test_more_processes_than_images_are_refused():
     mistakes = Mistakes()
     with_length(PretrainOptions("images", out="run", accumulation=2), 7, 4, mistakes)
-    assert mistakes[0].startswith(
-        "Each of 4 process(es) needs an image for each of 2 accumulated micro-batches, 8 in all"
+    assert mistakes == [
+        "At least 8 images are needed for 4 processes x 2 accumulated micro-batches, but there are 7 to train on: use "
+        "fewer processes or a smaller --accumulation."
+    ]
+
+
+def test_more_pairs_to_mix_than_images_are_refused():
+    mistakes = Mistakes()
+    with_length(
+        FinetuneOptions("model", train="images", val="images", out="run", origins={"mixup": GIVEN}), 1, 1, mistakes
     )
-    assert "there are 7 to train on: take fewer processes" in mistakes[0]
+    assert mistakes == [
+        "At least 2 images are needed for 1 process x 1 accumulated micro-batches (by default) in pairs, as Mixup and "
+        "CutMix (by default) need, but there are 1 to train on: use fewer processes or a smaller --accumulation, or "
+        "--mixup 0 --cutmix 0."
+    ]
 
 
 def test_a_compiler_that_does_not_work_is_reported_before_anything_is_written(refused, monkeypatch):

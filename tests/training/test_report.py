@@ -44,7 +44,7 @@ def test_a_finished_run_has_a_page_with_everything_inside(tiny_run):
     page = page_of(run)
     text = text_of(page)
     assert "crate-mae pretrain: a &amp; b" in text
-    assert re.search(r"Finished step 20 after \d+ s, with at most .* of memory. Loss on held-out images:", text)
+    assert re.search(r"Finished step 20 after \d+ s, peak memory \d+\.\d GiB\. Loss on held-out images:", text)
     assert re.search(r"before training, [\d.]+ now, (below|NOT below) [\d.]+ for flat patches\.", text)
     for fact in (
         "283 of digits:test",
@@ -84,7 +84,7 @@ def test_a_stopped_run_reports_its_progress_and_a_resumed_one_that_it_is_finishe
     state.write_text(state.read_text().replace('"seconds": ', '"seconds": 36'))  # it has taken minutes so far
     (tmp_path / "run" / "checkpoints" / "step-1" / "SHA256SUMS").unlink()
     finished = text_of(page_of(resume(tmp_path / "run", quiet=True)))
-    assert re.search(r"Finished step 20 after \d+ s \(\d+ min over all its starts\)", finished)
+    assert re.search(r"Finished step 20 after \d+ s \(\d+ min in total, over all starts\)", finished)
     assert "Reload the page" not in finished
     assert "End: finished." in (tmp_path / "run" / "log.txt").read_text()
     assert "resuming : at step 1" in finished

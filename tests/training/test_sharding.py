@@ -51,7 +51,7 @@ def test_when_one_process_is_killed_the_other_reports_it_and_the_run_resumes(tmp
     options = ("steps=10", "checkpoint_minutes=0.0001")
     whole = driver("pretrain", tmp_path / "whole", *options)
     output = finish(driver("pretrain", tmp_path / "run", *options, "die_at=5", launcher=TORCHRUN), code=1)
-    assert output.count("Process 0 of 2 has lost another one") == 1
+    assert output.count("Process 0 of 2 lost contact with another process") == 1
     assert f"To continue: crate-mae resume {tmp_path / 'run'}" in output
     assert output.count("Traceback") == 1  # the launcher's own, about the process that was killed
     assert not (tmp_path / "run" / "lock").exists()

@@ -15,6 +15,7 @@ from crate_mae.models.presets import preset
 from crate_mae.options import (
     AT_LEAST_1,
     BETWEEN_0_AND_1,
+    JSON_NEEDS_DRY_RUN,
     PLAN_AS_JSON,
     Data,
     Mistakes,
@@ -184,9 +185,7 @@ class CompareOptions:
             parse_budget(self.budget)
         mistakes += check_ranges(self)
         if self.json and not self.dry_run:
-            mistakes.append(
-                "--json prints the plan of a comparison, and so belongs to --dry-run: give both or neither."
-            )
+            mistakes.append(JSON_NEEDS_DRY_RUN)
         mistakes.raise_if_any()
 
     def saved(self, train: str, val: str) -> dict[str, Any]:

@@ -330,12 +330,12 @@ def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) ->
         )
     if len(differing := _environments(results)) > 1:
         yield (
-            f"The final runs were not all made in the same surroundings ({'; '.join(differing)}): their minutes "
+            f"The final runs were not all made in the same environment ({'; '.join(differing)}), so their minutes "
             "cannot be compared, and scores may differ for that reason."
         )
     for result in results:
         if failed := [str(seed) for seed in result.random if seed not in result.scores]:
-            yield f"{result.name} did not stay finite with seed {', '.join(failed)}, which its scores leave out."
+            yield f"{result.name} diverged with seed {', '.join(failed)}, which its scores leave out."
         if len(of_networks := _best_of_each(result)) > 1:
             listed = ", ".join(f"{name} {loss:.4f}" for name, loss in of_networks.items())
             yield (
@@ -350,7 +350,7 @@ def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) ->
                 f"tried ({tried}). A better one may lie beyond: try more with --lr-search."
             )
         if diverged := [f"{rate:.3g}" for rate, loss in losses.items() if math.isinf(loss)]:
-            yield f"{result.name} did not stay finite at {', '.join(diverged)}; those minutes are not counted."
+            yield f"{result.name} diverged at learning rate {', '.join(diverged)}; those minutes are not counted."
         if budget.kind == "minutes" and not 1 / _MUCH_LONGER < result.minutes / budget.amount < _MUCH_LONGER:
             yield (
                 f"{result.name} took {result.minutes:.2f} minutes, not {budget.amount:g}: its number "

@@ -143,7 +143,7 @@ class Trial:
     Attributes:
         planned: the network that was tried.
         rate: its learning rate, per 256 images.
-        loss: on held-out training images; infinite if the run did not stay finite.
+        loss: on held-out training images; infinite if the run diverged.
         minutes: of training.
     """
 
@@ -161,7 +161,7 @@ class Trained:
         chosen: the network of the final runs.
         rate: their learning rate, per 256 images.
         trials: the search; empty without one.
-        runs: folders of the final runs by seed, without those that did not stay finite.
+        runs: folders of the final runs by seed, without those that diverged.
         curves: their measurements.
     """
 
@@ -209,10 +209,11 @@ class Trainer:
     def train_all(self, planned: Sequence[Planned]) -> list[Trained]:
         """Search for every entry, then train all of them with the first seed, then with the next.
 
-        A final run that does not stay finite is left out.
+        A final run that diverges is left out.
 
         Raises:
-            UserError: if no learning rate, or no final run, of an entry stays finite; or for a reason to stop a run.
+            UserError: if an entry diverges at every learning rate tried or in every final run; or for a reason to stop
+                a run.
             RunStopped: after SIGINT, SIGTERM or SIGHUP, when everything has been saved.
         """
         of_entries = [[each for each in planned if each.entry.named == named] for named in self.options.models]
@@ -226,10 +227,10 @@ class Trainer:
                 try:
                     of_entry[seed] = self._run(each, out, lr=rate, steps=each.plan.final_steps, seed=seed)
                 except DivergedError:
-                    self.report(f"{each.entry.name}: seed {seed} did not stay finite")
+                    self.report(f"{each.entry.name}: seed {seed} diverged")
         for (each, _), of_entry in zip(found, runs, strict=True):
             if not of_entry:
-                raise UserError(f"No final run of {each.entry.name} stayed finite: it cannot be compared.")
+                raise UserError(f"All final runs of {each.entry.name} diverged, so it cannot be compared.")
         return [
             Trained(
                 chosen=each,
@@ -254,7 +255,7 @@ class Trainer:
             try:
                 run = self._run(planned, out, lr=rate, steps=plan.search_steps, seed=_SEARCH_SEED)
             except DivergedError:
-                self.report(f"{name}: did not stay finite at {rate:.3g}")
+                self.report(f"{name}: diverged at learning rate {rate:.3g}")
                 trials.append(Trial(planned, rate, loss=math.inf, minutes=0.0))
                 continue
             end = curve(run)[-1]
@@ -326,6 +327,6 @@ def _best(networks: Sequence[Planned], trials: Sequence[Trial]) -> tuple[Planned
     if math.isinf(best.loss):
         tried = ", ".join(f"{trial.rate:.3g}" for trial in trials)
         raise UserError(
-            f"{networks[0].entry.named} stays finite at none of the learning rates {tried}: it cannot be compared."
+            f"{networks[0].entry.named} diverged at every learning rate tried ({tried}), so it cannot be compared."
         )
     return best.planned, best.rate

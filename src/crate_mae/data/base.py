@@ -340,7 +340,9 @@ def align_classes(train: Labelled, val: Labelled, *, same: bool = False) -> list
             + ".\nBoth need the same classes, by name (or by number, where they have no names)."
         )
     if len(classes) < 2:
-        raise UserError(f"All images of {train.name} are of one class ({classes[0]}): there is nothing to tell apart.")
+        raise UserError(
+            f"All images of {train.name} are of one class ({classes[0]}): a classifier needs at least two classes."
+        )
     return classes
 
 

@@ -232,7 +232,7 @@ def explain_lost_processes() -> Iterator[None]:
     try:
         yield
     except (EOFError, ConnectionError) as error:  # it was ended while it sent a batch
-        raise UserError(_lost("A process", "")) from error
+        raise UserError(_lost("A data loader process")) from error
     except RuntimeError as error:
         if message := explain_lost(error):
             raise UserError(message) from error
@@ -247,16 +247,16 @@ def explain_lost(error: BaseException) -> str | None:
     pids, how = lost[1], lost[2] or ""
     if how.startswith("Bus error"):
         return (
-            f"Process {pids}, which loaded images, was ended: the shared memory (/dev/shm) is too small for it.\n"
-            "Give --workers 0, or more shared memory (docker run --shm-size=8g)."
+            f"Data loader process {pids} was killed (signal: Bus error): the shared memory (/dev/shm) is too small.\n"
+            "Use --workers 0, or more shared memory (docker run --shm-size=8g)."
         )
-    return _lost(f"Process {pids}", f" by the signal {how}" if how else "")
+    return _lost(f"Data loader process {pids}", f" (signal: {how})" if how else "")
 
 
-def _lost(process: str, by: str) -> str:
+def _lost(process: str, how: str = "") -> str:
     return (
-        f"{process}, which loaded images, was ended{by}, most likely by the operating system because memory was "
-        "short.\nGive fewer --workers, a smaller --batch-size, or stop other programs."
+        f"{process} was killed{how}, most likely by the operating system because memory ran out.\n"
+        "Use fewer --workers or a smaller --batch-size, or stop other programs."
     )
 
 

@@ -252,8 +252,7 @@ def write_graph(graph: Any, model: Model, folder: Path, kind: str) -> Path:
         raise
     except Exception as error:  # the exporters have exceptions of many kinds, with pages of text
         raise UserError(
-            f"{model.config.name} cannot be written as {kind}: a graph cannot express what it does. "
-            f"{first_line(error)}\n"
+            f"{model.config.name} cannot be exported as {kind}: {first_line(error)}\n"
             "--format safetensors or hf writes its weights as they are."
         ) from error
     return path

@@ -158,7 +158,7 @@ def _attention_name(encoder: nn.Module, layer: int) -> str:
     kind = type(encoder).__name__
     if not any("attention" in taps_of(each) for each in layers.values()):
         raise UserError(
-            f"No layer of this {kind} has attention between all patches: only Vision Transformers of this library "
-            "and of timm show theirs."
+            f"No layer of this {kind} has attention between all patches: attention maps are available only for "
+            "Vision Transformers of this library and of timm."
         )
     return f"{list(layers)[layer_number(encoder, layer)]}.attention"

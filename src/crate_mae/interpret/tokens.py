@@ -112,7 +112,7 @@ def nearest_tokens(
     if not (0 <= image < b and 0 <= token < n):
         raise UserError(f"There is no token {token} of image {image}: there are {b} images of {n} tokens.")
     if b < 2:
-        raise UserError("Neighbours are searched in other images, and there is only one.")
+        raise UserError("Neighbours are looked up in other images, but there is only one image.")
     unit = F.normalize(patches.float(), dim=-1)
     best = (unit @ unit[image, token]).max(dim=1)
     order = best.values.argsort(descending=True, stable=True)

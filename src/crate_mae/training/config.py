@@ -70,13 +70,12 @@ def load_config(path: Path) -> PretrainOptions | FinetuneOptions:
     """
     values = read_yaml(path)
     if not isinstance(values, dict):
-        raise UserError(f"{path} holds no options of a run.")
+        raise UserError(f"{path} is not the configuration of a run.")
     kinds = {kind.command: kind for kind in (PretrainOptions, FinetuneOptions)}
-    command = values.pop(
-        _COMMAND, PretrainOptions.command
-    )  # files of the first runs, all of pretraining, do not name it
+    # Files of the first runs, all of pretraining, do not name their command.
+    command = values.pop(_COMMAND, PretrainOptions.command)
     if not isinstance(command, str) or command not in kinds:
-        raise UserError(f"{path} is of the command {command!r}, but a run is of {' or '.join(kinds)}.")
+        raise UserError(f"{path} names the command {command!r}, but must name {' or '.join(kinds)}.")
     kind = kinds[command]
     known = saved_options(kind)
     added = {item.name: item.default for item in dataclasses.fields(kind) if item.metadata["added_later"]}

@@ -23,14 +23,14 @@ from crate_mae.training.run_directory import RunDirectory
 
 _REASONS = {  # where the system's own words are not plain
     errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the quota of the disk is used up",
+    errno.EDQUOT: "the disk quota is exceeded",
     errno.EFBIG: "the file would exceed the size limit",
 }
 _REMEDIES = {
     errno.ENOSPC: "Free some space",
-    errno.EDQUOT: "Free some space, or have the quota raised",
+    errno.EDQUOT: "Free some space, or ask for a larger quota",
     errno.EFBIG: "Raise the limit on the size of files (ulimit -f unlimited)",
-    errno.EROFS: "Have the file system mounted for writing again",
+    errno.EROFS: "Remount the file system for writing",
     errno.EACCES: "Allow writing there again",
     errno.EPERM: "Allow writing there again",
     errno.ENOENT: "Put the folder back",
@@ -72,8 +72,8 @@ def _lost_process(error: Exception, accelerator: Accelerator, config: RunOptions
     if accelerator.num_processes == 1 or not isinstance(error, RuntimeError) or not is_of_communication(error):
         return None
     return (
-        f"Process {accelerator.process_index} of {accelerator.num_processes} has lost another one, which was ended or "
-        "cannot be reached: see the output of the launcher and its log.\nThe run is as it was at its last checkpoint. "
+        f"Process {accelerator.process_index} of {accelerator.num_processes} lost contact with another process, which "
+        "exited or cannot be reached; see the launcher's output and log.\nThe run is as it was at its last checkpoint. "
         f"To continue: {config.resume_command}, launched as before or not"
     )
 

@@ -105,7 +105,7 @@ def open_images(
     whole, name = open_named(data)
     if val is not None:
         other, other_name = open_named(val)
-        refuse_shared_images(whole, other, "DATA", "the loss on them would not be one on held-out images")
+        refuse_shared_images(whole, other, "DATA", "the held-out loss would be measured on training images")
         return RunImages(whole, Part(other, _held_out_sample(other, MOST_HELD_OUT)), name, other_name)
     if len(whole) < 2:
         raise UserError(

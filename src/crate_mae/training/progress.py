@@ -57,7 +57,7 @@ def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, star
         rows["read faster"] = faster
     seconds = probe.seconds_per_step(config, processes) * config.steps
     if accelerator.device.type == "cpu" and seconds > _LONG_RUN and not start_step:
-        rows |= {f"in 30 min {n}": command for n, command in enumerate(task.shorter_commands(), start=1)}
+        rows |= {f"30-min run {n}": command for n, command in enumerate(task.shorter_commands(), start=1)}
     if start_step:
         rows["resuming"] = f"at step {start_step:,}"
     return rows
@@ -101,8 +101,8 @@ def describe_end(task: Task, state: TrainState, memory: int | None, seconds: flo
     directory = task.directory
     rows = numbers(directory.metrics())
     waits = [row["data_wait"] for row in rows if row["data_wait"] is not None]
-    in_all = f" ({duration(state.seconds)} over all its starts)" if state.seconds > seconds + 1 else ""
-    peak = f", with at most {memory / 2**30:.1f} GiB of memory" if memory else ""
+    in_all = f" ({duration(state.seconds)} in total, over all starts)" if state.seconds > seconds + 1 else ""
+    peak = f", peak memory {memory / 2**30:.1f} GiB" if memory else ""
     finished = f"Finished step {task.config.steps:,} after {duration(seconds)}{in_all}{peak}."
     if bad := len(directory.bad_files.read()):
         finished += f" {plural(bad, 'image')} could not be read: bad_files.csv."
@@ -118,7 +118,7 @@ def _techniques(task: Task, accelerator: Accelerator) -> list[str]:
     """How this run computes, where that is not the usual way."""
     techniques = {
         "compiled": task.config.compile,
-        "layers computed twice": task.config.grad_checkpointing,
+        "gradient checkpointing": task.config.grad_checkpointing,
         "sharded": sharding_of(accelerator) is not None,
     }
     return [name for name, is_used in techniques.items() if is_used]

@@ -31,7 +31,7 @@ def recipe_text(name: str) -> str:
     """
     if name not in list_recipes():
         hint = did_you_mean(name, list_recipes(), similarity=0.4)
-        raise UserError(f"Unknown recipe {name}.{hint} There are: {', '.join(list_recipes())}.")
+        raise UserError(f"Unknown recipe {name}.{hint} Available recipes: {', '.join(list_recipes())}.")
     return (_FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
 
 

@@ -204,7 +204,7 @@ class RunReport:
         self.plan |= {f"data {n}": describe_data_change(change) for n, change in enumerate(changes, start=1)}
 
     def seconds(self) -> float:
-        """The time that the run has taken so far, over all its starts."""
+        """The time that the run has taken so far, over all starts."""
         return self._seconds_before + time.monotonic() - self._started
 
     @contextmanager

@@ -19,6 +19,7 @@ from crate_mae.data import (
     suggest_model,
 )
 from crate_mae.data.dataset import default_workers
+from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.models.config import CrateConfig, ModelConfig, encoder_config
 from crate_mae.models.masking import check_mask_ratio
@@ -224,11 +225,11 @@ def with_length(
         warmup_epochs = round(options.usual_warmup * steps / steps_per_epoch, 4)
     if not has_begun and round(warmup_epochs * steps_per_epoch) >= steps:
         mistakes.append(
-            f"--warmup-epochs {warmup_epochs:g}{origin(options, 'warmup_epochs')} is as long as the whole run of "
-            f"{steps / steps_per_epoch:g} epochs: make it shorter."
+            f"--warmup-epochs {warmup_epochs:g}{origin(options, 'warmup_epochs')} must be shorter than the run of "
+            f"{steps / steps_per_epoch:g} epochs."
         )
     if steps * options.accumulation > LARGEST:
-        mistakes.append(f"A run of {steps:,} steps is longer than can be counted: make it shorter.")
+        mistakes.append(f"A run of {steps:,} steps exceeds the maximum of 2^63 - 1 micro-batches: make it shorter.")
     log_steps = options.log_steps or max(1, min(50, steps // 200))
     return replace(
         options, batch_size=batch, epochs=None, steps=steps, warmup_epochs=warmup_epochs, log_steps=log_steps
@@ -239,24 +240,22 @@ def _batch_mistake(options: RunOptions, batch: int, images: int, processes: int,
     """Why a batch cannot be taken from the images, or divided."""
     accumulation, share = options.accumulation, options.accumulation * processes * inseparable
     what, of = f"A batch of {batch}{origin(options, 'batch_size')}", origin(options, "accumulation")
+    pairs = without = ""
+    if inseparable > 1:
+        mixed = f"Mixup{origin(options, 'mixup')} and CutMix{origin(options, 'cutmix')}"
+        pairs, without = f" in pairs, as {mixed} need", ", or --mixup 0 --cutmix 0"
+    parts = f"{plural(processes, 'process')} x {accumulation} accumulated micro-batches{of}{pairs}"
     if share > images:
         return (
-            f"Each of {processes} process(es) needs an image for each of {accumulation} accumulated micro-batches{of}, "
-            f"{share} in all, but there are {images} to train on: take fewer processes or a smaller --accumulation."
+            f"At least {share} images are needed for {parts}, but there are {images} to train on: use fewer "
+            f"processes or a smaller --accumulation{without}."
         )
     if batch > images:
         most = images // share * share
         return f"{what} is larger than the {images} training images: the most is --batch-size {most}."
     if batch % share:
         nearest = max(share, round(batch / share) * share)
-        pairs = without = ""
-        if inseparable > 1:
-            mixed = f"Mixup{origin(options, 'mixup')} and CutMix{origin(options, 'cutmix')}"
-            pairs, without = f" in pairs, as {mixed} need", ", or --mixup 0 --cutmix 0"
-        return (
-            f"{what} cannot be divided among {processes} process(es) x {accumulation} accumulated "
-            f"micro-batches{of}{pairs}: take --batch-size {nearest}{without}."
-        )
+        return f"{what} cannot be divided among {parts}: take --batch-size {nearest}{without}."
     return None
 
 

@@ -67,7 +67,7 @@ def resume(
     than before if the user has said so.
 
     Raises:
-        UserError: if no checkpoint is whole, or the options or the data are not those that the run began with.
+        UserError: if no checkpoint is whole, or the options or the data have changed since the run started.
     """
     directory, train, held_out = task.directory, task.images.train, task.images.held_out
     data = first_decides(accelerator, lambda: data_digests(train, held_out, with_labels=task.learns_labels))
@@ -108,8 +108,8 @@ def _refuse_other_options(state: TrainState, config: RunOptions, *, data_changed
         now["warmup_epochs"] = then["warmup_epochs"]
     if changed := [f"{key}: {then[key]} -> {now[key]}" for key in now if key in then and then[key] != now[key]]:
         raise UserError(
-            "config.yaml has other options than the run began with:\n  " + "\n  ".join(changed) + "\n"
-            "Write the first values into it again, or start a new run with another --out."
+            "config.yaml differs from the options that the run started with:\n  " + "\n  ".join(changed) + "\n"
+            "Restore the original values, or start a new run with another --out."
         )
 
 
@@ -141,8 +141,8 @@ def _changed_data_error(change: Mapping[str, Any], config: RunOptions) -> UserEr
         what = f"This run trains on {change['images_before']:,} images, but its data now has {change['images']:,}."
     else:
         what = (
-            f"The {' and the '.join(change['changed'])} are not those that this run began with, though "
-            "their number is the same: other names, contents or classes."
+            f"The {' and the '.join(change['changed'])} have changed since this run started (names, contents or "
+            "classes), although their number is the same."
         )
     how = "" if config.is_from_python else f"To continue with the current data: {config.resume_with_other_data}\n"
     return UserError(f"{what}\n{how}Otherwise put the data back as it was, or start a new run with another --out.")

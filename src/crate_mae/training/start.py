@@ -23,7 +23,7 @@ from crate_mae.data.files import output_path
 from crate_mae.drawing.text import duration, plural
 from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
-from crate_mae.options import origin
+from crate_mae.options import JSON_NEEDS_DRY_RUN, origin
 from crate_mae.terminal import open_console
 from crate_mae.training.config import differences
 from crate_mae.training.loop import train
@@ -63,7 +63,7 @@ def start(
     """Start a run, or continue the one in `options.out`; see `crate_mae.pretrain`, `finetune` and `resume`."""
     started = time.monotonic()
     if options.json and not options.dry_run:
-        raise UserError("--json prints the plan of a run, and so belongs to --dry-run: give both or neither.")
+        raise UserError(JSON_NEEDS_DRY_RUN)
     out = output_path("--out", options.out)
     options, directory = dataclasses.replace(options, out=out), RunDirectory(out)
     processes = _join_processes()

@@ -138,7 +138,7 @@ def collect_examples(subjects: Subjects, *, count: int, mask_ratio: float, seed:
         if len(images) > 1:
             tokens.append(_neighbours(model.backbone, images, own))
         else:
-            left_out["neighbours of tokens"] = "they are searched in other images, and there is only one"
+            left_out["neighbours of tokens"] = "they are looked up in other images, but there is only one image"
     figures = {"model": completions, "attention": attention, "tokens": tokens}
     return Examples(figures=figures, mask_ratio=mask_ratio, psnr=psnr, left_out=left_out)
 
