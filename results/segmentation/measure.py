@@ -31,12 +31,12 @@ from crate_mae.interpret.foregrounds import (
     CHOOSING,
     CORRECT_IOU,
     SCORED,
-    Drawn,
+    AnnotatedImages,
+    annotated_images,
     control_foregrounds,
     layer_foregrounds,
     overlaps,
-    read_drawings,
-    read_drawn,
+    read_annotations,
 )
 from crate_mae.models.tracing import layers_of
 from crate_mae.models.weights import UNTRAINED
@@ -51,19 +51,19 @@ def main() -> None:
     parser.add_argument("models", nargs="+")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    source, drawings = open_source(str(options.images)), read_drawings(options.masks)
+    source, annotations = open_source(str(options.images)), read_annotations(options.masks)
     rows: list[dict[str, Any]] = []
     scored: dict[str, Tensor] = {}
     for model in options.models:
         torch.manual_seed(0)  # of random initialisation
         backbone = open_backbone(model)
-        drawn = read_drawn(drawings, source, range(len(source)), backbone)
+        annotated = annotated_images(annotations, source, range(len(source)), backbone)
         if not scored:
-            for name, masks in control_foregrounds(drawn).items():
-                scored[name] = overlaps(masks, drawn)[SCORED, 0]
+            for name, masks in control_foregrounds(annotated).items():
+                scored[name] = overlaps(masks, annotated)[SCORED, 0]
                 rows.append(line(name, "", "", "", scored[name]))
             best = max(scored.values(), key=lambda scores: float(scores.mean()))
-        for kind, (place, scores, of_others) in best_foregrounds(backbone, drawn).items():
+        for kind, (place, scores, of_others) in best_foregrounds(backbone, annotated).items():
             scored[f"{model} {kind}"] = scores
             rows.append(line(model, kind, *place, scores) | versus("control", scores, best))
             rows[-1] |= versus("shuffled", scores, of_others)
@@ -76,17 +76,19 @@ def main() -> None:
         writer.writerows(rows)
 
 
-def best_foregrounds(backbone: Backbone, drawn: Drawn) -> dict[str, tuple[tuple[int, int], Tensor, Tensor]]:
+def best_foregrounds(
+    backbone: Backbone, annotated: AnnotatedImages
+) -> dict[str, tuple[tuple[int, int], Tensor, Tensor]]:
     """The best foregrounds of each kind, and over all kinds: layer and head, IoU on other images, and when shuffled."""
     found: dict[str, tuple[float, tuple[int, int], Tensor, Tensor]] = {}
     for layer in range(len(layers_of(backbone.encoder))):
-        for kind, masks in layer_foregrounds(backbone.encoder, drawn.images, layer).items():
-            scores = overlaps(masks, drawn)
+        for kind, masks in layer_foregrounds(backbone.encoder, annotated.images, layer).items():
+            scores = overlaps(masks, annotated)
             chosen_on, head = scores[CHOOSING].mean(0).max(0)
             for name in (kind, "all"):
                 if name not in found or float(chosen_on) > found[name][0]:
                     own = masks[:, [int(head)]]
-                    shuffled = overlaps(own.roll(2, 0), drawn)[SCORED, 0]  # masks of other images that are scored
+                    shuffled = overlaps(own.roll(2, 0), annotated)[SCORED, 0]  # masks of other images that are scored
                     found[name] = float(chosen_on), (layer, int(head)), scores[SCORED, head], shuffled
     return {kind: (place, scores, shuffled) for kind, (_, place, scores, shuffled) in found.items()}
 

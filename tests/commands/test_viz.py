@@ -51,7 +51,7 @@ def test_options_change_the_picture(photos, tmp_path):
         assert again.path.read_bytes() == paths[0].read_bytes()
 
 
-def test_shown_images_are_named_and_unreadable_ones_left_out(photos, tmp_path, capsys):
+def test_to_pictures_are_named_and_unreadable_ones_left_out(photos, tmp_path, capsys):
     (photos / "a broken.png").write_bytes(b"")
     found = crate_mae.viz_pca(MODEL, photos, out=tmp_path / "x.png", count=2)
     assert [path.rpartition("/")[2] for path in found.images] == ["photo 1 ü.png", "photo 0 ü.png"]

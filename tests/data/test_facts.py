@@ -23,7 +23,7 @@ from crate_mae.data import (
     suggest_model,
 )
 from crate_mae.data import facts as facts_module
-from crate_mae.data.base import spread
+from crate_mae.data.base import evenly_spaced_first
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
 
@@ -242,5 +242,5 @@ def test_the_command_is_defined_without_loading_torch():
 
 
 def test_the_first_of_spread_numbers_are_evenly_spaced_and_none_is_missing():
-    assert [*spread(10, 3)] == [0, 3, 6, 1, 2, 4, 5, 7, 8, 9]
-    assert [*spread(3, 3)] == [*spread(3, 8)] == [0, 1, 2]
+    assert [*evenly_spaced_first(10, 3)] == [0, 3, 6, 1, 2, 4, 5, 7, 8, 9]
+    assert [*evenly_spaced_first(3, 3)] == [*evenly_spaced_first(3, 8)] == [0, 1, 2]

@@ -1,4 +1,4 @@
-"""Foregrounds that were drawn: how they are read, how they follow their images, and what is right."""
+"""Foregrounds that were annotated: how they are read, how they follow their images, and what is right."""
 
 import numpy as np
 import pytest
@@ -10,13 +10,13 @@ from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.interpret import foregrounds
 from crate_mae.interpret.foregrounds import (
+    annotated_images,
     average_mask,
     colour_mask,
     control_foregrounds,
     cut_mask,
     disc_mask,
-    read_drawings,
-    read_drawn,
+    read_annotations,
     score_foregrounds,
 )
 from crate_mae.interpret.statistics import find
@@ -46,13 +46,13 @@ def masks(pictures, tmp_path):
     return folder.parent
 
 
-def drawn(path, pictures, model, indices=range(3)):
-    return read_drawn(read_drawings(path), open_source(pictures), indices, open_backbone(model))
+def annotated(path, pictures, model, indices=range(3)):
+    return annotated_images(read_annotations(path), open_source(pictures), indices, open_backbone(model))
 
 
 def test_masks_follow_their_images(pictures, masks, build):
     """Scaled to 8 x 12 and cropped to 8 x 8: a mask is where its image is bright."""
-    found = drawn(masks, pictures, build(), range(1, 3))
+    found = annotated(masks, pictures, build(), range(1, 3))
     assert found.images.shape == (2, 1, 8, 8)
     middle = (found.images.amax() + found.images.amin()) / 2
     assert torch.equal(found.masks, found.images[:, 0] > middle)
@@ -62,14 +62,14 @@ def test_masks_follow_their_images(pictures, masks, build):
 def test_boxes_follow_their_images_and_may_be_several(pictures, build, tmp_path):
     boxes = tmp_path / "boxes.csv"
     boxes.write_text(HEADER + "1.png,8,4,16,12\nelsewhere/2.jpg,12,8,20,16\n2,4.0,-3,8,4\n")
-    found = drawn(boxes, pictures, build())
-    assert found.masks is None and len(found.images) == 2  # of the first nothing was drawn
+    found = annotated(boxes, pictures, build())
+    assert found.masks is None and len(found.images) == 2  # the first has no annotation
     assert [box.tolist() for box in found.boxes] == [[[2, 2, 6, 6]], [[4, 4, 8, 8], [0, 0, 2, 2]]]
 
 
 def test_what_is_found_is_scored(pictures, masks, build, monkeypatch):
     net = build()
-    found = drawn(masks, pictures, net, range(1, 3))
+    found = annotated(masks, pictures, net, range(1, 3))
     right, left_half = found.masks.clone(), torch.zeros_like(found.masks)
     left_half[:, :, :4] = True
     found_ones = {"component": right[:, None], "best head": torch.stack([left_half, right], 1)}
@@ -88,7 +88,7 @@ def test_what_is_found_is_scored(pictures, masks, build, monkeypatch):
 
 def test_a_network_is_scored_by_attention_and_component(pictures, masks, build):
     net = build()
-    rows = score_foregrounds(net.encoder, drawn(masks, pictures, net))
+    rows = score_foregrounds(net.encoder, annotated(masks, pictures, net))
     for measure in ("foreground_iou", "correct_localisation"):
         for kind in (*foregrounds.KINDS, *foregrounds.CONTROLS):
             assert [0 <= r.mean <= 1 for r in find(rows, measure, kind)] == [True, True]
@@ -101,7 +101,7 @@ def test_without_a_class_token_there_is_no_attention(pictures, masks):
 
     small = {"img_size": 8, "patch_size": 2, "in_chans": 1, "depth": 2, "num_classes": 0}
     model = timm.create_model("vit_tiny_patch16_224", class_token=False, global_pool="avg", **small)
-    rows = score_foregrounds(model, drawn(masks, pictures, model))
+    rows = score_foregrounds(model, annotated(masks, pictures, model))
     assert {r.point for r in rows} == {"best cut", "component", *foregrounds.CONTROLS}
 
 
@@ -116,7 +116,7 @@ def test_a_normalised_cut_parts_two_groups_and_takes_the_one_inside():
 
 
 def test_controls_know_colours_and_sizes_alone(pictures, masks, build):
-    found = drawn(masks, pictures, build())
+    found = annotated(masks, pictures, build())
     controls = control_foregrounds(found)
     things = found.masks.float().mean((1, 2))
     # The thing of the first image touches the border more than the ground does not: its side has more of the border.
@@ -143,32 +143,32 @@ def test_controls_know_colours_and_sizes_alone(pictures, masks, build):
 def test_odd_boxes_are_named(tmp_path, content, words):
     (tmp_path / "boxes.csv").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=words):
-        read_drawings(tmp_path / "boxes.csv")
+        read_annotations(tmp_path / "boxes.csv")
 
 
 def test_unreadable_masks_are_counted_and_named(pictures, masks, build):
     (masks / "below" / "1.png").write_bytes(b"nothing")
-    found = drawn(masks, pictures, build())
+    found = annotated(masks, pictures, build())
     assert len(found.images) == 2 and [mask.location for mask in found.bad] == [str(masks / "below" / "1.png")]
     (masks / "below" / "2.png").write_bytes(b"")
     with pytest.raises(UserError, match=r"(?s)2 of 3 masks of --foregrounds cannot be read, such as\n.*1\.png: "):
-        drawn(masks, pictures, build())
+        annotated(masks, pictures, build())
 
 
 def test_odd_masks_are_named(pictures, masks, build, tmp_path):
     with pytest.raises(UserError, match="neither a folder of masks nor"):
-        read_drawings(tmp_path / "nowhere")
+        read_annotations(tmp_path / "nowhere")
     with pytest.raises(UserError, match="No foreground belongs to a measured image"):
-        read_drawn(read_drawings(masks), open_source("digits:test"), range(4), open_backbone(build()))
+        annotated_images(read_annotations(masks), open_source("digits:test"), range(4), open_backbone(build()))
     Image.new("L", (5, 7)).save(masks / "below" / "1.png")
     with pytest.raises(UserError, match=r"1\.png has 5 x 7 pixels, its image 24 x 16"):
-        drawn(masks, pictures, build())
+        annotated(masks, pictures, build())
     (masks / "1.png").write_bytes(b"")
     with pytest.raises(UserError, match="Two masks are called 1"):
-        read_drawings(masks)
+        read_annotations(masks)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no masks"):
-        read_drawings(tmp_path / "empty")
+        read_annotations(tmp_path / "empty")
 
 
 def test_the_average_foreground_is_where_most_have_theirs():

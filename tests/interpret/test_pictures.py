@@ -13,7 +13,7 @@ from crate_mae.interpret.attention import attention_on_grid, class_attention, ov
 from crate_mae.interpret.curves import draw_layers
 from crate_mae.interpret.measure import measure_layers
 from crate_mae.interpret.pictures import draw_attention, draw_token_colours
-from crate_mae.interpret.tokens import encode_patches, shown_images, token_grid
+from crate_mae.interpret.tokens import encode_patches, to_pictures, token_grid
 from crate_mae.models.tracing import trace
 
 
@@ -142,9 +142,9 @@ def test_images_are_shown_as_they_were():
     pixels = torch.rand(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
     normalised = (pixels - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
-    np.testing.assert_allclose(shown_images(normalised, mean, std), pixels.permute(0, 2, 3, 1).numpy(), atol=1e-6)
+    np.testing.assert_allclose(to_pictures(normalised, mean, std), pixels.permute(0, 2, 3, 1).numpy(), atol=1e-6)
     for channels in (1, 4):
-        grey = shown_images(torch.zeros(1, channels, 4, 5), (0.25,) * channels, (1.0,) * channels)
+        grey = to_pictures(torch.zeros(1, channels, 4, 5), (0.25,) * channels, (1.0,) * channels)
         assert grey.shape == (1, 4, 5, 3) and (grey == 0.25).all()
 
 

@@ -33,7 +33,7 @@ from crate_mae.drawing.style import GREY, HEAT, colour
 from crate_mae.drawing.text import html, raised
 from crate_mae.errors import UserError
 from crate_mae.interpret.audit import LEAST_MARGIN_SHARE, SYMBOLS, AuditRow, by_claim
-from crate_mae.interpret.tokens import shown_images
+from crate_mae.interpret.tokens import to_pictures
 from crate_mae.models.autoencoder import MaskedAutoencoder
 
 _NOTES = {
@@ -125,7 +125,7 @@ def _for_each(models: Sequence[AppModel], respond: Callable[[AppModel], str]) ->
 def displayed_picture(model: MaskedAutoencoder, picture: Image.Image) -> str:
     """Return the part of a picture that a model sees, in the model's size, as a data: URI."""
     c = model.config
-    return _to_uri(shown_images(prepare(model, picture), c.mean, c.std)[0])
+    return _to_uri(to_pictures(prepare(model, picture), c.mean, c.std)[0])
 
 
 def fit_patch(patch: int, grid: tuple[int, int], new_grid: tuple[int, int]) -> int:

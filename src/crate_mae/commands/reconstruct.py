@@ -80,7 +80,7 @@ def reconstruct(
         The path of the picture, and the quality of each completion.
     """
     from crate_mae.data import save_picture_grid
-    from crate_mae.data.base import spread
+    from crate_mae.data.base import evenly_spaced_first
     from crate_mae.evaluation.reconstruction import complete_in_batches, completion_quality, nested_masks, read_images
     from crate_mae.models.features import transform_of
     from crate_mae.models.weights import model_name
@@ -89,7 +89,7 @@ def reconstruct(
     path = new_file("--out", out, ".png", overwrite=overwrite)
     check_whole("--count", count)
     net, source = _opened(model, images, seed)
-    read = read_images(source, transform_of(net.config), spread(len(source), count), count)
+    read = read_images(source, transform_of(net.config), evenly_spaced_first(len(source), count), count)
     mask = nested_masks(len(read.images), net.num_patches, mask_ratio, seed)
     completion = complete_in_batches(net, read.images, mask)
     quality = completion_quality(completion, mask, net.config.patch_size)

@@ -78,10 +78,10 @@ def viz_attention(
 
     from crate_mae.interpret.attention import class_attention
     from crate_mae.interpret.pictures import draw_attention
-    from crate_mae.interpret.tokens import shown_images
+    from crate_mae.interpret.tokens import to_pictures
 
     found = class_attention(backbone.encoder, read.images, layer=layer, stride=stride)
-    pictures = shown_images(read.images, backbone.mean, backbone.std)
+    pictures = to_pictures(read.images, backbone.mean, backbone.std)
     figure = draw_attention(pictures, found.heads.numpy(), found.saliency.numpy())
     return _save(figure, path, backbone, read.bad, read.locations)
 
@@ -123,12 +123,12 @@ def viz_pca(
     backbone, read = _open(model, images, count, seed)
 
     from crate_mae.interpret.pictures import draw_token_colours
-    from crate_mae.interpret.tokens import encode_patches, shown_images, token_colours, token_grid
+    from crate_mae.interpret.tokens import encode_patches, to_pictures, token_colours, token_grid
 
     patches = encode_patches(backbone.encoder, read.images, layer)
     grid = token_grid(backbone.encoder, backbone.image_size, patches.shape[1], layer)
     found = token_colours(patches, grid, joint=joint)
-    pictures = shown_images(read.images, backbone.mean, backbone.std)
+    pictures = to_pictures(read.images, backbone.mean, backbone.std)
     figure = draw_token_colours(pictures, found.pictures, found.explained)
     return _save(figure, path, backbone, read.bad, read.locations)
 
@@ -244,7 +244,7 @@ def viz_atoms(
 def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, ReadImages]":
     """The model, and some images that can be read."""
     from crate_mae.data import open_source
-    from crate_mae.data.base import spread
+    from crate_mae.data.base import evenly_spaced_first
     from crate_mae.evaluation.backbones import open_backbone
     from crate_mae.evaluation.reconstruction import read_images
 
@@ -252,7 +252,7 @@ def _open(model: Any, images: Any, count: int, seed: int) -> "tuple[Backbone, Re
     check_whole("--count", count)
     source = open_source(images)
     backbone = open_backbone(model, seed=seed)
-    return backbone, read_images(source, backbone.transform(), spread(len(source), count), count)
+    return backbone, read_images(source, backbone.transform(), evenly_spaced_first(len(source), count), count)
 
 
 def _save(

@@ -245,7 +245,7 @@ def evenly_spaced(length: int, count: int) -> list[int]:
     return [i * length // count for i in range(count)] if count < length else list(range(length))
 
 
-def spread(length: int, count: int) -> Iterator[int]:
+def evenly_spaced_first(length: int, count: int) -> Iterator[int]:
     """All numbers below `length`, the evenly spaced ones first; the others may replace what cannot be read."""
     first = evenly_spaced(length, count)
     yield from first

@@ -122,8 +122,8 @@ def check(source: ImageSource, sample: int | None = None, *, on_image: Callable[
         images=len(source),
         checked=len(indices),
         classes=None if names is None else {name: per_class[name] for name in occurring_classes(source)},
-        heights=_spread([height for height, _ in tally.sizes]),
-        widths=_spread([width for _, width in tally.sizes]),
+        heights=_min_median_max([height for height, _ in tally.sizes]),
+        widths=_min_median_max([width for _, width in tally.sizes]),
         modes=dict(tally.modes.most_common()),
         formats=dict(tally.formats.most_common()),
         bad=tuple(bad),
@@ -263,7 +263,7 @@ def _mode(image: Image.Image | Tensor) -> str:
     return image.mode
 
 
-def _spread(values: list[int]) -> tuple[int, ...]:
+def _min_median_max(values: list[int]) -> tuple[int, ...]:
     return (min(values), int(np.median(values)), max(values)) if values else ()
 
 

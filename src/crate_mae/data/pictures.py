@@ -23,7 +23,6 @@ def save_picture_grid(
     rows: Sequence[tuple[str, Float[Tensor, "_ _ _ _"]]],
     path: Path,
     *,
-    scale: int | None = None,
     captions: Sequence[str] | None = None,
 ) -> None:
     """Save the `picture_grid` of named rows of images as a file, completely or not at all.
@@ -36,31 +35,29 @@ def save_picture_grid(
     form = Image.registered_extensions().get(path.suffix.lower())
     if form not in Image.SAVE:
         raise UserError(f'Cannot write pictures as "{path.suffix}" ({path}): use .png.')
-    write_whole(path, picture_grid(rows, form, scale=scale, captions=captions))
+    write_whole(path, picture_grid(rows, form, captions=captions))
 
 
 def picture_grid(
     rows: Sequence[tuple[str, Float[Tensor, "_ _ _ _"]]],
     form: str = "PNG",
     *,
-    scale: int | None = None,
     captions: Sequence[str] | None = None,
 ) -> bytes:
     """Draw named rows of images as one picture, and encode it as a file.
+
+    Small images are enlarged without smoothing, to about 128 pixels.
 
     Args:
         rows: name, drawn at the left, and images k c hh ww in [0, 1] (clamped); all of one height and width. One
             channel is grey, three are colour; for other numbers the mean is drawn.
         form: Pillow's name of the format.
-        scale: how many pixels wide a pixel is drawn, without smoothing; by default small images become about
-            128 pixels wide.
         captions: one line under each column.
     """
     sizes = {tuple(images.shape[2:]) for _, images in rows}
     assert len(sizes) == 1, "a grid has images of one size"
     height, width = sizes.pop()
-    if scale is None:
-        scale = max(1, round(_TILE / max(height, width)))
+    scale = max(1, round(_TILE / max(height, width)))
     tiles = [(name, [_tile(image, scale) for image in images]) for name, images in rows]
     with io.BytesIO() as buffer:
         _draw(tiles, (width * scale, height * scale), captions or ()).save(buffer, format=form)

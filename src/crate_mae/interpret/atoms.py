@@ -25,7 +25,7 @@ from crate_mae.data.numbers import check_whole, describe_not_whole
 from crate_mae.errors import UserError
 from crate_mae.evaluation.reconstruction import nested_masks
 from crate_mae.interpret.removals import chosen_atoms
-from crate_mae.interpret.tokens import shown_images
+from crate_mae.interpret.tokens import to_pictures
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.completion import predicted_patches
 from crate_mae.models.config import MASK_RATIO
@@ -159,7 +159,7 @@ def measure_atoms(
     means = torch.einsum("bnk,bnq->kq", weights, patches - patches.mean((0, 1))) * response.scale
     return Gallery(
         atoms=found,
-        pictures=shown_images(images, c.mean, c.std),
+        pictures=to_pictures(images, c.mean, c.std),
         strongest=[_strongest(activation) for activation in values.unbind(-1)],
         mean_patches=_differences(unpatchify(means[:, None], c.patch_size, (1, 1))),
         places=values.mean(0).T.unflatten(1, net.grid_size).numpy(),
@@ -312,6 +312,6 @@ def _rms(values: Tensor) -> float:
 
 
 def _differences(pixels: Float[Tensor, "k c hh ww"]) -> Float[np.ndarray, "k hh ww 3"]:
-    """Differences of pictures in colour, as `shown_images` makes it of other channels."""
+    """Differences of pictures in colour, as `to_pictures` makes it of other channels."""
     channels = pixels.shape[1]
-    return 2 * shown_images((1 + pixels) / 2, (0.0,) * channels, (1.0,) * channels) - 1
+    return 2 * to_pictures((1 + pixels) / 2, (0.0,) * channels, (1.0,) * channels) - 1

@@ -1,4 +1,4 @@
-"""Foregrounds drawn by hand, and how well a network finds them that was trained without labels."""
+"""Foregrounds annotated by hand, and how well a network that was trained without labels finds them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from crate_mae.errors import UserError, first_line
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.interpret.attention import class_attention, patch_affinities
 from crate_mae.interpret.statistics import Row, Statistic, row, statistic
-from crate_mae.interpret.tokens import encode_patches, grid_size, shown_images
+from crate_mae.interpret.tokens import encode_patches, grid_size, to_pictures
 from crate_mae.models.tracing import layers_of
 
 FOREGROUND_MASS = 0.6  # DINO's share of the attention that makes the foreground
@@ -40,16 +40,16 @@ CHOOSING, SCORED = slice(0, None, 2), slice(1, None, 2)  # images on which a hea
 Box = tuple[float, float, float, float]  # left, top, right, bottom, the last two beyond it, in pixels
 # Foregrounds by the names of images without folder and ending: files of masks, whose pixels that are not 0 are
 # foreground, or boxes, at least one of each image.
-Drawings = Mapping[str, Path] | Mapping[str, list[Box]]
+Annotations = Mapping[str, Path] | Mapping[str, list[Box]]
 
 
-class Drawn(NamedTuple):
-    """Images with their drawn foregrounds, both as a network takes them.
+class AnnotatedImages(NamedTuple):
+    """Images with their annotated foregrounds, both as a network takes them.
 
     Attributes:
         images: normalised.
-        masks: the foregrounds; None if boxes were drawn, which hold more than it.
-        boxes: of each image those that were drawn, or that of its mask's largest part; top, left, bottom, right.
+        masks: the foregrounds; None if there are boxes, which hold more than it.
+        boxes: of each image the annotated ones, or that of its mask's largest part; top, left, bottom, right.
         bad: the masks that cannot be read; their images are left out.
     """
 
@@ -59,7 +59,7 @@ class Drawn(NamedTuple):
     bad: list[BadImage]
 
 
-def read_drawings(path: Path) -> Drawings:
+def read_annotations(path: Path) -> Annotations:
     """Masks of a folder, or boxes of a .csv file with the columns image, left, top, right, bottom.
 
     Raises:
@@ -72,19 +72,21 @@ def read_drawings(path: Path) -> Drawings:
     raise UserError(f"{path} is neither a folder of masks nor a .csv file of boxes ({','.join(_COLUMNS)}).")
 
 
-def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], backbone: Backbone) -> Drawn:
-    """The images with a drawn foreground, and their foregrounds, scaled and cropped alike.
+def annotated_images(
+    annotations: Annotations, source: ImageSource, indices: Iterable[int], backbone: Backbone
+) -> AnnotatedImages:
+    """The images with an annotated foreground, and their foregrounds, scaled and cropped alike.
 
     Raises:
         UserError: if no image has one, a mask has another size than its image, or too many masks cannot be read.
     """
     transform, images, masks, boxes, bad = backbone.transform(), [], [], [], []
-    drawn = {i: drawings[name] for i in indices if (name := Path(source.location(i)).stem) in drawings}
+    annotated = {i: annotations[name] for i in indices if (name := Path(source.location(i)).stem) in annotations}
     # Images that cannot be read are reported where images are measured.
-    read, _ = read_all(source, drawn, lambda picture: (transform(picture), size_of(picture)))
+    read, _ = read_all(source, annotated, lambda picture: (transform(picture), size_of(picture)))
     for i, (image, size) in read.items():
         try:
-            parts = _parts(drawn[i], size)
+            parts = _parts(annotated[i], size)
         except UnreadableImage as error:
             bad.append(BadImage(error.location, error.reason))
             continue
@@ -103,8 +105,8 @@ def read_drawn(drawings: Drawings, source: ImageSource, indices: Iterable[int], 
             f"No foreground belongs to a measured image, such as {path_text(Path(source.location(0)))}.\n"
             "A mask, or a line of a .csv file, must have the name of its image, without the ending."
         )
-    are_masks = all(isinstance(drawing, Path) for drawing in drawings.values())
-    return Drawn(torch.stack(images), torch.stack(masks) if are_masks else None, boxes, bad)
+    are_masks = all(isinstance(annotation, Path) for annotation in annotations.values())
+    return AnnotatedImages(torch.stack(images), torch.stack(masks) if are_masks else None, boxes, bad)
 
 
 def mass_mask(saliency: Float[Tensor, "b gh gw"], mass: float = FOREGROUND_MASS) -> Bool[Tensor, "b gh gw"]:
@@ -175,7 +177,7 @@ def _inner_side(signed: Float[Tensor, "b gh gw"]) -> Bool[Tensor, "b gh gw"]:
     return torch.where((outside[0] <= outside[1])[:, None, None], positive, negative)
 
 
-def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
+def score_foregrounds(encoder: nn.Module, annotated: AnnotatedImages) -> list[Row]:
     """Score the foregrounds that each layer finds, and those of controls that need no network.
 
     Of several heads, the one that is best on every other image is scored on the remaining images. Controls: the whole
@@ -183,24 +185,25 @@ def score_foregrounds(encoder: nn.Module, drawn: Drawn) -> list[Row]:
     their mean foreground, and the average of their foregrounds, which a head that codes position alone can reach; and
     two clusters of colours.
     """
-    controls = {kind: _scores(masks, drawn) for kind, masks in control_foregrounds(drawn).items()}
+    controls = {kind: _scores(masks, annotated) for kind, masks in control_foregrounds(annotated).items()}
     rows = []
     for layer in range(len(layers_of(encoder))):
-        found = {kind: _scores(masks, drawn) for kind, masks in layer_foregrounds(encoder, drawn.images, layer).items()}
+        masks_of = layer_foregrounds(encoder, annotated.images, layer)
+        found = {kind: _scores(masks, annotated) for kind, masks in masks_of.items()}
         for kind, scores in (found | controls).items():
             rows += [row(("encoder", layer), measure, score, point=kind) for measure, score in scores.items()]
     return rows
 
 
-def _scores(masks: Bool[Tensor, "b k hh ww"], drawn: Drawn) -> dict[str, Statistic]:
+def _scores(masks: Bool[Tensor, "b k hh ww"], annotated: AnnotatedImages) -> dict[str, Statistic]:
     """The scores of foregrounds, by measure; of several heads, those of the chosen one."""
-    each, part, chosen = overlaps(masks, drawn), slice(None), 0
+    each, part, chosen = overlaps(masks, annotated), slice(None), 0
     if masks.shape[1] > 1:
         part, chosen = SCORED, int(each[CHOOSING].mean(0).argmax())
     scores = statistic(each[part, chosen])
-    if drawn.masks is None:
+    if annotated.masks is None:
         return {"correct_localisation": scores}
-    localised = statistic(_localised(masks[part, chosen], drawn.boxes[part]))
+    localised = statistic(_localised(masks[part, chosen], annotated.boxes[part]))
     return {"foreground_iou": scores, "correct_localisation": localised}
 
 
@@ -233,23 +236,23 @@ def layer_foregrounds(
     return {kind: masks.repeat_interleave(rows, 2).repeat_interleave(columns, 3) for kind, masks in found.items()}
 
 
-def control_foregrounds(drawn: Drawn) -> dict[str, Bool[Tensor, "b 1 hh ww"]]:
+def control_foregrounds(annotated: AnnotatedImages) -> dict[str, Bool[Tensor, "b 1 hh ww"]]:
     """Foregrounds that need no network, see `score_foregrounds`; boxes have no disc and no average."""
-    images = drawn.images
+    images = annotated.images
     found = {"everything": torch.ones_like(images[:, :1], dtype=torch.bool)}
-    if drawn.masks is not None:
-        share = float(drawn.masks[CHOOSING].float().mean())
+    if annotated.masks is not None:
+        share = float(annotated.masks[CHOOSING].float().mean())
         found["disc"] = disc_mask((images.shape[2], images.shape[3]), share).expand(len(images), 1, -1, -1)
-        found["average"] = average_mask(drawn.masks[CHOOSING]).expand(len(images), 1, -1, -1)
+        found["average"] = average_mask(annotated.masks[CHOOSING]).expand(len(images), 1, -1, -1)
     return found | {"colours": colour_mask(images)[:, None]}
 
 
-def overlaps(masks: Bool[Tensor, "b k hh ww"], drawn: Drawn) -> Float[Tensor, "b k"]:
-    """Intersection over union with the drawn masks; 1 or 0 for boxes that are right or not, if only those are drawn."""
+def overlaps(masks: Bool[Tensor, "b k hh ww"], annotated: AnnotatedImages) -> Float[Tensor, "b k"]:
+    """Intersection over union with the masks; with boxes instead, 1 or 0 for localised correctly or not."""
     each = masks.unbind(1)
-    if drawn.masks is None:
-        return torch.stack([_localised(mask, drawn.boxes) for mask in each], 1)
-    return torch.stack([intersection_over_union(mask, drawn.masks) for mask in each], 1)
+    if annotated.masks is None:
+        return torch.stack([_localised(mask, annotated.boxes) for mask in each], 1)
+    return torch.stack([intersection_over_union(mask, annotated.masks) for mask in each], 1)
 
 
 def _localised(mask: Bool[Tensor, "b hh ww"], boxes: Sequence[Int[Tensor, "k 4"]]) -> Float[Tensor, "b"]:
@@ -320,17 +323,19 @@ def _boxes_of(path: Path) -> dict[str, list[Box]]:
     return found
 
 
-def _parts(drawing: Path | list[Box], size: tuple[int, int]) -> list[Bool[np.ndarray, "hh ww"]]:
-    """The drawn foreground of an image: its mask, or a mask of each box."""
+def _parts(annotation: Path | list[Box], size: tuple[int, int]) -> list[Bool[np.ndarray, "hh ww"]]:
+    """The annotated foreground of an image: its mask, or a mask of each box."""
     height, width = size
-    if isinstance(drawing, Path):
-        picture = decode(read_file(drawing, path_text(drawing)), path_text(drawing))
+    if isinstance(annotation, Path):
+        picture = decode(read_file(annotation, path_text(annotation)), path_text(annotation))
         if picture.size != (width, height):
-            raise UserError(f"{drawing} has {picture.width} x {picture.height} pixels, its image {width} x {height}.")
+            raise UserError(
+                f"{annotation} has {picture.width} x {picture.height} pixels, its image {width} x {height}."
+            )
         values = np.asarray(picture.convert("RGB") if len(picture.getbands()) > 1 else picture)
         return [values != 0 if values.ndim == 2 else (values != 0).any(-1)]
     parts = []
-    for left, top, right, bottom in drawing:
+    for left, top, right, bottom in annotation:
         part = np.zeros((height, width), dtype=bool)
         part[max(round(top), 0) : max(round(bottom), 0), max(round(left), 0) : max(round(right), 0)] = True
         parts.append(part)
@@ -340,4 +345,4 @@ def _parts(drawing: Path | list[Box], size: tuple[int, int]) -> list[Bool[np.nda
 def _prepared(part: Bool[np.ndarray, "_ _"], backbone: Backbone) -> Bool[Tensor, "hh ww"]:
     """A mask scaled and cropped as the network's images are: by the same code, as a picture."""
     values = backbone.transform()(Image.fromarray(part.astype(np.uint8) * 255))
-    return torch.from_numpy(shown_images(values[None], backbone.mean, backbone.std)[0]).mean(-1) > 0.5
+    return torch.from_numpy(to_pictures(values[None], backbone.mean, backbone.std)[0]).mean(-1) > 0.5

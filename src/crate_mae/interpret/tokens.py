@@ -17,7 +17,7 @@ _AT_ONCE = 16  # images
 _COLOURS = 3
 
 
-def shown_images(
+def to_pictures(
     images: Float[Tensor, "b c hh ww"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[np.ndarray, "b hh ww 3"]:
     """Normalised images as pictures in [0, 1]; of one channel, or of any but three, their mean in grey."""

@@ -26,7 +26,7 @@ from crate_mae.interpret.foregrounds import mass_mask, principal_mask
 from crate_mae.interpret.measure import Opened
 from crate_mae.interpret.pictures import Tile, Tiles, attention_tiles, cut_out, draw_tiles, heat, titled
 from crate_mae.interpret.report.subjects import LABELS, Subjects
-from crate_mae.interpret.tokens import encode_patches, grid_size, nearest_tokens, shown_images, token_colours
+from crate_mae.interpret.tokens import encode_patches, grid_size, nearest_tokens, to_pictures, token_colours
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.tracing import layers_of
 
@@ -164,7 +164,7 @@ def _completions(
     completion = complete_in_batches(net, images, masks)
     psnr = completion_quality(completion, masks, net.config.patch_size).psnr.tolist()
     as_it_is = (0.0,) * net.config.in_chans, (1.0,) * net.config.in_chans  # mean and deviation
-    pictures = zip(*(shown_images(kind, *as_it_is) for kind in completion), strict=True)
+    pictures = zip(*(to_pictures(kind, *as_it_is) for kind in completion), strict=True)
     halves = [
         [*(Tile(picture) for picture in row[:3]), Tile(row[3], caption=f"{value:.1f} dB")]
         for row, value in zip(pictures, psnr, strict=True)
@@ -192,7 +192,7 @@ def _visuals(backbone: Backbone, images: Float[Tensor, "b c hh ww"], grid: tuple
         why_not = str(error)
     patches = encode_patches(encoder, images)
     visuals = Visuals(
-        pictures=shown_images(images, backbone.mean, backbone.std),
+        pictures=to_pictures(images, backbone.mean, backbone.std),
         attention=attention,
         saliency=saliency,
         principal=principal_mask(patches, grid),
@@ -282,7 +282,7 @@ def _beside_images(visuals: dict[str, Visuals], columns: Sequence[tuple[str, str
 def _neighbours(backbone: Backbone, images: Float[Tensor, "b c hh ww"], visuals: Visuals) -> PlannedFigure:
     """Neighbours of the patch of each drawn image that its class token attends to most, or of the middle one."""
     patches = encode_patches(backbone.encoder, images)
-    pictures = shown_images(images, backbone.mean, backbone.std)
+    pictures = to_pictures(images, backbone.mean, backbone.std)
     gh, gw = visuals.principal.shape[1:]
     height, width = pictures.shape[1] / gh, pictures.shape[2] / gw
     tokens = [gh // 2 * gw + gw // 2] * len(visuals.pictures)

@@ -101,7 +101,7 @@ _TEXTS = {  # of each figure over the layers: its title, and two sentences on ho
     ),
     "foreground_scores": (
         "How well foregrounds are found",
-        "Each line shows how well the foregrounds found by a layer agree with those drawn by hand: their IoU, and the "
+        "Each line shows how well the foregrounds found by a layer agree with the annotated ones: their IoU, and the "
         "share of images in which the box of the foreground is right; the best head of a layer is chosen on every "
         "other image and scored on the rest. Only values above random initialisation and above the dashed line, the "
         "best foreground that needs no network, were learned.",
@@ -385,7 +385,7 @@ def _linearity(atoms: Sequence[Atom]) -> str:
 
 
 def _foregrounds(inspection: Inspection) -> Panels:
-    """Foregrounds against those that were drawn; without panels if none were."""
+    """Foregrounds against the annotated ones; without panels if there are none."""
     panels = {}
     for measure, short in (("foreground_iou", "IoU"), ("correct_localisation", "right boxes")):
         controls = {name: inspection.model.find(measure, name) for name in FOREGROUND_CONTROLS}

@@ -21,7 +21,7 @@ from crate_mae.evaluation.probing import versions
 from crate_mae.evaluation.reconstruction import nested_masks, read_sample
 from crate_mae.interpret.atoms import Atom, Gallery, measure_atoms
 from crate_mae.interpret.audit import UNTRAINED_DRAWS, AuditRow
-from crate_mae.interpret.foregrounds import Drawings, read_drawings, read_drawn, score_foregrounds
+from crate_mae.interpret.foregrounds import Annotations, annotated_images, read_annotations, score_foregrounds
 from crate_mae.interpret.information import (
     ProbeImages,
     last_layer_score,
@@ -181,11 +181,11 @@ def inspect_model(
     subjects, left_out = open_subjects(settings)
     hidden = settings.mask_ratio or known.mask_ratio or MASK_RATIO
     inspector = _Inspector(settings, subjects, hidden, on_stage, left_out)
-    drawings = None if settings.foregrounds is None else read_drawings(Path(settings.foregrounds))
-    if drawings is None:
+    annotations = None if settings.foregrounds is None else read_annotations(Path(settings.foregrounds))
+    if annotations is None:
         left_out["scores of foregrounds"] = "no masks or boxes were given with --foregrounds"
     images = inspector.probe_images()
-    measured = [inspector.measure(key, drawings, images) for key in subjects]
+    measured = [inspector.measure(key, annotations, images) for key in subjects]
     on_stage("the model without mixing")
     model, source = subjects["model"]
     pixels = read_sample(source, model.backbone.transform(), settings.count, settings.seed).images
@@ -243,11 +243,11 @@ class _Inspector:
                 self.left_out["linear probes"] = str(error)
         return None
 
-    def measure(self, key: str, drawings: Drawings | None, images: ProbeImages | None) -> SubjectMeasures:
+    def measure(self, key: str, annotations: Annotations | None, images: ProbeImages | None) -> SubjectMeasures:
         """All layers of a subject; of a network also its foregrounds and probes."""
         (opened, source), label = self.subjects[key], LABELS[key]
         self.report(f"{label}: {opened.name} on {source.name}")
-        more = self._foreground_rows(opened, source, drawings) if key in NETWORKS else []
+        more = self._foreground_rows(opened, source, annotations) if key in NETWORKS else []
         measures = measure_layers(
             opened,
             source,
@@ -269,19 +269,19 @@ class _Inspector:
         measures = replace(measures, rows=[*measures.rows, *more])
         return SubjectMeasures(key, opened.backbone.is_random, tokens_of(opened), measures)
 
-    def _foreground_rows(self, network: Opened, source: ImageSource, drawings: Drawings | None) -> list[Row]:
-        """How well a network finds the drawn foregrounds; masks that cannot be read are noted once for all networks."""
-        if drawings is None or grid_size(network.backbone.encoder) is None:
+    def _foreground_rows(self, network: Opened, source: ImageSource, annotations: Annotations | None) -> list[Row]:
+        """How well a network finds the annotated foregrounds; unreadable masks are noted once for all networks."""
+        if annotations is None or grid_size(network.backbone.encoder) is None:
             return []
         chosen = fixed_sample(len(source), self.settings.count, self.settings.seed)
-        drawn = read_drawn(drawings, source, chosen, network.backbone)
-        if drawn.bad:
-            named = and_more([f"{mask.location}: {mask.reason}" for mask in drawn.bad], 5, "; ")
-            total = len(drawn.images) + len(drawn.bad)
-            note = f"{len(drawn.bad)} of {total} masks of --foregrounds cannot be read and are left out: {named}."
+        annotated = annotated_images(annotations, source, chosen, network.backbone)
+        if annotated.bad:
+            named = and_more([f"{mask.location}: {mask.reason}" for mask in annotated.bad], 5, "; ")
+            total = len(annotated.images) + len(annotated.bad)
+            note = f"{len(annotated.bad)} of {total} masks of --foregrounds cannot be read and are left out: {named}."
             if note not in self.notes:
                 self.notes.append(note)
-        return score_foregrounds(network.backbone.encoder, drawn)
+        return score_foregrounds(network.backbone.encoder, annotated)
 
     def without_parts(self, pixels: Tensor, images: ProbeImages | None) -> tuple[list[AttentionUse], list[Removal]]:
         """The model without mixing, and without single parts, judged by its loss and, with labels, by a probe."""
