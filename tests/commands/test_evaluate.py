@@ -35,7 +35,7 @@ def test_a_probe_of_digits_is_better_than_guessing_and_written_down(kind, tmp_pa
     report = json.loads(out.read_text(encoding="utf-8"))
     assert report["probe"] == kind
     assert report["model"] == MODEL
-    assert report["fresh_weights"]
+    assert report["random_initialisation"]
     assert (report["train"], report["val"]) == ("digits:test", "digits:train")
     assert (report["train_images"], report["val_images"]) == (297, 1500)
     assert report["classes"] == [str(i) for i in range(10)]
@@ -73,7 +73,7 @@ def test_colours_are_told_apart_by_pixels_and_by_a_timm_network(photos):
     assert report["results"][0]["top1"]["value"] == 1.0
     assert report["results"][0]["top5"] is None
     assert report["pooling"] == "mean"
-    assert not report["fresh_weights"]
+    assert not report["random_initialisation"]
     report = evaluate("linear", "timm:test_resnet:untrained", *photos, batch_size=7)
     assert report["results"][0]["top1"]["value"] == 1.0
 
@@ -126,7 +126,7 @@ def test_controls_stand_beside_the_model_unasked(kind, trained, photos, crate_ma
     assert code == 0, error
     report = json.loads((tmp_path / "with.json").read_text(encoding="utf-8"))
     untrained, pixels = report["controls"]
-    assert (untrained["model"], untrained["fresh_weights"]) == (f"{trained}:untrained", True)
+    assert (untrained["model"], untrained["random_initialisation"]) == (f"{trained}:untrained", True)
     assert (pixels["model"], len(pixels["results"])) == ("pixels", 1)
     assert report["chance"]["value"] == pytest.approx(5 / 9), "most training images are red, as 5 of 9 others are"
     assert report["verdict"] in text

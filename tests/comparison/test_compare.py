@@ -142,9 +142,9 @@ def test_the_plan_has_everything_needed_to_repeat_it(compared, digits):
     plan = yaml.safe_load((compared.path / "comparison.yaml").read_text(encoding="utf-8"))
     assert {key: plan["options"][key] for key in digits} == digits
     assert plan["options"]["budget"] == "steps=10" and plan["options"]["models"] == [CRATE, VIT]
-    assert plan["contestants"][CRATE]["model"]["in_chans"] == 1
-    assert plan["contestants"][CRATE]["threads"] == 1
-    assert plan["contestants"][VIT]["plan"]["final_steps"] == 6
+    assert plan["entries"][CRATE]["model"]["in_chans"] == 1
+    assert plan["entries"][CRATE]["threads"] == 1
+    assert plan["entries"][VIT]["plan"]["final_steps"] == 6
     assert plan["environment"]["packages"]["torch"] == version("torch")
     assert plan["rule"] == RULE and RULE in "\n".join(compared.notes)
 
@@ -157,6 +157,9 @@ def test_a_stopped_comparison_continues(compared, compare, tmp_path, monkeypatch
     for name in ("scores.json", "table.csv", "table.md", "figure.png", "curves.png"):
         (out / name).unlink()
     before = {path: path.stat().st_mtime_ns for path in out.rglob("model.safetensors")}
+    plan = yaml.safe_load((out / "comparison.yaml").read_text(encoding="utf-8"))
+    plan["contestants"] = plan.pop("entries")  # as the first version wrote it
+    ComparisonDirectory(out).save_plan(plan)
     monkeypatch.setattr("crate_mae.comparison.compare.measure_costs", None)  # would fail if it were timed again
     again = compare(out)
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -211,7 +214,7 @@ def test_a_plan_as_json_is_what_comparison_yaml_would_hold(compare, tmp_path, ca
     captured = capsys.readouterr()
     plan = json.loads(captured.out)
     assert plan == json.loads(json.dumps(comparison.plan))
-    assert plan["contestants"][CRATE]["plan"]["final_steps"] == 12 and plan["options"]["budget"] == "steps=20"
+    assert plan["entries"][CRATE]["plan"]["final_steps"] == 12 and plan["options"]["budget"] == "steps=20"
     assert "nothing has been written" in captured.err
     with pytest.raises(UserError, match=r"^--json prints the plan of a dry run: add --dry-run, or leave out --json\.$"):
         compare(tmp_path / "dry", json=True)
@@ -246,7 +249,7 @@ def test_the_search_chooses_among_networks_with_as_many_trials_for_each_entry(co
     )
     plan = yaml.safe_load((tmp_path / "out" / "comparison.yaml").read_text(encoding="utf-8"))
     assert plan["options"]["models"] == list(named)
-    assert [name.partition("?")[2] for name in plan["contestants"]] == ["depth=1", "depth=2"] * 2
+    assert [name.partition("?")[2] for name in plan["entries"]] == ["depth=1", "depth=2"] * 2
     for result, name in zip(comparison.results, (CRATE, VIT), strict=True):
         trials = result.trained.trials
         assert [trial.planned.entry.name for trial in trials] == [

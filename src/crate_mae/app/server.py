@@ -175,9 +175,9 @@ def build_app(handlers: Handlers) -> gr.Blocks:
         controls = Controls._make((picture, model, beside, mask, ratio, seed, layer, patch, atom, amount))
 
         for chosen, handler in ((picture.upload, handlers.upload), (picture.select, handlers.select)):
-            shown = _connect(chosen, handler, controls, [picture, mask, patch, completed])
-            looked = _connect(shown.success, handlers.inside, controls, [inside])
-            _connect(looked.success, handlers.changed, controls, [changed])
+            displayed = _connect(chosen, handler, controls, [picture, mask, patch, completed])
+            inspected = _connect(displayed.success, handlers.inside, controls, [inside])
+            _connect(inspected.success, handlers.changed, controls, [changed])
         for choice in (model, beside):
             # One choice triggers `input` twice.
             outputs = [mask, patch, ratio, seed, layer, completed, inside, changed]

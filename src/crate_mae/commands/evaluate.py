@@ -36,12 +36,12 @@ class Evaluation:
     """Result of a probe.
 
     Attributes:
-        report: the content of `--out` and of `--json`. Of a probe: `probe`, `model`, `fresh_weights` (whether it has a
-            random initialisation), `train`, `val`, `train_images`, `val_images`, `left_out` (unreadable images and
+        report: the content of `--out` and of `--json`. Of a probe: `probe`, `model`, `random_initialisation` (whether
+            its weights are random), `train`, `val`, `train_images`, `val_images`, `left_out` (unreadable images and
             reasons), `classes`, `image_size`, `pooling`, `seed` and other settings, `results` (one per layer or number
             of shots; scores have `value`, `low` and `high`), `chance`, `controls`, `versions` and `verdict`. Of
-            completions: `probe`, `model`, `fresh_weights`, `data`, `images`, `left_out`, `image_size`, `norm_pix_loss`,
-            `seed`, `results` (one per mask ratio), `controls`, `versions` and `verdict`.
+            completions: `probe`, `model`, `random_initialisation`, `data`, `images`, `left_out`, `image_size`,
+            `norm_pix_loss`, `seed`, `results` (one per mask ratio), `controls`, `versions` and `verdict`.
         path: of the file, or None.
     """
 

@@ -176,7 +176,7 @@ def eval_reconstruction(
     report = {
         "probe": "reconstruction",
         "model": name,
-        "fresh_weights": is_untrained(name),
+        "random_initialisation": is_untrained(name),
         "data": data_name(data, source),
         "images": len(read.images),
         "left_out": [tuple(bad) for bad in read.bad],

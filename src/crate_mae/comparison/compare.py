@@ -118,7 +118,7 @@ def _plan(options: CompareOptions, entries: Sequence[Entry], costs: Sequence[Cos
 
 
 def _plan_content(options: dict[str, Any], planned: Sequence[Planned]) -> dict[str, Any]:
-    """The content of `comparison.yaml`, in which entries are called contestants."""
+    """The content of `comparison.yaml`."""
     plans = {}
     for each in planned:
         entry, c = each.entry, each.entry.config
@@ -130,15 +130,16 @@ def _plan_content(options: dict[str, Any], planned: Sequence[Planned]) -> dict[s
             "threads": c.threads,
             "model": {key: list(v) if isinstance(v, tuple) else v for key, v in entry.model.to_dict().items()},
         }
-    return {"options": options, "contestants": plans, "rule": RULE, "environment": environment()}
+    return {"options": options, "entries": plans, "rule": RULE, "environment": environment()}
 
 
 def _read_plan(content: dict[str, Any], entries: Sequence[Entry], out: Path) -> list[Planned]:
     """The costs and plans from when the comparison began, which are kept even if the machine is faster now."""
     planned = []
     try:
+        plans = content["entries"] if "entries" in content else content["contestants"]  # of the first version
         for entry in entries:
-            saved = content["contestants"][entry.name]
+            saved = plans[entry.name]
             planned.append(Planned(entry, Costs(**saved["costs"]), BudgetPlan(**saved["plan"])))
     except (KeyError, TypeError) as error:
         raise UserError(

@@ -74,7 +74,7 @@ class Probed:
         """The content of a JSON file: results, model, data, settings and versions."""
         return {
             "model": self.backbone.name,
-            "fresh_weights": self.backbone.is_random,
+            "random_initialisation": self.backbone.is_random,
             "train": self.train,
             "val": self.val,
             "train_images": self.images[0],
@@ -89,7 +89,7 @@ class Probed:
             "controls": [
                 {
                     "model": control.backbone.name,
-                    "fresh_weights": control.backbone.is_random,
+                    "random_initialisation": control.backbone.is_random,
                     "pooling": control.pooling,
                     "results": control._results(),
                 }

@@ -65,7 +65,7 @@ def class_attention(
         )
     grid: Any = encoder.get_submodule("patch_embed").grid_size
     parts = [
-        overlapping(batch, grid, stride, lambda shown: attention_on_grid(_attention(encoder, shown, name), grid))
+        overlapping(batch, grid, stride, lambda part: attention_on_grid(_attention(encoder, part, name), grid))
         for batch in images.split(_AT_ONCE)
     ]
     heads = torch.cat(parts)

@@ -134,7 +134,7 @@ class Inspection:
                 {
                     "subject": found.key,
                     "label": found.label,
-                    "fresh_weights": found.is_random,
+                    "random_initialisation": found.is_random,
                     "tokens": found.tokens,
                     **asdict(found.measures),
                 }
