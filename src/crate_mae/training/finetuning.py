@@ -32,7 +32,7 @@ from crate_mae.training.optimizer import adamw
 from crate_mae.training.options import OF_ONE_LENGTH, FinetuneOptions, given_words
 from crate_mae.training.processes import ignore_stop_requests
 from crate_mae.training.randomness import Purpose, derive_seed
-from crate_mae.training.task import StepLoss, Task, measuring
+from crate_mae.training.task import BEST, StepLoss, Task, measuring
 
 BETAS = (0.9, 0.999)  # those of MAE's fine-tuning
 _VALIDATED_AT_ONCE = 64
@@ -54,7 +54,7 @@ class Finetuning(Task[FinetuneOptions]):
         UserError: if the validation images cannot be read.
     """
 
-    measures: ClassVar[tuple[str, ...]] = ("val_loss", "val_accuracy", "val_accuracy_top5", "best_score")
+    measures: ClassVar[tuple[str, ...]] = ("val_loss", "val_accuracy", "val_accuracy_top5")
     score: ClassVar[str] = "val_accuracy"
     learns_labels: ClassVar[bool] = True
 
@@ -152,9 +152,9 @@ class Finetuning(Task[FinetuneOptions]):
 
         The best is counted anew where a run went on with other validation images, or lost its best model.
         """
-        measured = [row for row in rows if row["best_score"] is not None]
+        measured = [row for row in rows if row[BEST] is not None]
         last = measured[-1]
-        *_, best = itertools.takewhile(lambda row: row["best_score"] == last["best_score"], reversed(measured))
+        *_, best = itertools.takewhile(lambda row: row[BEST] == last[BEST], reversed(measured))
         return (
             f"Accuracy on validation images: {last['val_accuracy']:.2%} now; {best['val_accuracy']:.2%} at step "
             f"{best['step']:,.0f}, the best."

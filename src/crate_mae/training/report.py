@@ -31,7 +31,7 @@ from crate_mae.training.preflight import StepTooLargeError
 from crate_mae.training.processes import first_decides
 from crate_mae.training.resume import describe_data_change
 from crate_mae.training.run_directory import END, RunDirectory, numbers
-from crate_mae.training.task import Task
+from crate_mae.training.task import BEST, Task
 
 if TYPE_CHECKING:  # every process of a run imports this file, and one of them draws
     from matplotlib.figure import Figure
@@ -43,7 +43,6 @@ _SHARE_OF_TIME = 0.01
 _RECENT_ROWS = 5  # whose speed gives the time that is left
 _MOST_TICKS = 12
 
-BEST = "best_score"  # the column with the best score so far
 Row = Mapping[str, float | None]  # of metrics.csv
 
 
@@ -59,7 +58,7 @@ class Logbook:
 
     def __init__(self, task: Task, accelerator: Accelerator, report: RunReport) -> None:
         self.report = report
-        self.table = task.directory.metrics(task.measures)
+        self.table = task.directory.metrics((*task.measures, BEST) if task.score else task.measures)
         self.task = task
         self.accelerator = accelerator
         if accelerator.is_main_process:

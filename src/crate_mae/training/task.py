@@ -20,6 +20,8 @@ from crate_mae.training.optimizer import scaled_lr
 from crate_mae.training.options import OptionsT
 from crate_mae.training.run_directory import RunDirectory
 
+BEST = "best_score"  # the column of metrics.csv with the best score so far, of tasks that compare models
+
 # (model as the accelerator prepared it, images, labels, their place in the global batch) -> mean loss of the images
 StepLoss = Callable[[nn.Module, Float[Tensor, "b c hh ww"], Int[Tensor, "b"], slice], Float[Tensor, ""]]
 
