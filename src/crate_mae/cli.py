@@ -18,7 +18,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
-from cyclopts import App, ArgumentCollection, CycloptsError, Parameter
+from cyclopts import App, ArgumentCollection, CycloptsError, Parameter, UnusedCliTokensError
 from cyclopts.config import Dict
 from cyclopts.types import ExistingFile
 
@@ -149,6 +149,7 @@ def _options_of(file: Path, app: App, commands: tuple[str, ...], arguments: Argu
     options = {} if options is None else options
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
         raise UserError(f"{file} must hold options by name, one a line, such as `steps: 100`.")
+    options = {key: value for key, value in options.items() if value is not None}  # null: as if it were not there
     # `data: ...` in the file is an option of `pretrain`. In a flat file Cyclopts would read this key as the command
     # `data`, but not below the key `pretrain`: so the options are nested below the name of the command.
     if (kind := options.pop("command", None)) is not None and commands and kind != commands[-1]:
@@ -214,6 +215,12 @@ def main(tokens: Sequence[str] | None = None) -> None:
     try:
         with _terminated_cleanly(), clean_warnings():
             build_app().meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
+    except UnusedCliTokensError as error:
+        first, *others = error.unused_tokens or [""]
+        _fail(
+            f"{first}{f' and {len(others)} more words' if others else ''} cannot be used here: the command has what it "
+            "needs before. If a pattern such as *.jpg was meant, give its folder, or put it in quotes."
+        )
     except (UserError, CycloptsError) as error:
         _fail(str(error))
     except OSError as error:

@@ -100,12 +100,20 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(tokens, words, crate_mae_comm
 
 def test_options_come_from_a_file_and_typed_ones_win(crate_mae_command, tmp_path):
     options = tmp_path / "options.yaml"
-    options.write_text("data: digits\nmodel: crate_mae_nano_patch2_8\nepochs: 3\nseed: 7\n")
+    options.write_text(
+        "data: digits\nmodel: crate_mae_nano_patch2_8\nepochs: 3\nseed: 7\ninit_from: null\nval:\nmean:\n"
+    )
     tokens = ["pretrain", "--config", options, "--out", tmp_path / "run", "--epochs", "2", "--dry-run"]
     code, text, error = crate_mae_command(*tokens)
     assert code == 0, error
     assert "2 epochs" in text
     assert not (tmp_path / "run").exists()
+
+
+def test_words_that_a_shell_made_of_a_pattern_are_explained(crate_mae_command):
+    code, _, error = crate_mae_command("pretrain", "a.jpg", "b.jpg", "c.jpg", "--out", "run")
+    assert code == 2
+    assert "b.jpg and 1 more words cannot be used here" in error and "give its folder" in error
 
 
 def test_an_unknown_key_in_a_file_is_named(crate_mae_command, tmp_path):

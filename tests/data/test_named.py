@@ -183,6 +183,10 @@ def test_a_missing_path_gets_a_suggestion(make_folder):
         open_source(root.with_name("photo"))
     with pytest.raises(UserError, match="nor does its folder"):
         open_source(root / "x" / "y" / "z")
+    link = root.with_name("link")
+    link.symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"link is a link to nowhere, which does not exist\.$"):
+        open_source(link)
 
 
 def test_a_file_of_another_kind_lists_the_forms(tmp_path):

@@ -260,13 +260,18 @@ from PIL import Image
 full, classifier, expected, saved = sys.argv[1:]
 images, tokens, prediction, logits = torch.load(expected)
 own = {"trust_remote_code": True}
+processor = transformers.AutoImageProcessor.from_pretrained(full, **own)  # before any model has been opened
+assert processor(Image.new("RGB", (20, 20)))["pixel_values"].shape == (1, 3, 6, 10)
 encoder = transformers.AutoModel.from_pretrained(full, **own)
-assert torch.equal(encoder(images, output_attentions=True).last_hidden_state, tokens)
+assert torch.equal(encoder(images).last_hidden_state, tokens)
+torch.testing.assert_close(encoder(images, output_attentions=True).last_hidden_state, tokens)
 autoencoder = transformers.AutoModelForPreTraining.from_pretrained(full, **own)
 assert torch.equal(autoencoder(images, mask_ratio=0.75).logits, prediction)
 autoencoder.save_pretrained(saved)
 again = transformers.AutoModelForPreTraining.from_pretrained(saved, **own)
 assert torch.equal(again(images, mask_ratio=0.75).logits, prediction)
+processor = transformers.AutoImageProcessor.from_pretrained(saved, **own)
+assert processor(Image.new("RGB", (20, 20)))["pixel_values"].shape == (1, 3, 6, 10)
 theirs = transformers.AutoModelForImageClassification.from_pretrained(classifier, **own)
 assert torch.equal(theirs(images).logits, logits)
 processor = transformers.AutoImageProcessor.from_pretrained(classifier, **own)

@@ -90,9 +90,12 @@ def test_a_timm_vit_has_no_decoder_and_hides_nothing():
 
     torch.manual_seed(0)
     model = timm.create_model("vit_tiny_patch16_224", img_size=8, patch_size=2, in_chans=1, depth=2, num_classes=0)
-    found = measure_layers(model, "digits:test", count=5)
+    found = measure_layers(model, "digits:test", count=24)
     assert "inverses" in found.left_out
     assert len(find(found.rows, "pixel_r2", "z_next")) == 2
+    found = measure_layers(model, "digits:test", count=23)
+    assert found.left_out["pixels from layers"].startswith("176 patches of half of the images are too few")
+    assert find(found.rows, "pixel_r2", "z_next") == []
     with pytest.raises(UserError, match="cannot hide patches"):
         measure_layers(model, "digits:test", count=5, mask_ratio=0.5)
 

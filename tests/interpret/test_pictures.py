@@ -12,7 +12,7 @@ from crate_mae.errors import UserError
 from crate_mae.interpret.attention import attention_on_grid, class_attention, overlapping
 from crate_mae.interpret.curves import draw_layers
 from crate_mae.interpret.measure import measure_layers
-from crate_mae.interpret.pictures import draw_attention, draw_token_colours
+from crate_mae.interpret.pictures import Tile, draw_attention, draw_tiles, draw_token_colours
 from crate_mae.interpret.tokens import encode_patches, to_pictures, token_grid
 from crate_mae.models.tracing import trace
 
@@ -206,3 +206,14 @@ def test_a_network_without_subspaces_shows_its_stand_in_and_ranks(build):
         "effective rank of images’ features",
     ]
     assert {axes.get_xlabel() for axes in figure.axes if axes.get_title()} == {"layer of the encoder"}
+
+
+@pytest.mark.parametrize("columns", [1, 3, 9])
+def test_a_heading_is_as_wide_as_the_figure_at_most(columns):
+    tile = Tile(np.zeros((8, 8, 3)))
+    figure = draw_tiles([[tile] * columns], tile_width=1.25, heading="the mean patch is weighted by activation " * 4)
+    (text,) = figure.texts
+    box = text.get_window_extent()
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    highest = max(image.get_window_extent().y1 for axes in figure.axes for image in axes.images)
+    assert highest < box.y0 < box.y1 <= figure.bbox.height

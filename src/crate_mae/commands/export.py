@@ -75,7 +75,7 @@ def export(
             any size), and print the largest difference from the model. If the difference exceeds the tolerance, the
             folder is removed.
         tolerance: Maximum accepted absolute difference; outputs have magnitudes of 1 to 20. Ignored with int8.
-        int8: Store weights of an encoder in ONNX as 8-bit integers (dynamic quantisation): a quarter of the size.
+        int8: Store weights of an encoder in ONNX as 8-bit integers (dynamic quantisation): a third to half of the size.
         license: Licence of the weights for the model card, such as mit or cc-by-nc-4.0; by default, none.
 
     Returns:

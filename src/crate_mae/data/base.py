@@ -326,8 +326,8 @@ def align_classes(train: Labelled, val: Labelled, *, same: bool = False) -> list
         if source.labels is None or not (source.labels >= 0).any():
             raise UserError(
                 f"{source.name} ({option}) has no labels.\n"
-                "Labels are class folders, the columns file_name and label of a metadata.csv in the folder, a label\n"
-                "column in .parquet, .cls files in .tar shards, or (image, label) pairs."
+                "Labels are two or more class folders, the columns file_name and label of a metadata.csv in the\n"
+                "folder, a label column in .parquet, .cls files in .tar shards, or (image, label) pairs."
             )
     classes, found = (list(dict.fromkeys(occurring_classes(source))) for source in (train, val))
     missing = [name for name in classes if name not in found]

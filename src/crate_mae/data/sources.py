@@ -201,6 +201,8 @@ def _choices(inside: str) -> list[str]:
 
 
 def _not_found(path: Path, name: str) -> UserError:
+    if path.is_symlink():
+        return UserError(f"{path_text(path)} is a link to {path_text(path.readlink())}, which does not exist.")
     prefix, colon, rest = name.partition(":")
     near = nearest(prefix, _PREFIXES, similarity=0.7)
     if near and (colon or near == "digits"):

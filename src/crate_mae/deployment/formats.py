@@ -472,5 +472,6 @@ def check_difference(difference: float, tolerance: float) -> None:
     if not difference <= tolerance:
         raise UserError(
             f"What was exported differs from the model by up to {difference:.2g}; --tolerance is {tolerance:g}.\n"
-            "Nothing was kept. Please report this, with the output of `crate-mae doctor`."
+            "Nothing was kept. Differences above 1e-4 are not due to rounding: please report them, with the output of "
+            "`crate-mae doctor`."
         )

@@ -275,6 +275,12 @@ def _information(opened: Opened, images: Tensor, batches: list[Any], left_out: d
     if size is None or size[0] != size[1]:
         left_out["pixels from layers"] = "the patches are not square"
         return rows
+    fitted, d = len(images) // 2 * encoder.get_submodule("patch_embed").num_patches, encoder.num_features
+    if fitted < d:
+        left_out["pixels from layers"] = (
+            f"{fitted} patches of half of the images are too few to fit a map of {d} dimensions"
+        )
+        return rows
     return rows + pixels_from_layers(encoder, images, int(size[0]))
 
 

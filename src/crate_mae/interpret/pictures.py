@@ -1,6 +1,7 @@
 """Figures of small pictures in rows: images, attention maps, foregrounds, tokens as colours, atoms."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from crate_mae.drawing.text import percent
 from crate_mae.interpret.atoms import Atom, Gallery
 from crate_mae.interpret.foregrounds import FOREGROUND_MASS, mass_mask
 
-_CAPTION, _GAP, _TITLE_LINE, _HEADING, _LABEL = 0.24, 0.08, 0.19, 0.5, 1.3  # inches
+_CAPTION, _GAP, _TITLE_LINE, _HEADING_LINE, _LABEL = 0.24, 0.08, 0.19, 0.21, 1.3  # inches
+_LETTERS = 13  # of a heading in an inch
 _VEIL = np.array([0.0, 0.45, 0.7])  # the colour that lies over what is not foreground
 _VEILED = 0.8  # how much of it
 _FRAME = "#D55E00"
@@ -69,7 +71,7 @@ def draw_tiles(rows: Tiles, *, tile_width: float, heading: str = "") -> Figure:
     Args:
         rows: need not be of one length.
         tile_width: in inches.
-        heading: above all.
+        heading: above all, in as many lines as it takes.
     """
     tiles = [tile for row in rows for tile in row if tile is not None]
     columns = max(len(row) for row in rows)
@@ -79,10 +81,12 @@ def draw_tiles(rows: Tiles, *, tile_width: float, heading: str = "") -> Figure:
     below = _CAPTION if any(tile.caption for tile in tiles) else _GAP
     font_size = 10.5 if tile_width > _ROOMY else 9.0 if tile_width > _NARROW else 8.0
     beside = _LABEL if any(tile.label for tile in tiles) else 0
-    y = _HEADING if heading else _GAP
-    figure, axes = blank(tile_width * columns + beside, y + _TITLE_LINE * sum(titles) + len(rows) * (tallest + below))
+    width = tile_width * columns + beside
+    lines_above = textwrap.wrap(heading, int(_LETTERS * width))
+    y = _GAP + _HEADING_LINE * len(lines_above)
+    figure, axes = blank(width, y + _TITLE_LINE * sum(titles) + len(rows) * (tallest + below))
     if heading:
-        figure.suptitle(heading, y=1 - _GAP / figure.get_figheight(), va="top", fontsize=10, color=GREY)
+        figure.suptitle("\n".join(lines_above), y=1 - _GAP / figure.get_figheight(), va="top", fontsize=10, color=GREY)
     for row, lines in zip(rows, titles, strict=True):
         y += _TITLE_LINE * lines
         for column, tile in enumerate(row):
@@ -203,7 +207,7 @@ def draw_atoms(gallery: Gallery) -> Figure:
     """Draw what activates atoms, where, and what the decoder draws when they are raised, see `atom_tiles`."""
     heading = (
         f"Layer {gallery.atoms[0].layer}. Mean patch: weighted by activation, less the average patch. Drawn: "
-        "change of hidden pixels when the atom is raised by its\nstandard deviation; grey is no change. Linear: "
+        "change of hidden pixels when the atom is raised by its standard deviation; grey is no change. Linear: "
         "cosine of that change with the linear response (in brackets: in random directions)"
     )
     return draw_tiles(atom_tiles(gallery), tile_width=_TILE, heading=heading)

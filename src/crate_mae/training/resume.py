@@ -138,7 +138,8 @@ def describe_data_change(change: Mapping[str, Any]) -> str:
 def _changed_data_error(change: Mapping[str, Any], config: RunOptions) -> UserError:
     """The error to raise for data that has changed, if the user has not said that this is meant."""
     if change["images"] != change["images_before"]:
-        what = f"This run trains on {change['images_before']:,} images, but its data now has {change['images']:,}."
+        kind = "fewer" if change["images"] < change["images_before"] else "more"
+        what = f"This run trains on {change['images_before']:,} images, but there are {kind} in its data now."
     else:
         what = (
             f"The {' and the '.join(change['changed'])} have changed since this run started (names, contents or "

@@ -151,8 +151,9 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         """
         from crate_mae.deployment.huggingface.processing import CrateMAEImageProcessor
 
-        processor = CrateMAEImageProcessor.for_model(autoencoder_config(self.config))
+        processor: Any = CrateMAEImageProcessor.for_model(autoencoder_config(self.config))
         if _IS_COPY:
+            processor.auto_map = _of_processor(self.config.auto_map)
             super().save_pretrained(save_directory, **options)
             processor.save_pretrained(save_directory)
             for file in Path(__file__).parent.glob("[!_]*.py"):
@@ -162,6 +163,7 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         from crate_mae.deployment.huggingface.remote_code import auto_map, write_code
 
         self.config.auto_map = auto_map()
+        processor.auto_map = _of_processor(self.config.auto_map)
         repository = options.pop("repo_id", None) or Path(save_directory).name
         uploads = options.pop("push_to_hub", False)  # transformers would do it at once, with a card of its own
         hub = {key: options.pop(key) for key in ("private", "revision", "commit_message") if key in options}
@@ -182,6 +184,11 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder)
             return upload(Path(folder), repo_id, **options)
+
+
+def _of_processor(auto_map: dict[str, str]) -> dict[str, str]:
+    """The entry of `auto_map` that transformers looks for in the file of the image processor."""
+    return {name: place for name, place in auto_map.items() if name == "AutoImageProcessor"}
 
 
 class CrateMAEModel(CrateMAEPreTrainedModel):
