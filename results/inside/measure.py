@@ -5,27 +5,36 @@
 
 Three seeds of the network of the recipe `small_color` (monotone layers, 1,000 steps, as in results/monotone_layers),
 which are made in RUNS or read from there; of its ViT-MAE twin, with the better of two learning rates by held-out loss
-with seed 0; and of both with random initialisation. TRAINED holds runs of results/monotone_layers/measure.py, which are
-used if given. All training is on the first 45,000 training images; everything here is measured on test images.
+with seed 0; both with random initialisation; and the model in the package, which is the same network after 6,500 steps.
+TRAINED holds runs of results/monotone_layers/measure.py, which are used if given. The training of the three seeds is on
+the first 45,000 training images, that of the model in the package on all of them; everything here is measured on test
+images. Rows that a table already has are not made again.
 
 removals.csv: what is lost without each head and without eight atoms of each layer, against ten random draws each
-(`crate_mae.interpret.removals`). scores.csv: what an atom stands for, by layer and seed, against other directions in
-the same tokens. returns.csv: whether an atom of one seed has a counterpart in another.
+(`crate_mae.interpret.removals`); of the twin, which has no atoms, without each head. scores.csv: what an atom stands
+for, by layer and seed, against other directions in the same tokens. responses.csv: what the decoder draws when one of
+16 atoms of a layer is raised, against its linear response and against eight random directions of the code
+(`crate_mae.interpret.atoms`); means over atoms. returns.csv: whether an atom of one seed has a counterpart in another.
 
 Rules, written before the runs:
 - A head or an atom matters if it costs more than one more random draw would (p < 0.05, one-sided, Student's t over ten
   draws, Holm's correction over all of a model).
 - A kind of directions has a higher score than another one if the means over seeds of its median differ by more than two
-  standard errors, with the deviation of seeds; otherwise there is no difference.
+  standard errors, with the deviation of seeds; otherwise there is no difference. (Decided after the first scores of the
+  model in the package, of which there is one: its atoms are compared with five draws of random directions.)
 - Atoms return if their mean best correlation is higher than that of each control by the same rule.
+- The decoder follows an atom linearly if the mean cosine with the linear response is above 0.9, and better than a
+  random direction if it is higher by the same rule, over layers and seeds.
 """
 
 import csv
+import functools
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -42,7 +51,7 @@ from crate_mae.data import ImageSource, open_source
 from crate_mae.data.base import Part
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
-from crate_mae.interpret.atoms import of_codes
+from crate_mae.interpret.atoms import measure_atoms, of_codes
 from crate_mae.interpret.removals import fitted_probe, mattering, removals
 from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.features import encode, evaluating
@@ -50,16 +59,15 @@ from crate_mae.models.weights import initialised
 from crate_mae.training.recipes import read_recipe
 from crate_mae.training.run_directory import RunDirectory, numbers
 
-matplotlib.cm.get_cmap = matplotlib.colormaps.get_cmap  # overcomplete 0.3.0 imports it; matplotlib 3.9 removed it
-from overcomplete.sae import TopKSAE  # noqa: E402
-from overcomplete.sae.train import train_sae  # noqa: E402
-
 SEEDS, STEPS, SEEN = (0, 1, 2), 1000, 45_000
 TWIN, TWIN_RATES = "vit_mae_micro_wide_monotone_matched_patch4_32", (1.2e-3, 3.6e-3)
 ATOMS, COMPLETED, FITTED, CLASSIFIED = 8, 64, 2_000, 200  # of the removals: atoms of each layer, images
 SCORED, SAE_IMAGES, SAE_EPOCHS = 2_000, 4_000, 10
 # Published layers, another width: not a model that is scored.
 OTHER_EMBEDDING = "trained_models/crate_mae_micro_cifar10"
+IN_PACKAGE = "crate_mae_micro_monotone_cifar10"
+RESPONDING, DIRECTIONS = 16, 8  # atoms of each layer, random directions
+DRAWS = 5  # of as many random directions as atoms
 HERE = Path(__file__).parent
 
 Row = dict[str, Any]
@@ -69,42 +77,77 @@ Codes = Tensor  # "b n m": non-negative activations of m directions in n patches
 def main(train: str, test: str, runs: str, trained: str | None = None) -> None:
     """Make what is missing, and measure all of it."""
     torch.set_num_threads(1)
-    seen, asked, folder = Part(open_source(train), np.arange(SEEN)), open_source(test), Path(runs)
-    crates = {seed: of_library(seen, folder, seed, trained) for seed in SEEDS}
-    twins = {seed: of_twin(seen, folder, seed) for seed in SEEDS}
-    network = {
-        "trained": crates,
-        "random initialisation": {seed: untrained(model, seed) for seed, model in crates.items()},
-    }
-    write("removals", itertools.chain.from_iterable(lost(*each, seen, asked) for each in by_seed(network)))
-    images, labels = read(crates[0], asked, SCORED)
-    codes = {kind: {seed: codes_of(model, images) for seed, model in of.items()} for kind, of in network.items()}
-    others = {seed: sparse_autoencoders(twins[seed], codes["trained"][seed], images, seen, seed) for seed in SEEDS}
-    write("scores", scores(network, codes, others, images, labels, embedding_of(asked)))
-    write("returns", returns(network, codes, images))
+    seen, asked = Part(open_source(train), np.arange(SEEN)), open_source(test)
+    models = Models(seen, Path(runs), trained)
+    images, labels = read(models.of("in the package", 0), asked, SCORED)
+    embedding = functools.cache(lambda: embedding_of(asked))
+
+    @functools.cache
+    def codes(kind: str, seed: int) -> list[Codes]:
+        return codes_of(models.of(kind, seed), images)
+
+    def scored_codes(kind: str, seed: int) -> Iterator[Row]:
+        others = {}
+        if kind == "trained":  # as long as the twin
+            found = sparse_autoencoders(models.of("twin", seed), codes(kind, seed), images, seen, seed)
+            others["TopK autoencoder of the twin"] = found
+        untrained = codes("random initialisation", seed)
+        others["atoms of a network with random initialisation"] = [(code, None) for code in untrained]
+        inputs = dictionary_inputs(models.of(kind, seed), images)
+        if kind == "in the package":  # of which there is one: other draws of directions instead of other seeds
+            for draw in range(1, DRAWS):
+                others[f"random directions of the same tokens, draw {draw}"] = [
+                    (thresholded(x, random_directions(x, draw), active_share(code)), None)
+                    for x, code in zip(inputs, codes(kind, seed), strict=True)
+                ]
+        return scores(codes(kind, seed), inputs, others, seed, labels, embedding())
+
+    for kind, seed in [*itertools.product(("trained", "random initialisation"), SEEDS), ("in the package", 0)]:
+        row = {"model": kind, "seed": seed}
+        extend("removals", row, lambda k=kind, s=seed: lost(models.of(k, s), s, seen, asked))
+        extend("responses", row, lambda k=kind, s=seed: responses(models.of(k, s), s, images))
+        if kind != "random initialisation":  # which is a control of the others
+            extend("scores", row, lambda k=kind, s=seed: scored_codes(k, s))
+    for seed in SEEDS:
+        extend("removals", {"model": "twin", "seed": seed}, lambda s=seed: lost(models.of("twin", s), s, seen, asked))
+    for first, second in itertools.combinations(SEEDS, 2):
+        extend(
+            "returns", {"seeds": f"{first}, {second}"}, lambda a=first, b=second: returns(models, codes, images, a, b)
+        )
 
 
 # --- Models ---
 
 
-def of_library(seen: ImageSource, runs: Path, seed: int, trained: str | None) -> MaskedAutoencoder:
-    """Monotone layers."""
-    if trained is not None:
-        return crate_mae.load(Path(trained) / f"monotone_seed{seed}_lr0.0108")
-    return pretrained(seen, runs / f"monotone_{seed}", seed, lr=1.08e-2)[0]
+@dataclass(frozen=True)
+class Models:
+    """The models, which are trained or read when they are needed."""
 
+    seen: ImageSource
+    runs: Path
+    trained: str | None
 
-def of_twin(seen: ImageSource, runs: Path, seed: int) -> MaskedAutoencoder:
-    """The ViT-MAE of the same size, with the better learning rate."""
-    searched = [pretrained(seen, runs / f"twin_0_{lr:g}", 0, model=TWIN, lr=lr) for lr in TWIN_RATES]
-    best = TWIN_RATES[int(np.argmin([loss for _, loss in searched]))]
-    return pretrained(seen, runs / f"twin_{seed}_{best:g}", seed, model=TWIN, lr=best)[0]
+    @functools.cache  # noqa: B019  (there is one)
+    def of(self, kind: str, seed: int) -> MaskedAutoencoder:
+        """A model, by its kind and its seed."""
+        if kind == "in the package":
+            return crate_mae.load(IN_PACKAGE)
+        if kind == "random initialisation":
+            torch.manual_seed(seed)
+            return initialised(crate_mae.load(IN_PACKAGE).config)
+        if kind == "twin":  # with the better learning rate
+            searched = [pretrained(self.seen, self.runs / f"twin_0_{lr:g}", 0, model=TWIN, lr=lr) for lr in TWIN_RATES]
+            best = TWIN_RATES[int(np.argmin([loss for _, loss in searched]))]
+            return pretrained(self.seen, self.runs / f"twin_{seed}_{best:g}", seed, model=TWIN, lr=best)[0]
+        if self.trained is not None:
+            return crate_mae.load(Path(self.trained) / f"monotone_seed{seed}_lr0.0108")
+        return pretrained(self.seen, self.runs / f"monotone_{seed}", seed, lr=1.08e-2)[0]
 
 
 def pretrained(seen: ImageSource, out: Path, seed: int, **options: Any) -> tuple[MaskedAutoencoder, float]:
     """A model and its held-out loss, made or read."""
     if not (out / "model.safetensors").exists():
-        length = {"steps": STEPS, "warmup_epochs": 0.2, "monitor_steps": STEPS, "precision": "bfloat16"}
+        length = {"steps": STEPS, "warmup_epochs": 0.2, "monitor_steps": STEPS}
         one_core = {"threads": 1, "workers": 0, "trackers": (), "quiet": True}
         given = {**read_recipe("small_color").options, **length, **one_core, "seed": seed, **options}
         crate_mae.pretrain(seen, out=out, **given)
@@ -112,21 +155,10 @@ def pretrained(seen: ImageSource, out: Path, seed: int, **options: Any) -> tuple
     return crate_mae.load(out), losses[-1]
 
 
-def untrained(model: MaskedAutoencoder, seed: int) -> MaskedAutoencoder:
-    """The same network with random initialisation."""
-    torch.manual_seed(seed)
-    return initialised(model.config)
-
-
-def by_seed(network: dict[str, dict[int, MaskedAutoencoder]]) -> Iterator[tuple[str, int, MaskedAutoencoder]]:
-    """Every model with its kind and seed."""
-    return ((kind, seed, model) for kind, of in network.items() for seed, model in of.items())
-
-
 # --- What is lost ---
 
 
-def lost(kind: str, seed: int, model: MaskedAutoencoder, seen: ImageSource, asked: ImageSource) -> Iterator[Row]:
+def lost(model: MaskedAutoencoder, seed: int, seen: ImageSource, asked: ImageSource) -> Iterator[Row]:
     """Every removed part of a model."""
     backbone = open_backbone(model)
     images = read_images(asked, backbone.transform(), evenly(len(asked), COMPLETED), COMPLETED).images
@@ -135,7 +167,7 @@ def lost(kind: str, seed: int, model: MaskedAutoencoder, seen: ImageSource, aske
     found = removals(model, images, masks, probe=fitted_probe(backbone, parts), atoms=ATOMS, seed=seed)
     matters = set(map(id, mattering(found)))
     for each in found:
-        yield {"model": kind, "seed": seed, **asdict(each), "matters": id(each) in matters}
+        yield {**asdict(each), "matters": id(each) in matters}
 
 
 def evenly(total: int, count: int) -> np.ndarray:
@@ -174,15 +206,25 @@ def thresholded(tokens: Tensor, directions: Tensor, active: float) -> Codes:
     return (values - flat.topk(k, dim=0).values[-1]).relu()
 
 
+def random_directions(tokens: Tensor, seed: int) -> Tensor:
+    """As many as the tokens have dimensions, as columns."""
+    d = tokens.shape[-1]
+    return torch.randn(d, d, generator=torch.Generator().manual_seed(seed))
+
+
+def active_share(code: Codes) -> float:
+    """The share of active atoms, over patches."""
+    return float((code > 0).float().mean())
+
+
 def controls(tokens: Tensor, active: float, seed: int) -> dict[str, Codes]:
     """Other directions in the tokens that a dictionary codes, active as often as its atoms are on average."""
     d = tokens.shape[-1]
-    random = torch.randn(d, d, generator=torch.Generator().manual_seed(seed))
     flat = tokens.flatten(0, 1)
     principal = torch.linalg.svd(flat - flat.mean(0), full_matrices=False).Vh.T
     both = torch.cat([principal[:, : d // 2], -principal[:, : d // 2]], dim=1)
     return {
-        "random directions of the same tokens": thresholded(tokens, random, active),
+        "random directions of the same tokens": thresholded(tokens, random_directions(tokens, seed), active),
         "principal components of the same tokens": thresholded(tokens, both, active),
     }
 
@@ -194,6 +236,10 @@ def sparse_autoencoders(
 
     There are as many units as atoms, and as many are active in a token.
     """
+    matplotlib.cm.get_cmap = matplotlib.colormaps.get_cmap  # overcomplete 0.3.0 imports it; matplotlib 3.9 removed it
+    from overcomplete.sae import TopKSAE
+    from overcomplete.sae.train import train_sae
+
     learned, _ = read(twin, seen, SAE_IMAGES)
     found = []
     for layer in range(len(twin.encoder.blocks)):
@@ -245,33 +291,21 @@ def embedding_of(source: ImageSource) -> Tensor:
 
 
 def scores(
-    network: dict[str, dict[int, MaskedAutoencoder]],
-    codes: dict[str, dict[int, list[Codes]]],
-    others: dict[int, list[tuple[Codes, float]]],
-    images: Tensor,
+    codes: list[Codes],
+    inputs: list[Tensor],
+    others: dict[str, list[tuple[Codes, float | None]]],
+    seed: int,
     labels: Tensor,
     embedding: Tensor,
 ) -> Iterator[Row]:
-    """Medians over directions, for every kind, seed and layer."""
-
-    def rows(kind: str, seed: int, layer: int, code: Codes, explained: float | None = None) -> Row:
-        found = scored(code, labels, embedding)
-        return {"directions": kind, "seed": seed, "layer": layer, **found, "explained": explained}
-
-    for seed, model in network["trained"].items():
-        inputs = dictionary_inputs(model, images)
-        for layer, code in enumerate(codes["trained"][seed]):
-            active = float((code > 0).float().mean())
-            yield rows("atoms", seed, layer, code)
-            yield rows(
-                "atoms of a network with random initialisation",
-                seed,
-                layer,
-                codes["random initialisation"][seed][layer],
-            )
-            for kind, control in controls(inputs[layer], active, seed).items():
-                yield rows(kind, seed, layer, control)
-            yield rows("TopK autoencoder of the twin", seed, layer, *others[seed][layer])
+    """Medians over directions, for every kind and layer."""
+    for layer, code in enumerate(codes):
+        active = active_share(code)
+        of_layer = {"atoms": (code, None)}
+        of_layer |= {kind: (control, None) for kind, control in controls(inputs[layer], active, seed).items()}
+        of_layer |= {kind: other[layer] for kind, other in others.items()}
+        for kind, (each, explained) in of_layer.items():
+            yield {"directions": kind, "layer": layer, **scored(each, labels, embedding), "explained": explained}
 
 
 def scored(code: Codes, labels: Tensor, embedding: Tensor) -> Row:
@@ -291,7 +325,7 @@ def scored(code: Codes, labels: Tensor, embedding: Tensor) -> Row:
     same = weighted_pairs(a, one_hot)
     alike = weighted_pairs(a, embedding.double())
     return {
-        "active": float((code > 0).float().mean()),
+        "active": active_share(code),
         "never_active": float((~alive).float().mean()),
         "auc": float(auc.median()),
         "same_class": float(same.median()),
@@ -314,38 +348,46 @@ def aucs(a: Tensor, one_hot: Tensor) -> Tensor:
     return (ranks.T @ one_hot - inside * (inside + 1) / 2) / (inside * outside)
 
 
+# --- What the decoder draws ---
+
+
+def responses(model: MaskedAutoencoder, seed: int, images: Tensor) -> Iterator[Row]:
+    """For each layer, means over atoms and over random directions; of those under which hidden pixels change at all."""
+    for layer in range(len(model.encoder.blocks)):
+        found = measure_atoms(model, images, layer=layer, count=RESPONDING, draws=DIRECTIONS, seed=seed).atoms
+        drawn = [each for each in found if each.cosine is not None and each.random_cosine is not None]
+        of_all = ("change", "random_change")
+        of_drawn = ("cosine", "realised", "random_cosine")
+        yield {
+            "layer": layer,
+            "atoms": len(found),
+            **{name: fmean(getattr(each, name) for each in found) for name in of_all},
+            "drawn": len(drawn),
+            **{name: fmean(getattr(each, name) for each in drawn) if drawn else None for name in of_drawn},
+            "least_cosine": min((each.cosine for each in drawn), default=None),
+        }
+
+
 # --- Do atoms return ---
 
 
 def returns(
-    network: dict[str, dict[int, MaskedAutoencoder]], codes: dict[str, dict[int, list[Codes]]], images: Tensor
+    models: Models, codes: Callable[[str, int], list[Codes]], images: Tensor, first: int, second: int
 ) -> Iterator[Row]:
     """For two seeds: the largest correlation of each atom of the first with any of the second, mean over atoms."""
-    for first, second in itertools.combinations(SEEDS, 2):
-        inputs = dictionary_inputs(network["trained"][second], images)
-        for layer, code in enumerate(codes["trained"][first]):
-            active = float((codes["trained"][second][layer] > 0).float().mean())
-            candidates = {
-                "atoms of another seed": codes["trained"][second][layer],
-                "atoms of a network with random initialisation": codes["random initialisation"][second][layer],
-                **{f"{kind}, of another seed": c for kind, c in controls(inputs[layer], active, second).items()},
-            }
-            for kind, candidate in candidates.items():
-                yield {
-                    "seeds": f"{first}, {second}",
-                    "layer": layer,
-                    "among": kind,
-                    "correlation": best_match(code, candidate),
-                }
-        for layer, (a, b) in enumerate(
-            zip(codes["random initialisation"][first], codes["random initialisation"][second], strict=True)
-        ):
-            yield {
-                "seeds": f"{first}, {second}",
-                "layer": layer,
-                "among": "both with random initialisation",
-                "correlation": best_match(a, b),
-            }
+    inputs = dictionary_inputs(models.of("trained", second), images)
+    for layer, code in enumerate(codes("trained", first)):
+        active = active_share(codes("trained", second)[layer])
+        candidates = {
+            "atoms of another seed": codes("trained", second)[layer],
+            "atoms of a network with random initialisation": codes("random initialisation", second)[layer],
+            **{f"{kind}, of another seed": c for kind, c in controls(inputs[layer], active, second).items()},
+        }
+        for kind, candidate in candidates.items():
+            yield {"layer": layer, "among": kind, "correlation": best_match(code, candidate)}
+    of_both = zip(codes("random initialisation", first), codes("random initialisation", second), strict=True)
+    for layer, (a, b) in enumerate(of_both):
+        yield {"layer": layer, "among": "both with random initialisation", "correlation": best_match(a, b)}
 
 
 def best_match(code: Codes, candidates: Codes) -> float:
@@ -360,12 +402,15 @@ def best_match(code: Codes, candidates: Codes) -> float:
     return float((a.T @ b / len(a)).amax(1).mean())
 
 
-def write(name: str, rows: Iterator[Row]) -> None:
-    """A table; one that exists is kept."""
+def extend(name: str, key: Row, rows: Callable[[], Iterable[Row]]) -> None:
+    """Rows of a table with this key, if it has none."""
     path = HERE / f"{name}.csv"
-    if path.exists():
+    found: list[Row] = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines())) if path.exists() else []
+    if any(all(row[column] == str(value) for column, value in key.items()) for row in found):
         return
-    found = [{key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()} for row in rows]
+    for row in rows():
+        rounded = {column: f"{value:.5g}" if isinstance(value, float) else value for column, value in row.items()}
+        found.append(key | rounded)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(found[0]))
         writer.writeheader()
