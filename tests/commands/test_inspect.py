@@ -52,7 +52,11 @@ def test_a_run_tells_of_its_training(undrawn, tmp_path):
     training = json.loads((tmp_path / "report" / "measures.json").read_text())["training"]
     assert (training["Images"], training["Steps"]) == ("digits:train", "3 of 5 images")
     assert (training["Finished"], training["Hidden in training"]) == ("yes", "50% of the patches")
-    assert "50% of the patches hidden" in path.read_text(encoding="utf-8")  # completions as in training
+    page = path.read_text(encoding="utf-8")
+    assert "50% of the patches hidden" in page  # completions as in training
+    assert "may not hold on others" not in page
+    again = inspect(str(run), "digits:train", out=tmp_path / "again", count=2, probe_images=0, quiet=True)
+    assert "trained on digits:train, some held-out images excepted" in again.read_text(encoding="utf-8")
     (run / "config.yaml").write_text("nonsense: 1\n")
     assert "unknown" in command._training(run).lines["Options"]
 

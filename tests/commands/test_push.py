@@ -41,7 +41,8 @@ def test_what_a_run_tells(run):
     assert "linear probe, layer 0: 62.5% of 1,000 images of test." in facts["Results"]
     assert facts["Environment"] == "torch 2.9.9, AVX2"
     assert provenance(BUNDLED)["Training"].startswith("A CRATE-MAE with monotone layers and 1.86 M parameters")
-    assert provenance(NANO) == {}
+    for name in (NANO, f"{BUNDLED}:untrained"):
+        assert provenance(name) == {"Training": "None: the weights are a random initialisation."}
 
 
 def test_the_score_in_a_card_is_that_of_the_weights(run):

@@ -69,8 +69,9 @@ def _training(model: object) -> "Training":
     except UserError as error:  # a run of another version can still be inspected
         return Training(lines={"Options": f"unknown: {error}"})
     logged = run.metrics().read()
+    data = config.data if isinstance(config, PretrainOptions) else config.train
     lines = {
-        "Images": config.data if isinstance(config, PretrainOptions) else config.train,
+        "Images": data,
         "Steps": f"{config.steps:,} of {config.batch_size} images",
         "Learning rate": f"{config.lr:g}, weight decay {config.weight_decay:g}",
         "Finished": "yes" if run.is_finished else f"no, at step {logged[-1]['step'] if logged else 0}",
@@ -83,7 +84,7 @@ def _training(model: object) -> "Training":
         values = [float(row[column]) for row in logged if row.get(column)]
         if values:
             lines[MEASURES[column].title.capitalize()] = f"{values[0]:.4g} → {values[-1]:.4g}"
-    return Training(lines=lines, mask_ratio=hidden)
+    return Training(lines=lines, mask_ratio=hidden, data=data)
 
 
 @computes

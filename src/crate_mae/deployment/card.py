@@ -18,6 +18,7 @@ from crate_mae.errors import UserError, install_command
 from crate_mae.models.checkpoints import is_checkpoint, named_checkpoint, newest_checkpoint, step_of
 from crate_mae.models.config import CONFIG_FILE, ClassifierConfig, Config, encoder_config
 from crate_mae.models.presets import bundled_folder, list_bundled
+from crate_mae.models.weights import is_untrained
 
 ABOUT = "training.md"  # in the folder of a model that is passed on without its run
 LICENSE = "License"  # the heading that the Hub's own field is filled from
@@ -74,11 +75,13 @@ def provenance(model: Any) -> dict[str, str]:
     """What is known about a model's training, by heading: data, recipe, results, environment.
 
     Args:
-        model: any form of MODEL. Only the folder of a run, one of its checkpoints, and a folder with `training.md`
-            (that of a bundled model has one) have such facts.
+        model: any form of MODEL. Only the folder of a run, one of its checkpoints, a folder with `training.md` (that
+            of a bundled model has one), and the name of a random initialisation have such facts.
     """
     if not isinstance(model, (str, Path)):
         return {}
+    if is_untrained(str(model)):
+        return {"Training": "None: the weights are a random initialisation."}
     folder = run = bundled_folder(str(model)) if str(model) in list_bundled() else Path(model).absolute()
     if (folder / ABOUT).is_file():
         about = (folder / ABOUT).read_text(encoding="utf-8").strip()

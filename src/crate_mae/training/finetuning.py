@@ -174,7 +174,7 @@ class Finetuning(Task[FinetuneOptions]):
         images = "IMAGES" if self.config.val.startswith(PYTHON_OBJECT) else shlex.quote(self.config.val)
         return [
             f"{run} holds the best model. It was selected on these images, so its accuracy on others may be lower.",
-            f"Predict others:   crate-mae predict {shlex.quote(str(run))} {images} --out predictions.csv",
+            f"Predict images:   crate-mae predict {shlex.quote(str(run))} {images} --out predictions.csv",
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]
 

@@ -189,7 +189,7 @@ class Pretraining(Task[PretrainOptions]):
         images = "IMAGES" if self.config.is_from_python else shlex.quote(self.config.data)
         return [
             f"Curves, pictures: {self.directory.report}",
-            f"Complete others:  crate-mae reconstruct {shlex.quote(str(run))} {images} --out picture.png",
+            f"Complete images:  crate-mae reconstruct {shlex.quote(str(run))} {images} --out picture.png",
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +15,7 @@ from torch import Tensor
 from crate_mae.data import ImageSource
 from crate_mae.data.base import fixed_sample
 from crate_mae.data.documents import to_csv
+from crate_mae.data.sources import full_name
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError, and_more
 from crate_mae.evaluation.probing import versions
@@ -82,10 +83,12 @@ class Training:
     Attributes:
         lines: of a table, by their names.
         mask_ratio: share of patches that was hidden; None if it is not known.
+        data: name of the training images; empty if it is not known.
     """
 
     lines: dict[str, str] = field(default_factory=dict)
     mask_ratio: float | None = None
+    data: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +207,7 @@ def inspect_model(
         atoms=atoms,
         examples=examples,
         left_out=left_out | examples.left_out,
-        notes=[*inspector.notes, *_shortages(subjects, measured, settings)],
+        notes=[*inspector.notes, *_training_images(known, settings), *_shortages(subjects, measured, settings)],
         versions={"python": platform.python_version(), **versions()},
     )
 
@@ -320,6 +323,15 @@ class _Inspector:
         except UserError as error:
             self.left_out["atoms"] = str(error)
             return None
+
+
+def _training_images(known: Training, settings: InspectOptions) -> Iterator[str]:
+    """A sentence if the model was trained on the images that it is measured on."""
+    if isinstance(settings.data, (str, Path)) and known.data == full_name(settings.data):
+        yield (
+            f"The model was trained on {settings.data}, some held-out images excepted: what holds on these images may "
+            "not hold on others."
+        )
 
 
 def _shortages(subjects: Subjects, measured: Sequence[SubjectMeasures], settings: InspectOptions) -> list[str]:
