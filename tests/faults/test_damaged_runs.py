@@ -212,7 +212,7 @@ def test_options_of_the_model_changed_under_a_run_are_refused(killed, before, af
     text = (killed / "config.yaml").read_text()
     assert before in text
     (killed / "config.yaml").write_text(text.replace(before, after))
-    with pytest.raises(UserError, match=rf"than the run began with:\n  {told}\n"):
+    with pytest.raises(UserError, match=rf"from the options that the run started with:\n  {told}\n"):
         resume(killed, quiet=True)
 
 
@@ -237,7 +237,7 @@ def test_labels_changed_under_a_run_are_refused(tmp_path):
 
     killed_at(2, run)
     train = [(image, 1 - label) for image, label in train]
-    with pytest.raises(UserError, match="The training labels are not those"):
+    with pytest.raises(UserError, match="The training labels have changed since this run started"):
         run()
 
 

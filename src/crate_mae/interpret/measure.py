@@ -270,12 +270,13 @@ def _information(opened: Opened, images: Tensor, batches: list[Any], left_out: d
         left_out["feature rank and pixels from layers"] = "they need at least 2 images"
         return dead
     rows = dead + feature_ranks(opened.net, batches, masked_pass)
-    encoder = opened.backbone.encoder
-    size: Any = getattr(getattr(encoder, "patch_embed", None), "patch_size", None)
+    encoder: Any = opened.backbone.encoder
+    patch_embed: Any = getattr(encoder, "patch_embed", None)
+    size = getattr(patch_embed, "patch_size", None)
     if size is None or size[0] != size[1]:
         left_out["pixels from layers"] = "the patches are not square"
         return rows
-    fitted, d = len(images) // 2 * encoder.get_submodule("patch_embed").num_patches, encoder.num_features
+    fitted, d = len(images) // 2 * patch_embed.num_patches, encoder.num_features
     if fitted < d:
         left_out["pixels from layers"] = (
             f"{fitted} patches of half of the images are too few to fit a map of {d} dimensions"
