@@ -24,7 +24,7 @@ from cyclopts.types import ExistingFile
 
 from crate_mae.data.documents import read_yaml
 from crate_mae.data.files import path_of
-from crate_mae.errors import RunStopped, UserError
+from crate_mae.errors import RunStopped, UserError, and_more
 from crate_mae.terminal import clean_warnings, open_console
 
 _LARGEST = 2**53  # whole numbers up to which floats are exact
@@ -216,10 +216,9 @@ def main(tokens: Sequence[str] | None = None) -> None:
         with _terminated_cleanly(), clean_warnings():
             build_app().meta(tokens, exit_on_error=False, print_error=False, result_action="return_value")
     except UnusedCliTokensError as error:
-        first, *others = error.unused_tokens or [""]
         _fail(
-            f"{first}{f' and {len(others)} more words' if others else ''} cannot be used here: the command has what it "
-            "needs before. If a pattern such as *.jpg was meant, give its folder, or put it in quotes."
+            f"{and_more(error.unused_tokens or [], 1)} cannot be used here: the command has what it needs before. If a "
+            "pattern such as *.jpg was meant, give its folder, or put it in quotes."
         )
     except (UserError, CycloptsError) as error:
         _fail(str(error))

@@ -113,7 +113,7 @@ def test_options_come_from_a_file_and_typed_ones_win(crate_mae_command, tmp_path
 def test_words_that_a_shell_made_of_a_pattern_are_explained(crate_mae_command):
     code, _, error = crate_mae_command("pretrain", "a.jpg", "b.jpg", "c.jpg", "--out", "run")
     assert code == 2
-    assert "b.jpg and 1 more words cannot be used here" in error and "give its folder" in error
+    assert "b.jpg and 1 more cannot be used here: " in error and "give its folder" in error
 
 
 def test_an_unknown_key_in_a_file_is_named(crate_mae_command, tmp_path):

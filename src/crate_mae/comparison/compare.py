@@ -110,11 +110,12 @@ def publish(
 
 def _plan(options: CompareOptions, entries: Sequence[Entry], costs: Sequence[Costs]) -> list[Planned]:
     budget, networks = parse_budget(options.budget), Counter(entry.named for entry in entries)
-    share = {"tries": options.lr_search, "share": options.search_share}
-    return [
-        Planned(entry, cost, plan_budget(budget, entry, cost, **share, networks=networks[entry.named]))
-        for entry, cost in zip(entries, costs, strict=True)
-    ]
+
+    def plan(entry: Entry, cost: Costs) -> BudgetPlan:
+        tries, share = options.lr_search, options.search_share
+        return plan_budget(budget, entry, cost, tries=tries, share=share, networks=networks[entry.named])
+
+    return [Planned(entry, cost, plan(entry, cost)) for entry, cost in zip(entries, costs, strict=True)]
 
 
 def _plan_content(options: dict[str, Any], planned: Sequence[Planned]) -> dict[str, Any]:

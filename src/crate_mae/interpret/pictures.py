@@ -136,7 +136,7 @@ def draw_attention(
         saliency: of all heads together.
     """
     heading = (
-        "Attention of the class token, each map from 0 (dark) to its largest value;\n"
+        "Attention of the class token, each map from 0 (dark) to its largest value; "
         "below: that value over the map's mean (1 is uniform attention)"
     )
     return draw_tiles(attention_tiles(pictures, heads, saliency), tile_width=_TILE, heading=heading)
@@ -185,9 +185,9 @@ def draw_token_colours(
     tokens = _lines([Tile(each, caption=caption) for each, caption in zip(colours, captions, strict=True)])
     rows = [[*line, *[None] * (_LEAST_WIDTH - len(line))] for pair in zip(images, tokens, strict=True) for line in pair]
     text = (
-        f"of all images' tokens together:\n{explained[0].sum():.0%} of their variance"
+        f"of all images' tokens together: {explained[0].sum():.0%} of their variance"
         if joint
-        else "of each image's tokens;\nbelow: their share of the variance"
+        else "of each image's tokens; below: their share of the variance"
     )
     return draw_tiles(rows, tile_width=_TILE, heading=f"Three principal components {text}")
 

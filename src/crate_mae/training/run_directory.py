@@ -296,7 +296,7 @@ class CsvLog:
             self._replace(rows, self.columns)
 
     def _replace(self, rows: Sequence[Mapping[str, object]], columns: Sequence[str]) -> None:
-        write_whole(self.path, to_csv(columns, ([row.get(name, "") for name in columns] for row in rows)))
+        write_whole(self.path, to_csv(columns, ([row.get(name) for name in columns] for row in rows)))
 
     def cut_back(self, step: int | None) -> None:
         """Keep the rows up to and including `step`, with the columns that they have; None keeps nothing."""
