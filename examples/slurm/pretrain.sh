@@ -2,7 +2,7 @@
 # Pretrain on several machines with SLURM. Options after the two paths are passed to `crate-mae pretrain`:
 #   sbatch examples/slurm/pretrain.sh FOLDER runs/mine --epochs 800 --precision bfloat16
 # The data and the run's folder must be on a file system that all machines share. Before the time limit, the run saves a
-# checkpoint and stops; the same command resumes it, also on a different number of machines.
+# checkpoint and stops; the same command resumes it, even on a different number of machines.
 #SBATCH --job-name=crate-mae
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -30,7 +30,7 @@ from crate_mae.terminal import clean_warnings, open_console
 _LARGEST = 2**53  # whole numbers up to which floats are exact
 # name: (function, its line in `crate-mae --help`, which does not import the function)
 _COMMANDS = {
-    "try": ("train:try_digits", "Pretrain on the handwritten digits of scikit-learn, in under 3 minutes."),
+    "try": ("train:try_digits", "Pretrain on the handwritten digits of scikit-learn, in two to five minutes."),
     "pretrain": ("train:pretrain", "Pretrain on unlabelled images."),
     "finetune": ("train:finetune", "Train a classifier on labelled images, from a pretrained model or from scratch."),
     "resume": ("train:resume", "Continue an interrupted run exactly from its last checkpoint."),

@@ -125,6 +125,8 @@ def as_words(values: Mapping[str, Any]) -> list[str]:
     for name, value in values.items():
         if isinstance(value, bool):
             words.append(option_name(name) if value else f"--no-{option_name(name)[2:]}")
+        elif name == "image_size" and isinstance(value, (tuple, list)):
+            words += [option_name(name), "x".join(map(str, value))]  # one word
         elif value == ():
             words.append(f"--no-{option_name(name)[2:]}")
         elif isinstance(value, dict):

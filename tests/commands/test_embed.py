@@ -139,6 +139,19 @@ def test_options_reach_the_features(model, tmp_path, crate_mae_command):
     np.testing.assert_allclose(np.linalg.norm(np.load(out), axis=1), 1, atol=1e-6)
 
 
+def test_features_do_not_replace_their_whitening(model, tmp_path, crate_mae_command):
+    out = tmp_path / "x.safetensors"
+    code, _, error = crate_mae_command("embed", model, DATA, "--out", out, "--whiten", out)
+    assert code == 2
+    assert "Name two files" in error and not out.exists()
+
+
+def test_pixels_are_not_said_to_come_from_a_layer(tmp_path, crate_mae_command):
+    code, text, error = crate_mae_command("embed", "pixels:8", DATA, "--out", tmp_path / "f.npy")
+    assert code == 0, error
+    assert "297 images, 192 numbers each (their pixels)" in text
+
+
 def test_a_model_from_python_and_images_without_labels(tmp_path):
     images = [torch.rand(3, 9, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     net = crate_mae.create_model(MODEL)

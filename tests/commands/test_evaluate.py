@@ -146,6 +146,17 @@ def test_features_that_are_no_better_than_untrained_ones_are_called_so(trained, 
     assert "no better than random initialisation on these images" in report["verdict"]
 
 
+def test_equal_completions_have_an_interval_of_no_width():
+    from crate_mae.commands.reconstruct import _verdict
+    from crate_mae.evaluation.reconstruction import CompletionScore
+
+    def score(psnr, half_width):
+        return CompletionScore(0.75, 12, 1.0, 1.0, psnr, 0.5, half_width)
+
+    assert "80.00 dB WORSE" in _verdict("it", [score(20.0, 0.0)], {"flat patches": [score(100.0, 0.0)]})
+    assert "no better than" in _verdict("it", [score(20.0, None)], {"flat patches": [score(100.0, 0.0)]})
+
+
 def test_a_layer_is_chosen_by_training_images(trained, photos, monkeypatch):
     from crate_mae.commands.evaluate import _verdict
     from crate_mae.evaluation import probing

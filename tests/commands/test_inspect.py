@@ -56,7 +56,9 @@ def test_a_run_tells_of_its_training(undrawn, tmp_path):
     assert "50% of the patches hidden" in page  # completions as in training
     assert "may not hold on others" not in page
     again = inspect(str(run), "digits:train", out=tmp_path / "again", count=2, probe_images=0, quiet=True)
-    assert "trained on digits:train, some held-out images excepted" in again.read_text(encoding="utf-8")
+    assert "trained on images of digits:train: what holds on these images may not hold on others" in again.read_text(
+        encoding="utf-8"
+    )
     (run / "config.yaml").write_text("nonsense: 1\n")
     assert "unknown" in command._training(run).lines["Options"]
 

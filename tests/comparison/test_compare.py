@@ -49,14 +49,14 @@ def test_runs_differ_in_model_learning_rate_and_seed_alone(compared):
 
 def test_the_learning_rate_is_that_of_the_lowest_held_out_loss_of_the_training_images(compared):
     for result in compared.results:
-        losses = result.trained.search_losses
-        assert result.trained.rate == min(losses, key=losses.get)
+        losses = result.search_losses
+        assert result.rate == min(losses, key=losses.get)
         for rate, loss in losses.items():
             run = compared.path / "runs" / result.name / f"search-{rate:.3g}"
             assert read_csv(run / "metrics.csv")[-1]["held_out_loss"] == str(loss)
             assert load_config(run / "config.yaml").val is None  # so they are taken out of the training images
         final = load_config(compared.path / "runs" / result.name / "seed-0" / "config.yaml")
-        assert final.lr == result.trained.rate
+        assert final.lr == result.rate
 
 
 def test_the_table_has_a_row_for_each_entry_and_control(compared):
@@ -251,15 +251,13 @@ def test_the_search_chooses_among_networks_with_as_many_trials_for_each_entry(co
     assert plan["options"]["models"] == list(named)
     assert [name.partition("?")[2] for name in plan["entries"]] == ["depth=1", "depth=2"] * 2
     for result, name in zip(comparison.results, (CRATE, VIT), strict=True):
-        trials = result.trained.trials
+        trials = result.trials
         assert [trial.planned.entry.name for trial in trials] == [
             f"{name}?depth={depth}" for depth in (1, 2) for _ in range(2)
         ]
         best = min(trials, key=lambda trial: trial.loss)
-        assert (result.name, result.trained.rate) == (best.planned.entry.name, best.rate)
-        assert list(result.trained.search_losses) == [
-            trial.rate for trial in trials if trial.planned.entry.name == result.name
-        ]
+        assert (result.name, result.rate) == (best.planned.entry.name, best.rate)
+        assert list(result.search_losses) == [trial.rate for trial in trials if trial.planned.entry.name == result.name]
         runs = sorted((tmp_path / "out" / "runs").glob(f"{name},*/*"))
         steps = {run.name[:4]: load_config(run / "config.yaml").steps for run in runs}
         assert (len(runs), steps) == (5, {"sear": 2, "seed": 8})  # the whole budget, and no more

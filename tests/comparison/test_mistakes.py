@@ -7,9 +7,10 @@ import shutil
 import pytest
 import torch
 
-from crate_mae.comparison.entries import Costs, Entry, plan_budget
+from crate_mae.comparison.entries import Costs, Entry, _check_classes, plan_budget
 from crate_mae.comparison.options import Budget, parse_budget
 from crate_mae.comparison.runs import next_rate
+from crate_mae.data import open_source
 from crate_mae.errors import UserError
 from crate_mae.models.presets import preset
 from crate_mae.training.options import PretrainOptions
@@ -159,6 +160,23 @@ def test_a_damaged_plan_is_refused(compare, tmp_path):
     (tmp_path / "comparison.yaml").write_text("options: [3")
     with pytest.raises(UserError, match="cannot be read as a comparison"):
         compare(tmp_path)
+
+
+def test_a_budget_that_is_not_text_is_refused_in_the_same_sentence():
+    with pytest.raises(UserError, match='--budget "2000" is not a valid budget'):
+        parse_budget(2000)
+
+
+def test_an_image_that_cannot_be_read_is_not_a_class_with_too_few():
+    class Damaged(list):
+        def __getitem__(self, i):
+            if i == 7:
+                raise OSError("damaged")
+            return super().__getitem__(i)
+
+    train = open_source(Damaged(images(60, ["cat", "dog"])))
+    assert -1 in train.labels
+    assert _check_classes(train, open_source(images(20, ["cat", "dog"]))) == 2
 
 
 @pytest.mark.parametrize("text", ["steps=2000", "minutes=0.5", "flops=1e+15"])

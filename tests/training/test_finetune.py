@@ -19,6 +19,7 @@ from crate_mae.models.classifier import Classifier
 from crate_mae.models.weights import load, save
 from crate_mae.training.finetuning import Finetuning
 from crate_mae.training.options import FinetuneOptions, check
+from crate_mae.training.processes import StopRequest
 from tests.training.conftest import at_step, weights
 
 PLAIN = {"mixup": 0.0, "cutmix": 0.0, "rand_augment": "", "flip": False, "min_crop": 1.0, "drop_path": 0.0, "ema": 0.0}
@@ -93,6 +94,19 @@ def test_the_best_is_that_of_the_model_that_is_kept(scores, best):
         {"step": 10.0 * i, "val_accuracy": now, "best_score": so_far} for i, (now, so_far) in enumerate(scores, start=1)
     ]
     assert f"{scores[-1][0]:.2%} now; {best}, the best." in Finetuning.describe_result(None, rows)
+
+
+def test_a_run_that_ends_before_its_first_validation_has_a_report(
+    tiny_finetuning, written_report, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch, pytest.raises(RunStopped):
+        patch.setattr(StopRequest, "signal", signal.SIGTERM)
+        tiny_finetuning()
+    report = next(tmp_path.glob("*/report.html")).read_text(encoding="utf-8")
+    assert (
+        "The run has stopped: stopped by SIGTERM and saved after step 1. Accuracy has not been measured yet." in report
+    )
+    assert "layers.csv" not in report and "pictures/" not in report
 
 
 def test_the_model_of_the_run_is_the_best_and_not_the_last(tiny_finetuning, monkeypatch):

@@ -8,7 +8,7 @@ from crate_mae.models.autoencoder import MaskedAutoencoder
 from crate_mae.models.classifier import Classifier
 from crate_mae.training import preflight
 from crate_mae.training.config import load_config
-from crate_mae.training.preflight import StepTooLargeError, first_step
+from crate_mae.training.preflight import StepTooLargeError, first_step, peak_memory, restart_peak
 
 
 @pytest.fixture
@@ -66,6 +66,20 @@ def test_the_first_step_itself_is_halved_too(tiny_run, monkeypatch):
     run = tiny_run(steps=3)
     assert run.config.accumulation == 2
     assert len(run.metrics()) == len(tiny_run("other", steps=3, accumulation=2).metrics())
+    log = (run.path / "log.txt").read_text()
+    assert "End: the first step did not fit in memory." in log and "was killed" not in log
+
+
+def test_the_peak_of_a_run_is_not_that_of_what_ran_before(tiny_run):
+    def fill():
+        torch.ones(2**27)  # 512 MiB, freed at once
+        return peak_memory()
+
+    if fill() - restart_peak() < 2**28:
+        pytest.skip("This system does not let a process forget its peak of memory.")
+    before = fill()
+    tiny_run(steps=2)
+    assert peak_memory() < before - 2**28
 
 
 def test_the_halved_step_is_judged_and_built_as_it_will_be_taken(tiny_run, limited, monkeypatch):

@@ -141,8 +141,10 @@ def test_a_compiler_that_does_not_work_is_reported_before_anything_is_written(re
 
 
 def test_resuming_what_is_no_run_is_refused(tmp_path):
-    with pytest.raises(UserError, match="is not a run"):
-        resume(tmp_path)
+    (tmp_path / "photo.png").touch()
+    for path in (tmp_path, tmp_path / "photo.png", tmp_path / "nothing"):
+        with pytest.raises(UserError, match=r"is not a run: it has no config\.yaml"):
+            resume(path)
 
 
 def test_two_images_are_enough(tiny_run):

@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -97,6 +98,18 @@ def test_labels_are_measured_by_the_vote_of_eval_knn(labelled, tmp_path):
 def test_the_result_says_if_training_has_not_helped(labelled, first, last, said):
     rows = [{"held_out_loss": 1.0, "knn_accuracy": score} for score in (first, last)]
     assert labelled().describe_result(rows).endswith(said)
+
+
+def test_an_accuracy_that_could_not_be_measured_is_not_reported(labelled):
+    rows = [{"held_out_loss": 1.0, "knn_accuracy": math.nan} for _ in range(2)]
+    assert "k-NN" not in labelled().describe_result(rows)
+
+
+def test_without_a_held_out_image_of_the_classes_there_is_no_probe(labelled):
+    generator = torch.Generator().manual_seed(0)
+    images = [(torch.rand(1, 8, 8, generator=generator), i % 2) for i in range(400)]
+    assert labelled(images, [(image, label) for image, label in images[:50]]).probe is not None
+    assert labelled(images, [(image, 2) for image, _ in images[:50]]).probe is None
 
 
 def test_the_loss_has_no_labels_and_the_probe_needs_enough(labelled, tmp_path):

@@ -87,14 +87,23 @@ def test_a_plan_as_json_is_all_that_stands_on_the_standard_output(tiny_run, tmp_
     plan = json.loads(shown.out)
     assert plan.keys() == {
         *("command", "out", "options", "parameters", "train_images", "held_out_images", "steps_per_epoch", "processes"),
-        *("device", "seconds_per_step", "seconds", "memory_bytes", "plan"),
+        *("device", "seconds_per_step", "seconds", "memory_bytes", "plan", "finished"),
     }
+    assert plan["finished"] is False
     assert (plan["train_images"], plan["held_out_images"], plan["steps_per_epoch"]) == (283, 14, 11)
     assert plan["options"]["lr"] == run.config.lr and "283 of digits:test" in plan["plan"]["images"]
     assert "nothing has been written" in shown.err
     with pytest.raises(UserError, match="add --dry-run, or leave out --json"):
         tiny_run(json=True)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_of_a_finished_run_as_json_says_that_it_is_finished(tiny_run, capsys):
+    run = tiny_run(steps=2)
+    tiny_run(steps=2, dry_run=True, json=True, quiet=False)
+    found = json.loads(capsys.readouterr().out)
+    assert (found["command"], found["out"], found["finished"]) == ("pretrain", str(run.path), True)
+    assert found["options"]["steps"] == 2
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_columns_that_it_did_not_have(tiny_run, tmp_path, monkeypatch):
@@ -331,6 +340,17 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(tiny_run, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_folder_of_a_run_that_began_at_the_same_time_stays(tiny_run, tmp_path, monkeypatch):
+    def held(lock):  # by the other, which has made the folder since this one looked
+        (lock.parent / "config.yaml").write_text("of the other run")
+        raise UserError("is being written by another run of crate-mae")
+
+    monkeypatch.setattr(run_directory, "_locked", held)
+    with pytest.raises(UserError, match="by another run"):
+        tiny_run()
+    assert (tmp_path / "run" / "config.yaml").read_text() == "of the other run"
+
+
 def test_too_many_unreadable_images_stop_the_run_which_can_be_resumed(tiny_run, photos):
     folder = photos(60, bad=9)
     with pytest.raises(UserError, match=r"cannot be read, more than --max-bad 0.02(.|\n)*bad_files.csv"):
@@ -523,6 +543,10 @@ def test_a_long_plan_names_shorter_commands_that_work(tiny_run, speed, tmp_path,
     for command in commands:
         main([*shlex.split(command)[1:], "--dry-run"])
     assert "(from the images' median of 8 x 8)" in capsys.readouterr().out
+    tiny_run(dry_run=True, quiet=False, image_size=8)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("30-min run 1")]
+    assert "--image-size 8x8 " in lines[0]
+    main([*shlex.split(lines[0].split("  ", 1)[1])[1:], "--dry-run"])
     speed(1.0)
     tiny_run(dry_run=True, quiet=False)
     assert "30-min run" not in capsys.readouterr().out

@@ -9,7 +9,7 @@ from rich.text import Text
 from crate_mae.commands.console import print_bad, print_json, progress
 from crate_mae.data.documents import to_csv
 from crate_mae.data.files import output_path, refuse_existing, write_whole
-from crate_mae.data.numbers import MAX_BAD, MOST_THREADS, check_whole
+from crate_mae.data.numbers import MAX_BAD, MOST_THREADS, check_whole, describe_not_share
 from crate_mae.data.results import DataReport
 from crate_mae.errors import UserError, and_more
 from crate_mae.terminal import open_console
@@ -85,8 +85,8 @@ def resize(
     check_whole("--size", size, 1, _LARGEST_SIDE)
     if workers is not None:
         check_whole("--workers", workers, 0, MOST_THREADS)
-    if not 0.0 <= max_bad <= 1.0:
-        raise UserError(f"--max-bad is {max_bad}, but must be between 0 and 1.")
+    if mistake := describe_not_share("--max-bad", max_bad):
+        raise UserError(mistake)
     from crate_mae.data import open_source
     from crate_mae.data.resize import resize_images
 

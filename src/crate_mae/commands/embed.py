@@ -129,6 +129,8 @@ def embed(options: EmbedOptions) -> Embedding:
     check_feature_file(out, options.pooling)
     extraction = options.extraction(DEFAULT_LAYER if options.layer is None else options.layer, options.pooling)
     transform = None if options.whiten is None else _whitening_file(options.whiten, options.pooling)
+    if transform is not None and transform.absolute() == out.absolute():
+        raise UserError(f"--whiten and --out are both {out}: the features would replace the whitening. Name two files.")
     source = open_source(options.data)
     backbone = open_backbone(options.model, seed=options.seed)
     console = open_console()
@@ -141,7 +143,7 @@ def embed(options: EmbedOptions) -> Embedding:
     write_features(features, out)
     print_bad(console, features.bad)
     print_if_random(console, backbone.name, backbone.is_random)
-    console.print_text(_summary(features, out))
+    console.print_text(_summary(features, backbone, out))
     if hint:
         console.print_text(hint)
     bad = [(image.location, image.reason) for image in features.bad]
@@ -182,8 +184,12 @@ def _whitened(console: CleanConsole, features: "Features", backbone: "Backbone",
     return whitening.of(features, backbone)
 
 
-def _summary(features: "Features", out: Path) -> str:
+def _summary(features: "Features", backbone: "Backbone", out: Path) -> str:
+    from crate_mae.evaluation.backbones import RawPixels
+
+    is_pixels = isinstance(backbone.encoder, RawPixels)
     size = features.values.shape[-1]
     each = f"{features.values.shape[1]} tokens of {size}" if features.values.ndim == 3 else str(size)
     images = f"{len(features.values):,} images, {each} numbers each"
-    return f"Saved {out}: {images} ({features.pooling} of layer {features.layer})."
+    what = "their pixels" if is_pixels else f"{features.pooling} of layer {features.layer}"
+    return f"Saved {out}: {images} ({what})."

@@ -23,7 +23,7 @@ from crate_mae.data.files import write_whole
 from crate_mae.data.numbers import check_whole
 from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
-from crate_mae.models.config import HeadPooling
+from crate_mae.models.config import NEIGHBOURS, HeadPooling
 from crate_mae.options import JSON_HELP, Data, option
 from crate_mae.terminal import CleanConsole, open_console
 
@@ -73,7 +73,7 @@ class ProbeOptions(FeatureOptions):
 class KnnOptions(ProbeOptions):
     """The options of `eval_knn`."""
 
-    k: int = option(20, "Number of neighbours.")
+    k: int = option(NEIGHBOURS, "Number of neighbours.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -259,7 +259,8 @@ def _verdict(name: str, scores: "list[CompletionScore]", controls: "Mapping[str,
     score, comparisons = scores[at], []
     for control, others in controls.items():
         difference = score.psnr - others[at].psnr
-        overlap = abs(difference) <= (score.psnr_half_width or math.inf) + (others[at].psnr_half_width or math.inf)
+        widths = [math.inf if width is None else width for width in (score.psnr_half_width, others[at].psnr_half_width)]
+        overlap = abs(difference) <= sum(widths)
         comparisons.append(compared_with(_short(control), difference, ".2f", "dB", overlap=overlap))
     where = f"With {100 * score.mask_ratio:g}% hidden, completions of {name} ({score.psnr:.2f} dB) are "
     return f"{where}{' and '.join(comparisons)}."

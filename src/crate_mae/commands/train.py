@@ -83,14 +83,14 @@ def resume(run: Path | str, *, data_changed: bool = False, quiet: bool = False) 
         UserError: if this is not a run, or for a reason to stop that can be fixed.
         RunStopped: after Ctrl-C, SIGTERM or SIGHUP, when everything has been saved.
     """
+    from crate_mae.training.config import load_config
     from crate_mae.training.run_directory import RunDirectory
     from crate_mae.training.start import start
 
-    config = RunDirectory(path_of("RUN", run)).existing_config()
-    if config is None:
-        raise UserError(
-            f"{run} is not a run: it has no config.yaml. Start one with: crate-mae pretrain DATA --out {run}"
-        )
+    directory = RunDirectory(path_of("RUN", run))
+    if not directory.config_file.is_file():
+        raise UserError(f"{run} is not a run: it has no config.yaml. Start one with: crate-mae pretrain DATA --out NEW")
+    config = load_config(directory.config_file)
     return start(replace(config, quiet=quiet), data_changed=data_changed)
 
 

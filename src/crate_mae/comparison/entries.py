@@ -16,9 +16,9 @@ from crate_mae.data.base import align_classes, read_all, refuse_unreadable
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction
-from crate_mae.evaluation.probes import NEIGHBOURS, refuse_small_classes
+from crate_mae.evaluation.probes import refuse_small_classes
 from crate_mae.models.autoencoder import MaskedAutoencoder, build
-from crate_mae.models.config import ModelConfig
+from crate_mae.models.config import NEIGHBOURS, ModelConfig
 from crate_mae.models.features import DEFAULT_LAYER
 from crate_mae.training.images import open_named
 from crate_mae.training.options import PretrainOptions
@@ -154,7 +154,7 @@ def _check_classes(train: ImageSource, val: ImageSource) -> int:
     if len(train) < NEIGHBOURS:
         raise UserError(f"{train.name} has {len(train)} labelled images, but the k-NN probe needs {NEIGHBOURS}.")
     assert train.labels is not None, "it has classes"
-    refuse_small_classes(train.labels, 2, train.classes)
+    refuse_small_classes(train.labels[train.labels >= 0], 2, train.classes)  # -1: an image that cannot be read
     return len(classes)
 
 

@@ -67,18 +67,18 @@ def draw_curves(results: Sequence[EntryResult], path: Path) -> None:
     (all_axes,) = panels(figure, 1, len(quantities), sharey=True)
     for axes, (title, where) in zip(all_axes, quantities, strict=True):
         for number, result in enumerate(results):
-            for curve in result.trained.curves:
+            for curve in result.curves:
                 y = [moment.held_out_loss for moment in curve]
                 axes.plot([where(moment) for moment in curve], y, color=colour(number), linewidth=1.5)
         axes.set_xlabel(title)
         axes.set_yscale("log")
-        axes.set_xlim(0, 1.02 * max(where(curve[-1]) for result in results for curve in result.trained.curves))
+        axes.set_xlim(0, 1.02 * max(where(curve[-1]) for result in results for curve in result.curves))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
     all_axes[0].set_ylabel(MEASURES["held_out_loss"].label)
     figure.draw_without_rendering()
-    ends = [(0.0, statistics.fmean(curve[-1].held_out_loss for curve in result.trained.curves)) for result in results]
+    ends = [(0.0, statistics.fmean(curve[-1].held_out_loss for curve in result.curves)) for result in results]
     for axes in all_axes:
         _label(axes, short_names(results), ends, at_margin=True)
     write_whole(path, encode(figure, "png"))

@@ -55,7 +55,7 @@ def parse_budget(text: str) -> Budget:
     Raises:
         UserError: for any other text.
     """
-    kind, _, number = text.partition("=")
+    kind, _, number = str(text).partition("=")
     try:
         amount = float(number)
     except ValueError:

@@ -50,7 +50,7 @@ def table_rows(results: Sequence[EntryResult], pixels: dict[str, float]) -> list
         line("images seen in the final run", lambda r: f"{r.plan.final_steps * r.batch_size:,}"),
         line("minutes used, search + final run", _minutes),
         line("training FLOPs used, both", lambda r: _scaled(r.training_flops)),
-        line("learning rate chosen, per 256 images", lambda r: f"{r.trained.rate:.3g}"),
+        line("learning rate chosen, per 256 images", lambda r: f"{r.rate:.3g}"),
     ]
     for name in SCORES:
         title = MEASURES[name].title + ("" if MEASURES[name].unit == "share" else mark)
@@ -158,13 +158,13 @@ def _score_cells(scores: Iterable[dict[str, float]]) -> dict[str, Any]:
 
 
 def _steps(result: EntryResult) -> str:
-    tries = Counter(trial.planned.plan.search_steps for trial in result.trained.trials)
+    tries = Counter(trial.planned.plan.search_steps for trial in result.trials)
     search = "".join(f"{number} x {steps:,} + " for steps, number in tries.items())
     return f"{search}{result.plan.final_steps:,}"
 
 
 def _minutes(result: EntryResult) -> str:
-    search = f"{result.trained.search_minutes:.2f} + " if result.trained.trials else ""
+    search = f"{result.search_minutes:.2f} + " if result.trials else ""
     return f"{search}{result.final_minutes:.2f}"
 
 
@@ -342,11 +342,11 @@ def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) ->
                 f"{result.name} was chosen by its held-out loss in the search: {listed}. With a whole budget, another "
                 "one might be better: short runs favour networks that learn fast."
             )
-        losses = result.trained.search_losses
-        if result.trained.is_rate_at_edge:
+        losses = result.search_losses
+        if result.is_rate_at_edge:
             tried = ", ".join(f"{rate:.3g}" for rate in losses)
             yield (
-                f"{result.name}: the best learning rate, {result.trained.rate:.3g}, lies at the edge of those "
+                f"{result.name}: the best learning rate, {result.rate:.3g}, lies at the edge of those "
                 f"tried ({tried}). A better one may lie beyond: try more with --lr-search."
             )
         if diverged := [f"{rate:.3g}" for rate, loss in losses.items() if math.isinf(loss)]:
@@ -362,7 +362,7 @@ def _warnings(results: Sequence[EntryResult], budget: Budget, images: Images) ->
 def _best_of_each(result: EntryResult) -> dict[str, float]:
     """The lowest held-out loss of each network that was tried."""
     best: dict[str, float] = {}
-    for trial in result.trained.trials:
+    for trial in result.trials:
         name = trial.planned.entry.name
         best[name] = min(trial.loss, best.get(name, math.inf))
     return best
@@ -372,7 +372,7 @@ def _environments(results: Sequence[EntryResult]) -> list[str]:
     """Descriptions of the machines and versions of the final runs, without repetition."""
     found: dict[str, None] = {}
     for result in results:
-        for run in result.trained.runs.values():
+        for run in result.runs.values():
             made = read_json(run / "environment.json")
             hardware = ", ".join([made["processor"], f"{made['threads']} threads", *made["gpus"]])
             found[f"PyTorch {made['packages']['torch']}, Python {made['python']}, {hardware}"] = None

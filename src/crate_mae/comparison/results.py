@@ -7,7 +7,8 @@ from typing import Any
 
 from crate_mae.comparison.entries import Images, extraction
 from crate_mae.comparison.options import CompareOptions
-from crate_mae.comparison.runs import ComparisonDirectory, Planned, Report, Trained
+from crate_mae.comparison.runs import ComparisonDirectory, Report, Trained
+from crate_mae.evaluation.backbones import PIXELS_SIDE
 from crate_mae.evaluation.extract import Extraction, Features
 from crate_mae.evaluation.probes import half_width, knn_probe, linear_probe
 from crate_mae.evaluation.probing import probe
@@ -25,7 +26,6 @@ SCORES = {  # keys of `MEASURES`, with their names in a sentence and their digit
     "mse": ("the squared error of completions", 4),
 }
 _MOST_COMPLETED = 1000
-_PIXELS_SIDE = 32  # with larger images, a linear classifier of the pixels would take longer than the training
 
 
 @dataclass(frozen=True)
@@ -73,16 +73,14 @@ def difference(mine: Scores, theirs: Scores, name: str) -> tuple[float, float | 
 
 
 @dataclass(frozen=True, kw_only=True)
-class EntryResult(Planned):
+class EntryResult(Trained):
     """One entry, from its costs to its scores.
 
     Attributes:
-        trained: its runs.
         scores: of each seed's final run.
         random: of the same networks at their random initialisation; empty dictionaries without labels.
     """
 
-    trained: Trained
     scores: Scores
     random: Scores
 
@@ -99,22 +97,22 @@ class EntryResult(Planned):
     @property
     def search_steps(self) -> int:
         """Steps of the search, over all trials."""
-        return sum(trial.planned.plan.search_steps for trial in self.trained.trials)
+        return sum(trial.planned.plan.search_steps for trial in self.trials)
 
     @property
     def final_minutes(self) -> float:
         """Minutes of training in the final run, the mean over seeds."""
-        return statistics.fmean(curve[-1].minutes for curve in self.trained.curves)
+        return statistics.fmean(curve[-1].minutes for curve in self.curves)
 
     @property
     def minutes(self) -> float:
         """Minutes of training in the search and one final run."""
-        return self.trained.search_minutes + self.final_minutes
+        return self.search_minutes + self.final_minutes
 
     @property
     def training_flops(self) -> float:
         """Training FLOPs of the search and one final run."""
-        runs = [(trial.planned.costs, trial.planned.plan.search_steps) for trial in self.trained.trials]
+        runs = [(trial.planned.costs, trial.planned.plan.search_steps) for trial in self.trials]
         runs.append((self.costs, self.plan.final_steps))
         return self.batch_size * sum(costs.training_flops * steps for costs, steps in runs)
 
@@ -135,10 +133,10 @@ class EntryResult(Planned):
             "steps_search": self.search_steps,
             "steps": self.plan.final_steps,
             "images_seen": self.plan.final_steps * self.batch_size,
-            "minutes_search": self.trained.search_minutes,
+            "minutes_search": self.search_minutes,
             "minutes": self.final_minutes,
             "training_flops": self.training_flops,
-            "lr": self.trained.rate,
+            "lr": self.rate,
         }
 
 
@@ -168,7 +166,7 @@ def measure_all(
         report(f"measuring {key}")
         return directory.score(key, lambda: measure(subject))
 
-    entries = [each.chosen.entry for each in trained]
+    entries = [each.entry for each in trained]
     names = [entry.name for entry in entries]
     scores = [
         {seed: score(f"{name}/seed-{seed}", completed_and_probed, run) for seed, run in of_entry.runs.items()}
@@ -178,9 +176,10 @@ def measure_all(
         {seed: score(f"{entry.name}/random-{seed}", probed, entry.build(seed)) for seed in range(options.seeds)}
         for entry in entries
     ]
-    pixels = score("pixels", probed, f"pixels:{min(_PIXELS_SIDE, *entries[0].model.image_size)}")
+    # With larger images, a linear classifier of the pixels would take longer than the training.
+    pixels = score("pixels", probed, f"pixels:{min(PIXELS_SIDE, *entries[0].model.image_size)}")
     results = [
-        EntryResult(**vars(of_entry.chosen), trained=of_entry, scores=own, random=control)
+        EntryResult(**vars(of_entry), scores=own, random=control)
         for of_entry, own, control in zip(trained, scores, random, strict=True)
     ]
     return results, pixels

@@ -153,19 +153,17 @@ class Trial:
     minutes: float
 
 
-@dataclass(frozen=True)
-class Trained:
-    """The runs of an entry.
+@dataclass(frozen=True, kw_only=True)
+class Trained(Planned):
+    """The network of an entry that the search chose, with the runs of the entry.
 
     Attributes:
-        chosen: the network of the final runs.
-        rate: their learning rate, per 256 images.
-        trials: the search; empty without one.
+        rate: learning rate of the final runs, per 256 images.
+        trials: the search, of all networks of the entry; empty without one.
         runs: folders of the final runs by seed, without those that diverged.
         curves: their measurements.
     """
 
-    chosen: Planned
     rate: float
     trials: list[Trial]
     runs: dict[int, Path]
@@ -174,7 +172,7 @@ class Trained:
     @property
     def search_losses(self) -> dict[float, float]:
         """Held-out loss of the chosen network by learning rate."""
-        return {trial.rate: trial.loss for trial in self.trials if trial.planned == self.chosen}
+        return {trial.rate: trial.loss for trial in self.trials if trial.planned.entry == self.entry}
 
     @property
     def search_minutes(self) -> float:
@@ -233,7 +231,7 @@ class Trainer:
                 raise UserError(f"All final runs of {each.entry.name} diverged, so it cannot be compared.")
         return [
             Trained(
-                chosen=each,
+                **vars(each),
                 rate=rate,
                 trials=trials,
                 runs={seed: run.path for seed, run in of_entry.items()},

@@ -24,6 +24,11 @@ def check_whole(option: str, value: object, least: int = 1, most: int = MOST_IMA
         raise UserError(mistake)
 
 
+def describe_not_share(option: str, value: object) -> str | None:
+    """What is wrong with a value that should be a share, as a sentence; None if nothing is."""
+    return None if is_number(value, 0, 1, Real) else f"{option} is {value!r}, but must be between 0 and 1."
+
+
 def describe_not_whole(option: str, value: object, least: int = 1, most: int = MOST_IMAGES) -> str | None:
     """What is wrong with a value that should be a whole number in a range, as a sentence; None if nothing is."""
     if is_number(value, least, most, Integral):

@@ -36,7 +36,7 @@ from crate_mae.models.weights import (
 )
 
 PIXELS = "pixels"
-_PIXELS_SIDE = 32
+PIXELS_SIDE = 32  # by default
 _MOST_PIXELS_SIDE = 512  # 786,432 features an image
 _PATIENCE = 10.0  # seconds
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -234,7 +234,7 @@ def is_pixels(model: str) -> bool:
 
 
 def _pixels(model: str) -> Backbone:
-    side = model.partition(":")[2] or str(_PIXELS_SIDE)
+    side = model.partition(":")[2] or str(PIXELS_SIDE)
     if not (side.isdecimal() and len(side) <= len(str(_MOST_PIXELS_SIDE)) and 1 <= int(side) <= _MOST_PIXELS_SIDE):
         raise UserError(
             f"{model} is not a valid model: it must look like pixels or pixels:SIZE, with a size such as 32, "

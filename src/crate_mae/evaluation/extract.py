@@ -22,7 +22,7 @@ from crate_mae.data import BadImage, ImageSource, readable_batches
 from crate_mae.data.base import none_readable, refuse_unreadable
 from crate_mae.data.dataset import default_workers
 from crate_mae.data.files import cache_folder, whole_file
-from crate_mae.data.numbers import MAX_BAD, MOST_THREADS, describe_not_whole, is_number
+from crate_mae.data.numbers import MAX_BAD, MOST_THREADS, describe_not_share, describe_not_whole, is_number
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone
 from crate_mae.models.devices import fastest_device
@@ -99,11 +99,9 @@ class Extraction:
     on_images: Callable[[int], object] | None = None
 
     def __post_init__(self) -> None:
-        mistakes = [describe_not_whole("--batch-size", self.batch_size)]
+        mistakes = [describe_not_whole("--batch-size", self.batch_size), describe_not_share("--max-bad", self.max_bad)]
         if self.workers is not None:
             mistakes.append(describe_not_whole("--workers", self.workers, 0, MOST_THREADS))
-        if not 0.0 <= self.max_bad <= 1.0:
-            mistakes.append(f"--max-bad is {self.max_bad}, but must be between 0 and 1.")
         layers = () if self.layers in ("all", AFFORDABLE) else self.layers
         if isinstance(layers, str) or not all(is_number(each, -math.inf, math.inf, Integral) for each in layers):
             mistakes.append(f'--layer is {layers!r}, but must be a whole number or "all".')

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from crate_mae.data.numbers import student_half_width
 from crate_mae.errors import UserError
-from crate_mae.models.features import NEIGHBOURS, neighbour_votes
+from crate_mae.models.config import NEIGHBOURS
+from crate_mae.models.features import neighbour_votes
 
 C_GRID = tuple(10.0 ** (power / 2) for power in range(-10, 5))  # 1e-5 to 100
 PATIENCE = 2  # values of C in a row without an improvement, after which the search ends: weak regularisation is slow

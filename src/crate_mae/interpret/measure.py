@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from crate_mae.data import BadImage, open_source
 from crate_mae.data.dataset import default_generator_seeded
+from crate_mae.data.numbers import check_whole
 from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import Backbone, is_pixels, open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_sample
@@ -120,8 +121,8 @@ def measure_layers(
     Raises:
         UserError: for a mistake in the options, the model or the data, or weights that are not finite.
     """
-    if count < 1 or batch_size < 1:
-        raise UserError(f"count is {count} and batch_size {batch_size}, but both must be at least 1.")
+    check_whole("--count", count)
+    check_whole("batch_size", batch_size)
     images_from = open_source(source)
     opened = model if isinstance(model, Opened) else open_measurable(model, seed)
     read = read_sample(images_from, opened.backbone.transform(), count, seed)

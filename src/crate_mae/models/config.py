@@ -52,6 +52,7 @@ MONOTONE_STEPS = 2  # of sparse coding, by default
 NOT_WRITTEN_DOWN = {"ista_steps": 1}  # settings of layers in descriptions that are older than these settings
 
 MASK_RATIO = 0.75  # share of patches to hide, by default
+NEIGHBOURS = 20  # whose votes count in k-NN, by default, as in DINO
 IMAGENET_MEAN = (0.485, 0.456, 0.406)  # as timm has them; this file imports nothing that takes time
 IMAGENET_STD = (0.229, 0.224, 0.225)
 

@@ -30,7 +30,6 @@ OneImage = str | Path | Image.Image | np.ndarray | Tensor
 # The default of every command and method, chosen over 21 models: results/cifar10_ablations.
 DEFAULT_POOLING: Pooling = DEFAULT_HEAD_POOLING
 DEFAULT_LAYER = -1
-NEIGHBOURS = 20  # whose votes count in `neighbour_votes`, as in DINO
 _TEMPERATURE = 0.07  # of these votes, as in DINO
 _VOTERS_AT_ONCE = 1024  # images whose similarities to all training images are in memory
 

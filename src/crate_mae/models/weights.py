@@ -350,7 +350,7 @@ def _load_or_take(model: str | Path | nn.Module) -> Model:
         return load(model)
     model = unwrapped(model)
     if not isinstance(model, Model):
-        raise UserError(f"A {type(model).__name__} is not a model of this library, and has nothing to complete images.")
+        raise UserError(f"A {type(model).__name__} is not a model of this library.")
     return model
 
 

@@ -83,8 +83,9 @@ class TrainState:
         skipped_in_a_row: number of steps skipped since the last one that was not.
         loss_sum: sum of the losses since the last row of metrics.csv.
         loss_count: number of losses in `loss_sum`.
-        images: number of training images, which must not change during a run.
-        data: digests of the training images, the held-out images and the labels, which must not change either.
+        images: number of training images.
+        data: digests of the training images, the held-out images and the labels. A run whose images have changed is
+            refused without `--data-changed`.
         options: the options that determine the result.
         kept_step: the step of a checkpoint that is kept besides the usual ones: the one that the run went back to when
             others were damaged or missing. A disk that has damaged one may damage the next.

@@ -153,6 +153,8 @@ class Finetuning(Task[FinetuneOptions]):
         The best is counted anew where a run went on with other validation images, or lost its best model.
         """
         measured = [row for row in rows if row[BEST] is not None]
+        if not measured:
+            return "Accuracy has not been measured yet."
         last = measured[-1]
         *_, best = itertools.takewhile(lambda row: row[BEST] == last[BEST], reversed(measured))
         return (

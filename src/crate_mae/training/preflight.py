@@ -332,16 +332,16 @@ def _reduced_loading(task: Task) -> tuple[int, float] | None:
 def _measured(task: Task, images: int, accelerator: Accelerator, precision: str, reason: str) -> ProbeResult:
     device = accelerator.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        if precision != "auto":
-            seconds, full_size = _seconds_per_step(task, images, precision, accelerator)
-        else:
-            slow, full_size = _seconds_per_step(task, images, "float32", accelerator)
-            fast, _ = _seconds_per_step(task, images, "bfloat16", accelerator)
-            precision = faster_precision(slow, fast)
-            reason = f"a step takes {slow:.3g} s in float32, {fast:.3g} s in bfloat16"
-            seconds = fast if precision == "bfloat16" else slow
+        tried, memories = {}, {}
+        for each in ("float32", "bfloat16") if precision == "auto" else (precision,):
+            restart_peak_on(device)
+            tried[each], full_size = _seconds_per_step(task, images, each, accelerator)
+            memories[each] = peak_on(device) if full_size else None
+    if precision == "auto":
+        precision = faster_precision(tried["float32"], tried["bfloat16"])
+        reason = f"a step takes {tried['float32']:.3g} s in float32, {tried['bfloat16']:.3g} s in bfloat16"
+    seconds, memory = tried[precision], memories[precision]
     loading = loading_seconds(task.images.train, task.transform())
-    memory = peak_on(device) if full_size else None
     found = ProbeResult(precision, reason, seconds, loading, memory)
     if task.images.train.check_command and found.waiting(task.config, accelerator.num_processes) > MUCH_WAITING:
         found = found._replace(reduced=_reduced_loading(task))
@@ -390,6 +390,14 @@ def _seconds_per_step(task: Task, images: int, precision: str, accelerator: Acce
 def peak_on(device: torch.device) -> int | None:
     """Bytes at the peak so far: of the GPU if there is one, else of this process; None where it is not known."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()
+
+
+def restart_peak_on(device: torch.device) -> None:
+    """Forget the peak so far, of the GPU if there is one, else of this process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        restart_peak()
 
 
 def peak_memory() -> int | None:

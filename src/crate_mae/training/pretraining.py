@@ -30,9 +30,9 @@ from crate_mae.drawing.text import plural
 from crate_mae.errors import UserError
 from crate_mae.models.autoencoder import MaskedAutoencoder, build, masked_loss
 from crate_mae.models.completion import complete, flat_patches
-from crate_mae.models.config import ModelConfig
+from crate_mae.models.config import NEIGHBOURS, ModelConfig
 from crate_mae.models.devices import send
-from crate_mae.models.features import NEIGHBOURS, mean_cosine, neighbour_votes, pool, transform_of
+from crate_mae.models.features import mean_cosine, neighbour_votes, pool, transform_of
 from crate_mae.models.masking import hide_all_but, random_mask, visible_from_noise
 from crate_mae.models.tracing import trace
 from crate_mae.models.transfer import start_from
@@ -161,7 +161,7 @@ class Pretraining(Task[PretrainOptions]):
             f"Loss on held-out images: {losses[0]:.4f} before training, {losses[-1]:.4f} now, "
             f"{relation} {self.flat_loss:.4f} for flat patches."
         )
-        if scores := [score for row in rows if (score := row.get("knn_accuracy")) is not None]:
+        if scores := [score for row in rows if math.isfinite(score := row.get("knn_accuracy") or math.nan)]:
             text += f" k-NN accuracy on them: {scores[0]:.1%} before training, {scores[-1]:.1%} now"
             text += "." if scores[-1] > scores[0] else ", NOT above: for these labels, training has not helped."
         return text
@@ -281,14 +281,18 @@ class OnlineProbe:
 
     @classmethod
     def of(cls, images: RunImages, readable: Sequence[int], transform: Preparation, size: int) -> OnlineProbe | None:
-        """The probe with so many training images; None without labels, or with too few images or a single class."""
+        """The probe with so many training images, if there is anything to measure.
+
+        Returns:
+            None without labels, with too few images, with a single class, or if no held-out image is of these classes.
+        """
         labels = images.train.labels
         if labels is None or images.held_out.labels is None or size < _FEWEST_LABELLED:
             return None
         chosen = [i for i in fixed_sample(len(labels), size) if labels[i] >= 0]
         train = Part(images.train, np.array(chosen, dtype=np.int64))
         probe = cls(train, Part(images.held_out, np.array(readable)), transform)
-        return probe if len(probe.classes) > 1 else None
+        return probe if len(probe.classes) > 1 and bool((probe._held_out >= 0).any()) else None
 
     def __str__(self) -> str:
         known = int((self._held_out >= 0).sum())

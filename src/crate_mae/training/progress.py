@@ -70,7 +70,8 @@ def plan_values(task: Task, accelerator: Accelerator, probe: ProbeResult, plan: 
         `command`; `out`; `options`, all of them by the names in config.yaml; `parameters`; `train_images` and
         `held_out_images`; `steps_per_epoch`; `processes`; `device`; `seconds_per_step` and `seconds`, estimated for all
         of the run; `memory_bytes` at the peak, null where a step is too long to be measured; and `plan`, the lines that
-        are printed, by their names.
+        are printed, by their names; and `finished`, which is false. Of a run that has finished, which has no plan, only
+        `command`, `out`, `options` and `finished` are known.
     """
     config, processes = task.config, accelerator.num_processes
     per_step = probe.seconds_per_step(config, processes)
@@ -88,6 +89,7 @@ def plan_values(task: Task, accelerator: Accelerator, probe: ProbeResult, plan: 
         "seconds": per_step * config.steps,
         "memory_bytes": probe.memory,
         "plan": dict(plan),
+        "finished": False,
     }
 
 

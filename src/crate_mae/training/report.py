@@ -215,6 +215,7 @@ class RunReport:
         try:
             yield
         except StepTooLargeError:  # another attempt follows
+            logger.info("%sthe first step did not fit in memory.", END)
             raise
         except BaseException as error:
             where = f" after step {self._state.step:,}" if self._state else ""

@@ -180,7 +180,11 @@ class RunDirectory:
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(_locked(self.path / ".lock"))
+                try:
+                    stack.enter_context(_locked(self.path / ".lock"))
+                except UserError:
+                    is_new = False  # the process that holds it writes here
+                    raise
                 for path in self.path.iterdir():
                     if _LEFT_BY_KILLED.fullmatch(path.name):
                         if path.is_dir() and not path.is_symlink():

@@ -25,7 +25,7 @@ from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.options import JSON_NEEDS_DRY_RUN, origin
 from crate_mae.terminal import open_console
-from crate_mae.training.config import differences
+from crate_mae.training.config import differences, plain_options
 from crate_mae.training.loop import train
 from crate_mae.training.model_state import asked_sharding
 from crate_mae.training.options import OptionsT, RunOptions
@@ -73,9 +73,13 @@ def start(
         options = _continued_by(options, existing, directory)
     reason, newest = first_decides(processes, lambda: _found_in(directory))
     config, build = resolve(options, processes.num_processes, newest, data_changed=data_changed)
+    resolving = time.monotonic() - started
     if existing is not None:
         _refuse_differences(existing, config, directory)
         if directory.is_finished and reason is None:
+            if options.json and processes.is_main_process:
+                found = {"command": existing.command, "out": str(out), "options": plain_options(existing)}
+                sys.stdout.write(to_json({**found, "finished": True}, ascii_only=True) + "\n")
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
             return Run(out, existing)
         if directory.is_finished and newest is None:
@@ -90,7 +94,7 @@ def start(
         def attempt(config: RunOptions) -> Run:
             if options.minutes is None:
                 return run(config, build)
-            in_time = _fitted_to_time(options, config, build, accelerator, started)
+            in_time = _fitted_to_time(options, config, build, accelerator, started, resolving)
             return run(*resolve(in_time, processes.num_processes, newest))
 
         with suppress(StepTooLargeError):
@@ -200,7 +204,12 @@ def _build_task(config: RunOptions, build: BuildTask, accelerator: Accelerator) 
 
 
 def _fitted_to_time(
-    options: OptionsT, config: RunOptions, build: BuildTask, accelerator: Accelerator, started: float
+    options: OptionsT,
+    config: RunOptions,
+    build: BuildTask,
+    accelerator: Accelerator,
+    started: float,
+    resolving: float,
 ) -> OptionsT:
     """The options with as many steps as fit into their minutes, at the speed of a few measured ones.
 
@@ -208,14 +217,13 @@ def _fitted_to_time(
     too, if that takes little of the time; else they take as long per image. Where even these would be few, and the
     model was chosen by the size of the images, it is one for smaller images.
     """
-    resolved_at = time.monotonic()
 
     def measured(config: RunOptions, build: BuildTask) -> _Fit:
         before = time.monotonic()
         task, found = _build_task(config, build, accelerator)
         now = time.monotonic()
         # The run itself will resolve its options, build its task and measure steps once more.
-        again = (resolved_at - started) + (now - before)
+        again = resolving + (now - before)
         seconds, preparation = first_decides(accelerator, lambda: (now - before, now - started + again))
         per_step = found.seconds_per_step(task.config, accelerator.num_processes)
         steps = (60 * options.minutes - preparation) * _SHARE_OF_TIME_FOR_STEPS / per_step

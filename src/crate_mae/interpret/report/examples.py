@@ -285,9 +285,10 @@ def _neighbours(backbone: Backbone, images: Float[Tensor, "b c hh ww"], visuals:
     pictures = to_pictures(images, backbone.mean, backbone.std)
     gh, gw = visuals.principal.shape[1:]
     height, width = pictures.shape[1] / gh, pictures.shape[2] / gw
-    tokens = [gh // 2 * gw + gw // 2] * len(visuals.pictures)
+    tokens, framed = [gh // 2 * gw + gw // 2] * len(visuals.pictures), "in the middle of the image"
     if visuals.saliency is not None:
         tokens = visuals.saliency[-1].flatten(1).argmax(1).tolist()
+        framed = "to which the class token attends most"
 
     def tile(image: int, token: int, caption: str) -> Tile:
         return Tile(pictures[image], caption=caption, box=(token % gw * width, token // gw * height, width, height))
@@ -299,7 +300,7 @@ def _neighbours(backbone: Backbone, images: Float[Tensor, "b c hh ww"], visuals:
     return PlannedFigure(
         "neighbours",
         "Nearest patches of other images",
-        "The left column frames the patch to which the class token attends most, the other columns the most similar "
+        f"The left column frames the patch {framed}, the other columns the most similar "
         "patches of other images, at most one per image, with the cosines between tokens. If they have similar "
         "content, tokens encode content; if they are at the same place, tokens encode position.",
         partial(draw_grid, titled(["patch", *(f"neighbour {i + 1}" for i in range(len(rows[0]) - 1))], rows)),

@@ -381,7 +381,7 @@ def _black_boxes(inspection: Inspection, stand_ins: Mapping[str, Trend]) -> list
         f"{_capitalised(subject.label)}, a black box, with value projections instead of subspaces: "
         f"{stand_ins[subject.key]}."
         for subject in inspection.measured[1:]
-        if subject.key in stand_ins
+        if subject.key in stand_ins and subject.key in NETWORKS
     ]
     for key, control in (("model", "random"), ("baseline", "random_baseline")):
         if key in stand_ins and control in stand_ins:

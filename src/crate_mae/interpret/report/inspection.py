@@ -329,8 +329,7 @@ def _training_images(known: Training, settings: InspectOptions) -> Iterator[str]
     """A sentence if the model was trained on the images that it is measured on."""
     if isinstance(settings.data, (str, Path)) and known.data == full_name(settings.data):
         yield (
-            f"The model was trained on {settings.data}, some held-out images excepted: what holds on these images may "
-            "not hold on others."
+            f"The model was trained on images of {settings.data}: what holds on these images may not hold on others."
         )
 
 
