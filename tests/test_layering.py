@@ -37,7 +37,18 @@ LAYERS = {
 }
 HEAVY = {"torch", "torchvision", "timm", "accelerate", "sklearn", "torchmetrics", "matplotlib", "numpy", "pyarrow"}
 LIGHT = {"commands", "cli", "__main__", "__init__", "errors", "lazy", "options"}  # for a fast `crate-mae --help`
-OPTIONAL = {"datasets", "tensorboard", "wandb", "gradio", "fastapi", "uvicorn", "onnx", "onnxruntime"}
+OPTIONAL = {
+    "datasets",
+    "tensorboard",
+    "wandb",
+    "gradio",
+    "fastapi",
+    "uvicorn",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pillow_heif",
+}
 NEEDED = {"app": {"gradio", "fastapi", "uvicorn"}}  # the layer cannot do without these; only its command imports it
 
 

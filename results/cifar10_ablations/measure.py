@@ -6,7 +6,7 @@ Each trial is a run of `crate_mae.pretrain` in RUNS on the first 45,000 training
 made again. Labels of the first 10,000 are for the probes, and they are evaluated on the last 5,000 training images.
 No test image has a part in it. Results: trials.csv (of every trial the default features, by layer) and poolings.csv
 (every layer and pooling). Two are not trained here: the recipe's network with random weights, and the model of the full
-recipe, which comes with the library; that one has seen all training images, without their labels.
+recipe, which is in the repository; that one has seen all training images, without their labels.
 """
 
 import csv
@@ -97,7 +97,6 @@ def main(data: str, runs: str, *names: str) -> None:
         if not (folder / "scores.json").exists():
             found = {"trial": name, **(untrained(name) if name in UNTRAINED else trained(source, folder, TRIALS[name]))}
             found["probes"] = list(probes(found.pop("model"), source))
-            folder.mkdir(exist_ok=True)
             write_whole(folder / "scores.json", json.dumps(found, indent=1).encode())
     every = [json.loads(path.read_text()) for path in Path(runs).glob("*/scores.json")]
     order = [*UNTRAINED, *TRIALS]

@@ -35,6 +35,8 @@ from torch import Tensor
 import crate_mae
 from crate_mae.data import ImageSource, open_source
 from crate_mae.data.base import Part
+from crate_mae.data.documents import to_csv
+from crate_mae.data.files import write_whole
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction, extract
 from crate_mae.evaluation.probes import knn_probe, linear_probe
@@ -92,10 +94,7 @@ def main(data: str) -> None:
         minutes = round((time.process_time() - start) / 60, 1)
         rows.append({"trial": name, "steps": steps, "lr": lr, "loss": round(loss, 4), "minutes": minutes})
         rows[-1] |= probes(net, source)
-        with FILE.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
+        write_whole(FILE, to_csv(list(rows[0]), [[row.get(column) for column in rows[0]] for row in rows]))
 
 
 def components_of(images: Tensor) -> Components:

@@ -49,6 +49,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 import crate_mae
 from crate_mae.data import ImageSource, open_source
 from crate_mae.data.base import Part
+from crate_mae.data.documents import to_csv
+from crate_mae.data.files import write_whole
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.reconstruction import nested_masks, read_images
 from crate_mae.interpret.atoms import measure_atoms, of_codes
@@ -411,10 +413,7 @@ def extend(name: str, key: Row, rows: Callable[[], Iterable[Row]]) -> None:
     for row in rows():
         rounded = {column: f"{value:.5g}" if isinstance(value, float) else value for column, value in row.items()}
         found.append(key | rounded)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(found[0]))
-        writer.writeheader()
-        writer.writerows(found)
+    write_whole(path, to_csv(list(found[0]), [[row.get(column) for column in found[0]] for row in found]))
 
 
 if __name__ == "__main__":

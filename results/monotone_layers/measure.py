@@ -32,6 +32,7 @@ from torch import nn
 import crate_mae
 from crate_mae.data import ImageSource, open_source
 from crate_mae.data.base import Part
+from crate_mae.data.documents import to_csv
 from crate_mae.data.files import write_whole
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.evaluation.extract import Extraction, extract
@@ -298,10 +299,7 @@ def read_csv(name: str) -> list[dict[str, str]]:
 
 def write_rows(name: str, rows: list[dict[str, Any]]) -> None:
     """Write a table beside this file."""
-    with (HERE / name).open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_whole(HERE / name, to_csv(list(rows[0]), [[row.get(column) for column in rows[0]] for row in rows]))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from crate_mae.models import autoencoder, encoder
 from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, Dictionary, EncoderLayer, SubspaceAttention
 from crate_mae.models.monotone import (
     BoundedISTA,
+    CompressingEncoderLayer,
     Compression,
     Decompression,
     MonotoneEncoderLayer,
@@ -194,7 +195,7 @@ class UnmixedMSSA(MSSA):
 
 
 class UnmixedCompression(Compression):
-    """The step of monotone layers with P = I, which is 0."""
+    """The step of compressing and monotone layers with P = I, which is 0."""
 
     def mix(self, w: Tensor) -> Tensor:
         """W_k."""
@@ -205,6 +206,12 @@ class UnmixedEncoderLayer(EncoderLayer):
     """A published layer without mixing."""
 
     attention = UnmixedMSSA
+
+
+class UnmixedCompressingEncoderLayer(CompressingEncoderLayer):
+    """A compressing layer without mixing."""
+
+    attention = UnmixedCompression
 
 
 class UnmixedMonotoneEncoderLayer(MonotoneEncoderLayer):
@@ -224,7 +231,12 @@ def installed(pieces: Pieces | Literal["unmixed"] | None) -> Iterator[None]:
         yield
         return
     if pieces == "unmixed":
-        layers = {"EncoderLayer": UnmixedEncoderLayer, "MonotoneEncoderLayer": UnmixedMonotoneEncoderLayer}
+        layers = {
+            "EncoderLayer": UnmixedEncoderLayer,
+            "CompressingEncoderLayer": UnmixedCompressingEncoderLayer,
+            "MonotoneEncoderLayer": UnmixedMonotoneEncoderLayer,
+        }
+        assert set(layers) == {name for name in vars(encoder) if name.endswith("EncoderLayer")}, "a kind was forgotten"
         with mock.patch.multiple(encoder, **layers):
             yield
         return

@@ -1,4 +1,4 @@
-"""Every claim about single images, in every image: the bundled models on whole test sets.
+"""Every claim about single images, in every image: the trained models on whole test sets.
 
     python results/what_holds/measure.py cifar10=cifar10/test.parquet photos=PHOTOS digits=digits:test
 

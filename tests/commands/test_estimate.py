@@ -58,6 +58,9 @@ def test_attention_saves_a_matrix_for_every_image_head_and_layer_unless_it_is_fu
     vit = "vit_mae_nano_patch2_8"
     assert crate_mae.estimate(model=vit, **half).attention_bytes == visible.attention_bytes
     assert [crate_mae.estimate(model=name, **OPTIONS).attention_bytes for name in (NANO, vit)] == [0, 0]
+    for precision in ("bfloat16", "float32"):  # balanced attention keeps P in float32
+        found = crate_mae.estimate(model="crate_mae_nano_monotone_patch2_8", **{**OPTIONS, "precision": precision})
+        assert found.attention_bytes == 2 * visible.attention_bytes
 
 
 def test_times_follow_from_speed_and_link(crate_mae_command):

@@ -73,6 +73,13 @@ def test_a_card_is_no_reason_to_fail(run):
     (run / "config.yaml").write_text("data: x", encoding="utf-8")
     (run / "linear.json").write_text("{", encoding="utf-8")
     assert "held-out" in provenance(run)["Results"]
+    for found in ('{"probe": "knn", "results": null}', '{"probe": "knn", "results": [{"top1": {"value": null}}]}'):
+        (run / "linear.json").write_text(found, encoding="utf-8")
+        assert "held-out" in provenance(run)["Results"]
+    environment = (run / "environment.json").read_text(encoding="utf-8")
+    (run / "environment.json").write_text('{"packages": null}', encoding="utf-8")
+    assert "held-out" in provenance(run)["Results"]
+    (run / "environment.json").write_text(environment, encoding="utf-8")
     (run / "config.yaml").write_text("command: finetune", encoding="utf-8")
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "best").write_text("no checkpoint")

@@ -93,7 +93,7 @@ def refused(compare, tmp_path, monkeypatch):
         ((CRATE, VIT), {"lr_search": 0}, "--lr-search is 0"),
         ((CRATE, VIT), {"search_share": 1.0}, "--search-share is 1.0"),
         ((CRATE, VIT), {"mask_ratio": 1.5}, "--mask-ratio is 1.5, but must be between 0 and 1"),
-        ((CRATE, VIT), {"probe_layer": 4}, "layer"),
+        ((CRATE, VIT), {"probe_layer": 4}, "There is no layer 4"),
         ((CRATE, VIT), {"train": "missing"}, "does not exist"),
         ((CRATE, VIT), {"train": "digits:train", "val": "digits:train"}, "are the same images"),
         ((CRATE, "vit_mae_micro_patch4_32"), {}, "different sizes"),

@@ -1,6 +1,7 @@
 import io
 import json
 import pickle
+import sys
 import tarfile
 
 import numpy as np
@@ -69,6 +70,21 @@ def test_a_parquet_folder_with_splits_is_its_training_part(tmp_path, encoded, le
     write_parquet(tmp_path / "train-0.parquet", [encoded(2), encoded(3)])
     assert [level_of(open_source(tmp_path), i) for i in range(2)] == [2, 3]
     assert level_of(open_source(str(tmp_path / "test-*.parquet")), 0) == 1
+
+
+def test_parquet_files_in_folders_of_splits_are_their_training_part(tmp_path, encoded, level_of):
+    for part, level in (("test", 1), ("train", 2)):
+        (tmp_path / part).mkdir()
+        write_parquet(tmp_path / part / "0000.parquet", [encoded(level)])
+    source = open_source(tmp_path)
+    assert [level_of(source, i) for i in range(len(source))] == [2]
+
+
+def test_a_pattern_that_is_none_is_refused(tmp_path):
+    if sys.version_info >= (3, 13):
+        pytest.skip("Python 3.13 takes ** for * there")
+    with pytest.raises(UserError, match="is not a valid pattern"):
+        open_source(str(tmp_path / "**.tar"))
 
 
 def test_the_parquet_cache_is_bounded_and_pickles_empty(tmp_path, encoded, level_of, monkeypatch):

@@ -32,6 +32,12 @@ def test_labels_are_read_from_the_metadata_of_an_imagefolder(make_folder):
     assert open_source(root / "b.png").labels is None
 
 
+def test_a_label_may_have_any_letter(make_folder):
+    root = make_folder({"b.png": 1, "a.png": 2})
+    (root / "metadata.csv").write_text("file_name,label\nb.png,do\u2028g\na.png,cat\n", encoding="utf-8")
+    assert open_source(root).classes == ["cat", "do\u2028g"]
+
+
 def test_labels_are_read_from_the_annotations_of_tiny_imagenet(make_folder):
     root = make_folder({"images/val_0.JPEG": 1, "images/val_1.JPEG": 2})
     (root / "val_annotations.txt").write_text("val_0.JPEG\tn03\t0\t32\t44\t62\nval_1.JPEG\tn01\t52\t55\t57\t59\n")

@@ -98,6 +98,13 @@ def test_labels_come_from_targets_without_reading_items():
     assert dataset.asked == 0
 
 
+@pytest.mark.parametrize("targets", [[[0, 1], [2], [0]], [torch.zeros(2), torch.zeros(3), torch.zeros(1)]])
+def test_several_labels_to_an_image_are_not_its_class(targets):
+    dataset = Listed([(torch.zeros(1, 2, 2), 0)] * 3)
+    dataset.targets = targets
+    assert open_source(dataset).labels.tolist() == [0, 0, 0]  # of the items
+
+
 def test_subsets_and_tensor_datasets_have_their_own_labels():
     dataset = TensorDataset(torch.zeros(5, 2, 3, 3), torch.arange(5))
     source = open_source(Subset(dataset, [3, 1]))

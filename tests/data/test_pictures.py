@@ -80,3 +80,10 @@ def test_the_bytes_of_a_grid_are_those_of_its_file(tmp_path, form, suffix):
     rows = [("a", torch.rand(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)))]
     save_picture_grid(rows, tmp_path / f"a{suffix}", captions=["x", "y"])
     assert picture_grid(rows, form, captions=["x", "y"]) == (tmp_path / f"a{suffix}").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".h5", ".xbm"])
+def test_a_format_that_cannot_hold_the_picture_is_refused(tmp_path, suffix):
+    with pytest.raises(UserError, match=r"Cannot write .*: use \.png|Cannot write .*\. Use \.png"):
+        save_picture_grid([("", torch.rand(1, 3, 4, 4))], tmp_path / f"a{suffix}")
+    assert list(tmp_path.iterdir()) == []

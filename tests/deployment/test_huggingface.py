@@ -16,6 +16,7 @@ import crate_mae
 from crate_mae.deployment.card import LICENSE
 from crate_mae.deployment.huggingface.configuration import CrateMAEConfig, autoencoder_config
 from crate_mae.deployment.huggingface.modeling import CrateMAEBackbone, pretrained
+from crate_mae.errors import UserError
 from crate_mae.evaluation.backbones import open_backbone
 from crate_mae.models.classifier import build_classifier
 from crate_mae.models.config import ClassifierConfig
@@ -129,6 +130,8 @@ def test_the_autoencoder_masks_only_when_it_is_told_to(autoencoder):
     assert torch.equal(theirs(IMAGES, mask_ratio=0.75).logits, model(IMAGES, mask_ratio=0.75).prediction)
     noise = torch.rand(2, 15)
     by_noise = theirs(IMAGES, noise=noise).mask
+    with pytest.raises(UserError, match=r"noise is \(2, 10\), but these images have"):
+        theirs(IMAGES, noise=noise[:, :10])
     assert torch.equal(by_noise.sum(1), torch.tensor([12, 12]))
     assert noise[0][by_noise[0]].min() > noise[0][~by_noise[0]].max()
     theirs.train()
@@ -305,7 +308,7 @@ def test_an_encoder_alone_is_evaluated_and_has_no_decoder(autoencoder, tmp_path)
     crate_mae.export(model, out=tmp_path / "x", format="hf", part="encoder", verify=True)
     backbone = open_backbone(str(tmp_path / "x"))
     assert torch.equal(backbone.encoder.forward_features(IMAGES), model.encoder.forward_features(IMAGES))
-    with pytest.raises(crate_mae.UserError, match="an encoder alone, in transformers's layout"):
+    with pytest.raises(crate_mae.UserError, match="an encoder alone, in transformers' layout"):
         crate_mae.load(tmp_path / "x")
 
 

@@ -158,15 +158,17 @@ def test_a_constant_image_and_a_batch_of_one_are_measured(build, fill):
 @pytest.mark.parametrize("fill", [0.0, 3.0])
 def test_equal_tokens_have_the_measures_of_one_direction(build, name, fill):
     layer = build(name).encoder.blocks[0]
-    tokens = torch.full((2, 17, 24), fill)
+    tokens, seen = torch.full((2, 17, 24), fill), set()
     for measure in layer_measures():
         if set(measure.needs) <= {"z", "z_half", "z_next"} and measure.applies(layer):
             for (name, _), values in measure.values(layer, *[tokens] * len(measure.needs)).items():
                 assert values.isfinite().all()
+                seen.add(name)
                 if name in ("effective_rank", "participation_ratio"):
                     assert values.tolist() == pytest.approx([1, 1], rel=1e-3)
                 if name == "token_diversity":
                     assert values.tolist() == [0, 0]
+    assert {"effective_rank", "participation_ratio", "token_diversity"} <= seen
 
 
 def test_under_autocast_measures_are_close_to_those_in_float32(build, images):
@@ -175,7 +177,8 @@ def test_under_autocast_measures_are_close_to_those_in_float32(build, images):
     with torch.autocast("cpu", torch.bfloat16):
         found = stream(model, [images], layer_measures())
     for measure in ("coding_rate", "subspace_rate", "subspace_rate_unit", "effective_rank"):
-        pairs = zip(find(found, measure, "z_next"), find(exact, measure, "z_next"), strict=True)
+        pairs = list(zip(find(found, measure, "z_next"), find(exact, measure, "z_next"), strict=True))
+        assert pairs
         assert all(
             row.mean == pytest.approx(wanted.mean, rel=0.05) and row.mean != wanted.mean for row, wanted in pairs
         )

@@ -7,6 +7,7 @@ import torch
 
 from crate_mae.models import layers
 from crate_mae.models.layers import ISTA, MSSA, DecoderLayer, Dictionary, EncoderLayer, OvercompleteISTA
+from crate_mae.models.monotone import BoundedISTA
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +81,16 @@ def test_in_eval_mode_the_operator_is_formed_once_and_again_when_the_dictionary_
     layer.train()(x)
     assert layer._kept._entry is None
     assert list(layer.state_dict()) == ["dictionary"]
+
+
+def test_what_is_kept_follows_the_number_of_steps():
+    layer, x = BoundedISTA(8).eval(), torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        codes = []
+        for steps in (1, 2, 1):
+            layer.steps = steps
+            codes.append(layer(x))
+    assert torch.equal(codes[0], codes[2]) and not torch.equal(codes[0], codes[1])
 
 
 def test_the_kept_operator_follows_the_precision():

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 import crate_mae
-from crate_mae.models import preset
+from crate_mae.errors import UserError
+from crate_mae.models import create_model, preset
+from crate_mae.models.autoencoder import masked_loss
 from crate_mae.models.masking import visible_indices
 
 SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 3, "decoder_depth": 2}
@@ -302,3 +304,18 @@ def test_every_model_comes_isometric_and_visible_only(name):
     isometric, visible = preset(f"crate_mae_{size}_isometric_{shape}"), preset(f"crate_mae_{size}_visible_{shape}")
     assert isometric == published.replace(name=isometric.name, init="isometric")
     assert visible == isometric.replace(name=visible.name, mask_tokens="decoder")
+
+
+def test_patches_of_one_number_have_no_deviation_to_normalise_by():
+    one = {"patch_size": 1, "in_chans": 1, "norm_pix_loss": True}
+    with pytest.raises(UserError, match="has no deviation to normalise by"):
+        create_model("crate_mae_nano_patch2_8", **one)
+
+
+def test_the_loss_of_half_precision_is_computed_in_float32():
+    config = preset("crate_mae_nano_patch2_8")
+    images, mask = torch.rand(6000, 3, 8, 8), torch.ones(6000, 16, dtype=torch.bool)
+    zeros = torch.zeros(6000, 16, 12, dtype=torch.float16)
+    loss = masked_loss(config, images.half(), zeros, mask)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, masked_loss(config, images, zeros, mask), rtol=1e-3, atol=0)

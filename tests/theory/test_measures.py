@@ -47,6 +47,8 @@ def test_token_diversity_by_hand():
     assert token_diversity(z).item() == pytest.approx(2 / 18)
     assert token_diversity(torch.tensor([[1.0, 2.0], [-1.0, -2.0]])) == 1
     assert token_diversity(torch.zeros(2, 3, 5)) == 0
+    for scale in (1e-18, 1e20):
+        assert token_diversity(scale * z).item() == pytest.approx(2 / 18)
 
 
 def test_sparsity_of_rows_by_hand():

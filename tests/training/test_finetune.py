@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from crate_mae.commands.export import export
 from crate_mae.commands.train import resume
 from crate_mae.data import open_source
 from crate_mae.errors import RunStopped, UserError
@@ -133,6 +134,11 @@ def test_a_pretrained_encoder_is_where_it_begins(tiny_finetuning, encoder_folder
     run = tiny_finetuning(**PLAIN, steps=1, lr=1e-30)
     before, after = load(encoder_folder).encoder.state_dict(), run.model().encoder.state_dict()
     assert all(torch.allclose(before[key], after[key]) for key in before)
+
+
+def test_an_encoder_that_was_exported_alone_is_where_it_begins(tiny_finetuning, encoder_folder, tmp_path):
+    export(encoder_folder, format="hf", part="encoder", out=tmp_path / "alone")
+    assert weights(tiny_finetuning("one").path) == weights(tiny_finetuning("other", model=tmp_path / "alone").path)
 
 
 def test_a_name_is_a_random_initialisation_for_the_channels_of_the_images(tiny_finetuning):

@@ -1,9 +1,11 @@
 """Real processes, killed at any point and resumed."""
 
 import random
+import re
 import signal
 
 import pytest
+from filelock import FileLock
 
 from tests.training.real_processes import MONOTONE, finish, largest_difference, wait_for
 
@@ -36,6 +38,7 @@ def test_a_run_killed_at_random_points_ends_with_the_same_bits(tmp_path, driver,
         process.wait()
         command = "resume"
     finish(driver("resume", killed))
+    assert re.search(r"resuming +at step [1-9]", (killed / "log.txt").read_text())  # not from the beginning
     finish(uninterrupted)
     assert result(killed) == result(whole)
 
@@ -53,6 +56,7 @@ def test_a_killed_run_of_fine_tuning_ends_with_the_same_bits(tmp_path, driver, e
         process.wait()
         command = "resume"
     finish(driver("resume", killed))
+    assert re.search(r"resuming +at step [1-9]", (killed / "log.txt").read_text())  # not from the beginning
     finish(uninterrupted)
     ends = [line.split("End: ")[1] for line in (killed / "log.txt").read_text().splitlines() if "End: " in line]
     assert ends == ["unknown: the process before this one was killed, or its machine stopped.", "finished."]
@@ -71,7 +75,8 @@ def test_a_real_sigterm_ends_with_143_and_the_command_to_go_on(tmp_path, driver)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     assert f"crate-mae resume {tmp_path / 'run'}" in output
-    assert not (tmp_path / "run" / "lock").exists()
+    with FileLock(tmp_path / "run" / ".lock", timeout=0):  # which ended with the process
+        pass
 
 
 def test_a_compiled_model_has_the_names_and_nearly_the_weights_of_a_plain_one(tmp_path, driver):

@@ -9,7 +9,20 @@ from pathlib import Path
 
 from rich.table import Table
 
+from crate_mae.drawing.text import plural
 from crate_mae.terminal import open_console
+
+_OPTIONAL = (
+    "datasets",
+    "gradio",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+    "pillow-heif",
+    "tensorboard",
+    "transformers",
+    "wandb",
+)
 
 
 def models() -> list[str]:
@@ -95,9 +108,9 @@ def doctor() -> dict[str, str]:
         "python": f"{platform.python_version()} at {sys.executable}",
         "system": platform.platform(),
         **{package: _installed(package) for package in ("torch", "torchvision", "timm", "accelerate", "numpy")},
-        **{f"{package} (optional)": _installed(package) for package in ("datasets", "tensorboard", "wandb")},
+        **{f"{package} (optional)": _installed(package) for package in _OPTIONAL},
         "GPU": ", ".join(cuda) or ("Apple MPS" if mps else "none"),
-        "CPU": f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads",
+        "CPU": f"{os.cpu_count()} cores, torch uses {plural(torch.get_num_threads(), 'thread')}",
         "float32 products": f"{_gflops('float32'):.0f} GFLOP/s on the CPU",
         "bfloat16 products": f"{_gflops('bfloat16'):.0f} GFLOP/s on the CPU",
         "free disk here": f"{shutil.disk_usage(Path.cwd()).free / 1e9:.1f} GB",

@@ -110,8 +110,8 @@ def _table(report: DataReport) -> Table:
     rows = [
         ("images", f"{report.images:,}{read}"),
         ("classes", "none" if report.classes is None else f"{len(report.classes)}: {_counts(report.classes)}"),
-        ("height", _spread(report.heights)),
-        ("width", _spread(report.widths)),
+        ("height (pixels)", _spread(report.heights)),
+        ("width (pixels)", _spread(report.widths)),
         ("modes", _counts(report.modes)),
         ("formats", _counts(report.formats)),
         *_values(report),

@@ -2,7 +2,7 @@
 
 from crate_mae.commands.console import computes, print_json, takes
 from crate_mae.costs.estimate import Estimate, EstimateOptions, Load, estimate_run
-from crate_mae.drawing.text import duration
+from crate_mae.drawing.text import duration, plural
 from crate_mae.terminal import open_console
 
 
@@ -47,7 +47,7 @@ def _rows(found: Estimate) -> dict[str, list[str]]:
             f"{found.training_flops / 1e9:.4g} GFLOP in training; forward {found.encoder_flops / 1e9:.4g} encoder + "
             f"{found.decoder_flops / 1e9:.4g} decoder"
         ],
-        "batch": [f"{c.batch_size:,} = {c.batch_size // c.devices:,} x {c.devices:,}"],
+        "batch": [f"{c.batch_size:,} images = {c.batch_size // c.devices:,} x {plural(c.devices, 'device')}"],
         "activations": [
             f"{_gib(found.activation_bytes)} saved for the backward pass of a device's images on a CPU, "
             f"{_gib(found.activation_bytes - found.attention_bytes)} on a GPU"
@@ -77,7 +77,7 @@ def _load_lines(found: Estimate, load: Load) -> list[str]:
         epoch = _time(seconds * found.steps_per_epoch)
         lines += [
             f"{seconds:.4g} s a step: {load.compute_seconds:.4g} computing, {load.sync_seconds:.4g} sending",
-            f"{epoch} an epoch of {found.steps_per_epoch:,} steps, {_time(whole)} for {c.epochs:,}",
+            f"{epoch} an epoch of {found.steps_per_epoch:,} steps, {_time(whole)} for {plural(c.epochs, 'epoch')}",
         ]
     return lines
 

@@ -257,8 +257,10 @@ def _verdict(probed: "Probed") -> str:
         where += f" from {plural(result.shots, 'labelled image')} per class"
     comparisons = []
     for control in probed.controls:
-        other = control.chosen()[1].score
-        what = "random initialisation" if control.backbone.is_random else control.backbone.name
+        at, found = control.chosen()
+        other, what = found.score, "random initialisation" if control.backbone.is_random else control.backbone.name
+        if len(control.rows) > 1:
+            what = f"layer {at} of {what}"
         overlap = score.low <= other.high and other.low <= score.high
         what += " on these images" if overlap else ""
         comparisons.append(compared_with(what, 100 * (score.value - other.value), ".1f", "points", overlap=overlap))

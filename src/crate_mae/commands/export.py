@@ -11,7 +11,7 @@ from crate_mae.commands.console import computes, new_folder, print_if_random
 from crate_mae.data.files import filled_folder, path_of
 from crate_mae.deployment import Format
 from crate_mae.errors import UserError, install_command, not_a_repository
-from crate_mae.options import OutputPath
+from crate_mae.options import Numbers, OutputPath, Pixels
 from crate_mae.terminal import CleanConsole, open_console
 
 _PACKAGES = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "hf": ("transformers",)}
@@ -68,13 +68,15 @@ def export(
     Args:
         model: A run folder, a folder with model.safetensors and config.json, hf:user/name, or the name of a model.
         out: New or empty folder for the files.
-        format: Format of the files.
+        format: safetensors: files of this library; torch: one file of plain PyTorch; timm: the encoder for timm; hf:
+            for transformers; onnx: a graph for onnxruntime; pt2: a graph for torch.export.load.
         part: encoder, or full (with the decoder or classifier head). By default, full for safetensors, hf and
             classifiers, and encoder for the others; timm supports only encoders, and torch does not support decoders.
         verify: Run the export in its target program on noise and photographs (also of another size, if the export takes
             any size), and print the largest difference from the model. If the difference exceeds the tolerance, the
             folder is removed.
-        tolerance: Maximum accepted absolute difference; outputs have magnitudes of 1 to 20. Ignored with int8.
+        tolerance: With verify, maximum accepted absolute difference; outputs have magnitudes of 1 to 20. Ignored with
+            int8.
         int8: Store weights of an encoder in ONNX as 8-bit integers (dynamic quantisation): a third to half of the size.
         license: Licence of the weights for the model card, such as mit or cc-by-nc-4.0; by default, none.
 
@@ -131,7 +133,7 @@ def push(
     Args:
         model: A run folder, a folder with model.safetensors and config.json, or the name of a model.
         repository: Name of the repository, user/name, created if necessary; files with the same names are replaced.
-        format: Format of the files; see `crate-mae export`.
+        format: hf: for transformers; safetensors: files of this library; timm: the encoder for timm.
         part: encoder, or full (with the decoder or classifier head); by default, full, or encoder for timm.
         private: Create a private repository.
         revision: Branch to upload to.
@@ -209,11 +211,11 @@ def convert(
     *,
     out: OutputPath,
     num_heads: int | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: Pixels | None = None,
     threshold: float | None = None,
     norm_pix_loss: bool | None = None,
-    mean: tuple[float, ...] | None = None,
-    std: tuple[float, ...] | None = None,
+    mean: Numbers | None = None,
+    std: Numbers | None = None,
 ) -> Converted:
     """Convert published weights to a model folder that every command accepts.
 
@@ -230,7 +232,7 @@ def convert(
         out: New or empty folder for the model.
         num_heads: Heads of the encoder and decoder, which official files do not contain; by default those of the
             published model of the same width.
-        image_size: Height and width of the model's images; by default a square, from the position embeddings.
+        image_size: Pixels of the model's images, or HEIGHTxWIDTH; by default a square, from the position embeddings.
         threshold: lambda of the ISTA step; by default that of the official code: 0.5, and 0.1 for classifiers.
         norm_pix_loss: Whether the targets were normalised patches; by default no.
         mean: Mean that was subtracted from each channel; by default that of ImageNet.
@@ -247,7 +249,8 @@ def convert(
     file, out = path_of("FILE", file), new_folder(out)
     if not file.exists():
         raise UserError(f"{file} does not exist.")
-    given: dict[str, Any] = {"image_size": image_size, "threshold": threshold, "norm_pix_loss": norm_pix_loss}
+    size = (image_size, image_size) if isinstance(image_size, int) else image_size
+    given: dict[str, Any] = {"image_size": size, "threshold": threshold, "norm_pix_loss": norm_pix_loss}
     given |= {"mean": mean, "std": std}
     conversion = understand(file, num_heads, **{key: value for key, value in given.items() if value is not None})
     with filled_folder(out) as folder:

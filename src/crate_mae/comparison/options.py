@@ -121,8 +121,12 @@ class CompareOptions:
         MISSING,
         "Budget of each entry, including the search: steps=N, minutes=N on this machine, or flops=N of training.",
     )
-    out: OutputPath = option(MISSING, "Folder of the comparison.", saved=False)
-    batch_size: int = same_as(PretrainOptions, "batch_size")
+    out: OutputPath = option(
+        MISSING, "Folder of the comparison; the same command continues one that is there.", saved=False
+    )
+    batch_size: int = same_as(
+        PretrainOptions, "batch_size", "Images per step. By default, 256, or fewer for small data sets."
+    )
     mask_ratio: float = same_as(PretrainOptions, "mask_ratio")
     norm_pix_loss: bool = same_as(PretrainOptions, "norm_pix_loss")
     seeds: int = option(
@@ -141,11 +145,14 @@ class CompareOptions:
         0.3, "Share of the budget for the search, divided equally among the tries.", BETWEEN_0_AND_1
     )
     probe_layer: int = option(
-        None, "Encoder layer of the features, from 0, or negative from the end. By default, as in `crate-mae eval`."
+        None, "Encoder layer of the features, from 0, or negative from the end; by default the last. None is chosen."
     )
     pooling: HeadPooling = option(None, "Class token, mean of patches, or both. By default, as in `crate-mae eval`.")
     precision: Literal["auto", "float32", "bfloat16"] = same_as(
-        PretrainOptions, "precision", "By default, the faster of the two as measured on this machine, for each entry."
+        PretrainOptions,
+        "precision",
+        "Precision of matrix products; auto takes float32 or bfloat16, whichever is faster for each entry as measured "
+        "on this machine.",
     )
     workers: int = same_as(PretrainOptions, "workers")
     threads: int = same_as(PretrainOptions, "threads")

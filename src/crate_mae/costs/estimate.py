@@ -231,15 +231,20 @@ def estimate_run(options: EstimateOptions) -> Estimate:
 
 def attention_bytes(config: ModelConfig, settings: "StepSettings") -> int:
     """Bytes of n x n attention matrices saved on a CPU: one per image, head and layer; none if attention is fused."""
+    from crate_mae.models.config import CrateConfig
     from crate_mae.models.masking import visible_patches
 
-    if settings.precision == "float32":  # fused: see `theory.attention.ssa`; timm's attention is set to do the same
+    if isinstance(config, CrateConfig) and config.layer != "published":
+        each = _FLOAT  # in either precision: see `theory.compression.BalancedAttention`
+    elif settings.precision == "float32":  # fused: see `theory.attention.ssa`; timm's attention is set to do the same
         return 0
+    else:
+        each = _BFLOAT16
     patches = config.grid_size[0] * config.grid_size[1]
     encoded = visible_patches(patches, settings.mask_ratio) if config.mask_tokens == "decoder" else patches
     sides = ((config.depth, config.num_heads, encoded), (config.decoder_depth, config.decoder_num_heads, patches))
     numbers = sum(depth * heads * (1 + tokens) ** 2 for depth, heads, tokens in sides)
-    return settings.batch_size * numbers * _BFLOAT16
+    return settings.batch_size * numbers * each
 
 
 def _times(c: EstimateOptions, flops: int, exchanged_bytes: int) -> dict[str, Any]:

@@ -159,7 +159,7 @@ class _Tally:
         self.values[mode] = min(low, least), max(high, largest)
         self.sizes.append(size_of(image))
         self.modes[mode] += 1
-        self.formats[getattr(image, "format", None) or "no file"] += 1
+        self.formats[getattr(image, "format", None) or "not from files"] += 1
         self.channels[channels_of(image)] += 1
         self.grey_colour += _is_grey_colour(image)
         self.same[hashlib.sha256(content).digest()].append(i)
@@ -349,8 +349,8 @@ def find_copies(first: ImageSource, second: ImageSource) -> tuple[list[tuple[int
     size, second_size = _mean_bytes(first, decoded), _mean_bytes(second, decoded)
     # Of `second` as much as finds most copies.
     of_second = min(second_size * len(second), max(_MOST_COMPARED / 2, _MOST_COMPARED - size * len(first)))
-    sample = fixed_sample(len(first), max(1, int((_MOST_COMPARED - of_second) / size)))
-    second_sample = fixed_sample(len(second), max(1, int(of_second / second_size)))
+    sample = fixed_sample(len(first), max(1, round((_MOST_COMPARED - of_second) / size)))
+    second_sample = fixed_sample(len(second), max(1, round(of_second / second_size)))
     known = {digest: i for i in reversed(sample) if (digest := image_digest(first, i, decoded=decoded))}
     pairs = [(known[digest], i) for i in second_sample if (digest := image_digest(second, i, decoded=decoded)) in known]
     return pairs, (len(sample), len(second_sample))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from crate_mae.data.decode import to_8_bits
 from crate_mae.data.files import write_whole
-from crate_mae.errors import UserError
+from crate_mae.errors import UserError, first_line
 
 _TILE = 128
 _GAP = 4
@@ -35,7 +35,11 @@ def save_picture_grid(
     form = Image.registered_extensions().get(path.suffix.lower())
     if form not in Image.SAVE:
         raise UserError(f'Cannot write pictures as "{path.suffix}" ({path}): use .png.')
-    write_whole(path, picture_grid(rows, form, captions=captions))
+    try:
+        content = picture_grid(rows, form, captions=captions)
+    except (OSError, ValueError) as error:  # a format that is not for colours, or not for pictures of this size
+        raise UserError(f"Cannot write {path}: {first_line(error)}. Use .png.") from error
+    write_whole(path, content)
 
 
 def picture_grid(

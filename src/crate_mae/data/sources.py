@@ -1,6 +1,7 @@
 """Open DATA: turn what the user wrote into an image source, most often a folder of images."""
 
 import csv
+import io
 import logging
 import math
 import os
@@ -18,7 +19,7 @@ from crate_mae.data.files import files_fingerprint, path_of, reason_of
 from crate_mae.data.parquet import HubSource, ParquetSource
 from crate_mae.data.shards import ShardSource
 from crate_mae.data.wrapped import DatasetSource, DigitsSource, Indexable, open_torchvision
-from crate_mae.errors import UserError, nearest, suggestion
+from crate_mae.errors import UserError, first_line, nearest, suggestion
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,7 @@ def _open_folder(path: Path, name: str) -> ImageSource:
     for suffix, kind in ((".parquet", ParquetSource), (".tar", ShardSource)):
         found = [path / file for file in containers if file.lower().endswith(suffix)]
         if found:
-            return kind(_training_part(found), name)
+            return kind(_training_part(found, path), name)
     message = (
         f"Found 0 images under {path_text(path)}: looked for {' '.join(image_suffixes())}; "
         f"{describe_unread(others) or 'saw no files at all'}."
@@ -158,9 +159,11 @@ def _open_files(paths: list[Path], name: str) -> ImageSource:
     raise UserError(f"{name} stands for {len(paths)} files that are neither all .parquet nor all .tar.\n{FORMS}")
 
 
-def _training_part(paths: list[Path]) -> list[Path]:
-    """Return the files of the split `train` if the file names contain several splits; otherwise all."""
+def _training_part(paths: list[Path], root: Path) -> list[Path]:
+    """Return the files of the split `train` if their names, or the folders in `root`, are several splits; else all."""
     splits = [re.split(r"[-_.]", path.name.lower())[0] for path in paths]
+    if not set(splits) <= _SPLITS:  # perhaps in folders of splits, in which case all files may have the same names
+        splits = [path.relative_to(root).parts[0].lower() for path in paths]
     if len(set(splits)) > 1 and "train" in splits and set(splits) <= _SPLITS:
         return [path for path, split in zip(paths, splits, strict=True) if split == "train"]
     return paths
@@ -172,7 +175,10 @@ def _expand(pattern: str) -> list[Path]:
     for text in _expand_braces(pattern):
         if re.search(r"[*?\[]", text):
             anchor = Path(Path(text).anchor)
-            found = sorted(anchor.glob(str(Path(text).relative_to(anchor))))
+            try:
+                found = sorted(anchor.glob(str(Path(text).relative_to(anchor))))
+            except ValueError as error:  # such as **.tar
+                raise UserError(f"{text} is not a valid pattern: {first_line(error)}.") from error
         else:
             found = [Path(text)] if Path(text).is_file() else []
         if not found:
@@ -294,7 +300,7 @@ def _table_of_labels(root: Path, images: Sequence[str], tables: Iterable[str]) -
 
 def _metadata_labels(text: str) -> dict[str, str] | None:
     """Labels by path; None if there is no column of labels, since the table may be about other things."""
-    lines = csv.DictReader(text.splitlines())
+    lines = csv.DictReader(io.StringIO(text, newline=""))
     if not {*METADATA_COLUMNS} <= set(lines.fieldnames or []):
         return None
     return {line["file_name"]: line["label"] for line in lines}
@@ -302,7 +308,7 @@ def _metadata_labels(text: str) -> dict[str, str] | None:
 
 def _annotated_labels(text: str) -> dict[str, str]:
     """Labels by path, from lines of the name of a file in `images`, its class and the sides of a box."""
-    lines = (line.split("\t") for line in text.splitlines())
+    lines = (line.split("\t") for line in text.replace("\r\n", "\n").split("\n"))
     return {f"images/{line[0]}": line[1] for line in lines if len(line) > 1}
 
 

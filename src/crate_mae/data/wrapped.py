@@ -174,7 +174,10 @@ def _listed_labels(dataset: Any) -> Int[np.ndarray, "n"] | None:
     for attribute in ("targets", "labels"):
         listed: Any = getattr(dataset, attribute, None)
         if isinstance(listed, (list, Tensor, np.ndarray)):
-            labels = np.asarray(listed)
+            try:
+                labels = np.asarray(listed)
+            except (TypeError, ValueError):  # several labels to an image, or on a GPU: read with each image
+                continue
             whole = labels.shape == (len(dataset),) and np.issubdtype(labels.dtype, np.integer)
             if whole and labels.min() >= 0 and labels.max() <= LARGEST_LABEL:
                 return labels.astype(np.int64)

@@ -156,15 +156,16 @@ def _probed(folder: Path) -> Iterator[str]:
     """Results of `crate-mae eval ... --out` in the folder."""
     for file in sorted(folder.glob("*.json")):
         found = _mapping(file)
-        for result in found.get("results", []) if "probe" in found else []:
-            if isinstance(top1 := result.get("top1"), dict):
+        for result in (found.get("results") or []) if "probe" in found else []:
+            if isinstance(top1 := result.get("top1"), dict) and isinstance(top1.get("value"), float):
                 images = f"{found.get('val_images', 0):,} images of {_public(found.get('val', ''))}"
                 yield f"{found['probe']} probe, layer {result.get('layer')}: {top1['value']:.1%} of {images}."
 
 
 def _environment(folder: Path) -> str:
     found = _mapping(folder / "environment.json")
-    packages = [f"{name} {found['packages'][name]}" for name in _PACKAGES if name in found.get("packages", {})]
+    versions = found.get("packages") or {}
+    packages = [f"{name} {versions[name]}" for name in _PACKAGES if name in versions]
     devices = found.get("gpus") or [found.get("processor")]
     return ", ".join([*packages, *(str(device) for device in devices if device)])
 

@@ -59,7 +59,7 @@ class Layer(nn.Module):
             step = (p @ w).transpose(1, 2).flatten(2) @ self.proj_weight + self.proj_bias
             z_half = z + step
         else:
-            b = p / p.sum(-2, keepdim=True).sqrt()
+            b = p * p.sum(-2, keepdim=True).clamp(min=1e-24).rsqrt()
             step = self.rate[:, None, None] * (b @ w - w)
             z_half = x + step.transpose(1, 2).flatten(2) @ self.subspaces.mT
         y = F.layer_norm(z_half, z.shape[-1:], self.norm2_weight, self.norm2_bias, self.eps)

@@ -4,6 +4,7 @@ Text is plain: "R^c", "U_k", "λ‖Z‖_0" and "1.0·10^−7" are typeset by `ht
 matplotlib, and by `raised` where there are characters only.
 """
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -16,10 +17,12 @@ _SUBSCRIPT = re.compile(r"(?:(?<=\b[A-ZΣ])|(?<=‖))_(\w)\b|(?<=\w)_([α-ω])\b
 
 def number(value: float) -> str:
     """Three digits, with a true minus sign; in powers of ten where decimals would show nothing."""
-    if (value and abs(value) < 0.001) or abs(value) >= 1e6:
+    if math.isinf(value):
+        text = f"{value}".replace("inf", "∞")
+    elif (value and abs(value) < 0.001) or abs(value) >= 1e6:
         mantissa, exponent = f"{value:.1e}".split("e")
         text = f"{mantissa}·10^{int(exponent)}"
-    elif abs(value) >= 1000:
+    elif abs(value) >= 999.5:  # with three digits, it would be 1.00e+03
         text = f"{value:,.0f}"
     else:
         text = f"{value:#.3g}".rstrip(".") if value else "0"

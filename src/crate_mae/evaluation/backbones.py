@@ -19,9 +19,8 @@ from crate_mae.data.dataset import default_generator_seeded
 from crate_mae.data.transforms import Preparation
 from crate_mae.errors import UserError, did_you_mean, first_line
 from crate_mae.models.autoencoder import build
-from crate_mae.models.config import CONFIG_FILE, WEIGHTS_FILE, config_from_settings
-from crate_mae.models.monotone import check_monotone
-from crate_mae.models.tensors import read_tensors, refuse_broken, refuse_misfits, refuse_timm_misfits
+from crate_mae.models.config import CONFIG_FILE, config_from_settings
+from crate_mae.models.tensors import refuse_timm_misfits
 from crate_mae.models.weights import (
     UNTRAINED,
     description_in,
@@ -30,6 +29,7 @@ from crate_mae.models.weights import (
     is_of_timm,
     is_untrained,
     load,
+    load_encoder_folder,
     model_name,
     unwrapped,
     without_untrained,
@@ -128,7 +128,9 @@ def open_backbone(model: Any, *, seed: int = 0) -> Backbone:
         elif is_of_timm(described := description_in(folder := folder_of(name))):
             backbone = _from_timm_folder(folder, described, is_trained=not has_suffix)
         elif is_encoder_of_transformers(described):
-            backbone = _from_encoder_folder(folder, described["settings"], is_trained=not has_suffix)
+            settings = described["settings"]
+            net = build(config_from_settings(settings)).eval() if has_suffix else load_encoder_folder(folder, settings)
+            backbone = _ours(net, str(folder))
         else:
             backbone = _ours(load(model), name)
     return replace(backbone, name=str(model), is_random=is_untrained(str(model)))
@@ -183,18 +185,6 @@ def _from_timm_folder(folder: Path, description: Mapping[str, Any], *, is_traine
     except Exception as error:  # timm raises many kinds
         raise UserError(f"{folder} cannot be opened by timm: {first_line(error)}") from error
     return _with_timm_data(encoder.eval(), str(folder), architecture=(folder / CONFIG_FILE).read_text("utf-8"))
-
-
-def _from_encoder_folder(folder: Path, settings: dict[str, Any], *, is_trained: bool) -> Backbone:
-    config, path = config_from_settings(settings), folder / WEIGHTS_FILE
-    refuse_misfits(path, config)
-    net = build(config)
-    if is_trained:
-        tensors = read_tensors(path)
-        refuse_broken(tensors, path)
-        net.encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in tensors.items()})
-        check_monotone(net.encoder)
-    return _ours(net.eval(), str(folder))
 
 
 def _ask_hub(name: str) -> None:

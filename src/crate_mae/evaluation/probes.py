@@ -154,7 +154,7 @@ def _top_cells(top1: Score, top5: Score | None, chosen_on: float | None) -> dict
     if top5 is not None:
         cells["top-5 (95%)"] = str(top5)
     if chosen_on is not None:
-        cells["chosen on"] = f"{100 * chosen_on:.2f}%"
+        cells["a tenth of training"] = f"{100 * chosen_on:.2f}%"
     return cells
 
 

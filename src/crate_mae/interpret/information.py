@@ -23,6 +23,7 @@ from crate_mae.theory.measures import effective_rank
 
 _RIDGE = 1e-4  # times the mean variance of the tokens' coordinates
 _CHUNK = 16  # images whose tokens are held at once
+_ROUNDING = 1e-5  # of mean tokens in float32, relative to the largest
 PROBE_STRENGTHS = (1e-3, 1e-2, 1e-1)  # C of a probe; on features of CIFAR-10 the best was inside in every trial
 
 
@@ -45,7 +46,8 @@ def dead_coordinates(model: nn.Module, batches: Sequence[Any], forward: Forward 
 def feature_ranks(model: nn.Module, batches: Sequence[Any], forward: Forward = default_pass) -> list[Row]:
     """Effective rank of the images' features (mean tokens) after each layer, less their mean over images.
 
-    A fall towards 1 is collapse: all images become one. It is at most the number of images, less one.
+    A fall towards 1 is collapse: all images become one. It is at most the number of images, less one; and 1 for
+    features that are equal up to rounding, which would have the rank of noise.
     """
     features: dict[str, list[Tensor]] = {name: [] for name in layers_of(model)}
     for batch in batches if features else []:
@@ -56,7 +58,9 @@ def feature_ranks(model: nn.Module, batches: Sequence[Any], forward: Forward = d
         z = torch.cat(found)
         if not z.isfinite().all():  # of which LAPACK would complain
             raise not_finite(place_of(name), "feature_rank")
-        rank = float(effective_rank(z - z.mean(0)))
+        differences = z - z.mean(0)
+        are_equal = differences.abs().max() <= _ROUNDING * z.abs().max()
+        rank = 1.0 if are_equal else float(effective_rank(differences))
         rows.append(row(place_of(name), "feature_rank", Statistic(rank, None, 1), point="z_next", over="layer"))
     return rows
 

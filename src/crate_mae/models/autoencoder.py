@@ -21,6 +21,7 @@ from crate_mae.models.initialization import initialize, sincos_positions
 from crate_mae.models.layers import DecoderLayer
 from crate_mae.models.masking import hide_all_but, patch_statistics, patchify, random_mask, visible_indices
 from crate_mae.models.monotone import MonotoneDecoderLayer, orthogonal_parameters
+from crate_mae.theory.derivatives import at_least_float
 
 
 class Decoder(nn.Module):
@@ -281,7 +282,7 @@ def patch_errors(
 
     With `norm_pix_loss` the target is each patch less its mean, divided by its standard deviation.
     """
-    target = patchify(images, config.patch_size)
+    target = at_least_float(patchify(images, config.patch_size))
     if config.norm_pix_loss:
         mean, std = patch_statistics(target)
         target = (target - mean) / std

@@ -147,6 +147,8 @@ class ModelConfig:
                 yield f"{side}embed_dim {width} is not a multiple of {side}num_heads {heads}."
             if width % 4:
                 yield f"{side}embed_dim {width} is not a multiple of 4, which sine-cosine positions need."
+        if self.norm_pix_loss and self.patch_size**2 * self.in_chans < 2:
+            yield "a patch of one number has no deviation to normalise by: leave norm_pix_loss out, or enlarge patches."
         if self.mask_tokens not in ("encoder", "decoder"):
             yield f'mask_tokens is "{self.mask_tokens}", but must be "encoder" or "decoder".'
         if not 0.0 <= self.drop_path < 1.0:

@@ -197,7 +197,9 @@ class ISTA(KeepsValues):
         if must_form or is_traced(self.dictionary):
             return form()
         precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dictionary.dtype
-        return self._kept.of(self.dictionary, lambda _dictionary: form(), (self.step_size, precision))
+        return self._kept.of(
+            self.dictionary, lambda _dictionary: form(), (self.step_size, getattr(self, "steps", 1), precision)
+        )
 
     def extra_repr(self) -> str:
         """Width, step size and threshold, for `print(model)`."""
@@ -245,9 +247,11 @@ class OvercompleteISTA(nn.Module):
         return self.dictionary
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
+        # type: (Tensor) -> Tensor
         """Tokens rebuilt from their non-negative sparse codes."""
-        if isinstance(x, fx.Proxy):
-            return as_one_step(self, x)
+        if not torch.jit.is_scripting():  # noqa: SIM102  # TorchScript reads all of a condition
+            if isinstance(x, fx.Proxy):
+                return as_one_step(self, x)
         return self.readout(sparse_codes(x, self.dictionary, self.step_size, self.threshold, self.STEPS))
 
 

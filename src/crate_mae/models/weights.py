@@ -22,7 +22,7 @@ from crate_mae.data.files import (
     set_usual_mode,
 )
 from crate_mae.errors import UserError, first_line, not_a_repository
-from crate_mae.models.autoencoder import MaskedAutoencoder
+from crate_mae.models.autoencoder import MaskedAutoencoder, build
 from crate_mae.models.checkpoints import newest_checkpoint
 from crate_mae.models.classifier import Classifier, initialised
 from crate_mae.models.config import (
@@ -261,10 +261,15 @@ def read_config(folder: Path) -> Config:
     """
     path = folder / CONFIG_FILE
     values = read_json(path)
-    if is_of_timm(values) or is_encoder_of_transformers(values):
+    if is_of_timm(values):
         raise UserError(
-            f"{folder} holds an encoder alone, in {'timm' if is_of_timm(values) else 'transformers'}'s layout, and no "
-            "decoder.\n`crate-mae embed` and `crate-mae eval` take it."
+            f"{folder} holds an encoder alone, in timm's layout, and no decoder.\n"
+            "`crate-mae embed` and `crate-mae eval` take it."
+        )
+    if is_encoder_of_transformers(values):
+        raise UserError(
+            f"{folder} holds an encoder alone, in transformers' layout, and no decoder.\n"
+            "`crate-mae embed`, `crate-mae eval` and `crate-mae finetune` take it."
         )
     try:
         if _is_of_transformers(values):
@@ -307,6 +312,26 @@ def _config_from_transformers(values: Mapping[str, Any]) -> Config:
         raise UserError("A classifier of transformers needs id2label: from number to name of every class.")
     names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     return ClassifierConfig(encoder=config, classes=names, pooling=values.get("pooling", DEFAULT_HEAD_POOLING))
+
+
+def load_encoder_folder(folder: Path, settings: Mapping[str, Any]) -> MaskedAutoencoder:
+    """The encoder of a folder that holds it alone, in transformers' layout, with a decoder of random initialisation.
+
+    Args:
+        folder: with the weights.
+        settings: of the model, from the folder's `config.json`.
+
+    Raises:
+        UserError: if the weights are damaged, or not those of such an encoder.
+    """
+    config, path = config_from_settings(settings), folder / WEIGHTS_FILE
+    refuse_misfits(path, config)
+    tensors = read_tensors(path)
+    refuse_broken(tensors, str(path))
+    net = build(config)
+    net.encoder.load_state_dict({name.removeprefix("encoder."): value for name, value in tensors.items()})
+    check_monotone(net.encoder)
+    return net.eval()
 
 
 def description_in(folder: Path) -> Any:

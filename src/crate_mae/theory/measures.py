@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from crate_mae.theory.derivatives import at_least_float
+from crate_mae.theory.derivatives import at_least_float, in_float64
 
 
 def zero_fraction(x: Float[Tensor, "*shape"]) -> Float[Tensor, ""]:
@@ -54,7 +54,7 @@ def participation_ratio(z: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch
 
     Like `effective_rank` between 1 and min(n, d), but weak directions count less. 1 for all-zero tokens.
     """
-    z = z.double() if z.device.type != "mps" else z.float()
+    z = in_float64(z)
     largest = z.abs().amax(dim=(-2, -1), keepdim=True)
     z = z / torch.where(largest == 0, 1, largest)  # so that fourth powers neither overflow nor vanish
     gram = z @ z.mT if z.shape[-2] <= z.shape[-1] else z.mT @ z
@@ -84,5 +84,8 @@ def token_diversity(z: Float[Tensor, "*batch n d"]) -> Float[Tensor, ""]:
     0 for all-zero tokens. It is the square of the relative residual of Dong, Cordonnier and Loukas, "Attention is not
     all you need", ICML 2021, in the Frobenius norm.
     """
-    energy = z.float().square().sum()
-    return (z.float() - z.float().mean(dim=-2, keepdim=True)).square().sum() / energy.clamp_min(1e-30)
+    z = at_least_float(z)
+    largest = z.abs().amax()
+    z = z / torch.where(largest == 0, 1, largest)  # so that squares neither overflow nor vanish
+    differences = z - z.mean(dim=-2, keepdim=True)
+    return differences.square().sum() / z.square().sum().clamp_min(1)  # at least 1, or 0 for all-zero tokens

@@ -80,7 +80,9 @@ class RunOptions:
     usual_epochs: ClassVar[int]
     usual_warmup: ClassVar[float]
 
-    out: Path | str = option(MISSING, "The folder of the run.", saved=False)
+    out: Path | str = option(
+        MISSING, "Folder of the run. One that is there is continued, with the same options.", saved=False
+    )
     epochs: int = option(
         None,
         "Passes over the training images. By default, without --steps or --minutes, 100 for pretraining and 50 for "
@@ -110,13 +112,19 @@ class RunOptions:
         0.05, "Decoupled weight decay of AdamW; norms, biases and tokens are exempt.", AT_LEAST_0
     )
     clip_grad: float = option(1.0, "Maximum gradient norm; 0 turns clipping off.", AT_LEAST_0)
-    drop_path: float = option(0.0, "Stochastic depth of the encoder's last layer.", BELOW_1)
+    drop_path: float = option(
+        0.0,
+        "Stochastic depth: probability of skipping the encoder's last layer in training; it is smaller for earlier "
+        "layers.",
+        BELOW_1,
+    )
     image_size: Pixels = option(None, "Pixels, or HEIGHTxWIDTH. By default, the model's.")
     min_crop: float = option(MIN_CROP, "Smallest share of an image's area that a random crop covers.", SHARE)
     flip: bool = option(True, "Mirror half of the images at random; turn off for images of text.")
     seed: int = option(0, "Seed for weights, data order, crops and masks.", AT_LEAST_0)
     precision: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "By default, the faster of the two as measured on this machine."
+        "auto",
+        "Precision of matrix products; auto takes float32 or bfloat16, whichever is faster as measured here.",
     )
 
     accumulation: int = option(1, "Number of micro-batches per step, to save memory.", AT_LEAST_1, speed=True)
@@ -126,7 +134,8 @@ class RunOptions:
     )
     workers: int = option(
         None,
-        "Number of processes that load images. By default, one less than the number of cores, at most 8.",
+        "Number of processes that load images; with 0, the process that trains does. By default, one less than the "
+        "number of cores, at most 8.",
         FROM_0_TO_1024,
         speed=True,
     )
@@ -233,7 +242,8 @@ class PretrainOptions(RunOptions):
     lr: float = same_as(
         RunOptions,
         "lr",
-        "Learning rate per 256 images; it is scaled by batch_size / 256. By default, chosen from width and batch size.",
+        "Learning rate per 256 images; it is scaled by batch_size / 256. By default, chosen from the model (width, "
+        "initialisation, kind of layers) and the batch size.",
     )
     init_from: str | Path | None = option(
         None,
@@ -241,8 +251,17 @@ class PretrainOptions(RunOptions):
         "Without --model, or if --model is its name, its settings are kept; the patch size is adapted to the images.",
         added_later=True,
     )
-    val: Data = option(None, "Images to evaluate on. By default, 5% of the images, at most 512, are held out.")
+    val: Data = option(
+        None,
+        "Images to evaluate on; of more than 512, a fixed sample. By default, 5% of the images, at most 512, are held "
+        "out.",
+    )
     model_settings: dict[str, Setting] = option(None, "Other model settings, such as --model-settings.threshold 0.1")
+    image_size: Pixels = same_as(
+        RunOptions,
+        "image_size",
+        "Pixels, or HEIGHTxWIDTH. By default, the model's; with --init-from and no other --model, as suits the images.",
+    )
     channels: int = option(None, "Number of channels to convert images to. By default, as in the images.", AT_LEAST_1)
     mean: Numbers = option(
         None, "Mean of each channel, for pixels in [0, 1]. By default, ImageNet's for 3 channels, otherwise measured."
@@ -277,13 +296,19 @@ class FinetuneOptions(RunOptions):
         "Labelled images: a folder with a subfolder for each class, .parquet, .tar shards, hf:name, digits:train ...",
     )
     val: Data = option(MISSING, "Labelled images of the same classes, to evaluate on and to select the best model.")
+    minutes: float = same_as(
+        RunOptions,
+        "minutes",
+        "Intended duration of the run in minutes, instead of epochs. The number of steps is chosen from the measured "
+        "speed of this machine; by default, so is the batch size.",
+    )
     labels: float = option(1.0, "Share of the training images of each class to use; the seed determines which.", SHARE)
     pooling: HeadPooling = option("cls+mean", "Input of the head: the class token, the mean over patches, or both.")
     lr: float = same_as(
         RunOptions,
         "lr",
-        "Learning rate of the head per 256 images; it is scaled by batch_size / 256. By default, 1.5e-3, or more for "
-        "batches smaller than 256.",
+        "Learning rate of the head per 256 images; it is scaled by batch_size / 256. By default, 1.5e-3 x "
+        "sqrt(256 / batch_size).",
     )
     layer_decay: float = option(
         0.75, "Layer-wise decay: learning rate of each layer divided by that of the next layer.", SHARE

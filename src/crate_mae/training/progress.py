@@ -44,13 +44,13 @@ def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, star
         "learning rate": f"{config.lr:.3g} x {config.batch_size}/256 = {lr:.3g} after "
         f"{plural(task.warmup_steps, 'warm-up step')}, then by a cosine to {final:g}",
         "length": f"{plural(config.steps, 'step')} = {config.steps / task.steps_per_epoch:.4g} epochs of "
-        f"{task.steps_per_epoch:,}",
+        f"{plural(task.steps_per_epoch, 'step')}",
         "precision": config.precision + (f" ({probe.reason})" if probe.reason else ""),
         "device": f"{accelerator.device.type}, {plural(config.threads, 'thread')}, "
         f"{plural(config.workers, 'loader process')}" + "".join(f", {name}" for name in _techniques(task, accelerator)),
         "estimate": _estimate(task, probe, processes, start_step),
-        "folder": f"{directory.path}, with a checkpoint every {plural(config.checkpoint_epochs, 'epoch')} and every "
-        f"{config.checkpoint_minutes:g} min",
+        "folder": f"{directory.path}, with a checkpoint after every {_epochs(config.checkpoint_epochs)}, and at least "
+        f"every {config.checkpoint_minutes:g} min",
         "to resume": config.resume_command + " (Ctrl-C stops and saves)",
     }
     if not start_step and (faster := _faster_reading(task, probe, processes)):
@@ -61,6 +61,10 @@ def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, star
     if start_step:
         rows["resuming"] = f"at step {start_step:,}"
     return rows
+
+
+def _epochs(count: int) -> str:
+    return "epoch" if count == 1 else plural(count, "epoch")
 
 
 def plan_values(task: Task, accelerator: Accelerator, probe: ProbeResult, plan: Mapping[str, str]) -> dict[str, Any]:

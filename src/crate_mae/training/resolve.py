@@ -25,7 +25,16 @@ from crate_mae.models.config import CrateConfig, ModelConfig, encoder_config
 from crate_mae.models.masking import check_mask_ratio
 from crate_mae.models.presets import list_bundled, list_models, preset
 from crate_mae.models.transfer import resized_config
-from crate_mae.models.weights import is_untrained, load, load_autoencoder, read_config
+from crate_mae.models.weights import (
+    description_in,
+    folder_of,
+    is_encoder_of_transformers,
+    is_untrained,
+    load,
+    load_autoencoder,
+    load_encoder_folder,
+    read_config,
+)
 from crate_mae.options import LARGEST, Mistakes, option_name, origin
 from crate_mae.training.finetuning import Finetuning
 from crate_mae.training.images import open_images, open_labelled
@@ -358,7 +367,9 @@ def _initialisation(
         config = preset(name).replace(in_chans=channels)
         config = config if train is None else _with_measured_statistics(config, train)
     else:
-        loaded = load(name)
+        described = description_in(folder := folder_of(name))
+        alone = is_encoder_of_transformers(described)
+        loaded = load_encoder_folder(folder, described["settings"]) if alone else load(name)
         config, weights = encoder_config(loaded.config), loaded.encoder.state_dict()
     if train is not None and channels != config.in_chans and not {channels, config.in_chans} <= set(_CONVERTIBLE):
         raise UserError(

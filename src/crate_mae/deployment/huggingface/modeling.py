@@ -328,6 +328,8 @@ class CrateMAEForPreTraining(CrateMAEPreTrainedModel):
             return torch.zeros(batch, count, dtype=torch.bool)
         check_mask_ratio(ratio, count)
         if noise is not None:
+            if tuple(noise.shape) != (batch, count):
+                raise UserError(f"noise is {tuple(noise.shape)}, but these images have {batch} x {count} patches.")
             return hide_all_but(visible_from_noise(noise, ratio), count)
         return random_mask(batch, count, ratio, None if self.training else torch.Generator().manual_seed(0))
 
