@@ -16,12 +16,14 @@ SimCLR and supervised training have AdamW and a learning rate that is warmed up 
 in `pretrain`. Minutes become steps by the speed of each method, which is measured first, in turns, with nothing else
 running (`speeds.json` in RUNS); so what else runs during the trainings does not change what they give.
 
-Each method searches its learning rate with seed 0: three rates for a quarter of the steps. The one with the lowest loss
-is taken: on held-out images for the autoencoders, over the last tenth of the steps for SimCLR, and on a tenth of the
-training images for supervised training. Features are probed alike (`crate_mae.evaluation.probes`): every layer of
-encoders, the mean of the patches, and the pooled features of the ResNet; next to each network with random
-initialisation. Results: NAME.csv, and NAME_speeds.csv.
+Each method searches its learning rate with seed 0: three rates for a quarter of the steps, and further ones until the
+best has a worse one on both sides. That with the lowest loss is taken: on held-out images for the autoencoders, over
+the last tenth of the steps for SimCLR, and on a tenth of the training images for supervised training. Features are
+probed alike (`crate_mae.evaluation.probes`): every layer of encoders, the mean of the patches, and the pooled features
+of the ResNet; next to each network with random initialisation. Results: NAME.csv, and NAME_speeds.csv.
 """
+
+from __future__ import annotations
 
 import argparse
 import csv
@@ -66,6 +68,7 @@ from crate_mae.training.recipes import read_recipe
 from crate_mae.training.run_directory import RunDirectory, numbers
 
 SIZE, BATCH, SEARCHED, HELD_OUT = 64, 64, 0.25, 10  # the share of the steps for each rate; every tenth image
+FURTHER = 3.0  # a rate beyond the best, where that is the lowest or highest
 MONOTONE, PUBLISHED, VIT, RESNET = (
     "crate_mae_micro_wide_monotone_patch8_64",
     "crate_mae_micro_wide_patch8_64",
@@ -166,12 +169,8 @@ def speed(method: str, data: Data) -> tuple[float, float]:
 
 def scored(method: str, seed: int, steps: int, data: Data, runs: Path) -> list[Row]:
     """The scores of a method's network with random initialisation, and after its steps."""
-    train, rates = METHODS[method].train, METHODS[method].rates
-    losses = kept(
-        runs / f"{method}_rates.json",
-        lambda: {f"{lr:g}": train(0, lr, round(SEARCHED * steps), data, runs).loss for lr in rates},
-    )
-    lr = float(min(losses, key=losses.__getitem__))
+    train = METHODS[method].train
+    lr = best_rate(METHODS[method], steps, data, runs, runs / f"{method}_rates.json")
     trained = train(seed, lr, steps, data, runs)
     torch.manual_seed(seed)
     random = fresh(METHODS[method].network)
@@ -180,6 +179,21 @@ def scored(method: str, seed: int, steps: int, data: Data, runs: Path) -> list[R
         {**shared, "weights": "random initialisation", "lr": "", "steps": 0, "loss": "", **probes(random, data)},
         {**shared, "weights": "trained", "lr": lr, "steps": steps, "loss": trained.loss, **probes(trained.model, data)},
     ]
+
+
+def best_rate(method: Method, steps: int, data: Data, runs: Path, file: Path) -> float:
+    """The learning rate of the lowest loss after a quarter of the steps, which has a worse one on both sides."""
+    losses = {float(lr): loss for lr, loss in json.loads(file.read_text()).items()} if file.exists() else {}
+    rates = list(method.rates)
+    while True:
+        for lr in rates:
+            if lr not in losses:
+                losses[lr] = method.train(0, lr, round(SEARCHED * steps), data, runs).loss
+                write_whole(file, json.dumps(losses, indent=1).encode())
+        best = min(losses, key=losses.__getitem__)
+        if best not in (min(losses), max(losses)):
+            return best
+        rates = [float(f"{best * FURTHER if best == max(losses) else best / FURTHER:.3g}")]
 
 
 def fresh(network: str) -> nn.Module:
