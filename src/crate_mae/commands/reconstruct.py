@@ -137,7 +137,7 @@ def eval_reconstruction(
         picture: New .png file for a picture of eight of the images at each ratio.
         mask_ratios: Shares of patches to hide; by default, those of 0.5, 0.6, 0.7, 0.75, 0.8, 0.9 and 0.95 that leave a
             patch visible.
-        count: Maximum number of images to measure; of more, a pseudo-random sample, which the seed determines.
+        count: Maximum number of images to measure; if there are more, a sample that depends on the seed is used.
         seed: Seed for the masks, the sample and random initialisation.
         batch_size: Images per batch.
         overwrite: Replace existing files.

@@ -156,7 +156,7 @@ def viz_layers(
         data: Any form of data that `crate-mae pretrain` takes.
         out: Picture to write, a .png or .pdf file.
         control: Also draw the same model with random initialisation.
-        count: Maximum number of images to measure; of more, a pseudo-random sample, which the seed determines.
+        count: Maximum number of images to measure; if there are more, a sample that depends on the seed is used.
         seed: Seed for the sample and random initialisation.
         overwrite: Replace an existing picture.
 
@@ -213,7 +213,7 @@ def viz_atoms(
         out: Picture to write, a .png or .pdf file.
         layer: Layer of the encoder from 0, or negative from the end.
         atoms: Indices of atoms, from 0; by default, the four with the most energy and four random others.
-        count: Maximum number of images to measure; of more, a pseudo-random sample, which the seed determines.
+        count: Maximum number of images to measure; if there are more, a sample that depends on the seed is used.
         seed: Seed for the sample, random atoms, directions, masks and random initialisation.
         overwrite: Replace an existing picture.
 

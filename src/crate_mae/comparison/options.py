@@ -145,7 +145,7 @@ class CompareOptions:
         0.3, "Share of the budget for the search, divided equally among the tries.", BETWEEN_0_AND_1
     )
     probe_layer: int = option(
-        None, "Encoder layer of the features, from 0, or negative from the end; by default the last. None is chosen."
+        None, "Encoder layer of the features, from 0, or negative from the end. By default, the last."
     )
     pooling: HeadPooling = option(None, "Class token, mean of patches, or both. By default, as in `crate-mae eval`.")
     precision: Literal["auto", "float32", "bfloat16"] = same_as(
