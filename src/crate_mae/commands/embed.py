@@ -129,7 +129,7 @@ def embed(options: EmbedOptions) -> Embedding:
     check_feature_file(out, options.pooling)
     extraction = options.extraction(DEFAULT_LAYER if options.layer is None else options.layer, options.pooling)
     transform = None if options.whiten is None else _whitening_file(options.whiten, options.pooling)
-    if transform is not None and transform.absolute() == out.absolute():
+    if transform is not None and transform.resolve() == out.resolve():
         raise UserError(f"--whiten and --out are both {out}: the features would replace the whitening. Name two files.")
     source = open_source(options.data)
     backbone = open_backbone(options.model, seed=options.seed)

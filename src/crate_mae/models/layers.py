@@ -191,15 +191,13 @@ class ISTA(KeepsValues):
         step.bias.fill_(-self.step_size * self.threshold)
         return nn.Sequential(step, nn.ReLU())
 
-    def _formed(self, form: Callable[[], T], x: Tensor) -> T:
-        """`form()`; in `eval()` what is kept of it, unless the dictionary, step size or precision has changed."""
+    def _formed(self, form: Callable[[], T], x: Tensor, *numbers: float) -> T:
+        """`form()`; in `eval()` what is kept of it, unless the dictionary, step size, precision or numbers changed."""
         must_form = self.training or torch.is_grad_enabled() or x.device.type != "cpu"
         if must_form or is_traced(self.dictionary):
             return form()
         precision = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dictionary.dtype
-        return self._kept.of(
-            self.dictionary, lambda _dictionary: form(), (self.step_size, getattr(self, "steps", 1), precision)
-        )
+        return self._kept.of(self.dictionary, lambda _dictionary: form(), (self.step_size, precision, *numbers))
 
     def extra_repr(self) -> str:
         """Width, step size and threshold, for `print(model)`."""

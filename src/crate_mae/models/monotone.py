@@ -329,7 +329,7 @@ class BoundedISTA(ISTA):
         else:
             if isinstance(x, fx.Proxy):
                 return as_one_step(self, x)
-            operator, gram = self._formed(self.matrices, x)
+            operator, gram = self._formed(self.matrices, x, self.steps)
         return ista_from_zero(x, operator, gram, self.step_size * self.threshold, self.steps)
 
     def preactivation(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:

@@ -18,9 +18,7 @@ def l1_to_l2(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
 
     Small is sparse, also for rows without any exact zero. A zero row counts as sparse: 0.
     """
-    x = at_least_float(x).abs()
-    largest = x.amax(dim=-1, keepdim=True)
-    x = x / torch.where(largest == 0, 1, largest)  # so that squares neither overflow nor vanish
+    x = _scaled(at_least_float(x).abs(), (-1,))
     return x.sum(-1) / (torch.linalg.vector_norm(x, dim=-1).clamp_min(1) * x.shape[-1] ** 0.5)
 
 
@@ -54,9 +52,7 @@ def participation_ratio(z: Float[Tensor, "*batch n d"]) -> Float[Tensor, "*batch
 
     Like `effective_rank` between 1 and min(n, d), but weak directions count less. 1 for all-zero tokens.
     """
-    z = in_float64(z)
-    largest = z.abs().amax(dim=(-2, -1), keepdim=True)
-    z = z / torch.where(largest == 0, 1, largest)  # so that fourth powers neither overflow nor vanish
+    z = _scaled(in_float64(z), (-2, -1))
     gram = z @ z.mT if z.shape[-2] <= z.shape[-1] else z.mT @ z
     energy, fourth = gram.diagonal(dim1=-2, dim2=-1).sum(-1).square(), gram.square().sum((-2, -1))
     return torch.where(fourth > 0, energy / torch.where(fourth > 0, fourth, 1), 1 + fourth).float()
@@ -84,8 +80,12 @@ def token_diversity(z: Float[Tensor, "*batch n d"]) -> Float[Tensor, ""]:
     0 for all-zero tokens. It is the square of the relative residual of Dong, Cordonnier and Loukas, "Attention is not
     all you need", ICML 2021, in the Frobenius norm.
     """
-    z = at_least_float(z)
-    largest = z.abs().amax()
-    z = z / torch.where(largest == 0, 1, largest)  # so that squares neither overflow nor vanish
+    z = _scaled(at_least_float(z), tuple(range(z.ndim)))
     differences = z - z.mean(dim=-2, keepdim=True)
     return differences.square().sum() / z.square().sum().clamp_min(1)  # at least 1, or 0 for all-zero tokens
+
+
+def _scaled(x: Float[Tensor, "*shape"], dim: tuple[int, ...]) -> Float[Tensor, "*shape"]:
+    """Numbers divided by the largest magnitude along these dimensions, so that powers neither overflow nor vanish."""
+    largest = x.abs().amax(dim=dim, keepdim=True)
+    return x / torch.where(largest == 0, 1, largest)

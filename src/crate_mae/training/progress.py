@@ -19,9 +19,10 @@ from crate_mae.options import origin
 from crate_mae.training.checkpoint import TrainState
 from crate_mae.training.config import plain_options
 from crate_mae.training.model_state import sharding_of
+from crate_mae.training.options import RunOptions
 from crate_mae.training.preflight import MUCH_WAITING, ProbeResult, micro_batch
 from crate_mae.training.resume import describe_data_change
-from crate_mae.training.run_directory import numbers
+from crate_mae.training.run_directory import RunDirectory, numbers
 from crate_mae.training.task import Task
 
 logger = logging.getLogger(__name__)
@@ -74,8 +75,7 @@ def plan_values(task: Task, accelerator: Accelerator, probe: ProbeResult, plan: 
         `command`; `out`; `options`, all of them by the names in config.yaml; `parameters`; `train_images` and
         `held_out_images`; `steps_per_epoch`; `processes`; `device`; `seconds_per_step` and `seconds`, estimated for all
         of the run; `memory_bytes` at the peak, null where a step is too long to be measured; and `plan`, the lines that
-        are printed, by their names; and `finished`, which is false. Of a run that has finished, which has no plan, only
-        `command`, `out`, `options` and `finished` are known.
+        are printed, by their names; and `finished`, which is false.
     """
     config, processes = task.config, accelerator.num_processes
     per_step = probe.seconds_per_step(config, processes)
@@ -94,6 +94,16 @@ def plan_values(task: Task, accelerator: Accelerator, probe: ProbeResult, plan: 
         "memory_bytes": probe.memory,
         "plan": dict(plan),
         "finished": False,
+    }
+
+
+def finished_values(config: RunOptions, directory: RunDirectory) -> dict[str, Any]:
+    """What there is in place of `plan_values` if the run has finished: without a plan."""
+    return {
+        "command": config.command,
+        "out": str(directory.path),
+        "options": plain_options(config),
+        "finished": True,
     }
 
 

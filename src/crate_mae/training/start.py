@@ -8,11 +8,11 @@ import gc
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, PartialState
@@ -25,7 +25,7 @@ from crate_mae.errors import UserError
 from crate_mae.models.checkpoints import newest_checkpoint, step_of
 from crate_mae.options import JSON_NEEDS_DRY_RUN, origin
 from crate_mae.terminal import open_console
-from crate_mae.training.config import differences, plain_options
+from crate_mae.training.config import differences
 from crate_mae.training.loop import train
 from crate_mae.training.model_state import asked_sharding
 from crate_mae.training.options import OptionsT, RunOptions
@@ -41,7 +41,7 @@ from crate_mae.training.preflight import (
     too_large,
 )
 from crate_mae.training.processes import all_succeed, computing_threads, first_decides, training_device
-from crate_mae.training.progress import Display, LastingStream, describe_plan, plan_lines, plan_values
+from crate_mae.training.progress import Display, LastingStream, describe_plan, finished_values, plan_lines, plan_values
 from crate_mae.training.randomness import Purpose, derive_seed
 from crate_mae.training.resolve import resolve, with_cheaper_model
 from crate_mae.training.resume import continued
@@ -78,8 +78,7 @@ def start(
         _refuse_differences(existing, config, directory)
         if directory.is_finished and reason is None:
             if options.json and processes.is_main_process:
-                found = {"command": existing.command, "out": str(out), "options": plain_options(existing)}
-                sys.stdout.write(to_json({**found, "finished": True}, ascii_only=True) + "\n")
+                _write_json(finished_values(existing, directory))
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
             return Run(out, existing)
         if directory.is_finished and newest is None:
@@ -114,6 +113,10 @@ def _open_display(options: RunOptions, processes: PartialState, on_progress: Cal
         return Display(None)
     stream = LastingStream(sys.stderr if options.json else sys.stdout)
     return Display(None if options.quiet else open_console(file=stream), on_progress)
+
+
+def _write_json(values: Mapping[str, Any]) -> None:
+    sys.stdout.write(to_json(values, ascii_only=True) + "\n")
 
 
 def _continued_by(options: OptionsT, existing: RunOptions, directory: RunDirectory) -> OptionsT:
@@ -168,7 +171,7 @@ def _run(
     plan = describe_plan(task, accelerator, found, start_step)
     if task.config.dry_run:
         if task.config.json and accelerator.is_main_process:
-            sys.stdout.write(to_json(plan_values(task, accelerator, found, plan), ascii_only=True) + "\n")
+            _write_json(plan_values(task, accelerator, found, plan))
         display.lines([*plan_lines(plan), "This was a dry run: nothing has been written."])
     else:
         train(task, accelerator, display=display, plan=plan, newest=newest, started=started, data_changed=data_changed)
