@@ -5,7 +5,8 @@
 Each trial is a run of `crate_mae.pretrain` in RUNS on the first 45,000 training images; one that has been probed is not
 made again. Every variant searches its learning rate alike, with seed 0: at the rates of `RATES`, and the one with the
 lowest held-out loss is run with the other seeds (README.md names the variants for which this was not done).
-"NAME, 6500 steps" is a variant at that rate for 6,500 steps, the full length of the recipe. Labels of the first 10,000
+"NAME, 6500 steps" is a variant at that rate for 6,500 steps, the full length of the recipe; "NAME, float32" is one in
+float32, for processors without bfloat16. Labels of the first 10,000
 images are for the probes, and they are evaluated on the last 5,000 training images, the audit on the first 64 of these.
 No test image has a part in it. Results: trials.csv, one line a run; claims.csv, one line for each claim about each
 layer of the audited runs; summary.csv, both over seeds. Lines of runs that are not in RUNS stay as they are.
@@ -43,7 +44,7 @@ from crate_mae.interpret.steps import measure_claims
 from crate_mae.training.recipes import read_recipe
 
 STEPS, SEEDS, RATES = 1000, (0, 1, 2), (3.6e-3, 1.08e-2)
-LONG = ", 6500 steps"
+LONG, FLOAT32 = ", 6500 steps", ", float32"
 SEEN, LABELLED, ASKED, AUDITED = 45_000, 10_000, 5_000, 64
 C = 0.01  # as in results/cifar10_ablations: of 0.001, 0.003, 0.01, 0.03 and 0.1 the best for the recipe
 HERE = Path(__file__).parent
@@ -111,7 +112,7 @@ def main(data: str, runs: str, *names: str) -> None:
     torch.set_num_threads(1)
     source = open_source(data)
     for name in names or VARIANTS:
-        searched = [trial(source, Path(runs), name.removesuffix(LONG), SEEDS[0], lr) for lr in RATES]
+        searched = [trial(source, Path(runs), name.replace(LONG, ""), SEEDS[0], lr) for lr in RATES]
         best = min(searched, key=lambda found: found["loss"])["lr"]
         for seed in SEEDS:
             claims(trial(source, Path(runs), name, seed, best)["folder"], name, source)
@@ -123,17 +124,24 @@ def folder_of(runs: Path, variant: str, seed: int, lr: float, **_scores: object)
     return runs / f"{variant.replace(' ', '_')}_seed{seed}_lr{lr:g}"
 
 
+def layers_of(name: str) -> tuple[dict[str, Any], Pieces | Literal["unmixed"] | None]:
+    """The variant that a run's name begins with."""
+    return VARIANTS[name.removesuffix(FLOAT32).removesuffix(LONG)]
+
+
 def trial(source: ImageSource, runs: Path, name: str, seed: int, lr: float) -> dict[str, Any]:
     """One run and its probes, made or read."""
     folder = folder_of(runs, name, seed, lr)
     scores = folder / "scores.json"
     if not scores.exists():
-        settings, pieces = VARIANTS[name.removesuffix(LONG)]
+        settings, pieces = layers_of(name)
         length = {"steps": STEPS, "warmup_epochs": 0.2, "monitor_steps": STEPS}
-        if name.endswith(LONG):
+        if LONG in name:
             length = {"steps": 6500, "warmup_epochs": 0.5, "monitor_steps": 650}
         with installed(pieces):
             options = {**ALWAYS, **length, "seed": seed, "lr": lr}
+            if name.endswith(FLOAT32):
+                options["precision"] = "float32"
             found = {"variant": name, "seed": seed, "lr": lr, **trained(source, folder, settings, options)}
             found["probes"] = probes(found.pop("model"), source)
         write_whole(scores, json.dumps(found, indent=1).encode())
@@ -176,7 +184,7 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
     """
     file = folder / "claims.json"
     if not file.exists():
-        with installed(VARIANTS[name.removesuffix(LONG)][1]):
+        with installed(layers_of(name)[1]):
             model = crate_mae.load(folder).eval()
         asked = range(len(source) - ASKED, len(source))
         images = read_images(source, open_backbone(model).transform(), asked, AUDITED).images
@@ -206,7 +214,7 @@ def claims(folder: Path, name: str, source: ImageSource) -> list[dict[str, Any]]
 def write_tables(runs: Path) -> None:
     """trials.csv, claims.csv and summary.csv beside this file, in the order of `VARIANTS`."""
     found = [json.loads(path.read_text()) for path in runs.glob("*/scores.json")]
-    order = [name + length for name in VARIANTS for length in ("", LONG)]
+    order = [name + length for name in VARIANTS for length in ("", LONG, FLOAT32)]
     found.sort(key=lambda each: (order.index(each["variant"]), each["lr"], each["seed"]))
     rows = [
         {

@@ -20,6 +20,7 @@ from crate_mae.commands.viz import viz_atoms as viz_atoms
 from crate_mae.commands.viz import viz_attention as viz_attention
 from crate_mae.commands.viz import viz_layers as viz_layers
 from crate_mae.commands.viz import viz_pca as viz_pca
+from crate_mae.deployment.formats import folded as folded
 from crate_mae.errors import RunStopped as RunStopped
 from crate_mae.errors import UserError as UserError
 from crate_mae.models.autoencoder import MAEOutput as MAEOutput

@@ -19,7 +19,7 @@ def test_a_small_run_writes_a_table(tmp_path, capsys):
 
 def test_a_member_that_ends_is_no_measurement():
     with (
-        scaling._team("lost", "unknown", 1, 1, {}) as team,
+        scaling._team("lost", "nano", 1, 1, {"PYTHONHOME": "nowhere"}) as team,
         pytest.raises(RuntimeError, match="process of lost has ended"),
     ):
         team.seconds(1)

@@ -13,9 +13,10 @@ OPTIONS = {"batch_size": 8, "channels": 1, "image_size": (6, 8), "mask_ratio": 0
 
 
 @pytest.fixture
-def operations_are_not_counted(monkeypatch):
-    """For tests of memory alone: counting them takes a third of the time."""
+def steps_are_not_simulated(monkeypatch):
+    """For tests of all that follows from operations and memory of a step, or from the configuration."""
     monkeypatch.setattr("crate_mae.costs.trial.step_flops", lambda *_: (2, 3, 7))
+    monkeypatch.setattr("crate_mae.costs.memory._simulated", lambda *_: (10**6, 10**7, 10**8))
 
 
 @pytest.mark.parametrize("name", [NANO, "vit_mae_nano_patch2_8", "crate_mae_nano_visible_patch2_8"])
@@ -33,7 +34,7 @@ def test_parameters_and_operations_are_exact(name):
     assert found.encoder_flops + found.decoder_flops == step.forward_flops() / 4
 
 
-@pytest.mark.usefixtures("operations_are_not_counted")
+@pytest.mark.usefixtures("steps_are_not_simulated")
 def test_state_and_traffic_are_those_of_the_formulas():
     found = crate_mae.estimate(model=NANO, devices=4, **OPTIONS)
     weights = 4 * found.parameters
@@ -49,7 +50,7 @@ def test_state_and_traffic_are_those_of_the_formulas():
     assert found.sharded.memory_cuda == alone.copies.memory_cuda + 2 * 4 * layer - 3 * weights * 3 // 4
 
 
-@pytest.mark.usefixtures("operations_are_not_counted")
+@pytest.mark.usefixtures("steps_are_not_simulated")
 def test_attention_saves_a_matrix_for_every_image_head_and_layer_unless_it_is_fused():
     tokens, half = 1 + 3 * 4, {**OPTIONS, "precision": "bfloat16"}
     assert crate_mae.estimate(model=NANO, **half).attention_bytes == 8 * (4 + 4) * 4 * tokens**2 * 2
@@ -63,6 +64,7 @@ def test_attention_saves_a_matrix_for_every_image_head_and_layer_unless_it_is_fu
         assert found.attention_bytes == 2 * visible.attention_bytes
 
 
+@pytest.mark.usefixtures("steps_are_not_simulated")
 def test_times_follow_from_speed_and_link(crate_mae_command):
     speeds = {"flops_per_s": 1e9, "link_bytes_per_s": 1e6, "images": 100, "epochs": 3}
     found = crate_mae.estimate(model=NANO, devices=2, **OPTIONS, **speeds)
@@ -73,6 +75,7 @@ def test_times_follow_from_speed_and_link(crate_mae_command):
     assert found.run_seconds(found.copies) == pytest.approx(36 * found.copies.step_seconds)
 
 
+@pytest.mark.usefixtures("steps_are_not_simulated")
 def test_without_a_speed_there_are_no_times_and_a_line_explains_why(crate_mae_command):
     code, text, _ = crate_mae_command("estimate", "--model", NANO, "--batch-size", 4, "--devices", 2)
     assert code == 0
@@ -85,6 +88,7 @@ def test_without_a_speed_there_are_no_times_and_a_line_explains_why(crate_mae_co
     assert "an epoch of 320,291 steps" in text and "for 7" in text and "Nothing overlaps" in text
 
 
+@pytest.mark.usefixtures("steps_are_not_simulated")
 def test_json_is_the_same(crate_mae_command):
     code, text, _ = crate_mae_command("estimate", "--model", NANO, "--batch-size", 4, "--json", "--image-size", "8x10")
     assert code == 0

@@ -196,9 +196,11 @@ def any_size(model: Model) -> nn.Module:
 
 
 def folded(model: nn.Module) -> Any:
-    """A copy of a model for inference, in `eval()`, that computes the same: see `folded()` of `ISTA` and `Compression`.
+    """A copy of a model for inference, in `eval()`, in which all that depends on weights alone is computed once.
 
-    In other layers nothing is the same at every call; they stay as they are.
+    These are the orthogonal U and the bounded D of monotone layers, and the matrices of ISTA's steps; other layers stay
+    as they are. The copy computes the same to rounding, takes no gradients of its weights, and is what an exporter
+    should be given: its graph has no iterations for U and for the norm of D.
     """
     model = copy.deepcopy(model).eval()
     for parent in list(model.modules()):
