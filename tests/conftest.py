@@ -37,9 +37,13 @@ if IS_ONE_OF_SEVERAL:
     # Several processes test at once: with a thread a core in each, they would spend their time waiting for each other.
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# The hook gives the bytecode of everything that a module of ours imports another name. So these are imported before:
-# otherwise every process would compile them anew and not read their bytecode.
-LARGE = ("beartype", "accelerate", "matplotlib.pyplot", "scipy.signal", "timm", "torchmetrics", "transformers")
+# While a module of ours is imported, the hook gives the bytecode of everything that this imports another name. So the
+# large libraries are imported before: otherwise every process would compile them anew and not read their bytecode.
+gc.disable()
+for library in ("beartype", "accelerate", "matplotlib.pyplot", "scipy.signal", "timm", "torchmetrics", "transformers"):
+    importlib.import_module(library)
+gc.enable()
+gc.freeze()  # what they leave is no garbage, and need not be looked through again and again
 
 
 def jaxtyped_if_it_names_shapes(decorated=None, /, *, typechecker, jaxtyped=jaxtyping.jaxtyped):
@@ -77,18 +81,8 @@ def names_shapes(function) -> bool:
 
 MOST_CHECKS = 20
 CHECKS: Counter[object] = Counter()  # by function, in the test that runs
-
-
-def pytest_configure(config):
-    """Check shapes in the processes that test, and not in one that only hands out tests to others."""
-    if IS_ONE_OF_SEVERAL or not getattr(config.option, "numprocesses", None):
-        gc.disable()
-        for library in LARGE:
-            importlib.import_module(library)
-        gc.enable()
-        gc.freeze()  # what they leave is never garbage, and is not looked through again
-        jaxtyping.jaxtyped = jaxtyped_if_it_names_shapes
-        install_import_hook("crate_mae", "beartype.beartype")
+jaxtyping.jaxtyped = jaxtyped_if_it_names_shapes
+install_import_hook("crate_mae", "beartype.beartype")
 
 
 def pytest_collection_modifyitems(items):
