@@ -114,8 +114,10 @@ def test_a_run_on_two_machines_saves_itself_when_its_time_is_over(sbatch, tmp_pa
     )
     run = tmp_path / "run"
     process = sbatch("digits", run, *options, "--no-trackers", MASTER_PORT=str(port), ACCELERATE_USE_CPU="true")
-    while process.poll() is None and not (run / "metrics.csv").exists():
+    deadline = time.monotonic() + 500
+    while process.poll() is None and time.monotonic() < deadline and not (run / "metrics.csv").exists():
         time.sleep(0.1)
+    assert (run / "metrics.csv").exists(), process.poll()
     for each in everything_of(process):  # as SLURM does, before it kills them
         if each.name() not in ("bash", "srun", "pretrain.sh"):
             each.send_signal(signal.SIGTERM)
