@@ -58,6 +58,14 @@ def install_command(extra: str = "", *, public: bool = False) -> str:
     return f"pip install {shlex.quote(folder + with_extra)}"
 
 
+def installed_version(package: str) -> str | None:
+    """The version of a package; None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its class name if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -73,7 +81,7 @@ def and_more(items: Sequence[str], most: int = 10, separator: str = ", ") -> str
     return separator.join(items[:most]) + (f" and {len(items) - most:,} more" if len(items) > most else "")
 
 
-def nearest(name: str, known: Iterable[str], similarity: float = 0.6) -> str | None:
+def nearest(name: str, known: Iterable[str], similarity: float) -> str | None:
     """The known name that is most similar to `name` without regard to case; None if all are too different."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=similarity)

@@ -4,14 +4,15 @@ import os
 import platform
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.table import Table
 
 from crate_mae.drawing.text import plural
+from crate_mae.errors import installed_version
 from crate_mae.terminal import open_console
 
+_NEEDED = ("torch", "torchvision", "timm", "accelerate", "numpy")
 _OPTIONAL = (
     "datasets",
     "gradio",
@@ -103,12 +104,13 @@ def doctor() -> dict[str, str]:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     cuda = [torch.cuda.get_device_name(i) for i in range(count)]
     mps = torch.backends.mps.is_available()
+    versions = {name: installed_version(name) or "not installed" for name in ("crate-mae", *_NEEDED, *_OPTIONAL)}
     facts = {
-        "crate-mae": _installed("crate-mae"),
+        "crate-mae": versions["crate-mae"],
         "python": f"{platform.python_version()} at {sys.executable}",
         "system": platform.platform(),
-        **{package: _installed(package) for package in ("torch", "torchvision", "timm", "accelerate", "numpy")},
-        **{f"{package} (optional)": _installed(package) for package in _OPTIONAL},
+        **{package: versions[package] for package in _NEEDED},
+        **{f"{package} (optional)": versions[package] for package in _OPTIONAL},
         "GPU": ", ".join(cuda) or ("Apple MPS" if mps else "none"),
         "CPU": f"{os.cpu_count()} cores, torch uses {plural(torch.get_num_threads(), 'thread')}",
         "float32 products": f"{_gflops('float32'):.0f} GFLOP/s on the CPU",
@@ -120,13 +122,6 @@ def doctor() -> dict[str, str]:
         table.add_row(name, value)
     open_console().print(table)
     return facts
-
-
-def _installed(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def _gflops(dtype_name: str) -> float:

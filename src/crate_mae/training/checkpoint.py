@@ -395,14 +395,14 @@ class Saver:
         """
         last, config = whole_weights(self.model_state.kept), self.task.model.config
 
-        def write() -> None:
+        def write_best() -> None:
             self.directory.check_present()
             forget_damaged_best(self.directory.path, state, logger.warning)
             best = best_checkpoint(self.directory.path, state)
             tensors = last if best is None else read_tensors(best / WEIGHTS_FILE)
             save_tensors(tensors, config, self.directory.path)
 
-        first_decides(self.accelerator, write)
+        first_decides(self.accelerator, write_best)
 
 
 def check_state(accelerator: Accelerator, model_state: ModelState, directory: RunDirectory, step: int) -> None:

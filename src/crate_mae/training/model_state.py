@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,14 +164,11 @@ def shard(model: Any, accelerator: Accelerator, settings: FullyShardedDataParall
 @contextmanager
 def synchronizing(accelerator: Accelerator, model: nn.Module, *, last: bool) -> Iterator[None]:
     """Reduce gradients over processes in the block's backward pass only if it is of the `last` micro-batch."""
-    if isinstance(model, FSDPModule):
+    is_sharded = isinstance(model, FSDPModule)
+    if is_sharded:
         model.set_requires_gradient_sync(last)
+    with nullcontext() if last or is_sharded else accelerator.no_sync(model):
         yield
-    elif last:
-        yield
-    else:
-        with accelerator.no_sync(model):
-            yield
 
 
 def whole_weights(model: nn.Module) -> dict[str, Any]:

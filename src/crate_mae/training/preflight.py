@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import psutil
 import torch
@@ -49,7 +49,7 @@ _WORDS = ("not enough memory", "can't allocate memory", "out of memory")  # PyTo
 _STATUS = Path("/proc/self/status")
 
 
-def check_compiler(device: torch.device, origin: str = "") -> None:
+def check_compiler(device: torch.device, origin: str) -> None:
     """Compile something small, on the device of the run.
 
     Raises:
@@ -297,17 +297,19 @@ def loading_seconds(source: ImageSource, transform: Preparation) -> float:
     """Seconds to read and prepare one image: the median over a fixed sample, as many as a few seconds allow."""
     times: list[float] = []
     for i in fixed_sample(len(source), _LOADED_IMAGES):
-        started = time.perf_counter()
-        try:
-            image = source.read(i)
-        except UnreadableImage:
-            continue
-        with default_generator_seeded(0):
-            transform(image)
-        times.append(time.perf_counter() - started)
+        with suppress(UnreadableImage):
+            times.append(_seconds_to_prepare(partial(source.read, i), transform))
         if sum(times) > _MOST_LOADING_SECONDS:
             break
     return statistics.median(times) if times else 0.0
+
+
+def _seconds_to_prepare(read: Callable[[], Any], transform: Preparation) -> float:
+    started = time.perf_counter()
+    image = read()
+    with default_generator_seeded(0):
+        transform(image)
+    return time.perf_counter() - started
 
 
 def _reduced_loading(task: Task) -> tuple[int, float] | None:
@@ -321,11 +323,7 @@ def _reduced_loading(task: Task) -> tuple[int, float] | None:
     for i in fixed_sample(len(source), _REDUCED_IMAGES):
         with suppress(UnreadableImage):
             content, _ = resized(source, i, size)
-            started = time.perf_counter()
-            image = decode(content, source.location(i))
-            with default_generator_seeded(0):
-                transform(image)
-            times.append(time.perf_counter() - started)
+            times.append(_seconds_to_prepare(partial(decode, content, source.location(i)), transform))
     return (size, statistics.median(times)) if times else None
 
 

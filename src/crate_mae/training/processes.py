@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -103,14 +103,8 @@ def agree(
 
 def first_decides(accelerator: Accelerator | PartialState, decide: Callable[[], T]) -> T:
     """Call a function in the first process only; all processes return its value, or raise if it does."""
-    result: list = [None, None]
-    failure: Exception | None = None
-    if accelerator.is_main_process:
-        try:
-            result = [decide(), None]
-        except Exception as error:  # whatever it is, or the others would wait for the first process
-            failure, result = error, [None, _describe_error(error, 0)]
-    value, mistake = broadcast_object_list(result)
+    value, mistake, failure = _attempted(decide, 0) if accelerator.is_main_process else (None, None, None)
+    value, mistake = broadcast_object_list([value, mistake])
     if failure is not None:
         raise failure
     if mistake is not None:
@@ -123,13 +117,8 @@ def all_succeed(accelerator: Accelerator, act: Callable[[], T]) -> list[T]:
 
     If it fails in one, that one raises its exception, the others a `UserError`.
     """
-    result: list = [None, None]
-    failure: Exception | None = None
-    try:
-        result = [act(), None]
-    except Exception as error:  # whatever it is, or the others would wait for this process
-        failure, result = error, [None, _describe_error(error, accelerator.process_index)]
-    results = gather_object([result])
+    value, mistake, failure = _attempted(act, accelerator.process_index)
+    results = gather_object([[value, mistake]])
     if failure is not None:
         raise failure
     if found := [mistake for _, mistake in results if mistake is not None]:
@@ -137,9 +126,14 @@ def all_succeed(accelerator: Accelerator, act: Callable[[], T]) -> list[T]:
     return [value for value, _ in results]
 
 
-def _describe_error(error: Exception, process: int) -> str:
-    """The message about an exception for the other processes."""
-    return str(error) if isinstance(error, UserError) else f"Process {process} of the run could not continue: {error}."
+def _attempted(act: Callable[[], Any], process: int) -> tuple[Any, str | None, Exception | None]:
+    """What a function returns, or a message about its exception for the other processes, and the exception itself."""
+    try:
+        return act(), None, None
+    except UserError as error:
+        return None, str(error), error
+    except Exception as error:  # whatever it is, or the others would wait for this process
+        return None, f"Process {process} of the run could not continue: {error}.", error
 
 
 def is_of_communication(error: RuntimeError) -> bool:

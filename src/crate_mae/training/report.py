@@ -131,7 +131,7 @@ class Logbook:
         self._since, self._waited, self._steps = time.perf_counter(), 0.0, 0
 
 
-def choose_trackers(asked: str | Sequence[str] | None, origin: str = "") -> tuple[str, ...]:
+def choose_trackers(asked: str | Sequence[str] | None, origin: str) -> tuple[str, ...]:
     """The trackers to use: those asked for; by default TensorBoard if it is installed.
 
     Raises:
@@ -257,7 +257,7 @@ def _how_ended(error: BaseException) -> str:
     return f"failed: {first_line(error).rstrip('.')} ({type(error).__name__})"
 
 
-def render_report(task: Task, plan: Mapping[str, str], end: str = "") -> str:
+def render_report(task: Task, plan: Mapping[str, str], end: str) -> str:
     """The report as HTML, from what the run has recorded so far; `end` is empty while the run continues."""
     from crate_mae.drawing.style import encode
 

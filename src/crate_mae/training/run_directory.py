@@ -42,7 +42,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +50,7 @@ from filelock import FileLock, Timeout
 
 from crate_mae.data.documents import read_json, to_csv
 from crate_mae.data.files import DIGESTS_FILE, damage_of, path_of, refuse_used_folder, write_digests, write_whole
-from crate_mae.errors import UserError, first_line
+from crate_mae.errors import UserError, first_line, installed_version
 from crate_mae.models.checkpoints import list_checkpoints
 from crate_mae.models.weights import load
 from crate_mae.terminal import CleanFormatter
@@ -319,10 +318,9 @@ def numbers(table: CsvLog) -> list[dict[str, float | None]]:
     Raises:
         UserError: if the file is not such a table.
     """
+    rows = table.read()
     try:
-        return [{key: float(value) if value else None for key, value in row.items()} for row in table.read()]
-    except UserError:
-        raise
+        return [{key: float(value) if value else None for key, value in row.items()} for row in rows]
     except ValueError as error:
         raise UserError(f"{table.path} holds something else than numbers: {error}.") from error
 
@@ -331,7 +329,7 @@ def environment() -> dict[str, Any]:
     """Versions and machine, which are needed to repeat a run."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": {name: installed_version(name) for name in _PACKAGES},
         "system": platform.platform(),
         "processor": torch.backends.cpu.get_cpu_capability(),
         "cpus": os.cpu_count(),
@@ -339,13 +337,6 @@ def environment() -> dict[str, Any]:
         "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 @contextmanager
