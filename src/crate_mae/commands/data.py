@@ -38,8 +38,8 @@ def check(
     """
     from crate_mae.data import check, open_source
 
-    out = None if out is None else output_path("--out", out)
     if out is not None:
+        out = output_path("--out", out)
         refuse_existing(out, "give another name with --out")
     console = open_console(stderr=json)
     source = open_source(data)

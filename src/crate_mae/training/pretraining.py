@@ -324,9 +324,8 @@ def _measured_images(config: PretrainOptions, model: ModelConfig, train: int) ->
     for crate_mae_micro_patch4_32, 1.0% for vit_mae_micro_patch4_32, 2.2% for crate_mae_micro_visible_patch4_32, whose
     steps encode a quarter of the patches.
     """
-    in_between = (config.monitor_steps or 0) * (config.batch_size or 0)
     bytes_each = 2 * model.in_chans * math.prod(model.image_size)
-    return min(_MOST_LABELLED, train, in_between // 32, _MOST_BYTES // bytes_each)
+    return min(_MOST_LABELLED, train, config.monitor_steps * config.batch_size // 32, _MOST_BYTES // bytes_each)
 
 
 def _pooled(model: MaskedAutoencoder, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b d"]:

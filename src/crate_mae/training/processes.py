@@ -49,6 +49,11 @@ def training_device() -> torch.device:
     return torch.device("cpu") if parse_flag_from_env("ACCELERATE_USE_CPU") else fastest_device()
 
 
+def processes_here(processes: int) -> int:
+    """How many processes of a launch are on this machine: as the launcher says, or else all of them."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+
+
 class Agreement(NamedTuple):
     """What all processes know after the gradients of a step are computed.
 
@@ -70,11 +75,6 @@ class Agreement(NamedTuple):
     def is_finite(self) -> bool:
         """Whether loss and gradients are."""
         return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
-
-
-def processes_here(processes: int) -> int:
-    """How many processes of a launch are on this machine: as the launcher says, or else all of them."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", processes))
 
 
 def agree(

@@ -76,14 +76,16 @@ def start(
     resolving = time.monotonic() - started
     if existing is not None:
         _refuse_differences(existing, config, directory)
-        if directory.is_finished and reason is None:
+        if reason is None:
             if options.json and processes.is_main_process:
                 _write_json(finished_values(existing, directory))
             display.lines([f"The run in {out} is finished: {existing.steps:,} steps."])
             return Run(out, existing)
-        if directory.is_finished and newest is None:
-            raise UserError(f"The finished run in {out} is damaged: {reason}.\nIt has no checkpoint to finish it from.")
         if directory.is_finished:
+            if newest is None:
+                raise UserError(
+                    f"The finished run in {out} is damaged: {reason}.\nIt has no checkpoint to finish it from."
+                )
             display.warn(f"Finishing the run in {out} again: {reason}.")
 
     with computing_threads(config.threads):
