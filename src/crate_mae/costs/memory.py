@@ -33,7 +33,7 @@ from crate_mae.private_torch import (
     tree_leaves,
     unset_fake_temporarily,
 )
-from crate_mae.training.preflight import autocast, peak_memory, restart_peak
+from crate_mae.training.preflight import autocast, peak_on, restart_peak
 
 # Resident memory of a step of the smallest model beyond its tensors: kernels that oneDNN compiles, and pages of
 # libraries that are touched for the first time. Measured (docs/planning.md).
@@ -181,11 +181,9 @@ def main() -> None:
     step = TrialStep(config, settings, device)
     for _ in range(_STEPS):
         step()
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        after = peak_memory()
-        peak = None if before is None or after is None else after - before
+    peak = peak_on(device)
+    if device.type != "cuda":
+        peak = None if before is None or peak is None else peak - before
     sys.stdout.write(json.dumps(peak))
 
 

@@ -138,20 +138,19 @@ class Pretraining(Task[PretrainOptions]):
         c, model, images = self.config, self.model, self.images
         source = f"split off {c.data}" if c.val is None else f"from {c.val}"
         (height, width), patch = model.config.image_size, model.config.patch_size
-        if self.start is not None:
-            start = {"starts from": f"{c.init_from}: {self.start}"}
-        elif c.init_from is None and len(images.train) < _FEW and min(height, width) >= _LEAST_SIDE:
-            start = {"starts from": f"random initialisation; {_ADVICE}"}
-        else:
-            start = {}
-        return {
+        rows = {
             "images": f"{len(images.train):,} of {c.data}; {len(images.held_out):,} held out, {source}",
             "model": f"{c.model}, {self.num_parameters / 1e6:.2f} M parameters",
             "input": f"{height} x {width} pixels{origin(c, 'image_size')}, {plural(c.channels, 'channel')}, "
             f"{model.num_patches} patches of {patch} x {patch}, {c.mask_ratio:.0%} hidden",
-            **start,
-            **({} if self.probe is None else {"labels": f"not trained on, but measured: {self.probe}"}),
         }
+        if self.start is not None:
+            rows["starts from"] = f"{c.init_from}: {self.start}"
+        elif c.init_from is None and len(images.train) < _FEW and min(height, width) >= _LEAST_SIDE:
+            rows["starts from"] = f"random initialisation; {_ADVICE}"
+        if self.probe is not None:
+            rows["labels"] = f"not trained on, but measured: {self.probe}"
+        return rows
 
     def describe_result(self, rows: Sequence[Mapping[str, float | None]]) -> str:
         """Describe the loss and the k-NN accuracy of held-out images, first and last."""
