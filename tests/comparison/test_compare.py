@@ -174,7 +174,7 @@ def test_a_seed_that_diverges_is_left_out_and_named(compared, compare, tmp_path,
     out = tmp_path / "copy"
     shutil.copytree(compared.path, out)
     (out / "runs" / CRATE / "seed-0" / "environment.json").unlink()  # so that this run is finished again, with
-    monkeypatch.setattr("crate_mae.training.run_directory._version", lambda _package: "2.6.0")
+    monkeypatch.setattr("crate_mae.training.run_directory.installed_version", lambda _package: "2.6.0")
 
     def diverging(options, **progress):
         if (options.model, options.seed, options.steps) == (VIT, 1, 6):
