@@ -15,6 +15,10 @@ async def echo(scope, receive, send):
     await send({"type": "http.response.body", "body": body})
 
 
+def limited(app=echo, is_possible=lambda _: True, large=None, host="127.0.0.1"):
+    return RequestLimits(app, is_possible, large or limits.LargeRequests(), host)
+
+
 def ask(path, *parts, app=echo):
     """Status, headers, body, and how many parts of the question were read."""
     messages = [
@@ -29,7 +33,7 @@ def ask(path, *parts, app=echo):
     async def send(message):
         answers.append(message)
 
-    asyncio.run(RequestLimits(app)({"type": "http", "path": path}, receive, send))
+    asyncio.run(limited(app)({"type": "http", "path": path}, receive, send))
     start, body = answers
     return start["status"], dict(start["headers"]), body["body"], len(parts) - len(messages)
 
@@ -111,7 +115,7 @@ def test_a_request_that_breaks_off_or_takes_too_long_ends(monkeypatch):
         async def send(message, answers=answers):
             answers.append(message)
 
-        asyncio.run(RequestLimits(echo)({"type": "http", "path": "/gradio_api/reset"}, receive, send))
+        asyncio.run(limited()({"type": "http", "path": "/gradio_api/reset"}, receive, send))
         assert answers[0]["status"] == status
 
 
@@ -121,7 +125,7 @@ def test_few_large_requests_are_held_at_once(monkeypatch):
     monkeypatch.setattr(limits, "MAX_BODY", 1000)
     monkeypatch.setattr(limits, "SECONDS_TO_WAIT", 0.0)
     large = limits.LargeRequests()
-    server = RequestLimits(echo, lambda call: None if call == {"a": 1} else "no", large)
+    server = limited(is_possible=lambda call: call == {"a": 1}, large=large)
 
     def join(body, path="/gradio_api/queue/join"):
         answers = []
@@ -160,7 +164,7 @@ def test_a_large_request_waits_for_a_place(monkeypatch):
         answers.append(message)
 
     async def free_a_place_while_it_waits():
-        request = RequestLimits(echo, large=large)({"type": "http", "path": "/gradio_api/reset"}, receive, send)
+        request = limited(large=large)({"type": "http", "path": "/gradio_api/reset"}, receive, send)
         waiting = asyncio.create_task(request)
         await asyncio.sleep(0)
         assert answers == []
@@ -180,7 +184,7 @@ def test_a_large_request_that_is_cancelled_while_it_arrives_is_not_counted(monke
         return parts.pop() if parts else await asyncio.sleep(60)
 
     async def cancel_while_it_arrives():
-        request = RequestLimits(echo, large=large)({"type": "http", "path": "/gradio_api/reset"}, receive, print)
+        request = limited(large=large)({"type": "http", "path": "/gradio_api/reset"}, receive, print)
         arriving = asyncio.create_task(request)
         await asyncio.sleep(0)
         arriving.cancel()
@@ -220,7 +224,7 @@ def test_a_foreign_host_is_refused(header, value, status):
         answers.append(message)
 
     scope = {"type": "http", "path": "/config", "headers": [(header.encode(), value.encode())]}
-    asyncio.run(RequestLimits(echo, host="Studio.example")(scope, receive, send))
+    asyncio.run(limited(host="Studio.example")(scope, receive, send))
     assert answers[0]["status"] == status
 
 

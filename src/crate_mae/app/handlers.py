@@ -30,7 +30,6 @@ UNTRAINED = "the same model, random initialisation"
 LEAST_RATIO, MOST_RATIO = 0.05, 0.95
 MOST_AMOUNT = 20.0  # by which an atom is changed, in standard deviations
 _FIRST_AMOUNT = 10.0
-FORGED = "The app does not send such requests."
 _LONGEST_SESSION = 64
 _MOST_EVENTS = 1000
 _MOST_SEED = 2**53 - 1  # the largest whole number that every browser writes exactly
@@ -90,7 +89,7 @@ class Handlers:
         examples: pictures to start with.
     """
 
-    def __init__(self, models: dict[str, AppModel], on_response: Callable[[], object] = lambda: None) -> None:
+    def __init__(self, models: dict[str, AppModel], on_response: Callable[[], object]) -> None:
         self.models = models
         self._on_response = on_response
         self.examples = examples()
@@ -195,12 +194,12 @@ class Handlers:
         """Return the picture as the model sees it, for both grids."""
         return displayed_picture(self._chosen(c)[0].net, _picture(c))
 
-    def mistake(self, call: Any) -> str | None:
-        """Describe what is wrong with a call of the app's script to Gradio; None if the script could have made it."""
+    def is_possible(self, call: Any) -> bool:
+        """Whether the app's script could have made a call to Gradio."""
         if not isinstance(call, dict) or not isinstance(call.get("data"), list):
-            return FORGED
+            return False
         session, values = call.get("session_hash"), call["data"]
-        is_known = (
+        return (
             isinstance(session, str)
             and 0 < len(session) <= _LONGEST_SESSION
             and session.isprintable()
@@ -208,8 +207,8 @@ class Handlers:
             and (call.get("trigger_id") is None or is_number(call["trigger_id"], 0, 10**6))
             and not call.get("batched")
             and len(values) == len(Controls._fields)
+            and self._are_possible(Controls(*values))
         )
-        return None if is_known and self._are_possible(Controls(*values)) else FORGED
 
     def _are_possible(self, c: Controls) -> bool:
         return (

@@ -52,7 +52,7 @@ class RequestLimits:
 
     Args:
         app: an ASGI application.
-        mistake: describes what is wrong with the values of a call; None if nothing is.
+        is_possible: whether the app's script could have made a call of these values.
         large: counts large requests; the handler removes a request from the count after responding.
         host: the name or address that the server listens on, which a request may name; see `is_own_host`.
     """
@@ -60,13 +60,13 @@ class RequestLimits:
     def __init__(
         self,
         app: Any,
-        mistake: Callable[[Any], str | None] = lambda _: None,
-        large: "LargeRequests | None" = None,
-        host: str = "127.0.0.1",
+        is_possible: Callable[[Any], bool],
+        large: "LargeRequests",
+        host: str,
     ) -> None:
         self._app = app
-        self._mistake = mistake
-        self._large = large or LargeRequests()
+        self._is_possible = is_possible
+        self._large = large
         self._host = host
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -144,8 +144,8 @@ class RequestLimits:
             call = parse_json(body, "The request")
         except UserError as error:
             raise _RefusedError(400, first_line(error)) from error
-        if mistake := self._mistake(call):
-            raise _RefusedError(422, mistake)
+        if not self._is_possible(call):
+            raise _RefusedError(422, "The app does not send such requests.")
 
     async def _respond(self, scope: Any, receive: Any, send: Any) -> int:
         """Let the application respond, and return the status; if it fails, one line of the log gives the reason."""

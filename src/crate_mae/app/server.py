@@ -12,7 +12,6 @@ from fastapi import FastAPI
 from crate_mae.app.compute import AppModel
 from crate_mae.app.handlers import (
     ALONE,
-    FORGED,
     LEAST_RATIO,
     MOST_AMOUNT,
     MOST_RATIO,
@@ -65,18 +64,17 @@ _CHOOSER = """
 _FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # fonts of the visitor's machine
 
 
-def build_server(models: dict[str, AppModel], host: str = "127.0.0.1") -> uvicorn.Server:
+def build_server(models: dict[str, AppModel], host: str) -> uvicorn.Server:
     """Build the server of the app, for models by name; call its `run(sockets=[...])` with a socket of `listen`."""
     theme = gr.themes.Default(primary_hue="blue", font=_FONTS, font_mono=("monospace",))
     large = LargeRequests()
     handlers = Handlers(models, on_response=large.remove)
     blocks = build_app(handlers)
 
-    def mistake(call: Any) -> str | None:
-        if found := handlers.mistake(call):
-            return found
-        is_known = call["fn_index"] in blocks.fns and call.get("trigger_id") in (None, *blocks.blocks)
-        return None if is_known else FORGED
+    def is_possible(call: Any) -> bool:
+        if not handlers.is_possible(call):
+            return False
+        return call["fn_index"] in blocks.fns and call.get("trigger_id") in (None, *blocks.blocks)
 
     page = gr.mount_gradio_app(
         FastAPI(openapi_url=None),
@@ -92,7 +90,7 @@ def build_server(models: dict[str, AppModel], host: str = "127.0.0.1") -> uvicor
         mcp_server=False,
         enable_monitoring=False,
     )
-    application: Any = RequestLimits(page, mistake, large, host)
+    application: Any = RequestLimits(page, is_possible, large, host)
     # Every open browser tab keeps a connection open; shutting down does not wait for them.
     return uvicorn.Server(
         uvicorn.Config(
