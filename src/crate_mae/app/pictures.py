@@ -8,7 +8,6 @@ import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
 from PIL import Image, ImageDraw, UnidentifiedImageError
 
 from crate_mae.data.decode import UnreadableImage, decode, to_8_bits, to_channels, upright
@@ -158,19 +157,16 @@ def examples() -> list[Example]:
     from sklearn.datasets import load_sample_image  # takes over a second to import
 
     photographs = [
-        Example(title, "photograph: scikit-learn's sample images, CC BY 2.0", _crop(load_sample_image(name), *box))
-        for title, name, *box in _CROPS
+        Example(
+            title,
+            "photograph: scikit-learn's sample images, CC BY 2.0",
+            Image.fromarray(load_sample_image(name)).crop((left, top, left + side, top + side)),
+        )
+        for title, name, left, top, side in _CROPS
     ]
-    return [*photographs, Example("Boat", "drawn for this app", _boat()), Example("Digit", "scikit-learn", _digit())]
-
-
-def _crop(photograph: UInt8[np.ndarray, "hh ww 3"], left: int, top: int, side: int) -> Image.Image:
-    return Image.fromarray(photograph).crop((left, top, left + side, top + side))
-
-
-def _digit() -> Image.Image:
     digit: Any = DigitsSource("test").read(_DIGIT)
-    return digit.convert("RGB").resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
+    digit = digit.convert("RGB").resize((_SIZE, _SIZE), Image.Resampling.BICUBIC)
+    return [*photographs, Example("Boat", "drawn for this app", _boat()), Example("Digit", "scikit-learn", digit)]
 
 
 def _boat() -> Image.Image:

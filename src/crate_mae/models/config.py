@@ -103,10 +103,8 @@ class ModelConfig:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if mistakes := list(_wrong_types(self)):
+        if mistakes := list(_wrong_types(self)) or list(_too_large(self)):
             raise UserError(f"Model {str(self.name)[:LONGEST_TEXT]}: " + "\n".join(mistakes))
-        if mistakes := list(_too_large(self)):
-            raise UserError(f"Model {self.name}: " + "\n".join(mistakes))
         rgb = self.in_chans == 3
         derived = {
             "decoder_embed_dim": self.embed_dim,
@@ -308,9 +306,14 @@ def check_settings(config_class: type[ModelConfig], settings: dict[str, Any]) ->
             raise UserError(f'A {config_class.architecture} model has no setting "{key}".{hint}')
 
 
+def _of_encoder(setting: str, meaning: str) -> Any:
+    """A property of a classifier that is a setting of its encoder."""
+    return property(lambda config: getattr(config.encoder, setting), doc=meaning)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ClassifierConfig:
-    """Everything needed to build a classifier again.
+    """Everything needed to build a classifier again. Its name, and what it says of images, are its encoder's.
 
     Attributes:
         encoder: of the autoencoder that this encoder comes from. Settings of its decoder are kept, and not used.
@@ -333,30 +336,11 @@ class ClassifierConfig:
         if self.pooling not in get_args(HeadPooling):
             raise UserError(f'pooling is "{self.pooling}", but must be one of {", ".join(get_args(HeadPooling))}.')
 
-    @property
-    def name(self) -> str:
-        """The encoder's name, for reports."""
-        return self.encoder.name
-
-    @property
-    def image_size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        return self.encoder.image_size
-
-    @property
-    def in_chans(self) -> int:
-        """Channels of the images."""
-        return self.encoder.in_chans
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """What is subtracted from each channel."""
-        return self.encoder.mean
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        """What each channel is then divided by."""
-        return self.encoder.std
+    name = _of_encoder("name", "The encoder's name, for reports.")
+    image_size = _of_encoder("image_size", "Height and width of the images.")
+    in_chans = _of_encoder("in_chans", "Channels of the images.")
+    mean = _of_encoder("mean", "What is subtracted from each channel.")
+    std = _of_encoder("std", "What each channel is then divided by.")
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-able form from which `config_of` makes an equal configuration."""

@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -119,8 +120,8 @@ class _Hook:
         self.name, self.place, self.index, self.change = name, place, index, change
         self.applied: dict[str, int] = {}
 
-    def __reduce__(self) -> tuple[Callable[[], object], tuple[()]]:
-        return _no_hook, ()  # a copy of the model is intact
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial, (_unchanged,)  # a copy of the model is intact
 
     def __call__(self, _module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> Any:
         value = output if not self.place.is_input else inputs[0] if inputs else None
@@ -218,10 +219,6 @@ def places_of(layer: nn.Module) -> dict[str, Place]:
 
 def _unchanged(*_call: object) -> None:
     """The hook of a copy."""
-
-
-def _no_hook() -> Callable[..., None]:
-    return _unchanged
 
 
 def _refuse_fixed_graphs(model: nn.Module) -> None:

@@ -5,22 +5,20 @@
 
 Compressing layers have the first guarantee, and the published ISTA; monotone layers have both.
 
-`Compression` is sum_k kappa_k (B_k W_k - W_k) U_k^T with W_k = X U_k, U = [U_1 .. U_h] orthogonal and ||B_k||_2 <= 1,
-so that R^c(Z_half | U) <= R^c(X | U) (`theory.compression`). The theorem holds for 0 <= kappa_k <= 1; the encoder keeps
-kappa_k between 1/2 and 1 (see the class). `BoundedISTA` is two proximal-gradient steps from the all-zero code with
-eta ||D||_2^2 <= 1, so that its code never has a larger lasso objective than the all-zero code
-(`theory.sparse_coding`). `Decompression` is the attention step, which the decoder takes with the opposite sign, so that
-no rate falls; this theorem holds for every kappa_k >= 0, and the decoder needs more than 1 (see the class).
+`Compression` is sum_k kappa_k (B_k W_k - W_k) U_k^T with W_k = X U_k, U = [U_1 .. U_h] orthogonal, ||B_k||_2 <= 1 and
+0 <= kappa_k <= 1, so that R^c(Z_half | U) <= R^c(X | U) (`theory.compression`). `BoundedISTA` is two proximal-gradient
+steps from the all-zero code with eta ||D||_2^2 <= 1, so that its code never has a larger lasso objective than the
+all-zero code (`theory.sparse_coding`). `Decompression` is the attention step with any kappa_k >= 0, which the decoder
+takes with the opposite sign, so that no rate falls.
 
 What differs from the published layer: the step starts from X instead of Z and has its term -W_k; the output projection
 is U_k; the attention is balanced; the sizes kappa_k and inverse temperatures s_k are learned, one per head; sparse
 coding starts from 0 instead of X. There are two d x d matrices to a layer instead of three.
 
-**How the guarantees are kept.** They belong to the module, not to an optimizer (a loop that compiles or shards layers
-calls `retract_` after each step, as ours does). U: in training, a parameter that has been changed is re-orthogonalised
-before it is used, in place, up to the error of a retraction; in `eval()` its exact polar factor is used. D: divided by
-its norm in the forward pass, if necessary; the norm is estimated from below in training, and exact in `eval()`. kappa
-and s: sigmoids or exponentials of the parameters.
+**How the guarantees are kept.** They belong to the module, not to an optimizer. U (`OrthogonalSubspaces`): in training,
+a parameter that has been changed is re-orthogonalised before it is used, in place, up to the error of a retraction; in
+`eval()` its exact polar factor is used. D (`BoundedISTA`): divided by its norm in the forward pass, if necessary; the
+norm is estimated from below in training, and exact in `eval()`. kappa and s: sigmoids or exponentials of parameters.
 
 Where a graph is made of a model as it is (by a compiler, TorchScript or `torch.jit.trace`), numbers cannot decide: in
 `eval()`, U is then 20 Newton-Schulz steps from the parameter, and a compiler's norm of D is 80 steps of the power
@@ -69,12 +67,11 @@ from crate_mae.theory.subspaces import nearest_orthogonal, newton_schulz, retrac
 class OrthogonalSubspaces(KeepsValues):
     """A square orthogonal matrix U = [U_1 .. U_h]: the bases of subspaces that are orthogonal to each other.
 
-    The loss does not see how far `weight` is from orthogonal, only the orthogonal matrix near it. Its gradient is that
-    of U, passed on as it is; what an optimizer's step adds beyond the orthogonal matrices is taken away again by the
-    next forward pass, wherever the weights come from (any optimizer, an average, a file). In training that is a
-    `theory.subspaces.retraction`: one Newton-Schulz step, 4 d^3 operations, after a small change of U, and the exact
-    polar factor after a large one. With the recipe `small_color`, one step lowers ||U^T U - I||_2 from 0.2 to 0.03. In
-    `eval()` it is the polar factor, kept until the weight changes.
+    The gradient of `weight` is that of U, passed on as it is; what an optimizer's step adds beyond the orthogonal
+    matrices is taken away again by the next forward pass, wherever the weights come from (any optimizer, an average, a
+    file). In training that is a `theory.subspaces.retraction`: one Newton-Schulz step, 4 d^3 operations, after a small
+    change of U, and the exact polar factor after a large one. With the recipe `small_color`, one step lowers
+    ||U^T U - I||_2 from 0.2 to 0.03. In `eval()` it is the polar factor, kept until the weight changes.
 
     Attributes:
         weight: U^T before it is made orthogonal, d x d, as the weight of a linear map.
@@ -159,10 +156,9 @@ def rate_from_half(excess_logit: Tensor) -> Tensor:
 class Compression(SubspaceAttention):
     """The compressing step sum_k kappa_k (B_k W_k - W_k) U_k^T, W_k = X U_k: what an encoder layer adds to X.
 
-    B_k is `theory.compression.balanced_membership` of W_k with inverse temperature s_k.
-
-    The theorem allows every kappa from 0 to 1. Here it is at least 1/2: without this limit, training switches
-    the attention of the first layer off (kappa near 0.02, results/monotone_layers).
+    B_k is `theory.compression.balanced_membership` of W_k with inverse temperature s_k. kappa_k is at least 1/2, more
+    than the theorem needs: without this limit, training switches the attention of the first layer off (kappa near 0.02,
+    results/monotone_layers).
 
     Attributes:
         subspaces: U.
@@ -270,9 +266,7 @@ class Decompression(Compression):
     whose Y_half is sqrt(2) times as long as X when training starts: 1 / (sqrt(2) - 1).
 
     Attributes:
-        subspaces: U.
-        log_rate: kappa_k = exp(log_rate[k]), one per head; 2.5 at first.
-        log_scale: s_k = exp(log_scale[k]), one per head; p^-1/2 at first, as in the published layer.
+        log_rate: kappa_k = exp(log_rate[k]), one per head; 2.5 at first. The others are those of `Compression`.
     """
 
     RATE: ClassVar[str] = "log_rate"
@@ -483,10 +477,7 @@ def orthogonal_parameters(model: nn.Module) -> set[str]:
 
 
 def check_monotone(model: nn.Module) -> None:
-    """Raise a `UserError` for weights with which a monotone layer cannot keep its guarantee.
-
-    Subspaces that are far from orthogonal, and numbers that would overflow, are named with their layer.
-    """
+    """Raise a `UserError`, which names the layer, for weights that are far from orthogonal or would overflow."""
     for name, module in model.named_modules():
         if not isinstance(module, Compression):
             continue

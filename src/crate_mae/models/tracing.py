@@ -124,8 +124,7 @@ def taps_of(layer: nn.Module) -> dict[str, Tap]:
 
 def _taps(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tap]:
     """What the patterns name: sub-modules in the model's order, then intermediates, layer by layer."""
-    modules = dict(model.named_modules())
-    found: dict[str, Tap] = {}
+    modules: dict[str, Tap] = {name: (module, _output) for name, module in model.named_modules()}
     layers = layers_of(model)
     intermediates = {f"{name}.{kind}": tap for name, layer in layers.items() for kind, tap in taps_of(layer).items()}
     wanted: set[str] = set()
@@ -134,9 +133,7 @@ def _taps(model: nn.Module, patterns: Sequence[str]) -> dict[str, Tap]:
         if not names:
             raise UserError(f'No part of the {type(model).__name__} is called "{pattern}".')
         wanted.update(names)
-    found.update({name: (module, _output) for name, module in modules.items() if name in wanted})
-    found.update({name: tap for name, tap in intermediates.items() if name in wanted})
-    return found
+    return {name: tap for name, tap in (modules | intermediates).items() if name in wanted}
 
 
 def matching_names(pattern: str, modules: Iterable[str], intermediates: Iterable[str]) -> list[str]:

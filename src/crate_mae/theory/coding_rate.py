@@ -52,9 +52,7 @@ def moment_coding_rate(moment: Float[Tensor, "*batch d d"], eps: float = 0.5) ->
     Sylvester's identity turns `coding_rate` into this form, which pools the tokens of many images: moments add up. With
     Q_k^T M Q_k for M, p x p, it is the term of subspace Q_k in R^c.
     """
-    exact = in_float64(moment)
-    identity = torch.eye(moment.shape[-1], dtype=exact.dtype, device=exact.device)
-    factor = torch.linalg.cholesky_ex(identity + moment.shape[-1] / eps**2 * exact).L
+    factor = _cholesky_factor(in_float64(moment), moment.shape[-1] / eps**2)
     return _like(factor.diagonal(dim1=-2, dim2=-1).log().sum(-1), moment)
 
 
@@ -218,7 +216,11 @@ def _shrink_by_series(w: Float[Tensor, "*batch n p"], a: float, order: int) -> F
 def _smaller_factor(z: Float[Tensor, "*batch n d"], a: float) -> Float[Tensor, "*batch m m"]:
     """The Cholesky factor of I_n + a Z Z^T or of I_d + a Z^T Z, whichever is smaller."""
     n, d = z.shape[-2:]
-    gram = z @ z.mT if n <= d else z.mT @ z
+    return _cholesky_factor(z @ z.mT if n <= d else z.mT @ z, a)
+
+
+def _cholesky_factor(gram: Float[Tensor, "*batch m m"], a: float) -> Float[Tensor, "*batch m m"]:
+    """The Cholesky factor of I + a G."""
     identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     # The unchecked form: non-finite tokens give a rate of NaN, not an exception in the middle of a training run.
     return torch.linalg.cholesky_ex(identity + a * gram).L

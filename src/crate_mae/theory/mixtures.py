@@ -62,12 +62,12 @@ def mixture_log_density(z: Float[Tensor, "n d"], u: Float[Tensor, "h d p"], nois
         UserError: if sigma is not above 0: the density is then no function.
     """
     h, d, p = u.shape
-    _refuse_no_noise(noise_std)
+    evidence = _evidence(z, u, noise_std)
     variance = noise_std**2
     log_determinant = p * math.log1p(variance) + (d - p) * math.log(variance)
     outside = z.square().sum(-1) / variance
     constant = -0.5 * (d * math.log(2 * math.pi) + log_determinant) - math.log(h)
-    return constant - 0.5 * outside + torch.logsumexp(_evidence(z, u, noise_std), dim=-1)
+    return constant - 0.5 * outside + torch.logsumexp(evidence, dim=-1)
 
 
 def mixture_membership(z: Float[Tensor, "n d"], u: Float[Tensor, "h d p"], noise_std: float) -> Float[Tensor, "n h"]:
@@ -81,7 +81,6 @@ def mixture_membership(z: Float[Tensor, "n d"], u: Float[Tensor, "h d p"], noise
     Raises:
         UserError: if sigma is not above 0.
     """
-    _refuse_no_noise(noise_std)
     return torch.softmax(_evidence(z, u, noise_std), dim=-1)
 
 
@@ -105,9 +104,6 @@ def mixture_denoiser(z: Float[Tensor, "n d"], u: Float[Tensor, "h d p"], noise_s
 
 def _evidence(z: Float[Tensor, "n d"], u: Float[Tensor, "h d p"], noise_std: float) -> Float[Tensor, "n h"]:
     """What distinguishes the components' log densities; the rest of them is the same for all k."""
-    return project(z, u).square().sum(-1).mT / (2 * noise_std**2 * (1 + noise_std**2))
-
-
-def _refuse_no_noise(noise_std: float) -> None:
     if not noise_std > 0:
         raise UserError(f"noise_std={noise_std}: without noise there is nothing to remove; give a number above 0.")
+    return project(z, u).square().sum(-1).mT / (2 * noise_std**2 * (1 + noise_std**2))

@@ -52,7 +52,7 @@ def ista_operator(dictionary: Float[Tensor, "d d"], step_size: float) -> Float[T
         return _ista_operator(dictionary, step_size)
     else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
         return with_all_derivatives(
-            partial(_fast_operator, step_size=step_size), partial(_ista_operator, step_size=step_size), dictionary
+            partial(_IstaOperator.apply, step_size), partial(_ista_operator, step_size=step_size), dictionary
         )
 
 
@@ -60,10 +60,6 @@ def _ista_operator(dictionary: Float[Tensor, "d d"], step_size: float) -> Float[
     # type: (Tensor, float) -> Tensor
     operator = torch.addmm(dictionary, dictionary.t(), dictionary, beta=step_size, alpha=-step_size)
     return operator + torch.eye(dictionary.shape[0], dtype=operator.dtype, device=operator.device)
-
-
-def _fast_operator(dictionary: Float[Tensor, "d d"], step_size: float) -> Float[Tensor, "d d"]:
-    return _IstaOperator.apply(dictionary, step_size)
 
 
 class _IstaOperator(torch.autograd.Function):
@@ -74,7 +70,7 @@ class _IstaOperator(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, dictionary: Float[Tensor, "d d"], step_size: float) -> Float[Tensor, "d d"]:
+    def forward(ctx: Any, step_size: float, dictionary: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
         """The operator."""
         ctx.save_for_backward(dictionary)
         ctx.step_size = step_size
@@ -84,12 +80,12 @@ class _IstaOperator(torch.autograd.Function):
     @once_differentiable  # Its annotation hides that ctx may be named, which the base class allows.
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Float[Tensor, "d d"]
-    ) -> tuple[Float[Tensor, "d d"], None]:
+    ) -> tuple[None, Float[Tensor, "d d"]]:
         """The gradient eta (G - D (G + G^T)), in the precision in which the operator was formed."""
         (grad,) = grad_outputs
         (dictionary,) = ctx.saved_tensors
         eta = ctx.step_size
-        return torch.addmm(grad, dictionary.to(grad.dtype), grad + grad.mT, beta=eta, alpha=-eta), None
+        return None, torch.addmm(grad, dictionary.to(grad.dtype), grad + grad.mT, beta=eta, alpha=-eta)
 
 
 def apply_ista_operator(
@@ -200,7 +196,7 @@ def scaled_gram(dictionary: Float[Tensor, "d m"], step_size: float) -> Float[Ten
         return _scaled_gram(dictionary, step_size)
     else:  # noqa: RET505  # TorchScript compiles what is not in a branch that it can rule out
         return with_all_derivatives(
-            partial(_fast_gram, step_size=step_size), partial(_scaled_gram, step_size=step_size), dictionary
+            partial(_ScaledGram.apply, step_size), partial(_scaled_gram, step_size=step_size), dictionary
         )
 
 
@@ -209,15 +205,11 @@ def _scaled_gram(dictionary: Float[Tensor, "d m"], step_size: float) -> Float[Te
     return step_size * (dictionary.t() @ dictionary)
 
 
-def _fast_gram(dictionary: Float[Tensor, "d m"], step_size: float) -> Float[Tensor, "m m"]:
-    return _ScaledGram.apply(dictionary, step_size)
-
-
 class _ScaledGram(torch.autograd.Function):
     r"""N = eta D^T D, with one product in its backward pass, eta D (G + G^T), where autograd takes two."""
 
     @staticmethod
-    def forward(ctx: Any, dictionary: Float[Tensor, "d m"], step_size: float) -> Float[Tensor, "m m"]:
+    def forward(ctx: Any, step_size: float, dictionary: Float[Tensor, "d m"]) -> Float[Tensor, "m m"]:
         """The scaled Gram matrix."""
         ctx.save_for_backward(dictionary)
         ctx.step_size = step_size
@@ -227,11 +219,11 @@ class _ScaledGram(torch.autograd.Function):
     @once_differentiable  # as above
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, *grad_outputs: Float[Tensor, "m m"]
-    ) -> tuple[Float[Tensor, "d m"], None]:
+    ) -> tuple[None, Float[Tensor, "d m"]]:
         """The gradient, in the precision in which the matrix was formed."""
         (grad,) = grad_outputs
         (dictionary,) = ctx.saved_tensors
-        return ctx.step_size * (dictionary.to(grad.dtype) @ (grad + grad.mT)), None
+        return None, ctx.step_size * (dictionary.to(grad.dtype) @ (grad + grad.mT))
 
 
 class SingularPair(NamedTuple):
