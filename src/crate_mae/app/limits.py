@@ -155,11 +155,12 @@ class RequestLimits:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), *_HEADERS.items()]}
             if status < 500:
                 await send(message)
 
         try:
-            await self._app(scope, receive, _with_headers(watched))
+            await self._app(scope, receive, watched)
         except Exception as error:  # of any library on the way
             logger.warning("A request to %r failed: %s", scope["path"], without_pictures(error))
             status = status or 500  # else the response has begun
@@ -252,15 +253,6 @@ def _replay(body: bytes, receive: Any) -> Any:
         return waiting.pop() if waiting else await receive()
 
     return next_message
-
-
-def _with_headers(send: Any) -> Any:
-    async def send_more(message: Any) -> None:
-        if message["type"] == "http.response.start":
-            message = {**message, "headers": [*message.get("headers", []), *_HEADERS.items()]}
-        await send(message)
-
-    return send_more
 
 
 async def _refuse(send: Any, status: int, sentence: str) -> None:

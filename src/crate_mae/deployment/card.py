@@ -37,7 +37,7 @@ def card(
     *,
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
-    facts: Mapping[str, str] | None = None,
+    facts: Mapping[str, str],
     note: str = "",
 ) -> str:
     """The text of `README.md`.
@@ -63,8 +63,8 @@ def card(
         part=part,
         inputs=inputs,
         outputs=outputs,
-        facts=facts or {},
-        license=(facts or {}).get(LICENSE),
+        facts=facts,
+        license=facts.get(LICENSE),
         note=note,
         install=install_command(public=True),
     )

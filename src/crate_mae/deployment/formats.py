@@ -104,7 +104,7 @@ def write(
         outputs = ("tokens",)
     else:
         save(model, folder)
-    text = card(model.config, kind, part, inputs=graph.inputs, outputs=outputs, facts=facts, note=note)
+    text = card(model.config, kind, part, inputs=graph.inputs, outputs=outputs, facts=facts or {}, note=note)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return (folder / written).stat().st_size
 
@@ -330,7 +330,8 @@ def runner(model: Model, folder: Path, kind: Format, part: Part) -> Callable[[di
     if kind == "hf":
         return _transformers_runner(model, folder, part)
     if kind == "torch":
-        return _plain_runner(folder, graph_class(model, part).outputs[0])
+        net, output = runpy.run_path(str(folder / CODE_FILE))["load"](folder), graph_class(model, part).outputs[0]
+        return lambda inputs: {output: net(inputs["images"])}
     if part == "encoder":
         encoder: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         return lambda inputs: {"tokens": encoder.forward_features(inputs["images"])}
@@ -428,13 +429,6 @@ def _pt2_runner(folder: Path, outputs: tuple[str, ...]) -> Callable[[dict[str, T
         return dict(zip(outputs, values if isinstance(values, tuple) else (values,), strict=True))
 
     return run
-
-
-def _plain_runner(folder: Path, output: str) -> Callable[[dict[str, Tensor]], Outputs]:
-    """Run the file model.py of a folder, which is of PyTorch alone."""
-    code = runpy.run_path(str(folder / CODE_FILE))
-    net = code["load"](folder)
-    return lambda inputs: {output: net(inputs["images"])}
 
 
 def _transformers_runner(model: Model, folder: Path, part: Part) -> Callable[[dict[str, Tensor]], Outputs]:

@@ -99,12 +99,10 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
         wanted = [pattern for kind in wants if wants[kind] for pattern in patterns[kind]]
         with trace(self.encoder, wanted, detach=False) as record:
             result = compute(*inputs)
-        found: dict[str, Any] = dict.fromkeys(wants)
-        for kind in (kind for kind in wants if wants[kind]):
-            found[kind] = tuple(
-                values[0] for name, values in record.items() if name.endswith(".attention") == (kind == "attentions")
-            )
-        return result, found
+        weights = tuple(values[0] for name, values in record.items() if name.endswith(".attention"))
+        tokens = tuple(values[0] for name, values in record.items() if not name.endswith(".attention"))
+        found = {"hidden_states": tokens, "attentions": weights}
+        return result, {kind: values if wants[kind] else None for kind, values in found.items()}
 
     def _finish(self) -> None:
         """The end of every constructor."""
