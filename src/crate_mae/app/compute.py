@@ -46,18 +46,12 @@ _SEED = 0  # of random initialisation
 
 @dataclass(frozen=True)
 class AppModel:
-    """A model in `eval()` mode, on the CPU.
+    """A model in `eval()` mode, on the CPU."""
 
-    Attributes:
-        name: as the user wrote it.
-        net: the model.
-        is_random: whether its weights are a random initialisation.
-        lock: held while the model is traced, since tracing adds hooks to it.
-    """
-
-    name: str
+    name: str  # as the user wrote it
     net: MaskedAutoencoder
-    is_random: bool = False
+    is_random: bool = False  # whether its weights are a random initialisation
+    # Held while the model is traced, since tracing adds hooks to it.
     lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     @property
@@ -95,73 +89,42 @@ def open_models(names: Sequence[str]) -> dict[str, AppModel]:
 
 
 class Completed(NamedTuple):
-    """One completed picture.
-
-    Attributes:
-        pictures: the original, masked, completed and predicted image.
-        hidden: number of hidden patches, and of all.
-        psnr: of the hidden patches, in decibels.
-        flat_psnr: the baseline: PSNR of patches without a pattern in their place; see `flat_patches`.
-    """
+    """One completed picture."""
 
     pictures: Completion
-    hidden: tuple[int, int]
-    psnr: float
-    flat_psnr: float
+    hidden: tuple[int, int]  # number of hidden patches, and of all
+    psnr: float  # of the hidden patches, in decibels
+    flat_psnr: float  # the baseline: that of patches without a pattern in their place; see `flat_patches`
 
 
 class Inside(NamedTuple):
-    """Tokens and attention of one layer for a whole picture.
+    """Tokens and attention of one layer for a whole picture."""
 
-    Attributes:
-        colours: three principal components of the layer's tokens, in [0, 1].
-        explained: share of the tokens' variance that the three components explain together.
-        heads: attention of one patch to every patch, head by head.
-        patch: number of that patch, row by row.
-        even: attention to each token if it were uniform.
-    """
-
-    colours: Float[np.ndarray, "gh gw 3"]
-    explained: float
-    heads: Float[np.ndarray, "h gh gw"]
-    patch: int
-    even: float
+    colours: Float[np.ndarray, "gh gw 3"]  # three principal components of the layer's tokens, in [0, 1]
+    explained: float  # share of the tokens' variance that the three components explain together
+    heads: Float[np.ndarray, "h gh gw"]  # attention of one patch to every patch, head by head
+    patch: int  # number of that patch, row by row
+    even: float  # attention to each token if it were uniform
 
 
 class ChangedAtom(NamedTuple):
-    """What the decoder draws with one atom of a layer raised or lowered in all visible patches.
+    """What the decoder draws with one atom of a layer raised or lowered in all visible patches."""
 
-    Attributes:
-        active: the atom's activation in each patch of the whole picture.
-        completed: the completion as it is.
-        changed: the completion with the changed atom.
-        size: root mean square of the change in hidden pixels, which are in [0, 1].
-        varied: the atoms whose activation varies most over the patches of the picture, the first varies most.
-        atoms: number of atoms in the layer.
-    """
-
-    active: Float[np.ndarray, "gh gw"]
-    completed: Float[Tensor, "c hh ww"]
-    changed: Float[Tensor, "c hh ww"]
-    size: float
-    varied: list[int]
-    atoms: int
+    active: Float[np.ndarray, "gh gw"]  # the atom's activation in each patch of the whole picture
+    completed: Float[Tensor, "c hh ww"]  # the completion as it is
+    changed: Float[Tensor, "c hh ww"]  # the completion with the changed atom
+    size: float  # root mean square of the change in hidden pixels, which are in [0, 1]
+    varied: list[int]  # the atoms whose activation varies most over the patches; the first varies most
+    atoms: int  # number of atoms in the layer
 
 
 class Curves(NamedTuple):
-    """Measures of every layer of the encoder for a whole picture; empty where a network has no subspaces or codes.
+    """Measures of every layer of the encoder for a whole picture; empty where a network has no subspaces or codes."""
 
-    Attributes:
-        rate_before: subspace rate R^c of the tokens at a layer's input, as its MSSA sees them, in nats.
-        rate_after: the same after the step that is derived to lower it.
-        zeros: share of exact zeros in the layer's code.
-        audit: every claim about single images, tested on this picture.
-    """
-
-    rate_before: list[float]
-    rate_after: list[float]
-    zeros: list[float]
-    audit: list[AuditRow]
+    rate_before: list[float]  # subspace rate R^c of the tokens at a layer's input, as its MSSA sees them, in nats
+    rate_after: list[float]  # the same after the step that is derived to lower it
+    zeros: list[float]  # share of exact zeros in the layer's code
+    audit: list[AuditRow]  # every claim about single images, tested on this picture
 
 
 def prepare(model: MaskedAutoencoder, picture: Image.Image) -> Float[Tensor, "1 c hh ww"]:

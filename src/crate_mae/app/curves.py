@@ -18,21 +18,13 @@ Scale = Callable[[float], float]
 
 
 class ChartLine(NamedTuple):
-    """One line of a chart.
+    """One line of a chart."""
 
-    Attributes:
-        values: one per layer.
-        colour: of the line and of its symbols.
-        tip: what a value is, for its tooltip.
-        dotted: a dotted line with hollow symbols.
-        square: square symbols, not round ones.
-    """
-
-    values: Sequence[float]
-    colour: str
-    tip: str
-    dotted: bool = False
-    square: bool = False
+    values: Sequence[float]  # one per layer
+    colour: str  # of the line and of its symbols
+    tip: str  # what a value is, for its tooltip
+    dotted: bool = False  # with hollow symbols
+    square: bool = False  # symbols, instead of round ones
 
 
 def draw_curves(

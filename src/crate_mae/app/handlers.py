@@ -39,29 +39,19 @@ _NO_LIMIT = 2**30  # of a side: a browser sends back pictures that were scaled d
 class Controls(NamedTuple):
     """Values of the controls, in the order of the components.
 
-    Attributes:
-        picture: as a data: URI.
-        model: its name.
-        beside: the name of another model, `UNTRAINED` or `ALONE`.
-        mask: as `compute.mask_text` writes it.
-        mask_ratio: of random masks; like the next two a number, which may be out of range, or None if its box is empty.
-        seed: of random masks.
-        layer: of the encoder, from 0.
-        patch: number of the patch whose attention is shown.
-        atom: number of the atom that is changed.
-        amount: by how much, in standard deviations.
+    Numbers may be out of range, and are None if their box is empty.
     """
 
-    picture: Any
-    model: str
-    beside: str
-    mask: Any
-    mask_ratio: Any
-    seed: Any
-    layer: Any
-    patch: Any
-    atom: Any
-    amount: Any
+    picture: Any  # as a data: URI
+    model: str  # its name
+    beside: str  # the name of another model, `UNTRAINED` or `ALONE`
+    mask: Any  # as `compute.mask_text` writes it
+    mask_ratio: Any  # of random masks
+    seed: Any  # of random masks
+    layer: Any  # of the encoder, from 0
+    patch: Any  # number of the patch whose attention is shown
+    atom: Any  # number of the atom that is changed
+    amount: Any  # by how much, in standard deviations
 
 
 def _explaining(handler: Callable[..., str]) -> Callable[..., str]:

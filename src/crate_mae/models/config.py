@@ -105,23 +105,21 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if mistakes := list(_wrong_types(self)) or list(_too_large(self)):
             raise UserError(f"Model {str(self.name)[:LONGEST_TEXT]}: " + "\n".join(mistakes))
-        rgb = self.in_chans == 3
-        derived = {
-            "decoder_embed_dim": self.embed_dim,
-            "decoder_num_heads": self.num_heads,
-            "mean": IMAGENET_MEAN if rgb else (0.5,) * self.in_chans,
-            "std": IMAGENET_STD if rgb else (0.5,) * self.in_chans,
-            **self._usual(),
-        }
-        derived = {key: value for key, value in derived.items() if not getattr(self, key)}
+        derived = {key: value for key, value in self._usual().items() if not getattr(self, key)}
         for key, value in {**derived, "_derived": tuple(derived)}.items():
             object.__setattr__(self, key, value)  # the way into a frozen dataclass
         if mistakes := list(self._mistakes()):
             raise UserError(f"Model {self.name}: " + "\n".join(mistakes))
 
     def _usual(self) -> dict[str, Any]:
-        """More settings that depend on others unless they are given."""
-        return {}
+        """Settings that depend on others unless they are given."""
+        rgb = self.in_chans == 3
+        return {
+            "decoder_embed_dim": self.embed_dim,
+            "decoder_num_heads": self.num_heads,
+            "mean": IMAGENET_MEAN if rgb else (0.5,) * self.in_chans,
+            "std": IMAGENET_STD if rgb else (0.5,) * self.in_chans,
+        }
 
     def _mistakes(self) -> Iterator[str]:
         hh, ww = self.image_size
@@ -237,7 +235,7 @@ class CrateConfig(ModelConfig):
         return super().encoder_arguments() | {key: getattr(self, key) for key in (*LAYER_SETTINGS, "init")}
 
     def _usual(self) -> dict[str, Any]:
-        return {"ista_steps": MONOTONE_STEPS if self.layer == "monotone" else 1}
+        return super()._usual() | {"ista_steps": MONOTONE_STEPS if self.layer == "monotone" else 1}
 
     def _mistakes(self) -> Iterator[str]:
         yield from super()._mistakes()

@@ -26,24 +26,14 @@ Change = float | Tensor | Callable[[Tensor], Tensor]
 
 
 class Place(NamedTuple):
-    """Where an intermediate passes from module to module.
+    """Where an intermediate passes from module to module."""
 
-    Attributes:
-        module: the module that takes or returns it.
-        is_input: whether it is the module's first input, or its output.
-        axis: the one that an index counts along: tokens of `z`, heads of `head_steps`, atoms of `code`; None for the
-            output of a sub-module, which has no parts.
-        what: what the index counts.
-        size: how many there are, if this does not depend on the images.
-        heads: into how many heads the last axis is divided: the intermediate is b h n p, and passes as b n (h p).
-    """
-
-    module: nn.Module
-    is_input: bool
-    axis: int | None = None
-    what: str = ""
-    size: int | None = None
-    heads: int | None = None
+    module: nn.Module  # which takes or returns it
+    is_input: bool  # whether it is the module's first input, or its output
+    axis: int | None = None  # that an index counts along; None for the output of a sub-module, which has no parts
+    what: str = ""  # the index counts: tokens of `z`, heads of `head_steps`, atoms of `code`
+    size: int | None = None  # how many there are, if this does not depend on the images
+    heads: int | None = None  # into how many the last axis is divided: b h n p passes as b n (h p)
 
 
 @contextmanager

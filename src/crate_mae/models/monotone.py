@@ -378,17 +378,10 @@ class BoundedISTA(ISTA):
 
 
 class FoldedISTA(nn.Module):
-    """Several steps of a `BoundedISTA` for inference.
+    """Several steps of a `BoundedISTA` for inference."""
 
-    Attributes:
-        operator: eta D'.
-        gram: eta D'^T D'.
-        shift: eta lambda.
-        steps: how many.
-    """
-
-    operator: Tensor
-    gram: Tensor | None
+    operator: Tensor  # eta D'
+    gram: Tensor | None  # eta D'^T D'
 
     def __init__(self, ista: BoundedISTA) -> None:
         super().__init__()

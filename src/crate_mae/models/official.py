@@ -218,17 +218,11 @@ def _rename(name: str, names: dict[str, str]) -> str:
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file that was recognised, and is not written yet.
+    """A file that was recognised, and is not written yet."""
 
-    Attributes:
-        found: a description of it.
-        notes: what was removed, assumed or left out, and why.
-        write: fills an empty folder.
-    """
-
-    found: str
-    notes: list[str]
-    write: Callable[[Path], None]
+    found: str  # a description of it
+    notes: list[str]  # what was removed, assumed or left out, and why
+    write: Callable[[Path], None]  # fills an empty folder
 
 
 def understand(path: Path, num_heads: int | None = None, **settings: Any) -> Conversion:

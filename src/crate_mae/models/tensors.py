@@ -134,21 +134,18 @@ def stream_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def _parts_of(path: Path) -> list[Path]:
-    parts = [path] if path.is_file() else _indexed_parts(path)
-    for part in parts:
-        if not part.is_file():
-            raise UserError(f"There is no weights file at {part}.")
-    return parts
-
-
-def _indexed_parts(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
     index = index_of(path)
     try:
         names = read_json(index)["weight_map"].values()
         # Paths in the index are reduced to names, so that only files beside it are read.
-        return [path.with_name(Path(name).name) for name in dict.fromkeys(names)]
+        parts = [path.with_name(Path(name).name) for name in dict.fromkeys(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index} is missing or damaged: {error}.") from error
+    if missing := [part for part in parts if not part.is_file()]:
+        raise UserError(f"There is no weights file at {missing[0]}.")
+    return parts
 
 
 def index_of(path: Path) -> Path:
