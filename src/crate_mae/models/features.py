@@ -80,13 +80,8 @@ def encode_layers(
     The last layer is `forward_features`. The others are `forward_intermediates(norm=True)`: in a Vision Transformer
     the final norm is then applied to every layer, as it is to the last, so that layers can be compared. Networks whose
     stages differ in width (ResNet, Swin) have no norm that would fit them, and give their inner stages as they are.
-    Feature maps are flattened to tokens.
-
-    Args:
-        encoder: anything with timm's contract.
-        images: as the encoder takes them.
-        layers: numbers from 0, or negative ones from the end.
-        pooling: see `pool`; by default `default_pooling`.
+    Feature maps are flattened to tokens. Layers are numbered from 0, or by negative numbers from the end; the pooling
+    (see `pool`) is by default `default_pooling`.
 
     Raises:
         UserError: for a layer that does not exist, or a class token that does not.
@@ -173,12 +168,8 @@ def apply_to_images(
 ) -> Float[Tensor, "b ..."]:
     """What a function of batches gives for images in memory or in files, in float32 on the CPU.
 
-    Args:
-        function: computes with `module`, which is in `eval()` meanwhile.
-        module: has the device and the precision that batches are moved to.
-        transform: prepares one image for it.
-        images: see `MaskedAutoencoder.embed`.
-        batch_size: images that go through at once.
+    The function computes with `module`, which is in `eval()` meanwhile, and has the device and the precision that
+    batches are moved to; `transform` prepares one image for it. For the images see `MaskedAutoencoder.embed`.
 
     Raises:
         UserError: for no images, an image that cannot be read (named), or an item that is not an image.

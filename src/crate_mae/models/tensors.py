@@ -304,9 +304,8 @@ def misfits(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
 def refuse_timm_misfits(folder: Path, description: Mapping[str, Any]) -> None:
     """Compare the arguments in a folder of timm's layout with its weights, before timm builds a model from them.
 
-    Args:
-        folder: with `model.safetensors`; of networks of timm itself any file of weights.
-        description: its `config.json`.
+    The description is `config.json`. Weights of our encoders are in `model.safetensors`, those of networks of timm
+    itself in any file.
 
     Raises:
         UserError: if the arguments describe another model than that of the weights, or one that is too large.

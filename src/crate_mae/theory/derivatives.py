@@ -18,14 +18,9 @@ _PIECE_BYTES_ELSEWHERE = 256_000_000  # a little of a GPU's memory
 def with_all_derivatives(fast: Callable[..., Tensor], plain: Callable[..., Tensor], *x: Tensor) -> Tensor:
     """`fast(*x)`, differentiable as often, and in every way, as `plain(*x)`.
 
-    The kernels and autograd functions that make a training step fast know one derivative, in reverse mode. So the
-    gradient of a backward pass that will be differentiated again (`create_graph=True`) is that of the plain form, and
-    `torch.func`, forward-mode derivatives and `torch.jit.trace` get the plain form itself.
-
-    Args:
-        fast: has a first derivative in reverse mode.
-        plain: the same function in PyTorch's differentiable operations.
-        x: what both take.
+    Both compute one function. The kernels and autograd functions that make a training step fast know one derivative, in
+    reverse mode. So the gradient of a backward pass that will be differentiated again (`create_graph=True`) is that of
+    the plain form, and `torch.func`, forward-mode derivatives and `torch.jit.trace` get the plain form itself.
     """
     if torch.compiler.is_compiling():
         return fast(*x)
