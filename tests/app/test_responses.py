@@ -12,14 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from crate_mae.app.compute import AppModel, Curves, measure_curves, open_models
+from crate_mae.app.compute import AppModel, Curves, fit_patch, measure_curves, open_models
 from crate_mae.app.curves import MARKED, ChartLine, draw_curves, tick_values
 from crate_mae.app.responses import (
     atom_response,
     completion_response,
     curves_component,
     file_stem,
-    fit_patch,
     inside_response,
     notice,
 )

@@ -139,10 +139,17 @@ def seeded_mask(model: MaskedAutoencoder, mask_ratio: float, seed: int) -> Bool[
 
 def fit_mask(mask: Bool[Tensor, "gh gw"], grid_size: tuple[int, int]) -> Bool[Tensor, "rows columns"]:
     """Fit a mask to another grid: a patch is hidden if the one at its centre is."""
-    rows, columns = (
-        ((torch.arange(new) + 0.5) * old / new).long() for new, old in zip(grid_size, mask.shape, strict=True)
+    old_grid = (mask.shape[0], mask.shape[1])
+    at_centres = [fit_patch(patch, grid_size, old_grid) for patch in range(grid_size[0] * grid_size[1])]
+    return mask.flatten()[at_centres].unflatten(0, grid_size)
+
+
+def fit_patch(patch: int, grid: tuple[int, int], new_grid: tuple[int, int]) -> int:
+    """Return the number of the patch of another grid that contains the centre of a patch."""
+    row, column = (
+        (2 * at + 1) * new // (2 * old) for at, old, new in zip(divmod(patch, grid[1]), grid, new_grid, strict=True)
     )
-    return mask[rows][:, columns]
+    return row * new_grid[1] + column
 
 
 def mask_text(mask: Bool[Tensor, "gh gw"]) -> str:

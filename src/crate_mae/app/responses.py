@@ -21,6 +21,7 @@ from crate_mae.app.compute import (
     change_atom,
     complete_picture,
     fit_mask,
+    fit_patch,
     look_inside,
     measure_curves,
     prepare,
@@ -126,14 +127,6 @@ def displayed_picture(model: MaskedAutoencoder, picture: Image.Image) -> str:
     """Return the part of a picture that a model sees, in the model's size, as a data: URI."""
     c = model.config
     return _to_uri(to_pictures(prepare(model, picture), c.mean, c.std)[0])
-
-
-def fit_patch(patch: int, grid: tuple[int, int], new_grid: tuple[int, int]) -> int:
-    """Return the number of the patch of another grid that contains the centre of a patch."""
-    row, column = (
-        (2 * at + 1) * new // (2 * old) for at, old, new in zip(divmod(patch, grid[1]), grid, new_grid, strict=True)
-    )
-    return row * new_grid[1] + column
 
 
 def completion_component(name: str, found: Completed) -> str:
