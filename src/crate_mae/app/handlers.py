@@ -202,17 +202,15 @@ class Handlers:
 
     def _are_possible(self, c: Controls) -> bool:
         return (
-            (c.picture is None or isinstance(c.picture, str))
-            and isinstance(c.model, str)
-            and c.model in self.models
-            and isinstance(c.beside, str)
+            isinstance(c.picture, str | None)
+            and c.model in tuple(self.models)  # a forged value may have no hash
             and c.beside in (ALONE, UNTRAINED, *self.models)
-            and (c.mask is None or isinstance(c.mask, str))
+            and isinstance(c.mask, str | None)
             and all(
                 each is None or is_number(each, -math.inf, math.inf)
                 for each in (c.mask_ratio, c.seed, c.layer, c.atom, c.amount)
             )
-            and (c.patch is None or isinstance(c.patch, str | int))
+            and isinstance(c.patch, str | int | None)
         )
 
     def _show(self, event: gr.EventData, picture: str, c: Controls) -> list[Any]:
