@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 __all__ = [
+    "ATTENTION_OF_PROCESSORS",
+    "ATTENTION_OF_PROCESSORS_BACKWARD",
     "COMPILED",
     "FakeTensor",
     "FakeTensorMode",
     "TorchDispatchMode",
-    "attention_of_processors",
-    "attention_of_processors_backward",
     "hooks_of",
     "is_compiled",
     "is_transformed",
@@ -28,6 +28,9 @@ __all__ = [
 ]
 
 COMPILED = "_orig_mod"  # the name of a module in what `torch.compile` made of it
+# The operations by which CPUs compute fused attention, forward and backward.
+ATTENTION_OF_PROCESSORS = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+ATTENTION_OF_PROCESSORS_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def softmax_backward(gradient: Tensor, probabilities: Tensor, dtype: torch.dtype) -> Tensor:
@@ -63,13 +66,3 @@ def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
 def storage_identity(storage: torch.UntypedStorage) -> int:
     """Return a number that identifies living memory, also that of fake tensors, which has no address."""
     return storage._cdata
-
-
-def attention_of_processors() -> Any:
-    """Return the operation by which CPUs compute fused attention."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-def attention_of_processors_backward() -> Any:
-    """Return the operation of its backward pass."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

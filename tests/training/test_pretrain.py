@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import Timeout
 from PIL import Image
 
 from crate_mae.cli import main
@@ -343,7 +344,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(tiny_run, tmp_path, mon
 def test_the_folder_of_a_run_that_began_at_the_same_time_stays(tiny_run, tmp_path, monkeypatch):
     def held(lock):  # by the other, which has made the folder since this one looked
         (lock.parent / "config.yaml").write_text("of the other run")
-        raise UserError("is being written by another run of crate-mae")
+        raise Timeout(str(lock))
 
     monkeypatch.setattr(run_directory, "_locked", held)
     with pytest.raises(UserError, match="by another run"):

@@ -17,7 +17,7 @@ from crate_mae.models.autoencoder import build
 from crate_mae.models.config import ModelConfig
 from crate_mae.models.masking import random_mask
 from crate_mae.models.monotone import retract_
-from crate_mae.private_torch import attention_of_processors, attention_of_processors_backward
+from crate_mae.private_torch import ATTENTION_OF_PROCESSORS, ATTENTION_OF_PROCESSORS_BACKWARD
 from crate_mae.training.optimizer import build_optimizer
 from crate_mae.training.preflight import autocast
 
@@ -86,21 +86,15 @@ class TrialStep:
         self.optimizer.zero_grad()
         return counter.get_total_flops()
 
-    def forward_flops(self) -> int:
-        """Count operations of the forward pass."""
-        with torch.no_grad(), flop_counter() as counter:
-            self.loss()
-        return counter.get_total_flops()
-
-    def masked_encoder_flops(self) -> int:
-        """Count operations of the encoder in the forward pass: with hidden patches, as in training."""
+    def forward_flops(self) -> tuple[int, int]:
+        """Count operations of the forward pass with hidden patches, as in training: of the encoder, and of all."""
         counts = []
         with torch.no_grad(), flop_counter() as counter:
             # Every encoder ends with its norm, whether it encodes mask tokens or not.
             end = self.model.encoder.norm.register_forward_hook(lambda *_: counts.append(counter.get_total_flops()))
             self.loss()
             end.remove()
-        return counts[0]
+        return counts[0], counter.get_total_flops()
 
     def encoder_flops(self) -> int:
         """Count operations of the encoder on the whole batch without hidden patches."""
@@ -127,7 +121,7 @@ def step_flops(config: ModelConfig, settings: StepSettings) -> tuple[int, int, i
     def count(images: int, depth: int, decoder_depth: int) -> np.ndarray:
         few_layers = config.replace(depth=depth, decoder_depth=decoder_depth)
         step = TrialStep(few_layers, dataclasses.replace(settings, batch_size=images), _CPU)
-        return np.array([step.masked_encoder_flops(), step.forward_flops(), step.training_flops()], dtype=np.int64)
+        return np.array([*step.forward_flops(), step.training_flops()], dtype=np.int64)
 
     def of_all_layers(images: int) -> np.ndarray:
         both, encoder, decoder = count(images, 1, 1), count(images, 2, 1), count(images, 1, 2)
@@ -146,8 +140,8 @@ def flop_counter() -> FlopCounterMode:
     """
     not_counted = {
         torch.ops.aten.baddbmm_: _baddbmm_flops,
-        attention_of_processors(): _attention_flops,
-        attention_of_processors_backward(): _attention_backward_flops,
+        ATTENTION_OF_PROCESSORS: _attention_flops,
+        ATTENTION_OF_PROCESSORS_BACKWARD: _attention_backward_flops,
     }
     return FlopCounterMode(display=False, custom_mapping=not_counted)
 

@@ -179,23 +179,18 @@ class RunDirectory:
         with ExitStack() as stack:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
-                try:
-                    stack.enter_context(_locked(self.path / ".lock"))
-                except UserError:
-                    is_new = False  # the process that holds it writes here
-                    raise
-                for path in self.path.iterdir():
-                    if _LEFT_BY_KILLED.fullmatch(path.name):
-                        if path.is_dir() and not path.is_symlink():
-                            shutil.rmtree(path, ignore_errors=True)
-                        else:
-                            path.unlink(missing_ok=True)
+                stack.enter_context(_locked(self.path / ".lock"))
+                self._remove_leftovers()
                 write_whole(self.config_file, to_yaml(config))
                 write_whole(self.path / "environment.json", json.dumps(environment(), indent=2) + "\n")
                 with (self.path / "command.txt").open("a", encoding="utf-8", errors="backslashreplace") as file:
                     file.write(f"{datetime.now().isoformat(timespec='seconds')}  {shlex.join(sys.argv)}\n")
                 self.checkpoints.mkdir(exist_ok=True)
                 stack.enter_context(_logged_to(self.path / "log.txt"))
+            except Timeout as error:  # the process that holds the lock writes here: even a new folder stays
+                raise UserError(
+                    f"{self.path} is being written by another run of crate-mae: wait for it, or stop it."
+                ) from error
             except (OSError, UserError) as error:
                 stack.close()
                 if is_new:
@@ -206,6 +201,16 @@ class RunDirectory:
                     f"Cannot write into the folder {self.path}: {error.strerror}. Give another with --out."
                 ) from error
             yield
+
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files and folders of processes that were killed."""
+        for path in self.path.iterdir():
+            if not _LEFT_BY_KILLED.fullmatch(path.name):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
     def log_start(self) -> None:
         """Begin the log of a process, and end that of one before it which was killed and could not."""
@@ -344,14 +349,12 @@ def _locked(path: Path) -> Iterator[None]:
     """Hold an operating-system lock, which ends with the process that holds it, however that ends.
 
     Loader processes of a killed run live for some seconds, and hold its lock so long: a lock is waited for.
+
+    Raises:
+        Timeout: if another process keeps holding it.
     """
     lock = FileLock(path, timeout=LOCK_SECONDS)
-    try:
-        lock.acquire()
-    except Timeout as error:
-        raise UserError(
-            f"{path.parent} is being written by another run of crate-mae: wait for it, or stop it."
-        ) from error
+    lock.acquire()
     try:
         yield
     finally:
