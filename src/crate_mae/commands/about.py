@@ -40,12 +40,10 @@ def models() -> list[str]:
     from crate_mae.models.presets import list_bundled, preset
 
     names = list_models()
-    table = Table("model", "size", "image / patch", "width", "heads", "layers", box=None)
-    for column in table.columns:
-        column.no_wrap = True
-        column.justify = "right"
-    table.columns[0].justify = "left"
-    table.columns[0].min_width = max(map(len, names))
+    table = Table(box=None)
+    table.add_column("model", no_wrap=True, min_width=max(map(len, names)))
+    for title in ("size", "image / patch", "width", "heads", "layers"):
+        table.add_column(title, justify="right", no_wrap=True)
     for name in names:
         c = preset(name)
         parameters = sum(parameter.numel() for parameter in build_without_memory(c).parameters())

@@ -7,7 +7,7 @@ from rich.table import Table
 from crate_mae.commands.console import computes, print_json, takes
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.errors import RunStopped
-from crate_mae.terminal import CleanConsole, open_console
+from crate_mae.terminal import open_console
 
 if TYPE_CHECKING:
     from crate_mae.comparison.compare import Comparison
@@ -48,13 +48,8 @@ def compare(options: CompareOptions) -> Comparison:
         raise
     if options.json:
         print_json(comparison.plan)
-    if comparison.table:
-        _print_comparison(console, comparison)
-    return comparison
-
-
-def _print_comparison(console: CleanConsole, comparison: Comparison) -> None:
-    """Print the table, the notes, and the paths of the files."""
+    if not comparison.table:
+        return comparison
     heading, *rows = comparison.table
     table = Table(heading[0], box=None)
     for name in heading[1:]:
@@ -66,3 +61,4 @@ def _print_comparison(console: CleanConsole, comparison: Comparison) -> None:
         console.print_text(f"- {note}")
     for name in ("table.md", "table.csv", "seeds.csv", "figure.png", "curves.png"):
         console.print_text(f"Saved {comparison.path / name}")
+    return comparison

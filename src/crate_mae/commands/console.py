@@ -42,12 +42,10 @@ def computes(command: Callable[P, R]) -> Callable[P, R]:
 def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
     """Make a function of options a function of keywords: a command, for Python and for the command line.
 
-    Its signature and the section "Args" of its docstring are made from the fields of the dataclass.
-
-    Args:
-        kind: the dataclass.
+    Its signature and the section "Args" of its docstring are made from the fields of the dataclass `kind`.
     """
-    signature = _signature(kind)
+    parameters = _parameters(kind)
+    signature = inspect.Signature(parameters)
 
     def decorate(function: Callable[[T], R]) -> Callable[P, R]:
         def command(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -58,11 +56,11 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
                 options = dataclasses.replace(options, origins=given)
             return function(options)
 
-        annotations = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+        annotations = {each.name: each.annotation for each in parameters}
         result = function.__annotations__["return"]
         command.__name__ = command.__qualname__ = function.__name__
         command.__module__ = function.__module__
-        command.__doc__ = _with_args(function.__doc__ or "", kind)
+        command.__doc__ = _with_args(function.__doc__ or "", kind, signature.parameters)
         command.__annotations__ = {**annotations, "return": result}
         command.__signature__ = signature.replace(return_annotation=result)  # pyright: ignore[reportFunctionMemberAccess]
         return command
@@ -70,7 +68,7 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
     return decorate
 
 
-def _signature(kind: Any) -> inspect.Signature:
+def _parameters(kind: Any) -> list[inspect.Parameter]:
     """One parameter for each option; those without a default come first."""
     parameters = []
     for item in sorted(own_first(kind), key=lambda item: (item.kw_only, item.default is not dataclasses.MISSING)):
@@ -78,7 +76,7 @@ def _signature(kind: Any) -> inspect.Signature:
         place = inspect.Parameter.KEYWORD_ONLY if item.kw_only else inspect.Parameter.POSITIONAL_OR_KEYWORD
         hint: Any = _or_none(item.type) if default is None else item.type
         parameters.append(inspect.Parameter(item.name, place, default=default, annotation=hint))
-    return inspect.Signature(parameters)
+    return parameters
 
 
 def _or_none(hint: Any) -> Any:
@@ -89,7 +87,7 @@ def _or_none(hint: Any) -> Any:
     return Annotated[(inner if inner is Any else inner | None, *metadata)]
 
 
-def _with_args(docstring: str, kind: Any) -> str:
+def _with_args(docstring: str, kind: Any, names: Iterable[str]) -> str:
     """A docstring with the section "Args" before that of what is returned."""
     explanations = [
         textwrap.fill(
@@ -100,7 +98,7 @@ def _with_args(docstring: str, kind: Any) -> str:
             break_long_words=False,
             break_on_hyphens=False,
         )
-        for name in _signature(kind).parameters
+        for name in names
     ]
     return docstring.replace("    Returns:", "    Args:\n" + "\n".join(explanations) + "\n\n    Returns:", 1)
 

@@ -13,6 +13,7 @@ from crate_mae.commands.console import (
     progress,
     takes,
 )
+from crate_mae.data.results import BadImage
 from crate_mae.errors import UserError
 from crate_mae.models.config import Pooling
 from crate_mae.options import Data, OutputPath, option, same_as
@@ -95,7 +96,7 @@ class Embedding:
     path: Path
     images: int
     size: int
-    bad: list[tuple[str, str]]
+    bad: list[BadImage]
 
 
 @computes
@@ -128,9 +129,15 @@ def embed(options: EmbedOptions) -> Embedding:
     out = new_file("--out", options.out, overwrite=options.overwrite)
     check_feature_file(out, options.pooling)
     extraction = options.extraction(DEFAULT_LAYER if options.layer is None else options.layer, options.pooling)
-    transform = None if options.whiten is None else _whitening_file(options.whiten, options.pooling)
-    if transform is not None and transform.resolve() == out.resolve():
-        raise UserError(f"--whiten and --out are both {out}: the features would replace the whitening. Name two files.")
+    transform = None
+    if options.whiten is not None:
+        transform = new_file("--whiten", options.whiten, ".safetensors", overwrite=True)  # one that exists is applied
+        if options.pooling == "tokens":
+            raise UserError("--whiten is for one vector per image, not for --pooling tokens.")
+        if transform.resolve() == out.resolve():
+            raise UserError(
+                f"--whiten and --out are both {out}: the features would replace the whitening. Name two files."
+            )
     source = open_source(options.data)
     backbone = open_backbone(options.model, seed=options.seed)
     console = open_console()
@@ -146,8 +153,7 @@ def embed(options: EmbedOptions) -> Embedding:
     console.print_text(_summary(features, backbone, out))
     if hint:
         console.print_text(hint)
-    bad = [(image.location, image.reason) for image in features.bad]
-    return Embedding(out, len(features.values), features.values.shape[-1], bad)
+    return Embedding(out, len(features.values), features.values.shape[-1], list(features.bad))
 
 
 def extract_with_progress(
@@ -158,14 +164,6 @@ def extract_with_progress(
 
     with progress(console, f"Encoding {source.name}", len(source)) as advance:
         return extract(backbone, source, replace(extraction, on_images=advance))
-
-
-def _whitening_file(path: Path | str, pooling: str | None) -> Path:
-    """Check the path of a transform, before anything is computed."""
-    path = new_file("--whiten", path, ".safetensors", overwrite=True)  # one that exists is applied
-    if pooling == "tokens":
-        raise UserError("--whiten is for one vector per image, not for --pooling tokens.")
-    return path
 
 
 def _whitened(console: CleanConsole, features: "Features", backbone: "Backbone", transform: Path) -> "Features":

@@ -72,7 +72,6 @@ def predict(
         UserError: if the model is not a classifier, no image can be read, or `out` exists already.
     """
     from crate_mae.data import label_names, open_source
-    from crate_mae.data.base import none_readable
     from crate_mae.models.devices import fastest_device
     from crate_mae.models.weights import is_untrained, load_classifier, model_name
 
@@ -84,22 +83,17 @@ def predict(
     if net is not model:  # a model from Python stays where it is
         net.to(fastest_device())
     probabilities, indices, bad = _classify(net, source, batch_size, workers)
-    if not indices:
-        raise none_readable(f"No image of {source.name}", bad[0])
     classes = net.config.classes
     best = probabilities.max(dim=1)
     predicted = [classes[number] for number in best.indices.tolist()]
     files = [source.location(i) for i in indices]
+    columns = {"file": files, "prediction": predicted, "probability": _digits(best.values)}
     names = label_names(source)
     truth = None if names is None else [names[i] for i in indices]
-    label = [] if truth is None else ["label"]
-    rows = []
-    for i, values in enumerate(probabilities.tolist()):
-        true_class = [] if truth is None else [truth[i]]
-        numbers = [f"{value:.6g}" for value in values]
-        rows.append([files[i], predicted[i], f"{max(values):.6g}", *true_class, *numbers])
-    columns = ["file", "prediction", "probability", *label, *(f"p_{name}" for name in classes)]
-    write_whole(out, to_csv(columns, rows))
+    if truth is not None:
+        columns["label"] = truth
+    columns |= {f"p_{name}": _digits(values) for name, values in zip(classes, probabilities.T, strict=True)}
+    write_whole(out, to_csv(list(columns), zip(*columns.values(), strict=True)))
 
     console, accuracy = open_console(), None
     print_bad(console, bad)
@@ -113,6 +107,10 @@ def predict(
     return Predictions(out, files, predicted, best.values.tolist(), accuracy, bad)
 
 
+def _digits(values: "Tensor") -> list[str]:
+    return [f"{value:.6g}" for value in values.tolist()]
+
+
 def _classify(
     model: "Classifier", source: "ImageSource", batch_size: int, workers: int
 ) -> "tuple[Tensor, list[int], list[BadImage]]":
@@ -120,6 +118,7 @@ def _classify(
     import torch
 
     from crate_mae.data import readable_batches
+    from crate_mae.data.base import none_readable
     from crate_mae.models.features import evaluating, transform_of
 
     place = model.head.weight
@@ -130,4 +129,6 @@ def _classify(
             if len(batch.images):
                 rows.append(model(batch.images.to(place.device, place.dtype)).float().softmax(dim=1).cpu())
                 indices += batch.indices.tolist()
-    return torch.cat(rows) if rows else torch.empty(0, len(model.config.classes)), indices, bad
+    if not rows:
+        raise none_readable(f"No image of {source.name}", bad[0])
+    return torch.cat(rows), indices, bad

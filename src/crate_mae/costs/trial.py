@@ -5,9 +5,9 @@ decoder. So `step_flops` counts them for few of each, which is quick for any mod
 """
 
 import dataclasses
+import math
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -47,11 +47,6 @@ class TrialStep:
     """Forward, backward, clipping and AdamW, on a model of its own with random images.
 
     Neither the global generator nor anything outside is changed.
-
-    Args:
-        config: of the model.
-        settings: of the step.
-        device: where to compute.
     """
 
     def __init__(self, config: ModelConfig, settings: StepSettings, device: torch.device) -> None:
@@ -138,23 +133,9 @@ def flop_counter() -> FlopCounterMode:
     PyTorch does not count `baddbmm_`, which `theory.attention.SymmetricAttention` uses backward, and the fused
     attention of CPUs (two products forward; five backward, which computes the weights again). Both are added here.
     """
-    not_counted = {
-        torch.ops.aten.baddbmm_: _baddbmm_flops,
-        ATTENTION_OF_PROCESSORS: _attention_flops,
-        ATTENTION_OF_PROCESSORS_BACKWARD: _attention_backward_flops,
+    not_counted = {  # functions of the arguments, in which tensors are replaced by their shapes
+        torch.ops.aten.baddbmm_: lambda _sum, a, b, **_: 2 * math.prod(a) * b[-1],  # a (b n k) times b (b k m)
+        ATTENTION_OF_PROCESSORS: lambda *args, **_: sdpa_flop_count(*args[:3]),  # query, key, value
+        ATTENTION_OF_PROCESSORS_BACKWARD: lambda *args, **_: sdpa_backward_flop_count(*args[:4]),  # gradient first
     }
     return FlopCounterMode(display=False, custom_mapping=not_counted)
-
-
-def _baddbmm_flops(_sum: Any, a: Any, b: Any, *_rest: Any, **_options: Any) -> int:
-    """2 b n k m for a (b n k) times b (b k m). The counter passes shapes."""
-    batch, n, k = a
-    return 2 * batch * n * k * b[-1]
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_rest: Any, **_options: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward_flops(grad: Any, query: Any, key: Any, value: Any, *_rest: Any, **_options: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)

@@ -300,10 +300,6 @@ def read_state(path: Path) -> tuple[TrainState, list[Any]]:
         raise UserError(f"{path} is damaged, so the run cannot continue from there: {error}.") from error
 
 
-def _all_finite(tensor: Tensor) -> bool:
-    return bool(tensor.isfinite().all())
-
-
 def diverged(run: Path, what: str) -> DivergedError:
     """The error to raise when a run did not stay finite; its first sentence says what did not, and when."""
     whole = (folder for folder in list_checkpoints(run) if damage_of_checkpoint(folder) is None)
@@ -318,7 +314,7 @@ def diverged(run: Path, what: str) -> DivergedError:
 def _is_finite(folder: Path) -> bool:
     """Whether all weights of a checkpoint are finite."""
     files = [folder / file for file in (WEIGHTS_FILE, TRAINED_FILE) if has_tensors(folder / file)]
-    return all(_all_finite(tensor) for file in files for _, tensor in stream_tensors(file))
+    return all(tensor.isfinite().all() for file in files for _, tensor in stream_tensors(file))
 
 
 def assign_tensors(tensors: Mapping[str, Tensor], processes: int) -> dict[str, int]:
@@ -413,7 +409,7 @@ def check_state(accelerator: Accelerator, model_state: ModelState, directory: Ru
         UserError: if the run's folder is gone.
     """
     kept = [model_state.plain, *([] if model_state.average is None else [model_state.average.module])]
-    finite = all(_all_finite(own_part(value)) for model in kept for value in model.state_dict().values())
+    finite = all(own_part(value).isfinite().all() for model in kept for value in model.state_dict().values())
 
     def check() -> None:
         directory.check_present()

@@ -20,11 +20,10 @@ _COMMAND = "command"
 
 def differences(existing: RunOptions, config: RunOptions) -> list[str]:
     """Lines "key: value there, value now (from where)" for the options that decide the result."""
-    pairs = {key: (getattr(existing, key), getattr(config, key)) for key in saved_options(type(existing), speed=False)}
     return [
         f"{key}: {_as_text(there)} in that run, {_as_text(now)} now{_source(config, key)}"
-        for key, (there, now) in pairs.items()
-        if there != now
+        for key in saved_options(type(existing), speed=False)
+        if (there := getattr(existing, key)) != (now := getattr(config, key))
     ]
 
 

@@ -43,12 +43,9 @@ _TOP = 5
 class Finetuning(Task[FinetuneOptions]):
     """Learns classes; measured on all validation images, by the averaged weights where an average is kept.
 
-    Args:
-        config: of the run.
-        images: to train on and to validate on, with labels that mean the same.
-        model: the autoencoder whose encoder to begin with. If it takes images of another size than the run, positions
-            are interpolated.
-        weights: of the encoder; None for a random initialisation.
+    Training and validation images have the same classes. Of the autoencoder `model`, the encoder is trained, with its
+    `weights` or, with None, a random initialisation. If it takes images of another size than the run, positions are
+    interpolated.
 
     Raises:
         UserError: if the validation images cannot be read.

@@ -49,16 +49,10 @@ def train(
     started: float,
     data_changed: bool = False,
 ) -> None:
-    """Train from the newest checkpoint, or from the beginning, to the end of the run.
+    """Train from the newest checkpoint, which has been checked, or from the beginning, to the end of the run.
 
-    Args:
-        task: checked.
-        accelerator: connects devices and processes.
-        display: prints the plan and the progress.
-        plan: to print before the first step, and to keep in the log and the report.
-        newest: the newest checkpoint of the run, which has been checked.
-        started: when this process began the run.
-        data_changed: whether to continue with other images than before.
+    The plan is printed before the first step, and kept in the log and the report. `started` is the monotonic time at
+    which this process began; `data_changed` allows other images than before.
 
     Raises:
         UserError: for a reason to stop that the user can fix. What was saved stays whole.
@@ -179,16 +173,11 @@ def training_step(
     stop: int,
     save: bool,
 ) -> StepResult:
-    """Take one optimizer step: a function of (weights, optimizer state, seed, step), and of nothing else.
+    """Take one optimizer step, if loss and gradients are finite on all processes.
 
-    Args:
-        task: of the run.
-        accelerator: connects devices and processes.
-        model_state: its optimizer steps only if loss and gradients are finite on all processes.
-        batches: micro-batches of this process.
-        step: number of steps before this one.
-        stop: signal that this process received, or 0.
-        save: whether this process finds a checkpoint due.
+    It is a function of (weights, optimizer state, seed, step), and of nothing else; `step` is the number of steps
+    before this one. For the agreement of all processes, each gives the signal that it received, or 0 (`stop`), and
+    whether it finds a checkpoint due (`save`).
     """
     optimizer = model_state.optimizer
     lr = _set_learning_rate(task, optimizer, step)

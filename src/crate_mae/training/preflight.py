@@ -203,14 +203,10 @@ def multiplies_in_bfloat16(device: torch.device) -> bool:
     """
     if device.type != "cpu":
         return True
-    seconds = {dtype: _seconds_per_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return seconds[torch.bfloat16] <= seconds[torch.float32]
-
-
-def _seconds_per_product(dtype: torch.dtype) -> float:
-    """The best of a few, since whatever else the machine does only ever adds to one."""
-    matrix = torch.ones(_SIDE, _SIDE, dtype=dtype)
-    return min(timeit.repeat(lambda: torch.mm(matrix, matrix), number=1, repeat=4))
+    matrices = [torch.ones(_SIDE, _SIDE, dtype=dtype) for dtype in (torch.float32, torch.bfloat16)]
+    # The best of a few, since whatever else the machine does only ever adds to one.
+    float32, bfloat16 = (min(timeit.repeat(partial(torch.mm, x, x), number=1, repeat=4)) for x in matrices)
+    return bfloat16 <= float32
 
 
 class ProbeResult(NamedTuple):

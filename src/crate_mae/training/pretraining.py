@@ -6,7 +6,7 @@ import fnmatch
 import math
 import shlex
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, final
 
@@ -62,11 +62,7 @@ _OF_ONE_MODEL = ("recipe", "model", "model_settings", "image_size", "mask_tokens
 class Pretraining(Task[PretrainOptions]):
     """Learns to complete images with most patches hidden; measured on a few held-out images.
 
-    Args:
-        config: of the run.
-        images: to train on and to measure on.
-        model: what to build.
-        weights: of the model that this one starts from; None for a random initialisation.
+    It starts from `weights` of another model, or with None from a random initialisation.
 
     Raises:
         UserError: if the held-out images cannot be read.
@@ -230,8 +226,8 @@ class Monitor:
                     tokens = model.encoder.forward_features(images)
                 features.append(_pooled(model, tokens))
                 for name, (output,) in record.items():
-                    for measure, value in _layer_measure(name, output, model.config.num_heads):
-                        sums[name, measure] += share * value
+                    measure, value = _layer_measure(name, output, model.config.num_heads)
+                    sums[name, measure] += share * value
         layers = []
         for (name, measure), value in sums.items():
             part, _, layer, *_ = name.split(".")  # such as encoder.blocks.3.ista
@@ -331,9 +327,8 @@ def _pooled(model: MaskedAutoencoder, tokens: Float[Tensor, "b n d"]) -> Float[T
     return pool(tokens, model.encoder.num_prefix_tokens, "mean")
 
 
-def _layer_measure(name: str, output: Tensor, num_heads: int) -> Iterator[tuple[str, float]]:
+def _layer_measure(name: str, output: Tensor, num_heads: int) -> tuple[str, float]:
     if fnmatch.fnmatch(name, _SPARSE_CODES):
-        yield "zero_fraction", float(zero_fraction(output))
-    else:
-        projections = output.unflatten(-1, (num_heads, -1)).transpose(1, 2)
-        yield "subspace_rate", float(official_subspace_coding_rate(projections).mean())
+        return "zero_fraction", float(zero_fraction(output))
+    projections = output.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return "subspace_rate", float(official_subspace_coding_rate(projections).mean())

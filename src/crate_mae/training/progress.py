@@ -37,6 +37,7 @@ def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, star
     config, directory, processes = task.config, task.directory, accelerator.num_processes
     lr, final = task.learning_rates
     not_read = describe_unread(task.images.train.left_out)
+    epochs = "epoch" if config.checkpoint_epochs == 1 else plural(config.checkpoint_epochs, "epoch")
     rows = {
         **task.describe(),
         **({"not read": not_read} if not_read else {}),
@@ -50,7 +51,7 @@ def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, star
         "device": f"{accelerator.device.type}, {plural(config.threads, 'thread')}, "
         f"{plural(config.workers, 'loader process')}" + "".join(f", {name}" for name in _techniques(task, accelerator)),
         "estimate": _estimate(task, probe, processes, start_step),
-        "folder": f"{directory.path}, with a checkpoint after every {_epochs(config.checkpoint_epochs)}, and at least "
+        "folder": f"{directory.path}, with a checkpoint after every {epochs}, and at least "
         f"every {config.checkpoint_minutes:g} min",
         "to resume": config.resume_command + " (Ctrl-C stops and saves)",
     }
@@ -62,10 +63,6 @@ def describe_plan(task: Task, accelerator: Accelerator, probe: ProbeResult, star
     if start_step:
         rows["resuming"] = f"at step {start_step:,}"
     return rows
-
-
-def _epochs(count: int) -> str:
-    return "epoch" if count == 1 else plural(count, "epoch")
 
 
 def plan_values(task: Task, accelerator: Accelerator, probe: ProbeResult, plan: Mapping[str, str]) -> dict[str, Any]:

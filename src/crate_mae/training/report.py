@@ -69,14 +69,11 @@ class Logbook:
     def record(self, model_state: ModelState, state: TrainState, row: dict[str, float], *, waited: float) -> bool:
         """Note one step: its speed always, a row and a measurement on held-out images when they are due.
 
-        Args:
-            model_state: to measure.
-            state: after the step; its running mean of the loss is emptied into the row, and its best score noted.
-            row: the values of the row for the step itself.
-            waited: seconds that this process spent waiting for images of the step.
+        The running mean of the loss in `state` is emptied into the row, and the best score noted there. `row` has the
+        values for the step itself; `waited` are the seconds that this process waited for its images.
 
         Returns:
-            Whether the model has just been measured, and is the best so far.
+            whether the model has just been measured, and is the best so far.
         """
         config = self.task.config
         self._steps += 1

@@ -271,10 +271,7 @@ def _batch_mistake(options: RunOptions, batch: int, images: int, processes: int,
 def with_cheaper_model(options: OptionsT, config: RunOptions, why: str) -> OptionsT | None:
     """Options with a model for smaller images; None if the model was not chosen by their size, or there is none.
 
-    Args:
-        options: as given.
-        config: the same, filled in.
-        why: what the plan names as the origin of the image size.
+    `config` are the same options, filled in; `why` is what the plan names as the origin of the image size.
     """
     chosen = {"model", "model_settings", "init_from", "image_size"} & options.given().keys()
     if chosen or not isinstance(config, PretrainOptions) or (cheaper := cheaper_model(config.model)) is None:

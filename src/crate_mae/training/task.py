@@ -29,11 +29,8 @@ StepLoss = Callable[[nn.Module, Float[Tensor, "b c hh ww"], Int[Tensor, "b"], sl
 class Task(ABC, Generic[OptionsT]):
     """A model, and how it learns from images.
 
-    Args:
-        config: of the run. The result of the probe is put into it before the run begins.
-        images: to train on and to measure on.
-        model: is trained, and is saved with its own `config`.
-        bad_held_out: held-out images that cannot be read.
+    The result of the probe is put into `config` before the run begins; the model is saved with a `config` of its own.
+    `bad_held_out` are held-out images that cannot be read.
 
     Attributes:
         measures: columns of metrics.csv that `measure` fills, in their order.
