@@ -91,11 +91,7 @@ def nearest(name: str, known: Iterable[str], similarity: float) -> str | None:
 def did_you_mean(name: str, known: Iterable[str], template: str = "{}", similarity: float = 0.6) -> str:
     """The words " Did you mean NAME?" to append to a sentence; empty if no known name is similar.
 
-    Args:
-        name: what the user wrote.
-        known: the names that exist.
-        template: how the user has to write a name, such as "timm:{}".
-        similarity: how similar the name must be, from 0 to 1.
+    `template` is how the user has to write a name, such as "timm:{}"; `similarity`, from 0 to 1, is that required.
     """
     near = nearest(name, known, similarity)
     return suggestion(near and template.format(near))

@@ -10,11 +10,7 @@ def lazy_package(package: str, file: str) -> tuple[Callable[[str], object], Call
     """Return `__getattr__`, `__dir__` and `__all__` of a package whose modules are slow to import (PEP 562).
 
     The names are stated once, in the stub `__init__.pyi` of the package, as `from MODULE import NAME as NAME`. Type
-    checkers read the same stub.
-
-    Args:
-        package: the package's `__name__`.
-        file: the package's `__file__`.
+    checkers read the same stub. `package` and `file` are the package's `__name__` and `__file__`.
     """
     stub = ast.parse(Path(file).with_suffix(".pyi").read_text(encoding="utf-8"))
     imports = [node for node in stub.body if isinstance(node, ast.ImportFrom) and node.module is not None]

@@ -85,14 +85,7 @@ def option(
 
 
 def same_as(options: type, name: str, explanation: str = "", *, default: Any = ...) -> Any:
-    """A field like the one of that name in another class of options: the same default, help and range.
-
-    Args:
-        options: the other class.
-        name: of its field.
-        explanation: another help, if any.
-        default: another one, if any.
-    """
+    """A field like the one of that name in another class: with its range, and unless given, its help and default."""
     (found,) = (each for each in dataclasses.fields(options) if each.name == name)
     metadata = {**found.metadata, "help": explanation or found.metadata["help"]}
     return field(default=found.default if default is ... else default, metadata=metadata, compare=found.compare)

@@ -16,12 +16,7 @@ _DIRECTIONS = "\u061c\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u206
 
 
 def printable(text: str, encoding: str = "utf-8") -> str:
-    r"""The text with what a terminal would act on, or cannot display, written as Python does: "\x1b".
-
-    Args:
-        text: from anywhere.
-        encoding: of the terminal or file.
-    """
+    r"""The text with what a terminal or file of this encoding would act on, or cannot hold, as Python does: "\x1b"."""
     if not text.isascii() or not text.isprintable():
         text = "".join(
             character.encode("unicode_escape").decode("ascii") if _is_unsafe(character) else character
@@ -73,9 +68,5 @@ def clean_warnings() -> Iterator[None]:
 
 
 def open_console(**options: Any) -> CleanConsole:
-    """A console for messages, in which names are not taken for colours, markup or emoji.
-
-    Args:
-        options: of rich's `Console`.
-    """
+    """A console of rich, with its options, in which names are not taken for colours, markup or emoji."""
     return CleanConsole(highlight=False, markup=False, emoji=False, **options)

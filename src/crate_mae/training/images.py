@@ -92,12 +92,8 @@ def open_images(
     Without `val`, max(1, min(512, n // 20)) of the n images are held out: always the same ones, whatever the seed, so
     that runs can be compared. Of a larger `val`, 512 images are taken in the same way.
 
-    Args:
-        data: to train on.
-        val: to measure on.
-        record: the `split_record` of a run that exists.
-        data_changed: whether to find the images of the record by their content, in data with others: the run continues
-            being measured on images that it has not been trained on.
+    A run that exists has a `record`, which `split_record` made. With `data_changed`, its images are found by their
+    content, in data with others: the run continues being measured on images that it has not been trained on.
 
     Raises:
         UserError: if there is nothing to train on, or the data of a run from Python is opened by its name.

@@ -148,14 +148,7 @@ def _learn(
 
 
 class StepResult(NamedTuple):
-    """What a process knows after a step.
-
-    Attributes:
-        agreed: what all processes know together.
-        lr: the learning rate.
-        bad_images: the unreadable images that this process met.
-        waited: seconds that it spent waiting for images.
-    """
+    """What a process knows after a step; the unreadable images and the seconds of waiting for images are its own."""
 
     agreed: Agreement
     lr: float

@@ -185,11 +185,9 @@ class LastingStream:
 
 
 class Display:
-    """Lines before and after a run, and its progress in between; all of it goes to the log as well.
+    """Prints lines before and after a run, and its progress in between; all of it goes to the log as well.
 
-    Args:
-        console: where to print; None prints nothing.
-        on_progress: is called with a line about the step, twice a minute.
+    Without a console nothing is printed. `on_progress` is called with a line about the step, twice a minute.
     """
 
     def __init__(self, console: Console | None, on_progress: Callable[[str], object] | None = None) -> None:

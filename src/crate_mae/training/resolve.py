@@ -63,11 +63,8 @@ def resolve(
 ) -> tuple[RunOptions, BuildTask]:
     """Fill in every option of either command that is open, from the data and the machine.
 
-    Args:
-        options: of the run.
-        processes: number of training processes.
-        newest: the newest checkpoint of the run. A run that has one no longer needs the model that it began with.
-        data_changed: see `images.open_images`.
+    A run with a checkpoint (`newest`) no longer needs the model that it began with. For `data_changed` see
+    `images.open_images`.
 
     Returns:
         the options, in which only `precision` may still be "auto" and `checkpoint_epochs` 0, which the probe decides;

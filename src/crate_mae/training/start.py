@@ -267,13 +267,9 @@ def _with_more_steps(config: RunOptions, processes: int, steps: float) -> tuple[
 
 
 class _Fit(NamedTuple):
-    """What a measurement found, in seconds.
+    """What a measurement found: the seconds that it took, those of the run before its first step, and those of a step.
 
-    Attributes:
-        seconds: that it took.
-        preparation: of the run, before its first step.
-        per_step: of a step.
-        steps: how many fit; a fraction, negative if not even the preparation fits.
+    The number of steps that fit is a fraction, and negative if not even the preparation fits.
     """
 
     seconds: float
