@@ -60,7 +60,7 @@ class Finetuning(Task[FinetuneOptions]):
         config: FinetuneOptions,
         images: RunImages,
         model: ModelConfig,
-        weights: Mapping[str, Tensor] | None = None,
+        weights: Mapping[str, Tensor] | None,
     ) -> None:
         assert images.train.classes is not None, "labelled images have classes"
         classes = tuple(images.train.classes)

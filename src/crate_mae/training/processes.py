@@ -148,7 +148,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_requests(*, announce: bool = False) -> Iterator[StopRequest]:
+def stop_requests(*, announce: bool) -> Iterator[StopRequest]:
     """Note SIGINT, SIGTERM and SIGHUP instead of ending at once, so that a step can be finished and saved.
 
     A later signal has its usual effect at once. One that follows within moments does not: launchers pass on to their

@@ -244,8 +244,10 @@ def _fitted_to_time(
             config, build = resolve(options, accelerator.num_processes, None)
             fit = measured(config, build)
     steps, batch = fit.steps, config.batch_size
+    share = 2 * accelerator.num_processes * config.accumulation * config.inseparable
     if options.batch_size is None:
-        batch, steps = _with_more_steps(config, accelerator.num_processes, steps)
+        while 0 < steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
+            batch, steps = batch // 2, 2 * steps
     if batch < config.batch_size and fit.seconds < _SHARE_OF_TIME_FOR_MEASURING * 60 * options.minutes:
         fit = measured(dataclasses.replace(config, batch_size=batch), build)
         steps = fit.steps
@@ -256,14 +258,6 @@ def _fitted_to_time(
         )
     fitted = {"batch_size": batch, "steps": int(steps), "accumulation": config.accumulation}
     return dataclasses.replace(options, minutes=None, **fitted)
-
-
-def _with_more_steps(config: RunOptions, processes: int, steps: float) -> tuple[int, float]:
-    """The batch, halved while few steps fit, and the steps that then fit if they take as long per image."""
-    batch, share = config.batch_size, 2 * processes * config.accumulation * config.inseparable
-    while 0 < steps < _ENOUGH_STEPS and batch > _SMALLEST_BATCH and batch % share == 0:
-        batch, steps = batch // 2, 2 * steps
-    return batch, steps
 
 
 class _Fit(NamedTuple):
