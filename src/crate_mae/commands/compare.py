@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from crate_mae.commands.console import computes, print_json, takes
+from crate_mae.commands.console import print_json, takes
 from crate_mae.comparison.options import CompareOptions
 from crate_mae.errors import RunStopped
 from crate_mae.terminal import open_console
@@ -15,7 +15,6 @@ else:
     Comparison = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
 
 
-@computes
 @takes(CompareOptions)
 def compare(options: CompareOptions) -> Comparison:
     """Pretrain models under the same budget, each with its own best learning rate, and measure them in the same way.

@@ -40,7 +40,7 @@ def computes(command: Callable[P, R]) -> Callable[P, R]:
 
 
 def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
-    """Make a function of options a function of keywords: a command, for Python and for the command line.
+    """Make a function of options a function of keywords that `computes`: a command, for Python and the command line.
 
     Its signature and the section "Args" of its docstring are made from the fields of the dataclass `kind`.
     """
@@ -48,13 +48,15 @@ def takes(kind: Callable[P, T]) -> Callable[[Callable[[T], R]], Callable[P, R]]:
     signature = inspect.Signature(parameters)
 
     def decorate(function: Callable[[T], R]) -> Callable[P, R]:
+        compute = computes(function)
+
         def command(*args: P.args, **kwargs: P.kwargs) -> R:
             names = signature.bind(*args, **kwargs).arguments  # names this function, not the dataclass, in its error
             options: Any = kind(*args, **kwargs)
             if isinstance(options, RunOptions):  # which know what was given; None stands for what was not
                 given = {name: GIVEN for name in names if getattr(options, name) is not None}
                 options = dataclasses.replace(options, origins=given)
-            return function(options)
+            return compute(options)
 
         annotations = {each.name: each.annotation for each in parameters}
         result = function.__annotations__["return"]

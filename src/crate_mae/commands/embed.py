@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 from crate_mae.commands.console import (
     check_seed,
-    computes,
     new_file,
     print_bad,
     print_if_random,
@@ -99,7 +98,6 @@ class Embedding:
     bad: list[BadImage]
 
 
-@computes
 @takes(EmbedOptions)
 def embed(options: EmbedOptions) -> Embedding:
     """Save features of images: one vector per image, without masking.

@@ -1,12 +1,11 @@
 """`crate-mae estimate`: what a pretraining run needs, before there is a machine to run it on."""
 
-from crate_mae.commands.console import computes, print_json, takes
+from crate_mae.commands.console import print_json, takes
 from crate_mae.costs.estimate import Estimate, EstimateOptions, Load, estimate_run
 from crate_mae.drawing.text import duration, plural
 from crate_mae.terminal import open_console
 
 
-@computes
 @takes(EstimateOptions)
 def estimate(options: EstimateOptions) -> Estimate:
     """Estimate what a pretraining run needs: parameters, operations, memory, bytes to send, and time.

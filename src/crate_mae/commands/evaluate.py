@@ -10,7 +10,6 @@ from rich.table import Table
 
 from crate_mae.commands.console import (
     check_seed,
-    computes,
     new_file,
     print_bad,
     print_if_random,
@@ -91,7 +90,6 @@ class FewshotOptions(ProbeOptions):
     )
 
 
-@computes
 @takes(KnnOptions)
 def eval_knn(options: KnnOptions) -> Evaluation:
     """Classify images by the nearest neighbours of their frozen features among labelled images.
@@ -121,7 +119,6 @@ def eval_knn(options: KnnOptions) -> Evaluation:
     return _evaluate("knn", run, options, k=options.k)
 
 
-@computes
 @takes(ProbeOptions)
 def eval_linear(options: ProbeOptions) -> Evaluation:
     """Fit a linear classifier to the frozen features of labelled images.
@@ -145,7 +142,6 @@ def eval_linear(options: ProbeOptions) -> Evaluation:
     return _evaluate("linear", run, options)
 
 
-@computes
 @takes(FewshotOptions)
 def eval_fewshot(options: FewshotOptions) -> Evaluation:
     """Fit a linear classifier to the frozen features of a few images of each class, drawn many times.

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from crate_mae.interpret.report.inspection import Training
 
 
-@computes
 @takes(InspectOptions)
 def inspect(options: InspectOptions) -> Path:
     """Measure a model layer by layer, next to controls, and explain the results in a report.

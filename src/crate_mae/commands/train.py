@@ -17,7 +17,6 @@ else:
     Run = Any  # cyclopts evaluates annotations, and `--help` must not import torch for one
 
 
-@computes
 @takes(PretrainOptions)
 def pretrain(options: PretrainOptions) -> Run:
     """Train a masked autoencoder on images; labels are not needed.
@@ -38,7 +37,6 @@ def pretrain(options: PretrainOptions) -> Run:
     return start(with_recipe(options))
 
 
-@computes
 @takes(FinetuneOptions)
 def finetune(options: FinetuneOptions) -> Run:
     """Train a classifier on labelled images, from a pretrained encoder or from scratch.
