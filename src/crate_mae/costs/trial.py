@@ -26,15 +26,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True, kw_only=True)
 class StepSettings:
-    """What a step needs beside its model.
-
-    Attributes:
-        batch_size: images.
-        mask_ratio: share of hidden patches.
-        weight_decay: of AdamW.
-        clip_grad: largest norm of the gradient.
-        precision: float32 or bfloat16.
-    """
+    """What a step needs beside its model, as in `PretrainOptions`; the precision is float32 or bfloat16."""
 
     batch_size: int
     mask_ratio: float

@@ -70,8 +70,8 @@ class Finetuning(Task[FinetuneOptions]):
         resized = model.replace(image_size=config.image_size)
         if resized.image_size != model.image_size:
             encoder.set_input_size(img_size=resized.image_size)
-        self.model_config = ClassifierConfig(encoder=resized, classes=classes, pooling=config.pooling)
-        classifier = Classifier(encoder, self.model_config)
+        described = ClassifierConfig(encoder=resized, classes=classes, pooling=config.pooling)
+        super().__init__(config, images, Classifier(encoder, described))
         self.ema = config.ema
         self.mixing = Mixing(
             config.mixup,
@@ -80,12 +80,11 @@ class Finetuning(Task[FinetuneOptions]):
             num_classes=len(classes),
             seed=config.seed,
         )
-        self.validation, bad = self._readable(images.held_out, config)
-        super().__init__(config, images, model=classifier, bad_held_out=bad)
+        self.validation, self.bad_held_out = self._readable(images.held_out)
 
     def transform(self) -> Preparation:
         """Random crops and flips, then RandAugment."""
-        c, m = self.config, self.model_config
+        c, m = self.config, self.model.config
         return finetune_transform(
             m.image_size, m.in_chans, m.mean, m.std, min_crop=c.min_crop, flip=c.flip, rand_augment=c.rand_augment
         )
@@ -118,7 +117,7 @@ class Finetuning(Task[FinetuneOptions]):
             sums["val_accuracy_top5"] = 0.0
         device = model.head.weight.device
         with measuring(model):
-            for batch in self._batches(self.validation, self.config.workers):
+            for batch in self._batches(self.validation):
                 if batch.bad:
                     raise UserError(f"A validation image can no longer be read: {batch.bad[0].location}.")
                 logits, labels = model(batch.images.to(device)).float(), batch.labels.to(device)
@@ -130,7 +129,7 @@ class Finetuning(Task[FinetuneOptions]):
 
     def describe(self) -> dict[str, str]:
         """Describe images, model, input, augmentation and learning rates."""
-        c, m = self.config, self.model_config
+        c, m = self.config, self.model.config
         share = f" ({c.labels:.3g} of its labels)" if c.labels < 1 else ""
         height, width = m.image_size
         return {
@@ -177,22 +176,22 @@ class Finetuning(Task[FinetuneOptions]):
             f'From Python:      model = crate_mae.load("{run.as_posix()}")',
         ]
 
-    def _readable(self, source: ImageSource, config: FinetuneOptions) -> tuple[ImageSource, list[BadImage]]:
+    def _readable(self, source: ImageSource) -> tuple[ImageSource, list[BadImage]]:
         """Separate the images that can be read from those that cannot."""
         indices: list[int] = []
         bad: list[BadImage] = []
-        for batch in self._batches(source, config.workers):
+        for batch in self._batches(source):
             indices += batch.indices.tolist()
             bad += batch.bad
-        refuse_unreadable(source, bad, config.max_bad, measured="validation images")
+        refuse_unreadable(source, bad, self.config.max_bad, measured="validation images")
         return Part(source, np.array(indices, dtype=np.int64)), bad
 
-    def _batches(self, source: ImageSource, workers: int) -> Any:
+    def _batches(self, source: ImageSource) -> Any:
         return readable_batches(
             source,
-            transform_of(self.model_config),
+            transform_of(self.model.config),
             _VALIDATED_AT_ONCE,
-            workers=workers,
+            workers=self.config.workers,
             worker_init=ignore_stop_requests,
         )
 

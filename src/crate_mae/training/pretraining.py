@@ -78,9 +78,9 @@ class Pretraining(Task[PretrainOptions]):
         weights: Mapping[str, Tensor] | None = None,
     ) -> None:
         fixed = transform_of(model)
-        held_out, bad = read_all(images.held_out, range(len(images.held_out)), fixed)
-        refuse_unreadable(images.held_out, bad, config.max_bad, measured="held-out images")
-        super().__init__(config, images, model=build(model), bad_held_out=bad)
+        held_out, self.bad_held_out = read_all(images.held_out, range(len(images.held_out)), fixed)
+        refuse_unreadable(images.held_out, self.bad_held_out, config.max_bad, measured="held-out images")
+        super().__init__(config, images, build(model))
         try:
             self.start = None if weights is None else start_from(self.model, weights)
         except UserError as error:

@@ -77,16 +77,9 @@ LOCK_SECONDS = 10.0  # PyTorch's loader processes look every 5 s whether the pro
 
 
 class RunDirectory:
-    """The paths of a run, and what is written there besides checkpoints.
+    """The paths of a run, as above, and what is written there besides checkpoints.
 
-    Attributes:
-        config_file: the resolved options; a folder with this file is a run.
-        checkpoints: folder of the checkpoints.
-        report: the report of the run.
-        held_out_file: which images are held out; see `images.split_record`.
-        layers: one row per layer and measure.
-        bad_files: one row per unreadable image.
-        data_changes: one row per step from which the run continued with other images.
+    A folder with `config_file` is a run. The content of `held_out_file` is made by `images.split_record`.
     """
 
     def __init__(self, path: Path) -> None:

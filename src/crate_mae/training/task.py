@@ -30,27 +30,25 @@ class Task(ABC, Generic[OptionsT]):
     """A model, and how it learns from images.
 
     The result of the probe is put into `config` before the run begins; the model is saved with a `config` of its own.
-    `bad_held_out` are held-out images that cannot be read.
 
     Attributes:
         measures: columns of metrics.csv that `measure` fills, in their order.
         score: the one by which models of a run are compared, more being better; empty keeps the last model.
         learns_labels: whether the result depends on labels.
         ema: decay of the running average of the weights; 0 keeps none.
+        bad_held_out: held-out images that cannot be read.
     """
 
     measures: ClassVar[tuple[str, ...]]
     score: ClassVar[str] = ""
     learns_labels: ClassVar[bool] = False
     ema: float = 0.0
+    bad_held_out: Sequence[BadImage]
 
-    def __init__(
-        self, config: OptionsT, images: RunImages, *, model: nn.Module, bad_held_out: Sequence[BadImage]
-    ) -> None:
+    def __init__(self, config: OptionsT, images: RunImages, model: nn.Module) -> None:
         self.config = config
         self.images = images
         self.model: Any = model
-        self.bad_held_out = bad_held_out
 
     @property
     def directory(self) -> RunDirectory:
