@@ -257,10 +257,7 @@ def probe(task: Task, images: int, accelerator: Accelerator) -> ProbeResult:
     """
     first = partial(first_decides, accelerator)
     precision, reason = first(lambda: _choose_precision(task.config.precision, accelerator.device))
-
-    def measure() -> ProbeResult:
-        return _measured(task, images, accelerator, precision, reason)
-
+    measure = partial(_measured, task, images, accelerator, precision, reason)
     if sharding_of(accelerator) is None:
         return first(measure)
     found = measure()
