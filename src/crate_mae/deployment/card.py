@@ -9,11 +9,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from crate_mae.data.documents import read_json, read_yaml
 from crate_mae.data.files import PYTHON_OBJECT
 from crate_mae.drawing.measures import MEASURES
+from crate_mae.drawing.templates import render
 from crate_mae.errors import UserError, install_command
 from crate_mae.models.checkpoints import is_checkpoint, named_checkpoint, newest_checkpoint, step_of
 from crate_mae.models.config import CONFIG_FILE, ClassifierConfig, Config, encoder_config
@@ -52,10 +51,8 @@ def card(
         note: anything else about the files.
     """
     whole = "classifier" if isinstance(config, ClassifierConfig) else "autoencoder"
-    templates = Environment(
-        loader=PackageLoader("crate_mae", "deployment"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    text = templates.get_template("card.md.j2").render(
+    text = render(
+        "deployment/card.md.j2",
         config=config,
         encoder=encoder_config(config),
         form="encoder" if part == "encoder" else whole,

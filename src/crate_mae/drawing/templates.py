@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from crate_mae.drawing.text import html, number, percent, plural, signed
 
@@ -38,7 +38,7 @@ def _environment() -> Environment:
     """The templates of the package; a name that a template does not get is an error."""
     found = Environment(
         loader=PackageLoader("crate_mae", ""),
-        autoescape=True,
+        autoescape=select_autoescape(["html.j2"]),  # cards of models are Markdown
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
