@@ -470,7 +470,7 @@ def orthogonal_parameters(model: nn.Module) -> set[str]:
 
 
 def check_monotone(model: nn.Module) -> None:
-    """Raise a `UserError`, which names the layer, for weights that are far from orthogonal or would overflow."""
+    """Raise a `UserError`, which names the layer, for weights that are not finite, far from orthogonal or too large."""
     for name, module in model.named_modules():
         if not isinstance(module, Compression):
             continue
