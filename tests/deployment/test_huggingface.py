@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -55,6 +56,13 @@ def classifier(tmp_path_factory):
     folder = tmp_path_factory.mktemp("hf") / "classifier"
     assert crate_mae.export(model, out=folder, format="hf", verify=True, license="mit").largest_difference == 0
     return model, folder
+
+
+def test_no_layer_is_divided_among_devices(autoencoder):
+    model = transformers.AutoModelForPreTraining.from_pretrained(autoencoder[1])
+    layers = {type(module).__name__ for name, module in model.named_modules() if re.search(r"blocks\.\d+$", name)}
+    assert len(layers) == 2  # of encoder and decoder
+    assert layers <= set(model._no_split_modules)
 
 
 @torch.no_grad()

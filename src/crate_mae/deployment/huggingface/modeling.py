@@ -78,7 +78,14 @@ class CrateMAEPreTrainedModel(PreTrainedModel):
     input_modalities = "image"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _no_split_modules = ["EncoderLayer", "MonotoneEncoderLayer", "DecoderLayer", "MonotoneDecoderLayer", "Block"]  # noqa: RUF012  # as transformers has it
+    _no_split_modules = [  # noqa: RUF012  # as transformers has it
+        "EncoderLayer",
+        "CompressingEncoderLayer",
+        "MonotoneEncoderLayer",
+        "DecoderLayer",
+        "MonotoneDecoderLayer",
+        "Block",
+    ]
 
     def __init__(self, config: CrateMAEConfig) -> None:
         super().__init__(config)
