@@ -4,7 +4,7 @@ import pytest
 
 import crate_mae
 from crate_mae.commands.train import pretrain, resume
-from crate_mae.models.config import CrateConfig
+from crate_mae.models.config import CrateConfig, ModelConfig
 from crate_mae.models.monotone import OrthogonalSubspaces
 from crate_mae.theory.subspaces import distance_from_orthogonal
 from tests.training.conftest import TINY_MODEL, TINY_RUN, at_step, weights
@@ -31,7 +31,7 @@ def test_two_processes_that_share_a_compiled_model_have_the_weights_of_one(tmp_p
 def test_a_resumed_run_keeps_the_model_of_its_checkpoint(tmp_path, monkeypatch):
     """Also if its options make another model by now: in the first versions, monotone layers took one ISTA step."""
     options = TINY_RUN | {"model_settings": TINY_MODEL | {"layer": "monotone"}}
-    monkeypatch.setattr(CrateConfig, "_usual", lambda _config: {"ista_steps": 1})
+    monkeypatch.setattr(CrateConfig, "_usual", lambda config: ModelConfig._usual(config) | {"ista_steps": 1})
     whole = pretrain("digits:test", out=tmp_path / "whole", **options)
     at_step(monkeypatch, 10, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
