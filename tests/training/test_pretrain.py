@@ -336,7 +336,7 @@ def test_a_disk_that_is_full_at_the_start_leaves_nothing(tiny_run, tmp_path, mon
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(*broken, full)
-    with pytest.raises(UserError, match="[Nn]o space left on device"):
+    with pytest.raises(UserError, match=r"[Nn]o space left on device"):
         tiny_run()
     assert list(tmp_path.iterdir()) == []
 
