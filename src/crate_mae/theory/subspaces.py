@@ -100,15 +100,19 @@ def polar_factor(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     Computed in float64 and returned in the precision of U: by `newton_schulz` where ||U^T U - I||_F < 1, which puts all
     singular values between 0 and sqrt(2), and by a singular value decomposition elsewhere.
     """
-    factor = in_float64(u)
-    distance = float(distance_from_orthogonal(factor))
+    exact = in_float64(u)
+    return _polar_factor(exact, float(distance_from_orthogonal(exact))).to(u)
+
+
+def _polar_factor(u: Float[Tensor, "d d"], distance: float) -> Float[Tensor, "d d"]:
+    """The polar factor in the precision of U, whose `distance_from_orthogonal` is known."""
     if distance * len(u) ** 0.5 >= 1:
-        left, _, right = torch.linalg.svd(factor)
-        return (left @ right).to(u)
+        left, _, right = torch.linalg.svd(u)
+        return left @ right
     while distance > _CONVERGED:
-        factor = newton_schulz(factor)
-        distance = float(distance_from_orthogonal(factor))
-    return factor.to(u)
+        u = newton_schulz(u)
+        distance = float(distance_from_orthogonal(u))
+    return u
 
 
 def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
@@ -122,7 +126,7 @@ def nearest_orthogonal(u: Float[Tensor, "d d"]) -> Float[Tensor, "d d"]:
     distance = float(distance_from_orthogonal(exact))
     is_near = distance * len(u) ** 0.5 < 1
     if is_near or (distance <= FAR_FROM_ORTHOGONAL and torch.linalg.svdvals(exact)[-1] >= _LEAST_SINGULAR_VALUE):
-        return polar_factor(u)
+        return _polar_factor(exact, distance).to(u)
     raise UserError(
         f"A matrix of subspaces of size {len(u)} x {len(u)} is far from orthogonal: the root mean square of "
         f"sigma^2 - 1 over its singular values is {distance:.3g} and may be at most {FAR_FROM_ORTHOGONAL}, and no "
