@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Container, Iterator
+from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -214,6 +215,14 @@ def _unit_tensor(image: Tensor, location: str) -> Tensor:
     raise UserError(f"{location} has the type {image.dtype}; an image is uint8, uint16, or float in [0, 1].")
 
 
+@cache
+def _digits() -> Any:
+    """The table that scikit-learn ships, read once."""
+    from sklearn.datasets import load_digits  # takes over a second to import
+
+    return load_digits()
+
+
 class DigitsSource(ImageSource):
     """The 1,797 handwritten digits of scikit-learn, grey, 8 x 8; their values 0..16 are scaled to 0..255.
 
@@ -222,9 +231,7 @@ class DigitsSource(ImageSource):
     """
 
     def __init__(self, split: str | None = None) -> None:
-        from sklearn.datasets import load_digits  # takes over a second to import
-
-        digits: Any = load_digits()
+        digits = _digits()
         order = np.random.default_rng(0).permutation(len(digits.target))
         rows = {None: np.arange(len(order)), "train": order[:-_TEST_DIGITS], "test": order[-_TEST_DIGITS:]}
         if split not in rows:

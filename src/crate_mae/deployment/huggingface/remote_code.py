@@ -9,6 +9,7 @@ jaxtyping.
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 _PACKAGE = "crate_mae"
@@ -35,10 +36,16 @@ def auto_map() -> dict[str, str]:
 
 def write_code(folder: Path) -> None:
     """Write the modules that the models and their image processor need into a folder."""
+    for name, text in _copies().items():
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+@cache
+def _copies() -> dict[str, str]:
+    """The files of all modules that are needed, by name."""
     needed = _needed(f"{_HERE}.modeling") | _needed(f"{_HERE}.processing")
-    for module in needed:
-        text = _standalone(_path(module).read_text(encoding="utf-8"), needed)
-        (folder / f"{_flat_name(module)}.py").write_text(_HEADER + text, encoding="utf-8")
+    texts = {module: _standalone(_path(module).read_text(encoding="utf-8"), needed) for module in needed}
+    return {f"{_flat_name(module)}.py": _HEADER + text for module, text in texts.items()}
 
 
 def _flat_name(module: str) -> str:
