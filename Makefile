@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 VENV := .venv
+# A new pip installs all this in three quarters of the time of the one that comes with Python 3.11.
+NEW_VENV = $(PYTHON) -m venv $(VENV) && $(VENV)/bin/pip install --quiet --upgrade pip
 
 .PHONY: try test lint format docs notebooks clean
 
@@ -31,11 +33,11 @@ clean:
 	rm -rf $(VENV)
 
 $(VENV)/installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(NEW_VENV)
 	$(VENV)/bin/pip install --quiet --editable .
 	touch $@
 
 $(VENV)/installed-for-development: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
+	$(NEW_VENV)
 	$(VENV)/bin/pip install --quiet --editable ".[dev,docs]"
 	touch $(VENV)/installed $@
