@@ -57,6 +57,7 @@ def test_features_are_those_of_embed_with_labels_and_places(model, folder):
     assert (features.layer, features.pooling, features.bad) == (3, "cls+mean", ())
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # on a machine with one core
 def test_loader_processes_change_nothing(model, folder):
     backbone = open_backbone(model)
     alone, with_processes = (only(backbone, folder, workers=workers, cache=False) for workers in (0, 2))
